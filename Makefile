@@ -1,0 +1,72 @@
+# `make demo` and `make test` work on a fresh machine that has python3 (>= 3.11) with venv, and make.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PYTEST_ARGS ?=
+
+# Absolute, because workers are measured too and run in directories of their own.
+export COVERAGE_FILE := $(CURDIR)/build/coverage/data
+
+.PHONY: help demo test lint format bench clean debian
+
+help:
+	@echo "make demo    install, then restart a real app under load and show what its clients saw"
+	@echo "make test    everything CI runs: lint, types, import contracts, tests, coverage"
+	@echo "make lint    the first half of it"
+	@echo "make format  let ruff rewrite what it can"
+	@echo "make bench   the benchmarks; takes minutes, wants a quiet machine"
+	@echo "make clean   remove the virtual environment and every cache"
+
+demo: $(VENV)/.demo
+	$(BIN)/hotport demo
+
+test: $(VENV)/.dev debian lint
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+	$(BIN)/coverage report --include='src/hotport/model/*,src/hotport/wire/*' --fail-under=100
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev debian
+	$(BIN)/python benchmarks/steady.py
+	$(BIN)/python benchmarks/restart.py
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What pip cannot install. Tests that need a missing program skip and say so.
+debian:
+	@command -v wrk >/dev/null && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y wrk; } >/dev/null \
+	    || echo "make: could not install wrk; the tests that need it will skip" >&2; \
+	else \
+	  echo "make: wrk is not installed (apt-get install wrk); the tests that need it will skip" >&2; \
+	fi
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: hotport needs Python >= 3.11; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'  # the first that knows --group
+
+# The stamps make the second run quick: nothing is installed again until pyproject.toml changes.
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/pip install --quiet --editable '.[all]' --group dev
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --editable '.[demo]'
+	@touch $@
