@@ -1,0 +1,123 @@
+"""Every error that hotport raises: what happened, why, and what to do now.
+
+::
+
+    HotportError            exit 1   a bug, if nothing below fits
+    |-- ConfigError         exit 2   yours, found before anything happened (also a ValueError)
+    |-- StartError          exit 3   the service did not start
+    |   `-- KernelError     exit 3   the operating system refused (also an OSError)
+    |-- RestartError        exit 4   a restart was aborted; says who serves
+    `-- ControlError        exit 6   no supervisor answered
+
+Codes are stable: HP1xx addresses and sockets, HP2xx descriptors, HP3xx configuration, HP4xx restarts,
+HP5xx the application, HP6xx control sockets.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import ClassVar, Final
+
+__all__ = [
+    "ConfigError",
+    "ControlError",
+    "ExitCode",
+    "HotportError",
+    "KernelError",
+    "RestartError",
+    "StartError",
+    "nearest",
+]
+
+
+class ExitCode:
+    """What a hotport command's exit status means."""
+
+    DONE: Final = 0
+    BUG: Final = 1
+    USAGE: Final = 2
+    NOT_STARTED: Final = 3
+    ABORTED: Final = 4
+    CUT: Final = 5
+    NO_SUPERVISOR: Final = 6
+    INTERRUPTED: Final = 130
+
+
+class HotportError(Exception):
+    """Base of the tree; carries its three lines as data.
+
+    Args:
+        code: Stable identifier, ``HP`` and three digits.
+        what: What could not be done, in one line.
+        cause: Why, as far as it is known.
+        fix: What to type or change now.
+    """
+
+    exit_code: ClassVar[int] = ExitCode.BUG
+
+    def __init__(self, code: str, what: str, *, cause: str, fix: str) -> None:
+        super().__init__(code, what)
+        self.code = code
+        self.what = what
+        self.cause = cause
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.code} {self.what}\n  cause: {self.cause}\n  try:   {self.fix}"
+
+
+class ConfigError(HotportError, ValueError):
+    """An address, option, file or target that cannot be used."""
+
+    exit_code = ExitCode.USAGE
+
+
+class StartError(HotportError):
+    """The service, or a worker of it, could not start."""
+
+    exit_code = ExitCode.NOT_STARTED
+
+
+class KernelError(StartError, OSError):
+    """A system call failed; ``errno`` is kept, and ``except OSError`` catches it."""
+
+    def __init__(self, code: str, what: str, *, errno: int, cause: str, fix: str) -> None:
+        StartError.__init__(self, code, f"{what}: {describe_errno(errno)}", cause=cause, fix=fix)
+        self.errno = errno
+
+
+class RestartError(HotportError):
+    """A restart was refused or aborted.
+
+    Attributes:
+        phase: The step that was reached, or ``"refused"``.
+        serving: The generation that serves now; 0 if none does.
+    """
+
+    exit_code = ExitCode.ABORTED
+
+    def __init__(self, code: str, what: str, *, cause: str, fix: str, phase: str, serving: int) -> None:
+        super().__init__(code, what, cause=cause, fix=fix)
+        self.phase = phase
+        self.serving = serving
+
+
+class ControlError(HotportError):
+    """A control socket is missing, belongs to somebody else, or did not answer."""
+
+    exit_code = ExitCode.NO_SUPERVISOR
+
+
+def describe_errno(number: int) -> str:
+    """``EADDRINUSE (address already in use)``."""
+    name = _errno.errorcode.get(number, str(number))
+    return f"{name} ({os.strerror(number).lower()})"
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known name that the reader most likely meant, if one is near enough."""
+    found = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return found[0] if found else None

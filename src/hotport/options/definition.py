@@ -1,0 +1,212 @@
+"""The options of a service and what follows from them alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
+
+from hotport.errors import ConfigError
+from hotport.options.values import (
+    Type,
+    addresses,
+    choice,
+    command_line,
+    count,
+    duration,
+    paths,
+    size,
+    switch,
+    text,
+)
+
+__all__ = [
+    "ENVIRONMENT_PREFIX",
+    "NAME",
+    "NAME_CHARS_MAX",
+    "OPTIONS",
+    "Option",
+    "Options",
+    "as_name",
+    "runtime_root",
+    "service_name",
+]
+
+ENVIRONMENT_PREFIX: Final = "HOTPORT_"
+
+NAME_CHARS_MAX: Final = 48
+"""Leaves room in the 107 bytes of a unix path for the runtime directory and a worker's socket."""
+
+Kind: TypeAlias = Literal["auto", "asgi", "stream", "protocol", "sockets"]
+Loop: TypeAlias = Literal["uvloop", "asyncio"]
+Ready: TypeAlias = Literal["notify", "exec"]
+Lifespan: TypeAlias = Literal["auto", "on", "off"]
+LogFormat: TypeAlias = Literal["auto", "console", "json"]
+LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
+
+
+def _option(default: object, type_: Type, says: str) -> Any:
+    return field(default=default, metadata={"type": type_, "help": says})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a service is and how it behaves; durations are seconds, sizes bytes.
+
+    It travels to workers as JSON, so it holds nothing but numbers, texts and tuples of texts.
+    """
+
+    target: str | None = _option(None, text("TARGET"), "The application: module:name or path/to/file.py:name.")
+    command: tuple[str, ...] = _option(
+        (), command_line(), "Any program that supports socket activation, in place of a target."
+    )
+    bind: tuple[str, ...] = _option(
+        ("tcp://127.0.0.1:8000",), addresses(), "Where to listen; may be given more than once."
+    )
+    name: str | None = _option(None, text("NAME"), "The name of the service; by default made from the target.")
+    kind: Kind = _option(
+        "auto",
+        choice("auto", "asgi", "stream", "protocol", "sockets"),
+        "What the target is; auto looks at it.",
+    )
+    factory: bool = _option(False, switch(), "The target is a function that returns the application.")
+    workers: int = _option(1, count(1, 1024), "Worker processes.")
+    tasks: int = _option(1, count(1, 1024), "Acceptor tasks in each worker.")
+    loop: Loop = _option("uvloop", choice("uvloop", "asyncio"), "The event loop of a worker.")
+    backlog: int = _option(4096, count(1), "The accept queue; the kernel caps it at net.core.somaxconn.")
+    connections_max: int = _option(
+        0, count(0), "Open connections at which a worker stops accepting; 0: what RLIMIT_NOFILE allows."
+    )
+    ready: Ready = _option(
+        "notify", choice("notify", "exec"), "When a command is ready: by its READY=1, or once it runs."
+    )
+    ready_timeout_s: float = _option(
+        60.0, duration(is_positive=True), "How long a new worker may take to become ready."
+    )
+    settle_s: float = _option(0.25, duration(), "How long a new worker must stay alive after it said ready.")
+    drain_timeout_s: float = _option(30.0, duration(), "How long a leaving worker may finish what it began.")
+    kill_timeout_s: float = _option(5.0, duration(), "From asking a worker to leave at once to SIGKILL.")
+    orphan_timeout_s: float = _option(60.0, duration(), "How long workers serve on without a supervisor.")
+    keep_alive_s: float = _option(5.0, duration(), "How long an idle HTTP connection stays open.")
+    phased: bool = _option(False, switch(), "Restart one worker after the other, for machines short of memory.")
+    max_requests: int = _option(0, count(0), "Requests after which a worker is replaced; 0: never.")
+    max_requests_jitter: int = _option(0, count(0), "Up to so many requests more, by chance, for each worker.")
+    max_memory_bytes: int = _option(0, size(), "Resident memory at which a worker is replaced; 0: never.")
+    max_age_s: float = _option(0.0, duration(), "Age at which a worker is replaced; 0: never.")
+    tls_cert: str | None = _option(None, text("FILE"), "Certificate chain (PEM), read again by each generation.")
+    tls_key: str | None = _option(None, text("FILE"), "Its private key, if it is not in the same file.")
+    app_dir: str = _option(".", text("DIR"), "Where the target is imported from.")
+    python: str | None = _option(None, text("FILE"), "The interpreter of workers; by default this one.")
+    lifespan: Lifespan = _option("auto", choice("auto", "on", "off"), "ASGI lifespan; auto: if the app knows it.")
+    watch: bool = _option(False, switch(), "Restart when code changes.")
+    watch_path: tuple[str, ...] = _option(
+        (),
+        paths(),
+        "What to watch in place of the app directory; may be given more than once.",
+    )
+    log_format: LogFormat = _option(
+        "auto", choice("auto", "console", "json"), "Log lines; auto: console on a terminal."
+    )
+    log_level: LogLevel = _option(
+        "info", choice("debug", "info", "warning", "error"), "The least urgent lines that are logged."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option under all its names.
+
+    Attributes:
+        field: The attribute of `Options`, with its unit: ``ready_timeout_s``.
+        key: In TOML and in the ``flags`` of `load`: ``ready_timeout``.
+        env: ``HOTPORT_READY_TIMEOUT``.
+        flag: ``--ready-timeout``; None for the target and the command, which are arguments.
+        help: One sentence.
+        metavar: What stands for the value in a usage line; empty for a switch.
+        default: In the form in which a user writes it: ``"1m"``, not ``60.0``.
+        choices: The only values allowed; empty if there are others.
+        is_switch: It is on or off: ``--watch``, ``--no-watch``.
+        is_list: It may be given more than once.
+        type: How its values are read and shown.
+    """
+
+    field: str
+    key: str
+    env: str
+    flag: str | None
+    help: str
+    metavar: str
+    default: object
+    choices: tuple[str, ...]
+    is_switch: bool
+    is_list: bool
+    type: Type
+
+
+def _describe() -> Iterable[Option]:
+    for definition in fields(Options):
+        type_: Type = definition.metadata["type"]
+        key = definition.name.removesuffix(type_.suffix)
+        yield Option(
+            field=definition.name,
+            key=key,
+            env=ENVIRONMENT_PREFIX + key.upper(),
+            flag=None if key in {"target", "command"} else "--" + key.replace("_", "-"),
+            help=definition.metadata["help"],
+            metavar=type_.metavar,
+            default=None if definition.default is None else type_.to_native(definition.default),
+            choices=type_.choices,
+            is_switch=type_.is_switch,
+            is_list=type_.is_list,
+            type=type_,
+        )
+
+
+OPTIONS: Final[tuple[Option, ...]] = tuple(_describe())
+
+NAME: Final = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{NAME_CHARS_MAX - 1}}}")
+
+
+def service_name(options: Options) -> str:
+    """The service's name: as given, else made from the target's module or file, or from the command.
+
+    ``app:app`` is ``app``, ``path/to/server.py:echo`` is ``server``, ``/usr/bin/gunicorn`` is ``gunicorn``.
+    """
+    if options.name is not None:
+        return options.name
+    if options.command:
+        return as_name(options.command[0].rpartition("/")[2])
+    if options.target is None:
+        return "embedded"
+    module = options.target.rpartition(":")[0] or options.target
+    return as_name(module.rpartition("/")[2].removesuffix(".py"))
+
+
+def as_name(text: str) -> str:
+    """The nearest thing to `text` that `NAME` matches."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip(".-")[:NAME_CHARS_MAX] or "app"
+
+
+def runtime_root(environ: Mapping[str, str], uid: int, tmp: Path) -> Path:
+    """The directory that holds one directory for each service of this user.
+
+    Args:
+        environ: ``HOTPORT_RUNTIME_DIR`` wins over ``XDG_RUNTIME_DIR``.
+        uid: Root's is ``/run/hotport`` otherwise.
+        tmp: Everybody else's is ``hotport-UID`` in there.
+
+    Raises:
+        ConfigError: If ``HOTPORT_RUNTIME_DIR`` is relative (HP308): workers run in other directories.
+    """
+    if given := environ.get("HOTPORT_RUNTIME_DIR"):
+        if not given.startswith("/"):
+            cause = "every process of a service must find it, wherever it runs"
+            fix = f'HOTPORT_RUNTIME_DIR="$PWD/{given}"'
+            raise ConfigError("HP308", f"HOTPORT_RUNTIME_DIR cannot be {given!r}", cause=cause, fix=fix)
+        return Path(given)
+    xdg = environ.get("XDG_RUNTIME_DIR", "")
+    if xdg.startswith("/"):  # a relative one is to be ignored, says the XDG base directory specification
+        return Path(xdg, "hotport")
+    return Path("/run/hotport") if uid == 0 else tmp / f"hotport-{uid}"

@@ -1,0 +1,303 @@
+"""Options from file, environment and flags, checked together, each with where it came from."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from hotport.address import UdpAddress, parse_address
+from hotport.errors import ConfigError, nearest
+from hotport.options.definition import (
+    ENVIRONMENT_PREFIX,
+    NAME,
+    NAME_CHARS_MAX,
+    OPTIONS,
+    Option,
+    Options,
+    as_name,
+)
+
+__all__ = ["Loaded", "Row", "load", "rows", "show"]
+
+ENVIRONMENT_OTHERS: Final = frozenset(
+    {"HOTPORT_GENERATION", "HOTPORT_RUNTIME_DIR", "HOTPORT_TEST_SLOWNESS", "HOTPORT_WORKER"}
+)
+"""Variables of ours that are no options."""
+
+_DEFAULT: Final = "default"
+_ARGUMENT: Final = "command line"
+_DEFAULTS: Final = Options()
+_BY_KEY: Final[Mapping[str, Option]] = {option.key: option for option in OPTIONS}
+_BY_ENV: Final[Mapping[str, Option]] = {option.env: option for option in OPTIONS}
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Options, and where each one comes from.
+
+    Attributes:
+        options: The effective values.
+        origins: By key: ``default``, ``hotport.toml``, ``HOTPORT_BIND``, ``--bind`` or ``command line``.
+    """
+
+    options: Options
+    origins: Mapping[str, str]
+
+
+def load(
+    *,
+    file: Path | None,
+    environ: Mapping[str, str],
+    flags: Mapping[str, object],
+    cwd: Path,
+    needs_program: bool = True,
+) -> Loaded:
+    """Put the options together and check them.
+
+    Args:
+        file: A TOML file; None looks for ``hotport.toml``, else for ``[tool.hotport]`` in ``pyproject.toml``.
+        environ: ``HOTPORT_*`` counts; an empty variable is as good as none.
+        flags: Values by key; None and empty lists were not given.
+        cwd: Where files are looked for.
+        needs_program: Whether a target or a command must be among them.
+
+    Raises:
+        ConfigError: HP301 the file, HP302 a key, HP303 a variable, HP304 a value, HP305 values that exclude
+            each other, HP306 no program, HP307 the name; HP11x an address.
+    """
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(_BY_KEY, _DEFAULT)
+
+    def take(option: Option, value: object, origin: str) -> None:
+        values[option.field] = _read(option, value, origin)
+        origins[option.key] = origin
+
+    table, source = _read_file(file, cwd)
+    for option, value in _known_keys(table, source):
+        take(option, value, source)
+    for option, text in _known_variables(environ):
+        take(option, text, option.env)
+    for option, value in _known_keys(flags, "the arguments"):
+        if value is not None and value != ():
+            take(option, value, option.flag or _ARGUMENT)
+
+    loaded = Loaded(Options(**values), origins)
+    _check(loaded, needs_program=needs_program)
+    return loaded
+
+
+def _read_file(file: Path | None, cwd: Path) -> tuple[Mapping[str, object], str]:
+    """The table of options, and what to call it in messages."""
+    if file is not None:
+        return _read_toml(cwd / file, str(file))
+    for name in ("hotport.toml", "pyproject.toml"):
+        if (cwd / name).is_file():
+            table, source = _read_toml(cwd / name, name)
+            if table or name == "hotport.toml":
+                return table, source
+    return {}, _DEFAULT
+
+
+def _read_toml(path: Path, name: str) -> tuple[Mapping[str, object], str]:
+    import tomllib  # workers have no use for it
+
+    try:
+        document = tomllib.loads(path.read_bytes().decode())
+    except OSError as error:
+        cause = f"{error.strerror or error}".lower()
+        raise ConfigError("HP301", f"cannot read {name}", cause=cause, fix=f"ls -l {path}") from error
+    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
+        cause = " ".join(str(error).split())
+        fix = f"correct {name}; see https://toml.io"
+        raise ConfigError("HP301", f"{name} is not TOML", cause=cause, fix=fix) from error
+    if path.name != "pyproject.toml":
+        return document, name
+    tool = document.get("tool", {})
+    table = tool.get("hotport", {}) if isinstance(tool, dict) else {}
+    if not isinstance(table, dict):
+        cause = "tool.hotport is not a table"
+        raise ConfigError("HP301", f"cannot use {name}", cause=cause, fix="start it with [tool.hotport]")
+    return table, f"{name} [tool.hotport]"
+
+
+def _known_keys(table: Mapping[str, object], source: str) -> Iterable[tuple[Option, object]]:
+    seen: dict[str, str] = {}
+    for written, value in table.items():
+        key = written.replace("-", "_")
+        if key not in _BY_KEY:
+            meant = _meant(key)
+            raise ConfigError(
+                "HP302",
+                f"unknown option {written!r} in {source}",
+                cause="hotport has no option of this name",
+                fix=f"write {meant.key}" if meant else "hotport serve --help lists them",
+            )
+        if key in seen:
+            cause = f"as {seen[key]!r} and as {written!r}"
+            raise ConfigError("HP302", f"{key} stands twice in {source}", cause=cause, fix="remove one of them")
+        seen[key] = written
+        yield _BY_KEY[key], value
+
+
+# Kubernetes tells every container about a Service named "hotport" in such variables, as Docker links did.
+_FOREIGN_VARIABLE: Final = re.compile(
+    r"HOTPORT_(SERVICE_(HOST|PORT(_\w+)?)=|PORT=\w+://|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?=).*", re.DOTALL
+)
+
+
+def _known_variables(environ: Mapping[str, str]) -> Iterable[tuple[Option, str]]:
+    for variable, text in environ.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable in ENVIRONMENT_OTHERS:
+            continue
+        if variable in _BY_ENV:
+            if text:
+                yield _BY_ENV[variable], text
+        elif not _FOREIGN_VARIABLE.fullmatch(f"{variable}={text}"):
+            option = _meant(variable.removeprefix(ENVIRONMENT_PREFIX).lower())
+            meant = option.env if option else nearest(variable, ENVIRONMENT_OTHERS)
+            raise ConfigError(
+                "HP303",
+                f"unknown option {variable} in the environment",
+                cause="hotport has no option of this name",
+                fix=f"write {meant}" if meant else f"unset {variable}",
+            )
+
+
+# What other servers call it.
+_ELSEWHERE: Final = {
+    "app": "target",
+    "graceful_timeout": "drain_timeout",
+    "host": "bind",
+    "listen": "bind",
+    "port": "bind",
+    "reload": "watch",
+    "timeout_keep_alive": "keep_alive",
+}
+
+
+def _meant(key: str) -> Option | None:
+    """The option that somebody who wrote `key` most likely wanted."""
+    found = _ELSEWHERE.get(key) or nearest(key, _BY_KEY)
+    return _BY_KEY[found] if found else None
+
+
+def _read(option: Option, value: object, origin: str) -> object:
+    """One value from one source; text from the environment and from flags may stand for any type."""
+    is_text = isinstance(value, str) and origin in {option.env, option.flag, _ARGUMENT}
+    try:
+        return option.type.from_text(str(value)) if is_text else option.type.from_native(value)
+    except ConfigError as error:  # an address
+        what = f"{_where(option, origin)}: {error.what}"
+        raise ConfigError(error.code, what, cause=error.cause, fix=error.fix) from None
+    except ValueError as error:
+        right = nearest(str(value), option.choices) or option.type.example or option.default
+        raise ConfigError(
+            "HP304",
+            f"{_where(option, origin)} cannot be {value!r}",
+            cause=str(error),
+            fix=_written(option, right, origin),
+        ) from None
+
+
+def _where(option: Option, origin: str) -> str:
+    """``--workers``, ``HOTPORT_WORKERS`` or ``workers in hotport.toml``."""
+    if origin in {option.env, option.flag}:
+        return origin
+    return option.key if origin in {_DEFAULT, _ARGUMENT} else f"{option.key} in {origin}"
+
+
+def _written(option: Option, right: object, origin: str) -> str:
+    """How to write a right value in the place where the wrong one stood."""
+    if origin in {option.env, option.flag}:
+        text = _toml(right).strip('"') if right not in (None, []) else option.metavar
+        return f"{origin}={text}" if origin == option.env else f"{origin} {text}"
+    return f"{option.key} = {_toml(right) if right is not None else _toml(option.metavar)}"
+
+
+_OF_OUR_WORKERS: Final = ("factory", "kind", "lifespan", "max_requests", "tls_cert", "tls_key")
+"""A foreign program serves, and counts, by itself."""
+
+
+def _check(loaded: Loaded, *, needs_program: bool) -> None:
+    options = loaded.options
+    if options.name is not None and not NAME.fullmatch(options.name):
+        raise ConfigError(
+            "HP307",
+            f"{_where(_BY_KEY['name'], loaded.origins['name'])} cannot be {options.name!r}",
+            cause=f"a name has up to {NAME_CHARS_MAX} of A-Z a-z 0-9 . _ - and begins with none of . -",
+            fix=f"--name {as_name(options.name)}",
+        )
+    if options.target is None and not options.command and needs_program:
+        cause = "neither a target nor a command was given"
+        raise ConfigError("HP306", "there is nothing to serve", cause=cause, fix="hotport serve app:app")
+    for key, relation, other, cause, fix in _clashes(options):
+        one, two = (_where(_BY_KEY[name], loaded.origins[name]) for name in (key, other))
+        raise ConfigError("HP305", f"{one} cannot be used {relation} {two}", cause=cause, fix=fix)
+
+
+def _clashes(options: Options) -> Iterable[tuple[str, str, str, str, str]]:
+    """One option, ``with`` or ``without``, another option; why, and what to do."""
+    if options.command:
+        if options.target is not None:
+            cause = "a service is an application or a command"
+            yield "target", "with", "command", cause, "hotport serve -- COMMAND"
+        for key in _OF_OUR_WORKERS:
+            if getattr(options, key) != getattr(_DEFAULTS, key):
+                yield key, "with", "command", "only hotport's own workers know it", f"remove {key}"
+    elif options.ready == "exec":
+        cause = "only a command can be ready without saying so"
+        yield "ready", "without", "command", cause, "hotport serve --ready exec -- COMMAND"
+    if options.tls_key is not None and options.tls_cert is None:
+        cause = "a key is of no use without its certificate"
+        yield "tls_key", "without", "tls_cert", cause, f"--tls-cert FILE --tls-key {options.tls_key}"
+    if options.max_requests_jitter and not options.max_requests:
+        cause = "there is no number of requests to add it to"
+        yield "max_requests_jitter", "without", "max_requests", cause, "--max-requests 10000"
+    if options.watch_path and not options.watch:
+        yield "watch_path", "without", "watch", "nothing is watched", "--watch"
+    if any(isinstance(parse_address(text), UdpAddress) for text in options.bind):
+        if options.kind in {"asgi", "stream"}:
+            cause = f"{options.kind} needs connections, and UDP has none"
+            yield "bind", "with", "kind", cause, "--kind protocol, or --bind with a tcp:// address"
+        if options.tls_cert is not None:
+            yield "bind", "with", "tls_cert", "TLS needs connections, and UDP has none", "--bind :8443"
+
+
+class Row(NamedTuple):
+    """One line of ``--show-config``; `value` is written as in TOML, and empty if there is none."""
+
+    key: str
+    value: str
+    origin: str
+
+
+def rows(loaded: Loaded) -> tuple[Row, ...]:
+    """Each effective value and where it came from, in the order of `OPTIONS`."""
+
+    def value(option: Option) -> str:
+        found = getattr(loaded.options, option.field)
+        return "" if found is None else _toml(option.type.to_native(found))
+
+    return tuple(Row(option.key, value(option), loaded.origins[option.key]) for option in OPTIONS)
+
+
+def show(loaded: Loaded) -> str:
+    """The rows as aligned text that is itself a ``hotport.toml``."""
+    table = rows(loaded)
+    name_width = max(len(row.key) for row in table)
+    value_width = max(len(row.value) for row in table)
+    return "\n".join(
+        f"{row.key:{name_width}} = {row.value:{value_width}}  # {row.origin}"
+        if row.value
+        else f"# {row.key} is not set"
+        for row in table
+    )
+
+
+def _toml(value: object) -> str:
+    """A TOML value; JSON is one but for DEL, which TOML wants escaped."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
