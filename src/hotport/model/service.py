@@ -1,0 +1,792 @@
+"""What a service does next: one pure function over everything that can happen to it.
+
+``step(service, event)`` returns the service that follows and the effects that the supervisor has to carry out,
+in order. Nothing here knows a clock, a process or a socket: a timer is an effect, and its end an event.
+
+A restart is a *batch* of new workers that take over from a batch of old ones. In the default mode one batch
+holds all of them; a phased restart is a series of batches of one. For each batch::
+
+    STARTING    spawn the new ones, wait until every one has said READY=1
+    OPENING     tell them to accept, wait until every one has acknowledged     <- the commit
+    QUIESCING   tell the old ones to stop accepting, wait for the acknowledgements
+    SETTLING    watch the new ones for a moment; the old ones can still be taken back
+    (done)      drain the old ones; only this has no inverse
+
+Before that last line anything that goes wrong with a new worker aborts the restart by the inverses in
+`INVERSE`, and the old generation serves on.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Final
+
+from hotport.model.lifecycle import CURRENT, TRANSITIONS, Event, Phase, advance
+
+__all__ = [
+    "BACKOFF_MAX_S",
+    "GENERATIONS_DRAINING_MAX",
+    "INVERSE",
+    "Effect",
+    "Input",
+    "Restart",
+    "Service",
+    "Step",
+    "Worker",
+    "step",
+]
+
+BACKOFF_FIRST_S: Final = 0.5
+BACKOFF_MAX_S: Final = 30.0
+
+#: A restart is refused while this many older generations still drain: each of them holds memory.
+GENERATIONS_DRAINING_MAX: Final = 8
+
+
+# -- state --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One worker process.
+
+    Attributes:
+        id: Numbered from 1 over the life of the service, never reused.
+        replaces: The worker that is drained as soon as this one serves, if it was started for that.
+        is_expired: It has served long enough (``max_requests`` and the like) and waits for its replacement.
+    """
+
+    id: int
+    generation: int
+    phase: Phase = Phase.STARTING
+    replaces: int | None = None
+    is_expired: bool = False
+
+
+class Step(enum.Enum):
+    """How far the current batch of a restart has come."""
+
+    STARTING = "starting"
+    OPENING = "opening"
+    QUIESCING = "quiescing"
+    SETTLING = "settling"
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """A restart in progress.
+
+    Attributes:
+        new: Workers of the current batch.
+        old: Workers that the current batch replaces; filled in when it commits.
+        remaining: New workers still to be started after this batch.
+    """
+
+    generation: int
+    previous: int
+    step: Step
+    new: frozenset[int]
+    old: frozenset[int] = frozenset()
+    remaining: int = 0
+    is_phased: bool = False
+
+
+class Stopping(enum.Enum):
+    """Whether the service is ending, and how."""
+
+    NO = "no"
+    GRACEFULLY = "gracefully"
+    NOW = "now"
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """Everything that decisions are made from.
+
+    Attributes:
+        wanted: How many workers should serve.
+        generation: The newest generation that has committed; 0 before the first.
+        generations: How many generation numbers have been given out.
+        failures: Workers lost in a row without a quiet spell between them.
+        is_backing_off: No replacement is started before the back-off timer ends.
+    """
+
+    wanted: int
+    generation: int = 0
+    generations: int = 0
+    spawned: int = 0
+    workers: Mapping[int, Worker] = field(default_factory=lambda: MappingProxyType({}))
+    restart: Restart | None = None
+    stopping: Stopping = Stopping.NO
+    failures: int = 0
+    is_backing_off: bool = False
+
+    def ids(self, *phases: Phase) -> tuple[int, ...]:
+        """Workers in one of `phases`, oldest first."""
+        return tuple(w.id for w in self.workers.values() if w.phase in phases)
+
+    @property
+    def current(self) -> tuple[Worker, ...]:
+        """Workers that serve or are on their way to it."""
+        return tuple(w for w in self.workers.values() if w.phase in CURRENT)
+
+    @property
+    def draining_generations(self) -> int:
+        """How many generations have nothing left but leaving workers."""
+        current = {w.generation for w in self.current}
+        return len({w.generation for w in self.workers.values()} - current)
+
+
+# -- events -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """Start the first generation."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRestart:
+    """Somebody asks for a restart; `request` is given back with the answer.
+
+    Attributes:
+        wanted: The number of workers from this restart on; None keeps it.
+    """
+
+    request: int
+    is_phased: bool = False
+    wanted: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestScale:
+    """Somebody asks for another number of workers."""
+
+    request: int
+    wanted: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStop:
+    """End the service; a second request, or `now`, ends it without waiting for connections."""
+
+    now: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A worker said something (one of the facts in `Event` but ``EXITED``)."""
+
+    worker: int
+    event: Event
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """A worker is gone and has been reaped, or could not be started at all."""
+
+    worker: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """A worker has served long enough and should be replaced."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class MoreTime:
+    """A worker asked for `seconds` from now (``EXTEND_TIMEOUT_USEC``, sd_notify(3))."""
+
+    worker: int
+    seconds: float
+
+
+class Clock(enum.Enum):
+    """The kinds of timer; all but the last four belong to one worker."""
+
+    READY = "ready"
+    OPEN = "open"
+    DRAIN = "drain"
+    KILL = "kill"
+    QUIESCE = "quiesce"
+    SETTLE = "settle"
+    BACKOFF = "backoff"
+    STABLE = "stable"
+
+
+@dataclass(frozen=True, slots=True)
+class Timer:
+    """One timer; starting it again replaces it."""
+
+    clock: Clock
+    worker: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Elapsed:
+    """A timer has ended. One that nobody waits for any more changes nothing."""
+
+    timer: Timer
+
+
+Input = Boot | RequestRestart | RequestScale | RequestStop | Said | Exited | Expired | MoreTime | Elapsed
+
+
+# -- effects ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    """Start a worker."""
+
+    worker: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Tell a worker to accept."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Quiesce:
+    """Tell a worker to stop accepting and to keep its connections."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Tell a worker to finish its connections and leave; `is_last` if nobody will serve after it."""
+
+    worker: int
+    is_last: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Terminate:
+    """Send a worker SIGTERM."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """Send a worker's process group SIGKILL."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class StartTimer:
+    """Start a timer; without `seconds` it lasts as long as the options say for its clock."""
+
+    timer: Timer
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StopTimer:
+    """Forget a timer."""
+
+    timer: Timer
+
+
+@dataclass(frozen=True, slots=True)
+class CloseListeners:
+    """Give up the supervisor's own listeners: the service is ending."""
+
+
+class Refusal(enum.Enum):
+    """Why a request is not carried out."""
+
+    IN_PROGRESS = "a restart is in progress"
+    STARTING = "the service is still starting"
+    STOPPING = "the service is stopping"
+    TOO_MANY_DRAINING = "too many older generations are still draining"
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Answer a request with a refusal; `generation` is the restart in progress, if there is one."""
+
+    request: int
+    why: Refusal
+    generation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """Answer a request: it is being carried out."""
+
+    request: int
+    generation: int = 0
+
+
+class News(enum.Enum):
+    """What is told to operators, logs and reports."""
+
+    STARTED = "service.started"
+    RESTART_BEGAN = "restart.began"
+    READY = "restart.ready"
+    COMMITTED = "restart.committed"
+    QUIESCED = "restart.quiesced"
+    DRAINING = "restart.draining"
+    DONE = "restart.done"
+    ABORTED = "restart.aborted"
+    WORKER_LOST = "worker.lost"
+    WORKER_RETIRED = "worker.retired"
+    BACKING_OFF = "worker.backing_off"
+    STOPPING = "service.stopping"
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Something worth telling has happened."""
+
+    news: News
+    generation: int = 0
+    worker: int = 0
+    why: str = ""
+    workers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The supervisor may leave; `has_failed` if the service never served."""
+
+    has_failed: bool = False
+
+
+Effect = (
+    Spawn
+    | Open
+    | Quiesce
+    | Drain
+    | Terminate
+    | Kill
+    | StartTimer
+    | StopTimer
+    | CloseListeners
+    | Refuse
+    | Accept
+    | Announce
+    | Finish
+)
+
+#: Every effect before the point of no return, and what takes it back.
+INVERSE: Final[Mapping[type[Effect], type[Effect]]] = {
+    Spawn: Terminate,
+    Open: Drain,
+    Quiesce: Open,
+}
+
+
+# -- decisions ----------------------------------------------------------------------------------------------
+
+
+class _Draft:
+    """A service being changed: the one place where values are replaced and effects are listed."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.effects: list[Effect] = []
+
+    def set(self, **changes: object) -> None:
+        self.service = replace(self.service, **changes)  # type: ignore[arg-type]
+
+    def emit(self, *effects: Effect) -> None:
+        self.effects.extend(effects)
+
+    def put(self, worker: Worker) -> None:
+        self.set(workers=MappingProxyType({**self.service.workers, worker.id: worker}))
+
+    def remove(self, worker: int) -> None:
+        left = {i: w for i, w in self.service.workers.items() if i != worker}
+        self.set(workers=MappingProxyType(left))
+
+    def move(self, worker: int, event: Event) -> Phase:
+        before = self.service.workers[worker]
+        phase = advance(before.phase, event)
+        self.put(replace(before, phase=phase))
+        return phase
+
+    # what may be done to one worker: the decision, its effect, and the timer that bounds the answer
+
+    def spawn(self, generation: int, *, replaces: int | None = None) -> int:
+        worker = self.service.spawned + 1
+        self.set(spawned=worker)
+        self.put(Worker(worker, generation, replaces=replaces))
+        self.emit(Spawn(worker, generation), StartTimer(Timer(Clock.READY, worker)))
+        return worker
+
+    def open(self, worker: int) -> None:
+        self.move(worker, Event.OPEN)
+        self.emit(Open(worker), StartTimer(Timer(Clock.OPEN, worker)))
+
+    def quiesce(self, worker: int) -> None:
+        self.move(worker, Event.QUIESCE)
+        self.emit(Quiesce(worker))
+
+    def drain(self, worker: int, *, is_last: bool = False) -> None:
+        self.move(worker, Event.DRAIN)
+        self.emit(Drain(worker, is_last), StartTimer(Timer(Clock.DRAIN, worker)))
+
+    def terminate(self, worker: int) -> None:
+        self.move(worker, Event.TERMINATE)
+        self.emit(Terminate(worker), StartTimer(Timer(Clock.KILL, worker)))
+
+    def release(self, worker: int, *, is_last: bool = False) -> None:
+        """Let a worker go in the kindest way that its phase allows; one that is going is left alone."""
+        phase = self.service.workers[worker].phase
+        if (phase, Event.DRAIN) in TRANSITIONS:
+            self.drain(worker, is_last=is_last)
+        elif phase in CURRENT:
+            self.terminate(worker)
+
+
+def step(service: Service, event: Input) -> tuple[Service, tuple[Effect, ...]]:
+    """What follows from `event`: the new state and the effects to carry out, in order."""
+    draft = _Draft(service)
+    match event:
+        case Boot():
+            _boot(draft)
+        case RequestRestart():
+            _request_restart(draft, event)
+        case RequestScale():
+            _request_scale(draft, event)
+        case RequestStop():
+            _request_stop(draft, now=event.now)
+        case Said():
+            _said(draft, event)
+        case Exited():
+            _exited(draft, event)
+        case Expired():
+            _expired(draft, event.worker)
+        case MoreTime():
+            _more_time(draft, event)
+        case Elapsed():
+            _elapsed(draft, event.timer)
+    _go_on(draft)
+    return draft.service, tuple(draft.effects)
+
+
+def _boot(draft: _Draft) -> None:
+    draft.set(generations=1)
+    for _ in range(draft.service.wanted):
+        draft.spawn(1)
+
+
+def _request_restart(draft: _Draft, event: RequestRestart) -> None:
+    service = draft.service
+    if (refusal := _refusal(service)) is not None:
+        generation = service.restart.generation if service.restart else 0
+        draft.emit(Refuse(event.request, refusal, generation))
+        return
+    if service.draining_generations >= GENERATIONS_DRAINING_MAX:
+        draft.emit(Refuse(event.request, Refusal.TOO_MANY_DRAINING))
+        return
+    generation = service.generations + 1
+    wanted = service.wanted if event.wanted is None else event.wanted
+    draft.set(generations=generation, wanted=wanted)
+    draft.emit(Accept(event.request, generation), Announce(News.RESTART_BEGAN, generation=generation))
+    _begin_batch(
+        draft,
+        Restart(
+            generation,
+            service.generation,
+            Step.STARTING,
+            new=frozenset(),
+            remaining=wanted,
+            is_phased=event.is_phased,
+        ),
+    )
+
+
+def _request_scale(draft: _Draft, event: RequestScale) -> None:
+    service = draft.service
+    if (refusal := _refusal(service)) is not None:
+        generation = service.restart.generation if service.restart else 0
+        draft.emit(Refuse(event.request, refusal, generation))
+        return
+    draft.set(wanted=event.wanted)
+    draft.emit(Accept(event.request, service.generation))
+
+
+def _refusal(service: Service) -> Refusal | None:
+    if service.stopping is not Stopping.NO:
+        return Refusal.STOPPING
+    if service.restart is not None:
+        return Refusal.IN_PROGRESS
+    if service.generation == 0:
+        return Refusal.STARTING
+    return None
+
+
+def _request_stop(draft: _Draft, *, now: bool) -> None:
+    service = draft.service
+    if now or service.stopping is not Stopping.NO:
+        draft.set(stopping=Stopping.NOW)
+    else:
+        draft.set(stopping=Stopping.GRACEFULLY)
+    if service.stopping is Stopping.NO:
+        draft.emit(Announce(News.STOPPING), CloseListeners())
+        if service.restart is not None:
+            _announce_abort(draft, "the service is stopping")
+            draft.set(restart=None)
+    for worker in service.workers:
+        if now or service.stopping is not Stopping.NO:
+            draft.emit(Kill(worker))
+        else:
+            draft.release(worker, is_last=True)
+
+
+def _said(draft: _Draft, event: Said) -> None:
+    worker = draft.service.workers.get(event.worker)
+    if worker is None or (worker.phase, event.event) not in TRANSITIONS:
+        return  # a foreign program may say what it likes, when it likes
+    before = worker.phase
+    phase = draft.move(worker.id, event.event)
+    if phase is before:
+        return
+    match phase:
+        case Phase.READY:
+            draft.emit(StopTimer(Timer(Clock.READY, worker.id)))
+            if draft.service.restart is None or worker.id not in draft.service.restart.new:
+                draft.open(worker.id)
+        case Phase.SERVING:
+            draft.emit(StopTimer(Timer(Clock.OPEN, worker.id)), StartTimer(Timer(Clock.STABLE)))
+            if draft.service.generation == 0:
+                draft.set(generation=worker.generation)
+                draft.emit(Announce(News.STARTED, generation=worker.generation))
+        case Phase.DRAINING:
+            draft.emit(StartTimer(Timer(Clock.DRAIN, worker.id)))
+        case Phase.STOPPING:
+            draft.emit(StartTimer(Timer(Clock.KILL, worker.id)))
+    if phase in (Phase.DRAINING, Phase.STOPPING):
+        _lost(draft, worker, "left by itself")
+
+
+def _exited(draft: _Draft, event: Exited) -> None:
+    worker = draft.service.workers.get(event.worker)
+    if worker is None:
+        return
+    draft.move(worker.id, Event.EXITED)
+    draft.remove(worker.id)
+    for clock in (Clock.READY, Clock.OPEN, Clock.DRAIN, Clock.KILL):
+        draft.emit(StopTimer(Timer(clock, worker.id)))
+    if worker.phase in CURRENT:
+        _lost(draft, worker, event.why)
+    draft.emit(Announce(News.WORKER_RETIRED, generation=worker.generation, worker=worker.id, why=event.why))
+
+
+def _lost(draft: _Draft, worker: Worker, why: str) -> None:
+    """A worker that was wanted is leaving or gone."""
+    draft.emit(Announce(News.WORKER_LOST, generation=worker.generation, worker=worker.id, why=why))
+    restart = draft.service.restart
+    if restart is not None and worker.id in restart.new:
+        _abort(draft, f"worker {worker.id} {why}", worker.id)
+        return
+    if draft.service.stopping is not Stopping.NO:
+        return
+    failures = draft.service.failures + 1
+    draft.set(failures=failures)
+    if failures > 1:  # the first one is replaced at once
+        seconds = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** min(failures - 2, 16))
+        draft.set(is_backing_off=True)
+        draft.emit(
+            Announce(News.BACKING_OFF, why=f"{seconds:g} s"),
+            StartTimer(Timer(Clock.BACKOFF), seconds),
+        )
+
+
+def _expired(draft: _Draft, worker: int) -> None:
+    if worker in draft.service.workers:
+        draft.put(replace(draft.service.workers[worker], is_expired=True))
+
+
+def _more_time(draft: _Draft, event: MoreTime) -> None:
+    worker = draft.service.workers.get(event.worker)
+    if worker is not None and worker.phase is Phase.STARTING:
+        draft.emit(StartTimer(Timer(Clock.READY, worker.id), event.seconds))
+    elif worker is not None and worker.phase is Phase.DRAINING:
+        draft.emit(StartTimer(Timer(Clock.DRAIN, worker.id), event.seconds))
+
+
+def _elapsed(draft: _Draft, timer: Timer) -> None:
+    service, restart = draft.service, draft.service.restart
+    worker = service.workers.get(timer.worker)
+    match timer.clock, worker.phase if worker else None:
+        case (Clock.READY, Phase.STARTING) | (Clock.OPEN, Phase.OPENING):
+            assert worker is not None
+            word = "READY=1" if timer.clock is Clock.READY else "that it accepts"
+            why = f"did not say {word} in time"
+            draft.release(worker.id)
+            _lost(draft, worker, why)
+        case Clock.DRAIN, Phase.DRAINING:
+            draft.terminate(timer.worker)
+        case Clock.KILL, Phase.STOPPING:
+            draft.emit(Kill(timer.worker))
+        case Clock.QUIESCE, _ if restart is not None and restart.step is Step.QUIESCING:
+            _settle(draft, restart)  # one that cannot even answer is drained as it is
+        case Clock.SETTLE, _ if restart is not None and restart.step is Step.SETTLING:
+            _finish_batch(draft, restart)
+        case Clock.BACKOFF, _:
+            draft.set(is_backing_off=False)
+        case Clock.STABLE, _:
+            draft.set(failures=0)
+
+
+# -- the restart --------------------------------------------------------------------------------------------
+
+
+def _begin_batch(draft: _Draft, restart: Restart) -> None:
+    size = 1 if restart.is_phased else restart.remaining
+    new = frozenset(draft.spawn(restart.generation) for _ in range(size))
+    draft.set(
+        restart=replace(
+            restart,
+            step=Step.STARTING,
+            new=new,
+            old=frozenset(),
+            remaining=restart.remaining - size,
+        )
+    )
+
+
+def _abort(draft: _Draft, why: str, culprit: int = 0) -> None:
+    """Take back what the current batch has done: the old ones accept again, the new ones go."""
+    restart = draft.service.restart
+    assert restart is not None
+    for worker in restart.old & draft.service.workers.keys():
+        if draft.service.workers[worker].phase in (Phase.QUIESCING, Phase.QUIESCED):
+            draft.open(worker)
+    for worker in restart.new & draft.service.workers.keys():
+        draft.release(worker)
+    _announce_abort(draft, why, culprit)
+    draft.set(restart=None)
+
+
+def _announce_abort(draft: _Draft, why: str, culprit: int = 0) -> None:
+    restart = draft.service.restart
+    assert restart is not None
+    draft.emit(
+        StopTimer(Timer(Clock.QUIESCE)),
+        StopTimer(Timer(Clock.SETTLE)),
+        Announce(
+            News.ABORTED,
+            generation=restart.generation,
+            worker=culprit,
+            why=why,
+            workers=tuple(sorted(restart.new)),
+        ),
+    )
+
+
+def _go_on(draft: _Draft) -> None:
+    """Whatever has become possible by the last event."""
+    service = draft.service
+    if not service.workers and (service.generation == 0 or service.stopping is not Stopping.NO):
+        draft.emit(Finish(has_failed=service.stopping is Stopping.NO))
+        return
+    if service.restart is not None:
+        _go_on_restarting(draft, service.restart)
+    if draft.service.restart is None:
+        _go_on_maintaining(draft)
+
+
+def _go_on_restarting(draft: _Draft, restart: Restart) -> None:
+    phases = {draft.service.workers[i].phase for i in restart.new}
+    match restart.step:
+        case Step.STARTING if phases == {Phase.READY}:
+            draft.emit(Announce(News.READY, generation=restart.generation))
+            for worker in sorted(restart.new):
+                draft.open(worker)
+            draft.set(restart=replace(restart, step=Step.OPENING))
+        case Step.OPENING if phases == {Phase.SERVING}:
+            _commit(draft, restart)
+        case Step.QUIESCING:
+            old = {draft.service.workers[i].phase for i in _alive(draft, restart.old)}
+            if Phase.QUIESCING not in old:
+                _settle(draft, restart)
+        case _:
+            pass
+
+
+def _alive(draft: _Draft, workers: Iterable[int]) -> list[int]:
+    return sorted(i for i in workers if i in draft.service.workers)
+
+
+def _commit(draft: _Draft, restart: Restart) -> None:
+    draft.set(generation=restart.generation, failures=0, is_backing_off=False)
+    draft.emit(StopTimer(Timer(Clock.BACKOFF)), Announce(News.COMMITTED, generation=restart.generation))
+    old = [w for w in draft.service.current if w.generation != restart.generation]
+    if restart.remaining:  # a phased restart takes the oldest, one for one
+        old = old[: len(restart.new)]
+    for worker in old:
+        if worker.phase in (Phase.STARTING, Phase.READY):
+            draft.terminate(worker.id)
+        elif worker.phase is Phase.SERVING:
+            draft.quiesce(worker.id)
+    draft.emit(StartTimer(Timer(Clock.QUIESCE)))
+    draft.set(restart=replace(restart, step=Step.QUIESCING, old=frozenset(w.id for w in old)))
+    next_restart = draft.service.restart
+    assert next_restart is not None
+    _go_on_restarting(draft, next_restart)
+
+
+def _settle(draft: _Draft, restart: Restart) -> None:
+    draft.emit(
+        StopTimer(Timer(Clock.QUIESCE)),
+        Announce(News.QUIESCED, generation=restart.generation),
+        StartTimer(Timer(Clock.SETTLE)),
+    )
+    draft.set(restart=replace(restart, step=Step.SETTLING))
+
+
+def _finish_batch(draft: _Draft, restart: Restart) -> None:
+    old = _alive(draft, restart.old)
+    draft.emit(Announce(News.DRAINING, generation=restart.generation, workers=tuple(old)))
+    for worker in old:
+        draft.release(worker)
+    if restart.remaining:
+        _begin_batch(draft, restart)
+        return
+    draft.set(restart=None)
+    draft.emit(Announce(News.DONE, generation=restart.generation))
+
+
+# -- between restarts ---------------------------------------------------------------------------------------
+
+
+def _go_on_maintaining(draft: _Draft) -> None:
+    """Keep as many workers as are wanted; replace one that has expired, start first, one at a time."""
+    service = draft.service
+    if service.stopping is not Stopping.NO or service.generation == 0:
+        return
+    for worker in service.current:  # a replacement that serves relieves the one it was started for
+        if worker.phase is Phase.SERVING and worker.replaces is not None:
+            if worker.replaces in service.workers:
+                draft.release(worker.replaces)
+            draft.put(replace(worker, replaces=None))
+    current = draft.service.current
+    relieving = [w for w in current if w.replaces in {c.id for c in current}]
+    have = len(current) - len(relieving)
+    surplus = max(0, have - service.wanted)
+    for worker in sorted(current, key=lambda w: (not w.is_expired, -w.id))[:surplus]:
+        draft.release(worker.id)
+    if service.is_backing_off:
+        return
+    for _ in range(service.wanted - have):
+        draft.spawn(service.generation)
+    expired = [w for w in current if w.is_expired and w.phase is Phase.SERVING]
+    if expired and not relieving and have == service.wanted:
+        draft.spawn(service.generation, replaces=expired[0].id)

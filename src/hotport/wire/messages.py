@@ -1,0 +1,265 @@
+"""Control messages, as they travel in frames (`hotport.wire.frames`).
+
+Three conversations use them. The supervisor connects to a worker's control socket and gives orders; the worker
+answers with what has become true. A command connects to the supervisor's control socket, sends one request, and
+reads progress until the conversation ends with a `Report`, a `Status`, a `Done` or a `Failure`.
+
+Each conversation has a closed set of messages; anything else is refused by name. Unknown fields are ignored, so a
+newer side may say more than an older one understands.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from hotport.errors import ControlError
+from hotport.options import Options
+
+__all__ = ["PROTOCOL", "decode", "encode"]
+
+#: Grows when a message changes its meaning.
+PROTOCOL: Final = 1
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker is told at its start, as JSON in ``HOTPORT_WORKER``."""
+
+    service: str
+    directory: str
+    generation: int
+    worker: int
+    options: Options
+
+
+# -- supervisor -> worker -----------------------------------------------------------------------------------
+
+
+class AcceptOrder(msgspec.Struct, frozen=True, kw_only=True, tag="accept"):
+    """Accept connections, for the first time or again."""
+
+
+class QuiesceOrder(msgspec.Struct, frozen=True, kw_only=True, tag="quiesce"):
+    """Stop accepting; keep every connection."""
+
+
+class DrainOrder(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
+    """Finish the connections within `timeout_s` and leave; if `is_last`, empty the accept queue first."""
+
+    timeout_s: float
+    is_last: bool = False
+
+
+class InspectOrder(msgspec.Struct, frozen=True, kw_only=True, tag="inspect"):
+    """Say how you are."""
+
+
+Order = AcceptOrder | QuiesceOrder | DrainOrder | InspectOrder
+
+
+# -- worker -> supervisor -----------------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
+    """The first word on every connection to a worker."""
+
+    protocol: int = PROTOCOL
+    pid: int
+    service: str
+    generation: int
+    worker: int
+
+
+class Accepting(msgspec.Struct, frozen=True, kw_only=True, tag="accepting"):
+    """Connections are being accepted since `at_s` (CLOCK_MONOTONIC, seconds)."""
+
+    at_s: float
+
+
+class Quiesced(msgspec.Struct, frozen=True, kw_only=True, tag="quiesced"):
+    """No connection is accepted since `at_s` (CLOCK_MONOTONIC, seconds)."""
+
+    at_s: float
+
+
+class Expired(msgspec.Struct, frozen=True, kw_only=True, tag="expired"):
+    """This worker has served long enough."""
+
+    why: str
+
+
+class Drained(msgspec.Struct, frozen=True, kw_only=True, tag="drained"):
+    """Every connection has ended; how many in which way, counted since draining began."""
+
+    fates: dict[str, int]
+
+
+class Inspection(msgspec.Struct, frozen=True, kw_only=True, tag="inspection"):
+    """How a worker is."""
+
+    connections: int
+    accepted: int
+    requests: int
+    rss_bytes: int
+    descriptors: int
+
+
+Word = Hello | Accepting | Quiesced | Expired | Drained | Inspection
+
+
+# -- command -> supervisor ----------------------------------------------------------------------------------
+
+
+class RestartRequest(msgspec.Struct, frozen=True, kw_only=True, tag="restart"):
+    """Restart; `phased` overrides the service's own option."""
+
+    phased: bool | None = None
+
+
+class StatusRequest(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
+    """Describe the service."""
+
+
+class StopRequest(msgspec.Struct, frozen=True, kw_only=True, tag="stop"):
+    """End the service, at once or after draining."""
+
+    now: bool = False
+
+
+class ScaleRequest(msgspec.Struct, frozen=True, kw_only=True, tag="scale"):
+    """Run `workers` workers from now on."""
+
+    workers: int
+
+
+Request = RestartRequest | StatusRequest | StopRequest | ScaleRequest
+
+
+# -- supervisor -> command ----------------------------------------------------------------------------------
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
+    """Something has happened on the way; `ms` since the request was taken up."""
+
+    event: str
+    ms: float
+    generation: int = 0
+    worker: int = 0
+    detail: str = ""
+
+
+class PhaseTime(msgspec.Struct, frozen=True, kw_only=True):
+    """When a restart reached a phase, in milliseconds from its request."""
+
+    name: str
+    ms: float
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
+    """One restart, whole.
+
+    Attributes:
+        outcome: ``"done"`` or ``"aborted"``.
+        serving: The generation that serves now.
+        error: Why it was aborted, in the failed worker's own words where it left any.
+        accept_gap_ms: How long no worker accepted; 0 if the generations overlapped. Connections made in it wait
+            in the accept queue, they are not refused.
+        connections: The old generation's connections at the commit and after it, by fate.
+        queue_overflows: What the kernel counted meanwhile (``/proc/net/netstat``, whole network namespace).
+    """
+
+    service: str
+    generation: int
+    previous: int
+    outcome: str
+    serving: int
+    error: str = ""
+    is_phased: bool = False
+    began_at: str = ""
+    phases: tuple[PhaseTime, ...] = ()
+    accept_gap_ms: float = 0.0
+    connections: dict[str, int] = {}
+    queue_overflows: dict[str, int] = {}
+
+
+class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker, as the supervisor sees it."""
+
+    worker: int
+    generation: int
+    pid: int
+    phase: str
+    age_s: float
+    status: str = ""
+    connections: int | None = None
+    accepted: int | None = None
+    requests: int | None = None
+    rss_bytes: int | None = None
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
+    """The service as it is."""
+
+    service: str
+    pid: int
+    version: str
+    generation: int
+    wanted: int
+    restarting: int
+    addresses: tuple[str, ...]
+    target: str
+    age_s: float
+    rss_bytes: int
+    workers: tuple[WorkerStatus, ...]
+    last_restart: Report | None = None
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
+    """The request was carried out."""
+
+    detail: str = ""
+    exit_code: int = 0
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True, tag="failure"):
+    """The request was refused or failed: an error's fields."""
+
+    code: str
+    what: str
+    cause: str
+    fix: str
+    exit_code: int
+
+
+Reply = Progress | Report | Status | Done | Failure
+
+T = TypeVar("T")
+
+_encoder = msgspec.json.Encoder()
+_decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """One message as JSON."""
+    return _encoder.encode(message)
+
+
+def decode(payload: bytes, kind: Any) -> Any:
+    """Decode one message of the closed set `kind`, for example ``Order``.
+
+    Raises:
+        ControlError: It is not JSON, not one of the set, or a field has the wrong type (HP602).
+    """
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.json.Decoder(kind)
+    try:
+        return decoder.decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ControlError(
+            "HP602",
+            "cannot understand a control message",
+            cause=f"{error}; it begins {payload[:60]!r}",
+            fix="use the same hotport version on both sides of a control socket",
+        ) from None

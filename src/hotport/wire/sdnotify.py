@@ -1,0 +1,133 @@
+"""Notifications: what a program says about itself on ``NOTIFY_SOCKET``, one datagram at a time.
+
+Newline-separated ``KEY=value``; unknown keys are for somebody else and are ignored, so are values that make
+no sense. One key is ours: ``X_HOTPORT_ERROR`` says why a worker cannot start. Its lines must survive a
+protocol of lines, so the value is a JSON string; plain text, as a shell script sends it, is taken as it is.
+Sources: sd_notify(3), well-known assignments.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["NOTIFICATION_BYTES_MAX", "Notification", "encode_notification"]
+
+NOTIFICATION_BYTES_MAX: Final = 64 << 10
+"""The longest datagram that is sent or read; a traceback fits, and the kernel queues several."""
+
+_STATUS_CHARS_MAX: Final = 1000
+_USEC_PER_S: Final = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Notification:
+    """What one datagram says; a field that it does not mention keeps its default.
+
+    Attributes:
+        ready: Initialised; or, after `reloading`, finished with it.
+        stopping: Has begun to leave.
+        reloading: Reads its configuration again; `monotonic_s` says since when.
+        status: One line for people.
+        errno: Why it failed, as an errno.
+        extend_timeout_s: Seconds from now within which the next message comes.
+        watchdog: Alive.
+        main_pid: The process to watch from now on.
+        monotonic_s: Seconds on CLOCK_MONOTONIC when the message was made.
+        error: Why a worker cannot start, with all its lines.
+    """
+
+    ready: bool = False
+    stopping: bool = False
+    reloading: bool = False
+    status: str | None = None
+    errno: int | None = None
+    extend_timeout_s: float | None = None
+    watchdog: bool = False
+    main_pid: int | None = None
+    monotonic_s: float | None = None
+    error: str | None = None
+
+    @classmethod
+    def parse(cls, payload: bytes) -> Notification:
+        """Read a datagram; never fails, the last of several equal keys counts."""
+        text = payload[:NOTIFICATION_BYTES_MAX].decode(errors="replace")
+        said = dict(line.partition("=")[::2] for line in text.split("\n"))
+        return cls(
+            ready=said.get("READY") == "1",
+            stopping=said.get("STOPPING") == "1",
+            reloading=said.get("RELOADING") == "1",
+            status=said.get("STATUS"),
+            errno=_number(said.get("ERRNO")),
+            extend_timeout_s=_seconds(said.get("EXTEND_TIMEOUT_USEC")),
+            watchdog=said.get("WATCHDOG") == "1",
+            main_pid=_number(said.get("MAINPID")) or None,  # pid 0 is nobody
+            monotonic_s=_seconds(said.get("MONOTONIC_USEC")),
+            error=_lines(said.get("X_HOTPORT_ERROR")),
+        )
+
+
+def encode_notification(
+    *,
+    ready: bool = False,
+    stopping: bool = False,
+    reloading: bool = False,
+    status: str | None = None,
+    errno: int | None = None,
+    extend_timeout_s: float | None = None,
+    watchdog: bool = False,
+    main_pid: int | None = None,
+    monotonic_s: float | None = None,
+    error: str | None = None,
+) -> bytes:
+    """Say what is given; the arguments are the attributes of `Notification`.
+
+    Always fits into `NOTIFICATION_BYTES_MAX`: a status becomes one line of at most 1000 characters, and of an
+    error that is too long the end is kept, because there a traceback says what went wrong.
+    """
+    said = {
+        "READY": "1" if ready else None,
+        "STOPPING": "1" if stopping else None,
+        "RELOADING": "1" if reloading else None,
+        "STATUS": None if status is None else " ".join(status.splitlines())[:_STATUS_CHARS_MAX],
+        "ERRNO": errno,
+        "EXTEND_TIMEOUT_USEC": None if extend_timeout_s is None else round(extend_timeout_s * _USEC_PER_S),
+        "WATCHDOG": "1" if watchdog else None,
+        "MAINPID": main_pid,
+        "MONOTONIC_USEC": None if monotonic_s is None else round(monotonic_s * _USEC_PER_S),
+    }
+    lines = [f"{key}={value}" for key, value in said.items() if value is not None]
+    head = "\n".join(lines).encode(errors="backslashreplace")
+    if error is None:
+        return head
+    room = NOTIFICATION_BYTES_MAX - len(head)
+    return b"\n".join(part for part in (head, _encode_error(error, room)) if part)
+
+
+def _encode_error(error: str, room: int) -> bytes:
+    """``X_HOTPORT_ERROR=`` with as much of the end as fits into fewer than `room` bytes."""
+    kept = error[-room:]
+    while len(line := b"X_HOTPORT_ERROR=" + json.dumps(kept).encode()) >= room:
+        kept = "[...] " + kept[len(kept) // 8 + len("[...] ") :]
+    return line
+
+
+def _number(text: str | None) -> int | None:
+    if text is None or not (text.isascii() and text.isdigit() and len(text) <= 20):
+        return None
+    return int(text)
+
+
+def _seconds(text: str | None) -> float | None:
+    usec = _number(text)
+    return None if usec is None else usec / _USEC_PER_S
+
+
+def _lines(text: str | None) -> str | None:
+    if text is None or not text.startswith('"'):
+        return text
+    try:
+        return str(json.loads(text))
+    except ValueError:
+        return text
