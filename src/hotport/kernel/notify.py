@@ -1,0 +1,73 @@
+"""Notification datagrams: who said what, by the kernel's word (sd_notify(3), unix(7))."""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import struct
+from typing import Final
+
+from hotport.wire.sdnotify import NOTIFICATION_BYTES_MAX
+
+__all__ = ["notify", "receive_notification"]
+
+_UCRED: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
+_INT_BYTES: Final = array.array("i").itemsize
+_FDS_MAX: Final = 253  # SCM_MAX_FD
+_CONTROL_BYTES: Final = socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_SPACE(_FDS_MAX * _INT_BYTES)
+
+
+def receive_notification(sock: socket.socket) -> tuple[int, int, bytes] | None:
+    """Take one datagram, if there is one; never blocks.
+
+    Descriptors that come with it (``FDSTORE=1`` is not for us) are closed at once. A datagram longer than
+    `NOTIFICATION_BYTES_MAX` is returned empty: half a message could say the opposite of the whole.
+
+    Args:
+        sock: From `hotport.kernel.sockets.bind_notify`, so that the kernel attaches credentials.
+
+    Returns:
+        The sender's pid and uid, checked by the kernel, and the payload; None when nothing waits. The pid is
+        0 for a process that this pid namespace cannot see.
+
+    Sources: unix(7) SO_PASSCRED, SCM_CREDENTIALS; recvmsg(2) MSG_TRUNC, MSG_CTRUNC, MSG_CMSG_CLOEXEC.
+    """
+    flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+    try:
+        payload, ancillary, answer, _ = sock.recvmsg(NOTIFICATION_BYTES_MAX, _CONTROL_BYTES, flags)
+    except (BlockingIOError, InterruptedError):
+        return None
+    pid, uid = 0, -1
+    for level, kind, data in ancillary:
+        assert level == socket.SOL_SOCKET, "AF_UNIX has no other"
+        if kind == socket.SCM_RIGHTS:
+            fds = array.array("i", data[: len(data) - len(data) % _INT_BYTES])
+            for fd in fds:
+                os.close(fd)
+        elif kind == socket.SCM_CREDENTIALS:
+            pid, uid, _ = _UCRED.unpack(data)
+    return pid, uid, b"" if answer & socket.MSG_TRUNC else payload
+
+
+def notify(path: str, payload: bytes, *, timeout_s: float = 1.0) -> bool:
+    """Send one notification; never raises, because whoever listened may be gone.
+
+    Args:
+        path: What ``NOTIFY_SOCKET`` says: a path, or ``@name`` for an abstract socket.
+        timeout_s: How long to wait while the receiver's queue is full (ten datagrams on many machines).
+
+    Returns:
+        Whether the kernel took it.
+
+    Sources: sd_notify(3), NOTES; unix(7) on abstract addresses; sysctl net.unix.max_dgram_qlen.
+    """
+    address = "\0" + path[1:] if path.startswith("@") else path
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(timeout_s)
+            sock.connect(address)  # an unconnected socket polls writable even when the queue is full
+            sock.send(payload)
+    except (OSError, ValueError):  # ValueError: a path with a NUL
+        return False
+    return True

@@ -1,0 +1,138 @@
+"""Processes: signal, wait, look; one system call each, and nothing raised for what is already gone."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import signal
+from collections.abc import Collection
+from contextlib import suppress
+
+from hotport.kernel import procfs
+
+__all__ = [
+    "describe_exit",
+    "kill_group",
+    "open_descriptors",
+    "raise_descriptor_limit",
+    "reap",
+    "reap_orphans",
+    "rss_bytes",
+    "send_signal",
+]
+
+
+def send_signal(pidfd: int, signum: int) -> bool:
+    """Signal exactly the process that `pidfd` stands for, never one that got its pid later.
+
+    Returns:
+        False if it has been waited for already. A zombie still takes signals, and ignores them.
+
+    Sources: pidfd_send_signal(2).
+    """
+    try:
+        signal.pidfd_send_signal(pidfd, signum)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def kill_group(pgid: int) -> None:
+    """SIGKILL every process of a group; nothing happens if none is left.
+
+    Sources: kill(2); killpg(3).
+    """
+    assert pgid > 1, "0 is our own group, and 1 is everybody"
+    with suppress(ProcessLookupError, PermissionError):  # EPERM: only others' processes are left in it
+        os.killpg(pgid, signal.SIGKILL)
+
+
+def reap(pid: int) -> int | None:
+    """Collect a child that has ended; never blocks.
+
+    Returns:
+        Its exit status, or minus the signal that killed it (as `describe_exit` takes it); None while it runs,
+        and for a process that is not, or no longer, our child: then there is nothing to learn.
+
+    Sources: waitpid(2) WNOHANG.
+    """
+    try:
+        done, status = os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        return None
+    return os.waitstatus_to_exitcode(status) if done else None
+
+
+def reap_orphans(known: Collection[int]) -> list[tuple[int, int]]:
+    """Collect ended children that nobody here started: pid 1 inherits every orphan.
+
+    A child in `known` is left to its owner, and hides no orphan behind it. Call it when SIGCHLD arrives.
+
+    Returns:
+        The pids that were collected, with their exit status or minus their signal.
+
+    Sources: waitid(2) WNOWAIT; proc_pid_stat(5).
+    """
+    try:
+        if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            return []  # the usual answer, before /proc is read
+    except ChildProcessError:
+        return []
+    orphans = [pid for pid in procfs.zombies(os.getpid()) if pid not in known]
+    return [(pid, status) for pid in orphans if (status := reap(pid)) is not None]
+
+
+def describe_exit(status: int | None) -> str:
+    """``exited 3`` or ``killed by SIGKILL``, from what `reap` returned."""
+    if status is None:
+        return "exited, status unknown"
+    if status >= 0:
+        return f"exited {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:  # a real-time signal
+        name = f"signal {-status}"
+    return f"killed by {name}"
+
+
+def rss_bytes(pid: int) -> int:
+    """Resident memory of a process in bytes; 0 when it is gone or a zombie.
+
+    Sources: proc_pid_statm(5), second field, in pages.
+    """
+    try:
+        with open(f"/proc/{pid}/statm", "rb") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def open_descriptors() -> tuple[int, ...]:
+    """Every descriptor that is open in this process, in order.
+
+    Sources: proc_pid_fd(5).
+    """
+    return tuple(sorted(filter(_is_open, map(int, os.listdir("/proc/self/fd")))))
+
+
+def _is_open(fd: int) -> bool:
+    """Not so for the descriptor that listed the directory."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_GETFD)
+    except OSError:
+        return False
+    return True
+
+
+def raise_descriptor_limit() -> int:
+    """Let this process, and those it starts, open as many descriptors as they may.
+
+    Returns:
+        The limit now: the soft limit, made equal to the hard one.
+
+    Sources: getrlimit(2) RLIMIT_NOFILE.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard

@@ -1,0 +1,393 @@
+"""Sockets: bound once, adopted, or replaced; an error says who or what is in the way."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import socket
+import stat
+import struct
+from contextlib import suppress
+from typing import Any, Final
+
+from hotport.address import Address, FdAddress, SystemdAddress, TcpAddress, UdpAddress, UnixAddress
+from hotport.errors import ConfigError, KernelError
+from hotport.kernel import procfs
+from hotport.wire.listenfds import parse_listen_environment
+
+__all__ = [
+    "bind_control",
+    "bind_listener",
+    "bind_notify",
+    "bound_address",
+    "inherited_listener",
+    "peer_credentials",
+    "unlink_if_ours",
+]
+
+_CONTROL_BACKLOG: Final = 64
+_UNIX_PATH_BYTES_MAX: Final = 107  # sun_path is 108 bytes with its NUL
+_UCRED: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
+
+
+def bind_listener(address: Address, *, backlog: int) -> socket.socket:
+    """Make, or adopt, the one socket of an address; from now on it accepts.
+
+    ``listen`` is called exactly once. Whoever calls it again replaces the backlog, and asyncio's
+    ``create_server(sock=...)`` does so with 100 unless it is told otherwise.
+
+    - TCP: SO_REUSEADDR, so that TIME_WAIT does not keep the port; TCP_NODELAY, which accepted sockets inherit
+      on every event loop; an IPv6 address takes IPv6 only, so that ``0.0.0.0`` can stand beside ``[::]``.
+      Of a name with several addresses the first IPv4 one is taken.
+    - UDP: no SO_REUSEADDR, which would let a stranger share the port; nothing to wait for without TIME_WAIT.
+    - A socket file is bound under another name and renamed, so that no client finds it missing; what is found
+      there is replaced only if it is a socket on which nobody listens.
+    - ``fd://`` and ``systemd:`` sockets keep their backlog and options; TCP_NODELAY is added.
+
+    Args:
+        backlog: Length of the accept queue; the kernel caps it at ``net.core.somaxconn``.
+
+    Returns:
+        A non-blocking, close-on-exec socket, that the caller closes.
+
+    Raises:
+        KernelError: If the kernel refuses (HP101); ``errno`` says why, and the cause who.
+        ConfigError: If a host is unknown (HP102), a path is too long or taken by something that is no
+            socket (HP103), a descriptor is no listener (HP104), or systemd passed no or several such
+            sockets (HP105).
+
+    Sources: socket(7) SO_REUSEADDR, SO_ACCEPTCONN; tcp(7); ipv6(7) IPV6_V6ONLY; unix(7); rename(2).
+    """
+    match address:
+        case TcpAddress() | UdpAddress():
+            return _bind_inet(address, backlog)
+        case UnixAddress(path=path) if address.is_abstract:
+            return _bind_abstract(address, path, backlog)
+        case UnixAddress(path=path):
+            return _bind_unix(address, path, backlog)
+        case FdAddress(fd=fd):
+            return _with_nodelay(inherited_listener(fd))
+        case SystemdAddress(name=name):
+            return _with_nodelay(inherited_listener(_systemd_descriptor(name)))
+
+
+def inherited_listener(fd: int) -> socket.socket:
+    """Take over a listening stream or a datagram socket that this process was started with.
+
+    Returns:
+        The socket that owns `fd` from now on: non-blocking and close-on-exec.
+
+    Raises:
+        ConfigError: If `fd` is not open, or is something else (HP104); it is left as it was.
+
+    Sources: socket(7) SO_TYPE, SO_ACCEPTCONN.
+    """
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as error:
+        cause = "it is not open here" if error.errno == errno.EBADF else "it is open, but is not a socket"
+        raise _not_a_listener(fd, cause) from error
+    listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    if not (sock.type == socket.SOCK_STREAM and listening) and sock.type != socket.SOCK_DGRAM:
+        sock.detach()
+        raise _not_a_listener(fd, "it is a socket that does not listen")
+    sock.setblocking(False)
+    sock.set_inheritable(False)
+    return sock
+
+
+def bound_address(address: Address, listener: socket.socket) -> Address:
+    """Where the listener of an address is: port 0 is a number now, ``fd://`` and ``systemd:`` are a place."""
+    if isinstance(address, UnixAddress):
+        return address  # the kernel knows it by the name under which it was first made
+    name = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        path = os.fsdecode(name)
+        return UnixAddress("@" + path[1:] if path.startswith("\0") else path)
+    kind = TcpAddress if listener.type == socket.SOCK_STREAM else UdpAddress
+    return kind(name[0], name[1])
+
+
+def bind_control(path: str) -> socket.socket:
+    """Listen on a socket file for our own user only; replaces whatever socket was there.
+
+    The caller owns the directory (see `hotport.kernel.fds`), so an older socket in it is our own leftover.
+
+    Returns:
+        A non-blocking AF_UNIX stream listener with mode 0600.
+
+    Raises:
+        ConfigError: If the path is too long for the kernel (HP603).
+        KernelError: If it cannot be bound (HP604).
+
+    Sources: unix(7); kernel ``unix_bind``: a socket file gets the mode of its socket, less the umask.
+    """
+    return _bind_private(path, socket.SOCK_STREAM)
+
+
+def bind_notify(path: str) -> socket.socket:
+    """Receive notifications on a socket file for our own user only; as `bind_control`.
+
+    Returns:
+        A non-blocking AF_UNIX datagram socket on which the kernel says who sent what (SO_PASSCRED).
+    """
+    return _bind_private(path, socket.SOCK_DGRAM)
+
+
+def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """The pid, uid and gid of the process that connected (or, to its clients, that listened).
+
+    As they were at that moment; pid 0 is a process that this pid namespace cannot see.
+
+    Sources: unix(7) SO_PEERCRED.
+    """
+    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return pid, uid, gid
+
+
+def unlink_if_ours(path: str, dev_ino: tuple[int, int]) -> bool:
+    """Remove a socket file, unless somebody has put another one in its place since.
+
+    Args:
+        dev_ino: ``st_dev`` and ``st_ino`` as they were when the file was made.
+
+    Returns:
+        Whether it was there, was ours, and is gone now.
+    """
+    try:
+        found = os.lstat(path)
+        if (found.st_dev, found.st_ino) != dev_ino:
+            return False
+        os.unlink(path)
+    except OSError:
+        return False
+    return True
+
+
+def _bind_inet(address: TcpAddress | UdpAddress, backlog: int) -> socket.socket:
+    kind = socket.SOCK_STREAM if isinstance(address, TcpAddress) else socket.SOCK_DGRAM
+    family, protocol, sockaddr = _resolve(address, kind)
+    sock: socket.socket | None = None
+    try:
+        sock = socket.socket(family, kind, protocol)
+        sock.setblocking(False)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if kind == socket.SOCK_STREAM:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            _with_nodelay(sock)
+        sock.bind(sockaddr)
+        if kind == socket.SOCK_STREAM:
+            sock.listen(backlog)  # may say EADDRINUSE too: another socket listened between bind and here
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        raise _refused(address, error, *_explain_inet(address, error, kind, sockaddr)) from error
+    return sock
+
+
+def _resolve(
+    address: TcpAddress | UdpAddress, kind: socket.SocketKind
+) -> tuple[socket.AddressFamily, int, tuple[Any, ...]]:
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=kind, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError) as error:
+        words = error.strerror if isinstance(error, socket.gaierror) else "it is not a host name"
+        raise ConfigError(
+            "HP102",
+            f"cannot bind {address}: unknown host {address.host!r}",
+            cause=f"getaddrinfo: {str(words).lower()}",
+            fix=f"getent ahosts {address.host}; or bind :{address.port} for all interfaces",
+        ) from error
+    family, _, protocol, _, sockaddr = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    return family, protocol, sockaddr
+
+
+def _explain_inet(
+    address: TcpAddress | UdpAddress, error: OSError, kind: socket.SocketKind, sockaddr: tuple[Any, ...]
+) -> tuple[str, str]:
+    """The cause, and what to try."""
+    another = type(address)(address.host, address.port + 1 if 1023 < address.port < 65535 else 8000)
+    match error.errno:
+        case errno.EADDRINUSE:
+            if (holder := procfs.listening_process(kind, sockaddr)) is None:
+                cause = "a socket that we may not look at is bound to it or listens on it"
+                tool = "ss -lntp" if kind == socket.SOCK_STREAM else "ss -lnup"
+                return cause, f"sudo {tool} 'sport = :{address.port}'"
+            pid, command = holder
+            return f"pid {pid} ({command}) is listening on it", f"--bind {another}, or first: kill {pid}"
+        case errno.EACCES:
+            sysctl = "net.ipv4.ip_unprivileged_port_start"
+            start = procfs.sysctl(sysctl)
+            return f"ports below {start} need CAP_NET_BIND_SERVICE ({sysctl})", (
+                f"--bind {another}, or as root: sysctl -w {sysctl}={address.port}"
+            )
+        case errno.EADDRNOTAVAIL:
+            return f"no interface of this machine has the address {sockaddr[0]}", "ip -brief address"
+        case errno.EAFNOSUPPORT:
+            return "the kernel does not speak this address family", "ip -brief address"
+        case _:
+            return f"the kernel does not say more for {sockaddr[0]}", "ip -brief address"
+
+
+def _bind_abstract(address: UnixAddress, path: str, backlog: int) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.bind("\0" + path[1:])
+        sock.listen(backlog)
+    except OSError as error:
+        sock.close()
+        raise _refused(address, error, *_explain_unix(error, path, _answering("\0" + path[1:]))) from error
+    return sock
+
+
+def _bind_unix(address: UnixAddress, path: str, backlog: int) -> socket.socket:
+    """Bind beside the path, listen, and only then take its place: a client finds the old or the new one."""
+    with suppress(OSError):  # bind will say it in its own words
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise ConfigError(
+                "HP103",
+                f"cannot bind {address}",
+                cause=f"{path} is a file, a directory or a link, and not a socket that could be replaced",
+                fix=f"ls -ld {path}",
+            )
+    if (holder := _answering(path)) is not None:
+        error = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        raise _refused(address, error, *_explain_unix(error, path, holder))
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    try:
+        _place(sock, path, backlog=backlog)
+    except ValueError:
+        sock.close()
+        raise ConfigError(
+            "HP103",
+            f"cannot bind {address}",
+            cause=f"its path, or the name that it is first made under, has over {_UNIX_PATH_BYTES_MAX} bytes",
+            fix="--bind unix:run/app.sock, relative to the working directory",
+        ) from None
+    except OSError as error:
+        sock.close()
+        raise _refused(address, error, *_explain_unix(error, path, None)) from error
+    return sock
+
+
+def _explain_unix(error: OSError, path: str, holder: int | None) -> tuple[str, str]:
+    directory = os.path.dirname(path) or "."
+    match error.errno:
+        case errno.EADDRINUSE if holder:
+            return (
+                f"pid {holder} ({procfs.command(holder)}) is listening on it",
+                f"--bind another path, or first: kill {holder}",
+            )
+        case errno.EADDRINUSE:
+            return "a process that we may not look at listens on it or is bound to it", "sudo ss -lxp"
+        case errno.ENOENT:
+            return f"there is no directory {directory}", f"mkdir -p {directory}"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return f"nothing can be made in {directory} by uid {os.geteuid()}", f"ls -ld {directory}"
+        case _:
+            return f"the kernel does not say more for {path}", f"ls -ld {directory} {path}"
+
+
+def _answering(path: str) -> int | None:
+    """The pid behind a socket address (0 if it cannot be seen), None if nobody is there.
+
+    Sources: connect(2): ECONNREFUSED and ENOENT mean nobody; EAGAIN is a full queue, EPROTOTYPE a datagram
+        socket, EACCES somebody else's: all of them alive, or not ours to judge.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except OSError as error:
+            # Any other error comes back from bind, in its own words.
+            return 0 if error.errno in {errno.EAGAIN, errno.EPROTOTYPE, errno.EACCES} else None
+        return peer_credentials(probe)[0]
+
+
+def _bind_private(path: str, kind: socket.SocketKind) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, kind)
+    try:
+        sock.setblocking(False)
+        if kind == socket.SOCK_DGRAM:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # before anybody can send
+        os.fchmod(sock.fileno(), 0o600)  # before bind: the file is never open to others
+        _place(sock, path, backlog=_CONTROL_BACKLOG if kind == socket.SOCK_STREAM else None)
+    except ValueError:
+        sock.close()
+        raise ConfigError(
+            "HP603",
+            f"cannot make the control socket {path}",
+            cause=f"its path has over {_UNIX_PATH_BYTES_MAX} bytes, more than the kernel takes",
+            fix="HOTPORT_RUNTIME_DIR=/run/user/$(id -u)/hp hotport serve, or any shorter directory",
+        ) from None
+    except OSError as error:
+        sock.close()
+        raise KernelError(
+            "HP604",
+            f"cannot make the control socket {path}",
+            errno=error.errno or 0,
+            cause="nothing can be made in its directory, or something else has that name",
+            fix=f"ls -ld {os.path.dirname(path)} {path}",
+        ) from error
+    return sock
+
+
+def _place(sock: socket.socket, path: str, *, backlog: int | None = None) -> None:
+    """Bind `sock` beside `path`, listen, and rename: the path never disappears and is never half ready.
+
+    Raises:
+        ValueError: If a path is longer than the kernel allows.
+    """
+    beside = os.path.join(os.path.dirname(path), f".{secrets.token_hex(3)}")
+    if max(len(os.fsencode(path)), len(os.fsencode(beside))) > _UNIX_PATH_BYTES_MAX:
+        raise ValueError(path)
+    sock.bind(beside)
+    try:
+        if backlog is not None:
+            sock.listen(backlog)
+        os.rename(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise
+
+
+def _systemd_descriptor(name: str) -> int:
+    passed = parse_listen_environment(os.environ, os.getpid())
+    fds = [fd for fd, called in passed if called == name]
+    if len(fds) == 1:
+        return fds[0]
+    if fds:
+        cause = f"{len(fds)} sockets have that name, and one address is one socket"
+    elif passed:
+        cause = f"the service manager passed {', '.join(sorted({called for _, called in passed}))}"
+    else:
+        cause = "no service manager passed a socket to this process (LISTEN_FDS is not set for it)"
+    raise ConfigError(
+        "HP105",
+        f"cannot take systemd:{name}",
+        cause=cause,
+        fix="systemctl show --property=Listen,FileDescriptorName NAME.socket",
+    )
+
+
+def _with_nodelay(sock: socket.socket) -> socket.socket:
+    if sock.family in {socket.AF_INET, socket.AF_INET6} and sock.type == socket.SOCK_STREAM:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def _not_a_listener(fd: int, cause: str) -> ConfigError:
+    return ConfigError(
+        "HP104",
+        f"cannot take descriptor {fd} as a listener",
+        cause=cause,
+        fix="ls -l /proc/self/fd",
+    )
+
+
+def _refused(address: Address, error: OSError, cause: str, fix: str) -> KernelError:
+    return KernelError("HP101", f"cannot bind {address}", errno=error.errno or 0, cause=cause, fix=fix)

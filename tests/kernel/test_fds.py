@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import os
+import signal
+import stat
+from pathlib import Path
+
+import pytest
+
+from hotport.errors import ConfigError, ExitCode, KernelError
+from hotport.kernel.fds import lock_file, private_directory
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives a directory away")
+
+
+def test_lock_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+    path = str(tmp_path / "lock")
+    first = lock_file(path)
+    assert first is not None
+    assert not os.get_inheritable(first)
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert lock_file(path) is None
+    os.close(first)
+    second = lock_file(path)
+    assert second is not None
+    os.close(second)
+
+
+def test_lock_is_given_back_when_its_holder_is_killed(tmp_path: Path) -> None:
+    path = str(tmp_path / "lock")
+    pid = os.fork()
+    if pid == 0:
+        held = lock_file(path)
+        os.kill(os.getpid(), signal.SIGTERM if held is None else signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # a zombie holds nothing
+    fd = lock_file(path)
+    assert fd is not None
+    os.close(fd)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+def test_lock_does_not_follow_a_link(tmp_path: Path) -> None:
+    (tmp_path / "lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(KernelError, match="HP620"):
+        lock_file(str(tmp_path / "lock"))
+    assert not (tmp_path / "victim").exists()
+
+
+def test_directory_is_made_for_us_alone_and_found_again(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    umask = os.umask(0)
+    try:
+        private_directory(str(path))
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    (path / "control.sock").touch()
+    private_directory(str(path))
+    assert (path / "control.sock").exists()
+
+
+def test_directory_without_a_parent_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="HP621") as raised:
+        private_directory(str(tmp_path / "missing" / "run"))
+    assert raised.value.exit_code == ExitCode.USAGE
+    assert "HOTPORT_RUNTIME_DIR=" in raised.value.fix
+
+
+@pytest.mark.parametrize("mode", [0o701, 0o710, 0o770, 0o777, 0o1777])
+def test_directory_that_others_may_enter_is_refused_and_left_as_it_is(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    path.chmod(mode)
+    with pytest.raises(ConfigError, match="HP622") as raised:
+        private_directory(str(path))
+    assert raised.value.fix == f"chmod 700 {path}"
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+@pytest.mark.parametrize("make", ["link", "dangling link", "file"])
+def test_path_that_is_no_directory_is_refused(tmp_path: Path, make: str) -> None:
+    path = tmp_path / "run"
+    if make == "file":
+        path.touch(0o600)
+    else:
+        path.symlink_to(tmp_path if make == "link" else tmp_path / "gone")
+    with pytest.raises(ConfigError, match=r"HP622(.|\n)*not a directory"):
+        private_directory(str(path))
+
+
+@needs_root
+def test_directory_of_another_user_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.mkdir(0o700)
+    os.chown(path, 65534, 65534)
+    with pytest.raises(ConfigError, match=r"HP622(.|\n)*belongs to uid 65534"):
+        private_directory(str(path))

@@ -1,0 +1,519 @@
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from hotport.address import (
+    Address,
+    FdAddress,
+    SystemdAddress,
+    TcpAddress,
+    UdpAddress,
+    UnixAddress,
+    parse_address,
+)
+from hotport.errors import ConfigError, KernelError
+from hotport.kernel.sockets import (
+    bind_control,
+    bind_listener,
+    bind_notify,
+    bound_address,
+    inherited_listener,
+    peer_credentials,
+    unlink_if_ours,
+)
+
+needs_ipv6 = pytest.mark.skipif(
+    not Path("/proc/net/if_inet6").exists() or "0" * 31 + "1" not in Path("/proc/net/if_inet6").read_text(),
+    reason="no ::1 on this machine",
+)
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="changes its user id")
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory, so that socket paths stay short."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def bound(stack: ExitStack, address: Address | str, backlog: int = 16) -> socket.socket:
+    parsed = parse_address(address) if isinstance(address, str) else address
+    return stack.enter_context(bind_listener(parsed, backlog=backlog))
+
+
+def refused(address: Address | str) -> KernelError:
+    parsed = parse_address(address) if isinstance(address, str) else address
+    with pytest.raises(KernelError, match=r"^HP101 cannot bind ") as raised:
+        bind_listener(parsed, backlog=16)
+    return raised.value
+
+
+def as_nobody(look: Callable[[], None]) -> int:
+    """Run `look` in a child, because a user id that was given up does not come back; 0 if it passes."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setresuid(65534, 65534, 65534)
+            look()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+# TCP
+
+
+def test_tcp_listener_accepts_and_is_ours_alone(stack: ExitStack) -> None:
+    sock = bound(stack, "127.0.0.1:0")
+    stack.enter_context(socket.create_connection(sock.getsockname()))
+    assert not sock.getblocking()
+    assert not sock.get_inheritable()
+    assert sock.proto == socket.IPPROTO_TCP  # asyncio sets TCP_NODELAY only if it sees this
+
+
+def test_accepted_sockets_inherit_nodelay(stack: ExitStack) -> None:
+    """Without it every short answer waits for the client's delayed acknowledgement (40 ms)."""
+    sock = bound(stack, "127.0.0.1:0")
+    stack.enter_context(socket.create_connection(sock.getsockname()))
+    accepted, _ = sock.accept()
+    stack.enter_context(accepted)
+    assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_time_wait_does_not_keep_the_port(stack: ExitStack) -> None:
+    first = bind_listener(TcpAddress("127.0.0.1", 0), backlog=16)
+    port = first.getsockname()[1]
+    client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+    accepted, _ = first.accept()
+    accepted.close()  # the side that closes first keeps TIME_WAIT
+    assert client.recv(1) == b""
+    client.close()
+    first.close()
+    bound(stack, TcpAddress("127.0.0.1", port))
+
+
+def test_backlog_is_the_given_one(stack: ExitStack) -> None:
+    sock = bound(stack, "127.0.0.1:0", backlog=7)
+    # tcpi_sacked of a listener is its backlog: kernel tcp_get_info, the sixth 32-bit word after eight bytes.
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    assert int.from_bytes(info[28:32], "little") == 7
+
+
+@needs_ipv6
+def test_ipv4_and_ipv6_wildcards_stand_side_by_side(stack: ExitStack) -> None:
+    port = bound(stack, "0.0.0.0:0").getsockname()[1]
+    six = bound(stack, f"[::]:{port}")
+    assert six.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+
+
+def test_name_with_several_addresses_is_bound_on_ipv4(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    four = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", ("127.0.0.1", 0))
+    six = (socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", ("::1", 0, 0, 0))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [six, four])
+    assert bound(stack, "localhost:0").getsockname()[0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_taken_port_names_the_process_that_listens(stack: ExitStack, host: str) -> None:
+    port = bound(stack, "127.0.0.1:0").getsockname()[1]
+    error = refused(TcpAddress(host, port))
+    assert error.errno == errno.EADDRINUSE
+    assert error.cause.startswith(f"pid {os.getpid()} (")
+    assert error.cause.endswith(") is listening on it")
+    assert f"--bind tcp://{host}:" in error.fix
+
+
+@needs_ipv6
+def test_taken_ipv6_port_names_the_process_that_listens(stack: ExitStack) -> None:
+    port = bound(stack, "[::1]:0").getsockname()[1]
+    assert f"pid {os.getpid()} (" in refused(TcpAddress("::", port)).cause
+
+
+def test_port_that_is_bound_without_listening_is_not_blamed_on_a_listener(stack: ExitStack) -> None:
+    sleeper = stack.enter_context(socket.socket())
+    sleeper.bind(("127.0.0.1", 0))
+    error = refused(TcpAddress("127.0.0.1", sleeper.getsockname()[1]))
+    assert error.errno == errno.EADDRINUSE
+    assert "may not look at" in error.cause
+    assert "ss -lntp" in error.fix
+
+
+def test_address_of_another_machine_is_explained() -> None:
+    error = refused("192.0.2.1:0")  # TEST-NET-1, RFC 5737
+    assert error.errno == errno.EADDRNOTAVAIL
+    assert "no interface of this machine has the address 192.0.2.1" in error.cause
+
+
+def test_unknown_host_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^HP102 .*unknown host 'nowhere\.invalid'"):
+        bind_listener(TcpAddress("nowhere.invalid", 80), backlog=16)  # RFC 6761: never resolves
+    with pytest.raises(ConfigError, match="HP102"):
+        bind_listener(TcpAddress("a..b", 80), backlog=16)
+
+
+@needs_root
+def test_low_port_without_permission_names_the_sysctl() -> None:
+    def look() -> None:
+        error = refused("127.0.0.1:80")
+        assert error.errno == errno.EACCES
+        assert "net.ipv4.ip_unprivileged_port_start" in error.cause
+        assert "tcp://127.0.0.1:8000" in error.fix
+
+    assert as_nobody(look) == 0
+
+
+@pytest.mark.parametrize("number", [errno.EAFNOSUPPORT, errno.ENOBUFS])
+def test_socket_that_cannot_be_made_is_an_error_too(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*_: object) -> socket.socket:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    assert refused("127.0.0.1:0").errno == number
+
+
+# UDP
+
+
+def test_udp_socket_is_bound_and_not_shared(stack: ExitStack) -> None:
+    sock = bound(stack, "udp://127.0.0.1:0")
+    assert sock.type == socket.SOCK_DGRAM
+    assert not sock.getblocking()
+    assert not sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+    error = refused(UdpAddress("127.0.0.1", sock.getsockname()[1]))
+    assert error.errno == errno.EADDRINUSE
+    assert f"pid {os.getpid()} (" in error.cause
+
+
+# Socket files
+
+
+def test_socket_file_accepts_and_nothing_lies_beside_it(stack: ExitStack, run_dir: Path) -> None:
+    sock = bound(stack, "unix:app.sock")
+    stack.enter_context(socket.socket(socket.AF_UNIX)).connect("app.sock")
+    assert not sock.getblocking()
+    assert os.listdir() == ["app.sock"]
+
+
+def test_stale_socket_file_is_replaced(stack: ExitStack, run_dir: Path) -> None:
+    bind_listener(UnixAddress("app.sock"), backlog=16).close()  # as after a SIGKILL
+    stale = os.stat("app.sock").st_ino
+    bound(stack, "unix:app.sock")
+    stack.enter_context(socket.socket(socket.AF_UNIX)).connect("app.sock")
+    assert os.stat("app.sock").st_ino != stale
+    assert os.listdir() == ["app.sock"]
+
+
+def test_socket_file_on_which_somebody_listens_is_not_taken(stack: ExitStack, run_dir: Path) -> None:
+    bound(stack, "unix:app.sock")
+    before = os.stat("app.sock")
+    error = refused("unix:app.sock")
+    assert error.errno == errno.EADDRINUSE
+    assert error.cause.startswith(f"pid {os.getpid()} (")
+    assert os.stat("app.sock").st_ino == before.st_ino
+
+
+def test_socket_file_with_a_full_accept_queue_is_not_taken(stack: ExitStack, run_dir: Path) -> None:
+    """A server that is only slow must not lose its path to us."""
+    bound(stack, "unix:app.sock", backlog=0)
+    stack.enter_context(socket.socket(socket.AF_UNIX)).connect("app.sock")
+    assert refused("unix:app.sock").errno == errno.EADDRINUSE
+
+
+def test_datagram_socket_file_is_not_taken(stack: ExitStack, run_dir: Path) -> None:
+    stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)).bind("app.sock")
+    assert refused("unix:app.sock").errno == errno.EADDRINUSE
+
+
+@pytest.mark.parametrize("make", ["file", "directory", "link"])
+def test_path_that_is_no_socket_is_never_replaced(make: str, stack: ExitStack, run_dir: Path) -> None:
+    path = Path("app.sock")
+    match make:
+        case "file":
+            path.write_text("precious")
+        case "directory":
+            path.mkdir()
+        case _:
+            path.symlink_to("elsewhere")
+    before = os.lstat(path)
+    with pytest.raises(ConfigError, match="HP103"):
+        bind_listener(UnixAddress("app.sock"), backlog=16)
+    assert os.lstat(path) == before
+    assert os.listdir() == ["app.sock"]
+
+
+def test_socket_file_in_a_missing_directory_is_explained(run_dir: Path) -> None:
+    error = refused("unix:run/app.sock")
+    assert (error.errno, error.fix) == (errno.ENOENT, "mkdir -p run")
+
+
+def test_socket_file_under_a_file_is_explained(run_dir: Path) -> None:
+    Path("run").write_text("")
+    assert refused("unix:run/app.sock").errno == errno.ENOTDIR
+
+
+@needs_root
+def test_socket_file_in_a_directory_of_others_is_explained(run_dir: Path) -> None:
+    def look() -> None:
+        error = refused("unix:app.sock")
+        assert error.errno == errno.EACCES
+        assert "uid 65534" in error.cause
+
+    assert as_nobody(look) == 0
+
+
+@needs_root
+def test_socket_file_of_a_user_who_shuts_us_out_is_not_taken(stack: ExitStack, run_dir: Path) -> None:
+    bound(stack, "unix:app.sock")
+    Path("app.sock").chmod(0o600)
+    run_dir.chmod(0o777)
+
+    def look() -> None:
+        assert refused("unix:app.sock").errno == errno.EADDRINUSE
+
+    assert as_nobody(look) == 0
+
+
+def test_too_long_path_is_an_error_before_anything_is_made(run_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"HP103.*\n.*107 bytes"):
+        bind_listener(UnixAddress("x" * 108), backlog=16)
+    assert os.listdir() == []
+
+
+def test_longest_path_is_bound(stack: ExitStack, run_dir: Path) -> None:
+    bound(stack, UnixAddress("x" * 107))
+    stack.enter_context(socket.socket(socket.AF_UNIX)).connect("x" * 107)
+
+
+def test_failure_to_listen_leaves_no_file(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "rename", refuse)
+    assert refused("unix:app.sock").errno == errno.ENOSPC
+    assert os.listdir() == []
+
+
+def test_abstract_socket_accepts_and_is_not_shared(stack: ExitStack, run_dir: Path) -> None:
+    name = f"@hotport-test-{os.getpid()}"
+    bound(stack, UnixAddress(name))
+    stack.enter_context(socket.socket(socket.AF_UNIX)).connect("\0" + name[1:])
+    error = refused(UnixAddress(name))
+    assert error.errno == errno.EADDRINUSE
+    assert error.cause.startswith(f"pid {os.getpid()} (")
+    assert os.listdir() == []
+
+
+def test_abstract_name_that_does_not_listen_is_taken_all_the_same(stack: ExitStack) -> None:
+    name = f"hotport-sleeper-{os.getpid()}"
+    stack.enter_context(socket.socket(socket.AF_UNIX)).bind("\0" + name)
+    assert "may not look at" in refused(UnixAddress("@" + name)).cause
+
+
+def test_socket_file_of_ours_is_unlinked(stack: ExitStack, run_dir: Path) -> None:
+    bound(stack, "unix:app.sock")
+    found = os.stat("app.sock")
+    assert unlink_if_ours("app.sock", (found.st_dev, found.st_ino))
+    assert os.listdir() == []
+    assert not unlink_if_ours("app.sock", (found.st_dev, found.st_ino))
+
+
+def test_socket_file_of_a_successor_is_not_unlinked(stack: ExitStack, run_dir: Path) -> None:
+    old = bound(stack, "unix:app.sock")
+    found = os.stat("app.sock")
+    old.close()
+    bound(stack, "unix:app.sock")
+    assert not unlink_if_ours("app.sock", (found.st_dev, found.st_ino))
+    assert os.listdir() == ["app.sock"]
+
+
+# Adopted sockets
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_inherited_socket_is_taken_over(kind: socket.SocketKind, stack: ExitStack) -> None:
+    made = socket.socket(socket.AF_INET, kind)
+    made.bind(("127.0.0.1", 0))
+    if kind == socket.SOCK_STREAM:
+        made.listen()
+    made.set_inheritable(True)
+    name, fd = made.getsockname(), made.detach()
+    sock = stack.enter_context(inherited_listener(fd))
+    assert (sock.fileno(), sock.getsockname()) == (fd, name)
+    assert not sock.getblocking()
+    assert not sock.get_inheritable()
+    if kind == socket.SOCK_STREAM:
+        assert sock.proto == socket.IPPROTO_TCP
+
+
+def test_adopted_listener_gets_nodelay_and_keeps_its_queue(stack: ExitStack) -> None:
+    made = socket.create_server(("127.0.0.1", 0), backlog=5)
+    waiting = stack.enter_context(socket.create_connection(made.getsockname()))
+    sock = bound(stack, FdAddress(made.detach()), backlog=4096)
+    later = stack.enter_context(socket.create_connection(sock.getsockname()))
+    for client in (waiting, later):
+        accepted, peer = sock.accept()
+        stack.enter_context(accepted)
+        assert peer == client.getsockname()
+    assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    assert int.from_bytes(info[28:32], "little") == 5
+
+
+def test_adopted_unix_listener_needs_no_nodelay(stack: ExitStack, run_dir: Path) -> None:
+    made = socket.socket(socket.AF_UNIX)
+    made.bind("app.sock")
+    made.listen()
+    assert bound(stack, FdAddress(made.detach())).family == socket.AF_UNIX
+
+
+def test_descriptor_that_is_no_listener_is_refused_and_left_open(stack: ExitStack) -> None:
+    quiet = stack.enter_context(socket.socket())
+    quiet.bind(("127.0.0.1", 0))
+    with pytest.raises(ConfigError, match=r"HP104(.|\n)*does not listen"):
+        inherited_listener(quiet.fileno())
+    quiet.listen()  # still open
+
+    read, write = os.pipe()
+    with pytest.raises(ConfigError, match=r"HP104(.|\n)*is not a socket"):
+        inherited_listener(read)
+    os.close(read)
+    os.close(write)
+
+    with pytest.raises(ConfigError, match=r"HP104(.|\n)*not open"):
+        bind_listener(FdAddress(read), backlog=16)
+
+
+@pytest.fixture
+def activated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+    monkeypatch.setenv("LISTEN_FDS", "3")
+    monkeypatch.setenv("LISTEN_FDNAMES", "web:twice:twice")
+
+
+def test_systemd_socket_is_found_by_its_name(
+    activated: None, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = socket.create_server(("127.0.0.1", 0))
+    # Descriptor 3 is pytest's here: move the place at which passed sockets begin.
+    monkeypatch.setattr("hotport.wire.listenfds.FIRST_FD", made.fileno())
+    name = made.getsockname()
+    sock = bound(stack, SystemdAddress("web"))
+    assert (sock.fileno(), sock.getsockname()) == (made.detach(), name)
+
+
+@pytest.mark.parametrize(("name", "cause"), [("twice", "2 sockets"), ("other", "passed twice, web")])
+def test_systemd_name_must_be_one_socket(activated: None, name: str, cause: str) -> None:
+    with pytest.raises(ConfigError, match="HP105") as raised:
+        bind_listener(SystemdAddress(name), backlog=16)
+    assert cause in raised.value.cause
+
+
+def test_systemd_without_activation_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LISTEN_FDS", raising=False)
+    with pytest.raises(ConfigError, match=r"HP105(.|\n)*LISTEN_FDS is not set"):
+        bind_listener(SystemdAddress("web"), backlog=16)
+
+
+def test_bound_address_is_where_clients_connect(stack: ExitStack, run_dir: Path) -> None:
+    tcp = bound(stack, "127.0.0.1:0")
+    port = tcp.getsockname()[1]
+    assert bound_address(TcpAddress("127.0.0.1", 0), tcp) == TcpAddress("127.0.0.1", port)
+    assert bound_address(FdAddress(tcp.fileno()), tcp) == TcpAddress("127.0.0.1", port)
+    udp = bound(stack, "udp://127.0.0.1:0")
+    assert bound_address(UdpAddress("127.0.0.1", 0), udp) == UdpAddress("127.0.0.1", udp.getsockname()[1])
+    unix = bound(stack, "unix:app.sock")
+    assert bound_address(UnixAddress("app.sock"), unix) == UnixAddress("app.sock")
+    passed = stack.enter_context(socket.socket(socket.AF_UNIX))
+    passed.bind("passed.sock")
+    assert bound_address(SystemdAddress("web"), passed) == UnixAddress("passed.sock")
+    abstract = bound(stack, UnixAddress(f"@hotport-bound-{os.getpid()}"))
+    assert bound_address(FdAddress(9), abstract) == UnixAddress(f"@hotport-bound-{os.getpid()}")
+
+
+# Control sockets
+
+
+def test_control_and_notify_sockets_are_ours_alone_from_the_start(
+    stack: ExitStack, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[int] = []
+    rename = os.rename
+
+    def look_and_rename(source: str, target: str) -> None:
+        modes.append(stat.S_IMODE(os.stat(source).st_mode))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", look_and_rename)
+    umask = os.umask(0)
+    try:
+        control = stack.enter_context(bind_control("control.sock"))
+        notify = stack.enter_context(bind_notify("notify.sock"))
+    finally:
+        os.umask(umask)
+    assert modes == [0o600, 0o600]
+    for sock in (control, notify):
+        assert not sock.getblocking()
+        assert not sock.get_inheritable()
+    assert sorted(os.listdir()) == ["control.sock", "notify.sock"]
+
+
+def test_control_socket_knows_its_peer(stack: ExitStack, run_dir: Path) -> None:
+    control = stack.enter_context(bind_control("control.sock"))
+    client = stack.enter_context(socket.socket(socket.AF_UNIX))
+    client.connect("control.sock")
+    accepted, _ = control.accept()
+    stack.enter_context(accepted)
+    assert peer_credentials(accepted) == (os.getpid(), os.geteuid(), os.getegid())
+    assert peer_credentials(client) == (os.getpid(), os.geteuid(), os.getegid())
+
+
+@pytest.mark.parametrize("bind", [bind_control, bind_notify])
+def test_control_socket_of_a_dead_or_living_predecessor_is_replaced(
+    bind: Callable[[str], socket.socket], stack: ExitStack, run_dir: Path
+) -> None:
+    predecessor = stack.enter_context(bind("it.sock"))
+    successor = stack.enter_context(bind("it.sock"))
+    client = stack.enter_context(socket.socket(socket.AF_UNIX, successor.type))
+    client.connect("it.sock")
+    client.send(b"hello")
+    receiver = successor
+    if successor.type == socket.SOCK_STREAM:
+        receiver = stack.enter_context(successor.accept()[0])
+    assert receiver.recv(10) == b"hello"
+    with pytest.raises(BlockingIOError):
+        predecessor.accept() if predecessor.type == socket.SOCK_STREAM else predecessor.recv(1)
+
+
+def test_too_long_control_path_names_the_variable_to_set(run_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="HP603") as raised:
+        bind_control(f"{run_dir}/{'x' * 108}")
+    assert raised.value.fix.startswith("HOTPORT_RUNTIME_DIR=")
+    assert os.listdir() == []
+
+
+def test_control_socket_that_cannot_be_placed_is_an_error(run_dir: Path) -> None:
+    with pytest.raises(KernelError, match="HP604") as raised:
+        bind_control("missing/control.sock")
+    assert raised.value.errno == errno.ENOENT
+    Path("control.sock").mkdir()
+    with pytest.raises(KernelError, match="HP604"):
+        bind_control("control.sock")
+    assert os.listdir() == ["control.sock"]
