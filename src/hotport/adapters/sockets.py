@@ -1,0 +1,83 @@
+"""Applications that run a server of their own on the listening sockets.
+
+::
+
+    async def main(sockets, lifetime):
+        runner = aiohttp.web.AppRunner(app)
+        await runner.setup()
+        for sock in sockets:
+            await aiohttp.web.SockSite(runner, sock, backlog=4096).start()
+        lifetime.started()
+        await lifetime.draining.wait()
+        await runner.cleanup()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+
+from hotport.adapters.base import Context, Draining
+from hotport.errors import StartError
+
+__all__ = ["Lifetime", "SocketsAdapter", "SocketsApp"]
+
+
+class Lifetime:
+    """What such an application tells its worker, and is told by it.
+
+    Attributes:
+        draining: Set when the application should finish its connections and return.
+    """
+
+    def __init__(self, draining: Draining) -> None:
+        self.draining = draining
+        self._started = asyncio.Event()
+
+    def started(self) -> None:
+        """Say that connections are being accepted: the generation is ready."""
+        self._started.set()
+
+
+SocketsApp = Callable[[list[socket.socket], Lifetime], Awaitable[None]]
+
+
+class SocketsAdapter:
+    """Runs a `SocketsApp` as a task from start-up to the end of the drain."""
+
+    def __init__(self, app: SocketsApp, context: Context) -> None:
+        self._app = app
+        self._lifetime = Lifetime(context.connections.draining)
+        self._task: asyncio.Future[None] | None = None
+
+    async def startup(self, listeners: Sequence[socket.socket]) -> None:
+        """Start the application and wait until it says that it accepts.
+
+        Descriptors: the application gets duplicates, which are its own to close.
+
+        Raises:
+            StartError: It returned or raised before that (HP506).
+        """
+        self._task = asyncio.ensure_future(self._app([listener.dup() for listener in listeners], self._lifetime))
+        started = asyncio.ensure_future(self._lifetime._started.wait())
+        await asyncio.wait({self._task, started}, return_when=asyncio.FIRST_COMPLETED)
+        if self._task.done():
+            started.cancel()
+            self._task.result()  # its own exception tells more than ours
+            raise StartError(
+                "HP506",
+                "the application returned before it called lifetime.started()",
+                cause="a `sockets` application serves until lifetime.draining is set",
+                fix="call lifetime.started() once it accepts, then await lifetime.draining.wait()",
+            )
+
+    async def finish(self, timeout_s: float) -> bool:
+        """Wait for the application to return; cancel it after `timeout_s` seconds and say True."""
+        assert self._task is not None
+        done, _ = await asyncio.wait({self._task}, timeout=timeout_s)
+        if not done:
+            self._task.cancel()
+            await asyncio.wait({self._task}, timeout=1.0)
+            return True
+        return False

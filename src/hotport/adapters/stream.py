@@ -1,0 +1,233 @@
+"""Applications that are an async function over a byte stream.
+
+The stream is an `anyio.abc.ByteStream`, so everything that anyio builds on streams (buffered, text, TLS, object
+streams) works with it. It is an object of our own rather than anyio's because what has been received and not yet
+consumed must be known exactly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from contextvars import Context as Variables
+from typing import Any, cast
+
+import anyio
+from anyio.abc import ByteStream, SocketAttribute
+
+from hotport.adapters.base import Context, Draining
+
+__all__ = ["Stream", "StreamAdapter", "StreamAttribute", "StreamHandler"]
+
+log = logging.getLogger("hotport.stream")
+
+#: Reading pauses while more than this waits for the application.
+UNREAD_BYTES_MAX = 256 * 1024
+
+
+class StreamAttribute(anyio.TypedAttributeSet):
+    """What `Stream.extra` knows beside `anyio.abc.SocketAttribute`."""
+
+    #: set when the worker leaves
+    draining: Draining = anyio.typed_attribute()
+
+
+StreamHandler = Callable[["Stream"], Awaitable[None]]
+
+
+class StreamAdapter:
+    """Runs one task of the handler for each connection."""
+
+    def __init__(self, handler: StreamHandler, context: Context) -> None:
+        self._handler = handler
+        self._context = context
+
+    async def startup(self) -> None:
+        """Nothing to do: the handler was imported."""
+
+    def connection(self) -> asyncio.BaseProtocol:
+        """One stream; its handler starts when the transport is there."""
+        return Stream(self._handler, self._context)
+
+    async def shutdown(self) -> None:
+        """Nothing to do."""
+
+
+class Stream(ByteStream, asyncio.Protocol):
+    """One connection, as its handler sees it.
+
+    When the handler returns the stream is closed after everything sent has left; when it raises, the error is
+    logged and the connection is reset, so that the client does not take a torn answer for a whole one.
+    """
+
+    def __init__(self, handler: StreamHandler, context: Context) -> None:
+        self._handler = handler
+        self._connections = context.connections
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._unread = bytearray()
+        self._is_paused = False
+        self._is_at_eof = False
+        self._is_lost = False
+        self._is_closed = False
+        self._is_writable = asyncio.Event()
+        self._is_writable.set()
+        self._reader: asyncio.Future[None] | None = None
+        self._connections.opened(self)
+        self._connections.count_request()
+
+    # -- asyncio.Protocol ----------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop has classes of its own
+        self._task = self._loop.create_task(self._run(), context=Variables())
+
+    def data_received(self, data: bytes) -> None:
+        self._unread += data
+        if len(self._unread) > UNREAD_BYTES_MAX and not self._is_paused:
+            assert self._transport is not None
+            self._is_paused = True
+            self._transport.pause_reading()
+        self._wake()
+
+    def eof_received(self) -> bool:
+        self._is_at_eof = True
+        self._wake()
+        return True  # the other direction stays open: half-closed clients still want their answer
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._is_lost = True
+        self._is_at_eof = self._is_at_eof or exc is None
+        self._is_writable.set()
+        self._wake()
+        if self._task is None or self._task.done():
+            self._connections.closed(self)
+
+    def pause_writing(self) -> None:
+        self._is_writable.clear()
+
+    def resume_writing(self) -> None:
+        self._is_writable.set()
+
+    # -- Connection ----------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """The handler reads it from `StreamAttribute.draining`."""
+
+    def cut(self) -> str:
+        """Cancel the handler and close."""
+        if self._task is not None:
+            self._task.cancel()
+        if self._transport is not None:
+            self._transport.close()
+        return "cut_stream"
+
+    # -- anyio.abc.ByteStream ------------------------------------------------------------------------------
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        """At least one byte, at most `max_bytes`.
+
+        Raises:
+            EndOfStream: The client has sent everything.
+            BrokenResourceError: The connection was lost.
+            ClosedResourceError: The stream was closed here.
+            BusyResourceError: Another task is receiving.
+        """
+        await anyio.lowlevel.checkpoint()
+        if self._is_closed:
+            raise anyio.ClosedResourceError
+        if self._reader is not None:
+            raise anyio.BusyResourceError("receiving from")
+        if not self._unread and not self._is_at_eof and not self._is_lost:
+            self._reader = self._loop.create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        if not self._unread:
+            if self._is_closed:
+                raise anyio.ClosedResourceError
+            if self._is_at_eof:
+                raise anyio.EndOfStream
+            raise anyio.BrokenResourceError
+        data = bytes(self._unread[:max_bytes])
+        del self._unread[:max_bytes]
+        if self._is_paused and len(self._unread) <= UNREAD_BYTES_MAX // 2 and not self._is_lost:
+            assert self._transport is not None
+            self._is_paused = False
+            self._transport.resume_reading()
+        return data
+
+    async def send(self, item: bytes) -> None:
+        """Send `item`; returns when the transport's buffer has room again.
+
+        Raises:
+            BrokenResourceError: The connection was lost.
+            ClosedResourceError: The stream was closed here.
+        """
+        await anyio.lowlevel.checkpoint()
+        if self._is_closed:
+            raise anyio.ClosedResourceError
+        if self._is_lost:
+            raise anyio.BrokenResourceError
+        assert self._transport is not None
+        self._transport.write(item)
+        await self._is_writable.wait()
+
+    async def send_eof(self) -> None:
+        """Send everything, then the end; receiving goes on. Over TLS this closes both directions."""
+        assert self._transport is not None
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        else:
+            self._transport.close()
+        await anyio.lowlevel.checkpoint()
+
+    async def aclose(self) -> None:
+        """Close; what was sent still leaves."""
+        self._close()
+        await anyio.lowlevel.checkpoint()
+
+    @property
+    def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
+        """`anyio.abc.SocketAttribute` and `StreamAttribute`."""
+        assert self._transport is not None
+        transport = self._transport
+        return {
+            SocketAttribute.family: lambda: transport.get_extra_info("socket").family,
+            SocketAttribute.local_address: lambda: transport.get_extra_info("sockname"),
+            SocketAttribute.remote_address: lambda: transport.get_extra_info("peername"),
+            SocketAttribute.raw_socket: lambda: transport.get_extra_info("socket"),
+            StreamAttribute.draining: lambda: self._connections.draining,
+        }
+
+    # -- the handler's task --------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        assert self._transport is not None
+        try:
+            await self._handler(self)
+        except Exception as error:
+            if self._is_lost and isinstance(error, anyio.BrokenResourceError):
+                log.debug("client left: %r", error)
+            else:
+                log.exception("stream handler failed")
+            self._is_closed = True
+            self._transport.abort()
+        finally:
+            self._close()
+            if self._is_lost:
+                self._connections.closed(self)
+
+    def _close(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            self._wake()
+            if self._transport is not None:
+                self._transport.close()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)

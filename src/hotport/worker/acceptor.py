@@ -1,0 +1,146 @@
+"""Taking connections from a listener, so that nothing taken is ever lost.
+
+`asyncio.Server` is not used: on the standard loop its ``close()`` drops connections that were accepted but not yet
+attached (python/cpython#109564). Here a connection gets its protocol object, and so its place in the registry,
+in the same step in which it leaves the accept queue; stopping is one synchronous call between two such steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+import ssl
+from typing import Final
+
+from hotport.adapters.base import Adapter, Connections
+
+__all__ = ["Acceptor"]
+
+log = logging.getLogger("hotport.acceptor")
+
+#: Connections taken in one turn of the event loop; the rest waits so that open connections get their turn.
+BATCH: Final = 16
+
+#: How long to leave the accept queue alone when the process or the system is out of descriptors or memory.
+EXHAUSTED_PAUSE_S: Final = 0.1
+
+EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+HANDSHAKE_TIMEOUT_S: Final = 15.0
+
+
+class Acceptor:
+    """One acceptor of one listener.
+
+    Args:
+        listener: A non-blocking listening socket of its own (a duplicate, if several acceptors share a queue);
+            it is closed by `close`.
+        tls: Makes every connection a TLS connection.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        adapter: Adapter,
+        connections: Connections,
+        *,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._listener = listener
+        self._adapter = adapter
+        self._connections = connections
+        self._tls = tls
+        self._loop = asyncio.get_running_loop()
+        self._is_accepting = False
+        self._pause: asyncio.TimerHandle | None = None
+        self._attaching: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        """Accept from now on."""
+        if not self._is_accepting:
+            self._is_accepting = True
+            self._loop.add_reader(self._listener, self._accept)
+
+    def stop(self) -> None:
+        """Accept no more. What waits in the accept queue stays there, for whoever shares the listener.
+
+        The descriptor leaves the event loop *before* it may be closed: epoll watches the open file description,
+        which lives on in other processes (epoll(7), question 6). It is never shut down, for the same reason.
+        """
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+        if self._is_accepting:
+            self._is_accepting = False
+            self._loop.remove_reader(self._listener)
+
+    def close(self) -> None:
+        """Stop, and close this descriptor."""
+        self.stop()
+        self._listener.close()
+
+    def empty(self) -> None:
+        """Take everything that waits in the accept queue now."""
+        while self._accept():
+            pass
+
+    async def wait_attached(self) -> None:
+        """Return when every accepted socket has its transport, or has failed its TLS handshake."""
+        while self._attaching:
+            await asyncio.wait(self._attaching)
+
+    def _accept(self) -> bool:
+        """Take up to `BATCH` connections; False if the queue is empty or cannot be read now."""
+        for _ in range(BATCH):
+            try:
+                accepted, _ = self._listener.accept()
+            except (BlockingIOError, InterruptedError):
+                return False
+            except OSError as error:
+                if error.errno not in EXHAUSTED:
+                    # accept(2): "treat [network errors] like EAGAIN by retrying"; the connection is already gone
+                    log.debug("accept: %s", error)
+                    continue
+                self._wait_for_room(error)
+                return False
+            accepted.setblocking(False)
+            self._take(accepted)
+            if not self._is_accepting:  # the registry is full
+                return False
+        return True
+
+    def _take(self, accepted: socket.socket) -> None:
+        try:
+            protocol = self._adapter.connection()
+        except Exception:
+            log.exception("the application's protocol factory failed; the connection is closed")
+            accepted.close()
+            return
+        task = self._loop.create_task(self._attach(accepted, protocol))
+        self._attaching.add(task)
+        task.add_done_callback(self._attaching.discard)
+
+    async def _attach(self, accepted: socket.socket, protocol: asyncio.BaseProtocol) -> None:
+        try:
+            await self._loop.connect_accepted_socket(
+                lambda: protocol,
+                accepted,
+                ssl=self._tls,
+                ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if self._tls else None,
+            )
+        except (OSError, ssl.SSLError) as error:
+            # The peer left or spoke no TLS; a protocol without connection_made gets no connection_lost either.
+            log.debug("connection not attached: %s", error)
+            self._connections.closed(protocol)  # type: ignore[arg-type]
+
+    def _wait_for_room(self, error: OSError) -> None:
+        log.error("cannot accept: %s; trying again in %g s", error, EXHAUSTED_PAUSE_S)
+        if self._is_accepting:
+            self._loop.remove_reader(self._listener)
+            self._pause = self._loop.call_later(EXHAUSTED_PAUSE_S, self._resume)
+
+    def _resume(self) -> None:
+        self._pause = None
+        self._loop.add_reader(self._listener, self._accept)

@@ -1,0 +1,338 @@
+"""A worker process: one generation's application, served from inherited listeners.
+
+It listens on a control socket of its own from its first moment, takes orders from whoever of its user connects,
+and keeps nothing that dies with the supervisor: logs go to inherited descriptors, words on the notify socket are
+datagrams, and an order that does not come is not waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, cast
+
+from hotport.adapters.base import Connections, Context
+from hotport.adapters.target import load_target
+from hotport.errors import ControlError, ExitCode, HotportError, StartError
+from hotport.kernel.notify import notify
+from hotport.kernel.process import open_descriptors, raise_descriptor_limit, rss_bytes
+from hotport.kernel.sockets import peer_credentials, unlink_if_ours
+from hotport.observe.logs import get_logger
+from hotport.options import Options
+from hotport.wire.frames import FrameDecoder, encode_frame
+from hotport.wire.messages import (
+    Accepting,
+    AcceptOrder,
+    Drained,
+    DrainOrder,
+    Expired,
+    Hello,
+    Inspection,
+    InspectOrder,
+    Order,
+    Quiesced,
+    QuiesceOrder,
+    WorkerSpec,
+    decode,
+    encode,
+)
+from hotport.wire.sdnotify import encode_notification
+from hotport.worker.server import Server, make_server
+
+__all__ = ["Worker"]
+
+#: Orders are short; whoever sends more does not speak our language.
+ORDER_BYTES_MAX: Final = 64 * 1024
+
+#: Descriptors kept for the application itself when connections are limited by RLIMIT_NOFILE.
+RESERVED_DESCRIPTORS: Final = 128
+
+#: How often memory is looked at: there is nothing to await.
+MEMORY_CHECK_S: Final = 5.0
+
+
+class Worker:
+    """One worker, from its first moment in the event loop to its last.
+
+    Args:
+        listeners: Inherited, non-blocking; owned from here on.
+        control: Bound and listening on `control_path`; both are owned from here on.
+        notify_path: Where ``READY=1`` goes; nobody is told if it is None.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        listeners: Sequence[socket.socket],
+        control: socket.socket,
+        control_path: str,
+        *,
+        notify_path: str | None,
+    ) -> None:
+        self._spec = spec
+        self._options: Options = spec.options
+        self._listeners = listeners
+        self._control = control
+        self._control_path = control_path
+        self._notify_path = notify_path
+        self._loop = asyncio.get_running_loop()
+        self._log = get_logger("hotport.worker")
+        self._peers: set[_Peer] = set()
+        self._server: Server | None = None
+        self._starting: asyncio.Task[Server] | None = None
+        self._draining: asyncio.Task[None] | None = None
+        self._drain_order = DrainOrder(timeout_s=self._options.drain_timeout_s)
+        self._leaving = asyncio.Event()
+        self._orphan_timer: asyncio.TimerHandle | None = None
+        self._has_expired = False
+
+    async def run(self) -> int:
+        """Start up, serve until told to leave, drain; return the process's exit code."""
+        identity = _identity(self._control_path)
+        control = await self._loop.create_unix_server(lambda: _Peer(self), sock=self._control)
+        self._loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
+        self._loop.add_signal_handler(signal.SIGINT, self._on_sigterm)
+        self._watch_for_orphanhood(self._options.ready_timeout_s)
+        try:
+            return await self._serve()
+        finally:
+            for peer in list(self._peers):
+                peer.close()
+            control.close()
+            unlink_if_ours(self._control_path, identity)
+
+    async def _serve(self) -> int:
+        self._starting = self._loop.create_task(self._start())
+        leaving = self._loop.create_task(self._leaving.wait())
+        await asyncio.wait({self._starting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not self._starting.done():  # told to go before it was ready: nothing to be kind to
+            self._starting.cancel()
+            await asyncio.wait({self._starting}, timeout=self._options.kill_timeout_s)
+            return ExitCode.DONE
+        try:
+            self._server = self._starting.result()
+        except Exception as error:
+            leaving.cancel()
+            self._fail(error)
+            return ExitCode.NOT_STARTED
+        self._tell(ready=True, status="ready")
+        self._log.info("worker.ready")
+        self._watch_age()
+        await leaving
+        self._draining = self._loop.create_task(self._drain(self._server))
+        await self._draining
+        return ExitCode.DONE
+
+    # -- start ---------------------------------------------------------------------------------------------
+
+    async def _start(self) -> Server:
+        options = self._options
+        limit = raise_descriptor_limit()
+        connections = Connections(
+            maximum=options.connections_max or max(16, limit - RESERVED_DESCRIPTORS),
+            requests_max=_with_jitter(options.max_requests, options.max_requests_jitter),
+        )
+        connections.on_requests_max = lambda: self._expire(f"served {connections.requests} requests")
+        context = Context(connections, self._spec.service, self._spec.generation, self._spec.worker)
+        assert options.target is not None
+        try:
+            application = load_target(options.target, app_dir=options.app_dir, factory=options.factory)
+        except SystemExit as error:
+            raise StartError(
+                "HP508",
+                f"{options.target} ended its process while it was imported",
+                cause=f"it called sys.exit({error.code!r})",
+                fix="guard the call: if __name__ == '__main__':",
+            ) from error
+        server = make_server(application, context, options, self._listeners)
+        await server.startup()
+        return server
+
+    def _fail(self, error: BaseException) -> None:
+        """Say why there will be no READY=1: to the supervisor for its report, else in the log."""
+        if isinstance(error, HotportError):
+            text = str(error)
+        else:
+            text = "".join(traceback.format_exception(error)).rstrip()
+        if not self._tell(status="failed to start", error=text):
+            self._log.error("worker.failed", error=text)
+
+    def _watch_age(self) -> None:
+        if self._options.max_age_s:
+            age = self._options.max_age_s * random.uniform(0.9, 1.1)
+            self._loop.call_later(age, self._expire, f"served for {age:.0f} s")
+        if self._options.max_memory_bytes:
+            self._check_memory()
+
+    def _check_memory(self) -> None:
+        used = rss_bytes(os.getpid())
+        if used > self._options.max_memory_bytes:
+            self._expire(f"uses {used >> 20} MiB of memory")
+        else:
+            self._loop.call_later(MEMORY_CHECK_S, self._check_memory)
+
+    def _expire(self, why: str) -> None:
+        if not self._has_expired:
+            self._has_expired = True
+            self._log.info("worker.expired", why=why)
+            self._broadcast(Expired(why=why))
+
+    # -- leave ---------------------------------------------------------------------------------------------
+
+    def _on_sigterm(self) -> None:
+        """Leave as if drained; a second one cuts what is left."""
+        if not self._leaving.is_set():
+            self._tell(stopping=True, status="draining")
+            self._leave(self._drain_order)
+        elif self._server is not None:
+            self._server.connections.cut()
+
+    def _leave(self, order: DrainOrder) -> None:
+        self._drain_order = order
+        self._leaving.set()
+
+    async def _drain(self, server: Server) -> None:
+        order = self._drain_order
+        self._log.info("drain.began", connections=len(server.connections.open))
+        fates = await server.drain(order.timeout_s, is_last=order.is_last)
+        self._log.info("drain.ended", **fates)
+        self._broadcast(Drained(fates=dict(fates)))
+        try:
+            async with asyncio.timeout(self._options.kill_timeout_s):
+                await server.shutdown()
+        except TimeoutError:
+            self._log.warning("worker.shutdown_overdue", timeout_s=self._options.kill_timeout_s)
+        except Exception:
+            self._log.exception("worker.shutdown_failed")
+
+    def _watch_for_orphanhood(self, extra_s: float = 0.0) -> None:
+        """Without anybody on the control socket, leave after ``orphan_timeout``."""
+        if self._orphan_timer is not None:
+            self._orphan_timer.cancel()
+            self._orphan_timer = None
+        if not self._peers:
+            delay = self._options.orphan_timeout_s + extra_s
+            self._orphan_timer = self._loop.call_later(delay, self._orphaned, delay)
+
+    def _orphaned(self, delay: float) -> None:
+        self._log.warning("worker.orphaned", waited_s=delay)
+        self._leave(DrainOrder(timeout_s=self._options.drain_timeout_s, is_last=True))
+
+    # -- control -------------------------------------------------------------------------------------------
+
+    def peer_joined(self, peer: _Peer) -> None:
+        """Somebody of our user has connected to the control socket."""
+        self._peers.add(peer)
+        self._watch_for_orphanhood()
+        spec = self._spec
+        peer.say(
+            Hello(
+                pid=os.getpid(),
+                service=spec.service,
+                generation=spec.generation,
+                worker=spec.worker,
+            )
+        )
+        if self._has_expired:
+            peer.say(Expired(why="expired before"))
+
+    def peer_left(self, peer: _Peer) -> None:
+        """A control connection has ended."""
+        if peer in self._peers:
+            self._peers.discard(peer)
+            self._watch_for_orphanhood()
+
+    async def obey(self, order: Order, peer: _Peer) -> None:
+        """Carry out one order and say what has become true."""
+        match order:
+            case DrainOrder():
+                self._leave(order)
+            case InspectOrder():
+                peer.say(self._inspect())
+            case _ if self._server is None or self._leaving.is_set():
+                self._log.warning("control.too_early_or_late", order=type(order).__name__)
+            case AcceptOrder():
+                await self._server.accept()
+                peer.say(Accepting(at_s=time.monotonic()))
+            case QuiesceOrder():
+                self._server.quiesce()
+                peer.say(Quiesced(at_s=time.monotonic()))
+
+    def _inspect(self) -> Inspection:
+        connections = self._server.connections if self._server is not None else None
+        return Inspection(
+            connections=len(connections.open) if connections else 0,
+            accepted=connections.accepted if connections else 0,
+            requests=connections.requests if connections else 0,
+            rss_bytes=rss_bytes(os.getpid()),
+            descriptors=len(open_descriptors()),
+        )
+
+    def _broadcast(self, message: Any) -> None:
+        for peer in list(self._peers):
+            peer.say(message)
+
+    def _tell(self, **said: Any) -> bool:
+        """Notify the supervisor; False if there is none that listens."""
+        return self._notify_path is not None and notify(self._notify_path, encode_notification(**said))
+
+
+class _Peer(asyncio.Protocol):
+    """One control connection: the supervisor, or whoever will be it."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._decoder = FrameDecoder(frame_bytes_max=ORDER_BYTES_MAX)
+        self._transport: asyncio.Transport | None = None
+        self._orders: asyncio.Queue[Order] = asyncio.Queue()
+        self._task: asyncio.Task[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop has classes of its own
+        _, uid, _ = peer_credentials(transport.get_extra_info("socket"))
+        if uid not in (os.geteuid(), 0):
+            self._transport.abort()
+            return
+        self._task = asyncio.get_running_loop().create_task(self._obey())
+        self._worker.peer_joined(self)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for payload in self._decoder.feed(data):
+                self._orders.put_nowait(decode(payload, Order))
+        except ControlError as error:
+            get_logger("hotport.control").warning("control.garbage", error=str(error))
+            self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        self._worker.peer_left(self)
+
+    def say(self, message: Any) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(encode_frame(encode(message)))
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    async def _obey(self) -> None:
+        while True:
+            await self._worker.obey(await self._orders.get(), self)
+
+
+def _with_jitter(value: int, jitter: int) -> int:
+    return value + random.randint(0, jitter) if value else 0
+
+
+def _identity(path: str) -> tuple[int, int]:
+    found = Path(path).stat()
+    return found.st_dev, found.st_ino
