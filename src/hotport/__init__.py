@@ -1,0 +1,58 @@
+"""hotport: an asyncio server framework whose restarts nobody's connection notices."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hotport.errors import (
+    ConfigError,
+    ControlError,
+    HotportError,
+    KernelError,
+    RestartError,
+    StartError,
+)
+
+if TYPE_CHECKING:
+    from hotport.adapters.base import Draining
+    from hotport.adapters.sockets import Lifetime
+    from hotport.adapters.stream import Stream, StreamAttribute
+    from hotport.serve import Server, run, serve
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfigError",
+    "ControlError",
+    "Draining",
+    "HotportError",
+    "KernelError",
+    "Lifetime",
+    "RestartError",
+    "Server",
+    "StartError",
+    "Stream",
+    "StreamAttribute",
+    "__version__",
+    "run",
+    "serve",
+]
+
+#: Where a name lives. Imported when it is first used: a worker that serves ASGI needs none of them.
+_HOMES = {
+    "Draining": "hotport.adapters.base",
+    "Lifetime": "hotport.adapters.sockets",
+    "Server": "hotport.serve",
+    "Stream": "hotport.adapters.stream",
+    "StreamAttribute": "hotport.adapters.stream",
+    "run": "hotport.serve",
+    "serve": "hotport.serve",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

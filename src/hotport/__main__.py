@@ -1,0 +1,5 @@
+"""``python -m hotport``."""
+
+from hotport.cli import main
+
+main()

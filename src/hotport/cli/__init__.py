@@ -1,0 +1,61 @@
+"""The ``hotport`` command. One module a subcommand, imported only when it is called."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from hotport.errors import ExitCode, HotportError, nearest
+
+__all__ = ["main"]
+
+COMMANDS = ("serve", "restart", "status", "scale", "stop", "demo")
+
+
+class _Commands(click.Group):
+    """Finds ``hotport.cli.NAME`` for a subcommand, so that ``serve`` does not load what draws progress bars."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = import_module(f"hotport.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            near = nearest(args[0], COMMANDS)
+            hint = f" Did you mean {near!r}?" if near else f" Commands: {', '.join(COMMANDS)}."
+            ctx.fail(f"There is no command {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="hotport")
+def _group() -> None:
+    """A server whose restarts nobody's connection notices."""
+
+
+def main() -> None:
+    """Run the command line and exit with hotport's exit code."""
+    try:
+        code = _group.main(standalone_mode=False)
+    except HotportError as error:
+        print(error, file=sys.stderr)
+        code = error.exit_code
+    except click.exceptions.Abort:
+        code = ExitCode.INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        code = ExitCode.USAGE
+    except BrokenPipeError:  # `hotport status | head -1`
+        sys.stderr.close()
+        code = ExitCode.DONE
+    sys.exit(code if isinstance(code, int) else ExitCode.DONE)

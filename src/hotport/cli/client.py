@@ -1,0 +1,110 @@
+"""Talking to a running service."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hotport.errors import ConfigError, ControlError, nearest
+from hotport.options import runtime_root
+from hotport.wire.frames import FrameDecoder, encode_frame
+from hotport.wire.messages import Failure, Reply, decode, encode
+
+__all__ = ["ask", "find_service", "raise_failure"]
+
+
+def ask(name: str | None, request: Any) -> Iterator[Any]:
+    """Send one request to a service and yield its replies; the last one ends the conversation.
+
+    Raises:
+        ControlError: There is no such service (HP605, HP606), or it left in the middle (HP607).
+        ConfigError: Several services run, and none was named (HP331).
+    """
+    service = find_service(name)
+    with _connect(service) as sock:
+        sock.sendall(encode_frame(encode(request)))
+        decoder = FrameDecoder()
+        has_answer = False
+        while data := sock.recv(65536):
+            for payload in decoder.feed(data):
+                has_answer = True
+                yield decode(payload, Reply)
+        if not has_answer:
+            raise ControlError(
+                "HP607",
+                f"{service.name} did not answer",
+                cause="its supervisor closed the connection",
+                fix=f"hotport status {service.name}",
+            )
+
+
+def raise_failure(reply: Any) -> None:
+    """Raise what a service refused with; anything else is let through."""
+    if isinstance(reply, Failure):
+        error = ControlError(reply.code, reply.what, cause=reply.cause, fix=reply.fix)
+        error.exit_code = reply.exit_code  # type: ignore[misc]  # the service's verdict, not ours
+        raise error
+
+
+def find_service(name: str | None) -> Path:
+    """The runtime directory of a running service: the named one, or the only one."""
+    root = runtime_root(os.environ, os.geteuid(), Path(tempfile.gettempdir()))
+    running = sorted(p.parent.name for p in root.glob("*/control.sock")) if root.is_dir() else []
+    if name is not None:
+        if name not in running:
+            near = nearest(name, running)
+            raise ControlError(
+                "HP605",
+                f"no service {name} runs here",
+                cause=f"there is no {root / name}/control.sock" + (f"; the nearest is {near!r}" if near else ""),
+                fix=f"hotport status {near}" if near else f"ls {root}, or set HOTPORT_RUNTIME_DIR",
+            )
+        return root / name
+    alive = [service for service in running if _is_alive(root / service)]
+    if not alive:
+        raise ControlError(
+            "HP605",
+            "no service runs here",
+            cause=f"no supervisor answers in {root}",
+            fix="hotport serve module:app, or set HOTPORT_RUNTIME_DIR to where it runs",
+        )
+    if len(alive) > 1:
+        raise ConfigError(
+            "HP331",
+            "several services run here",
+            cause=f"they are {', '.join(alive)}",
+            fix=f"name one: hotport status {alive[0]}",
+        )
+    return root / alive[0]
+
+
+def _is_alive(service: Path) -> bool:
+    try:
+        _connect(service).close()
+    except ControlError:
+        return False
+    return True
+
+
+def _connect(service: Path) -> socket.socket:
+    path = service / "control.sock"
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.connect(str(path))
+    except OSError as error:
+        sock.close()
+        cause = {
+            ConnectionRefusedError: "its supervisor is gone and has left its socket behind",
+            PermissionError: f"{path} belongs to another user",
+        }.get(type(error), os.strerror(error.errno or 0).lower())
+        raise ControlError(
+            "HP606",
+            f"cannot reach the supervisor of {service.name}",
+            cause=cause,
+            fix="run the command as the service's user, or start it again with hotport serve",
+        ) from None
+    return sock

@@ -1,0 +1,98 @@
+"""Where words and data go: data to stdout, words to stderr, colour only where it is wanted."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from hotport.wire.messages import Report, Status
+
+__all__ = ["console", "print_json", "print_report", "print_status"]
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console that keeps to ``NO_COLOR`` and to what is a terminal."""
+    return Console(stderr=stderr, no_color=bool(os.environ.get("NO_COLOR")), highlight=False, soft_wrap=True)
+
+
+def print_json(message: msgspec.Struct) -> None:
+    """One message as JSON on stdout."""
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(message)).decode() + "\n")
+
+
+def print_report(report: Report) -> None:
+    """One restart, for people: the most important line last."""
+    out = console()
+    if report.error:
+        out.print(report.error, markup=False)
+        out.print()
+    phases = "  ".join(f"{phase.name} {phase.ms:.0f} ms" for phase in report.phases)
+    out.print(f"phases       {phases}", markup=False)
+    out.print(f"accept gap   {report.accept_gap_ms:g} ms")
+    fates = ", ".join(f"{count} {fate.replace('_', ' ')}" for fate, count in sorted(report.connections.items()))
+    out.print(f"connections  {fates or 'none were open'}")
+    overflows = ", ".join(f"{count} {name}" for name, count in report.queue_overflows.items() if count)
+    out.print(f"queue        {overflows or 'no overflow'}")
+    if report.outcome == "done":
+        out.print(f"[green]done[/]: generation {report.generation} of {report.service} serves")
+    else:
+        out.print(f"[red]aborted[/]: generation {report.serving} of {report.service} serves on")
+
+
+def print_status(status: Status) -> None:
+    """A service and its workers, for people."""
+    out = console()
+    restarting = f", restarting into generation {status.restarting}" if status.restarting else ""
+    out.print(
+        f"{status.service}: generation {status.generation} serves {status.target} "
+        f"on {', '.join(status.addresses)}{restarting}",
+        markup=False,
+    )
+    out.print(
+        f"supervisor pid {status.pid}, {_mib(status.rss_bytes)}, up {_age(status.age_s)}, hotport {status.version}"
+    )
+    table = Table(box=None, pad_edge=False)
+    for heading in (
+        "generation",
+        "worker",
+        "pid",
+        "phase",
+        "age",
+        "connections",
+        "requests",
+        "memory",
+        "status",
+    ):
+        table.add_column(heading, justify="left" if heading in ("phase", "status") else "right")
+    for worker in status.workers:
+        table.add_row(
+            str(worker.generation),
+            str(worker.worker),
+            str(worker.pid),
+            worker.phase,
+            _age(worker.age_s),
+            _number(worker.connections),
+            _number(worker.requests),
+            _mib(worker.rss_bytes or 0),
+            worker.status,
+        )
+    out.print(table)
+
+
+def _number(value: int | None) -> str:
+    return "?" if value is None else str(value)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

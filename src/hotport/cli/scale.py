@@ -1,0 +1,24 @@
+"""``hotport scale``."""
+
+from __future__ import annotations
+
+import click
+
+from hotport.cli.client import ask, raise_failure
+from hotport.cli.output import console, print_json
+from hotport.errors import ExitCode
+from hotport.wire.messages import ScaleRequest
+
+__all__ = ["command"]
+
+
+@click.command("scale")
+@click.argument("workers", type=click.IntRange(min=1, max=1024))
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(workers: int, name: str | None, as_json: bool) -> int:
+    """Run WORKERS workers from now on, and wait until they serve."""
+    for reply in ask(name, ScaleRequest(workers=workers)):
+        raise_failure(reply)
+        print_json(reply) if as_json else console().print(reply.detail)
+    return ExitCode.DONE

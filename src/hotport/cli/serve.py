@@ -1,0 +1,105 @@
+"""``hotport serve``."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hotport.errors import ExitCode
+from hotport.options import OPTIONS, Loaded, Option, load, rows, show
+from hotport.serve import supervise
+
+__all__ = ["command"]
+
+
+class _Serve(click.Command):
+    """Keeps what follows ``--`` apart: it is a program with options of its own."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        program: list[str] = []
+        if "--" in args:
+            at = args.index("--")
+            args, program = args[:at], args[at + 1 :]
+        ctx.obj = tuple(program)
+        return super().parse_args(ctx, args)
+
+
+@click.command(
+    "serve",
+    cls=_Serve,
+    epilog="Options are also read from hotport.toml, or [tool.hotport] in pyproject.toml, and from HOTPORT_* "
+    "variables; a flag is stronger than a variable, a variable stronger than a file.",
+)
+@click.argument("target", required=False)
+@click.option("--config", type=click.Path(path_type=Path), help="Read this file in place of ./hotport.toml.")
+@click.option("--show-config", is_flag=True, help="Print every value and where it comes from, and do nothing.")
+@click.option("--json", "as_json", is_flag=True, help="With --show-config: print JSON.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    target: str | None,
+    config: Path | None,
+    show_config: bool,
+    as_json: bool,
+    **flags: Any,
+) -> int:
+    """Serve TARGET until stopped: module:app or file.py:app; or, after --, any program.
+
+    The program after -- must support socket activation (LISTEN_FDS) and say READY=1, or be given --ready exec.
+
+    Signals: HUP restarts. TERM and INT stop after draining, a second one at once; QUIT stops at once. TTIN and
+    TTOU mean one worker more or less.
+    """
+    directory = Path.cwd()
+
+    def read() -> Loaded:
+        return load(
+            file=config,
+            environ=os.environ,
+            flags={**flags, "target": target, "command": ctx.obj or None},
+            cwd=directory,
+            needs_program=not show_config,
+        )
+
+    loaded = read()
+    if show_config:
+        click.echo(_as_json(loaded) if as_json else show(loaded))
+        return ExitCode.DONE
+    if not loaded.options.watch:
+        return supervise(read)
+    from hotport.cli.watch import watching
+
+    with watching(loaded.options):
+        return supervise(read)
+
+
+def _as_json(loaded: Loaded) -> str:
+    return json.dumps({row.key: {"value": row.value, "origin": row.origin} for row in rows(loaded)}, indent=2)
+
+
+def _parameter(option: Option) -> click.Option:
+    assert option.flag is not None
+    if option.is_switch:
+        return click.Option(
+            [f"{option.flag}/--no-{option.key.replace('_', '-')}", option.key], default=None, help=option.help
+        )
+    default = "" if option.default in (None, "", (), []) else f"  [default: {_plain(option.default)}]"
+    return click.Option(
+        [option.flag, option.key],
+        multiple=option.is_list,
+        type=click.Choice(option.choices) if option.choices else str,
+        metavar=None if option.choices else option.metavar,
+        help=option.help + default,
+    )
+
+
+def _plain(default: object) -> str:
+    return ", ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+
+
+command.params.extend(_parameter(option) for option in OPTIONS if option.flag is not None)

@@ -1,0 +1,313 @@
+"""The front door: a service under a supervisor (`run`), or a server inside one's own event loop (`serve`)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from hotport.address import UnixAddress, parse_address
+from hotport.errors import ConfigError, ExitCode, HotportError
+from hotport.kernel.fds import lock_file, private_directory
+from hotport.kernel.process import reap_orphans
+from hotport.kernel.sockets import (
+    bind_control,
+    bind_listener,
+    bind_notify,
+    bound_address,
+    unlink_if_ours,
+)
+from hotport.model.service import RequestStop
+from hotport.observe.logs import configure, get_logger
+from hotport.options import Loaded, load, runtime_root, service_name
+from hotport.supervisor.control import serve_control
+from hotport.supervisor.launch import Surroundings
+from hotport.supervisor.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from hotport.worker.server import ConnectionServer, SocketsServer
+
+__all__ = ["Server", "run", "serve", "supervise"]
+
+
+# -- under a supervisor -------------------------------------------------------------------------------------
+
+
+def run(
+    app: str | Callable[..., Any],
+    *,
+    bind: str | Sequence[str] | None = None,
+    **options: Any,
+) -> None:
+    """Serve an application under a supervisor until it is stopped; the process exits if that failed.
+
+    Workers are processes of their own: they import the application by its name. So `app` is a target
+    (``"module:attribute"``, ``"file.py:attribute"``), or something that lives at the top level of a module; the
+    script that calls `run` counts as one. Workers that import that script pass over this call.
+
+    Args:
+        app: The application or its target.
+        bind: Addresses, for example ``"tcp://127.0.0.1:8000"``.
+        options: Any option, by the name that it has in ``hotport.toml``; stronger than file and environment.
+
+    Raises:
+        ConfigError: An option is wrong, or `app` cannot be imported by name (HP330).
+        StartError: The service did not start.
+        SystemExit: With hotport's exit code, if the service ended otherwise than by a clean stop.
+    """
+    if _is_in_worker():
+        return
+    flags: dict[str, Any] = {**options, "target": app if isinstance(app, str) else target_of(app)}
+    if bind is not None:
+        flags["bind"] = (bind,) if isinstance(bind, str) else tuple(bind)
+
+    def read() -> Loaded:
+        return load(file=None, environ=os.environ, flags=flags, cwd=Path.cwd())
+
+    code = supervise(read)
+    if code != ExitCode.DONE:
+        raise SystemExit(code)
+
+
+def _is_in_worker() -> bool:
+    return "hotport.worker.worker" in sys.modules
+
+
+def target_of(app: Callable[..., Any]) -> str:
+    """The target by which a worker finds `app`.
+
+    Raises:
+        ConfigError: It has no name at the top level of a module (HP330).
+    """
+    module_name = getattr(app, "__module__", None) or type(app).__module__
+    module = sys.modules.get(module_name)
+    name = getattr(app, "__qualname__", None)
+    found = getattr(module, name, None) if name and "." not in name else None
+    if found is not app:  # an instance has no name of its own: look for the variable that holds it
+        module = sys.modules["__main__"] if found is None else module
+        holders = (module, sys.modules["__main__"])
+        module, name = next(((m, key) for m in holders for key, value in vars(m).items() if value is app), (None, None))
+    if module is None or name is None:
+        raise ConfigError(
+            "HP330",
+            f"cannot name {app!r} for a worker",
+            cause="workers import the application, and it is not at the top level of a module",
+            fix='give it a name there, or pass a target: hotport.run("module:app")',
+        )
+    if module.__name__ != "__main__":
+        return f"{module.__name__}:{name}"
+    spec = getattr(module, "__spec__", None)
+    if spec is not None:  # python -m package.module
+        return f"{spec.name}:{name}"
+    return f"{os.path.abspath(str(module.__file__))}:{name}"
+
+
+def supervise(read: Callable[[], Loaded], *, ready: Callable[[Supervisor], None] | None = None) -> int:
+    """Run a service in the foreground and return its exit code.
+
+    Args:
+        read: Reads the options; called again for each restart.
+
+    Raises:
+        ConfigError, StartError, KernelError: The service could not start; nothing is left behind.
+    """
+    surroundings = Surroundings.snapshot()
+    options = read().options
+    name = service_name(options)
+    configure(format=options.log_format, level=options.log_level, service=name, role="supervisor")
+    with ExitStack() as stack:
+        directory = _claim(name, stack)
+        listeners = dict(_bind(text, options.backlog, stack) for text in options.bind)
+        notify_socket = bind_notify(os.path.join(directory, "notify.sock"))
+        control = bind_control(os.path.join(directory, "control.sock"))
+        for file in ("notify.sock", "control.sock"):
+            stack.callback(_unlink, os.path.join(directory, file))
+        supervisor = Supervisor(
+            name,
+            directory,
+            options,
+            listeners,
+            notify_socket,
+            surroundings,
+            read_options=lambda: read().options,
+            own_notify_path=os.environ.get("NOTIFY_SOCKET"),
+        )
+        stack.callback(supervisor.close)
+        anyio.run(_supervise, supervisor, control)
+    if isinstance(supervisor.failure, HotportError):
+        raise supervisor.failure
+    if supervisor.failure:
+        print(supervisor.failure, file=sys.stderr)
+    return supervisor.exit_code
+
+
+async def _supervise(supervisor: Supervisor, control: socket.socket) -> None:
+    log = get_logger("hotport.supervisor")
+    log.info("service.starting", addresses=list(supervisor.listeners))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(serve_control, supervisor, control)
+        async with anyio.create_task_group() as until_the_end:
+            until_the_end.start_soon(_handle_signals, supervisor, until_the_end)
+            await supervisor.run()
+            until_the_end.cancel_scope.cancel()
+    log.info("service.ended", exit_code=supervisor.exit_code)
+
+
+async def _handle_signals(supervisor: Supervisor, tasks: anyio.abc.TaskGroup) -> None:
+    log = get_logger("hotport.signals")
+    handled = [
+        signal.SIGHUP,
+        signal.SIGTERM,
+        signal.SIGINT,
+        signal.SIGQUIT,
+        signal.SIGTTIN,
+        signal.SIGTTOU,
+        signal.SIGUSR2,
+    ]
+    if os.getpid() == 1:  # every orphan of the container is our child
+        handled.append(signal.SIGCHLD)
+
+    async def answer(what: Callable[[], Any]) -> None:
+        try:
+            await what()
+        except HotportError as error:  # nobody waits for an answer: the log has to tell
+            log.warning("request.failed", error=str(error))
+
+    with anyio.open_signal_receiver(*handled) as signals:
+        async for number in signals:
+            log.debug("signal.received", signal=signal.Signals(number).name)
+            match number:
+                case signal.SIGHUP:
+                    tasks.start_soon(answer, supervisor.restart)
+                case signal.SIGTERM | signal.SIGINT:
+                    supervisor.input(RequestStop())
+                case signal.SIGQUIT:
+                    supervisor.input(RequestStop(now=True))
+                case signal.SIGTTIN | signal.SIGTTOU:
+                    change = 1 if number == signal.SIGTTIN else -1
+                    wanted = max(1, supervisor.service.wanted + change)
+                    tasks.start_soon(answer, lambda wanted=wanted: supervisor.scale(wanted))
+                case signal.SIGCHLD:
+                    reap_orphans({process.pid for process in supervisor.processes.values()})
+                case _:
+                    log.warning("signal.ignored", signal=signal.Signals(number).name)
+
+
+# -- inside one's own event loop ----------------------------------------------------------------------------
+
+
+class Server:
+    """A server that runs in the event loop that made it.
+
+    Attributes:
+        addresses: Where it listens, port 0 resolved.
+        connections: What is open, and the drain notice.
+    """
+
+    def __init__(self, addresses: tuple[str, ...], inner: ConnectionServer | SocketsServer) -> None:
+        self.addresses = addresses
+        self.connections = inner.connections
+        self._closed = anyio.Event()
+
+    def close(self) -> None:
+        """Let `wait_closed` return, and so the ``async with`` block end and drain."""
+        self._closed.set()
+
+    async def wait_closed(self) -> None:
+        """Return when `close` has been called."""
+        await self._closed.wait()
+
+
+@asynccontextmanager
+async def serve(
+    app: Any, *, bind: str | Sequence[str] = "tcp://127.0.0.1:8000", **options: Any
+) -> AsyncIterator[Server]:
+    """Serve an application inside the running asyncio event loop.
+
+    ::
+
+        async with hotport.serve(echo, bind="tcp://127.0.0.1:7000") as server:
+            await server.wait_closed()
+
+    Leaving the block stops accepting, serves what waits in the accept queue, lets every connection finish within
+    ``drain_timeout`` seconds and cuts the rest; an exception or a cancellation cuts at once.
+
+    Args:
+        app: The application itself: ASGI, an async function over a stream, a protocol factory, or a sockets function.
+        bind: Where to listen.
+        options: ``kind``, ``tasks``, ``backlog``, ``connections_max``, ``drain_timeout``, ``keep_alive``, ``lifespan``,
+            ``tls_cert``, ``tls_key``: as in ``hotport.toml``.
+
+    Raises:
+        ConfigError: An option is wrong.
+        KernelError: An address cannot be bound.
+        StartError: The application cannot start.
+
+    Descriptors: listeners are made and closed here.
+    """
+    from hotport.adapters.base import Connections, Context
+    from hotport.worker.server import make_server  # a supervisor has no use for what serves
+
+    texts = (bind,) if isinstance(bind, str) else tuple(bind)
+    flags = {**options, "bind": texts, "target": "embedded:app"}
+    settings = load(file=None, environ={}, flags=flags, cwd=Path(os.devnull)).options
+    with ExitStack() as stack:
+        listeners = dict(_bind(text, settings.backlog, stack) for text in texts)
+        connections = Connections(maximum=settings.connections_max)
+        inner = make_server(app, Context(connections), settings, list(listeners.values()))
+        await inner.startup()
+        await inner.accept()
+        timeout_s = 0.0
+        try:
+            yield Server(tuple(listeners), inner)
+            timeout_s = settings.drain_timeout_s
+        finally:
+            with anyio.CancelScope(shield=True):
+                await inner.drain(timeout_s, is_last=True)
+                await inner.shutdown()
+
+
+# -- both ---------------------------------------------------------------------------------------------------
+
+
+def _claim(name: str, stack: ExitStack) -> str:
+    """Make the service's runtime directory ours alone until `stack` ends."""
+    root = runtime_root(os.environ, os.geteuid(), Path(tempfile.gettempdir()))
+    private_directory(str(root))
+    directory = str(root / name)
+    private_directory(directory)
+    lock = lock_file(os.path.join(directory, "lock"))
+    if lock is None:
+        raise ConfigError(
+            "HP630",
+            f"the service {name} is already running",
+            cause=f"another supervisor holds {directory}/lock",
+            fix=f"hotport restart {name}, or start this one with another --name",
+        )
+    stack.callback(os.close, lock)
+    return directory
+
+
+def _bind(text: str, backlog: int, stack: ExitStack) -> tuple[str, socket.socket]:
+    """Bind one address until `stack` ends; return it as it really is, and its listener."""
+    address = parse_address(text)
+    listener = bind_listener(address, backlog=backlog)
+    stack.callback(listener.close)
+    if isinstance(address, UnixAddress) and not address.is_abstract:
+        found = os.stat(address.path)
+        path = os.path.abspath(address.path)
+        stack.callback(unlink_if_ours, path, (found.st_dev, found.st_ino))
+    return str(bound_address(address, listener)), listener
+
+
+def _unlink(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)

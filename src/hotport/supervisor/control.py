@@ -1,0 +1,167 @@
+"""The supervisor's control socket: commands come in, progress and an outcome go out."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import suppress
+from typing import Any, Final
+
+import anyio
+from anyio.abc import SocketAttribute, SocketStream
+
+from hotport.errors import ConfigError, ControlError, HotportError
+from hotport.kernel.sockets import peer_credentials
+from hotport.model.service import Announce, RequestStop
+from hotport.observe.logs import get_logger
+from hotport.supervisor.supervisor import Supervisor
+from hotport.wire.frames import FrameDecoder, encode_frame
+from hotport.wire.messages import (
+    Done,
+    Failure,
+    Progress,
+    Request,
+    RestartRequest,
+    ScaleRequest,
+    StatusRequest,
+    StopRequest,
+    decode,
+    encode,
+)
+
+__all__ = ["serve_control"]
+
+#: A request is short; whoever sends more does not speak our language.
+REQUEST_BYTES_MAX: Final = 64 * 1024
+
+#: How long somebody who has connected may take to say what is wanted.
+REQUEST_TIMEOUT_S: Final = 5.0
+
+#: How long clients may take to read the last words of a service that has ended.
+GOODBYE_TIMEOUT_S: Final = 1.0
+
+CLIENTS_MAX: Final = 64
+
+log = get_logger("hotport.control")
+
+
+async def serve_control(supervisor: Supervisor, control: socket.socket) -> None:
+    """Answer commands until the service has finished, and then to the end of what is being said.
+
+    Descriptors: owns `control`. Cancellation: safe; clients see the end of the stream.
+    """
+    limiter = anyio.CapacityLimiter(CLIENTS_MAX)
+    listener = await anyio.abc.SocketListener.from_socket(control)
+
+    async def handle(stream: SocketStream) -> None:
+        async with limiter, stream:
+            # A client that leaves ends its conversation, never what it asked for.
+            with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream):
+                await _converse(supervisor, stream)
+
+    async with listener, anyio.create_task_group() as conversations:
+        async with anyio.create_task_group() as accepting:
+            accepting.start_soon(listener.serve, handle, conversations)
+            await supervisor.finished.wait()
+            accepting.cancel_scope.cancel()
+        conversations.cancel_scope.deadline = anyio.current_time() + GOODBYE_TIMEOUT_S
+
+
+async def _converse(supervisor: Supervisor, stream: SocketStream) -> None:
+    _, uid, _ = peer_credentials(stream.extra(SocketAttribute.raw_socket))
+    try:
+        if uid not in (os.geteuid(), 0):
+            raise ControlError(
+                "HP603",
+                f"uid {uid} may not control {supervisor.name}",
+                cause=f"the service belongs to uid {os.geteuid()}",
+                fix=f"run the command as uid {os.geteuid()} or as root",
+            )
+        request = await _read_request(stream)
+        reply = await _carry_out(supervisor, request, stream)
+    except HotportError as error:
+        log.warning("control.refused", error=error.what, cause=error.cause)
+        reply = Failure(
+            code=error.code,
+            what=error.what,
+            cause=error.cause,
+            fix=error.fix,
+            exit_code=error.exit_code,
+        )
+    await _say(stream, reply)
+
+
+async def _read_request(stream: SocketStream) -> Any:
+    decoder = FrameDecoder(frame_bytes_max=REQUEST_BYTES_MAX)
+    with anyio.move_on_after(REQUEST_TIMEOUT_S):
+        while True:
+            if payloads := decoder.feed(await stream.receive()):
+                return decode(payloads[0], Request)
+    raise ControlError(
+        "HP604",
+        "no request came",
+        cause=f"the connection said nothing whole for {REQUEST_TIMEOUT_S:g} s",
+        fix="use the hotport command",
+    )
+
+
+async def _say(stream: SocketStream, message: Any) -> None:
+    await stream.send(encode_frame(encode(message)))
+
+
+async def _carry_out(supervisor: Supervisor, request: Any, stream: SocketStream) -> Any:
+    match request:
+        case StatusRequest():
+            return await supervisor.status()
+        case RestartRequest(phased=phased):
+            return await _restart(supervisor, phased, stream)
+        case ScaleRequest(workers=workers):
+            if workers < 1:
+                raise ConfigError(
+                    "HP312",
+                    f"cannot scale {supervisor.name} to {workers} workers",
+                    cause="a service has at least one worker",
+                    fix=f"hotport stop {supervisor.name}, to end it",
+                )
+            await supervisor.scale(workers)
+            return Done(detail=f"{workers} workers serve")
+        case StopRequest(now=now):
+            supervisor.input(RequestStop(now=now))
+            await supervisor.finished.wait()
+            return Done(detail="stopped", exit_code=supervisor.exit_code)
+    raise AssertionError(request)
+
+
+async def _restart(supervisor: Supervisor, phased: bool | None, stream: SocketStream) -> Any:
+    """Run a restart; its progress goes to the client, but does not wait for a client that does not read."""
+    send, receive = anyio.create_memory_object_stream[Progress](256)
+
+    def hear(news: Announce, ms: float) -> None:
+        with suppress(anyio.WouldBlock, anyio.BrokenResourceError):
+            send.send_nowait(
+                Progress(
+                    event=news.news.value,
+                    ms=ms,
+                    generation=news.generation,
+                    worker=news.worker,
+                    detail=news.why,
+                )
+            )
+
+    async def forward() -> None:
+        with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
+            async for progress in receive:
+                await _say(stream, progress)
+
+    async with anyio.create_task_group() as tasks, send:
+        tasks.start_soon(forward)
+        try:
+            report = await supervisor.restart(is_phased=phased, hear=hear)
+        except HotportError as error:
+            refused: HotportError | None = error
+        else:
+            refused = None
+        send.close()
+    if refused is not None:
+        raise refused  # outside the task group, which would wrap it
+    return report

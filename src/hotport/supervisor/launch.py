@@ -1,0 +1,111 @@
+"""What a generation is started from: resolved once, so that all its workers are of one piece."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hotport.errors import StartError
+from hotport.options import Options
+from hotport.wire.listenfds import LISTEN_VARIABLES
+from hotport.wire.messages import WorkerSpec, encode
+
+__all__ = ["Launch", "Surroundings"]
+
+#: Meant for this process or set anew for each worker; never handed on as they are.
+PRIVATE_VARIABLES = (*LISTEN_VARIABLES, "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "HOTPORT_WORKER")
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the supervisor itself was started in: kept, so that no generation inherits from another.
+
+    Attributes:
+        environment: As it was, less what was meant for the supervisor alone.
+        directory: The working directory *as it was named*, with its symbolic links: a release switched by a link
+            is found anew by each generation.
+    """
+
+    environment: Mapping[str, str]
+    directory: str
+
+    @classmethod
+    def snapshot(cls) -> Surroundings:
+        """Remember them now."""
+        environment = {k: v for k, v in os.environ.items() if k not in PRIVATE_VARIABLES}
+        directory = os.getcwd()
+        named = environment.get("PWD", "")
+        if os.path.isabs(named) and os.path.isdir(named) and os.path.samefile(named, directory):
+            directory = named
+        return cls(environment, directory)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How to start the workers of one generation.
+
+    A worker that is replaced later comes from the same release and interpreter as its siblings, whatever a link
+    points to by then.
+    """
+
+    options: Options
+    python: str
+    directory: str
+    environment: Mapping[str, str]
+
+    @classmethod
+    def resolve(cls, options: Options, surroundings: Surroundings) -> Launch:
+        """Follow the links as they are now.
+
+        Raises:
+            StartError: The directory or the interpreter is not there (HP401, HP402).
+        """
+        named = surroundings.directory
+        directory = os.path.realpath(named)
+        if not os.path.isdir(directory):
+            raise StartError(
+                "HP401",
+                f"cannot start in {named}",
+                cause=f"it leads to {directory}, which is no directory",
+                fix=f"ls -ld {named}",
+            )
+        python = options.python or sys.executable
+        if "/" in python and not options.command:
+            # The directory is resolved, the name is not: a virtual environment is known by where its python lies.
+            place, name = os.path.split(os.path.join(named, python))
+            python = os.path.join(os.path.realpath(place), name)
+            if not os.access(python, os.X_OK):
+                raise StartError(
+                    "HP402",
+                    f"cannot use the interpreter {options.python or sys.executable}",
+                    cause=f"{python} is not there or cannot be executed",
+                    fix="name another one with --python, for example --python current/.venv/bin/python",
+                )
+        environment = {**surroundings.environment, "PWD": directory}
+        return cls(options, python, directory, environment)
+
+    def argv(self, service: str, generation: int, worker: int) -> list[str]:
+        """The command line of one worker."""
+        if self.options.command:
+            return list(self.options.command)
+        label = f"{service}/{generation}.{worker}"  # for ps(1); the worker does not read it
+        return [self.python, "-P", "-m", "hotport.worker", label]
+
+    def worker_environment(self, service: str, directory: str, generation: int, worker: int) -> dict[str, str]:
+        """The environment of one worker, without the LISTEN variables."""
+        added = {
+            "NOTIFY_SOCKET": os.path.join(directory, "notify.sock"),
+            "HOTPORT_GENERATION": str(generation),
+        }
+        if not self.options.command:
+            spec = WorkerSpec(
+                service=service,
+                directory=directory,
+                generation=generation,
+                worker=worker,
+                options=self.options,
+            )
+            added["HOTPORT_WORKER"] = encode(spec).decode()
+        return {**self.environment, **added}

@@ -1,0 +1,142 @@
+"""One worker process, from the supervisor's side."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import anyio
+from anyio.abc import ByteStream
+
+from hotport.errors import ControlError
+from hotport.kernel.process import describe_exit, kill_group, reap, send_signal
+from hotport.kernel.spawn import Child
+from hotport.observe.logs import get_logger
+from hotport.wire.frames import FrameDecoder, encode_frame
+from hotport.wire.messages import Inspection, InspectOrder, Word, decode, encode
+
+__all__ = ["Process"]
+
+#: How long the last words of a worker that is gone are waited for.
+LAST_WORDS_S = 1.0
+
+
+class Process:
+    """A worker that was started here.
+
+    Attributes:
+        error: Why it could not start, in its own words, if it left any.
+        status: Its last ``STATUS=``.
+        is_talking: Its control socket is connected, or being connected.
+
+    Descriptors: owns ``child.pidfd`` and the control connection.
+    """
+
+    def __init__(self, worker: int, generation: int, child: Child, control_path: str, *, is_foreign: bool) -> None:
+        self.worker = worker
+        self.generation = generation
+        self.pid = child.pid
+        self.started_at = time.monotonic()
+        self.is_foreign = is_foreign
+        self.error = ""
+        self.status = ""
+        self._pidfd = child.pidfd
+        self._control_path = control_path
+        self._orders, self._pending = anyio.create_memory_object_stream[bytes](math.inf)
+        self.is_talking = False
+        self._has_said_all = anyio.Event()
+        self._inspections: list[tuple[anyio.Event, list[Inspection]]] = []
+        self._log = get_logger("hotport.supervisor").bind(worker=worker, generation=generation)
+
+    def order(self, message: Any) -> None:
+        """Queue an order; it leaves when the worker's control socket has been reached."""
+        with suppress(anyio.ClosedResourceError, anyio.BrokenResourceError):
+            self._orders.send_nowait(encode_frame(encode(message)))
+
+    def signal(self, number: int) -> None:
+        """Send a signal to exactly this process."""
+        send_signal(self._pidfd, number)
+
+    def kill(self) -> None:
+        """SIGKILL the process and everything in its group."""
+        kill_group(self.pid)
+        send_signal(self._pidfd, signal.SIGKILL)
+
+    async def converse(self, hear: Callable[[int, Word], None]) -> None:
+        """Connect to the worker, carry orders there and its words back, until it is gone.
+
+        A worker that cannot be given orders is left to the timers that bound them.
+        """
+        self.is_talking = True
+        try:
+            async with await anyio.connect_unix(self._control_path) as stream:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(self._send_orders, stream)
+                    await self._receive_words(stream, hear)
+                    tasks.cancel_scope.cancel()
+        except OSError as error:
+            self._log.warning("worker.unreachable", error=str(error))
+        finally:
+            self.is_talking = False
+            self._has_said_all.set()
+            for event, _ in self._inspections:
+                event.set()
+
+    async def inspect(self, timeout_s: float) -> Inspection | None:
+        """How the worker is; None if it does not answer within `timeout_s` seconds, or cannot be asked."""
+        if not self.is_talking:
+            return None
+        answer: list[Inspection] = []
+        event = anyio.Event()
+        self._inspections.append((event, answer))
+        self.order(InspectOrder())
+        with anyio.move_on_after(timeout_s):
+            await event.wait()
+        return answer[0] if answer else None
+
+    async def _send_orders(self, stream: ByteStream) -> None:
+        with suppress(anyio.BrokenResourceError):  # then the other direction ends, too
+            async for frame in self._pending:
+                await stream.send(frame)
+
+    async def _receive_words(self, stream: ByteStream, hear: Callable[[int, Word], None]) -> None:
+        decoder = FrameDecoder()
+        try:
+            while True:
+                for payload in decoder.feed(await stream.receive()):
+                    word = decode(payload, Word)
+                    if isinstance(word, Inspection) and self._inspections:
+                        event, answer = self._inspections.pop(0)  # answers come in the order of orders
+                        answer.append(word)
+                        event.set()
+                    else:
+                        hear(self.worker, word)
+        except (anyio.EndOfStream, anyio.BrokenResourceError):
+            pass
+        except ControlError as error:
+            self._log.warning("worker.garbage", error=str(error))
+
+    async def wait_ended(self, before: Callable[[], None]) -> str:
+        """Wait for the end, hear its last words, collect it, and say how it ended.
+
+        Args:
+            before: Called between the end and the collecting, while the pid still is nobody else's.
+        """
+        await anyio.wait_readable(self._pidfd)
+        if self.is_talking:
+            with anyio.move_on_after(LAST_WORDS_S):
+                await self._has_said_all.wait()
+        before()
+        kill_group(self.pid)  # what it has started ends with it; its zombie keeps the group's id ours
+        status = reap(self.pid)
+        os.close(self._pidfd)
+        self._orders.close()
+        self._pending.close()
+        with suppress(OSError):  # a worker that was killed leaves its socket behind
+            os.unlink(self._control_path)
+        return describe_exit(status)

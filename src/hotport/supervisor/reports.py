@@ -1,0 +1,126 @@
+"""From what happens during a restart to its one report."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+
+from hotport.model.service import Announce, News
+from hotport.wire.messages import PhaseTime, Report
+
+__all__ = ["RestartRecord", "accept_gap_s"]
+
+_PHASES = {
+    News.READY: "ready",
+    News.COMMITTED: "committed",
+    News.QUIESCED: "quiesced",
+    News.DRAINING: "draining",
+}
+
+
+def accept_gap_s(quiesced_at: Mapping[int, float], accepting_at: Mapping[int, float]) -> float:
+    """How long nobody accepted: from the last old worker's end to the first new one's beginning, at least 0."""
+    if not quiesced_at or not accepting_at:
+        return 0.0
+    return max(0.0, min(accepting_at.values()) - max(quiesced_at.values()))
+
+
+class RestartRecord:
+    """Collects one restart, from its beginning until the workers that lost are gone."""
+
+    def __init__(
+        self,
+        service: str,
+        generation: int,
+        previous: int,
+        *,
+        is_phased: bool,
+        overflows: Callable[[], Mapping[str, int]],
+    ) -> None:
+        self.generation = generation
+        self.is_over = False
+        self._service = service
+        self._previous = previous
+        self._is_phased = is_phased
+        self._overflows = overflows
+        self._began_s = time.monotonic()
+        self._began_at = datetime.now(UTC)
+        self._overflows_before = dict(overflows())
+        self._phases: list[PhaseTime] = []
+        self._outcome = ""
+        self._why = ""
+        self._culprit = 0
+        self._leaving: set[int] = set()
+        self._drained: set[int] = set()
+        self._fates: Counter[str] = Counter()
+        self.accepting_at: dict[int, float] = {}
+        self.quiesced_at: dict[int, float] = {}
+
+    def elapsed_ms(self) -> float:
+        """Milliseconds since the restart began."""
+        return round((time.monotonic() - self._began_s) * 1000, 3)
+
+    def drained(self, worker: int, fates: Mapping[str, int]) -> None:
+        """What became of a leaving worker's connections, by its own word."""
+        if worker in self._leaving:
+            self._drained.add(worker)
+            self._fates.update(fates)
+
+    def hear(self, announcement: Announce, *, is_tracked: bool) -> None:
+        """Take one piece of news into account.
+
+        Args:
+            is_tracked: The worker that it is about counts its connections; if it ends without having said what
+                became of them, they are counted as lost with it.
+        """
+        match announcement.news:
+            case News.WORKER_RETIRED if announcement.worker in self._leaving:
+                self._leaving.discard(announcement.worker)
+                if is_tracked and announcement.worker not in self._drained and self._outcome != "aborted":
+                    self._fates["workers_killed"] += 1
+            case _ if announcement.generation != self.generation:
+                return
+            case News.ABORTED:
+                self._outcome = "aborted"
+                self._why = announcement.why
+                self._culprit = announcement.worker
+                self._leaving |= set(announcement.workers)
+                self._mark("aborted")
+            case News.DONE:
+                self._outcome = "done"
+            case news if news in _PHASES:
+                self._leaving |= set(announcement.workers)
+                self._mark(_PHASES[news])
+        if self._outcome and not self._leaving and not self.is_over:
+            self.is_over = True
+            self._mark("retired")
+
+    def _mark(self, name: str) -> None:
+        self._phases.append(PhaseTime(name=name, ms=self.elapsed_ms()))
+
+    def report(self, *, serving: int, errors: Mapping[int, str]) -> Report:
+        """The report as far as it is known.
+
+        Args:
+            errors: What workers said about their failure to start, by worker.
+        """
+        after = self._overflows()
+        error = ""
+        if self._outcome == "aborted":
+            error = errors.get(self._culprit) or self._why
+        return Report(
+            service=self._service,
+            generation=self.generation,
+            previous=self._previous,
+            outcome=self._outcome,
+            serving=serving,
+            error=error,
+            is_phased=self._is_phased,
+            began_at=self._began_at.isoformat(timespec="milliseconds"),
+            phases=tuple(self._phases),
+            accept_gap_ms=round(accept_gap_s(self.quiesced_at, self.accepting_at) * 1000, 3),
+            connections=dict(self._fates),
+            queue_overflows={key: value - self._overflows_before.get(key, 0) for key, value in after.items()},
+        )
