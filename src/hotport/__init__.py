@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hotport.adapters.base import Draining
     from hotport.adapters.sockets import Lifetime
     from hotport.adapters.stream import Stream, StreamAttribute
-    from hotport.serve import Server, run, serve
+    from hotport.runner import Server, run, serve
 
 __version__ = "0.1.0"
 
@@ -42,11 +42,11 @@ __all__ = [
 _HOMES = {
     "Draining": "hotport.adapters.base",
     "Lifetime": "hotport.adapters.sockets",
-    "Server": "hotport.serve",
+    "Server": "hotport.runner",
     "Stream": "hotport.adapters.stream",
     "StreamAttribute": "hotport.adapters.stream",
-    "run": "hotport.serve",
-    "serve": "hotport.serve",
+    "run": "hotport.runner",
+    "serve": "hotport.runner",
 }
 
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+import struct
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from contextvars import Context as Variables
 from typing import Any, cast
 
@@ -24,6 +27,8 @@ log = logging.getLogger("hotport.stream")
 
 #: Reading pauses while more than this waits for the application.
 UNREAD_BYTES_MAX = 256 * 1024
+
+LINGER_0 = struct.pack("ii", 1, 0)
 
 
 class StreamAttribute(anyio.TypedAttributeSet):
@@ -215,7 +220,7 @@ class Stream(ByteStream, asyncio.Protocol):
             else:
                 log.exception("stream handler failed")
             self._is_closed = True
-            self._transport.abort()
+            self._reset()
         finally:
             self._close()
             if self._is_lost:
@@ -227,6 +232,13 @@ class Stream(ByteStream, asyncio.Protocol):
             self._wake()
             if self._transport is not None:
                 self._transport.close()
+
+    def _reset(self) -> None:
+        """Close without an orderly end: socket(7), SO_LINGER with a time of 0."""
+        assert self._transport is not None
+        with suppress(OSError):  # a unix socket has no such thing, and no need of it
+            self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
+        self._transport.abort()
 
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():

@@ -11,7 +11,7 @@ import click
 
 from hotport.errors import ExitCode
 from hotport.options import OPTIONS, Loaded, Option, load, rows, show
-from hotport.serve import supervise
+from hotport.runner import supervise
 
 __all__ = ["command"]
 

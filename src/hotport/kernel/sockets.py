@@ -8,7 +8,6 @@ import secrets
 import socket
 import stat
 import struct
-from contextlib import suppress
 from typing import Any, Final
 
 from hotport.address import Address, FdAddress, SystemdAddress, TcpAddress, UdpAddress, UnixAddress
@@ -245,15 +244,18 @@ def _bind_abstract(address: UnixAddress, path: str, backlog: int) -> socket.sock
 
 def _bind_unix(address: UnixAddress, path: str, backlog: int) -> socket.socket:
     """Bind beside the path, listen, and only then take its place: a client finds the old or the new one."""
-    with suppress(OSError):  # bind will say it in its own words
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise ConfigError(
-                "HP103",
-                f"cannot bind {address}",
-                cause=f"{path} is a file, a directory or a link, and not a socket that could be replaced",
-                fix=f"ls -ld {path}",
-            )
-    if (holder := _answering(path)) is not None:
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        mode = 0  # nothing there; or bind says what is wrong
+    if mode and not stat.S_ISSOCK(mode):
+        raise ConfigError(
+            "HP103",
+            f"cannot bind {address}",
+            cause=f"{path} is a file, a directory or a link, and not a socket that could be replaced",
+            fix=f"ls -ld {path}",
+        )
+    if mode and (holder := _answering(path)) is not None:
         error = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         raise _refused(address, error, *_explain_unix(error, path, holder))
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -47,7 +47,7 @@ def spawn(
     The program gets exactly stdin (``/dev/null``), our stdout and stderr (``/dev/null`` if we have none), and
     the listeners from descriptor 3 up; a process group of its own, no blocked and no ignored signal; and
     `environment` plus the LISTEN variables, with the right ``LISTEN_PID``. Blocks for the time of fork and
-    exec, around a millisecond.
+    exec: a few milliseconds, more in a process with much memory.
 
     A signal that kills the child before its exec is no failure here: its pidfd is readable, and its status
     says so. The child runs between fork and exec only what is below: no event loop, no exit handlers. Python
