@@ -69,8 +69,8 @@ def run(
     if bind is not None:
         flags["bind"] = (bind,) if isinstance(bind, str) else tuple(bind)
 
-    def read() -> Loaded:
-        return load(file=None, environ=os.environ, flags=flags, cwd=Path.cwd())
+    def read(directory: Path) -> Loaded:
+        return load(file=None, environ=os.environ, flags=flags, cwd=directory)
 
     code = supervise(read)
     if code != ExitCode.DONE:
@@ -110,17 +110,17 @@ def target_of(app: Callable[..., Any]) -> str:
     return f"{os.path.abspath(str(module.__file__))}:{name}"
 
 
-def supervise(read: Callable[[], Loaded], *, ready: Callable[[Supervisor], None] | None = None) -> int:
+def supervise(read: Callable[[Path], Loaded]) -> int:
     """Run a service in the foreground and return its exit code.
 
     Args:
-        read: Reads the options; called again for each restart.
+        read: Reads the options in a directory; called again for each restart, since a release may bring new ones.
 
     Raises:
         ConfigError, StartError, KernelError: The service could not start; nothing is left behind.
     """
     surroundings = Surroundings.snapshot()
-    options = read().options
+    options = read(Path(surroundings.directory)).options
     name = service_name(options)
     configure(format=options.log_format, level=options.log_level, service=name, role="supervisor")
     with ExitStack() as stack:
@@ -137,7 +137,7 @@ def supervise(read: Callable[[], Loaded], *, ready: Callable[[Supervisor], None]
             listeners,
             notify_socket,
             surroundings,
-            read_options=lambda: read().options,
+            read_options=lambda directory: read(directory).options,
             own_notify_path=os.environ.get("NOTIFY_SOCKET"),
         )
         stack.callback(supervisor.close)

@@ -55,9 +55,8 @@ def command(
     Signals: HUP restarts. TERM and INT stop after draining, a second one at once; QUIT stops at once. TTIN and
     TTOU mean one worker more or less.
     """
-    directory = Path.cwd()
 
-    def read() -> Loaded:
+    def read(directory: Path) -> Loaded:
         return load(
             file=config,
             environ=os.environ,
@@ -66,7 +65,7 @@ def command(
             needs_program=not show_config,
         )
 
-    loaded = read()
+    loaded = read(Path.cwd())
     if show_config:
         click.echo(_as_json(loaded) if as_json else show(loaded))
         return ExitCode.DONE

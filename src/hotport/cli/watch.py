@@ -78,7 +78,7 @@ def watching(options: Options) -> Iterator[None]:
                     *(service_name(options), options.log_format, options.log_level),
                     *map(str, paths),
                 ],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 process_group=0,  # Ctrl-C is for the supervisor, which may go on for a while
             )
         try:

@@ -72,7 +72,7 @@ async def _converse(supervisor: Supervisor, stream: SocketStream) -> None:
     try:
         if uid not in (os.geteuid(), 0):
             raise ControlError(
-                "HP603",
+                "HP640",
                 f"uid {uid} may not control {supervisor.name}",
                 cause=f"the service belongs to uid {os.geteuid()}",
                 fix=f"run the command as uid {os.geteuid()} or as root",
@@ -98,7 +98,7 @@ async def _read_request(stream: SocketStream) -> Any:
             if payloads := decoder.feed(await stream.receive()):
                 return decode(payloads[0], Request)
     raise ControlError(
-        "HP604",
+        "HP641",
         "no request came",
         cause=f"the connection said nothing whole for {REQUEST_TIMEOUT_S:g} s",
         fix="use the hotport command",

@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 import anyio
@@ -78,7 +79,7 @@ class Supervisor:
         directory: Its runtime directory, private, existing.
         listeners: Bound listeners by canonical address; owned from here on.
         notify_socket: Bound in `directory`; owned from here on.
-        read_options: Reads the options again for each restart; may raise ConfigError.
+        read_options: Reads the options again for each restart, from a directory; may raise ConfigError.
         own_notify_path: The service manager's ``NOTIFY_SOCKET``, if this supervisor is itself supervised.
     """
 
@@ -91,7 +92,7 @@ class Supervisor:
         notify_socket: socket.socket,
         surroundings: Surroundings,
         *,
-        read_options: Callable[[], Options],
+        read_options: Callable[[Path], Options],
         own_notify_path: str | None = None,
     ) -> None:
         self.name = name
@@ -339,7 +340,8 @@ class Supervisor:
                 self._log.info("worker.expired", worker=worker, why=why)
                 self.input(model.Expired(worker))
             case Drained(fates=fates):
-                self._has_cut = self._has_cut or any(fate.startswith("cut_") for fate in fates)
+                if self.service.stopping is not model.Stopping.NO:
+                    self._has_cut = self._has_cut or any(fate.startswith("cut_") for fate in fates)
                 for record in self._records.values():
                     record.drained(worker, fates)
             case _:
@@ -462,7 +464,7 @@ class Supervisor:
         return result[0]
 
     def _reread_options(self) -> Options:
-        options = self._read_options()
+        options = self._read_options(Path(self._surroundings.directory))
         if options.bind != self.options.bind:
             raise RestartError(
                 "HP411",

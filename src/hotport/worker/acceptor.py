@@ -23,10 +23,27 @@ log = logging.getLogger("hotport.acceptor")
 #: Connections taken in one turn of the event loop; the rest waits so that open connections get their turn.
 BATCH: Final = 16
 
-#: How long to leave the accept queue alone when the process or the system is out of descriptors or memory.
-EXHAUSTED_PAUSE_S: Final = 0.1
+#: How long to leave the accept queue alone when nothing can be taken from it: the process or the system is out of
+#: descriptors or memory, or somebody has shut the shared listener down (EINVAL, until somebody listens again).
+PAUSE_S: Final = 0.1
 
-EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+#: What accept(2) reports of a connection that died in the queue: "treat them like EAGAIN by retrying".
+TRANSIENT: Final = frozenset(
+    {
+        errno.ECONNABORTED,
+        errno.EPERM,
+        errno.ENETDOWN,
+        errno.EPROTO,
+        errno.ENOPROTOOPT,
+        errno.EHOSTDOWN,
+        errno.ENONET,
+        errno.EHOSTUNREACH,
+        errno.ENETUNREACH,
+    }
+)
+
+#: How much of an accept queue is served when nobody will serve it later; a flood must not keep a service alive.
+EMPTY_MAX: Final = 4096
 
 HANDSHAKE_TIMEOUT_S: Final = 15.0
 
@@ -82,9 +99,10 @@ class Acceptor:
         self._listener.close()
 
     def empty(self) -> None:
-        """Take everything that waits in the accept queue now."""
-        while self._accept():
-            pass
+        """Take what waits in the accept queue now, up to `EMPTY_MAX` connections."""
+        for _ in range(EMPTY_MAX // BATCH):
+            if not self._accept():
+                break
 
     async def wait_attached(self) -> None:
         """Return when every accepted socket has its transport, or has failed its TLS handshake."""
@@ -99,11 +117,9 @@ class Acceptor:
             except (BlockingIOError, InterruptedError):
                 return False
             except OSError as error:
-                if error.errno not in EXHAUSTED:
-                    # accept(2): "treat [network errors] like EAGAIN by retrying"; the connection is already gone
-                    log.debug("accept: %s", error)
+                if error.errno in TRANSIENT:
                     continue
-                self._wait_for_room(error)
+                self._wait(error)
                 return False
             accepted.setblocking(False)
             self._take(accepted)
@@ -135,11 +151,11 @@ class Acceptor:
             log.debug("connection not attached: %s", error)
             self._connections.closed(protocol)  # type: ignore[arg-type]
 
-    def _wait_for_room(self, error: OSError) -> None:
-        log.error("cannot accept: %s; trying again in %g s", error, EXHAUSTED_PAUSE_S)
+    def _wait(self, error: OSError) -> None:
+        log.error("cannot accept: %s; trying again in %g s", error, PAUSE_S)
         if self._is_accepting:
             self._loop.remove_reader(self._listener)
-            self._pause = self._loop.call_later(EXHAUSTED_PAUSE_S, self._resume)
+            self._pause = self._loop.call_later(PAUSE_S, self._resume)
 
     def _resume(self) -> None:
         self._pause = None

@@ -147,11 +147,19 @@ def make_server(
     """The server for an application, after its kind.
 
     Raises:
-        StartError: Its kind is unclear, an extra is missing, or its certificate cannot be used (HP504, HP505, HP507).
+        StartError: Its kind is unclear, an extra is missing, or its certificate cannot be used (HP504, HP505, HP507),
+            or a listener is not for connections (HP509).
     """
     adapter = make_adapter(application, context, options)
     if isinstance(adapter, SocketsAdapter):
         return SocketsServer(adapter, listeners, context.connections)
+    if any(listener.type != socket.SOCK_STREAM for listener in listeners):
+        raise StartError(
+            "HP509",
+            "cannot serve this application from a datagram socket",
+            cause="it takes connections, and udp has none",
+            fix="bind a tcp or unix address, or write it as a `sockets` application (--kind sockets)",
+        )
     return ConnectionServer(adapter, listeners, context.connections, tasks=options.tasks, tls=tls_context(options))
 
 

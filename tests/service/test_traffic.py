@@ -1,0 +1,273 @@
+"""What clients see of restarts: nothing. Real clients, a real framework, new code each time."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import DEADLINE_S, Service, eventually, http_get, need, read_response, write_code
+
+APP = """
+import asyncio
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse, StreamingResponse
+from starlette.routing import Route
+
+VERSION = "{version}"
+
+async def index(request):
+    return PlainTextResponse(VERSION)
+
+async def slow(request):
+    await asyncio.sleep(2)
+    return PlainTextResponse("slow " + VERSION)
+
+async def stream(request):
+    async def chunks():
+        for n in range(20):
+            yield f"{{n}}\\n"
+            await asyncio.sleep(0.1)
+    return StreamingResponse(chunks())
+
+async def events(request):
+    draining = request.scope["extensions"]["hotport"]["draining"]
+    async def until_draining():
+        yield "open\\n"
+        await draining.wait()
+        yield "retry\\n"
+    return StreamingResponse(until_draining())
+
+async def upload(request):
+    total = 0
+    async for chunk in request.stream():
+        total += len(chunk)
+    return PlainTextResponse(f"{{total}} {{VERSION}}")
+
+app = Starlette(routes=[
+    Route("/", index), Route("/slow", slow), Route("/stream", stream), Route("/events", events),
+    Route("/upload", upload, methods=["POST"]),
+])
+"""
+
+
+def deploy(service_or_directory: Service | Path, version: str) -> None:
+    directory = service_or_directory.directory if isinstance(service_or_directory, Service) else service_or_directory
+    write_code(directory / "app.py", APP.format(version=version))
+
+
+@pytest.fixture(params=["uvloop", "asyncio"])
+def service(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Service]:
+    deploy(tmp_path, "v0")
+    with Service(tmp_path, "app:app", "--workers", "2", "--loop", request.param, "--keep-alive", "1") as running:
+        yield running.wait_ready()
+
+
+def restart_into(service: Service, version: str) -> Any:
+    deploy(service, version)
+    before = service.worker_pids()
+    report = service.restart()
+    assert report["outcome"] == "done"
+    assert http_get(service.port) == (200, version.encode())
+    for pid in before:
+        eventually(lambda pid=pid: not Path(f"/proc/{pid}").exists(), f"worker {pid} is gone")  # type: ignore[misc]
+    return report
+
+
+WRK_LUA = """
+done = function(summary, latency, requests)
+  local e = summary.errors
+  io.write(string.format("requests %d connect %d read %d write %d timeout %d status %d\\n",
+    summary.requests, e.connect, e.read, e.write, e.timeout, e.status))
+end
+"""
+
+
+@pytest.mark.parametrize("mode", ["keep-alive", "close"])
+def test_twenty_restarts_under_full_load_cost_no_request(tmp_path: Path, mode: str) -> None:
+    wrk = need("wrk")
+    script = tmp_path / "count.lua"
+    header = 'wrk.headers["Connection"] = "close"\n' if mode == "close" else ""
+    script.write_text(header + WRK_LUA)
+    deploy(tmp_path, "v0")
+    with Service(tmp_path, "app:app", "--workers", "2") as service:
+        url = f"http://127.0.0.1:{service.wait_ready().port}/"
+        load = subprocess.Popen(
+            [wrk, "-t1", "-c64", "-d600s", "--timeout", "10s", "-s", script, url], stdout=subprocess.PIPE, text=True
+        )
+        try:
+            for number in range(1, 21):
+                report = restart_into(service, f"v{number}")
+                assert not any(fate.startswith(("cut_", "workers_")) for fate in report["connections"]), report
+                assert report["queue_overflows"].get("ListenDrops", 0) == 0
+                assert report["accept_gap_ms"] == 0
+        finally:
+            load.send_signal(2)  # SIGINT: wrk stops and prints its summary
+            out, _ = load.communicate(timeout=DEADLINE_S)
+        counts = {k: int(v) for k, v in re.findall(r"(\w+) (\d+)", out.splitlines()[-1])}
+        assert counts.pop("requests") > 1000
+        assert counts == dict.fromkeys(["connect", "read", "write", "timeout", "status"], 0), out
+        assert len(service.status()["workers"]) == 2
+
+
+def test_connections_that_send_only_after_the_restart_are_answered(service: Service) -> None:
+    port = service.port
+    early = [socket.create_connection(("127.0.0.1", port), DEADLINE_S) for _ in range(300)]
+    halves = [socket.create_connection(("127.0.0.1", port), DEADLINE_S) for _ in range(50)]
+    for each in halves:
+        each.sendall(b"GET / HTTP/1.1\r\nHo")
+    deploy(service, "v1")
+    answers: list[tuple[int, bytes]] = []
+
+    def speak_when_committed() -> None:
+        eventually(lambda: bool(service.log_events("restart.draining")), "the old generation drains")
+        for each in early:
+            each.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+        for each in halves:
+            each.sendall(b"st: test\r\n\r\n")
+        for each in early + halves:
+            answers.append(read_response(each))
+            each.close()
+
+    speaker = threading.Thread(target=speak_when_committed)
+    speaker.start()
+    report = service.restart()
+    speaker.join(DEADLINE_S)
+    assert len(answers) == 350
+    assert {status for status, _ in answers} == {200}
+    assert {body for _, body in answers} <= {b"v0", b"v1"}
+    assert not any(fate.startswith(("cut_", "workers_")) for fate in report["connections"]), report
+
+
+def test_what_is_in_flight_arrives_whole(service: Service) -> None:
+    port = service.port
+    slow, stream, upload, events = (socket.create_connection(("127.0.0.1", port), DEADLINE_S) for _ in range(4))
+    for sock, path in ((slow, "/slow"), (stream, "/stream"), (events, "/events")):
+        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+    upload.sendall(b"POST /upload HTTP/1.1\r\nHost: test\r\nContent-Length: 100000\r\n\r\n" + b"x" * 50_000)
+    opened = b""
+    while b"open\n" not in opened:
+        opened += events.recv(65536)
+    deploy(service, "v1")
+
+    def finish_upload() -> None:
+        eventually(lambda: bool(service.log_events("restart.draining")), "the old generation drains")
+        upload.sendall(b"x" * 50_000)
+
+    uploader = threading.Thread(target=finish_upload)
+    uploader.start()
+    report = service.restart()
+    uploader.join(DEADLINE_S)
+    with slow, upload:
+        assert read_response(slow) == (200, b"slow v0")
+        assert read_response(upload) == (200, b"100000 v0")
+    whole = read_to_end(stream)
+    assert all(f"{n}\n".encode() in whole for n in range(20))
+    assert whole.endswith(b"0\r\n\r\n"), "the chunked body has its end"
+    rest = read_to_end(events)
+    assert b"retry\n" in rest, "the application was told that draining had started"
+    assert rest.endswith(b"0\r\n\r\n")
+    assert sum(report["connections"].values()) >= 4
+    assert not any(fate.startswith(("cut_", "workers_")) for fate in report["connections"]), report
+
+
+def read_to_end(sock: socket.socket) -> bytes:
+    received = b""
+    with sock:
+        while data := sock.recv(65536):
+            received += data
+    return received
+
+
+def test_an_idle_keep_alive_connection_is_answered_once_more_and_told_to_close(service: Service) -> None:
+    with socket.create_connection(("127.0.0.1", service.port), DEADLINE_S) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+        assert read_response(client) == (200, b"v0")
+        deploy(service, "v1")
+        answers: list[bytes] = []
+
+        def ask_again() -> None:
+            eventually(lambda: bool(service.log_events("restart.draining")), "the old generation drains")
+            client.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+            answers.append(read_to_end(client))
+
+        asker = threading.Thread(target=ask_again)
+        asker.start()
+        report = service.restart()
+        asker.join(DEADLINE_S)
+    assert answers[0].startswith(b"HTTP/1.1 200")
+    assert b"connection: close" in answers[0].lower()
+    assert answers[0].endswith(b"v0")
+    assert report["connections"].get("told_to_close") == 1
+
+
+@pytest.mark.parametrize("framework", ["fastapi", "starlette"])
+def test_frameworks_with_a_lifespan_are_served_and_restarted(tmp_path: Path, framework: str) -> None:
+    code = {
+        "fastapi": "from fastapi import FastAPI as App\ndecorate = lambda app: app.get('/')",
+        "starlette": "from starlette.applications import Starlette as App\n"
+        "from starlette.responses import JSONResponse\n"
+        "def decorate(app):\n"
+        "    def add(f):\n"
+        "        async def endpoint(request): return JSONResponse(await f())\n"
+        "        app.add_route('/', endpoint)\n"
+        "    return add",
+    }[framework]
+    app = f"""
+from contextlib import asynccontextmanager
+{code}
+
+@asynccontextmanager
+async def lifespan(app):
+    open("started-{{version}}", "w").close()
+    yield
+    open("stopped-{{version}}", "w").close()
+
+app = App(lifespan=lifespan)
+
+@decorate(app)
+async def index():
+    return {{{{"version": "{{version}}"}}}}
+"""
+    write_code(tmp_path / "app.py", app.format(version="v0"))
+    with Service(tmp_path, "app:app") as service:
+        assert http_get(service.wait_ready().port)[1] in (b'{"version":"v0"}',)
+        assert (tmp_path / "started-v0").exists()
+        write_code(tmp_path / "app.py", app.format(version="v1"))
+        service.restart()
+        assert http_get(service.port)[1] == b'{"version":"v1"}'
+        assert (tmp_path / "stopped-v0").exists()
+
+
+def test_phased_restarts_replace_workers_one_by_one_and_lose_nothing(tmp_path: Path) -> None:
+    deploy(tmp_path, "v0")
+    with Service(tmp_path, "app:app", "--workers", "3", "--phased") as service:
+        port = service.wait_ready().port
+        failures: list[object] = []
+        stop = threading.Event()
+
+        def hammer() -> None:
+            while not stop.is_set():
+                try:
+                    status, _ = http_get(port)
+                    if status != 200:
+                        failures.append(status)
+                except OSError as error:
+                    failures.append(error)
+
+        hammering = threading.Thread(target=hammer)
+        hammering.start()
+        deploy(service, "v1")
+        report = service.restart()
+        stop.set()
+        hammering.join(DEADLINE_S)
+        assert failures == []
+        assert report["is_phased"]
+        assert [phase["name"] for phase in report["phases"]].count("committed") == 3
+        assert {worker["generation"] for worker in service.status()["workers"]} == {2}
