@@ -167,5 +167,8 @@ class Adapter(Protocol):
     def connection(self) -> asyncio.BaseProtocol:
         """One protocol object for one accepted socket; it registers itself before it returns."""
 
+    async def finish(self) -> None:
+        """Return when nothing runs on for connections that have ended; bounded by the caller, within the drain."""
+
     async def shutdown(self) -> None:
-        """Release what `startup` took; called when no connection is left."""
+        """Cancel what still runs, and release what `startup` took; called when no connection is left."""

@@ -40,6 +40,9 @@ class ProtocolAdapter:
             return _TrackedBuffered(application, self._context)
         return _Tracked(application, self._context)
 
+    async def finish(self) -> None:
+        """Nothing outlives its connection."""
+
     async def shutdown(self) -> None:
         """Nothing to do."""
 

@@ -55,6 +55,9 @@ class StreamAdapter:
         """One stream; its handler starts when the transport is there."""
         return Stream(self._handler, self._context)
 
+    async def finish(self) -> None:
+        """Nothing outlives its connection."""
+
     async def shutdown(self) -> None:
         """Nothing to do."""
 

@@ -104,6 +104,7 @@ class ConnectionServer:
                 for acceptor in self._acceptors:
                     await acceptor.wait_attached()
                 await self.connections.wait_empty()
+                await self._adapter.finish()
         except TimeoutError:
             self.connections.cut()
             await asyncio.sleep(0)  # transports close their sockets in the next turn of the loop
@@ -148,14 +149,14 @@ def make_server(
 
     Raises:
         StartError: Its kind is unclear, an extra is missing, or its certificate cannot be used (HP504, HP505, HP507),
-            or a listener is not for connections (HP509).
+            or a listener is not for connections (HP511).
     """
     adapter = make_adapter(application, context, options)
     if isinstance(adapter, SocketsAdapter):
         return SocketsServer(adapter, listeners, context.connections)
     if any(listener.type != socket.SOCK_STREAM for listener in listeners):
         raise StartError(
-            "HP509",
+            "HP511",
             "cannot serve this application from a datagram socket",
             cause="it takes connections, and udp has none",
             fix="bind a tcp or unix address, or write it as a `sockets` application (--kind sockets)",
