@@ -30,6 +30,7 @@ from hotport.observe.logs import configure, get_logger
 from hotport.options import Loaded, load, runtime_root, service_name
 from hotport.supervisor.control import serve_control
 from hotport.supervisor.launch import Surroundings
+from hotport.supervisor.requests import restart, scale
 from hotport.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ async def _handle_signals(supervisor: Supervisor, tasks: anyio.abc.TaskGroup) ->
             log.debug("signal.received", signal=signal.Signals(number).name)
             match number:
                 case signal.SIGHUP:
-                    tasks.start_soon(answer, supervisor.restart)
+                    tasks.start_soon(answer, lambda: restart(supervisor))
                 case signal.SIGTERM | signal.SIGINT:
                     supervisor.input(RequestStop())
                 case signal.SIGQUIT:
@@ -194,7 +195,7 @@ async def _handle_signals(supervisor: Supervisor, tasks: anyio.abc.TaskGroup) ->
                 case signal.SIGTTIN | signal.SIGTTOU:
                     change = 1 if number == signal.SIGTTIN else -1
                     wanted = max(1, supervisor.service.wanted + change)
-                    tasks.start_soon(answer, lambda wanted=wanted: supervisor.scale(wanted))
+                    tasks.start_soon(answer, lambda wanted=wanted: scale(supervisor, wanted))
                 case signal.SIGCHLD:
                     reap_orphans({process.pid for process in supervisor.processes.values()})
                 case _:

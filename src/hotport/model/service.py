@@ -13,7 +13,8 @@ holds all of them; a phased restart is a series of batches of one. For each batc
     (done)      drain the old ones; only this has no inverse
 
 Before that last line anything that goes wrong with a new worker aborts the restart by the inverses in
-`INVERSE`, and the old generation serves on.
+`INVERSE`, and the old generation serves on. The restart's number and the wanted count become the service's own only
+with the last batch; until then whatever is started outside of the restart is of the old generation.
 """
 
 from __future__ import annotations
@@ -80,26 +81,19 @@ class Restart:
     """A restart in progress.
 
     Attributes:
+        wanted: How many workers should serve when it is done.
+        remaining: New workers still to be started after this batch.
         new: Workers of the current batch.
         old: Workers that the current batch replaces; filled in when it commits.
-        remaining: New workers still to be started after this batch.
     """
 
     generation: int
-    previous: int
-    step: Step
-    new: frozenset[int]
-    old: frozenset[int] = frozenset()
-    remaining: int = 0
+    wanted: int
+    remaining: int
     is_phased: bool = False
-
-
-class Stopping(enum.Enum):
-    """Whether the service is ending, and how."""
-
-    NO = "no"
-    GRACEFULLY = "gracefully"
-    NOW = "now"
+    step: Step = Step.STARTING
+    new: frozenset[int] = frozenset()
+    old: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +102,9 @@ class Service:
 
     Attributes:
         wanted: How many workers should serve.
-        generation: The newest generation that has committed; 0 before the first.
+        generation: The one that new workers are of, outside of a restart; 0 before the first worker serves.
         generations: How many generation numbers have been given out.
-        failures: Workers lost in a row without a quiet spell between them.
+        failures: Times that workers were lost without a quiet spell between them.
         is_backing_off: No replacement is started before the back-off timer ends.
     """
 
@@ -120,7 +114,7 @@ class Service:
     spawned: int = 0
     workers: Mapping[int, Worker] = field(default_factory=lambda: MappingProxyType({}))
     restart: Restart | None = None
-    stopping: Stopping = Stopping.NO
+    is_stopping: bool = False
     failures: int = 0
     is_backing_off: bool = False
 
@@ -389,6 +383,9 @@ INVERSE: Final[Mapping[type[Effect], type[Effect]]] = {
     Quiesce: Open,
 }
 
+#: Phases of workers that accept, or have been told to.
+_ACCEPTING: Final = frozenset({Phase.OPENING, Phase.SERVING})
+
 
 # -- decisions ----------------------------------------------------------------------------------------------
 
@@ -473,7 +470,7 @@ def step(service: Service, event: Input) -> tuple[Service, tuple[Effect, ...]]:
             _expired(draft, event.worker)
         case MoreTime():
             _more_time(draft, event)
-        case Elapsed():
+        case _:
             _elapsed(draft, event.timer)
     _go_on(draft)
     return draft.service, tuple(draft.effects)
@@ -486,67 +483,49 @@ def _boot(draft: _Draft) -> None:
 
 
 def _request_restart(draft: _Draft, event: RequestRestart) -> None:
-    service = draft.service
-    if (refusal := _refusal(service)) is not None:
-        generation = service.restart.generation if service.restart else 0
-        draft.emit(Refuse(event.request, refusal, generation))
+    if _is_refused(draft, event):
         return
-    if service.draining_generations >= GENERATIONS_DRAINING_MAX:
-        draft.emit(Refuse(event.request, Refusal.TOO_MANY_DRAINING))
-        return
-    generation = service.generations + 1
-    wanted = service.wanted if event.wanted is None else event.wanted
-    draft.set(generations=generation, wanted=wanted)
+    generation = draft.service.generations + 1
+    wanted = draft.service.wanted if event.wanted is None else event.wanted
+    draft.set(generations=generation)
     draft.emit(Accept(event.request, generation), Announce(News.RESTART_BEGAN, generation=generation))
-    _begin_batch(
-        draft,
-        Restart(
-            generation,
-            service.generation,
-            Step.STARTING,
-            new=frozenset(),
-            remaining=wanted,
-            is_phased=event.is_phased,
-        ),
-    )
+    _begin_batch(draft, Restart(generation, wanted, remaining=wanted, is_phased=event.is_phased))
 
 
 def _request_scale(draft: _Draft, event: RequestScale) -> None:
-    service = draft.service
-    if (refusal := _refusal(service)) is not None:
-        generation = service.restart.generation if service.restart else 0
-        draft.emit(Refuse(event.request, refusal, generation))
+    if _is_refused(draft, event):
         return
     draft.set(wanted=event.wanted)
-    draft.emit(Accept(event.request, service.generation))
+    draft.emit(Accept(event.request, draft.service.generation))
 
 
-def _refusal(service: Service) -> Refusal | None:
-    if service.stopping is not Stopping.NO:
-        return Refusal.STOPPING
-    if service.restart is not None:
-        return Refusal.IN_PROGRESS
-    if service.generation == 0:
-        return Refusal.STARTING
-    return None
+def _is_refused(draft: _Draft, event: RequestRestart | RequestScale) -> bool:
+    service, generation = draft.service, 0
+    if service.is_stopping:
+        why = Refusal.STOPPING
+    elif service.restart is not None:
+        why, generation = Refusal.IN_PROGRESS, service.restart.generation
+    elif service.generation == 0:
+        why = Refusal.STARTING
+    elif isinstance(event, RequestRestart) and service.draining_generations >= GENERATIONS_DRAINING_MAX:
+        why = Refusal.TOO_MANY_DRAINING
+    else:
+        return False
+    draft.emit(Refuse(event.request, why, generation))
+    return True
 
 
 def _request_stop(draft: _Draft, *, now: bool) -> None:
-    service = draft.service
-    if now or service.stopping is not Stopping.NO:
-        draft.set(stopping=Stopping.NOW)
-    else:
-        draft.set(stopping=Stopping.GRACEFULLY)
-    if service.stopping is Stopping.NO:
+    before = draft.service
+    draft.set(is_stopping=True)
+    if not before.is_stopping:
         draft.emit(Announce(News.STOPPING), CloseListeners())
-        if service.restart is not None:
-            _announce_abort(draft, "the service is stopping")
-            draft.set(restart=None)
-    for worker in service.workers:
-        if now or service.stopping is not Stopping.NO:
+    for worker in before.workers:
+        draft.release(worker, is_last=True)
+        if now or before.is_stopping:
             draft.emit(Kill(worker))
-        else:
-            draft.release(worker, is_last=True)
+    if before.restart is not None:
+        _give_up(draft, before.restart, "the service is stopping")
 
 
 def _said(draft: _Draft, event: Said) -> None:
@@ -560,7 +539,8 @@ def _said(draft: _Draft, event: Said) -> None:
     match phase:
         case Phase.READY:
             draft.emit(StopTimer(Timer(Clock.READY, worker.id)))
-            if draft.service.restart is None or worker.id not in draft.service.restart.new:
+            restart = draft.service.restart
+            if restart is None or worker.id not in restart.new | restart.old:
                 draft.open(worker.id)
         case Phase.SERVING:
             draft.emit(StopTimer(Timer(Clock.OPEN, worker.id)), StartTimer(Timer(Clock.STABLE)))
@@ -593,10 +573,11 @@ def _lost(draft: _Draft, worker: Worker, why: str) -> None:
     draft.emit(Announce(News.WORKER_LOST, generation=worker.generation, worker=worker.id, why=why))
     restart = draft.service.restart
     if restart is not None and worker.id in restart.new:
-        _abort(draft, f"worker {worker.id} {why}", worker.id)
+        _abort(draft, restart, f"worker {worker.id} {why}", worker.id)
         return
-    if draft.service.stopping is not Stopping.NO:
-        return
+    draft.emit(StopTimer(Timer(Clock.STABLE)))  # this spell was not quiet
+    if draft.service.is_backing_off:
+        return  # several that fall together are one failure
     failures = draft.service.failures + 1
     draft.set(failures=failures)
     if failures > 1:  # the first one is replaced at once
@@ -651,33 +632,32 @@ def _elapsed(draft: _Draft, timer: Timer) -> None:
 def _begin_batch(draft: _Draft, restart: Restart) -> None:
     size = 1 if restart.is_phased else restart.remaining
     new = frozenset(draft.spawn(restart.generation) for _ in range(size))
-    draft.set(
-        restart=replace(
-            restart,
-            step=Step.STARTING,
-            new=new,
-            old=frozenset(),
-            remaining=restart.remaining - size,
-        )
-    )
+    remaining = restart.remaining - size
+    draft.set(restart=replace(restart, remaining=remaining, step=Step.STARTING, new=new, old=frozenset()))
 
 
-def _abort(draft: _Draft, why: str, culprit: int = 0) -> None:
-    """Take back what the current batch has done: the old ones accept again, the new ones go."""
-    restart = draft.service.restart
-    assert restart is not None
-    for worker in restart.old & draft.service.workers.keys():
-        if draft.service.workers[worker].phase in (Phase.QUIESCING, Phase.QUIESCED):
-            draft.open(worker)
-    for worker in restart.new & draft.service.workers.keys():
-        draft.release(worker)
-    _announce_abort(draft, why, culprit)
+def _abort(draft: _Draft, restart: Restart, why: str, culprit: int) -> None:
+    """Take back what the restart has done: the old ones accept again, the new ones go.
+
+    New ones on whom the port depends wait for a replacement of the old code first: those of earlier batches,
+    and every one that serves if no old one is left.
+    """
+    for old in _alive(draft, restart.old):
+        if (draft.service.workers[old].phase, Event.OPEN) in TRANSITIONS:
+            draft.open(old)
+    current = draft.service.current
+    is_served = any(w.phase in _ACCEPTING for w in current if w.generation != restart.generation)
+    for worker in [w for w in current if w.generation == restart.generation]:
+        if worker.id in restart.new and (is_served or worker.phase is not Phase.SERVING):
+            draft.release(worker.id)
+        else:
+            draft.put(replace(worker, is_expired=True))
+    _give_up(draft, restart, why, culprit)
+
+
+def _give_up(draft: _Draft, restart: Restart, why: str, culprit: int = 0) -> None:
+    leaving = restart.new - {w.id for w in draft.service.current}
     draft.set(restart=None)
-
-
-def _announce_abort(draft: _Draft, why: str, culprit: int = 0) -> None:
-    restart = draft.service.restart
-    assert restart is not None
     draft.emit(
         StopTimer(Timer(Clock.QUIESCE)),
         StopTimer(Timer(Clock.SETTLE)),
@@ -686,7 +666,7 @@ def _announce_abort(draft: _Draft, why: str, culprit: int = 0) -> None:
             generation=restart.generation,
             worker=culprit,
             why=why,
-            workers=tuple(sorted(restart.new)),
+            workers=tuple(sorted(leaving)),
         ),
     )
 
@@ -694,8 +674,8 @@ def _announce_abort(draft: _Draft, why: str, culprit: int = 0) -> None:
 def _go_on(draft: _Draft) -> None:
     """Whatever has become possible by the last event."""
     service = draft.service
-    if not service.workers and (service.generation == 0 or service.stopping is not Stopping.NO):
-        draft.emit(Finish(has_failed=service.stopping is Stopping.NO))
+    if not service.workers and (service.generation == 0 or service.is_stopping):
+        draft.emit(Finish(has_failed=not service.is_stopping))
         return
     if service.restart is not None:
         _go_on_restarting(draft, service.restart)
@@ -713,9 +693,12 @@ def _go_on_restarting(draft: _Draft, restart: Restart) -> None:
             draft.set(restart=replace(restart, step=Step.OPENING))
         case Step.OPENING if phases == {Phase.SERVING}:
             _commit(draft, restart)
-        case Step.QUIESCING:
-            old = {draft.service.workers[i].phase for i in _alive(draft, restart.old)}
-            if Phase.QUIESCING not in old:
+        case Step.QUIESCING | Step.SETTLING:
+            for worker in sorted(restart.old.intersection(draft.service.ids(Phase.SERVING))):
+                draft.quiesce(worker)  # one that was being opened at the commit as soon as it has answered
+            if restart.step is Step.QUIESCING and restart.old.isdisjoint(
+                draft.service.ids(Phase.OPENING, Phase.QUIESCING)
+            ):
                 _settle(draft, restart)
         case _:
             pass
@@ -726,21 +709,13 @@ def _alive(draft: _Draft, workers: Iterable[int]) -> list[int]:
 
 
 def _commit(draft: _Draft, restart: Restart) -> None:
-    draft.set(generation=restart.generation, failures=0, is_backing_off=False)
-    draft.emit(StopTimer(Timer(Clock.BACKOFF)), Announce(News.COMMITTED, generation=restart.generation))
-    old = [w for w in draft.service.current if w.generation != restart.generation]
+    draft.emit(Announce(News.COMMITTED, generation=restart.generation), StartTimer(Timer(Clock.QUIESCE)))
+    old = [w.id for w in draft.service.current if w.generation != restart.generation]
     if restart.remaining:  # a phased restart takes the oldest, one for one
         old = old[: len(restart.new)]
-    for worker in old:
-        if worker.phase in (Phase.STARTING, Phase.READY):
-            draft.terminate(worker.id)
-        elif worker.phase is Phase.SERVING:
-            draft.quiesce(worker.id)
-    draft.emit(StartTimer(Timer(Clock.QUIESCE)))
-    draft.set(restart=replace(restart, step=Step.QUIESCING, old=frozenset(w.id for w in old)))
-    next_restart = draft.service.restart
-    assert next_restart is not None
-    _go_on_restarting(draft, next_restart)
+    restart = replace(restart, step=Step.QUIESCING, old=frozenset(old))
+    draft.set(restart=restart)
+    _go_on_restarting(draft, restart)
 
 
 def _settle(draft: _Draft, restart: Restart) -> None:
@@ -760,8 +735,8 @@ def _finish_batch(draft: _Draft, restart: Restart) -> None:
     if restart.remaining:
         _begin_batch(draft, restart)
         return
-    draft.set(restart=None)
-    draft.emit(Announce(News.DONE, generation=restart.generation))
+    draft.set(restart=None, generation=restart.generation, wanted=restart.wanted, failures=0, is_backing_off=False)
+    draft.emit(StopTimer(Timer(Clock.BACKOFF)), Announce(News.DONE, generation=restart.generation))
 
 
 # -- between restarts ---------------------------------------------------------------------------------------
@@ -770,23 +745,27 @@ def _finish_batch(draft: _Draft, restart: Restart) -> None:
 def _go_on_maintaining(draft: _Draft) -> None:
     """Keep as many workers as are wanted; replace one that has expired, start first, one at a time."""
     service = draft.service
-    if service.stopping is not Stopping.NO or service.generation == 0:
+    if service.is_stopping or service.generation == 0:
         return
     for worker in service.current:  # a replacement that serves relieves the one it was started for
         if worker.phase is Phase.SERVING and worker.replaces is not None:
             if worker.replaces in service.workers:
                 draft.release(worker.replaces)
             draft.put(replace(worker, replaces=None))
-    current = draft.service.current
-    relieving = [w for w in current if w.replaces in {c.id for c in current}]
-    have = len(current) - len(relieving)
-    surplus = max(0, have - service.wanted)
-    for worker in sorted(current, key=lambda w: (not w.is_expired, -w.id))[:surplus]:
-        draft.release(worker.id)
+    while len(lasting := _lasting(draft)) > service.wanted:  # let go first of those that are missed least
+        least = min(lasting, key=lambda w: (w.phase in _ACCEPTING, not w.is_expired, -w.id))
+        draft.release(least.id)
     if service.is_backing_off:
         return
-    for _ in range(service.wanted - have):
+    for _ in range(service.wanted - len(lasting)):
         draft.spawn(service.generation)
+    current = draft.service.current
     expired = [w for w in current if w.is_expired and w.phase is Phase.SERVING]
-    if expired and not relieving and have == service.wanted:
+    if expired and len(current) == service.wanted:  # nobody is being relieved yet
         draft.spawn(service.generation, replaces=expired[0].id)
+
+
+def _lasting(draft: _Draft) -> list[Worker]:
+    """Current workers but those that leave as soon as their replacement serves."""
+    relieved = {w.replaces for w in draft.service.current}
+    return [w for w in draft.service.current if w.id not in relieved]

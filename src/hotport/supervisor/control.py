@@ -10,10 +10,11 @@ from typing import Any, Final
 import anyio
 from anyio.abc import SocketAttribute, SocketStream
 
-from hotport.errors import ConfigError, ControlError, HotportError
+from hotport.errors import ConfigError, ControlError, ExitCode, HotportError
 from hotport.kernel.sockets import peer_credentials
 from hotport.model.service import Announce, RequestStop
 from hotport.observe.logs import get_logger
+from hotport.supervisor.requests import describe, restart, scale
 from hotport.supervisor.supervisor import Supervisor
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import (
@@ -112,7 +113,7 @@ async def _say(stream: SocketStream, message: Any) -> None:
 async def _carry_out(supervisor: Supervisor, request: Any, stream: SocketStream) -> Any:
     match request:
         case StatusRequest():
-            return await supervisor.status()
+            return await describe(supervisor)
         case RestartRequest(phased=phased):
             return await _restart(supervisor, phased, stream)
         case ScaleRequest(workers=workers):
@@ -123,7 +124,7 @@ async def _carry_out(supervisor: Supervisor, request: Any, stream: SocketStream)
                     cause="a service has at least one worker",
                     fix=f"hotport stop {supervisor.name}, to end it",
                 )
-            await supervisor.scale(workers)
+            await scale(supervisor, workers)
             return Done(detail=f"{workers} workers serve")
         case StopRequest(now=now):
             supervisor.input(RequestStop(now=now))
@@ -156,12 +157,13 @@ async def _restart(supervisor: Supervisor, phased: bool | None, stream: SocketSt
     async with anyio.create_task_group() as tasks, send:
         tasks.start_soon(forward)
         try:
-            report = await supervisor.restart(is_phased=phased, hear=hear)
+            report = await restart(supervisor, is_phased=phased, hear=hear)
         except HotportError as error:
             refused: HotportError | None = error
         else:
             refused = None
         send.close()
     if refused is not None:
+        refused.exit_code = ExitCode.ABORTED  # type: ignore[misc]  # whatever it was, the old generation serves on
         raise refused  # outside the task group, which would wrap it
     return report

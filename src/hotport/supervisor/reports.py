@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from datetime import UTC, datetime
 
-from hotport.model.service import Announce, News
+from hotport.model.lifecycle import Event
+from hotport.model.service import Announce, News, Restart
 from hotport.wire.messages import PhaseTime, Report
 
-__all__ = ["RestartRecord", "accept_gap_s"]
+__all__ = ["Reports", "RestartRecord", "accept_gap_s"]
 
 _PHASES = {
     News.READY: "ready",
@@ -124,3 +125,57 @@ class RestartRecord:
             connections=dict(self._fates),
             queue_overflows={key: value - self._overflows_before.get(key, 0) for key, value in after.items()},
         )
+
+
+class Reports:
+    """The restarts that are not over yet, and the last one that is."""
+
+    def __init__(self, service: str, *, overflows: Callable[[], Mapping[str, int]]) -> None:
+        self.last: Report | None = None
+        self._service = service
+        self._overflows = overflows
+        self._records: dict[int, RestartRecord] = {}
+
+    @property
+    def generations(self) -> Set[int]:
+        """The generations whose restart is not over."""
+        return self._records.keys()
+
+    def elapsed_ms(self, generation: int) -> float:
+        """Milliseconds since a restart began; 0 if it is over, or never was."""
+        record = self._records.get(generation)
+        return record.elapsed_ms() if record is not None else 0.0
+
+    def begin(self, restart: Restart, previous: int) -> None:
+        """Open the record of a restart."""
+        self._records[restart.generation] = RestartRecord(
+            self._service, restart.generation, previous, is_phased=restart.is_phased, overflows=self._overflows
+        )
+
+    def hear(
+        self, announcement: Announce, *, serving: int, errors: Mapping[int, str], is_tracked: bool
+    ) -> list[Report]:
+        """Take a piece of news into account; the reports of the restarts that it ends."""
+        ended = []
+        for record in list(self._records.values()):
+            record.hear(announcement, is_tracked=is_tracked)
+            if record.is_over:
+                del self._records[record.generation]
+                self.last = record.report(serving=serving, errors=errors)
+                ended.append(self.last)
+        return ended
+
+    def drained(self, worker: int, fates: Mapping[str, int]) -> None:
+        """What became of a leaving worker's connections, by its own word."""
+        for record in self._records.values():
+            record.drained(worker, fates)
+
+    def note(self, restart: Restart | None, worker: int, event: Event, at_s: float) -> None:
+        """When a worker began or ceased to accept, if that belongs to the restart in progress."""
+        record = self._records.get(restart.generation) if restart is not None else None
+        if restart is None or record is None:
+            return
+        if event is Event.ACCEPTING and worker in restart.new:
+            record.accepting_at.setdefault(worker, at_s)
+        elif event is Event.QUIESCED and worker in restart.old:
+            record.quiesced_at[worker] = at_s

@@ -12,42 +12,38 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 import anyio
 import anyio.abc
 
-from hotport import __version__
 from hotport.address import listener_name, parse_address
 from hotport.errors import ExitCode, HotportError, RestartError, StartError
 from hotport.kernel.notify import notify, receive_notification
-from hotport.kernel.process import rss_bytes
 from hotport.kernel.procfs import queue_overflows
 from hotport.kernel.spawn import spawn
 from hotport.model import service as model
-from hotport.model.lifecycle import Event, Phase
-from hotport.model.service import Announce, Clock, Exited, News, Said, Service, Timer
+from hotport.model.lifecycle import Event
+from hotport.model.service import Announce, Clock, Exited, News, Said, Service
 from hotport.observe.logs import get_logger
 from hotport.options import Options
 from hotport.supervisor.launch import Launch, Surroundings
 from hotport.supervisor.process import Process
-from hotport.supervisor.reports import RestartRecord
+from hotport.supervisor.reports import Reports
+from hotport.supervisor.timers import Timers
 from hotport.wire.messages import (
     Accepting,
     AcceptOrder,
     Drained,
     DrainOrder,
     Expired,
-    Inspection,
     Quiesced,
     QuiesceOrder,
     Report,
-    Status,
     Word,
-    WorkerStatus,
 )
 from hotport.wire.sdnotify import Notification, encode_notification
 
@@ -55,13 +51,12 @@ __all__ = ["Supervisor"]
 
 #: Bounds the answer to an order that a worker can carry out at once.
 ANSWER_TIMEOUT_S: Final = 5.0
-INSPECT_TIMEOUT_S: Final = 0.5
 
 #: So long without losing a worker, and the next loss counts as the first again.
 STABLE_S: Final = 10.0
 
 
-class _Asked:
+class Asked:
     """A request on its way through the model, and its answer."""
 
     def __init__(self, launch: Launch | None = None) -> None:
@@ -101,39 +96,40 @@ class Supervisor:
         self.listeners = listeners
         self.service = Service(wanted=options.workers)
         self.processes: dict[int, Process] = {}
-        self.last_restart: Report | None = None
+        self.reports = Reports(name, overflows=queue_overflows)
         self.exit_code: int = ExitCode.DONE
         self.failure: HotportError | str | None = None
         self._names = [listener_name(parse_address(address)) for address in listeners]
         self._notify_socket = notify_socket
-        self._surroundings = surroundings
-        self._read_options = read_options
+        self.surroundings = surroundings
+        self.read_options = read_options
         self._own_notify_path = own_notify_path
         self._launches: dict[int, Launch] = {}
-        self._records: dict[int, RestartRecord] = {}
         self._errors: dict[int, str] = {}
         self._requests = 0
-        self._asked: dict[int, _Asked] = {}
+        self._asked: dict[int, Asked] = {}
         self._subscribers: list[Callable[[Announce | Report], None]] = []
         self._stepped = anyio.Event()
         self._has_cut = False
         self.finished = anyio.Event()
-        self._timers: dict[Timer, anyio.CancelScope] = {}
         self._put, self._inputs = anyio.create_memory_object_stream[model.Input](math.inf)
         self._log = get_logger("hotport.supervisor")
-        self._started_at = time.monotonic()
+        self.started_at = time.monotonic()
         self._tasks: anyio.abc.TaskGroup
+        self._timers: Timers
 
     # -- life ----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Boot, serve, and return when the last worker is gone; then look at `exit_code` and `failure`.
-
-        Raises:
-            StartError: The surroundings of the first generation are not there (HP401, HP402).
-        """
-        self._launches[1] = Launch.resolve(self.options, self._surroundings)
+        """Boot, serve, and return when the last worker is gone; then look at `exit_code` and `failure`."""
+        try:
+            self._launches[1] = Launch.resolve(self.options, self.surroundings)
+        except StartError as error:  # raised from here, task groups would wrap it
+            self.failure, self.exit_code = error, error.exit_code
+            self.finished.set()
+            return
         async with anyio.create_task_group() as self._tasks:
+            self._timers = Timers(self._tasks, lambda timer: self.input(model.Elapsed(timer)))
             self._tasks.start_soon(self._receive_notifications)
             self._put.send_nowait(model.Boot())
             async for event in self._inputs:
@@ -178,9 +174,9 @@ class Supervisor:
                 if process := self.processes.get(worker):
                     process.kill()
             case model.StartTimer(timer, seconds):
-                self._start_timer(timer, self._duration(timer.clock) if seconds is None else seconds)
+                self._timers.start(timer, self._duration(timer.clock) if seconds is None else seconds)
             case model.StopTimer(timer):
-                self._stop_timer(timer)
+                self._timers.stop(timer)
             case model.CloseListeners():
                 self._tell_manager(stopping=True)
                 for listener in self.listeners.values():
@@ -229,7 +225,7 @@ class Supervisor:
         if process is None:
             return  # its Exited is on the way
         if process.is_foreign:  # accepts from its start until it leaves, and cannot be told otherwise
-            self._note_time(worker, answer, time.monotonic())
+            self.reports.note(self.service.restart, worker, answer, time.monotonic())
             self.input(Said(worker, answer))
         else:
             process.order(order)
@@ -256,8 +252,6 @@ class Supervisor:
         elif self._has_cut:
             self.exit_code = ExitCode.CUT
 
-    # -- timers --------------------------------------------------------------------------------------------
-
     def _duration(self, clock: Clock) -> float:
         options = self.options
         match clock:
@@ -273,23 +267,6 @@ class Supervisor:
                 return STABLE_S
             case _:
                 return ANSWER_TIMEOUT_S
-
-    def _start_timer(self, timer: Timer, seconds: float) -> None:
-        self._stop_timer(timer)
-        scope = self._timers[timer] = anyio.CancelScope()
-        self._tasks.start_soon(self._run_timer, timer, seconds, scope)
-
-    def _stop_timer(self, timer: Timer) -> None:
-        scope = self._timers.pop(timer, None)
-        if scope is not None:
-            scope.cancel()
-
-    async def _run_timer(self, timer: Timer, seconds: float, scope: anyio.CancelScope) -> None:
-        with scope:
-            await anyio.sleep(seconds)
-            if self._timers.get(timer) is scope:  # not replaced in the moment in which it ended
-                del self._timers[timer]
-                self.input(model.Elapsed(timer))
 
     # -- what workers say ----------------------------------------------------------------------------------
 
@@ -322,7 +299,7 @@ class Supervisor:
         if said.extend_timeout_s is not None:
             self.input(model.MoreTime(process.worker, said.extend_timeout_s))
         if said.ready:
-            if not process.is_foreign:
+            if not process.is_foreign and not process.is_talking:
                 self._tasks.start_soon(process.converse, self._hear_word)
             self.input(Said(process.worker, Event.READY))
         if said.stopping:
@@ -331,30 +308,20 @@ class Supervisor:
     def _hear_word(self, worker: int, word: Word) -> None:
         match word:
             case Accepting(at_s=at_s):
-                self._note_time(worker, Event.ACCEPTING, at_s)
+                self.reports.note(self.service.restart, worker, Event.ACCEPTING, at_s)
                 self.input(Said(worker, Event.ACCEPTING))
             case Quiesced(at_s=at_s):
-                self._note_time(worker, Event.QUIESCED, at_s)
+                self.reports.note(self.service.restart, worker, Event.QUIESCED, at_s)
                 self.input(Said(worker, Event.QUIESCED))
             case Expired(why=why):
                 self._log.info("worker.expired", worker=worker, why=why)
                 self.input(model.Expired(worker))
             case Drained(fates=fates):
-                if self.service.stopping is not model.Stopping.NO:
+                if self.service.is_stopping:
                     self._has_cut = self._has_cut or any(fate.startswith("cut_") for fate in fates)
-                for record in self._records.values():
-                    record.drained(worker, fates)
+                self.reports.drained(worker, fates)
             case _:
                 pass
-
-    def _note_time(self, worker: int, event: Event, at_s: float) -> None:
-        restart = self.service.restart
-        if restart is None or (record := self._records.get(restart.generation)) is None:
-            return
-        if event is Event.ACCEPTING and worker in restart.new:
-            record.accepting_at.setdefault(worker, at_s)
-        elif event is Event.QUIESCED and worker in restart.old:
-            record.quiesced_at[worker] = at_s
 
     # -- news ----------------------------------------------------------------------------------------------
 
@@ -376,41 +343,37 @@ class Supervisor:
             (self._log.warning if is_bad else self._log.info)(news.value, **shown)
         if news is News.STARTED:
             self._tell_manager(ready=True, status=f"generation {announcement.generation} serves")
-        elif news is News.RESTART_BEGAN:
-            self._records[announcement.generation] = RestartRecord(
-                self.name,
-                announcement.generation,
-                self.service.restart.previous if self.service.restart else 0,
-                is_phased=bool(self.service.restart and self.service.restart.is_phased),
-                overflows=queue_overflows,
+        elif news is News.RESTART_BEGAN and self.service.restart is not None:
+            self.reports.begin(self.service.restart, self.service.generation)
+        self._tell_subscribers(announcement)
+        ended = self.reports.hear(
+            announcement,
+            serving=self.service.generation,
+            errors=self._errors,
+            is_tracked=not self.options.command,
+        )
+        for report in ended:
+            self._log.info(
+                "restart.report",
+                generation=report.generation,
+                outcome=report.outcome,
+                accept_gap_ms=report.accept_gap_ms,
+                connections=report.connections,
             )
-        for subscriber in list(self._subscribers):
-            subscriber(announcement)
-        self._tell_records(announcement)
+            self._tell_subscribers(report)
+        self._forget()
 
-    def _tell_records(self, announcement: Announce) -> None:
-        is_tracked = not self.options.command
-        for record in list(self._records.values()):
-            record.hear(announcement, is_tracked=is_tracked)
-            if record.is_over:
-                del self._records[record.generation]
-                report = record.report(serving=self.service.generation, errors=self._errors)
-                self.last_restart = report
-                self._log.info(
-                    "restart.report",
-                    generation=report.generation,
-                    outcome=report.outcome,
-                    accept_gap_ms=report.accept_gap_ms,
-                    connections=report.connections,
-                )
-                for subscriber in list(self._subscribers):
-                    subscriber(report)
+    def _tell_subscribers(self, news: Announce | Report) -> None:
+        for subscriber in list(self._subscribers):
+            subscriber(news)
+
+    def _forget(self) -> None:
+        """Let go of what belongs to generations and workers that are over."""
         alive = {worker.generation for worker in self.service.workers.values()}
-        wanted = alive | {self.service.generation} | set(self._records)
-        for generation in [g for g in self._launches if g not in wanted]:
-            del self._launches[generation]
-        if not self._records:
-            self._errors = {w: text for w, text in self._errors.items() if not self.service.generation}
+        wanted = alive | {self.service.generation} | self.reports.generations
+        self._launches = {number: launch for number, launch in self._launches.items() if number in wanted}
+        if self.service.generation and not self.reports.generations:
+            self._errors.clear()
 
     def _tell_manager(self, **said: object) -> None:
         if self._own_notify_path is not None:
@@ -418,89 +381,20 @@ class Supervisor:
 
     # -- requests ------------------------------------------------------------------------------------------
 
-    async def restart(
-        self,
-        *,
-        is_phased: bool | None = None,
-        hear: Callable[[Announce, float], None] = lambda news, ms: None,
-    ) -> Report:
-        """Restart and wait until the outcome is known and the losers are gone.
-
-        Args:
-            is_phased: Replace workers one by one; None leaves it to the options.
-            hear: Called with each piece of news about it, and the milliseconds since it began.
-
-        Raises:
-            RestartError: It was refused: another one is in progress, or the service is starting or stopping
-                (HP410), or the listeners would change (HP411).
-            StartError: The new surroundings are not there; nothing was begun.
-            ConfigError: The options cannot be read again; nothing was begun.
-        """
-        before, options = self.options, self._reread_options()
-        asked = _Asked(Launch.resolve(options, self._surroundings))
-        done = anyio.Event()
-        result: list[Report] = []
-
-        def listen(news: Announce | Report) -> None:
-            if news.generation != asked.generation:
-                return
-            if isinstance(news, Report):
-                result.append(news)
-                done.set()
-            elif (record := self._records.get(asked.generation)) is not None:
-                hear(news, record.elapsed_ms())
-
-        wanted = options.workers if options.workers != before.workers else None
-        phased = options.phased if is_phased is None else is_phased
-        self._subscribers.append(listen)
+    @contextmanager
+    def subscribed(self, subscriber: Callable[[Announce | Report], None]) -> Iterator[None]:
+        """Have `subscriber` called with all news and reports."""
+        self._subscribers.append(subscriber)
         try:
-            await self._ask(asked, lambda n: model.RequestRestart(n, phased, wanted))
-            self.options = options
-            await done.wait()
+            yield
         finally:
-            self._subscribers.remove(listen)
-        if result[0].outcome == "aborted":
-            self.options = before
-        return result[0]
+            self._subscribers.remove(subscriber)
 
-    def _reread_options(self) -> Options:
-        options = self._read_options(Path(self._surroundings.directory))
-        if options.bind != self.options.bind:
-            raise RestartError(
-                "HP411",
-                f"cannot restart {self.name} with other addresses",
-                cause=f"it listens on {', '.join(self.options.bind)}; the options now say {', '.join(options.bind)}",
-                fix=f"hotport stop {self.name}, then serve again",
-                phase="refused",
-                serving=self.service.generation,
-            )
-        return options
+    async def wait_stepped(self) -> None:
+        """Return after the next step of the model."""
+        await self._stepped.wait()
 
-    async def scale(self, wanted: int) -> None:
-        """Run `wanted` workers, and wait until they serve or one of them cannot.
-
-        Raises:
-            RestartError: Refused (HP410), or a worker was lost meanwhile (HP412).
-        """
-        failures = self.service.failures
-        await self._ask(_Asked(), lambda n: model.RequestScale(n, wanted))
-        while True:
-            service = self.service
-            serving = [w for w in service.current if w.phase is Phase.SERVING]
-            if len(serving) == len(service.current) == wanted or service.wanted != wanted:
-                return
-            if service.failures > failures:
-                raise RestartError(
-                    "HP412",
-                    f"cannot run {wanted} workers of {self.name} yet",
-                    cause="a worker failed; it is tried again with increasing pauses",
-                    fix=f"hotport status {self.name}, and look at the log",
-                    phase="scaling",
-                    serving=service.generation,
-                )
-            await self._stepped.wait()
-
-    async def _ask(self, asked: _Asked, make: Callable[[int], model.Input]) -> None:
+    async def ask(self, asked: Asked, make: Callable[[int], model.Input]) -> None:
         """Put a request to the model and wait for its answer; raise RestartError if it is refused."""
         self._requests += 1
         self._asked[self._requests] = asked
@@ -524,50 +418,5 @@ class Supervisor:
             asked.refusal = answer.why
         elif asked.launch is not None:
             self._launches[answer.generation] = asked.launch
+            self.options = asked.launch.options  # before the first of its timers starts
         asked.is_answered.set()
-
-    async def status(self) -> Status:
-        """The service as it is; workers that do not answer within half a second are shown without figures."""
-        found: dict[int, Inspection | None] = {}
-
-        async def inspect(process: Process) -> None:
-            found[process.worker] = await process.inspect(INSPECT_TIMEOUT_S)
-
-        async with anyio.create_task_group() as tasks:
-            for each in self.processes.values():
-                tasks.start_soon(inspect, each)
-        service = self.service
-        now = time.monotonic()
-        workers = []
-        for worker in service.workers.values():
-            if (process := self.processes.get(worker.id)) is None:
-                continue
-            seen = found.get(worker.id)
-            workers.append(
-                WorkerStatus(
-                    worker=worker.id,
-                    generation=worker.generation,
-                    pid=process.pid,
-                    phase=worker.phase.value,
-                    age_s=round(now - process.started_at, 3),
-                    status=process.status,
-                    connections=seen.connections if seen else None,
-                    accepted=seen.accepted if seen else None,
-                    requests=seen.requests if seen else None,
-                    rss_bytes=seen.rss_bytes if seen else rss_bytes(process.pid),
-                )
-            )
-        return Status(
-            service=self.name,
-            pid=os.getpid(),
-            version=__version__,
-            generation=service.generation,
-            wanted=service.wanted,
-            restarting=service.restart.generation if service.restart else 0,
-            addresses=tuple(self.listeners),
-            target=self.options.target or " ".join(self.options.command),
-            age_s=round(now - self._started_at, 3),
-            rss_bytes=rss_bytes(os.getpid()),
-            workers=tuple(workers),
-            last_restart=self.last_restart,
-        )

@@ -1,0 +1,148 @@
+"""What can be asked of a running service: restart it, scale it, describe it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import anyio
+
+from hotport import __version__
+from hotport.errors import RestartError
+from hotport.kernel.process import rss_bytes
+from hotport.model.lifecycle import Phase
+from hotport.model.service import Announce, RequestRestart, RequestScale
+from hotport.supervisor.launch import Launch
+from hotport.supervisor.process import Process
+from hotport.supervisor.supervisor import Asked, Supervisor
+from hotport.wire.messages import Inspection, Report, Status, WorkerStatus
+
+__all__ = ["describe", "restart", "scale"]
+
+#: A worker that is busy with its application is shown without figures rather than waited for.
+INSPECT_TIMEOUT_S = 0.5
+
+
+async def restart(
+    supervisor: Supervisor,
+    *,
+    is_phased: bool | None = None,
+    hear: Callable[[Announce, float], None] = lambda news, ms: None,
+) -> Report:
+    """Restart and wait until the outcome is known and the losers are gone.
+
+    Args:
+        is_phased: Replace workers one by one; None leaves it to the options.
+        hear: Called with each piece of news about it, and the milliseconds since it began.
+
+    Raises:
+        RestartError: It was refused: another one is in progress, or the service is starting or stopping
+            (HP410), or the listeners would change (HP411).
+        StartError: The new surroundings are not there; nothing was begun.
+        ConfigError: The options cannot be read again; nothing was begun.
+    """
+    before = supervisor.options
+    options = supervisor.read_options(Path(supervisor.surroundings.directory))
+    if options.bind != before.bind:
+        raise RestartError(
+            "HP411",
+            f"cannot restart {supervisor.name} with other addresses",
+            cause=f"it listens on {', '.join(before.bind)}; the options now say {', '.join(options.bind)}",
+            fix=f"hotport stop {supervisor.name}, then serve again",
+            phase="refused",
+            serving=supervisor.service.generation,
+        )
+    asked = Asked(Launch.resolve(options, supervisor.surroundings))
+    done = anyio.Event()
+    result: list[Report] = []
+
+    def listen(news: Announce | Report) -> None:
+        if news.generation != asked.generation:
+            return
+        if isinstance(news, Report):
+            result.append(news)
+            done.set()
+        else:
+            hear(news, supervisor.reports.elapsed_ms(asked.generation))
+
+    wanted = options.workers if options.workers != before.workers else None
+    phased = options.phased if is_phased is None else is_phased
+    with supervisor.subscribed(listen):
+        await supervisor.ask(asked, lambda request: RequestRestart(request, phased, wanted))
+        await done.wait()
+    if result[0].outcome == "aborted":
+        supervisor.options = before
+    return result[0]
+
+
+async def scale(supervisor: Supervisor, wanted: int) -> None:
+    """Run `wanted` workers, and wait until they serve or one of them cannot.
+
+    Raises:
+        RestartError: Refused (HP410), or a worker was lost meanwhile (HP412).
+    """
+    failures = supervisor.service.failures
+    await supervisor.ask(Asked(), lambda request: RequestScale(request, wanted))
+    while True:
+        service = supervisor.service
+        serving = [worker for worker in service.current if worker.phase is Phase.SERVING]
+        if len(serving) == len(service.current) == wanted or service.wanted != wanted:
+            return
+        if service.failures > failures:
+            raise RestartError(
+                "HP412",
+                f"cannot run {wanted} workers of {supervisor.name} yet",
+                cause="a worker failed; it is tried again with increasing pauses",
+                fix=f"hotport status {supervisor.name}, and look at the log",
+                phase="scaling",
+                serving=service.generation,
+            )
+        await supervisor.wait_stepped()
+
+
+async def describe(supervisor: Supervisor) -> Status:
+    """The service as it is."""
+    found: dict[int, Inspection | None] = {}
+
+    async def inspect(process: Process) -> None:
+        found[process.worker] = await process.inspect(INSPECT_TIMEOUT_S)
+
+    async with anyio.create_task_group() as tasks:
+        for process in supervisor.processes.values():
+            tasks.start_soon(inspect, process)
+    service, options, now = supervisor.service, supervisor.options, time.monotonic()
+    return Status(
+        service=supervisor.name,
+        pid=os.getpid(),
+        version=__version__,
+        generation=service.generation,
+        wanted=service.wanted,
+        restarting=service.restart.generation if service.restart else 0,
+        addresses=tuple(supervisor.listeners),
+        target=options.target or " ".join(options.command),
+        age_s=round(now - supervisor.started_at, 3),
+        rss_bytes=rss_bytes(os.getpid()),
+        workers=tuple(
+            _describe_worker(process, service.workers[number].phase, found.get(number), now)
+            for number, process in supervisor.processes.items()
+            if number in service.workers
+        ),
+        last_restart=supervisor.reports.last,
+    )
+
+
+def _describe_worker(process: Process, phase: Phase, seen: Inspection | None, now: float) -> WorkerStatus:
+    return WorkerStatus(
+        worker=process.worker,
+        generation=process.generation,
+        pid=process.pid,
+        phase=phase.value,
+        age_s=round(now - process.started_at, 3),
+        status=process.status,
+        connections=seen.connections if seen else None,
+        accepted=seen.accepted if seen else None,
+        requests=seen.requests if seen else None,
+        rss_bytes=seen.rss_bytes if seen else rss_bytes(process.pid),
+    )

@@ -1,0 +1,40 @@
+"""The model's timers, as tasks that sleep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import anyio
+import anyio.abc
+
+from hotport.model.service import Timer
+
+__all__ = ["Timers"]
+
+
+class Timers:
+    """Starts, replaces and stops timers; calls `elapsed` with each one that comes to its end."""
+
+    def __init__(self, tasks: anyio.abc.TaskGroup, elapsed: Callable[[Timer], None]) -> None:
+        self._tasks = tasks
+        self._elapsed = elapsed
+        self._running: dict[Timer, anyio.CancelScope] = {}
+
+    def start(self, timer: Timer, seconds: float) -> None:
+        """Start a timer; one that runs under the same name is replaced."""
+        self.stop(timer)
+        scope = self._running[timer] = anyio.CancelScope()
+        self._tasks.start_soon(self._run, timer, seconds, scope)
+
+    def stop(self, timer: Timer) -> None:
+        """Forget a timer; nothing happens if it does not run."""
+        scope = self._running.pop(timer, None)
+        if scope is not None:
+            scope.cancel()
+
+    async def _run(self, timer: Timer, seconds: float, scope: anyio.CancelScope) -> None:
+        with scope:
+            await anyio.sleep(seconds)
+            if self._running.get(timer) is scope:  # not replaced in the moment in which it ended
+                del self._running[timer]
+                self._elapsed(timer)
