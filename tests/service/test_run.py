@@ -37,6 +37,7 @@ def serve_until_answered(tmp_path: Path, *command: str) -> tuple[bytes, int, str
                 answer = client.recv(100)
             process.send_signal(signal.SIGTERM)
             _, stderr = process.communicate(timeout=DEADLINE_S)
+        (tmp_path / "manager").unlink()
         return answer, process.returncode, stderr
 
 
@@ -52,7 +53,9 @@ def test_a_script_serves_what_it_defines(tmp_path: Path, guard: str) -> None:
 def test_a_module_serves_what_it_defines(tmp_path: Path) -> None:
     (tmp_path / "pkg").mkdir()
     (tmp_path / "pkg" / "__init__.py").touch()
-    (tmp_path / "pkg" / "server.py").write_text(f"{ECHO}\nif __name__ == '__main__': hotport.run(echo, bind='unix:s')\n")
+    (tmp_path / "pkg" / "server.py").write_text(
+        f"{ECHO}\nif __name__ == '__main__': hotport.run(echo, bind='unix:s')\n"
+    )
     answer, code, stderr = serve_until_answered(tmp_path, sys.executable, "-m", "pkg.server")
     assert answer == b"run:hello"
     assert code == 0, stderr

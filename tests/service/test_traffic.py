@@ -7,11 +7,12 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from hotport.wire.messages import Report, RestartRequest
 from tests.support import DEADLINE_S, Service, eventually, http_get, need, read_response, write_code
 
 APP = """
@@ -65,19 +66,26 @@ def deploy(service_or_directory: Service | Path, version: str) -> None:
 @pytest.fixture(params=["uvloop", "asyncio"])
 def service(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Service]:
     deploy(tmp_path, "v0")
-    with Service(tmp_path, "app:app", "--workers", "2", "--loop", request.param, "--keep-alive", "1") as running:
+    with Service(tmp_path, "app:app", "--workers", "2", "--loop", request.param, "--keep-alive", "30") as running:
         yield running.wait_ready()
 
 
-def restart_into(service: Service, version: str) -> Any:
+def restart_into(service: Service, version: str) -> Report:
+    """Deploy and restart; the new code answers, and the old processes are gone."""
     deploy(service, version)
     before = service.worker_pids()
-    report = service.restart()
-    assert report["outcome"] == "done"
+    report = service.ask(RestartRequest())[-1]
+    assert isinstance(report, Report)
+    assert report.outcome == "done"
     assert http_get(service.port) == (200, version.encode())
     for pid in before:
         eventually(lambda pid=pid: not Path(f"/proc/{pid}").exists(), f"worker {pid} is gone")  # type: ignore[misc]
     return report
+
+
+def wait_draining(service: Service) -> None:
+    """Both workers of the first generation have told their connections."""
+    eventually(lambda: len(service.log_events("drain.began")) == 2, "the old generation drains")
 
 
 WRK_LUA = """
@@ -104,9 +112,9 @@ def test_twenty_restarts_under_full_load_cost_no_request(tmp_path: Path, mode: s
         try:
             for number in range(1, 21):
                 report = restart_into(service, f"v{number}")
-                assert not any(fate.startswith(("cut_", "workers_")) for fate in report["connections"]), report
-                assert report["queue_overflows"].get("ListenDrops", 0) == 0
-                assert report["accept_gap_ms"] == 0
+                assert not any(fate.startswith(("cut_", "workers_")) for fate in report.connections), report
+                assert report.queue_overflows.get("ListenDrops", 0) == 0
+                assert report.accept_gap_ms == 0
         finally:
             load.send_signal(2)  # SIGINT: wrk stops and prints its summary
             out, _ = load.communicate(timeout=DEADLINE_S)
@@ -126,7 +134,7 @@ def test_connections_that_send_only_after_the_restart_are_answered(service: Serv
     answers: list[tuple[int, bytes]] = []
 
     def speak_when_committed() -> None:
-        eventually(lambda: bool(service.log_events("restart.draining")), "the old generation drains")
+        wait_draining(service)
         for each in early:
             each.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
         for each in halves:
@@ -157,24 +165,33 @@ def test_what_is_in_flight_arrives_whole(service: Service) -> None:
     deploy(service, "v1")
 
     def finish_upload() -> None:
-        eventually(lambda: bool(service.log_events("restart.draining")), "the old generation drains")
+        wait_draining(service)
         upload.sendall(b"x" * 50_000)
 
-    uploader = threading.Thread(target=finish_upload)
-    uploader.start()
-    report = service.restart()
-    uploader.join(DEADLINE_S)
+    with ThreadPoolExecutor() as threads:
+        uploading = threads.submit(finish_upload)
+        reading = [threads.submit(read_chunked, sock) for sock in (stream, events)]
+        report = service.restart()
+        uploading.result()
+        whole, rest = (future.result() for future in reading)
     with slow, upload:
         assert read_response(slow) == (200, b"slow v0")
         assert read_response(upload) == (200, b"100000 v0")
-    whole = read_to_end(stream)
     assert all(f"{n}\n".encode() in whole for n in range(20))
-    assert whole.endswith(b"0\r\n\r\n"), "the chunked body has its end"
-    rest = read_to_end(events)
     assert b"retry\n" in rest, "the application was told that draining had started"
-    assert rest.endswith(b"0\r\n\r\n")
     assert sum(report["connections"].values()) >= 4
     assert not any(fate.startswith(("cut_", "workers_")) for fate in report["connections"]), report
+
+
+def read_chunked(sock: socket.socket) -> bytes:
+    """An answer to the end of its chunked body; then the client closes."""
+    received = b""
+    with sock:
+        while not received.endswith(b"0\r\n\r\n"):
+            data = sock.recv(65536)
+            assert data, "the chunked body has its end"
+            received += data
+    return received
 
 
 def read_to_end(sock: socket.socket) -> bytes:
@@ -193,7 +210,7 @@ def test_an_idle_keep_alive_connection_is_answered_once_more_and_told_to_close(s
         answers: list[bytes] = []
 
         def ask_again() -> None:
-            eventually(lambda: bool(service.log_events("restart.draining")), "the old generation drains")
+            wait_draining(service)
             client.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
             answers.append(read_to_end(client))
 

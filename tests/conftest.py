@@ -1,0 +1,87 @@
+"""A test leaves nothing behind: no descriptor, no process, no socket file, no signal handler."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import uvloop
+
+#: How long the kernel may take to end what was killed a moment ago.
+VANISH_S = 5.0
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    """Async tests run on both event loops."""
+    return "asyncio", {"use_uvloop": request.param == "uvloop"}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def pipe_of_libuv() -> None:
+    """libuv's first loop opens a pipe for signals that the process keeps; no test is to blame for it."""
+    uvloop.new_event_loop().close()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than half a minute; leave it out with -m 'not slow'")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test that leaks; set up first, so that everything else is gone when it looks."""
+    gc.collect()  # garbage of an earlier test must not be counted as ours
+    directory = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
+    descriptors, handlers = _descriptors(), _handlers()
+    yield
+    gc.collect()
+    left = _processes_of(request.node.nodeid)
+    _, alive = psutil.wait_procs(left, VANISH_S)
+    told = [f"{process.pid} {' '.join(process.cmdline())}" for process in alive]
+    for process in alive:
+        process.kill()  # so that it does not disturb the next test
+    assert not told, f"processes are left: {told}"
+    assert _descriptors() == descriptors
+    assert _handlers() == handlers
+    if directory is not None:
+        assert not _socket_files(directory)
+
+
+def _descriptors() -> dict[int, str]:
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:  # the one that listed the directory
+            continue
+    return found
+
+
+def _handlers() -> dict[int, object]:
+    # SIGALRM is pytest-timeout's.
+    return {number: signal.getsignal(number) for number in signal.valid_signals() - {signal.SIGALRM}}
+
+
+def _processes_of(test: str) -> list[psutil.Process]:
+    """Live processes that were started by this test, by whomever they were adopted since.
+
+    pytest names the running test in its environment, and every process that is started inherits that.
+    """
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get("PYTEST_CURRENT_TEST", "").startswith(f"{test} "):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def _socket_files(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if stat.S_ISSOCK(path.lstat().st_mode)]
