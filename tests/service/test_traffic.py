@@ -254,7 +254,7 @@ async def index():
 """
     write_code(tmp_path / "app.py", app.format(version="v0"))
     with Service(tmp_path, "app:app") as service:
-        assert http_get(service.wait_ready().port)[1] in (b'{"version":"v0"}',)
+        assert http_get(service.wait_ready().port)[1] == b'{"version":"v0"}'
         assert (tmp_path / "started-v0").exists()
         write_code(tmp_path / "app.py", app.format(version="v1"))
         service.restart()

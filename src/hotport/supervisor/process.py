@@ -74,11 +74,10 @@ class Process:
         """
         self.is_talking = True
         try:
-            async with await anyio.connect_unix(self._control_path) as stream:
-                async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(self._send_orders, stream)
-                    await self._receive_words(stream, hear)
-                    tasks.cancel_scope.cancel()
+            async with await anyio.connect_unix(self._control_path) as stream, anyio.create_task_group() as tasks:
+                tasks.start_soon(self._send_orders, stream)
+                await self._receive_words(stream, hear)
+                tasks.cancel_scope.cancel()
         except OSError as error:
             self._log.warning("worker.unreachable", error=str(error))
         finally:
