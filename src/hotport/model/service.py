@@ -288,6 +288,14 @@ class StartTimer:
 
 
 @dataclass(frozen=True, slots=True)
+class ExtendTimer:
+    """Let a running timer end in `seconds` from now, unless it ends later anyway."""
+
+    timer: Timer
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class StopTimer:
     """Forget a timer."""
 
@@ -368,6 +376,7 @@ Effect = (
     | Terminate
     | Kill
     | StartTimer
+    | ExtendTimer
     | StopTimer
     | CloseListeners
     | Refuse
@@ -597,9 +606,9 @@ def _expired(draft: _Draft, worker: int) -> None:
 def _more_time(draft: _Draft, event: MoreTime) -> None:
     worker = draft.service.workers.get(event.worker)
     if worker is not None and worker.phase is Phase.STARTING:
-        draft.emit(StartTimer(Timer(Clock.READY, worker.id), event.seconds))
+        draft.emit(ExtendTimer(Timer(Clock.READY, worker.id), event.seconds))
     elif worker is not None and worker.phase is Phase.DRAINING:
-        draft.emit(StartTimer(Timer(Clock.DRAIN, worker.id), event.seconds))
+        draft.emit(ExtendTimer(Timer(Clock.DRAIN, worker.id), event.seconds))
 
 
 def _elapsed(draft: _Draft, timer: Timer) -> None:

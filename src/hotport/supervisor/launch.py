@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hotport.errors import StartError
 from hotport.options import Options
@@ -83,8 +83,9 @@ class Launch:
                     cause=f"{python} is not there or cannot be executed",
                     fix="name another one with --python, for example --python current/.venv/bin/python",
                 )
+        app_dir = os.path.realpath(os.path.join(directory, options.app_dir))  # may be a link to a release, too
         environment = {**surroundings.environment, "PWD": directory}
-        return cls(options, python, directory, environment)
+        return cls(replace(options, app_dir=app_dir), python, directory, environment)
 
     def argv(self, service: str, generation: int, worker: int) -> list[str]:
         """The command line of one worker."""

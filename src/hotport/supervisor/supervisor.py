@@ -175,6 +175,8 @@ class Supervisor:
                     process.kill()
             case model.StartTimer(timer, seconds):
                 self._timers.start(timer, self._duration(timer.clock) if seconds is None else seconds)
+            case model.ExtendTimer(timer, seconds):
+                self._timers.extend(timer, seconds)
             case model.StopTimer(timer):
                 self._timers.stop(timer)
             case model.CloseListeners():

@@ -19,12 +19,19 @@ class Timers:
         self._tasks = tasks
         self._elapsed = elapsed
         self._running: dict[Timer, anyio.CancelScope] = {}
+        self._ends: dict[Timer, float] = {}
 
     def start(self, timer: Timer, seconds: float) -> None:
         """Start a timer; one that runs under the same name is replaced."""
         self.stop(timer)
         scope = self._running[timer] = anyio.CancelScope()
+        self._ends[timer] = anyio.current_time() + seconds
         self._tasks.start_soon(self._run, timer, seconds, scope)
+
+    def extend(self, timer: Timer, seconds: float) -> None:
+        """Let a timer that runs end in `seconds` from now, unless it ends later anyway."""
+        if timer in self._running and self._ends[timer] < anyio.current_time() + seconds:
+            self.start(timer, seconds)
 
     def stop(self, timer: Timer) -> None:
         """Forget a timer; nothing happens if it does not run."""

@@ -1,0 +1,136 @@
+"""Writes ``docs/reference/states.md`` from the tables of the model: ``python docs/states.py``.
+
+A test fails while the page differs from what this writes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Final
+
+from hotport.model import lifecycle, service
+from hotport.model.lifecycle import CURRENT, TRANSITIONS, Event, Phase
+from hotport.model.service import INVERSE, Effect, Open, Quiesce, Spawn, Step
+
+__all__ = ["PAGE", "states_page"]
+
+PAGE: Final = Path(__file__).parent / "reference" / "states.md"
+
+HEAD: Final = """
+# Workers and restarts
+
+<!-- Written by docs/states.py from the source; do not edit. -->
+
+What may happen to a worker is a table, `TRANSITIONS` in `hotport.model.lifecycle`; what a service does next is one pure
+function, `step` in `hotport.model.service`. This page is written from them.
+
+## The life of one worker
+
+`open`, `quiesce`, `drain` and `terminate` are the supervisor's decisions. The other events are facts: a worker's own
+word, or the kernel's. `hotport status` shows the phase.
+""".lstrip()
+
+AFTER_DIAGRAM: Final = """
+From every phase `exited` leads to `gone`. A word that is not in the table is ignored, since a worker may be any
+program; a decision that is not in it is a bug and changes nothing.
+"""
+
+RESTART: Final = """
+## A restart, step by step
+
+New workers take over from old ones in a batch of all, or, in a phased restart, in batches of one. Until the last line,
+whatever goes wrong with a new worker aborts the restart: what the batch has done is taken back, first with the old
+workers, then with the new ones, and the old generation serves on.
+"""
+
+#: What a batch waits for in each step, and what ends the waiting if it does not come.
+STEPS: Final[dict[Step, tuple[type[Effect] | None, str, str]]] = {
+    Step.STARTING: (Spawn, "every new worker has said `READY=1`", "ready_timeout: abort"),
+    Step.OPENING: (Open, "every new worker has acknowledged that it accepts: the commit", "5 s: abort"),
+    Step.QUIESCING: (Quiesce, "every old worker has acknowledged that it stopped accepting", "5 s: go on"),
+    Step.SETTLING: (None, "no new worker has failed for a moment", "settle: the end of this step"),
+}
+
+WHO: Final = {Spawn: "each new worker", Open: "each new worker", Quiesce: "each old worker"}
+
+TAIL: Final = """
+- An old worker that was not yet ready at the commit is held, and told to accept if the restart aborts.
+- Draining has no inverse. If a later batch of a phased restart fails, the new workers of earlier batches are replaced
+  by workers of the old code, start first, one at a time.
+- If no old worker is left to take back, new ones that serve are kept until workers of the old code do.
+- A second request during a restart is refused with the number of the first.
+
+## Between restarts
+
+- A lost worker is replaced at once; the next ones, without a quiet spell between, after {first:g} s, twice as long each
+  time, up to {most:g} s. Workers that are lost together count once.
+- A worker that has served long enough is replaced start first, one at a time.
+- Scaling down lets go first of workers that do not accept yet, then of those that wait for a replacement, then of the
+  newest.
+- A restart is refused while {generations} older generations still drain.
+"""
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *rows))
+
+
+def _comments() -> dict[str, str]:
+    """What the source says about each phase."""
+    source = Path(lifecycle.__file__).read_text()
+    return dict(re.findall(r'^    [A-Z]+ = "(\w+)"  #: (.*)$', source, re.MULTILINE))
+
+
+def _phases() -> str:
+    says = _comments()
+    rows = []
+    for phase in Phase:
+        events = [f"`{e.value}` → {after.value}" for (p, e), after in TRANSITIONS.items() if p is phase is not after]
+        is_current = "yes" if phase in CURRENT else ""
+        rows.append((f"`{phase.value}`", says[phase.value], is_current, "<br>".join(events)))
+    return _table(("phase", "means", "counts as wanted", "left by"), rows)
+
+
+def _diagram() -> str:
+    lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {Phase.STARTING.value}"]
+    moves = [
+        (before, after, event)
+        for (before, event), after in TRANSITIONS.items()
+        if before is not after and event is not Event.EXITED
+    ]
+    for (before, after), group in groupby(sorted(moves, key=_rank), key=lambda move: move[:2]):
+        lines.append(f"    {before.value} --> {after.value}: {' / '.join(e.value for _, _, e in group)}")
+    lines += [f"    {phase.value} --> [*]: exited" for phase in (Phase.DRAINING, Phase.STOPPING)]
+    return "\n".join([*lines, "```"])
+
+
+def _rank(move: tuple[Phase, Phase, Event]) -> tuple[int, int]:
+    phases = list(Phase)
+    return phases.index(move[0]), phases.index(move[1])
+
+
+def _steps() -> str:
+    rows = []
+    for step in Step:
+        effect, awaited, bound = STEPS[step]
+        does = f"`{effect.__name__}` {WHO[effect]}" if effect else ""
+        inverse = f"`{INVERSE[effect].__name__}` it" if effect else ""
+        rows.append((step.value, does, inverse, awaited, bound))
+    rows.append(("(done)", "`Drain` each old worker", "none", "", ""))
+    return _table(("step", "effect", "inverse", "goes on when", "at the latest"), rows)
+
+
+def states_page() -> str:
+    """The page, as it should be."""
+    tail = TAIL.format(
+        first=service.BACKOFF_FIRST_S, most=service.BACKOFF_MAX_S, generations=service.GENERATIONS_DRAINING_MAX
+    )
+    parts = (HEAD, _diagram() + "\n", AFTER_DIAGRAM.lstrip(), _phases() + "\n", RESTART.lstrip(), _steps() + "\n")
+    return "\n".join(parts) + tail
+
+
+if __name__ == "__main__":
+    PAGE.write_text(states_page())

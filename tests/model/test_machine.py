@@ -1,0 +1,146 @@
+"""Anything may happen to a service at any time; `tests.model.world` says what holds all the same."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from hotport.model.lifecycle import Event
+from hotport.model.service import Clock, Elapsed, Expired, MoreTime, StartTimer, Timer
+from tests.model.world import World
+
+FACTS = (Event.READY, Event.ACCEPTING, Event.QUIESCED, Event.LEAVING)
+COUNTS = st.integers(1, 4)
+
+
+class Chaos(RuleBasedStateMachine):
+    """A service, and a world that does to it what worlds do."""
+
+    @initialize(wanted=COUNTS, is_booted=st.booleans())
+    def boot(self, wanted: int, is_booted: bool) -> None:
+        self.world = World(wanted)
+        if is_booted:
+            self.world.run()
+
+    @property
+    def is_over(self) -> bool:
+        return self.world.is_finished
+
+    # workers
+
+    @precondition(lambda self: self.world.processes and not self.is_over)
+    @rule(data=st.data())
+    def a_worker_does_what_is_expected(self, data: st.DataObject) -> None:
+        self.world.obey(data.draw(st.sampled_from(sorted(self.world.processes))))
+
+    @precondition(lambda self: not self.is_over)
+    @rule(data=st.data())
+    def everybody_but_a_few_does(self, data: st.DataObject) -> None:
+        slow = data.draw(st.sets(st.sampled_from(sorted(self.world.processes) or [0]), max_size=2))
+        self.world.run(slow=tuple(slow))
+
+    @precondition(lambda self: self.world.processes and not self.is_over)
+    @rule(data=st.data())
+    def a_worker_dies(self, data: st.DataObject) -> None:
+        self.world.die(data.draw(st.sampled_from(sorted(self.world.processes))))
+
+    @precondition(lambda self: self.world.processes and not self.is_over)
+    @rule(data=st.data(), event=st.sampled_from(FACTS))
+    def a_worker_says_what_it_likes(self, data: st.DataObject, event: Event) -> None:
+        self.world.say(data.draw(st.sampled_from(sorted(self.world.processes))), event)
+
+    @precondition(lambda self: not self.is_over)
+    @rule(worker=st.integers(0, 9), event=st.sampled_from(FACTS))
+    def somebody_says_what_he_likes(self, worker: int, event: Event) -> None:
+        self.world.say(worker, event)
+
+    @precondition(lambda self: self.world.processes and not self.is_over)
+    @rule(data=st.data())
+    def a_worker_expires(self, data: st.DataObject) -> None:
+        self.world.queue.append(Expired(data.draw(st.sampled_from(sorted(self.world.processes)))))
+
+    @precondition(lambda self: not self.is_over)
+    @rule(worker=st.integers(1, 9), seconds=st.floats(0, 100))
+    def somebody_wants_more_time(self, worker: int, seconds: float) -> None:
+        self.world.queue.append(MoreTime(worker, seconds))
+
+    @precondition(lambda self: not self.is_over)
+    @rule()
+    def everybody_does(self) -> None:
+        self.world.run()
+
+    # people
+
+    @precondition(lambda self: not self.is_over)
+    @rule(is_phased=st.booleans(), wanted=st.none() | COUNTS)
+    def somebody_restarts(self, is_phased: bool, wanted: int | None) -> None:
+        self.world.restart(is_phased=is_phased, wanted=wanted)
+
+    @precondition(lambda self: not self.is_over)
+    @rule(is_phased=st.booleans(), wanted=st.none() | COUNTS)
+    def a_restart_gets_as_far_as_it_can(self, is_phased: bool, wanted: int | None) -> None:
+        self.world.restart(is_phased=is_phased, wanted=wanted)
+        self.world.run()
+
+    @precondition(lambda self: not self.is_over)
+    @rule(wanted=COUNTS)
+    def somebody_scales(self, wanted: int) -> None:
+        self.world.scale(wanted)
+
+    @precondition(lambda self: not self.is_over)
+    @rule(dice=st.integers(0, 20), now=st.booleans())
+    def somebody_stops(self, dice: int, now: bool) -> None:
+        if dice == 20:  # seldom, or there would be little else
+            self.world.stop(now=now)
+
+    # time
+
+    @precondition(lambda self: self.world.queue and not self.is_over)
+    @rule()
+    def the_next_input_is_taken(self) -> None:
+        self.world.take()
+
+    @precondition(lambda self: self.world.timers and not self.is_over)
+    @rule(data=st.data())
+    def a_timer_ends(self, data: st.DataObject) -> None:
+        timer = data.draw(st.sampled_from(sorted(self.world.timers, key=str)))
+        self.world.elapse(timer.clock, timer.worker)
+
+    @precondition(lambda self: not self.is_over and Timer(Clock.SETTLE) in self.world.timers)
+    @rule()
+    def a_batch_has_settled(self) -> None:
+        self.world.elapse(Clock.SETTLE)
+        self.world.run()
+
+    @precondition(lambda self: not self.is_over)
+    @rule(data=st.data())
+    def a_timer_of_long_ago_ends(self, data: st.DataObject) -> None:
+        started = sorted({e.timer for e in self.world.effects if isinstance(e, StartTimer)}, key=str)
+        if started:
+            self.world.queue.append(Elapsed(data.draw(st.sampled_from(started))))
+
+    @precondition(lambda self: self.is_over)
+    @rule()
+    def nothing_more_happens(self) -> None:
+        pass
+
+    def teardown(self) -> None:
+        """Whatever happened: a stop ends, when the timers and the kernel do their work."""
+        if not hasattr(self, "world"):
+            return
+        world = self.world
+        world.stop()
+        for _ in range(10):
+            while world.queue and not world.is_finished:
+                world.take()
+            for worker, process in list(world.processes.items()):
+                if process.was_killed:
+                    world.die(worker)
+            for timer in [t for t in world.timers if t.clock in (Clock.DRAIN, Clock.KILL)]:
+                world.elapse(timer.clock, timer.worker)
+        assert world.is_finished
+
+
+TestChaos = Chaos.TestCase
+TestChaos.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)

@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+from docs.states import PAGE, states_page
+from hotport.model.lifecycle import TRANSITIONS, Event
+
+
+def test_page_of_states_is_what_the_tables_say() -> None:
+    assert PAGE.read_text() == states_page(), "run: python docs/states.py"
+
+
+def test_page_of_states_shows_every_transition() -> None:
+    page = states_page()
+    for (before, event), after in TRANSITIONS.items():
+        if before is after:
+            continue
+        assert f"`{event.value}` → {after.value}" in page
+        if event is not Event.EXITED:
+            assert f"    {before.value} --> {after.value}: " in page

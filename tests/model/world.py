@@ -1,0 +1,339 @@
+"""A world for the model to live in: workers, timers and one queue, as the supervisor has them, and no operating system.
+
+Everything that happens is put at the end of `World.queue`, and one input at a time is taken from its beginning; so
+words cross orders and timers end after they were stopped, as they do in life. After every step `World` checks what
+must hold whatever happened before (`_check`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hotport.model.lifecycle import CURRENT, Event, Phase
+from hotport.model.service import (
+    Accept,
+    Announce,
+    Boot,
+    Clock,
+    CloseListeners,
+    Drain,
+    Effect,
+    Elapsed,
+    Exited,
+    Finish,
+    Input,
+    Kill,
+    News,
+    Open,
+    Quiesce,
+    Refusal,
+    Refuse,
+    RequestRestart,
+    RequestScale,
+    RequestStop,
+    Said,
+    Service,
+    Spawn,
+    StartTimer,
+    Step,
+    StopTimer,
+    Terminate,
+    Timer,
+    step,
+)
+
+#: The worker timer that bounds each phase in which an answer is awaited.
+BOUNDS = {
+    Phase.STARTING: Clock.READY,
+    Phase.OPENING: Clock.OPEN,
+    Phase.DRAINING: Clock.DRAIN,
+    Phase.STOPPING: Clock.KILL,
+}
+LEAVING = (Phase.DRAINING, Phase.STOPPING)
+
+
+@dataclass
+class Process:
+    """A worker process: what it was told, and what it has said."""
+
+    generation: int
+    orders: deque[Open | Quiesce | Drain | Terminate] = field(default_factory=deque)
+    has_said_ready: bool = False
+    was_killed: bool = False
+
+
+class World:
+    """Carries out effects and feeds events, in order.
+
+    Attributes:
+        processes: Those that run; one leaves when its end is put into the queue.
+        timers: Those that run.
+        effects: Everything that was ever emitted.
+    """
+
+    def __init__(self, wanted: int) -> None:
+        self.service = Service(wanted=wanted)
+        self.queue: deque[Input] = deque([Boot()])
+        self.processes: dict[int, Process] = {}
+        self.timers: set[Timer] = set()
+        self.effects: list[Effect] = []
+        self.is_finished = False
+        self._requests = 0
+        self._accepting: set[int] = set()
+        self._emitted: list[Effect] = []  # by the current batch of a restart
+        self._generations: list[int] = [1]
+
+    # -- what may be done to it ----------------------------------------------------------------------------
+
+    def request(self, make: Callable[[int], Input]) -> int:
+        """Queue a request and return its number."""
+        self._requests += 1
+        self.queue.append(make(self._requests))
+        return self._requests
+
+    def restart(self, *, is_phased: bool = False, wanted: int | None = None) -> int:
+        return self.request(lambda n: RequestRestart(n, is_phased, wanted))
+
+    def scale(self, wanted: int) -> int:
+        return self.request(lambda n: RequestScale(n, wanted))
+
+    def stop(self, *, now: bool = False) -> None:
+        self.queue.append(RequestStop(now))
+
+    def say(self, worker: int, event: Event) -> None:
+        self.queue.append(Said(worker, event))
+
+    def die(self, worker: int, why: str = "was killed by SIGKILL") -> None:
+        del self.processes[worker]
+        self.queue.append(Exited(worker, why))
+
+    def elapse(self, clock: Clock, worker: int = 0) -> None:
+        timer = Timer(clock, worker)
+        self.timers.remove(timer)
+        self.queue.append(Elapsed(timer))
+
+    def obey(self, worker: int) -> bool:
+        """Let a worker do the next thing that is expected of it; False if that is nothing."""
+        process = self.processes[worker]
+        if process.was_killed:
+            self.die(worker)
+        elif process.orders and isinstance(process.orders[0], Drain | Terminate):
+            self.die(worker, "exited with status 0")
+        elif not process.has_said_ready:
+            process.has_said_ready = True
+            self.say(worker, Event.READY)
+        elif process.orders:
+            order = process.orders.popleft()
+            self.say(worker, Event.ACCEPTING if isinstance(order, Open) else Event.QUIESCED)
+        else:
+            return False
+        return True
+
+    def run(self, *, slow: tuple[int, ...] = ()) -> World:
+        """Everybody but `slow` does what is expected, until nothing is left to do but wait for timers."""
+        while not self.is_finished and (self.queue or any(self.obey(w) for w in list(self.processes) if w not in slow)):
+            while self.queue and not self.is_finished:
+                self.take()
+        return self
+
+    def take(self) -> tuple[Effect, ...]:
+        """Take the next input, carry out what follows from it, and check it."""
+        before, event = self.service, self.queue.popleft()
+        self.service, effects = step(before, event)
+        self.effects += effects
+        if isinstance(event, Said) and event.event is Event.ACCEPTING:
+            self._accepting.add(event.worker)
+        for effect in effects:
+            self._carry_out(effect)
+        self._check(before, event, effects)
+        return effects
+
+    # -- what the supervisor does --------------------------------------------------------------------------
+
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case Spawn(worker, generation):
+                self.processes[worker] = Process(generation)
+            case Open(worker) | Quiesce(worker) | Drain(worker) | Terminate(worker) if worker in self.processes:
+                assert isinstance(effect, Open | Quiesce | Drain | Terminate)
+                process = self.processes[worker]
+                if isinstance(effect, Drain | Terminate):
+                    process.orders.clear()  # whatever it was told before, it leaves now
+                process.orders.append(effect)
+            case Kill(worker) if worker in self.processes:
+                self.processes[worker].was_killed = True
+            case StartTimer(timer):
+                self.timers.add(timer)
+            case StopTimer(timer):
+                self.timers.discard(timer)
+            case Finish():
+                self.is_finished = True
+            case _:
+                pass
+
+    # -- what must hold ------------------------------------------------------------------------------------
+
+    def _check(self, before: Service, event: Input, effects: tuple[Effect, ...]) -> None:
+        after = self.service
+        self._check_names(before, effects)
+        self._check_answers(before, event, effects)
+        self._check_bounds(after)
+        self._check_restart(before, event, effects)
+        self._check_numbers(after)
+        self._check_port(before, event, after)
+        finishes = [e for e in effects if isinstance(e, Finish)]
+        is_over = not after.workers and (after.is_stopping or after.generation == 0)
+        assert len(finishes) == is_over
+        assert not finishes or finishes[0].has_failed is not after.is_stopping
+        assert effects.count(CloseListeners()) == (after.is_stopping and not before.is_stopping)
+        assert not (after.is_stopping and (after.current or after.restart))
+
+    def _check_names(self, before: Service, effects: tuple[Effect, ...]) -> None:
+        """No effect names a worker that is not there; numbers are never reused."""
+        there = set(before.workers)
+        for effect in effects:
+            match effect:
+                case Spawn(worker):
+                    assert worker == before.spawned + 1 + len(there - before.workers.keys())
+                    there.add(worker)
+                case Open(worker) | Quiesce(worker) | Drain(worker) | Terminate(worker) | Kill(worker):
+                    assert worker in there
+                case StartTimer(timer):
+                    assert timer.worker == 0 or timer.worker in self.service.workers
+                case StopTimer(timer) | Announce(worker=timer):
+                    named = timer.worker if isinstance(timer, Timer) else timer
+                    assert named == 0 or named in there
+                case _:
+                    pass
+        assert list(self.service.workers) == sorted(self.service.workers)
+
+    def _check_answers(self, before: Service, event: Input, effects: tuple[Effect, ...]) -> None:
+        """A request is answered at once, and once; during a restart with the restart's generation."""
+        answers = [e for e in effects if isinstance(e, Accept | Refuse)]
+        if not isinstance(event, RequestRestart | RequestScale):
+            assert not answers
+            return
+        (answer,) = answers
+        assert answer.request == event.request
+        if isinstance(answer, Refuse):
+            assert self.service == before
+            assert len(effects) == 1
+        if before.is_stopping:
+            assert answer == Refuse(event.request, Refusal.STOPPING)
+        elif before.restart is not None:
+            assert answer == Refuse(event.request, Refusal.IN_PROGRESS, before.restart.generation)
+        elif isinstance(event, RequestRestart) and isinstance(answer, Accept):
+            assert answer.generation == self._generations[-1] + 1
+            self._generations.append(answer.generation)
+
+    def _check_bounds(self, after: Service) -> None:
+        """Nothing is waited for without a timer that ends the waiting."""
+        running = self.timers | {event.timer for event in self.queue if isinstance(event, Elapsed)}
+        for worker in after.workers.values():
+            if (clock := BOUNDS.get(worker.phase)) and Timer(clock, worker.id) not in running:
+                process = self.processes.get(worker.id)
+                assert process is None or process.was_killed
+        if after.restart is not None and after.restart.step is Step.QUIESCING:
+            assert Timer(Clock.QUIESCE) in running
+        if after.restart is not None and after.restart.step is Step.SETTLING:
+            assert Timer(Clock.SETTLE) in running
+        if after.is_backing_off:
+            assert Timer(Clock.BACKOFF) in running
+
+    def _check_restart(self, before: Service, event: Input, effects: tuple[Effect, ...]) -> None:
+        after, news = self.service, [e.news for e in effects if isinstance(e, Announce)]
+        began, over = news.count(News.RESTART_BEGAN), news.count(News.DONE) + news.count(News.ABORTED)
+        assert (before.restart is not None) + began - over == (after.restart is not None)
+        held = after.restart.new | after.restart.old if after.restart else frozenset()
+        for worker in after.current:  # nobody is forgotten half-way
+            if worker.phase in (Phase.READY, Phase.QUIESCING, Phase.QUIESCED):
+                assert worker.id in held
+        for effect in effects:
+            if isinstance(effect, Quiesce):
+                assert after.restart is not None
+                assert after.restart.new <= self._accepting
+        restart = before.restart
+        if restart is None:
+            self._emitted = [e for e in effects if after.restart and isinstance(e, Spawn)]
+            return
+        old = [w for w in before.current if w.generation != restart.generation and w.id != _subject(event)]
+        if not before.is_stopping and not after.is_stopping and News.DRAINING not in news:
+            relieved = {w.replaces for w in after.workers.values()} | {w.replaces for w in before.workers.values()}
+            for worker in old:
+                assert worker.id in relieved or after.workers[worker.id].phase in CURRENT
+                assert Terminate(worker.id) not in effects
+        if News.ABORTED in news and not after.is_stopping:
+            self._check_inverses(before, event, effects)
+        if News.DRAINING in news:
+            self._emitted = []
+        batch = after.restart.new | after.restart.old if after.restart else frozenset()
+        self._emitted += [e for e in effects if isinstance(e, Spawn | Open | Quiesce) and e.worker in batch]
+
+    def _check_inverses(self, before: Service, event: Input, effects: tuple[Effect, ...]) -> None:
+        """An abort takes back what the batch has done: each effect, where its worker is still there to be told."""
+        after, restart = self.service, before.restart
+        assert restart is not None
+        assert after.generation == before.generation
+        assert after.wanted == before.wanted
+        others_serve = any(
+            w.phase in (Phase.OPENING, Phase.SERVING) and w.generation != restart.generation for w in after.current
+        )
+        for effect in self._emitted:
+            assert isinstance(effect, Spawn | Open | Quiesce)
+            worker = before.workers.get(effect.worker)
+            if worker is None or effect.worker not in after.workers or worker.phase in LEAVING:
+                continue
+            if worker.id == _subject(event) and not isinstance(event, Elapsed):
+                continue  # it left by itself
+            if isinstance(effect, Quiesce):
+                assert Open(worker.id) in effects
+            elif worker.phase is Phase.SERVING and not others_serve:
+                assert after.workers[worker.id].is_expired  # leaves when another serves
+            elif isinstance(effect, Open) or Open(worker.id) in self._emitted:
+                assert any(isinstance(e, Drain) and e.worker == worker.id for e in effects)
+            else:
+                assert Terminate(worker.id) in effects
+        for worker in after.current:
+            if worker.generation == restart.generation:
+                assert worker.is_expired
+        self._emitted = []
+
+    def _check_numbers(self, after: Service) -> None:
+        """Between restarts there are as many workers as wanted, and one more while one is being replaced."""
+        if after.restart is not None or after.is_stopping or after.generation == 0:
+            return
+        current = {w.id for w in after.current}
+        relieved = [w.replaces for w in after.current if w.replaces in current]
+        assert len(relieved) <= 1
+        lasting = len(current) - len(relieved)
+        assert lasting == after.wanted or (after.is_backing_off and lasting < after.wanted)
+        for worker in after.current:
+            assert worker.phase not in (Phase.QUIESCING, Phase.QUIESCED, Phase.READY)
+        expired = [w for w in after.current if w.is_expired and w.phase is Phase.SERVING]
+        assert not expired or relieved or after.is_backing_off
+
+    def _check_port(self, before: Service, event: Input, after: Service) -> None:
+        """No decision of ours, only a worker's own failure, leaves the port to nobody."""
+        if after.is_stopping:
+            return
+        serving = [w.id for w in before.workers.values() if w.phase is Phase.SERVING and w.id != _subject(event)]
+        if serving:
+            assert after.ids(Phase.SERVING, Phase.OPENING)
+
+
+def _subject(event: Input) -> int:
+    """The worker that an event is about."""
+    match event:
+        case Said(worker) | Exited(worker):
+            return worker
+        case Elapsed(timer):
+            return timer.worker
+        case _:
+            return 0
+
+
+def news(effects: list[Effect]) -> list[News]:
+    """The news among effects."""
+    return [e.news for e in effects if isinstance(e, Announce)]
