@@ -9,9 +9,14 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import psutil
 import pytest
+import trio  # noqa: F401  it hands hypothesis its random source, which must happen before `frozen_imports`
 import uvloop
+
+hypothesis.settings.register_profile("hotport", deadline=None)  # these machines are noisy
+hypothesis.settings.load_profile("hotport")
 
 #: How long the kernel may take to end what was killed a moment ago.
 VANISH_S = 5.0
@@ -27,6 +32,13 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]
 def pipe_of_libuv() -> None:
     """libuv's first loop opens a pipe for signals that the process keeps; no test is to blame for it."""
     uvloop.new_event_loop().close()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def frozen_imports() -> None:
+    """What is imported by now is no garbage; collecting around each test need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:

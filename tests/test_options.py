@@ -16,18 +16,15 @@ from hypothesis import strategies as st
 from hotport.errors import ConfigError
 from hotport.options import (
     OPTIONS,
-    Loaded,
     Options,
     format_duration,
     format_size,
-    load,
     parse_duration,
     parse_size,
-    rows,
     runtime_root,
     service_name,
-    show,
 )
+from hotport.options.loading import Loaded, load, rows, show
 
 
 def read(

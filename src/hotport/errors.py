@@ -18,7 +18,6 @@ from __future__ import annotations
 import errno as _errno
 import os
 from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import ClassVar, Final
 
 __all__ = [
@@ -119,5 +118,7 @@ def describe_errno(number: int) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known name that the reader most likely meant, if one is near enough."""
+    from difflib import get_close_matches  # most processes never look for a near miss
+
     found = get_close_matches(word, list(known), n=1, cutoff=0.6)
     return found[0] if found else None

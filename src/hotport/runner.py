@@ -27,7 +27,8 @@ from hotport.kernel.sockets import (
 )
 from hotport.model.service import RequestStop
 from hotport.observe.logs import configure, get_logger
-from hotport.options import Loaded, load, runtime_root, service_name
+from hotport.options import runtime_root, service_name
+from hotport.options.loading import Loaded, load
 from hotport.supervisor.control import serve_control
 from hotport.supervisor.launch import Surroundings
 from hotport.supervisor.requests import restart, scale
@@ -127,6 +128,9 @@ def supervise(read: Callable[[Path], Loaded]) -> int:
     with ExitStack() as stack:
         directory = _claim(name, stack)
         listeners = dict(_bind(text, options.backlog, stack) for text in options.bind)
+        if options.command:
+            for listener in listeners.values():
+                listener.setblocking(True)  # as systemd passes them: a plain accept loop expects nothing else
         notify_socket = bind_notify(os.path.join(directory, "notify.sock"))
         control = bind_control(os.path.join(directory, "control.sock"))
         for file in ("notify.sock", "control.sock"):

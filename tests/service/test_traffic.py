@@ -112,6 +112,7 @@ def test_twenty_restarts_under_full_load_cost_no_request(tmp_path: Path, mode: s
         try:
             for number in range(1, 21):
                 report = restart_into(service, f"v{number}")
+                assert report.connections is not None
                 assert not any(fate.startswith(("cut_", "workers_")) for fate in report.connections), report
                 assert report.queue_overflows.get("ListenDrops", 0) == 0
                 assert report.accept_gap_ms == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import ssl
@@ -353,3 +354,31 @@ async def test_a_sockets_application_that_never_says_started_and_returns_is_a_cl
     with pytest.raises(StartError, match="HP506"):
         async with hotport.serve(main, bind="127.0.0.1:0"):
             pass
+
+
+async def answer_ok(scope: Any, receive: Any, send: Any) -> None:
+    assert scope["type"] == "http"
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+@pytest.mark.parametrize("app", [answer_ok, echo, EchoProtocol])
+async def test_a_connection_that_has_ended_is_freed_at_once(app: Any) -> None:
+    """In a reference cycle it would stay until the garbage collector comes by: megabytes in each worker."""
+    async with hotport.serve(app, bind="127.0.0.1:0", lifespan="off") as server:
+        for _ in range(3):
+            gc.collect()
+        gc.disable()
+        try:
+            for _ in range(20):
+                async with connected(server) as client:
+                    await client.send(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+                    await client.receive()
+            while server.connections.open:
+                await anyio.lowlevel.checkpoint()
+            await anyio.wait_all_tasks_blocked()
+            kinds = ("HttpConnection", "Stream", "_Tracked")
+            left = [each for each in gc.get_objects() if type(each).__name__ in kinds]
+            assert len(left) < 3, "the last one may still be in the hands of the event loop"
+        finally:
+            gc.enable()

@@ -80,6 +80,7 @@ class Connections:
         self.on_full: Callable[[], None] | None = None
         self.on_room: Callable[[], None] | None = None
         self.on_requests_max: Callable[[], None] | None = None
+        self._is_counting = False
         self._is_full = False
         self._empty = asyncio.Event()
         self._empty.set()
@@ -97,11 +98,11 @@ class Connections:
                 self.on_full()
 
     def closed(self, connection: Connection, fate: str = "finished") -> None:
-        """Let a connection go and count its fate if the worker is draining."""
+        """Let a connection go, and count its fate if the worker accepts no more."""
         if connection not in self.open:
             return
         self.open.discard(connection)
-        if self.draining.is_set():
+        if self._is_counting:
             self.fates[fate] += 1
         if self._is_full and len(self.open) < self.maximum:
             self._is_full = False
@@ -115,6 +116,12 @@ class Connections:
         self.requests += 1
         if self.requests == self.requests_max and self.on_requests_max is not None:
             self.on_requests_max()
+
+    def count_fates(self, is_counting: bool) -> None:
+        """Count what becomes of connections from now on, or forget what was counted."""
+        self._is_counting = is_counting
+        if not is_counting:
+            self.fates.clear()
 
     def drain(self, timeout_s: float) -> None:
         """Tell the application and every connection that the worker leaves in `timeout_s` seconds."""

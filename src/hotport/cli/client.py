@@ -6,6 +6,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ def ask(name: str | None, request: Any) -> Iterator[Any]:
     """
     service = find_service(name)
     with _connect(service) as sock:
-        sock.sendall(encode_frame(encode(request)))
+        with suppress(BrokenPipeError):  # it refuses some before they have spoken; its answer is there to be read
+            sock.sendall(encode_frame(encode(request)))
         decoder = FrameDecoder()
         has_answer = False
-        while data := sock.recv(65536):
+        while data := _receive(sock):
             for payload in decoder.feed(data):
                 has_answer = True
                 yield decode(payload, Reply)
@@ -40,6 +42,13 @@ def ask(name: str | None, request: Any) -> Iterator[Any]:
                 cause="its supervisor closed the connection",
                 fix=f"hotport status {service.name}",
             )
+
+
+def _receive(sock: socket.socket) -> bytes:
+    try:
+        return sock.recv(65536)
+    except ConnectionResetError:  # gone without a word, or without having heard all of ours
+        return b""
 
 
 def raise_failure(reply: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import groupby
 
 import msgspec
 from rich.console import Console
@@ -16,7 +17,10 @@ __all__ = ["console", "print_json", "print_report", "print_status"]
 
 def console(*, stderr: bool = False) -> Console:
     """A rich console that keeps to ``NO_COLOR`` and to what is a terminal."""
-    return Console(stderr=stderr, no_color=bool(os.environ.get("NO_COLOR")), highlight=False, soft_wrap=True)
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else 200  # rich takes 80 where nobody says, and cuts tables
+    plain = bool(os.environ.get("NO_COLOR"))
+    return Console(stderr=stderr, no_color=plain, highlight=False, soft_wrap=True, width=width)
 
 
 def print_json(message: msgspec.Struct) -> None:
@@ -30,28 +34,37 @@ def print_report(report: Report) -> None:
     if report.error:
         out.print(report.error, markup=False)
         out.print()
-    phases = "  ".join(f"{phase.name} {phase.ms:.0f} ms" for phase in report.phases)
-    out.print(f"phases       {phases}", markup=False)
+    for batch, phases in groupby(report.phases, key=lambda phase: phase.batch):
+        heading = "phases" if batch == 1 else ""
+        times = "  ".join(f"{phase.name} {phase.ms:.0f} ms" for phase in phases)
+        out.print(f"{heading:13}{times}", markup=False)
     out.print(f"accept gap   {report.accept_gap_ms:g} ms")
-    fates = ", ".join(f"{count} {fate.replace('_', ' ')}" for fate, count in sorted(report.connections.items()))
-    out.print(f"connections  {fates or 'none were open'}")
+    out.print(f"connections  {_fates(report)}")
     overflows = ", ".join(f"{count} {name}" for name, count in report.queue_overflows.items() if count)
     out.print(f"queue        {overflows or 'no overflow'}")
     if report.outcome == "done":
         out.print(f"[green]done[/]: generation {report.generation} of {report.service} serves")
     else:
-        out.print(f"[red]aborted[/]: generation {report.serving} of {report.service} serves on")
+        serves = f"generation {report.serving} of {report.service} serves on" if report.serving else "nobody serves"
+        out.print(f"[red]aborted[/]: {serves}")
+
+
+def _fates(report: Report) -> str:
+    if report.outcome != "done":
+        return "the old generation keeps them"
+    if report.connections is None:
+        return "not counted: the program keeps its own"
+    fates = sorted(report.connections.items())
+    return ", ".join(f"{count} {fate.replace('_', ' ')}" for fate, count in fates) or "none were open"
 
 
 def print_status(status: Status) -> None:
     """A service and its workers, for people."""
     out = console()
     restarting = f", restarting into generation {status.restarting}" if status.restarting else ""
-    out.print(
-        f"{status.service}: generation {status.generation} serves {status.target} "
-        f"on {', '.join(status.addresses)}{restarting}",
-        markup=False,
-    )
+    is_served = any(worker.phase == "serving" for worker in status.workers)
+    serves = f"generation {status.generation} serves" if is_served else "NOBODY serves"
+    out.print(f"{status.service}: {serves} {status.target} on {', '.join(status.addresses)}{restarting}", markup=False)
     out.print(
         f"supervisor pid {status.pid}, {_mib(status.rss_bytes)}, up {_age(status.age_s)}, hotport {status.version}"
     )

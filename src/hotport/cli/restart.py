@@ -17,7 +17,7 @@ WORDS = {
     "restart.committed": "committed: generation {generation} accepts",
     "restart.quiesced": "the old generation accepts no more",
     "restart.draining": "draining the old generation",
-    "restart.done": "waiting for the last of the old connections",
+    "restart.done": "waiting for what is left of the old generation",
     "restart.aborted": "aborting: {detail}",
 }
 

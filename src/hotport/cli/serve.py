@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from hotport.errors import ExitCode
-from hotport.options import OPTIONS, Loaded, Option, load, rows, show
+from hotport.errors import ConfigError, ExitCode
+from hotport.options import OPTIONS, Option
+from hotport.options.loading import Loaded, load, meant_flag, rows, show
 from hotport.runner import supervise
 
 __all__ = ["command"]
@@ -25,16 +26,26 @@ class _Serve(click.Command):
             at = args.index("--")
             args, program = args[:at], args[at + 1 :]
         ctx.obj = tuple(program)
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            meant = meant_flag(error.option_name)
+            raise ConfigError(
+                "HP302",
+                f"unknown flag {error.option_name}",
+                cause="hotport has no option of this name",
+                fix=f"hotport serve {meant} ..." if meant else "hotport serve --help lists them",
+            ) from None
 
 
 @click.command(
     "serve",
     cls=_Serve,
+    options_metavar="[OPTIONS]",
     epilog="Options are also read from hotport.toml, or [tool.hotport] in pyproject.toml, and from HOTPORT_* "
     "variables; a flag is stronger than a variable, a variable stronger than a file.",
 )
-@click.argument("target", required=False)
+@click.argument("target", required=False, metavar="[TARGET | -- COMMAND...]")
 @click.option("--config", type=click.Path(path_type=Path), help="Read this file in place of ./hotport.toml.")
 @click.option("--show-config", is_flag=True, help="Print every value and where it comes from, and do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --show-config: print JSON.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import socket
 import stat
 import struct
@@ -344,7 +343,7 @@ def _place(sock: socket.socket, path: str, *, backlog: int | None = None) -> Non
     Raises:
         ValueError: If a path is longer than the kernel allows.
     """
-    beside = os.path.join(os.path.dirname(path), f".{secrets.token_hex(3)}")
+    beside = os.path.join(os.path.dirname(path), f".{os.urandom(3).hex()}")
     if max(len(os.fsencode(path)), len(os.fsencode(beside))) > _UNIX_PATH_BYTES_MAX:
         raise ValueError(path)
     sock.bind(beside)

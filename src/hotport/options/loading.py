@@ -21,12 +21,15 @@ from hotport.options.definition import (
     as_name,
 )
 
-__all__ = ["Loaded", "Row", "load", "rows", "show"]
+__all__ = ["Loaded", "Row", "load", "meant_flag", "rows", "show"]
 
 ENVIRONMENT_OTHERS: Final = frozenset(
     {"HOTPORT_GENERATION", "HOTPORT_RUNTIME_DIR", "HOTPORT_TEST_SLOWNESS", "HOTPORT_WORKER"}
 )
 """Variables of ours that are no options."""
+
+EXEC_SETTLE_S: Final = 5.0
+"""A program that cannot say that it is ready has to prove it by living on; an import error takes its time to show."""
 
 _DEFAULT: Final = "default"
 _ARGUMENT: Final = "command line"
@@ -85,6 +88,9 @@ def load(
         if value is not None and value != ():
             take(option, value, option.flag or _ARGUMENT)
 
+    if values.get("ready") == "exec" and "settle_s" not in values:
+        values["settle_s"] = EXEC_SETTLE_S
+        origins["settle"] = "default with ready = exec"
     loaded = Loaded(Options(**values), origins)
     _check(loaded, needs_program=needs_program)
     return loaded
@@ -183,6 +189,12 @@ def _meant(key: str) -> Option | None:
     """The option that somebody who wrote `key` most likely wanted."""
     found = _ELSEWHERE.get(key) or nearest(key, _BY_KEY)
     return _BY_KEY[found] if found else None
+
+
+def meant_flag(flag: str) -> str | None:
+    """The flag that somebody who wrote `flag` most likely wanted, by our names and those of other servers."""
+    found = _meant(flag.lstrip("-").replace("-", "_"))
+    return found.flag if found else None
 
 
 def _read(option: Option, value: object, origin: str) -> object:

@@ -10,7 +10,7 @@ from typing import Any, Final
 import anyio
 from anyio.abc import SocketAttribute, SocketStream
 
-from hotport.errors import ConfigError, ControlError, ExitCode, HotportError
+from hotport.errors import ConfigError, ControlError, HotportError
 from hotport.kernel.sockets import peer_credentials
 from hotport.model.service import Announce, RequestStop
 from hotport.observe.logs import get_logger
@@ -164,6 +164,5 @@ async def _restart(supervisor: Supervisor, phased: bool | None, stream: SocketSt
             refused = None
         send.close()
     if refused is not None:
-        refused.exit_code = ExitCode.ABORTED  # type: ignore[misc]  # whatever it was, the old generation serves on
         raise refused  # outside the task group, which would wrap it
     return report

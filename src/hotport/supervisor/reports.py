@@ -29,7 +29,12 @@ def accept_gap_s(quiesced_at: Mapping[int, float], accepting_at: Mapping[int, fl
 
 
 class RestartRecord:
-    """Collects one restart, from its beginning until the workers that lost are gone."""
+    """Collects one restart, from its beginning until the workers that lost are gone.
+
+    Args:
+        is_tracked: Workers count their connections; if one ends without having said what became of them, that is
+            counted as a loss of its own.
+    """
 
     def __init__(
         self,
@@ -38,6 +43,7 @@ class RestartRecord:
         previous: int,
         *,
         is_phased: bool,
+        is_tracked: bool,
         overflows: Callable[[], Mapping[str, int]],
     ) -> None:
         self.generation = generation
@@ -45,11 +51,13 @@ class RestartRecord:
         self._service = service
         self._previous = previous
         self._is_phased = is_phased
+        self._is_tracked = is_tracked
         self._overflows = overflows
         self._began_s = time.monotonic()
         self._began_at = datetime.now(UTC)
         self._overflows_before = dict(overflows())
         self._phases: list[PhaseTime] = []
+        self._batch = 0
         self._outcome = ""
         self._why = ""
         self._culprit = 0
@@ -69,20 +77,15 @@ class RestartRecord:
             self._drained.add(worker)
             self._fates.update(fates)
 
-    def hear(self, announcement: Announce, *, is_tracked: bool) -> None:
-        """Take one piece of news into account.
-
-        Args:
-            is_tracked: The worker that it is about counts its connections; if it ends without having said what
-                became of them, they are counted as lost with it.
-        """
+    def hear(self, announcement: Announce) -> None:
+        """Take one piece of news into account."""
         match announcement.news:
             case News.WORKER_RETIRED if announcement.worker in self._leaving:
                 self._leaving.discard(announcement.worker)
-                if is_tracked and announcement.worker not in self._drained and self._outcome != "aborted":
+                if announcement.worker not in self._drained and self._outcome != "aborted":
                     self._fates["workers_killed"] += 1
             case _ if announcement.generation != self.generation:
-                return
+                pass
             case News.ABORTED:
                 self._outcome = "aborted"
                 self._why = announcement.why
@@ -99,7 +102,8 @@ class RestartRecord:
             self._mark("retired")
 
     def _mark(self, name: str) -> None:
-        self._phases.append(PhaseTime(name=name, ms=self.elapsed_ms()))
+        self._batch += name == "ready"
+        self._phases.append(PhaseTime(name=name, ms=self.elapsed_ms(), batch=max(1, self._batch)))
 
     def report(self, *, serving: int, errors: Mapping[int, str]) -> Report:
         """The report as far as it is known.
@@ -122,7 +126,7 @@ class RestartRecord:
             began_at=self._began_at.isoformat(timespec="milliseconds"),
             phases=tuple(self._phases),
             accept_gap_ms=round(accept_gap_s(self.quiesced_at, self.accepting_at) * 1000, 3),
-            connections=dict(self._fates),
+            connections=dict(self._fates) if self._is_tracked else None,
             queue_overflows={key: value - self._overflows_before.get(key, 0) for key, value in after.items()},
         )
 
@@ -146,19 +150,22 @@ class Reports:
         record = self._records.get(generation)
         return record.elapsed_ms() if record is not None else 0.0
 
-    def begin(self, restart: Restart, previous: int) -> None:
-        """Open the record of a restart."""
+    def begin(self, restart: Restart, previous: int, *, is_tracked: bool) -> None:
+        """Open the record of a restart; see `RestartRecord`."""
         self._records[restart.generation] = RestartRecord(
-            self._service, restart.generation, previous, is_phased=restart.is_phased, overflows=self._overflows
+            self._service,
+            restart.generation,
+            previous,
+            is_phased=restart.is_phased,
+            is_tracked=is_tracked,
+            overflows=self._overflows,
         )
 
-    def hear(
-        self, announcement: Announce, *, serving: int, errors: Mapping[int, str], is_tracked: bool
-    ) -> list[Report]:
+    def hear(self, announcement: Announce, *, serving: int, errors: Mapping[int, str]) -> list[Report]:
         """Take a piece of news into account; the reports of the restarts that it ends."""
         ended = []
         for record in list(self._records.values()):
-            record.hear(announcement, is_tracked=is_tracked)
+            record.hear(announcement)
             if record.is_over:
                 del self._records[record.generation]
                 self.last = record.report(serving=serving, errors=errors)

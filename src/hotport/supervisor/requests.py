@@ -10,7 +10,7 @@ from pathlib import Path
 import anyio
 
 from hotport import __version__
-from hotport.errors import RestartError
+from hotport.errors import HotportError, RestartError
 from hotport.kernel.process import rss_bytes
 from hotport.model.lifecycle import Phase
 from hotport.model.service import Announce, RequestRestart, RequestScale
@@ -39,22 +39,24 @@ async def restart(
 
     Raises:
         RestartError: It was refused: another one is in progress, or the service is starting or stopping
-            (HP410), or the listeners would change (HP411).
-        StartError: The new surroundings are not there; nothing was begun.
-        ConfigError: The options cannot be read again; nothing was begun.
+            (HP410), the listeners would change (HP411), or the options (HP3xx) or the surroundings (HP401, HP402)
+            cannot be used. Nothing was begun.
     """
     before = supervisor.options
-    options = supervisor.read_options(Path(supervisor.surroundings.directory))
+    try:
+        options = supervisor.read_options(Path(supervisor.surroundings.directory))
+        launch = Launch.resolve(options, supervisor.surroundings)
+    except HotportError as error:
+        raise _refused(supervisor, error.code, error.what, cause=error.cause, fix=error.fix) from error
     if options.bind != before.bind:
-        raise RestartError(
+        raise _refused(
+            supervisor,
             "HP411",
-            f"cannot restart {supervisor.name} with other addresses",
+            "its addresses have changed",
             cause=f"it listens on {', '.join(before.bind)}; the options now say {', '.join(options.bind)}",
             fix=f"hotport stop {supervisor.name}, then serve again",
-            phase="refused",
-            serving=supervisor.service.generation,
         )
-    asked = Asked(Launch.resolve(options, supervisor.surroundings))
+    asked = Asked(launch)
     done = anyio.Event()
     result: list[Report] = []
 
@@ -75,6 +77,18 @@ async def restart(
     if result[0].outcome == "aborted":
         supervisor.options = before
     return result[0]
+
+
+def _refused(supervisor: Supervisor, code: str, what: str, *, cause: str, fix: str) -> RestartError:
+    serving = supervisor.service.generation
+    return RestartError(
+        code,
+        f"cannot restart {supervisor.name}, generation {serving} serves on: {what}",
+        cause=cause,
+        fix=fix,
+        phase="refused",
+        serving=serving,
+    )
 
 
 async def scale(supervisor: Supervisor, wanted: int) -> None:

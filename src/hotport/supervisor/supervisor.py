@@ -172,6 +172,8 @@ class Supervisor:
                     process.signal(signal.SIGTERM)
             case model.Kill(worker):
                 if process := self.processes.get(worker):
+                    # It may have had connections, and cannot tell any more.
+                    self._has_cut = self._has_cut or (self.service.is_stopping and process.is_talking)
                     process.kill()
             case model.StartTimer(timer, seconds):
                 self._timers.start(timer, self._duration(timer.clock) if seconds is None else seconds)
@@ -315,8 +317,7 @@ class Supervisor:
             case Quiesced(at_s=at_s):
                 self.reports.note(self.service.restart, worker, Event.QUIESCED, at_s)
                 self.input(Said(worker, Event.QUIESCED))
-            case Expired(why=why):
-                self._log.info("worker.expired", worker=worker, why=why)
+            case Expired():
                 self.input(model.Expired(worker))
             case Drained(fates=fates):
                 if self.service.is_stopping:
@@ -338,21 +339,23 @@ class Supervisor:
             )
             if value
         }
-        if news in (News.ABORTED, News.WORKER_LOST) and (error := self._errors.get(announcement.worker)):
-            shown["error"] = error
+        if news is News.WORKER_LOST and (error := self._errors.get(announcement.worker)):
+            shown["exception"] = error  # the key under which renderers keep lines apart
         is_bad = news in (News.ABORTED, News.WORKER_LOST, News.BACKING_OFF)
         if self.service.generation or not is_bad:  # a failure to boot is told once, at the end
             (self._log.warning if is_bad else self._log.info)(news.value, **shown)
         if news is News.STARTED:
             self._tell_manager(ready=True, status=f"generation {announcement.generation} serves")
+        elif news is News.DONE:
+            self._tell_manager(status=f"generation {announcement.generation} serves")
         elif news is News.RESTART_BEGAN and self.service.restart is not None:
-            self.reports.begin(self.service.restart, self.service.generation)
+            is_tracked = not self.options.command
+            self.reports.begin(self.service.restart, self.service.generation, is_tracked=is_tracked)
         self._tell_subscribers(announcement)
         ended = self.reports.hear(
             announcement,
-            serving=self.service.generation,
+            serving=0 if self.service.is_stopping else self.service.generation,
             errors=self._errors,
-            is_tracked=not self.options.command,
         )
         for report in ended:
             self._log.info(

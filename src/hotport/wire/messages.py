@@ -150,10 +150,11 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
 
 
 class PhaseTime(msgspec.Struct, frozen=True, kw_only=True):
-    """When a restart reached a phase, in milliseconds from its request."""
+    """When a restart reached a phase, in milliseconds from its request; a phased one has a batch for each worker."""
 
     name: str
     ms: float
+    batch: int = 1
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
@@ -165,7 +166,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
         error: Why it was aborted, in the failed worker's own words where it left any.
         accept_gap_ms: How long no worker accepted; 0 if the generations overlapped. Connections made in it wait
             in the accept queue, they are not refused.
-        connections: The old generation's connections at the commit and after it, by fate.
+        connections: What became of the old generation's connections once it accepted no more, by fate; None for a
+            foreign program, which keeps its own.
         queue_overflows: What the kernel counted meanwhile (``/proc/net/netstat``, whole network namespace).
     """
 
@@ -179,7 +181,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     began_at: str = ""
     phases: tuple[PhaseTime, ...] = ()
     accept_gap_ms: float = 0.0
-    connections: dict[str, int] = {}
+    connections: dict[str, int] | None = None
     queue_overflows: dict[str, int] = {}
 
 

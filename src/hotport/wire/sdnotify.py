@@ -8,9 +8,10 @@ Sources: sd_notify(3), well-known assignments.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 __all__ = ["NOTIFICATION_BYTES_MAX", "Notification", "encode_notification"]
 
@@ -108,7 +109,7 @@ def encode_notification(
 def _encode_error(error: str, room: int) -> bytes:
     """``X_HOTPORT_ERROR=`` with as much of the end as fits into fewer than `room` bytes."""
     kept = error[-room:]
-    while len(line := b"X_HOTPORT_ERROR=" + json.dumps(kept).encode()) >= room:
+    while len(line := b"X_HOTPORT_ERROR=" + msgspec.json.encode(kept)) >= room:
         kept = "[...] " + kept[len(kept) // 8 + len("[...] ") :]
     return line
 
@@ -128,6 +129,6 @@ def _lines(text: str | None) -> str | None:
     if text is None or not text.startswith('"'):
         return text
     try:
-        return str(json.loads(text))
+        return msgspec.json.decode(text, type=str)
     except ValueError:
         return text

@@ -12,7 +12,8 @@ import errno
 import logging
 import socket
 import ssl
-from typing import Final
+from collections.abc import Coroutine
+from typing import Any, Final
 
 from hotport.adapters.base import Adapter, Connections
 
@@ -121,7 +122,6 @@ class Acceptor:
                     continue
                 self._wait(error)
                 return False
-            accepted.setblocking(False)
             self._take(accepted)
             if not self._is_accepting:  # the registry is full
                 return False
@@ -134,22 +134,45 @@ class Acceptor:
             log.exception("the application's protocol factory failed; the connection is closed")
             accepted.close()
             return
-        task = self._loop.create_task(self._attach(accepted, protocol))
-        self._attaching.add(task)
-        task.add_done_callback(self._attaching.discard)
-
-    async def _attach(self, accepted: socket.socket, protocol: asyncio.BaseProtocol) -> None:
+        attaching = self._loop.connect_accepted_socket(
+            lambda: protocol,
+            accepted,
+            ssl=self._tls,
+            ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if self._tls else None,
+        )
+        if self._tls is not None:
+            task = self._loop.create_task(self._shake_hands(attaching, protocol))
+            self._attaching.add(task)
+            task.add_done_callback(self._attaching.discard)
+            return
+        # Without TLS it makes the transport, waits once until connection_made has been called, and ends. A task
+        # for that would be a fifth of what a connection costs; so it is stepped here, and once more when it can end.
         try:
-            await self._loop.connect_accepted_socket(
-                lambda: protocol,
-                accepted,
-                ssl=self._tls,
-                ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if self._tls else None,
-            )
-        except (OSError, ssl.SSLError) as error:
-            # The peer left or spoke no TLS; a protocol without connection_made gets no connection_lost either.
-            log.debug("connection not attached: %s", error)
-            self._connections.closed(protocol)  # type: ignore[arg-type]
+            waiter = attaching.send(None)
+        except OSError as error:
+            self._not_attached(protocol, error)
+            accepted.close()
+        else:
+            waiter.add_done_callback(lambda _: self._finish(attaching, protocol))
+
+    def _finish(self, attaching: Coroutine[Any, Any, object], protocol: asyncio.BaseProtocol) -> None:
+        try:
+            attaching.send(None)
+        except StopIteration:
+            pass
+        except (Exception, asyncio.CancelledError) as error:  # connection_made raised, or the loop is ending
+            self._not_attached(protocol, error)
+
+    async def _shake_hands(self, attaching: Coroutine[Any, Any, object], protocol: asyncio.BaseProtocol) -> None:
+        try:
+            await attaching
+        except OSError as error:  # ssl.SSLError is one: the peer left, or spoke no TLS
+            self._not_attached(protocol, error)
+
+    def _not_attached(self, protocol: asyncio.BaseProtocol, error: BaseException) -> None:
+        """A protocol without connection_made gets no connection_lost either."""
+        log.debug("connection not attached: %r", error)
+        self._connections.closed(protocol)  # type: ignore[arg-type]
 
     def _wait(self, error: OSError) -> None:
         log.error("cannot accept: %s; trying again in %g s", error, PAUSE_S)

@@ -75,11 +75,13 @@ class ConnectionServer:
 
     async def accept(self) -> None:
         self._is_accepting = True
+        self.connections.count_fates(False)
         for acceptor in self._acceptors:
             acceptor.start()
 
     def quiesce(self) -> None:
         self._is_accepting = False
+        self.connections.count_fates(True)
         self._stop_acceptors()
 
     def _stop_acceptors(self) -> None:

@@ -8,6 +8,7 @@ datagrams, and an order that does not come is not waited for.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import random
 import signal
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
+import hotport
 from hotport.adapters.base import Connections, Context
 from hotport.adapters.target import load_target
 from hotport.errors import ControlError, ExitCode, HotportError, StartError
@@ -160,7 +162,7 @@ class Worker:
         if isinstance(error, HotportError):
             text = str(error)
         else:
-            text = "".join(traceback.format_exception(error)).rstrip()
+            text = _traceback(error)
         if not self._tell(status="failed to start", error=text):
             self._log.error("worker.failed", error=text)
 
@@ -327,6 +329,16 @@ class _Peer(asyncio.Protocol):
     async def _obey(self) -> None:
         while True:
             await self._worker.obey(await self._orders.get(), self)
+
+
+def _traceback(error: BaseException) -> str:
+    """The traceback without the frames in front that are ours or the import system's: it begins where theirs does."""
+    told = traceback.TracebackException.from_exception(error)
+    package = os.path.dirname(hotport.__file__)
+    ours = [f.filename.startswith((package, "<frozen importlib", importlib.__file__)) for f in told.stack]
+    first = ours.index(False) if False in ours else 0
+    told.stack = traceback.StackSummary.from_list(told.stack[first:])
+    return "".join(told.format()).rstrip()
 
 
 def _with_jitter(value: int, jitter: int) -> int:

@@ -295,6 +295,7 @@ class HttpConnection(asyncio.Protocol):
         self.shared.idle.discard(self)
         self.shared.lingering.discard(self)
         self._forget_requests()
+        self._parser = None  # it holds our methods, and a cycle would keep both until the collector comes by
         self.resume_writing()
         self.shared.context.connections.closed(self, self._fate)
 

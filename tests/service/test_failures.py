@@ -1,0 +1,382 @@
+"""What becomes of a service when new code, or somebody's timing, is bad: the port comes first."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from hotport.wire.messages import RestartRequest, StopRequest
+from tests.support import (
+    LINE_APP,
+    SLOWNESS,
+    Gate,
+    Hammer,
+    Service,
+    ask_line,
+    assert_three_lines,
+    eventually,
+    watching_pid,
+    write_code,
+)
+
+#: Code that never serves, and what the operator should read about it.
+BROKEN = {
+    "raises_on_import": ("raise RuntimeError('the new code is broken')", "RuntimeError: the new code is broken"),
+    "cannot_be_parsed": ("def app(stream:", "SyntaxError"),
+    "blocks_on_import": ("while True: pass", "did not say READY=1 in time"),
+    "blocks_in_startup": (
+        "async def app(sockets, lifetime):\n    while True: pass",
+        "did not say READY=1 in time",
+    ),
+    "waits_in_startup": (
+        "import asyncio\nasync def app(sockets, lifetime):\n    await asyncio.Event().wait()",
+        "did not say READY=1 in time",
+    ),
+    "calls_sys_exit_on_import": ("import sys; sys.exit(0)", "it called sys.exit(0)"),
+    "exits_0_on_import": ("import os; os._exit(0)", "exited 0"),
+    "exits_after_it_said_ready": (
+        "import asyncio, os\n"
+        "async def app(sockets, lifetime):\n"
+        "    lifetime.started()\n"
+        "    await asyncio.sleep(0.02)\n"
+        "    os._exit(0)\n",
+        "exited 0",
+    ),
+    "dies_after_it_said_ready": (
+        "import asyncio, os\n"
+        "async def app(sockets, lifetime):\n"
+        "    lifetime.started()\n"
+        "    await asyncio.sleep(0.02)\n"
+        "    os.abort()\n",
+        "killed by SIGABRT",
+    ),
+}
+
+#: The same for programs that are not ours; the first one serves.
+FOREIGN = """\
+import os, socket, sys
+
+VERSION = {version!r}
+notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+notify.connect(os.environ["NOTIFY_SOCKET"])
+if VERSION == "exits_after_it_said_ready":
+    notify.send(b"READY=1")
+    sys.exit(0)
+if VERSION == "never_says_ready":
+    import signal
+    signal.pause()
+if VERSION == "exits_at_once":
+    sys.exit(9)
+listener = socket.socket(fileno=3)
+listener.settimeout(1)
+notify.send(b"READY=1")
+while True:
+    try:
+        connection, _ = listener.accept()
+    except TimeoutError:
+        continue
+    connection.recv(100)
+    connection.sendall(f"{{VERSION}} {{os.environ['HOTPORT_GENERATION']}} {{os.getpid()}}\\n".encode())
+    connection.close()
+"""
+
+
+def set_options(directory: Path, *, ready_timeout: str = "60s", **others: str) -> None:
+    """The options that are read again for each restart."""
+    options = {"ready_timeout": ready_timeout, "kill_timeout": "300ms", **others}
+    (directory / "hotport.toml").write_text("".join(f'{key} = "{value}"\n' for key, value in options.items()))
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_old_generation_serves_on_when_new_code(tmp_path: Path, kind: str) -> None:
+    code, words = BROKEN[kind]
+    write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
+    set_options(tmp_path)
+    with Service(tmp_path, "app:app", "--workers", "2").wait_ready() as service, Hammer(service.port) as hammer:
+        hammer.wait_answers()
+        left = snapshot(service)
+
+        write_code(tmp_path / "app.py", code)
+        set_options(tmp_path, ready_timeout=f"{1.0 * SLOWNESS:g}s" if "READY" in words else "60s")
+        result = service.run("restart")
+
+        assert result.returncode == 4, result.stderr
+        assert words in result.stdout
+        assert "generation 1 of svc serves on" in result.stdout
+        hammer.wait_answers()
+        assert set(hammer.answers) == {"one"}
+        eventually(lambda: snapshot(service) == left, f"{snapshot(service)} == {left}")
+
+        write_code(tmp_path / "app.py", LINE_APP.format(version="two"))
+        set_options(tmp_path)
+        assert service.restart()["generation"] == 3
+        hammer.wait_answers(version="two")
+        assert ask_line(service.port).version == "two"
+    assert not hammer.failures
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("never_says_ready", "did not say READY=1 in time"),
+        ("exits_at_once", "exited 9"),
+        ("exits_after_it_said_ready", "exited 0"),
+    ],
+)
+def test_old_generation_serves_on_when_a_new_foreign_program(tmp_path: Path, kind: str, words: str) -> None:
+    write_code(tmp_path / "server.py", FOREIGN.format(version="one"))
+    set_options(tmp_path)
+    with (
+        Service(tmp_path, "--", sys.executable, "server.py").wait_ready() as service,
+        Hammer(service.port) as hammer,
+    ):
+        hammer.wait_answers()
+        left = snapshot(service)
+
+        write_code(tmp_path / "server.py", FOREIGN.format(version=kind))
+        set_options(tmp_path, ready_timeout="1s" if "READY" in words else "60s")
+        result = service.run("restart")
+
+        assert result.returncode == 4, result.stderr
+        assert words in result.stdout
+        hammer.wait_answers()
+        assert set(hammer.answers) == {"one"}
+        eventually(lambda: snapshot(service) == left, f"{snapshot(service)} == {left}")
+        assert not hammer.failures
+
+
+def snapshot(service: Service) -> tuple[object, ...]:
+    """Whatever a failed restart could leave behind."""
+    return (
+        service.descriptors(),
+        sorted(service.descendants()),
+        sorted(path.name for path in service.runtime.iterdir()),
+        psutil.Process(service.process.pid).num_threads(),
+    )
+
+
+def test_service_whose_every_worker_fails_exits_3_with_the_workers_traceback(tmp_path: Path) -> None:
+    write_code(tmp_path / "app.py", "raise RuntimeError('broken from the start')")
+    with Service(tmp_path, "app:app", "--workers", "2", "--bind", "unix:app.sock", "--bind", "127.0.0.1:0") as service:
+        assert service.wait() == 3
+        assert "RuntimeError: broken from the start" in service.log()
+        assert "Traceback (most recent call last)" in service.log()
+        assert [path.name for path in service.runtime.iterdir()] == ["lock"]
+        assert not (tmp_path / "app.sock").exists()
+        (starting,) = service.log_events("service.starting")
+        port = int(starting["addresses"][1].rpartition(":")[2])
+        with socket.create_server(("127.0.0.1", port)):
+            pass  # nobody holds it
+
+
+def test_second_restart_is_told_that_one_is_in_progress(tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
+    with Service(tmp_path, "app:app").wait_ready() as service, Hammer(service.port) as hammer:
+        write_code(tmp_path / "app.py", Gate.LINE + LINE_APP.format(version="two"))
+        with service.start("restart", "--json") as first:
+            eventually(lambda: service.status()["restarting"] == 2, "the restart has begun")
+            second = service.run("restart")
+            scaling = service.run("scale", "3")
+            gate.open()
+            output, _ = first.communicate(timeout=30 * SLOWNESS)
+        assert second.returncode == scaling.returncode == 4
+        assert "in progress" in second.stderr
+        assert "in progress" in scaling.stderr
+        assert first.returncode == 0, output
+        hammer.wait_answers(version="two")
+    assert not hammer.failures
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ("workers = ", "HP301"),
+        ("wrokers = 2", "HP302"),
+        ("workers = 0", "HP304"),
+        ("bind = ':1'", "HP411"),
+        ("python = 'gone/bin/python'", "HP402"),
+    ],
+)
+def test_restart_with_options_that_cannot_be_used_is_refused_and_changes_nothing(
+    tmp_path: Path, options: str, code: str
+) -> None:
+    write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
+    (tmp_path / "hotport.toml").write_text("bind = 'unix:app.sock'\nworkers = 2\n")
+    bind = () if "bind" in options else ("--bind", "unix:app.sock")
+    with Service(tmp_path, "app:app", *bind, default_bind=None).wait_ready() as service:
+        left = snapshot(service)
+        (tmp_path / "hotport.toml").write_text(options)
+        result = service.run("restart")
+        assert result.returncode == 4
+        assert_three_lines(result.stderr, code)
+        assert service.status()["generation"] == 1
+        assert service.status()["restarting"] == 0
+        eventually(lambda: snapshot(service) == left, f"{snapshot(service)} == {left}")
+        (tmp_path / "hotport.toml").write_text("bind = 'unix:app.sock'\nworkers = 1\n")
+        assert service.restart()["outcome"] == "done"
+        service.wait_serving(1)
+
+
+def test_restart_goes_on_when_whoever_asked_for_it_leaves(tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
+    with Service(tmp_path, "app:app").wait_ready() as service, Hammer(service.port) as hammer:
+        write_code(tmp_path / "app.py", Gate.LINE + LINE_APP.format(version="two"))
+        with service.start("restart") as command:
+            eventually(lambda: service.status()["restarting"] == 2, "the restart has begun")
+            command.kill()
+        gate.open()
+        hammer.wait_answers(version="two")
+        eventually(lambda: bool(service.log_events("restart.report")), "the restart is over")
+        assert service.status()["last_restart"]["outcome"] == "done"
+    assert not hammer.failures
+
+
+def test_term_during_a_restart_stops_everything(tmp_path: Path) -> None:
+    Gate(tmp_path)
+    write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
+    with Service(tmp_path, "app:app", "--workers", "2", "--kill-timeout", "300ms").wait_ready() as service:
+        write_code(tmp_path / "app.py", Gate.LINE + LINE_APP.format(version="two"))
+        with service.start("restart") as command:
+            eventually(lambda: service.status()["restarting"] == 2, "the restart has begun")
+            pids = service.descendants()
+            assert len(pids) == 4
+            service.process.send_signal(signal.SIGTERM)
+            assert service.wait() == 0
+            output, _ = command.communicate(timeout=30 * SLOWNESS)
+        assert command.returncode == 4
+        assert "the service is stopping" in output
+        assert not any(map(psutil.pid_exists, pids))
+        assert [path.name for path in service.runtime.iterdir()] == ["lock"]
+
+
+HOLDING = """\
+import anyio
+
+async def app(stream):
+    await stream.send(b"held\\n")
+    await anyio.sleep_forever()
+"""
+
+
+def hold(service: Service) -> socket.socket:
+    """A connection that its handler never lets go."""
+    sock = socket.create_connection(("127.0.0.1", service.port), 30 * SLOWNESS)
+    assert sock.recv(100) == b"held\n"
+    return sock
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_at_once(tmp_path: Path, number: signal.Signals) -> None:
+    write_code(tmp_path / "app.py", HOLDING)
+    with (
+        Service(tmp_path, "app:app", "--drain-timeout", "1h").wait_ready() as service,
+        hold(service) as sock,
+        watching_pid(service.worker_pids()[0]) as wait_worker_ended,
+    ):
+        service.process.send_signal(number)
+        eventually(lambda: bool(service.log_events("drain.began")), "the worker drains")
+        assert service.process.poll() is None
+        service.process.send_signal(number)
+        wait_worker_ended()
+        service.wait()
+        with suppress(ConnectionResetError):
+            assert sock.recv(100) == b""
+
+
+def test_quit_stops_at_once(tmp_path: Path) -> None:
+    write_code(tmp_path / "app.py", HOLDING)
+    with Service(tmp_path, "app:app", "--drain-timeout", "1h").wait_ready() as service, hold(service):
+        service.process.send_signal(signal.SIGQUIT)
+        service.wait()
+
+
+def test_hup_restarts(tmp_path: Path) -> None:
+    write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
+    with Service(tmp_path, "app:app").wait_ready() as service, Hammer(service.port) as hammer:
+        write_code(tmp_path / "app.py", LINE_APP.format(version="two"))
+        service.process.send_signal(signal.SIGHUP)
+        hammer.wait_answers(version="two")
+        eventually(lambda: bool(service.log_events("restart.report")), "the restart is over")
+    assert not hammer.failures
+
+
+def test_hup_with_broken_code_tells_the_log(tmp_path: Path) -> None:
+    write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
+    with Service(tmp_path, "app:app").wait_ready() as service, Hammer(service.port) as hammer:
+        write_code(tmp_path / "app.py", "raise RuntimeError('nobody asked')")
+        service.process.send_signal(signal.SIGHUP)
+        eventually(lambda: bool(service.log_events("restart.aborted")), "the restart is aborted")
+        (aborted,) = service.log_events("restart.aborted")
+        assert "RuntimeError: nobody asked" in aborted["error"]
+        hammer.wait_answers(version="one")
+    assert not hammer.failures
+
+
+def test_ttin_and_ttou_mean_one_worker_more_or_less(tmp_path: Path) -> None:
+    write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
+    with Service(tmp_path, "app:app").wait_ready() as service, Hammer(service.port) as hammer:
+        for number, count in ((signal.SIGTTIN, 2), (signal.SIGTTIN, 3), (signal.SIGTTOU, 2), (signal.SIGTTOU, 1)):
+            service.process.send_signal(number)
+            service.wait_serving(count)
+        service.process.send_signal(signal.SIGTTOU)  # the last one stays
+        hammer.wait_answers()
+        service.wait_serving(1)
+    assert not hammer.failures
+
+
+def test_stop_exits_0_when_nothing_was_cut(tmp_path: Path) -> None:
+    write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
+    with Service(tmp_path, "app:app").wait_ready() as service:
+        ask_line(service.port)
+        result = service.run("stop")
+        assert result.returncode == 0, result.stderr
+        assert service.wait() == 0
+        assert service.run("status").returncode == 6
+
+
+def test_stop_exits_5_when_a_connection_was_cut(tmp_path: Path) -> None:
+    write_code(tmp_path / "app.py", HOLDING)
+    with Service(tmp_path, "app:app", "--drain-timeout", "200ms").wait_ready() as service, hold(service) as sock:
+        result = service.run("stop")
+        assert result.returncode == 5, result.stderr
+        assert "cut" in result.stdout
+        assert service.wait() == 5
+        (ended,) = service.log_events("drain.ended")
+        assert ended["cut_stream"] == 1
+        assert sock.recv(100) == b""
+
+
+def test_stop_now_does_not_wait_for_connections(tmp_path: Path) -> None:
+    write_code(tmp_path / "app.py", HOLDING)
+    with Service(tmp_path, "app:app", "--drain-timeout", "1h").wait_ready() as service, hold(service):
+        assert service.ask(StopRequest(now=True))
+        service.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300 * SLOWNESS)
+def test_200_restarts_leave_nothing_behind(tmp_path: Path) -> None:
+    write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
+    with Service(tmp_path, "app:app", "--settle", "0").wait_ready() as service:
+        rss: dict[int, int] = {}
+        counts: dict[int, tuple[int, int, int]] = {}
+        supervisor = psutil.Process(service.process.pid)
+        for number in range(1, 201):
+            report = service.ask(RestartRequest())[-1]
+            assert report.outcome == "done"
+            assert ask_line(service.port).generation == str(number + 1)
+            if number in (50, 200):
+                eventually(lambda: len(service.descendants()) == 1, "one worker is left")
+                counts[number] = (service.descriptors(), supervisor.num_threads(), len(service.descendants()))
+                rss[number] = supervisor.memory_info().rss
+        assert counts[200] == counts[50]
+        assert rss[200] < rss[50] + (1 << 20)
+        assert len(list(service.runtime.iterdir())) == 4  # lock, control, notify, one worker

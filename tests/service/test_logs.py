@@ -1,0 +1,134 @@
+"""Logs: one chain, one format, and nothing of what workers write is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+from pathlib import Path
+
+from tests.support import DEADLINE_S, HOTPORT, Service, ask_line, eventually, write_code
+
+TALKING = """\
+import asyncio, logging, os, sys, warnings
+
+log = logging.getLogger("shop.orders")
+
+async def app(stream):
+    word = (await stream.receive()).decode().strip()
+    log.warning("order %s taken", word, extra={"order": word})
+    asyncio.get_running_loop().call_exception_handler({"message": "asyncio has something to say"})
+    warnings.warn("an old way of doing it", DeprecationWarning, stacklevel=1)
+    try:
+        1 / 0
+    except ZeroDivisionError:
+        log.exception("it failed")
+    print("printed " + "x" * 10000 + " to the end", flush=True)
+    os.write(1, b"written to stdout\\n")
+    os.write(2, b"written to stderr\\n")
+    await stream.send(f"one 1 {os.getpid()}\\n".encode())
+"""
+
+
+def test_every_line_off_a_terminal_is_json_and_says_whose_it_is(tmp_path: Path) -> None:
+    write_code(tmp_path / "app.py", TALKING)
+    with Service(tmp_path, "app:app", env={"PYTHONWARNINGS": "default"}).wait_ready() as service:
+        pid = ask_line(service.port).pid
+        service.restart()
+    others = []
+    lines = []
+    for text in service.log().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            others.append(text)
+
+    assert others == ["printed " + "x" * 10000 + " to the end", "written to stdout", "written to stderr"]
+    for line in lines:
+        assert {"timestamp", "level", "logger", "event", "service", "pid"} <= line.keys(), line
+        assert line["service"] == "svc"
+        assert line["pid"] == service.process.pid or {"generation", "worker"} <= line.keys(), line
+    of_worker = [line for line in lines if line["pid"] == pid]
+    by_logger = {line["logger"]: line for line in of_worker}
+    assert all((line["generation"], line["worker"]) == (1, 1) for line in of_worker)
+    assert "asyncio has something to say" in by_logger["asyncio"]["event"]
+    assert "an old way of doing it" in by_logger["py.warnings"]["event"]
+    taken, failed = (line for line in of_worker if line["logger"] == "shop.orders")
+    assert (taken["event"], taken["level"], taken["order"]) == ("order who taken", "warning", "who")
+    assert "ZeroDivisionError" in failed["exception"]
+
+
+def test_level_is_the_least_that_is_written(tmp_path: Path) -> None:
+    write_code(tmp_path / "app.py", TALKING)
+    with Service(tmp_path, "app:app", "--log-level", "error").wait_ready() as service:
+        ask_line(service.port)
+    levels = {json.loads(line)["level"] for line in service.log().splitlines() if line.startswith("{")}
+    assert levels == {"error"}
+
+
+def test_stable_events_tell_the_life_of_a_service(tmp_path: Path) -> None:
+    write_code(tmp_path / "app.py", TALKING)
+    with Service(tmp_path, "app:app").wait_ready() as service:
+        service.restart()
+        service.run("stop")
+        service.wait()
+    told = [line["event"] for line in service.log_lines() if line.get("role") == "supervisor"]
+    expected = [
+        "service.starting",
+        "worker.spawned",
+        "service.started",
+        "restart.began",
+        "worker.spawned",
+        "restart.ready",
+        "restart.committed",
+        "restart.quiesced",
+        "restart.draining",
+        "restart.done",
+        "worker.retired",
+        "restart.report",
+        "service.stopping",
+        "worker.retired",
+        "service.ended",
+    ]
+    assert [event for event in told if event in expected] == expected
+
+
+def test_lines_on_a_terminal_are_for_people(tmp_path: Path) -> None:
+    write_code(tmp_path / "app.py", TALKING)
+    ours, theirs = pty.openpty()
+    env = {**os.environ, "HOTPORT_RUNTIME_DIR": str(tmp_path / "run"), "TERM": "xterm"}
+    env.pop("NO_COLOR", None)
+    try:
+        process = subprocess.Popen(
+            [*HOTPORT, "serve", "app:app", "--bind", "unix:app.sock"],
+            cwd=tmp_path,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=theirs,
+            stderr=theirs,
+        )
+    finally:
+        os.close(theirs)
+    shown = b""
+    try:
+        while b"service.started" not in shown:
+            assert select.select([ours], [], [], DEADLINE_S)[0], shown
+            shown += os.read(ours, 65536)
+        process.send_signal(signal.SIGTERM)
+        eventually(lambda: process.poll() is not None, "it has stopped")
+    finally:
+        process.kill()
+        process.wait(DEADLINE_S)
+        os.close(ours)
+    assert process.returncode == 0
+    assert b"\x1b[" in shown  # colours
+    plain = re.sub(rb"\x1b\[[0-9;]*m", b"", shown)
+    line = next(line for line in plain.splitlines() if b"worker.ready" in line)
+    assert not line.startswith(b"{")
+    assert b"generation=1" in line
+    assert b"worker=1" in line
+    assert re.search(rb"\bpid=\d+", line)
