@@ -1,0 +1,169 @@
+"""What the benchmarks share: pinned servers, wrk, statistics, and where a result was measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+__all__ = ["Goal", "Samples", "arguments", "cpu_s", "machine", "pinned", "save", "wrk"]
+
+RESULTS: Final = Path(__file__).parent / "results"
+
+#: Settings that change what is measured here.
+SYSCTLS: Final = (
+    "net/core/somaxconn",
+    "net/ipv4/ip_local_port_range",
+    "net/ipv4/tcp_max_syn_backlog",
+    "net/ipv4/tcp_tw_reuse",
+    "net/ipv4/tcp_abort_on_overflow",
+    "kernel/randomize_va_space",
+    "vm/overcommit_memory",
+)
+
+PACKAGES: Final = ("hotport", "anyio", "click", "httptools", "msgspec", "rich", "structlog", "uvicorn", "uvloop")
+
+
+class Samples(list[float]):
+    """Measurements of one thing, one for each round."""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self)
+
+    def __str__(self) -> str:
+        return f"{self.median:>10,.1f}   ({min(self):,.1f} to {max(self):,.1f})"
+
+
+class Goal:
+    """A ratio or a size that is to be reached, and whether it was."""
+
+    def __init__(self, name: str, value: float, *, at_least: float | None = None, at_most: float | None = None) -> None:
+        self.name = name
+        self.value = value
+        self.wanted = f">= {at_least:g}" if at_least is not None else f"<= {at_most:g}"
+        self.is_met = value >= at_least if at_least is not None else value <= (at_most or 0)
+
+    def __str__(self) -> str:
+        return f"  {'met   ' if self.is_met else 'MISSED'}  {self.name}: {self.value:.3f}, wanted {self.wanted}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {"name": self.name, "value": round(self.value, 4), "wanted": self.wanted, "met": self.is_met}
+
+
+def arguments(description: str | None, *, name: str, rounds: int) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"measured rounds [default: {rounds}]")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS / name, help=f"JSON [default: benchmarks/results/{name}]"
+    )
+    return parser
+
+
+@contextmanager
+def pinned(core: int) -> Iterator[None]:
+    """What is started in this block runs on one core, if there are two; what already runs stays where it is.
+
+    Sources: sched_setaffinity(2): children inherit it, also across exec; it is what taskset(1) does.
+    """
+    before = os.sched_getaffinity(0)
+    cores = sorted(before)
+    if len(cores) < 2:
+        yield
+        return
+    os.sched_setaffinity(0, {cores[core % len(cores)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def wrk(url: str, *, seconds: float, connections: int, close: bool) -> tuple[float, int]:
+    """Load a server; with `close` each request has a connection of its own.
+
+    Returns:
+        Requests a second, and how many that were.
+
+    Raises:
+        RuntimeError: A request failed: such a number would mean nothing.
+    """
+    whole = max(1, round(seconds))
+    headers = ("-H", "Connection: close") if close else ()
+    with pinned(1):
+        out = subprocess.run(
+            ["wrk", "-t1", f"-c{connections}", f"-d{whole}s", *headers, url], capture_output=True, text=True, check=True
+        ).stdout
+    rate, count = re.search(r"Requests/sec:\s+([\d.]+)", out), re.search(r"(\d+) requests in", out)
+    if rate is None or count is None or "Non-2xx" in out or "Socket errors" in out:
+        raise RuntimeError(f"wrk {url} saw failures:\n{out}")
+    return float(rate[1]), int(count[1])
+
+
+def cpu_s(pid: int) -> float:
+    """Seconds that a process with one thread has had a processor for.
+
+    Sources: kernel Documentation/scheduler/sched-stats.rst, /proc/<pid>/schedstat: the first field, in ns.
+    """
+    return int(_read(f"/proc/{pid}/schedstat").split()[0]) / 1e9
+
+
+def machine() -> dict[str, Any]:
+    """Where this is measured, so that a number can be judged later."""
+    cpu = re.search(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo"))
+    memory = re.search(r"MemTotal:\s*(\d+) kB", _read("/proc/meminfo"))
+    return {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": cpu[1] if cpu else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_mib": int(memory[1]) // 1024 if memory else None,
+        "load_average": os.getloadavg(),
+        "kernel": platform.release(),
+        "python": sys.version,
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "sysctls": {name.replace("/", "."): _read(f"/proc/sys/{name}").strip() for name in SYSCTLS},
+    }
+
+
+def save(
+    path: Path, *, method: str, samples: Mapping[str, Sequence[float]], goals: Sequence[Goal], **more: Any
+) -> None:
+    """Write a result with everything that it takes to judge it, and say which goals are met."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {
+        "method": method,
+        "machine": machine(),
+        "samples": {name: list(values) for name, values in samples.items()},
+        "goals": [goal.as_json() for goal in goals],
+        **more,
+    }
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print("goals")
+    for goal in goals:
+        print(goal)
+    print(f"\nsamples, machine and versions: {path}")
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""

@@ -1,0 +1,33 @@
+"""The benchmarks run and store what they measured; what they measure is not a test's affair."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import DEADLINE_S, need
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.parametrize("name", ["steady.py", "restart.py"])
+def test_one_small_round_ends_with_samples_and_goals(tmp_path: Path, name: str) -> None:
+    need("wrk")
+    output = tmp_path / "result.json"
+    small = ("--seconds", "1") if name == "steady.py" else ()
+    result = subprocess.run(
+        [sys.executable, BENCHMARKS / name, "--rounds", "1", "--output", output, *small],
+        capture_output=True,
+        text=True,
+        timeout=3 * DEADLINE_S,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads(output.read_text())
+    assert all(len(samples) == 1 for samples in found["samples"].values())
+    assert found["machine"]["kernel"]
+    for goal in found["goals"]:
+        assert goal["name"] in result.stdout
