@@ -1,0 +1,412 @@
+"""Writes the reference pages that follow from the source: ``python -m docs.generate``.
+
+A test fails while a page differs from what this writes.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+import hotport
+from docs.states import states_page
+from hotport.cli import COMMANDS
+from hotport.errors import ExitCode
+from hotport.options import OPTIONS, Option
+
+__all__ = ["PAGES", "ErrorSite", "error_sites"]
+
+ROOT: Final = Path(__file__).parent.parent
+SOURCE: Final = ROOT / "src" / "hotport"
+
+#: In which a terminal's help is folded.
+HELP_COLUMNS: Final = 100
+
+GENERATED: Final = "<!-- Written by docs/generate.py from the source; do not edit. -->\n"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _code(text: object) -> str:
+    return f"`{text}`"
+
+
+# -- options ------------------------------------------------------------------------------------------------
+
+OPTIONS_HEAD: Final = """
+Each option has one definition. It is read from `hotport.toml` (or `[tool.hotport]` in `pyproject.toml`) in the working
+directory, then from the environment, then from flags of `hotport serve`; the later one wins. In TOML `-` and `_` are
+the same in a key. `hotport.run` takes the TOML names as keyword arguments, stronger than everything else.
+
+`hotport serve --show-config` prints every effective value and where it comes from, as text that is itself a
+`hotport.toml`.
+
+- A duration is a number of seconds, or like `250ms`, `30s`, `2m`, `1h30m`.
+- A size is a number of bytes, or like `512M`, `1.5G`; 1K is 1024 bytes.
+- A list is a TOML list, a flag that is given more than once, or text with commas.
+- A restart reads them again. `bind` cannot change by a restart (HP411); a new `workers` counts from that restart on.
+""".lstrip()
+
+OPTIONS_TAIL: Final = """
+## Variables that are no options
+
+- `HOTPORT_RUNTIME_DIR`: absolute path of the directory that holds one directory for each running service. By default
+  `$XDG_RUNTIME_DIR/hotport`, else `/run/hotport` for root and `hotport-UID` in the temporary directory for others.
+- `HOTPORT_GENERATION`: set for each worker; the number of its generation.
+- `HOTPORT_WORKER`: set for hotport's own workers, and removed before the application is imported.
+- `HOTPORT_TEST_SLOWNESS`: scales the deadlines of hotport's own tests.
+"""
+
+
+def _kind(option: Option) -> tuple[str, str]:
+    """What a value is, and its unit."""
+    if option.is_switch:
+        return "true or false", ""
+    if option.choices:
+        return ", ".join(map(_code, option.choices)), ""
+    kinds = {"TIME": ("duration", "seconds"), "SIZE": ("size", "bytes"), "N": ("whole number", "")}
+    kinds |= dict.fromkeys(("FILE", "DIR", "PATH"), ("path", "")) | dict.fromkeys(("TARGET", "NAME"), ("text", ""))
+    kind, unit = kinds.get(option.metavar, (option.metavar.lower(), ""))
+    return f"list of {kind}" if option.is_list and option.key != "command" else kind, unit
+
+
+def _default(option: Option) -> str:
+    match option.default:
+        case None | () | []:
+            return "none"
+        case bool():
+            return _code(str(option.default).lower())
+        case list():
+            return ", ".join(map(_code, option.default))
+        case _:
+            return _code(option.default)
+
+
+def options_page() -> str:
+    """Every option under all its names."""
+    rows = []
+    for option in OPTIONS:
+        kind, unit = _kind(option)
+        argument = {"target": "TARGET", "command": "-- COMMAND"}
+        flag = option.flag or argument[option.key]
+        if option.is_switch:
+            flag += f", --no-{option.key.replace('_', '-')}"
+        rows.append(
+            (
+                *(_code(option.key), ", ".join(map(_code, flag.split(", "))), _code(option.env)),
+                *(kind, _default(option), unit, option.help),
+            )
+        )
+    heads = ("TOML key", "flag", "environment", "type", "default", "unit", "what it is")
+    return f"# Options\n\n{GENERATED}\n{OPTIONS_HEAD}\n{_table(heads, rows)}\n{OPTIONS_TAIL}"
+
+
+# -- errors -------------------------------------------------------------------------------------------------
+
+HUNDREDS: Final = {
+    "1": "addresses and sockets",
+    "2": "descriptors and processes",
+    "3": "configuration",
+    "4": "starting and restarting",
+    "5": "the application",
+    "6": "control sockets and runtime directories",
+}
+
+EXIT_CODES: Final = {
+    "DONE": "Done.",
+    "BUG": "A bug of hotport's, or a failure that no other code describes.",
+    "USAGE": "A wrong option, address, file or command line; nothing has happened.",
+    "NOT_STARTED": "The service, or what it was to start, could not start.",
+    "ABORTED": "A restart was aborted or refused; the old generation serves.",
+    "CUT": "Stopped, and connections were cut at the drain deadline.",
+    "NO_SUPERVISOR": "No supervisor answered.",
+    "INTERRUPTED": "Interrupted at the terminal.",
+}
+
+ERRORS_HEAD: Final = """
+An error has three lines: a code and what could not be done, the cause, and something to try. Codes are stable: a script
+may look at them. `…` and words in braces stand for what is known when it happens. A `KernelError` ends its first line
+with the errno: `EADDRINUSE (address already in use)`.
+
+The third column names the Python class (`hotport.ConfigError` and so on) and the exit status of a command that ends
+with it.
+""".lstrip()
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorSite:
+    """One place that makes an error with a code of its own."""
+
+    code: str
+    error: str
+    exit_code: int
+    module: str
+    what: str
+    cause: str
+
+
+def error_sites() -> list[ErrorSite]:
+    """Every place in the source that makes an error, by code."""
+    found: list[ErrorSite] = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        found += _sites_in(path)
+    return sorted(found, key=lambda site: (site.code, site.module, site.what, site.cause))
+
+
+def _sites_in(path: Path) -> Iterator[ErrorSite]:
+    tree = ast.parse(path.read_text())
+    name = path.relative_to(SOURCE).as_posix()
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    makers = {function.name: made for function in functions if (made := _made_by(function)) is not None}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or not _is_code(node):
+            continue
+        error, what, cause = node.func.id, _argument(node, 1, "what"), _argument(node, 3, "cause")
+        if error in makers:  # a helper that is given the code and the cause, and puts the rest around them
+            made = makers[error]
+            error, what, cause = ast.unparse(made.func), _argument(made, 1, "what"), _argument(node, 2, "cause")
+        module = importlib.import_module(f"hotport.{name.removesuffix('.py').replace('/', '.')}")
+        kind = getattr(module, error)
+        code = node.args[0]
+        assert isinstance(code, ast.Constant)
+        yield ErrorSite(str(code.value), error, kind.exit_code, name, _says(what), _says(cause))
+
+
+def _is_code(call: ast.Call) -> bool:
+    first = call.args[0] if call.args else None
+    return isinstance(first, ast.Constant) and bool(re.fullmatch(r"HP\d{3}", str(first.value)))
+
+
+def _made_by(function: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.Call | None:
+    """The error that a function makes for a code that it is given."""
+    if "code" not in {argument.arg for argument in function.args.args}:
+        return None
+    for node in ast.walk(function):
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.Call) and node.value.args:
+            first = node.value.args[0]
+            if isinstance(first, ast.Name) and first.id == "code":
+                return node.value
+    return None
+
+
+def _argument(call: ast.Call, index: int, name: str) -> ast.expr | None:
+    for keyword in call.keywords:
+        if keyword.arg == name:
+            return keyword.value
+    return call.args[index] if len(call.args) > index else None
+
+
+def _says(node: ast.expr | None) -> str:
+    """A text of the source with what is known only later in braces; empty if all of it is."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return " ".join(text.split())
+        case ast.JoinedStr(values=parts):
+            return " ".join("".join(_part(part) for part in parts).split())
+        case ast.BinOp(left=left):
+            return f"{_says(left)}…"
+        case ast.IfExp(body=body, orelse=orelse):
+            return " or: ".join(text for text in (_says(body), _says(orelse)) if text)
+        case _:
+            return ""
+
+
+def _part(part: ast.expr) -> str:
+    match part:
+        case ast.Constant(value=text):
+            return str(text)
+        case ast.FormattedValue(value=ast.Name(id=name) | ast.Attribute(attr=name)):
+            return f"{{{name.strip('_')}}}"
+        case _:
+            return "…"
+
+
+def errors_page() -> str:
+    """Every code, grouped by hundred, and the exit codes."""
+    parts = [f"# Errors and exit codes\n\n{GENERATED}\n{ERRORS_HEAD}"]
+    sites = error_sites()
+    for hundred, subject in HUNDREDS.items():
+        rows: list[tuple[str, ...]] = []
+        for site in sites:
+            if site.code[2] != hundred:
+                continue
+            says = _code(site.what or "…") + (f"<br>cause: {site.cause}" if site.cause else "")
+            row = (_code(site.code), says, f"{_code(site.error)}, {site.exit_code}", _code(site.module))
+            if row not in rows:
+                rows.append(row)
+        parts.append(f"## HP{hundred}xx: {subject}\n\n{_table(('code', 'says', 'class, exit', 'raised in'), rows)}\n")
+    codes = {name: value for name, value in vars(ExitCode).items() if name.isupper()}
+    rows = [(str(value), EXIT_CODES[name]) for name, value in codes.items()]
+    parts.append(f"## Exit codes\n\n{_table(('code', 'means'), rows)}\n")
+    return "\n".join(parts)
+
+
+# -- command line -------------------------------------------------------------------------------------------
+
+CLI_HEAD: Final = """
+Data goes to stdout, words go to stderr; `--json` is the form for scripts. Colour only on a terminal, and not with
+`NO_COLOR`. Commands that take a NAME need none while just one service runs; services are found in the runtime directory
+([options.md](options.md), `HOTPORT_RUNTIME_DIR`). `python -m hotport` is the same as `hotport`. Exit codes are
+explained in [errors.md](errors.md).
+""".lstrip()
+
+
+def cli_page() -> str:
+    """What ``--help`` says, for each command."""
+    group = importlib.import_module("hotport.cli")._group
+    assert isinstance(group, click.Group)
+    widths: dict[str, Any] = {"terminal_width": HELP_COLUMNS, "max_content_width": HELP_COLUMNS}
+    parent = group.make_context("hotport", [], resilient_parsing=True, **widths)
+    parts = [f"# Command line\n\n{GENERATED}\n{CLI_HEAD}", _help("hotport", parent)]
+    for name in COMMANDS:
+        command = group.get_command(parent, name)
+        assert command is not None
+        context = command.make_context(name, [], parent=parent, resilient_parsing=True, **widths)
+        parts.append(_help(f"hotport {name}", context))
+    return "\n".join(parts)
+
+
+def _help(title: str, context: click.Context) -> str:
+    text = "\n".join(line.rstrip() for line in context.command.get_help(context).splitlines())
+    return f"## {title}\n\n```text\n{text}\n```\n"
+
+
+# -- Python API ---------------------------------------------------------------------------------------------
+
+API_HEAD: Final = """
+Everything here is imported from `hotport`; nothing else is public. `hotport` is typed (`py.typed`).
+""".lstrip()
+
+
+def api_page() -> str:
+    """The public names with their signatures and docstrings."""
+    parts = [f"# Python API\n\n{GENERATED}\n{API_HEAD}"]
+    names = [name for name in hotport.__all__ if not name.startswith("__")]
+    for name in sorted(names, key=lambda name: (isinstance(getattr(hotport, name), type), name.lower())):
+        thing = getattr(hotport, name)
+        parts.append(f"## {name}\n\n{_signature(name, thing)}\n{_markdown(inspect.getdoc(thing) or '')}")
+        if isinstance(thing, type):
+            parts += [f"### `{key}`\n\n{_sentence(says)}\n" for says, key in _commented(thing)]
+            parts += [_member(key, value) for key, value in vars(thing).items() if _is_shown(key, value)]
+    parts.append(f"## \\_\\_version\\_\\_\n\nThe version, as text: `{hotport.__version__}`.\n")
+    return "\n".join(parts)
+
+
+#: Called by the event loop or the worker, not by an application.
+INTERNAL: Final = frozenset(
+    {
+        *("connection_made", "connection_lost", "data_received", "eof_received", "pause_writing", "resume_writing"),
+        *("drain", "cut", "with_traceback"),
+    }
+)
+
+
+def _commented(thing: type) -> list[tuple[str, str]]:
+    """Class attributes that a ``#:`` comment describes."""
+    return re.findall(r"^    #: (.*)\n    (\w+): ", inspect.getsource(thing), re.MULTILINE)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:].rstrip('.')}."
+
+
+def _is_shown(key: str, value: Any) -> bool:
+    if key.startswith("_") or key in INTERNAL:
+        return False
+    return inspect.isfunction(value) or isinstance(value, property)
+
+
+def _member(name: str, value: Any) -> str:
+    function = value.fget if isinstance(value, property) else value
+    assert function is not None
+    signature = f"`{name}`" if isinstance(value, property) else f"`{_one_line(name, function)}`"
+    return f"### {signature}\n\n{_markdown(inspect.getdoc(function) or '')}"
+
+
+def _one_line(name: str, function: Callable[..., Any]) -> str:
+    parameters = inspect.signature(function)
+    kept = [p for p in parameters.parameters.values() if p.name != "self"]
+    prefix = "async " if inspect.iscoroutinefunction(function) else ""
+    text = str(parameters.replace(parameters=kept))
+    return prefix + name + re.sub(r"(: |-> )'([^']*)'", r"\1\2", text)  # annotations are texts, defaults stay quoted
+
+
+def _signature(name: str, thing: Any) -> str:
+    if not isinstance(thing, type):
+        is_context = hasattr(thing, "__wrapped__")
+        line = _one_line(name, thing.__wrapped__ if is_context else thing)
+        prefix = "async with " if is_context else ""
+        return f"```text\n{prefix}{line.split(' -> ')[0] if is_context else line}\n```\n"
+    bases = ", ".join(base.__name__ for base in thing.__bases__ if base is not object)
+    return f"```text\nclass {name}{f'({bases})' if bases else ''}\n```\n"
+
+
+def _markdown(doc: str) -> str:
+    """A docstring: paragraphs stay, sections become lists, ``::`` blocks become code."""
+    doc = re.sub(r"``(.+?)``", r"`\1`", doc)
+    lines: list[str] = []
+    section = ""
+    is_code = False
+    for line in doc.splitlines():
+        if is_code and line and not line.startswith(" "):
+            lines.append("```\n")
+            is_code = False
+        if line == "::":
+            lines.append("```python")
+            is_code = True
+        elif is_code:
+            if line or lines[-1] != "```python":
+                lines.append(line.removeprefix("    "))
+        elif heading := re.fullmatch(r"(Args|Attributes|Raises|Returns|Descriptors|Sources|Cancellation):(.*)", line):
+            section = heading[1]
+            lines += [f"**{section}**", "", *([heading[2].strip()] if heading[2] else [])]
+        elif section and (item := re.fullmatch(r"    (\S[^:]*): (.*)", line)):
+            lines.append(f"- `{item[1]}`: {item[2]}")
+        elif section and line.startswith("     "):
+            lines[-1] += f" {line.strip()}"
+        else:
+            lines.append(line.strip())
+    if is_code:
+        lines.append("```")
+    text = "\n".join(lines).strip()
+    text = re.sub(r"\n+```", r"\n```", text) if "```" in text else text
+    return re.sub(r"(?<=\S)\n```python", "\n\n```python", text) + "\n"
+
+
+# -- all of them --------------------------------------------------------------------------------------------
+
+#: What is written where.
+PAGES: Final[dict[str, Callable[[], str]]] = {
+    "docs/reference/options.md": options_page,
+    "docs/reference/errors.md": errors_page,
+    "docs/reference/cli.md": cli_page,
+    "docs/reference/python-api.md": api_page,
+    "docs/reference/states.md": states_page,
+}
+
+
+def main() -> int:
+    """Write what has changed, and say so."""
+    for name, make in PAGES.items():
+        path = ROOT / name
+        text = make()
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+            print(f"wrote {name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

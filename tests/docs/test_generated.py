@@ -1,0 +1,49 @@
+"""The reference pages follow from the source, and say so of all of it."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from docs.generate import PAGES, error_sites
+from hotport.wire.messages import Report
+
+ROOT = Path(__file__).parent.parent.parent
+SOURCE = ROOT / "src" / "hotport"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_generated_page_is_up_to_date(page: str) -> None:
+    assert (ROOT / page).read_text() == PAGES[page](), "run: python -m docs.generate"
+
+
+def test_every_error_code_of_the_source_is_found() -> None:
+    written = {code for path in SOURCE.rglob("*.py") for code in re.findall(r'"(HP\d{3})"', path.read_text())}
+    assert {site.code for site in error_sites()} == written
+
+
+def test_an_error_code_ends_a_command_in_one_way_only() -> None:
+    ways = defaultdict(set)
+    for site in error_sites():
+        ways[site.code].add((site.error, site.exit_code))
+    assert {code: found for code, found in ways.items() if len(found) > 1} == {}
+
+
+def test_the_report_page_names_every_field() -> None:
+    page = (ROOT / "docs/reference/report.md").read_text()
+    fields = {field.name for field in msgspec.structs.fields(Report)}
+    assert {field for field in fields if f"| `{field}` |" not in page} == set()
+
+
+def test_the_report_page_names_every_fate() -> None:
+    page = (ROOT / "docs/reference/report.md").read_text()
+    source = "\n".join(path.read_text() for path in SOURCE.rglob("*.py"))
+    fates = set(
+        re.findall(r'"(cut_[a-z_]+[a-z]|idle_closed|told_to_close|finished|server_finished|workers_killed)"', source)
+    )
+    assert "cut_stream" in fates
+    assert {fate for fate in fates if f"`{fate}`" not in page} == set()
