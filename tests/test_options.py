@@ -24,7 +24,7 @@ from hotport.options import (
     runtime_root,
     service_name,
 )
-from hotport.options.loading import Loaded, load, rows, show
+from hotport.options.loading import Loaded, load, meant_flag, rows, show
 
 
 def read(
@@ -221,6 +221,7 @@ def test_values_of_every_type_are_read_from_the_environment(tmp_path: Path) -> N
         "HOTPORT_WATCH": "off",
         "HOTPORT_WORKERS": "2",
         "HOTPORT_READY": "exec",
+        "HOTPORT_SETTLE": "1s",
         "HOTPORT_MAX_AGE": "1d",
         "HOTPORT_MAX_MEMORY": "1G",
         "HOTPORT_NAME": "",
@@ -233,6 +234,7 @@ def test_values_of_every_type_are_read_from_the_environment(tmp_path: Path) -> N
         phased=True,
         workers=2,
         ready="exec",
+        settle_s=1.0,
         max_age_s=86400.0,
         max_memory_bytes=2**30,
     )
@@ -545,3 +547,16 @@ def test_relative_runtime_dir_is_refused() -> None:
     with pytest.raises(ConfigError, match="HP308") as caught:
         runtime_root({"HOTPORT_RUNTIME_DIR": "run"}, 0, Path("/tmp"))
     assert caught.value.fix == 'HOTPORT_RUNTIME_DIR="$PWD/run"'
+
+
+def test_a_program_that_cannot_say_ready_has_to_live_longer(tmp_path: Path) -> None:
+    flags = {"command": ("server",), "ready": "exec"}
+    loaded = load(file=None, environ={}, flags=flags, cwd=tmp_path)
+    assert loaded.options.settle_s == 5.0
+    assert loaded.origins["settle"] == "default with ready = exec"
+    assert load(file=None, environ={}, flags={**flags, "settle": "1s"}, cwd=tmp_path).options.settle_s == 1.0
+
+
+@pytest.mark.parametrize(("flag", "meant"), [("--reload", "--watch"), ("--worker", "--workers"), ("--zzz", None)])
+def test_flags_of_other_servers_lead_to_ours(flag: str, meant: str | None) -> None:
+    assert meant_flag(flag) == meant

@@ -8,6 +8,7 @@ import socket
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from hotport.kernel import process
@@ -141,6 +142,7 @@ def test_kernel_package_imports_no_event_loop_and_no_command_line() -> None:
     # -S, so that nothing but the script imports; the environment and the packages of this test run do.
     script = (
         f"import sys; sys.path.insert(0, {str(Path(process.__file__).parents[2])!r});"
+        f"sys.path.append({str(Path(msgspec.__file__).parents[1])!r});"
         "import hotport.kernel.spawn, hotport.kernel.sockets, hotport.kernel.notify, hotport.kernel.fds;"
         "sys.exit(bool({'asyncio', 'anyio', 'click', 'rich', 'tomllib'} & set(sys.modules)))"
     )

@@ -314,8 +314,8 @@ def test_hup_with_broken_code_tells_the_log(tmp_path: Path) -> None:
         write_code(tmp_path / "app.py", "raise RuntimeError('nobody asked')")
         service.process.send_signal(signal.SIGHUP)
         eventually(lambda: bool(service.log_events("restart.aborted")), "the restart is aborted")
-        (aborted,) = service.log_events("restart.aborted")
-        assert "RuntimeError: nobody asked" in aborted["error"]
+        (lost,) = service.log_events("worker.lost")
+        assert "RuntimeError: nobody asked" in lost["exception"]
         hammer.wait_answers(version="one")
     assert not hammer.failures
 

@@ -75,7 +75,7 @@ def test_service_that_has_lost_everything_recovers_when_its_code_does(directory:
         write_code(directory / "app.py", "raise RuntimeError('broken since')")
         os.kill(service.worker_pids()[0], signal.SIGKILL)
         eventually(lambda: len(service.log_events("worker.backing_off")) >= 2, "it tries again")
-        assert "RuntimeError: broken since" in service.log_events("worker.lost")[-1]["error"]
+        assert "RuntimeError: broken since" in service.log_events("worker.lost")[-1]["exception"]
         write_code(directory / "app.py", LINE_APP.format(version="two"))
         answer = ask_line(service.port)  # waits in the accept queue meanwhile
         assert (answer.version, answer.generation) == ("two", "1")

@@ -125,6 +125,7 @@ class Connections:
 
     def drain(self, timeout_s: float) -> None:
         """Tell the application and every connection that the worker leaves in `timeout_s` seconds."""
+        self._is_counting = True
         self.draining._start(timeout_s)
         for connection in list(self.open):
             connection.drain()

@@ -380,9 +380,11 @@ class Supervisor:
         if self.service.generation and not self.reports.generations:
             self._errors.clear()
 
-    def _tell_manager(self, **said: object) -> None:
+    def _tell_manager(self, *, ready: bool = False, stopping: bool = False, status: str | None = None) -> None:
+        """Notify the service manager; only READY=1 is worth waiting for one that does not read."""
         if self._own_notify_path is not None:
-            notify(self._own_notify_path, encode_notification(**said))  # type: ignore[arg-type]
+            said = encode_notification(ready=ready, stopping=stopping, status=status)
+            notify(self._own_notify_path, said, timeout_s=1.0 if ready else 0.0)
 
     # -- requests ------------------------------------------------------------------------------------------
 

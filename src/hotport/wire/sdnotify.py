@@ -108,7 +108,7 @@ def encode_notification(
 
 def _encode_error(error: str, room: int) -> bytes:
     """``X_HOTPORT_ERROR=`` with as much of the end as fits into fewer than `room` bytes."""
-    kept = error[-room:]
+    kept = error.encode(errors="backslashreplace").decode()[-room:]
     while len(line := b"X_HOTPORT_ERROR=" + msgspec.json.encode(kept)) >= room:
         kept = "[...] " + kept[len(kept) // 8 + len("[...] ") :]
     return line
