@@ -47,12 +47,12 @@ async def restart(
         options = supervisor.read_options(Path(supervisor.surroundings.directory))
         launch = Launch.resolve(options, supervisor.surroundings)
     except HotportError as error:
-        raise _refused(supervisor, error.code, error.what, cause=error.cause, fix=error.fix) from error
+        raise _refused(error.code, error.what, supervisor, cause=error.cause, fix=error.fix) from error
     if options.bind != before.bind:
         raise _refused(
-            supervisor,
             "HP411",
             "its addresses have changed",
+            supervisor,
             cause=f"it listens on {', '.join(before.bind)}; the options now say {', '.join(options.bind)}",
             fix=f"hotport stop {supervisor.name}, then serve again",
         )
@@ -79,7 +79,7 @@ async def restart(
     return result[0]
 
 
-def _refused(supervisor: Supervisor, code: str, what: str, *, cause: str, fix: str) -> RestartError:
+def _refused(code: str, what: str, supervisor: Supervisor, *, cause: str, fix: str) -> RestartError:
     serving = supervisor.service.generation
     return RestartError(
         code,
