@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 # Absolute, because workers are measured too and run in directories of their own.
 export COVERAGE_FILE := $(CURDIR)/build/coverage/data
 
-.PHONY: help demo test lint format bench clean debian
+.PHONY: help demo test lint format bench bench-report clean debian
 
 help:
 	@echo "make demo    install, then restart a real app under load and show what its clients saw"
@@ -41,6 +41,10 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev debian
 	$(BIN)/python benchmarks/steady.py
 	$(BIN)/python benchmarks/restart.py
+	$(MAKE) bench-report
+
+bench-report: $(VENV)/.dev
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

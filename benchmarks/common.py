@@ -17,6 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
+for variable in ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START"):
+    os.environ.pop(variable, None)  # what is timed must not be traced
+
 __all__ = ["Goal", "Samples", "arguments", "cpu_s", "machine", "pinned", "save", "wrk"]
 
 RESULTS: Final = Path(__file__).parent / "results"

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from benchmarks.report import rendered
 from docs.generate import PAGES, error_sites
 from hotport.wire.messages import Report
 
@@ -47,3 +48,8 @@ def test_the_report_page_names_every_fate() -> None:
     )
     assert "cut_stream" in fates
     assert {fate for fate in fates if f"`{fate}`" not in page} == set()
+
+
+def test_the_measured_table_is_what_the_results_say() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert readme == rendered(readme), "run: make bench-report"

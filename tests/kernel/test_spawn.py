@@ -230,7 +230,9 @@ def test_signals_that_we_ignore_block_or_handle_are_default_in_the_child(tmp_pat
         for number, handler in saved.items():
             signal.signal(number, handler)
     status = dict(line.split(":\t", 1) for line in path.read_text().splitlines())
-    assert int(status["SigIgn"], 16) == 0
+    # 32 and 33 are glibc's own: we cannot change them, and whoever started us may have left them ignored.
+    ours = sum(1 << (number - 1) for number in signal.valid_signals())
+    assert int(status["SigIgn"], 16) & ours == 0
     assert int(status["SigBlk"], 16) == 0
 
 

@@ -92,7 +92,16 @@ def as_nobody() -> tuple[str, ...]:
         pytest.skip("only root can become somebody else")
     caps = "-all,+dac_read_search"
     ids = (f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
-    return (need("setpriv"), *ids, f"--inh-caps={caps}", f"--ambient-caps={caps}", f"--bounding-set={caps}")
+    # Nobody may not write where coverage keeps its data.
+    unmeasured = ("env", "--unset=COVERAGE_PROCESS_CONFIG", "--unset=COVERAGE_PROCESS_START")
+    return (
+        *unmeasured,
+        need("setpriv"),
+        *ids,
+        f"--inh-caps={caps}",
+        f"--ambient-caps={caps}",
+        f"--bounding-set={caps}",
+    )
 
 
 # -- addresses ----------------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ import click
 
 from hotport.errors import ExitCode, HotportError, nearest
 
-__all__ = ["main"]
+__all__ = ["HELP", "main"]
 
-HELP = ["-h", "--help"]
+#: For every command; a help option that only the group knew would not be in a command's own help text.
+HELP = {"help_option_names": ["-h", "--help"]}
 
 COMMANDS = ("serve", "restart", "status", "scale", "stop", "demo")
 
@@ -27,7 +28,6 @@ class _Commands(click.Group):
             return None
         command = import_module(f"hotport.cli.{cmd_name}").command
         assert isinstance(command, click.Command)
-        command.context_settings.setdefault("help_option_names", HELP)  # the group's do not reach its help text
         return command
 
     def resolve_command(
@@ -40,7 +40,7 @@ class _Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": HELP})
+@click.group(cls=_Commands, context_settings=HELP)
 @click.version_option(package_name="hotport")
 def _group() -> None:
     """A server whose restarts nobody's connection notices."""

@@ -24,6 +24,7 @@ import msgspec
 import uvloop
 from rich.console import Console
 
+from hotport.cli import HELP
 from hotport.cli._load import Load
 from hotport.cli._screen import Screen, count_of, print_summary
 from hotport.cli.output import console
@@ -88,7 +89,7 @@ app = Starlette(routes=[Route("/", home), Route("/slow", slow)])
 '''
 
 
-@click.command("demo")
+@click.command("demo", context_settings=HELP)
 @click.option("--restarts", type=click.IntRange(1, 1000), default=5, show_default=True, help="How often to restart.")
 @click.option("--connections", type=click.IntRange(1, 10_000), default=50, show_default=True, help="Clients at a time.")
 @click.option("--json", "as_json", is_flag=True, help="Print what clients saw as JSON.")

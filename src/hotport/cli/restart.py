@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from hotport.cli import HELP
 from hotport.cli.client import ask, raise_failure
 from hotport.cli.output import console, print_json, print_report
 from hotport.errors import ExitCode
@@ -22,7 +23,7 @@ WORDS = {
 }
 
 
-@click.command("restart")
+@click.command("restart", context_settings=HELP)
 @click.argument("name", required=False)
 @click.option("--phased/--all-at-once", default=None, help="Replace workers one by one, or all together.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from hotport.cli import HELP
 from hotport.errors import ConfigError, ExitCode
 from hotport.options import OPTIONS, Option
 from hotport.options.loading import Loaded, load, meant_flag, rows, show
@@ -41,6 +42,7 @@ class _Serve(click.Command):
 @click.command(
     "serve",
     cls=_Serve,
+    context_settings=HELP,
     options_metavar="[OPTIONS]",
     epilog="Options are also read from hotport.toml, or [tool.hotport] in pyproject.toml, and from HOTPORT_* "
     "variables; a flag is stronger than a variable, a variable stronger than a file.",

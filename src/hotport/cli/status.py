@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from hotport.cli import HELP
 from hotport.cli.client import ask, raise_failure
 from hotport.cli.output import print_json, print_status
 from hotport.errors import ExitCode
@@ -12,7 +13,7 @@ from hotport.wire.messages import StatusRequest
 __all__ = ["command"]
 
 
-@click.command("status")
+@click.command("status", context_settings=HELP)
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(name: str | None, as_json: bool) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from hotport.cli import HELP
 from hotport.cli.client import ask, raise_failure
 from hotport.cli.output import console, print_json
 from hotport.errors import ExitCode
@@ -12,7 +13,7 @@ from hotport.wire.messages import StopRequest
 __all__ = ["command"]
 
 
-@click.command("stop")
+@click.command("stop", context_settings=HELP)
 @click.argument("name", required=False)
 @click.option("--now", is_flag=True, help="Do not wait for connections.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
