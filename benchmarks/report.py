@@ -25,9 +25,8 @@ def rendered(readme: str) -> str:
 
 
 def _section() -> str:
-    steady, restart = (
-        json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in ("steady", "restart")
-    )
+    results = ROOT / "benchmarks" / "results"
+    steady, restart = (json.loads((results / f"{name}.json").read_text()) for name in ("steady", "restart"))
     rss = steady["rss_mib"]
     lines = [
         "## Measured",
