@@ -43,8 +43,8 @@ def _section() -> str:
         "",
         _method(steady, restart),
         "",
-        "A connection costs more processor time here than on bare uvloop because hotport accepts it itself: libuv closes",
-        "waiting connections when descriptors run out, hotport leaves them in the queue.",
+        "A connection costs more processor time here than on bare uvloop because hotport accepts it itself:",
+        "when descriptors run out, libuv closes the connections that wait; hotport leaves them in the queue.",
         "",
     ]
     return "\n".join(lines)
