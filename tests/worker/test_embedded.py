@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import resource
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -169,6 +170,25 @@ async def test_accepting_pauses_at_the_limit_and_resumes_below_it() -> None:
         assert await third.receive() == b"3"
         await second.aclose()
         await third.aclose()
+
+
+async def test_connections_wait_in_the_queue_while_descriptors_have_run_out(caplog: pytest.LogCaptureFixture) -> None:
+    """libuv would close them: its listeners accept and drop what waits, to get rid of the event."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    clients = [socket.socket() for _ in range(20)]
+    async with hotport.serve(echo, bind="127.0.0.1:0") as server:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (clients[-1].fileno() + 10, hard))
+        try:
+            for client in clients:
+                client.connect(("127.0.0.1", port_of(server)))
+                client.sendall(b"x")
+            while "cannot accept" not in caplog.text:
+                await anyio.lowlevel.checkpoint()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for client in clients:
+            assert await anyio.to_thread.run_sync(client.recv, 1) == b"x"
+            client.close()
 
 
 async def test_a_handler_that_raises_resets_its_connection_and_no_other(caplog: pytest.LogCaptureFixture) -> None:
