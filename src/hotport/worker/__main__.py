@@ -8,6 +8,7 @@ import sys
 
 import msgspec
 
+from hotport.errors import HotportError
 from hotport.kernel.sockets import bind_control, inherited_listener
 from hotport.observe import logs
 from hotport.wire.listenfds import LISTEN_VARIABLES, parse_listen_environment
@@ -27,7 +28,11 @@ def main() -> int:
     for name in LISTEN_VARIABLES:  # they were for us, not for what the application starts
         os.environ.pop(name, None)
     path = os.path.join(spec.directory, f"worker-{spec.generation}.{spec.worker}.sock")
-    control = bind_control(path)
+    try:
+        control = bind_control(path)
+    except HotportError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     logs.configure(
         format=spec.options.log_format,
         level=spec.options.log_level,
