@@ -187,6 +187,7 @@ def test_old_worker_that_never_acknowledges_to_have_quiesced_is_drained_all_the_
     assert phases(world)[1] is Phase.QUIESCING
     world.elapse(Clock.QUIESCE)
     world.run(slow=(1,))
+    assert Announce(News.QUIESCED, generation=2, why="not every old worker has answered") in world.effects
     world.elapse(Clock.SETTLE)
     world.run(slow=(1,))
     assert orders(world.effects)[-1] == Drain(1)
@@ -635,6 +636,25 @@ def test_stop_during_a_restart_aborts_it_and_ends_both_generations(slow: tuple[i
     assert world.take() == (Refuse(request, Refusal.STOPPING),)
     world.run()
     assert news(world.effects).count(News.ABORTED) == 1
+    assert world.effects[-1] == Finish()
+
+
+def test_stop_lets_those_that_serve_go_on_until_the_last_one_that_cannot_is_gone() -> None:
+    world = serving(2)
+    world.restart()
+    world.run(slow=(3,))
+    world.effects.clear()
+    world.stop()
+    world.take()
+    assert orders(world.effects) == [Terminate(3), Terminate(4)]
+    assert phases(world) == {1: Phase.SERVING, 2: Phase.SERVING, 3: Phase.STOPPING, 4: Phase.STOPPING}
+    world.die(4)
+    world.take()
+    assert phases(world)[1] is Phase.SERVING
+    world.die(3)
+    world.take()
+    assert orders(world.effects)[2:] == [Drain(1, is_last=True), Drain(2, is_last=True)]
+    world.run()
     assert world.effects[-1] == Finish()
 
 

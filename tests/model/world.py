@@ -188,7 +188,10 @@ class World:
         assert len(finishes) == is_over
         assert not finishes or finishes[0].has_failed is not after.is_stopping
         assert effects.count(CloseListeners()) == (after.is_stopping and not before.is_stopping)
-        assert not (after.is_stopping and (after.current or after.restart))
+        if after.is_stopping:
+            assert after.restart is None
+            assert not after.ids(Phase.STARTING, Phase.READY)
+            assert not after.current or after.ids(Phase.STOPPING)  # serving until these are gone
 
     def _check_names(self, before: Service, effects: tuple[Effect, ...]) -> None:
         """No effect names a worker that is not there; numbers are never reused."""

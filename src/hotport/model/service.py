@@ -529,12 +529,26 @@ def _request_stop(draft: _Draft, *, now: bool) -> None:
     draft.set(is_stopping=True)
     if not before.is_stopping:
         draft.emit(Announce(News.STOPPING), CloseListeners())
-    for worker in before.workers:
-        draft.release(worker, is_last=True)
-        if now or before.is_stopping:
+    for worker, was in before.workers.items():
+        is_at_once = now or before.is_stopping
+        if is_at_once or was.phase not in _ACCEPTING:
+            draft.release(worker, is_last=True)
+        if is_at_once:
             draft.emit(Kill(worker))
+    _drain_last(draft)
     if before.restart is not None:
         _give_up(draft, before.restart, "the service is stopping")
+
+
+def _drain_last(draft: _Draft) -> None:
+    """Let those that accept empty the queue and leave, once nobody else holds the listeners any more.
+
+    A worker that is stuck in its start-up would keep the port open and never accept: what queued behind it would be
+    reset when it is killed. So the others serve until it is gone.
+    """
+    if not draft.service.ids(Phase.STARTING, Phase.READY, Phase.STOPPING):
+        for worker in draft.service.current:
+            draft.release(worker.id, is_last=True)
 
 
 def _said(draft: _Draft, event: Said) -> None:
@@ -626,7 +640,7 @@ def _elapsed(draft: _Draft, timer: Timer) -> None:
         case Clock.KILL, Phase.STOPPING:
             draft.emit(Kill(timer.worker))
         case Clock.QUIESCE, _ if restart is not None and restart.step is Step.QUIESCING:
-            _settle(draft, restart)  # one that cannot even answer is drained as it is
+            _settle(draft, restart, why="not every old worker has answered")  # such a one is drained as it is
         case Clock.SETTLE, _ if restart is not None and restart.step is Step.SETTLING:
             _finish_batch(draft, restart)
         case Clock.BACKOFF, _:
@@ -686,6 +700,8 @@ def _go_on(draft: _Draft) -> None:
     if not service.workers and (service.generation == 0 or service.is_stopping):
         draft.emit(Finish(has_failed=not service.is_stopping))
         return
+    if service.is_stopping:
+        _drain_last(draft)
     if service.restart is not None:
         _go_on_restarting(draft, service.restart)
     if draft.service.restart is None:
@@ -727,10 +743,10 @@ def _commit(draft: _Draft, restart: Restart) -> None:
     _go_on_restarting(draft, restart)
 
 
-def _settle(draft: _Draft, restart: Restart) -> None:
+def _settle(draft: _Draft, restart: Restart, why: str = "") -> None:
     draft.emit(
         StopTimer(Timer(Clock.QUIESCE)),
-        Announce(News.QUIESCED, generation=restart.generation),
+        Announce(News.QUIESCED, generation=restart.generation, why=why),
         StartTimer(Timer(Clock.SETTLE)),
     )
     draft.set(restart=replace(restart, step=Step.SETTLING))

@@ -96,7 +96,7 @@ class RestartRecord:
                 self._outcome = "done"
             case news if news in _PHASES:
                 self._leaving |= set(announcement.workers)
-                self._mark(_PHASES[news])
+                self._mark("quiesce overdue" if news is News.QUIESCED and announcement.why else _PHASES[news])
         if self._outcome and not self._leaving and not self.is_over:
             self.is_over = True
             self._mark("retired")
