@@ -22,6 +22,7 @@ from hotport.address import (
 )
 from hotport.errors import ConfigError, KernelError
 from hotport.kernel.sockets import (
+    accept_queue_length,
     bind_control,
     bind_listener,
     bind_notify,
@@ -115,6 +116,17 @@ def test_backlog_is_the_given_one(stack: ExitStack) -> None:
     # tcpi_sacked of a listener is its backlog: kernel tcp_get_info, the sixth 32-bit word after eight bytes.
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
     assert int.from_bytes(info[28:32], "little") == 7
+
+
+def test_accept_queue_is_counted(stack: ExitStack, run_dir: Path) -> None:
+    sock = bound(stack, "127.0.0.1:0")
+    assert accept_queue_length(sock) == 0
+    for count in range(1, 4):
+        stack.enter_context(socket.create_connection(sock.getsockname()))
+        assert accept_queue_length(sock) == count
+    sock.accept()[0].close()
+    assert accept_queue_length(sock) == 2
+    assert accept_queue_length(bound(stack, "unix:./app.sock")) == 0  # the kernel does not say
 
 
 @needs_ipv6

@@ -191,6 +191,23 @@ async def test_connections_wait_in_the_queue_while_descriptors_have_run_out(capl
             client.close()
 
 
+async def test_what_could_not_be_accepted_by_the_deadline_is_counted() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    clients = [socket.socket() for _ in range(3)]
+    try:
+        async with hotport.serve(echo, bind="127.0.0.1:0", drain_timeout=0.2) as server:
+            for client in clients:
+                client.connect(("127.0.0.1", port_of(server)))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (clients[-1].fileno(), hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert server.connections.fates == {"cut_unaccepted": 3}
+    for client in clients:
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+        client.close()
+
+
 async def test_a_handler_that_raises_resets_its_connection_and_no_other(caplog: pytest.LogCaptureFixture) -> None:
     async def handler(stream: hotport.Stream) -> None:
         if await stream.receive() == b"raise":

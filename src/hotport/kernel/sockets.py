@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import struct
+import sys
 from typing import Any, Final
 
 from hotport.address import Address, FdAddress, SystemdAddress, TcpAddress, UdpAddress, UnixAddress
@@ -15,6 +16,7 @@ from hotport.kernel import procfs
 from hotport.wire.listenfds import parse_listen_environment
 
 __all__ = [
+    "accept_queue_length",
     "bind_control",
     "bind_listener",
     "bind_notify",
@@ -105,6 +107,17 @@ def bound_address(address: Address, listener: socket.socket) -> Address:
         return UnixAddress("@" + path[1:] if path.startswith("\0") else path)
     kind = TcpAddress if listener.type == socket.SOCK_STREAM else UdpAddress
     return kind(name[0], name[1])
+
+
+def accept_queue_length(listener: socket.socket) -> int:
+    """How many connections wait in a TCP listener's accept queue; 0 for other sockets.
+
+    Sources: tcp(7) TCP_INFO; of a listener, ``tcpi_unacked`` is the length of its queue (kernel ``tcp_get_info``).
+    """
+    if listener.family not in {socket.AF_INET, socket.AF_INET6} or listener.type != socket.SOCK_STREAM:
+        return 0
+    info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
+    return int.from_bytes(info[24:28], sys.byteorder)
 
 
 def bind_control(path: str) -> socket.socket:

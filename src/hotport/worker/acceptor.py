@@ -16,6 +16,7 @@ from collections.abc import Coroutine
 from typing import Any, Final
 
 from hotport.adapters.base import Adapter, Connections
+from hotport.kernel.sockets import accept_queue_length
 
 __all__ = ["Acceptor"]
 
@@ -42,6 +43,8 @@ TRANSIENT: Final = frozenset(
         errno.ENETUNREACH,
     }
 )
+
+EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 #: How much of an accept queue is served when nobody will serve it later; a flood must not keep a service alive.
 EMPTY_MAX: Final = 4096
@@ -99,33 +102,51 @@ class Acceptor:
         self.stop()
         self._listener.close()
 
-    def empty(self) -> None:
-        """Take what waits in the accept queue now, up to `EMPTY_MAX` connections."""
-        for _ in range(EMPTY_MAX // BATCH):
-            if not self._accept():
-                break
+    async def empty(self) -> None:
+        """Take what waits in the accept queue now, up to `EMPTY_MAX` connections, however full the registry is.
+
+        Out of descriptors it waits until some are free; the caller bounds that.
+        """
+        taken = 0
+        while taken < EMPTY_MAX:
+            try:
+                accepted, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in TRANSIENT:
+                    continue
+                if error.errno not in EXHAUSTED:
+                    return
+                await asyncio.sleep(PAUSE_S)
+            else:
+                taken += 1
+                self._take(accepted)
+
+    def waiting(self) -> int:
+        """How many connections wait in the accept queue; 0 where the kernel does not say, or after `close`."""
+        return accept_queue_length(self._listener) if self._listener.fileno() >= 0 else 0
 
     async def wait_attached(self) -> None:
         """Return when every accepted socket has its transport, or has failed its TLS handshake."""
         while self._attaching:
             await asyncio.wait(self._attaching)
 
-    def _accept(self) -> bool:
-        """Take up to `BATCH` connections; False if the queue is empty or cannot be read now."""
+    def _accept(self) -> None:
+        """Take up to `BATCH` connections."""
         for _ in range(BATCH):
             try:
                 accepted, _ = self._listener.accept()
-            except (BlockingIOError, InterruptedError):
-                return False
+            except BlockingIOError:
+                return
             except OSError as error:
                 if error.errno in TRANSIENT:
                     continue
                 self._wait(error)
-                return False
+                return
             self._take(accepted)
             if not self._is_accepting:  # the registry is full
-                return False
-        return True
+                return
 
     def _take(self, accepted: socket.socket) -> None:
         try:

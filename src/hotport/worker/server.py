@@ -94,23 +94,30 @@ class ConnectionServer:
                 acceptor.start()
 
     async def drain(self, timeout_s: float, *, is_last: bool = False) -> Counter[str]:
-        if is_last and self._is_accepting:
-            for acceptor in self._acceptors:
-                acceptor.empty()
         self.quiesce()
-        for acceptor in self._acceptors:
-            acceptor.close()
         self.connections.drain(timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
+                if is_last:
+                    for acceptor in self._acceptors:
+                        await acceptor.empty()
                 for acceptor in self._acceptors:
+                    acceptor.close()
                     await acceptor.wait_attached()
                 await self.connections.wait_empty()
                 await self._adapter.finish()
         except TimeoutError:
+            self._count_unaccepted(is_last)
             self.connections.cut()
             await asyncio.sleep(0)  # transports close their sockets in the next turn of the loop
         return self.connections.fates
+
+    def _count_unaccepted(self, is_last: bool) -> None:
+        """What could not be taken from the queue by the deadline is reset when the last listener closes."""
+        for acceptor in self._acceptors:
+            if is_last and (waiting := acceptor.waiting()):
+                self.connections.fates["cut_unaccepted"] += waiting
+            acceptor.close()
 
     async def shutdown(self) -> None:
         await self._adapter.shutdown()
