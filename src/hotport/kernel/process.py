@@ -97,14 +97,14 @@ def describe_exit(status: int | None) -> str:
 
 
 def rss_bytes(pid: int) -> int:
-    """Resident memory of a process in bytes; 0 when it is gone or a zombie.
+    """Resident memory of a process in bytes; 0 when it is gone or a zombie, or nothing more can be opened.
 
     Sources: proc_pid_statm(5), second field, in pages.
     """
     try:
         with open(f"/proc/{pid}/statm", "rb") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
-    except (FileNotFoundError, ProcessLookupError):
+    except OSError:
         return 0
 
 

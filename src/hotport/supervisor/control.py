@@ -43,6 +43,9 @@ GOODBYE_TIMEOUT_S: Final = 1.0
 
 CLIENTS_MAX: Final = 64
 
+#: How long to leave the socket alone when nothing can be accepted, for want of descriptors or memory.
+ACCEPT_PAUSE_S: Final = 0.1
+
 log = get_logger("hotport.control")
 
 
@@ -51,18 +54,33 @@ async def serve_control(supervisor: Supervisor, control: socket.socket) -> None:
 
     Descriptors: owns `control`. Cancellation: safe; clients see the end of the stream.
     """
-    limiter = anyio.CapacityLimiter(CLIENTS_MAX)
+    room = anyio.Semaphore(CLIENTS_MAX)
     listener = await anyio.abc.SocketListener.from_socket(control)
 
     async def handle(stream: SocketStream) -> None:
-        async with limiter, stream:
-            # A client that leaves ends its conversation, never what it asked for.
-            with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream):
+        try:
+            async with stream:
                 await _converse(supervisor, stream)
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream):
+            pass  # a client that leaves ends its conversation, never what it asked for
+        except Exception:
+            log.exception("control.failed")  # a bug of ours must not cost the service its supervisor
+        finally:
+            room.release()
+
+    async def accept() -> None:
+        while True:
+            await room.acquire()  # before the accept: clients that say nothing must not use up our descriptors
+            try:
+                conversations.start_soon(handle, await listener.accept())
+            except (OSError, anyio.BrokenResourceError) as error:
+                room.release()
+                log.error("control.accept_failed", error=str(error.__cause__ or error))
+                await anyio.sleep(ACCEPT_PAUSE_S)
 
     async with listener, anyio.create_task_group() as conversations:
         async with anyio.create_task_group() as accepting:
-            accepting.start_soon(listener.serve, handle, conversations)
+            accepting.start_soon(accept)
             await supervisor.finished.wait()
             accepting.cancel_scope.cancel()
         conversations.cancel_scope.deadline = anyio.current_time() + GOODBYE_TIMEOUT_S

@@ -56,6 +56,9 @@ ORDER_BYTES_MAX: Final = 64 * 1024
 #: Descriptors kept for the application itself when connections are limited by RLIMIT_NOFILE.
 RESERVED_DESCRIPTORS: Final = 128
 
+#: How soon READY=1 is said again if the supervisor's queue was full.
+READY_REPEAT_S: Final = 0.25
+
 #: How often memory is looked at: there is nothing to await.
 MEMORY_CHECK_S: Final = 5.0
 
@@ -90,7 +93,8 @@ class Worker:
         self._server: Server | None = None
         self._starting: asyncio.Task[Server] | None = None
         self._draining: asyncio.Task[None] | None = None
-        self._drain_order = DrainOrder(timeout_s=self._options.drain_timeout_s)
+        # A service manager may signal everybody at once: whoever leaves takes what waits in the accept queue along.
+        self._drain_order = DrainOrder(timeout_s=self._options.drain_timeout_s, is_last=True)
         self._leaving = asyncio.Event()
         self._orphan_timer: asyncio.TimerHandle | None = None
         self._has_expired = False
@@ -124,13 +128,18 @@ class Worker:
             leaving.cancel()
             self._fail(error)
             return ExitCode.NOT_STARTED
-        self._tell(ready=True, status="ready")
+        self._say_ready()
         self._log.info("worker.ready")
         self._watch_age()
         await leaving
         self._draining = self._loop.create_task(self._drain(self._server))
         await self._draining
         return ExitCode.DONE
+
+    def _say_ready(self) -> None:
+        """Until the kernel takes it: a supervisor that is not scheduled for a while has a full queue."""
+        if not self._tell(ready=True, status="ready") and not self._leaving.is_set() and not self._peers:
+            self._loop.call_later(READY_REPEAT_S, self._say_ready)
 
     # -- start ---------------------------------------------------------------------------------------------
 
@@ -274,7 +283,7 @@ class Worker:
             accepted=connections.accepted if connections else 0,
             requests=connections.requests if connections else 0,
             rss_bytes=rss_bytes(os.getpid()),
-            descriptors=len(open_descriptors()),
+            descriptors=_descriptors(),
         )
 
     def _broadcast(self, message: Any) -> None:
@@ -327,8 +336,12 @@ class _Peer(asyncio.Protocol):
             self._transport.close()
 
     async def _obey(self) -> None:
-        while True:
-            await self._worker.obey(await self._orders.get(), self)
+        try:
+            while True:
+                await self._worker.obey(await self._orders.get(), self)
+        except Exception:  # whoever gave the order must not wait for an answer that will not come
+            get_logger("hotport.control").exception("control.failed")
+            self.close()
 
 
 def _traceback(error: BaseException) -> str:
@@ -339,6 +352,13 @@ def _traceback(error: BaseException) -> str:
     first = ours.index(False) if False in ours else 0
     told.stack = traceback.StackSummary.from_list(told.stack[first:])
     return "".join(told.format()).rstrip()
+
+
+def _descriptors() -> int:
+    try:
+        return len(open_descriptors())
+    except OSError:  # none is left to look with
+        return raise_descriptor_limit()
 
 
 def _with_jitter(value: int, jitter: int) -> int:
