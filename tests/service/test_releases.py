@@ -125,3 +125,16 @@ def test_restart_runs_in_the_virtual_environment_that_the_link_names_now(tmp_pat
         switch(current, tmp_path / "releases" / "41")
         os.kill(victim.pid, signal.SIGKILL)
         assert ask_line(service.port).version == "42"
+
+
+def test_release_whose_path_cannot_be_told_is_refused(tmp_path: Path) -> None:
+    current = tmp_path / "current"
+    switch(current, make_release(tmp_path, 41))
+    odd = os.fsdecode(os.fsencode(make_release(tmp_path, 42)) + b"-\xff")
+    with served_through(current, tmp_path) as service:
+        os.rename(tmp_path / "releases" / "42", odd)
+        switch(current, Path(odd))
+        result = service.run("restart")
+        assert result.returncode == 4
+        assert "HP404" in result.stderr
+        assert ask_line(service.port).version == "41"

@@ -84,6 +84,14 @@ class Launch:
                     fix="name another one with --python, for example --python current/.venv/bin/python",
                 )
         app_dir = os.path.realpath(os.path.join(directory, options.app_dir))  # may be a link to a release, too
+        for path in (directory, python):
+            if not path.isprintable() or any("\ud800" <= letter <= "\udfff" for letter in path):
+                raise StartError(
+                    "HP404",
+                    f"cannot start in {named}",
+                    cause=f"the path {os.fsencode(path)!r} is not printable UTF-8, and workers are told it as JSON",
+                    fix="rename the directory",
+                )
         environment = {**surroundings.environment, "PWD": directory}
         return cls(replace(options, app_dir=app_dir), python, directory, environment)
 

@@ -39,8 +39,8 @@ async def restart(
 
     Raises:
         RestartError: It was refused: another one is in progress, or the service is starting or stopping
-            (HP410), the listeners would change (HP411), or the options (HP3xx) or the surroundings (HP401, HP402)
-            cannot be used. Nothing was begun.
+            (HP410), the listeners would change (HP411), or the options (HP3xx) or the surroundings (HP401, HP402,
+            HP404) cannot be used. Nothing was begun.
     """
     before = supervisor.options
     try:
@@ -74,8 +74,6 @@ async def restart(
     with supervisor.subscribed(listen):
         await supervisor.ask(asked, lambda request: RequestRestart(request, phased, wanted))
         await done.wait()
-    if result[0].outcome == "aborted":
-        supervisor.options = before
     return result[0]
 
 
@@ -104,6 +102,15 @@ async def scale(supervisor: Supervisor, wanted: int) -> None:
         serving = [worker for worker in service.current if worker.phase is Phase.SERVING]
         if len(serving) == len(service.current) == wanted or service.wanted != wanted:
             return
+        if service.is_stopping:
+            raise RestartError(
+                "HP410",
+                f"cannot run {wanted} workers of {supervisor.name}",
+                cause="the service is stopping",
+                fix=f"hotport status {supervisor.name}",
+                phase="scaling",
+                serving=0,
+            )
         if service.failures > failures:
             raise RestartError(
                 "HP412",

@@ -204,7 +204,7 @@ class Supervisor:
                 listeners=[listener.fileno() for listener in self.listeners.values()],
                 listen_names=self._names,
             )
-        except HotportError as error:
+        except (HotportError, OSError, ValueError) as error:
             self._errors[worker] = str(error)
             self.input(Exited(worker, "could not be executed"))
             return
@@ -346,6 +346,8 @@ class Supervisor:
             (self._log.warning if is_bad else self._log.info)(news.value, **shown)
         if news is News.STARTED:
             self._tell_manager(ready=True, status=f"generation {announcement.generation} serves")
+        elif news is News.ABORTED:
+            self.options = self._launches[self.service.generation].options
         elif news is News.DONE:
             self._tell_manager(status=f"generation {announcement.generation} serves")
         elif news is News.RESTART_BEGAN and self.service.restart is not None:
