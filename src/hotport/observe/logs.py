@@ -48,7 +48,8 @@ def configure(*, format: str, level: str, stream: TextIO | None = None, **bound:
         level: Name of the lowest level that is written.
         bound: Put on every line, whoever writes it (generation, worker).
     """
-    out = stream if stream is not None else sys.stderr
+    # Without any: we were started with stderr closed, and keep this one for as long as we live.
+    out = stream or sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     is_console = format == "console" or (format == "auto" and out.isatty())
     values = {**bound, "pid": os.getpid()}
 
