@@ -191,11 +191,12 @@ async def test_connections_wait_in_the_queue_while_descriptors_have_run_out(capl
             client.close()
 
 
-async def test_what_could_not_be_accepted_by_the_deadline_is_counted() -> None:
+@pytest.mark.parametrize("tasks", [1, 3])
+async def test_what_could_not_be_accepted_by_the_deadline_is_counted(tasks: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     clients = [socket.socket() for _ in range(3)]
     try:
-        async with hotport.serve(echo, bind="127.0.0.1:0", drain_timeout=0.2) as server:
+        async with hotport.serve(echo, bind="127.0.0.1:0", drain_timeout=0.2, tasks=tasks) as server:
             for client in clients:
                 client.connect(("127.0.0.1", port_of(server)))
             resource.setrlimit(resource.RLIMIT_NOFILE, (clients[-1].fileno(), hard))

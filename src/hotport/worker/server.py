@@ -66,6 +66,7 @@ class ConnectionServer:
             for listener in listeners
             for each in (listener, *(listener.dup() for _ in range(tasks - 1)))
         ]
+        self._tasks = tasks
         self._is_accepting = False
         connections.on_full = self._stop_acceptors
         connections.on_room = self._on_room
@@ -114,9 +115,11 @@ class ConnectionServer:
 
     def _count_unaccepted(self, is_last: bool) -> None:
         """What could not be taken from the queue by the deadline is reset when the last listener closes."""
+        if is_last:
+            for acceptor in self._acceptors[:: self._tasks]:  # those in between share its queue
+                if waiting := acceptor.waiting():
+                    self.connections.fates["cut_unaccepted"] += waiting
         for acceptor in self._acceptors:
-            if is_last and (waiting := acceptor.waiting()):
-                self.connections.fates["cut_unaccepted"] += waiting
             acceptor.close()
 
     async def shutdown(self) -> None:
