@@ -17,6 +17,7 @@ from hotport.adapters.asgi import AsgiAdapter
 from hotport.adapters.asgi.http import HttpConnection
 from hotport.adapters.asgi.spec import Application, Receive, Scope, Send
 from hotport.adapters.base import Connections, Context
+from hotport.options import Options
 
 #: The one deadline under which every wait in a test happens.
 DEADLINE_S = 10.0 * float(os.environ.get("HOTPORT_TEST_SLOWNESS", "1"))
@@ -229,10 +230,13 @@ class Rig:
         keep_alive_s: float = 60.0,
         lifespan: Literal["auto", "on", "off"] = "off",
         maximum: int = 0,
+        **options: Any,
     ) -> None:
         self.connections = Connections(maximum=maximum)
         self.context = Context(self.connections, service="web", generation=7, worker=2)
-        self.adapter = AsgiAdapter(application, self.context, keep_alive_s=keep_alive_s, lifespan=lifespan)
+        self.adapter = AsgiAdapter(
+            application, self.context, Options(keep_alive_s=keep_alive_s, lifespan=lifespan, **options)
+        )
         self._clients: list[Client] = []
         self._transports: list[MemoryTransport] = []
 

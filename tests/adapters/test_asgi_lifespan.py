@@ -12,13 +12,14 @@ from hotport.adapters.asgi import AsgiAdapter
 from hotport.adapters.asgi.spec import Application, Receive, Scope, Send
 from hotport.adapters.base import Connections, Context
 from hotport.errors import StartError
+from hotport.options import Options
 from tests.adapters.asgi_support import turns
 
 pytestmark = pytest.mark.anyio
 
 
 def adapter(application: Application, lifespan: Any = "auto") -> AsgiAdapter:
-    return AsgiAdapter(application, Context(Connections()), keep_alive_s=1, lifespan=lifespan)
+    return AsgiAdapter(application, Context(Connections()), Options(lifespan=lifespan))
 
 
 async def test_application_lives_from_startup_to_shutdown_in_one_task() -> None:

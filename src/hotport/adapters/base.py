@@ -114,7 +114,12 @@ class Connections:
     def count_request(self) -> None:
         """One more request was taken up (for ``max_requests`` and the status)."""
         self.requests += 1
-        if self.requests == self.requests_max and self.on_requests_max is not None:
+        if self.requests == self.requests_max:
+            self.has_reached_requests_max()
+
+    def has_reached_requests_max(self) -> None:
+        """For those that add to `requests` themselves."""
+        if self.on_requests_max is not None:
             self.on_requests_max()
 
     def count_fates(self, is_counting: bool) -> None:

@@ -173,12 +173,7 @@ def make_adapter(application: Any, context: Context, options: Options) -> Adapte
                     cause=f"the package {error.name} is not installed in {sys.executable}",
                     fix=f"{sys.executable} -m pip install 'hotport[asgi]'",
                 ) from None
-            return AsgiAdapter(
-                application,
-                context,
-                keep_alive_s=options.keep_alive_s,
-                lifespan=options.lifespan,
-            )
+            return AsgiAdapter(application, context, options)
         case "stream":
             from hotport.adapters.stream import StreamAdapter  # anyio, which others do not need
 

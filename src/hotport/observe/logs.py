@@ -9,9 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-__all__ = ["configure", "get_logger"]
+import msgspec
+
+__all__ = ["configure", "get_logger", "renderer", "write"]
 
 
 def _import_structlog() -> Any:
@@ -33,6 +38,42 @@ def _import_structlog() -> Any:
 
 
 structlog = _import_structlog()
+
+
+@dataclass
+class _Look:
+    """How lines of this process look and where they go."""
+
+    out: TextIO = field(default_factory=lambda: sys.stderr)
+    values: Mapping[str, object] = field(default_factory=dict)
+    console: Callable[[Any, str, dict[str, Any]], str] | None = None
+
+
+_look = _Look()
+
+
+def write(text: str) -> None:
+    """Write whole lines where log lines go, at once."""
+    _look.out.write(text)
+    _look.out.flush()
+
+
+def renderer(name: str) -> Callable[[dict[str, Any]], str]:
+    """Makes lines of events at a fraction of what a logger takes for it, for those who write very many.
+
+    They look like a logger's of that name at level ``info``; call it after `configure`.
+    """
+    console, values = _look.console, {**_look.values, "level": "info", "logger": name}
+    if console is not None:
+        return lambda event: console(None, "info", {**values, **event, "timestamp": _timestamp()}) + "\n"
+    prefix = msgspec.json.encode(values)[:-1].decode()
+    encode = msgspec.json.Encoder().encode
+    return lambda event: f'{prefix},{encode(event)[1:-1].decode()},"timestamp":"{_timestamp()}"}}\n'
+
+
+def _timestamp() -> str:
+    now = time.time()
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1e6):06}Z"
 
 
 def get_logger(name: str) -> Any:
@@ -65,20 +106,21 @@ def configure(*, format: str, level: str, stream: TextIO | None = None, **bound:
         structlog.processors.StackInfoRenderer(),
         add_bound,
     ]
-    renderer: list[Any]
+    rendering: list[Any]
     if is_console:
         use_colours = out.isatty() and not os.environ.get("NO_COLOR")
-        renderer = [
+        rendering = [
             structlog.dev.ConsoleRenderer(colors=use_colours, exception_formatter=structlog.dev.plain_traceback)
         ]
     else:
-        renderer = [
+        rendering = [
             structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(ensure_ascii=False, default=str),
         ]
+    _look.out, _look.values, _look.console = out, values, rendering[0] if is_console else None
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared,
-        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderer],
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
     )
     handler = logging.StreamHandler(out)
     handler.setFormatter(formatter)

@@ -42,6 +42,7 @@ NAME_CHARS_MAX: Final = 48
 Kind: TypeAlias = Literal["auto", "asgi", "stream", "protocol", "sockets"]
 Loop: TypeAlias = Literal["uvloop", "asyncio"]
 Ready: TypeAlias = Literal["notify", "exec"]
+AccessLog: TypeAlias = Literal["off", "structured", "combined"]
 Lifespan: TypeAlias = Literal["auto", "on", "off"]
 LogFormat: TypeAlias = Literal["auto", "console", "json"]
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
@@ -90,6 +91,15 @@ class Options:
     kill_timeout_s: float = _option(5.0, duration(), "From asking a worker to leave at once to SIGKILL.")
     orphan_timeout_s: float = _option(60.0, duration(), "How long workers serve on without a supervisor.")
     keep_alive_s: float = _option(5.0, duration(), "How long an idle HTTP connection stays open.")
+    head_max_bytes: int = _option(65536, size(), "The largest HTTP request head; above it the answer is 431.")
+    head_timeout_s: float = _option(
+        30.0, duration(), "How long a request head may take to arrive, counted from connecting at first; 0: for ever."
+    )
+    body_max_bytes: int = _option(0, size(), "The largest HTTP request body; above it the answer is 413; 0: any.")
+    concurrency_max: int = _option(
+        0, count(0), "Requests under way in a worker above which the answer is 503; 0: any number."
+    )
+    server_header: bool = _option(True, switch(), "Say `server: hotport` in answers.")
     phased: bool = _option(False, switch(), "Restart one worker after the other, for machines short of memory.")
     max_requests: int = _option(0, count(0), "Requests after which a worker is replaced; 0: never.")
     max_requests_jitter: int = _option(0, count(0), "Up to so many requests more, by chance, for each worker.")
@@ -105,6 +115,11 @@ class Options:
         (),
         paths(),
         "What to watch in place of the app directory; may be given more than once.",
+    )
+    access_log: AccessLog = _option(
+        "off",
+        choice("off", "structured", "combined"),
+        "A line for each HTTP request: like other log lines, or Apache's.",
     )
     log_format: LogFormat = _option(
         "auto", choice("auto", "console", "json"), "Log lines; auto: console on a terminal."

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import Final, Literal
+from typing import Final
 
+from hotport.adapters.asgi.access import AccessLog
 from hotport.adapters.asgi.exchange import ClientLeft
-from hotport.adapters.asgi.http import LINGER_S, HttpConnection, Shared, State
+from hotport.adapters.asgi.http import HttpConnection
 from hotport.adapters.asgi.lifespan import Lifespan
+from hotport.adapters.asgi.shared import LINGER_S, Shared
 from hotport.adapters.asgi.spec import Application
+from hotport.adapters.asgi.states import State
 from hotport.adapters.base import Context
+from hotport.options import Options
 
 __all__ = ["AsgiAdapter", "ClientLeft", "State"]
 
@@ -22,25 +26,13 @@ CANCEL_S: Final = 1.0
 
 
 class AsgiAdapter:
-    """Serves one ASGI application; implements `hotport.adapters.base.Adapter`.
+    """Serves one ASGI application; implements `hotport.adapters.base.Adapter`."""
 
-    Args:
-        keep_alive_s: Seconds for which a connection without a request stays open after an answer.
-        lifespan: Whether the application takes part in the lifespan protocol; ``auto`` tries it.
-    """
-
-    def __init__(
-        self,
-        application: Application,
-        context: Context,
-        *,
-        keep_alive_s: float,
-        lifespan: Literal["auto", "on", "off"],
-    ) -> None:
+    def __init__(self, application: Application, context: Context, options: Options) -> None:
         self._application = application
         self._context = context
-        self._keep_alive_s = keep_alive_s
-        self._lifespan = Lifespan(application, context, lifespan)
+        self._options = options
+        self._lifespan = Lifespan(application, context, options.lifespan)
         self._shared: Shared | None = None
 
     async def startup(self) -> None:
@@ -50,7 +42,11 @@ class AsgiAdapter:
             StartError: It failed (HP509), or takes no part although it must (HP510).
         """
         await self._lifespan.startup()
-        self._shared = Shared(self._application, self._context, self._lifespan.state, keep_alive_s=self._keep_alive_s)
+        options = self._options
+        access = None
+        if options.access_log != "off":
+            access = AccessLog(options.access_log, asyncio.get_running_loop())
+        self._shared = Shared(self._application, self._context, self._lifespan.state, options, access)
 
     def connection(self) -> HttpConnection:
         """One HTTP connection, registered; `startup` must have returned."""
@@ -75,9 +71,10 @@ class AsgiAdapter:
                 await asyncio.wait(tasks, timeout=CANCEL_S)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LINGER_S):
-                    await self._shared.lingering.wait_empty()
-            self._shared.idle.cancel()
-            self._shared.lingering.cancel()
+                    await self._shared.deadlines.wait_empty()
+            self._shared.deadlines.cancel()
+            if self._shared.access is not None:
+                self._shared.access.flush()
         await self._lifespan.shutdown()
 
     def _running(self, shared: Shared) -> set[asyncio.Task[None]]:

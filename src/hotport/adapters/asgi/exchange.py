@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from hotport.adapters.asgi.spec import Message, Scope
+from hotport.adapters.asgi.sendfile import send_file
+from hotport.adapters.asgi.spec import Application, Message, Scope
 
 if TYPE_CHECKING:
     from hotport.adapters.asgi.http import HttpConnection
@@ -20,7 +22,8 @@ log = logging.getLogger("hotport.error")
 WAITING: Final = 0  # the application has not said anything
 HELD: Final = 1  # it has given status and headers; ASGI wants them held until the first body event
 STREAMING: Final = 2  # the head is written
-ANSWERED: Final = 3  # everything is written
+TRAILING: Final = 3  # so is the body; trailers are to follow
+ANSWERED: Final = 4  # everything is written
 
 # How the client learns where the body ends (RFC 9112 section 6).
 BODYLESS: Final = 0
@@ -31,8 +34,20 @@ UNTIL_CLOSE: Final = 3
 #: Larger bodies are handed to the transport beside their head or chunk size instead of being copied behind it.
 JOIN_BYTES_MAX: Final = 16 * 1024
 
-#: Header fields of an answer that need a look before they are passed on.
+#: Header fields of an answer that are not just passed on.
 NOTED: Final = frozenset({b"connection", b"content-length", b"date", b"server", b"transfer-encoding"})
+
+#: Extensions of every HTTP scope, beside ``hotport`` (ASGI specification, extensions).
+EXTENSIONS: Final[dict[str, dict[str, Any]]] = {
+    "http.response.early_hint": {},
+    "http.response.pathsend": {},
+    "http.response.trailers": {},
+}
+
+#: Header fields as they were rendered before, since most answers repeat them; forgotten when they have become many.
+LINES: Final[dict[tuple[bytes, bytes], bytes]] = {}
+LINES_MAX: Final = 1024
+LINE_BYTES_MAX: Final = 128
 
 
 def _status_line(status: int) -> bytes:
@@ -50,38 +65,54 @@ STATUS_LINES: Final = {status: _status_line(status) for status in range(200, 100
 class ClientLeft(OSError):
     """Raised by ``send()`` when nobody can receive the answer any more (ASGI HTTP specification 2.4)."""
 
+    def __init__(self) -> None:
+        super().__init__("the client has left")
+
 
 class Exchange:
     """One request and its answer: `run` is the application's task, `receive` and `send` are its arguments."""
 
     __slots__ = (
-        "_framing",
+        "_has_trailers",
         "_head",
         "_is_delivered",
         "_is_http10",
         "_is_told",
         "_left",
+        "_trailers",
         "_wakeup",
+        "application",
+        "began",
         "body",
         "client_keeps_alive",
         "connection",
         "expects_continue",
+        "framing",
         "is_complete",
         "is_gone",
         "keeps_alive",
         "length",
         "received",
         "scope",
+        "sent",
         "stage",
+        "status",
         "task",
     )
 
-    def __init__(self, connection: HttpConnection, scope: Scope, keeps_alive: bool, is_http10: bool) -> None:
+    def __init__(
+        self, connection: HttpConnection, application: Application, scope: Scope, keeps_alive: bool, is_http10: bool
+    ) -> None:
         self.connection = connection
+        self.application = application
         self.scope = scope
         self.client_keeps_alive = keeps_alive
         self.keeps_alive = keeps_alive
         self.stage = WAITING
+        self.status = 0
+        #: Bytes of the answer's body that were written.
+        self.sent = 0
+        self.began = 0.0
         self.task: asyncio.Task[None] | None = None
         #: What has arrived and the application has not received; a bytearray once it has grown.
         self.body: bytes | bytearray = b""
@@ -95,6 +126,9 @@ class Exchange:
         self._is_delivered = False
         self._is_told = False  # the application knows that the client has left
         self._wakeup: asyncio.Event | None = None
+
+    def __str__(self) -> str:
+        return f"{self.scope['method']} {self.scope['path']}"
 
     # -- the connection's side -----------------------------------------------------------------------------
 
@@ -115,10 +149,14 @@ class Exchange:
     def complete(self) -> None:
         """The request has arrived whole."""
         self.is_complete = True
-        self.wake()
+        if self._wakeup is not None:
+            self._wakeup.set()
 
     def leave(self) -> None:
         """Nobody will read the answer."""
+        access = self.connection.shared.access
+        if access is not None and self.began and not self.is_gone and self.stage != ANSWERED:
+            access.left(self)
         self.is_gone = True
         self.wake()
 
@@ -129,9 +167,8 @@ class Exchange:
 
     async def run(self) -> None:
         """The application's life with this request; whatever it does, the client gets an answer or an end."""
-        shared = self.connection.shared
         try:
-            await shared.application(self.scope, self.receive, self.send)
+            await self.application(self.scope, self.receive, self.send)
         except BaseException as error:
             self._failed(error)
             if isinstance(error, (asyncio.CancelledError, KeyboardInterrupt)):
@@ -140,15 +177,12 @@ class Exchange:
             if self.stage != ANSWERED and not self.is_gone:
                 log.error(
                     "the application returned without %s: %s",
-                    "the end of its answer" if self.stage == STREAMING else "an answer",
+                    "an answer" if self.stage < STREAMING else "the end of its answer",
                     self,
                 )
                 self._make_up()
         finally:
-            shared.running.discard(self)
-
-    def __str__(self) -> str:
-        return f"{self.scope['method']} {self.scope['path']}"
+            self.connection.shared.running.discard(self)
 
     def _failed(self, error: BaseException) -> None:
         is_over = self.is_gone or self.stage == ANSWERED
@@ -164,7 +198,7 @@ class Exchange:
 
     def _make_up(self) -> None:
         """500 if the client has seen nothing yet, else an end that cannot be mistaken for a whole answer."""
-        if self.stage == STREAMING:
+        if self.stage >= STREAMING:
             self.connection.truncate()
         else:
             self._hold_head({"status": 500, "headers": [(b"content-type", b"text/plain; charset=utf-8")]})
@@ -200,23 +234,28 @@ class Exchange:
             ClientLeft: The client has left, or the connection was cut at the drain deadline.
             RuntimeError: The message does not fit here, or the body not its content-length.
         """
-        connection = self.connection
-        if connection.writable is not None:
-            await connection.writable.wait()
+        writable = self.connection.writable
+        if writable is not None:
+            await writable.wait()
         if self.is_gone:
             self._is_told = True
-            raise ClientLeft("the client has left")
+            raise ClientLeft
         kind = message["type"]
         stage = self.stage
         if kind == "http.response.body" and stage in (HELD, STREAMING):
             self._write(message.get("body", b""), is_end=not message.get("more_body", False))
         elif kind == "http.response.start" and stage == WAITING:
             self._hold_head(message)
+        elif kind == "http.response.pathsend" and stage == HELD:
+            await self._send_file(message["path"])
+        elif kind == "http.response.trailers" and stage == TRAILING:
+            self._send_trailers(message)
+        elif kind == "http.response.early_hint" and stage == WAITING:
+            self._send_hints(message)
         elif stage == ANSWERED:
             raise RuntimeError(f"{kind!r} was sent after the end of the answer")
         else:
-            expected = "http.response.start" if stage == WAITING else "http.response.body"
-            raise RuntimeError(f"{kind!r} was sent where {expected!r} was expected")
+            raise RuntimeError(f"{kind!r} was sent where {EXPECTED[stage]!r} was expected")
 
     def _hold_head(self, message: Message) -> None:
         """Check and render status and headers. Nothing is written, so a failure can still become a 500."""
@@ -225,103 +264,197 @@ class Exchange:
         if line is None:
             raise RuntimeError(f"{status!r} is not the status of a final answer")
         lines = [line]
-        length: int | None = None
+        left: int | None = None
         has_date = has_server = False
-        for name, value in message.get("headers") or ():
-            name = name.lower()
-            if name in NOTED:
-                if name == b"content-length":
-                    if not value.isdigit():
-                        raise RuntimeError(f"{value!r} is not a content-length")
-                    length = int(value)
-                    continue  # written with the rest of the framing
-                if name == b"date":
-                    has_date = True
-                elif name == b"server":
-                    has_server = True
-                else:
-                    # Connection and framing are the server's; the application's wish to close is heard.
-                    if name == b"connection" and b"close" in value.lower():
-                        self.keeps_alive = False
-                    continue
-            lines.append(b"%b: %b\r\n" % (name, value))
-        head = b"".join(lines)
-        if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines):
-            raise RuntimeError("a header field contains a line break")
+        for field in message.get("headers") or ():
+            if type(field) is not tuple:
+                field = tuple(field)
+            if field[0] == b"content-length":
+                left = _length(field[1])
+                continue  # written with the rest of the framing
+            line = LINES.get(field)
+            if line is None:
+                name, line = _render(field)
+                if name in NOTED:
+                    if name == b"content-length":
+                        left = _length(field[1])
+                        continue
+                    if name == b"date":
+                        has_date = True
+                    elif name == b"server":
+                        has_server = True
+                    else:
+                        # Connection and framing are the server's; the application's wish to close is heard.
+                        if name == b"connection" and b"close" in field[1].lower():
+                            self.keeps_alive = False
+                        continue
+            lines.append(line)
 
-        defaults = self.connection.shared.date_and_server()
+        shared = self.connection.shared
+        defaults = shared.defaults or shared.make_defaults()
         if has_date or has_server:
-            date, server = defaults.splitlines(keepends=True)
-            defaults = (b"" if has_date else date) + (b"" if has_server else server)
-        self._framing = LENGTH
+            own = b"date" if has_date else b"", b"server" if has_server else b""
+            lines += [each for each in defaults.splitlines(keepends=True) if each.partition(b":")[0] not in own]
+        else:
+            lines.append(defaults)
+        self.framing = LENGTH
         if status == 204 or status == 304 or self.scope["method"] == "HEAD":
-            self._framing = BODYLESS
+            self.framing = BODYLESS
             if status == 204:
-                length = None  # RFC 9110 section 8.6: MUST NOT
-        self._left = length
-        self._head = head + defaults
+                left = None  # RFC 9110 section 8.6: MUST NOT
+        self.status = status
+        self._left = left
+        self._has_trailers = message.get("trailers", False)
+        self._head = lines
         self.stage = HELD
 
-    def _finish_head(self, size: int, *, is_end: bool) -> bytes:
-        """The rest of the head: it depends on the first body event, and on whether the worker is leaving."""
-        head = self._head
-        if self._framing == LENGTH and self._left is None:
-            if is_end:
-                self._left = size
+    def _finish_head(self, size: int, *, is_end: bool) -> list[bytes]:
+        """The whole head; the rest of it depends on the first body event, and on whether the worker is leaving."""
+        framing = self.framing
+        left = self._left
+        if framing == LENGTH and left is None:
+            if is_end and not self._has_trailers:
+                left = size
             elif self._is_http10:
-                self._framing = UNTIL_CLOSE
+                framing = UNTIL_CLOSE
                 self.keeps_alive = False
             else:
-                self._framing = CHUNKED
-                head += b"transfer-encoding: chunked\r\n"
-        if self._left is not None:
-            head += b"content-length: %d\r\n" % self._left
+                framing = CHUNKED
+        if framing == LENGTH:
+            self._check_length(size, left, is_end=is_end)
+        self.framing = framing
+        self._left = left
+        lines = self._head
+        if left is not None:
+            lines.append(b"content-length: %d\r\n" % left)
+        elif framing == CHUNKED:
+            lines.append(b"transfer-encoding: chunked\r\n")
         if self.expects_continue:
             # Nobody asked for the body: whether it comes is anybody's guess (RFC 9110 section 10.1.1).
             self.keeps_alive = False
         if self.connection.announce_close(self):
-            return head + b"connection: close\r\n\r\n"
-        if self._is_http10:
-            return head + b"connection: keep-alive\r\n\r\n"
-        return head + b"\r\n"
+            lines.append(b"connection: close\r\n\r\n")
+        else:
+            lines.append(b"connection: keep-alive\r\n\r\n" if self._is_http10 else b"\r\n")
+        return lines
+
+    def _check_length(self, size: int, left: int | None, *, is_end: bool) -> None:
+        assert left is not None
+        if size > left or (is_end and size < left):
+            raise RuntimeError(f"the body is {'longer' if size > left else 'shorter'} than its content-length")
 
     def _write(self, body: bytes, *, is_end: bool) -> None:
+        if type(body) is not bytes:
+            body = _as_bytes(body)
         size = len(body)
-        if self._framing == LENGTH and self._left is not None and (size > self._left or (is_end and size < self._left)):
-            more_or_less = "longer" if size > self._left else "shorter"
-            raise RuntimeError(f"the body is {more_or_less} than its content-length")
-        head = tail = b""
         if self.stage == HELD:
-            head = self._finish_head(size, is_end=is_end)
+            parts = self._finish_head(size, is_end=is_end)
             self.stage = STREAMING
-        framing = self._framing
+        else:
+            parts = []
+            if self.framing == LENGTH:
+                self._check_length(size, self._left, is_end=is_end)
+        framing = self.framing
         if framing == LENGTH:
-            assert self._left is not None
-            self._left -= size
-        elif framing == CHUNKED:
-            if size:
-                head += b"%x\r\n" % size
-                tail = b"\r\n"
-            if is_end:
-                tail += b"0\r\n\r\n"
+            self._left -= size  # type: ignore[operator]  # known since the head was finished
+        elif framing == CHUNKED and size:
+            parts.append(b"%x\r\n" % size)
         elif framing == BODYLESS:
-            body, size = b"", 0
+            size = 0
+        if size:
+            self.sent += size
+            parts.append(body)
+        if framing == CHUNKED:
+            if size:
+                parts.append(b"\r\n")
+            if is_end and not self._has_trailers:
+                parts.append(b"0\r\n\r\n")
 
-        transport = self.connection.transport
         if size > JOIN_BYTES_MAX:
-            transport.writelines([part for part in (head, body, tail) if part])
-        elif head or tail:
-            transport.write(b"".join((head, body, tail)))
-        elif size:
-            transport.write(body)
-
+            self.connection.transport.writelines(parts)
+        elif parts:
+            self.connection.transport.write(b"".join(parts))
         if is_end:
-            self.stage = ANSWERED
-            self.body = b""
-            self.wake()
-            self.connection.answered(self)
+            if self._has_trailers:
+                self.stage = TRAILING
+                self._trailers: list[bytes] = []
+            else:
+                self._end()
 
-    @property
-    def is_delimited(self) -> bool:
-        """Whether the client can tell a whole body from one that was cut short by a close."""
-        return self._framing != UNTIL_CLOSE
+    def _end(self) -> None:
+        self.stage = ANSWERED
+        self.body = b""
+        if self._wakeup is not None:
+            self._wakeup.set()
+        self.connection.answered(self)
+
+    # -- extensions ----------------------------------------------------------------------------------------
+
+    async def _send_file(self, path: str) -> None:
+        """``http.response.pathsend``: the whole body is a file."""
+        with open(path, "rb", buffering=0) as file:  # noqa: ASYNC230  a local file, as sendfile(2) needs it
+            size = os.fstat(file.fileno()).st_size
+            head = self._finish_head(size, is_end=True)
+            self.stage = STREAMING
+            self.connection.transport.write(b"".join(head))
+            if self.framing != BODYLESS:
+                await send_file(self.connection, file, size)
+                self.sent = size
+        if self.is_gone:
+            self._is_told = True
+            raise ClientLeft
+        self._end()
+
+    def _send_trailers(self, message: Message) -> None:
+        """``http.response.trailers``: for clients that have said that they read them, and where there is room."""
+        for field in message.get("headers") or ():
+            self._trailers.append(_render(tuple(field))[1])
+        if message.get("more_trailers", False):
+            return
+        if self.framing == CHUNKED:
+            wants = any(name == b"te" and b"trailers" in value.lower() for name, value in self.scope["headers"])
+            self.connection.transport.write(b"".join((b"0\r\n", *(self._trailers if wants else ()), b"\r\n")))
+        self._end()
+
+    def _send_hints(self, message: Message) -> None:
+        """``http.response.early_hint``: links worth fetching before there is an answer (RFC 8297)."""
+        if not self._is_http10:
+            lines = [_render((b"link", link))[1] for link in message["links"]]
+            self.connection.transport.write(b"".join((b"HTTP/1.1 103 Early Hints\r\n", *lines, b"\r\n")))
+
+
+#: The message that an application may send, by stage.
+EXPECTED: Final = {
+    WAITING: "http.response.start",
+    HELD: "http.response.body",
+    STREAMING: "http.response.body",
+    TRAILING: "http.response.trailers",
+}
+
+
+def _length(value: bytes) -> int:
+    if not value.isdigit():
+        raise RuntimeError(f"{value!r} is not a content-length")
+    return int(value)
+
+
+def _render(field: Any) -> tuple[bytes, bytes]:
+    """A field's name in lower case, and its line, which is remembered if it may come again."""
+    name, value = field
+    if not isinstance(name, bytes) or not isinstance(value, bytes):
+        raise RuntimeError(f"a header field is a pair of byte strings, not {field!r}")
+    name = name.lower()
+    line = b"%b: %b\r\n" % (name, value)
+    if line.count(b"\n") != 1 or line.count(b"\r") != 1:
+        raise RuntimeError(f"the header field {name!r} contains a line break")
+    if name not in NOTED and len(line) <= LINE_BYTES_MAX:
+        if len(LINES) >= LINES_MAX:
+            LINES.clear()
+        LINES[field] = line
+    return name, line
+
+
+def _as_bytes(body: object) -> bytes:
+    if isinstance(body, bytearray | memoryview | bytes):
+        return bytes(body)
+    raise RuntimeError(f"a body is a byte string, not {type(body).__name__}")

@@ -1,59 +1,34 @@
-"""HTTP/1.1 connections: what one is doing, and what it does when its worker leaves.
+"""HTTP/1.1 connections: what is read, in which order it is answered, and how it ends.
 
-Parsing is httptools' (llhttp). Here is the life of a connection, which is always in exactly one `State`:
-
-=========== ================================================ ====================== =============================
-state       the client is waiting for ...                    drain                  cut: manner, fate
-=========== ================================================ ====================== =============================
-FRESH       nothing: it has not sent a byte                  stays; serves one more closed, ``cut_fresh``
-HALF_HEAD   the rest of its own request                      stays; serves it       503, ``cut_half_head``
-BODY        as above; the application is running             stays; answers it      503, ``cut_body``
-IN_FLIGHT   an answer; not a byte of it was sent             stays; answers it      503, ``cut_in_flight``
-STREAMING   the rest of an answer                            stays; serves one more truncated, ``cut_streaming``
-SURPLUS     nothing: it is sending a body nobody will read   stays; serves one more closed, ``idle_closed``
-IDLE        nothing; its keep-alive timer runs               stays; serves one more closed, ``idle_closed``
-CLOSING     nothing: it has its last answer, and must close  nothing                closed, as it would have been
-CLOSED      nothing
-=========== ================================================ ====================== =============================
-
-Drain closes nothing: a connection that is closed without notice may be one on which the client has just begun to
-send. Instead, the next head that is written *and has no request behind it* says ``Connection: close``, and the
-connection is closed after that answer (``told_to_close``). Pipelined requests are thus all answered, in order.
+Parsing is httptools' (llhttp). A connection is always in exactly one `State`; `STATES` says what drain does to each.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import fcntl
 import logging
 import os
 import socket
 import struct
 import termios
-import time
 from collections import deque
-from collections.abc import Mapping
-from email.utils import formatdate
-from enum import Enum
+from functools import lru_cache
 from typing import Any, Final
 from urllib.parse import unquote
 
 import httptools
 
-from hotport.adapters.asgi.deadlines import Deadlines
-from hotport.adapters.asgi.exchange import STATUS_LINES, STREAMING, Exchange
-from hotport.adapters.asgi.spec import Application
-from hotport.adapters.base import Context
+from hotport.adapters.asgi.exchange import STATUS_LINES, STREAMING, UNTIL_CLOSE, Exchange
+from hotport.adapters.asgi.shared import ASGI, Shared
+from hotport.adapters.asgi.spec import Receive, Scope, Send
+from hotport.adapters.asgi.states import STATES, Manner, State
 
-__all__ = ["HttpConnection", "Shared", "State"]
+__all__ = ["HttpConnection"]
 
 log = logging.getLogger("hotport.error")
 
 END_OF_HEAD: Final = b"\r\n\r\n"
-
-#: A request head above this is answered with 431.
-HEAD_BYTES_MAX: Final = 64 * 1024
 
 #: Reading pauses while more of a request's body than this waits for the application.
 BODY_HIGH_WATER_BYTES: Final = 64 * 1024
@@ -61,48 +36,17 @@ BODY_HIGH_WATER_BYTES: Final = 64 * 1024
 #: Reading pauses while more pipelined requests than this wait for their turn.
 PIPELINE_MAX: Final = 64
 
-#: How long a connection stays half-closed after its last answer. What a client still sends to a closed socket
-#: comes back as a reset, which destroys what it has not read yet (RFC 9112 section 9.6).
-LINGER_S: Final = 2.0
-
 #: Stands for the length of a chunked body.
 CHUNKED: Final = -1
 
 #: llhttp knows a fixed set of methods; these are the usual ones.
 METHODS: Final = {m.encode(): m for m in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")}
 
+#: Targets up to this size are remembered with what they mean; so the memory for that is bounded.
+TARGET_BYTES_MAX: Final = 256
 
-class State(Enum):
-    """What a connection is doing; see the table at the top of the module."""
-
-    FRESH = "fresh"
-    HALF_HEAD = "half_head"
-    BODY = "body"
-    IN_FLIGHT = "in_flight"
-    STREAMING = "streaming"
-    SURPLUS = "surplus"
-    IDLE = "idle"
-    CLOSING = "closing"
-    CLOSED = "closed"
-
-
-class _Manner(Enum):
-    """How to end a connection at the deadline: as politely as its state allows."""
-
-    CLOSE = "what is written is still flushed"
-    REFUSE = "503, so that the client knows that it may ask again"
-    TRUNCATE = "the answer must not look whole"
-
-
-CUTS: Final[Mapping[State, tuple[_Manner, str]]] = {
-    State.FRESH: (_Manner.CLOSE, "cut_fresh"),
-    State.HALF_HEAD: (_Manner.REFUSE, "cut_half_head"),
-    State.BODY: (_Manner.REFUSE, "cut_body"),
-    State.IN_FLIGHT: (_Manner.REFUSE, "cut_in_flight"),
-    State.STREAMING: (_Manner.TRUNCATE, "cut_streaming"),
-    State.SURPLUS: (_Manner.CLOSE, "idle_closed"),
-    State.IDLE: (_Manner.CLOSE, "idle_closed"),
-}
+#: Seconds after which a client that was sent away for want of room may come again.
+RETRY_AFTER_S: Final = b"1"
 
 
 class _Refused(Exception):
@@ -111,48 +55,6 @@ class _Refused(Exception):
     def __init__(self, status: int, why: str) -> None:
         self.status = status
         self.why = why
-
-
-class Shared:
-    """What all connections of one adapter have in common."""
-
-    __slots__ = (
-        "_date_and_server",
-        "_second",
-        "application",
-        "context",
-        "idle",
-        "lingering",
-        "loop",
-        "running",
-        "state",
-        "variables",
-    )
-
-    def __init__(
-        self, application: Application, context: Context, state: dict[str, Any], *, keep_alive_s: float
-    ) -> None:
-        self.application = application
-        self.context = context
-        self.state = state
-        self.loop = asyncio.get_running_loop()
-        self.idle: Deadlines[HttpConnection] = Deadlines(keep_alive_s, HttpConnection.expire_idle, self.loop)
-        self.lingering: Deadlines[HttpConnection] = Deadlines(LINGER_S, HttpConnection.expire_lingering, self.loop)
-        #: Applications may run on after their answer, or after the client has left.
-        self.running: set[Exchange] = set()
-        #: Each request gets a copy. Callbacks run in the context in which their connection was accepted, and
-        #: what one request sets must not show up in the next (python/cpython#140947).
-        self.variables = contextvars.copy_context()
-        self._second = -1
-        self._date_and_server = b""
-
-    def date_and_server(self) -> bytes:
-        """The two header lines that every answer has by default; made once a second."""
-        now = int(time.time())
-        if now != self._second:
-            self._second = now
-            self._date_and_server = f"date: {formatdate(now, usegmt=True)}\r\nserver: hotport\r\n".encode("ascii")
-        return self._date_and_server
 
 
 class HttpConnection(asyncio.Protocol):
@@ -168,8 +70,8 @@ class HttpConnection(asyncio.Protocol):
         "_has_served",
         "_head",
         "_headers",
+        "_is_advancing",
         "_is_attached",
-        "_is_closed",
         "_is_deaf",
         "_is_draining",
         "_is_reading_paused",
@@ -181,7 +83,9 @@ class HttpConnection(asyncio.Protocol):
         "_server",
         "_tail",
         "_url",
+        "due",
         "has_eof",
+        "is_closed",
         "shared",
         "transport",
         "writable",
@@ -193,6 +97,9 @@ class HttpConnection(asyncio.Protocol):
         #: There while the transport's write buffer is too full; set when it is not.
         self.writable: asyncio.Event | None = None
         self.has_eof = False
+        self.is_closed = False
+        #: The tick at which it has waited too long for its client (`Deadlines`).
+        self.due = 0
 
         self._parser = self._new_parser()
         self._url = b""
@@ -212,22 +119,22 @@ class HttpConnection(asyncio.Protocol):
         self._refusal: tuple[int, str] | None = None
 
         self._is_attached = False  # there is a transport
+        self._is_advancing = False
         self._has_served = False
         self._is_reading_paused = False
         self._is_draining = False
         self._is_deaf = False  # no other request will be read
         self._has_announced_close = False  # the head of the last answer is written
         self._has_said_goodbye = False  # all of the last answer is written
-        self._is_closed = False
         self._fate = "finished"
-        shared.context.connections.opened(self)
+        shared.registry.opened(self)
 
     # -- what the worker asks ------------------------------------------------------------------------------
 
     @property
     def state(self) -> State:
         """What the connection is doing; read off the facts, so that it cannot disagree with them."""
-        if self._is_closed:
+        if self.is_closed:
             return State.CLOSED
         if self._has_said_goodbye:
             return State.CLOSING
@@ -241,6 +148,11 @@ class HttpConnection(asyncio.Protocol):
         if self._head:
             return State.HALF_HEAD
         return State.IDLE if self._has_served else State.FRESH
+
+    @property
+    def is_tls(self) -> bool:
+        """Whether bytes that are written go through a cipher."""
+        return self._scheme == "https"
 
     @property
     def unconsumed(self) -> bytes:
@@ -258,8 +170,8 @@ class HttpConnection(asyncio.Protocol):
             return self._fate
         if state in (State.FRESH, State.IDLE) and self._has_unread():
             state = State.HALF_HEAD
-        manner, fate = CUTS.get(state, (_Manner.CLOSE, self._fate))
-        if manner is _Manner.CLOSE and self._is_attached and self.transport.get_write_buffer_size():
+        manner, fate = STATES[state].manner, STATES[state].fate or self._fate
+        if manner in (Manner.CLOSE, Manner.NOTHING) and self._is_attached and self.transport.get_write_buffer_size():
             fate = "cut_streaming"  # the answer is whole for us, but not yet for the client
 
         for exchange in (self._current, *self._pipeline):
@@ -268,10 +180,10 @@ class HttpConnection(asyncio.Protocol):
                 if exchange.task is not None:
                     exchange.task.cancel()
         if not self._is_attached:
-            self._is_closed = True  # connection_made sees to it
-        elif manner is _Manner.REFUSE:
+            self.is_closed = True  # connection_made sees to it
+        elif manner is Manner.REFUSE:
             self._answer_refusal(503, "")
-        elif manner is _Manner.TRUNCATE:
+        elif manner is Manner.TRUNCATE:
             self.truncate()
         else:
             self._close()
@@ -282,22 +194,24 @@ class HttpConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]  # a full one: it was made for a stream socket
         self._is_attached = True
-        if self._is_closed:  # cut before it was attached
+        if self.is_closed:  # cut before it was attached
             self.transport.abort()
             return
+        shared = self.shared
+        shared.deadlines.add(self)
+        self._wait(shared.head_ticks)
         info = transport.get_extra_info
         self._scheme = "http" if info("sslcontext") is None else "https"
         self._client = _client_address(info("peername"))
         self._server = _server_address(info("sockname"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._is_closed = True
-        self.shared.idle.discard(self)
-        self.shared.lingering.discard(self)
+        self.is_closed = True
+        self.shared.deadlines.discard(self)
         self._forget_requests()
         self._parser = None  # it holds our methods, and a cycle would keep both until the collector comes by
         self.resume_writing()
-        self.shared.context.connections.closed(self, self._fate)
+        self.shared.registry.closed(self, self._fate)
 
     def pause_writing(self) -> None:
         self.writable = asyncio.Event()
@@ -320,17 +234,25 @@ class HttpConnection(asyncio.Protocol):
         return self._scheme == "http"  # TLS transports cannot stay half open
 
     def data_received(self, data: bytes) -> None:
-        self.shared.idle.discard(self)
         if self._is_deaf and self._arriving is None:
             return
         # Nearly all requests come like this: one read, which ends where a head ends. Then nothing half-read can
         # be left behind it, so it may go through the parser in one piece.
-        if data.endswith(END_OF_HEAD) and self._arriving is None and not self._head and len(data) <= HEAD_BYTES_MAX:
+        if (
+            data.endswith(END_OF_HEAD)
+            and self._arriving is None
+            and not self._head
+            and len(data) <= self.shared.options.head_max_bytes
+        ):
             self._parse(data)
-        else:
-            self._parse_in_pieces(data)
-        if self._current is None and not self._head and not self._has_said_goodbye:
-            self.shared.idle.add(self)  # empty lines, or a body that nobody reads
+            return
+        had_begun = bool(self._head) or not self._has_served
+        self._parse_in_pieces(data)
+        if self._current is None and not self._has_said_goodbye:
+            if self._arriving is not None:  # a body that nobody reads
+                self._wait(self.shared.keep_alive_ticks)
+            elif self._head and not had_begun:
+                self._wait(self.shared.head_ticks)
 
     # -- parsing -------------------------------------------------------------------------------------------
 
@@ -355,7 +277,7 @@ class HttpConnection(asyncio.Protocol):
                 piece = data[start:end]
                 # Empty lines in front of a request belong to nothing (RFC 9112 section 2.2).
                 head = self._head + piece if self._head else piece.lstrip(b"\r\n")
-                if len(head) > HEAD_BYTES_MAX:
+                if len(head) > self.shared.options.head_max_bytes:
                     self._refuse(431, "the request head is too large")
                     return
                 self._head = b"" if head.endswith(END_OF_HEAD) else head
@@ -381,6 +303,11 @@ class HttpConnection(asyncio.Protocol):
         arriving = self._arriving
         if arriving is not None and arriving.length is None:
             self._note_framing(arriving)
+        if self._pipeline:
+            if self._current is None:
+                self._advance()
+            if len(self._pipeline) > PIPELINE_MAX:
+                self._pause_reading()
 
     def _on_parser_error(self, error: httptools.HttpParserError) -> None:
         match error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else error:
@@ -400,6 +327,8 @@ class HttpConnection(asyncio.Protocol):
                 exchange.length = int(value)
             elif name == b"expect" and value.lower() == b"100-continue":
                 exchange.expects_continue = exchange.scope["http_version"] != "1.0" and not exchange.received
+        if 0 < self.shared.options.body_max_bytes < exchange.length:
+            self._refuse(413, "the request body is too large")
 
     def _upgrade(self, rest: bytes) -> None:
         """A request to speak something else from here on. WebSocket will be taken up here.
@@ -449,42 +378,38 @@ class HttpConnection(asyncio.Protocol):
             if method == b"CONNECT":
                 raise _Refused(501, "this is not a proxy")
             self._is_upgrade = True
-        target = httptools.parse_url(url)
-        raw_path = target.path or b"/"
-        path = raw_path.decode("ascii")
+        path, raw_path, query = _read_target(url) if len(url) <= TARGET_BYTES_MAX else _read_target.__wrapped__(url)
         exchange = Exchange(
             self,
+            shared.application,
             {
                 "type": "http",
-                "asgi": {"version": "3.0", "spec_version": "2.4"},
+                "asgi": ASGI,
                 "http_version": version,
                 "method": METHODS.get(method) or method.decode("ascii"),
                 "scheme": self._scheme,
-                "path": unquote(path) if "%" in path else path,
+                "path": path,
                 "raw_path": raw_path,
-                "query_string": target.query or b"",
+                "query_string": query,
                 "root_path": "",
                 "headers": headers,
                 "client": self._client,
                 "server": self._server,
                 "state": shared.state.copy(),
-                "extensions": {"hotport": shared.context.extension},
+                "extensions": shared.extensions,
             },
             parser.should_keep_alive(),
             is_http10,
         )
         self._arriving = exchange
-        if self._current is None:
-            self._begin(exchange)
-        else:
-            self._pipeline.append(exchange)
-            if len(self._pipeline) > PIPELINE_MAX:
-                self._pause_reading()
+        self._pipeline.append(exchange)
 
     def on_body(self, body: bytes) -> None:
         exchange = self._arriving
         assert exchange is not None
         exchange.add_body(body)
+        if 0 < self.shared.options.body_max_bytes < exchange.received:
+            raise _Refused(413, "the request body is too large")
         if len(exchange.body) > BODY_HIGH_WATER_BYTES:
             self._pause_reading()
 
@@ -499,12 +424,29 @@ class HttpConnection(asyncio.Protocol):
 
     # -- requests and answers ------------------------------------------------------------------------------
 
+    def _advance(self) -> None:
+        """Go on to what is next. An application may answer before it has begun to wait: then to what is after it."""
+        self._is_advancing = True
+        while self._current is None and self._pipeline:
+            self._begin(self._pipeline.popleft())
+        self._is_advancing = False
+        if self._current is None and self._refusal is not None and not self._has_said_goodbye:
+            self._answer_refusal(*self._refusal)
+
     def _begin(self, exchange: Exchange) -> None:
         self._current = exchange
+        self.due = 0
         shared = self.shared
-        shared.context.connections.count_request()
+        registry = shared.registry
+        registry.requests += 1
+        if registry.requests == registry.requests_max:
+            registry.has_reached_requests_max()
+        if shared.access is not None:
+            exchange.began = shared.loop.time()
+        if 0 < shared.options.concurrency_max <= len(shared.running):
+            exchange.application = _overloaded
         shared.running.add(exchange)
-        exchange.task = shared.loop.create_task(exchange.run(), context=shared.variables.copy())
+        exchange.task = shared.run(exchange.run(), context=shared.variables.copy())
 
     def announce_close(self, exchange: Exchange) -> bool:
         """Whether the head of this answer, which is about to be written, must say that it is the last."""
@@ -522,6 +464,8 @@ class HttpConnection(asyncio.Protocol):
 
     def answered(self, exchange: Exchange) -> None:
         """The current answer is written whole: go on to what is next."""
+        if self.shared.access is not None:
+            self.shared.access.answered(exchange)
         self._current = None
         self._has_served = True
         if self._has_announced_close:
@@ -531,16 +475,16 @@ class HttpConnection(asyncio.Protocol):
                 self._linger()
             else:
                 self._close()  # the client has sent its last byte, and said so
-        elif self._pipeline:
-            self._begin(self._pipeline.popleft())
-            self.resume_reading_if_room()
-        elif self._refusal is not None:
-            self._answer_refusal(*self._refusal)
+            return
+        if self._pipeline or self._refusal is not None:
+            if not self._is_advancing:
+                self._advance()
         elif self.has_eof:
             self._close()
+            return
         else:
-            if not self._head:
-                self.shared.idle.add(self)
+            self._wait(self.shared.head_ticks if self._head else self.shared.keep_alive_ticks)
+        if self._is_reading_paused:
             self.resume_reading_if_room()
 
     def _refuse(self, status: int, why: str) -> None:
@@ -558,16 +502,17 @@ class HttpConnection(asyncio.Protocol):
                 return
             elif broken is self._current:
                 self._current = None
+        self._refusal = (status, why)
         if self._current is None:
-            self._answer_refusal(status, why)
-        else:
-            self._refusal = (status, why)
+            self._advance()
 
     def _answer_refusal(self, status: int, why: str) -> None:
+        if self.shared.access is not None:
+            self.shared.access.refused(self._client, status)
         body = f"{why}\n".encode() if why else b""
         self.transport.write(
             b"%b%bcontent-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b"
-            % (STATUS_LINES[status], self.shared.date_and_server(), len(body), body)
+            % (STATUS_LINES[status], self.shared.defaults or self.shared.make_defaults(), len(body), body)
         )
         self._linger()
 
@@ -590,6 +535,14 @@ class HttpConnection(asyncio.Protocol):
             self._is_reading_paused = False
             self.transport.resume_reading()
 
+    async def flush(self) -> None:
+        """Return when everything that was written is in the kernel, or the client has left."""
+        self.transport.set_write_buffer_limits(high=0)
+        if self.writable is not None:
+            await self.writable.wait()
+        if not self.is_closed:
+            self.transport.set_write_buffer_limits()
+
     def _has_unread(self) -> bool:
         """Whether bytes of the client wait in the kernel (tcp(7), SIOCINQ)."""
         sock = self.transport.get_extra_info("socket") if self._is_attached else None
@@ -602,25 +555,27 @@ class HttpConnection(asyncio.Protocol):
 
     # -- endings -------------------------------------------------------------------------------------------
 
-    def expire_idle(self) -> None:
-        """The keep-alive time is over; but not while an answer is on its way, or a request has come just now."""
-        if self.transport.get_write_buffer_size() or self._has_unread():
-            self.shared.idle.add(self)
+    def _wait(self, ticks: int) -> None:
+        """Wait for the client, but no longer than that; 0 is for ever."""
+        self.due = self.shared.deadlines.now + ticks if ticks else 0
+
+    def expire(self) -> None:
+        """The client has had its time; but not while an answer is on its way, or something has come just now."""
+        state = self.state
+        if state is State.HALF_HEAD:
+            self._refuse(408, "the request head did not arrive in time")
+        elif self.transport.get_write_buffer_size() or (state is not State.CLOSING and self._has_unread()):
+            self._wait(self.shared.keep_alive_ticks)
+        elif state is State.CLOSING:
+            self.transport.close()
         else:
             self._fate = "idle_closed"
             self._close()
 
-    def expire_lingering(self) -> None:
-        """The client has not closed; it had the time, unless it is still reading."""
-        if self.transport.get_write_buffer_size():
-            self.shared.lingering.add(self)
-        else:
-            self.transport.close()
-
     def truncate(self) -> None:
         """End so that the answer that has begun does not look whole."""
         current = self._current
-        if current is not None and not current.is_delimited:
+        if current is not None and current.framing == UNTIL_CLOSE:
             # A close would be its regular end; only a reset is not (socket(7), SO_LINGER).
             sock = self.transport.get_extra_info("socket")
             if sock is not None:
@@ -650,7 +605,7 @@ class HttpConnection(asyncio.Protocol):
         self._has_said_goodbye = self._is_deaf = True
         self._forget_requests()
         self._resume_reading()
-        self.shared.lingering.add(self)
+        self._wait(self.shared.linger_ticks)
 
     def _forget_requests(self) -> None:
         for exchange in (self._current, *self._pipeline):
@@ -680,6 +635,22 @@ def _end_of_piece(data: bytes, start: int, before: bytes) -> int:
             return start + across + 4 - len(before)
     found = data.find(END_OF_HEAD, start)
     return len(data) if found < 0 else found + 4
+
+
+@lru_cache(maxsize=1024)
+def _read_target(target: bytes) -> tuple[str, bytes, bytes]:
+    """Path, raw path and query string of a request target, as ASGI wants them."""
+    url = httptools.parse_url(target)
+    raw_path = url.path or b"/"
+    path = raw_path.decode("ascii")
+    return (unquote(path) if "%" in path else path), raw_path, url.query or b""
+
+
+async def _overloaded(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers in place of the application while it has as much to do as it may."""
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"retry-after", RETRY_AFTER_S)]
+    await send({"type": "http.response.start", "status": 503, "headers": headers})
+    await send({"type": "http.response.body", "body": b"too many requests are under way\n"})
 
 
 def _client_address(peername: Any) -> tuple[str, int] | None:

@@ -1,0 +1,113 @@
+"""One line for every request, when it is over."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from hotport.observe import logs
+
+if TYPE_CHECKING:
+    from hotport.adapters.asgi.exchange import Exchange
+    from hotport.adapters.asgi.spec import Scope
+
+__all__ = ["AccessLog"]
+
+#: Written at once; several workers may share a pipe, where longer writes mix (pipe(7), PIPE_BUF).
+BATCH_CHARS_MAX: Final = 4096
+
+#: The status of a request whose client did not wait for an answer, as in nginx.
+CLIENT_LEFT: Final = 499
+
+#: What must not stand in a field of the combined format as it is.
+UNSAFE: Final = re.compile(r'["\\\x00-\x1f\x7f-\xff]')
+
+Client = tuple[str, int] | None
+
+
+class AccessLog:
+    """Writes a line for each request in batches, at the end of a turn of the event loop.
+
+    Args:
+        format: ``structured`` looks like every other log line, ``combined`` is Apache's.
+    """
+
+    def __init__(self, format: Literal["structured", "combined"], loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lines: list[str] = []
+        self._size = 0
+        self._render = _combined if format == "combined" else _structured(logs.renderer("hotport.access"))
+
+    def answered(self, exchange: Exchange) -> None:
+        """This request has its whole answer."""
+        self._write(exchange.scope, exchange.scope["client"], exchange.status, exchange, exchange.began)
+
+    def left(self, exchange: Exchange) -> None:
+        """This request has no whole answer, and nobody waits for one any more."""
+        self._write(exchange.scope, exchange.scope["client"], exchange.status or CLIENT_LEFT, exchange, exchange.began)
+
+    def refused(self, client: Client, status: int) -> None:
+        """What came was no request, or not one to answer."""
+        self._write(None, client, status, None, 0.0)
+
+    def _write(self, scope: Scope | None, client: Client, status: int, exchange: Exchange | None, began: float) -> None:
+        ms = (self._loop.time() - began) * 1000 if began else 0.0
+        line = self._render(scope, client, status, exchange.sent if exchange else 0, ms)
+        if not self._lines:
+            self._loop.call_soon(self.flush)
+        elif self._size + len(line) > BATCH_CHARS_MAX:
+            self.flush()
+        self._lines.append(line)
+        self._size += len(line)
+
+    def flush(self) -> None:
+        """Write what is there."""
+        if self._lines:
+            text = "".join(self._lines)
+            self._lines.clear()
+            self._size = 0
+            logs.write(text)
+
+
+Render = Callable[["Scope | None", Client, int, int, float], str]
+
+
+def _structured(render: Callable[[dict[str, Any]], str]) -> Render:
+    def line(scope: Scope | None, client: Client, status: int, sent: int, ms: float) -> str:
+        event: dict[str, Any] = {"event": "request", "client": client[0] if client else None}
+        if scope is not None:
+            event["method"] = scope["method"]
+            event["path"] = _target(scope)
+        event["status"] = status
+        event["bytes"] = sent
+        event["ms"] = round(ms, 3)
+        return render(event)
+
+    return line
+
+
+def _combined(scope: Scope | None, client: Client, status: int, sent: int, ms: float) -> str:
+    """Sources: httpd.apache.org/docs/current/logs.html, "combined"."""
+    request, referer, agent = "-", "-", "-"
+    if scope is not None:
+        request = _safe(f"{scope['method']} {_target(scope)} HTTP/{scope['http_version']}")
+        for name, value in scope["headers"]:
+            if name == b"referer":
+                referer = _safe(value.decode("latin-1"))
+            elif name == b"user-agent":
+                agent = _safe(value.decode("latin-1"))
+    when = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime())
+    return f'{client[0] if client else "-"} - - [{when}] "{request}" {status} {sent} "{referer}" "{agent}"\n'
+
+
+def _target(scope: Scope) -> str:
+    query = scope["query_string"]
+    raw: bytes = scope["raw_path"] + b"?" + query if query else scope["raw_path"]
+    return raw.decode("latin-1")
+
+
+def _safe(text: str) -> str:
+    return UNSAFE.sub(lambda match: f"\\x{ord(match[0]):02x}", text) if UNSAFE.search(text) else text

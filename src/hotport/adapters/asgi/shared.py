@@ -1,0 +1,107 @@
+"""What all connections of one worker have in common."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import sys
+import time
+from email.utils import formatdate
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from hotport.adapters.asgi.deadlines import Deadlines, Member
+from hotport.adapters.asgi.exchange import EXTENSIONS, Exchange
+from hotport.adapters.asgi.spec import Application
+from hotport.adapters.base import Context
+
+if TYPE_CHECKING:
+    from hotport.adapters.asgi.access import AccessLog
+    from hotport.options import Options
+
+__all__ = ["ASGI", "LINGER_S", "Shared"]
+
+#: How long a connection stays half-closed after its last answer. What a client still sends to a closed socket
+#: comes back as a reset, which destroys what it has not read yet (RFC 9112 section 9.6).
+LINGER_S: Final = 2.0
+
+#: How long the default header lines stay as they are: a date has whole seconds.
+DATE_S: Final = 1.0
+
+ASGI: Final = {"version": "3.0", "spec_version": "2.4"}
+
+
+class Shared:
+    """What all connections of one adapter have in common; read by every request, so most of it is plain attributes.
+
+    Attributes:
+        extensions: Of every scope.
+        running: Applications that run; they may run on after their answer, or after the client has left.
+        defaults: Header lines that every answer has; ``b""`` when they have to be made anew (`make_defaults`).
+    """
+
+    __slots__ = (
+        "access",
+        "application",
+        "context",
+        "deadlines",
+        "defaults",
+        "extensions",
+        "head_ticks",
+        "keep_alive_ticks",
+        "linger_ticks",
+        "loop",
+        "options",
+        "registry",
+        "run",
+        "running",
+        "state",
+        "variables",
+    )
+
+    def __init__(
+        self,
+        application: Application,
+        context: Context,
+        state: dict[str, Any],
+        options: Options,
+        access: AccessLog | None = None,
+    ) -> None:
+        self.application = application
+        self.context = context
+        self.registry = context.connections
+        self.options = options
+        self.state = state
+        self.access = access
+        self.loop = loop = asyncio.get_running_loop()
+        self.extensions = {"hotport": context.extension, **EXTENSIONS}
+        waits = [s for s in (LINGER_S, options.keep_alive_s, options.head_timeout_s) if s]
+        self.deadlines: Deadlines[Member] = Deadlines(min(waits), loop)
+        self.keep_alive_ticks = self.deadlines.ticks(options.keep_alive_s)
+        self.linger_ticks = self.deadlines.ticks(LINGER_S)
+        self.head_ticks = self.deadlines.ticks(options.head_timeout_s) if options.head_timeout_s else 0
+        self.running: set[Exchange] = set()
+        #: Each request gets a copy. Callbacks run in the context in which their connection was accepted, and
+        #: what one request sets must not show up in the next (python/cpython#140947).
+        self.variables = contextvars.copy_context()
+        self.run = _eagerly(loop) if sys.version_info >= (3, 12) else loop.create_task
+        self.defaults = b""
+
+    def make_defaults(self) -> bytes:
+        """The header lines that every answer has by default; they are forgotten after a second."""
+        now = formatdate(time.time(), usegmt=True)
+        server = "server: hotport\r\n" if self.options.server_header else ""
+        self.defaults = f"date: {now}\r\n{server}".encode("ascii")
+        self.loop.call_later(DATE_S, self._forget_defaults)
+        return self.defaults
+
+    def _forget_defaults(self) -> None:
+        self.defaults = b""
+
+
+def _eagerly(loop: asyncio.AbstractEventLoop) -> Any:
+    """Makes tasks whose first step is taken at once: most applications answer in it, and need no turn of the loop.
+
+    It is taken as in a task of its own: ``asyncio.current_task()``, cancellation and context variables are right.
+    """
+    return partial(asyncio.Task, loop=loop, eager_start=True)  # type: ignore[call-arg]  # since Python 3.12
