@@ -743,8 +743,8 @@ async def test_send_waits_while_the_client_does_not_read() -> None:
 
     async with serving(app) as rig:
         connection, _transport = rig.memory()
-        connection.data_received(get())
         connection.pause_writing()
+        connection.data_received(get())
         await turns()
         assert sent == []
         connection.resume_writing()
@@ -763,8 +763,8 @@ async def test_send_that_waits_learns_that_the_client_has_left() -> None:
 
     async with serving(app) as rig:
         connection, transport = rig.memory()
-        connection.data_received(get())
         connection.pause_writing()
+        connection.data_received(get())
         await turns()
         transport.abort()
         await turns()
@@ -923,9 +923,7 @@ async def test_body_that_turns_out_malformed_is_refused(is_behind: bool) -> None
         if is_behind:
             assert (await client.answer()).body == b"front"
         assert (await client.answer()).status == 400
-        if not is_behind:
-            await until(lambda: bool(bodies))
-    assert bodies == ([] if is_behind else [b"a<disconnected>"])
+    assert bodies == []  # it is never begun with: what is known to be malformed reaches no application
 
 
 async def test_body_that_turns_out_malformed_midway_through_the_answer_truncates_it() -> None:

@@ -245,14 +245,24 @@ class HttpConnection(asyncio.Protocol):
             and len(data) <= self.shared.options.head_max_bytes
         ):
             self._parse(data)
+            self._go_on()
             return
         had_begun = bool(self._head) or not self._has_served
         self._parse_in_pieces(data)
+        self._go_on()
         if self._current is None and not self._has_said_goodbye:
             if self._arriving is not None:  # a body that nobody reads
                 self._wait(self.shared.keep_alive_ticks)
             elif self._head and not had_begun:
                 self._wait(self.shared.head_ticks)
+
+    def _go_on(self) -> None:
+        """Let applications run, now that the parser is not in the midst of anything: they may answer at once."""
+        if self._pipeline:
+            if self._current is None:
+                self._advance()
+            if len(self._pipeline) > PIPELINE_MAX:
+                self._pause_reading()
 
     # -- parsing -------------------------------------------------------------------------------------------
 
@@ -303,11 +313,6 @@ class HttpConnection(asyncio.Protocol):
         arriving = self._arriving
         if arriving is not None and arriving.length is None:
             self._note_framing(arriving)
-        if self._pipeline:
-            if self._current is None:
-                self._advance()
-            if len(self._pipeline) > PIPELINE_MAX:
-                self._pause_reading()
 
     def _on_parser_error(self, error: httptools.HttpParserError) -> None:
         match error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else error:
