@@ -191,9 +191,9 @@ def machine() -> dict[str, Any]:
 
 def show(title: str, samples: Mapping[str, Samples]) -> None:
     """Print a table, one line for each name."""
-    print(f"{'':44}    median   (range of {title})")
+    print(f"{'':52}    median   (range of {title})")
     for name, found in samples.items():
-        print(f"{name:44}{found}")
+        print(f"{name:52}{found}")
 
 
 def save(

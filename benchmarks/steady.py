@@ -121,7 +121,7 @@ def main() -> int:
 
     show(f"{rounds} rounds of {seconds:g} s", samples)
     for name, size in rss.items():
-        print(f"{'RSS of ' + name:44}{size:>10.1f} MiB")
+        print(f"{'RSS of ' + name:52}{size:>10.1f} MiB")
     print()
     save(
         options.output,
