@@ -16,7 +16,7 @@ SERVERS: Final = {
     "keep-alive": ("`Hello, world!`, requests/s", "requests/s", 0),
     "connections": ("likewise, a connection for each", "requests/s", 0),
     "access-log": ("likewise, each one logged", "requests/s", 0),
-    "latency": ("p99 latency in ms at the same rate", "p99 ms", 2),
+    "latency": ("p99 latency in ms at {rate:,.0f} requests/s", "p99 ms", 2),
     "fastapi": ("FastAPI, a small JSON, requests/s", "requests/s", 0),
     "body": ("64 KiB in one piece, requests/s", "requests/s", 0),
     "stream": ("1 MiB in pieces of 64 KiB, MiB/s", "MiB/s", 0),
@@ -74,13 +74,13 @@ def _servers(results: dict[str, Any]) -> list[str]:
         "| one worker on one core | hotport | " + " | ".join(f"to {name} {packages[name]}" for name in others) + " |",
         "|---|---|" + "---|" * len(others),
     ]
-    rounds = 0
+    rounds, rate = 0, samples.get("latency: hotport requests/s", [0.0])[0]
     for row, (what, unit, decimals) in SERVERS.items():
         if ours := samples.get(f"{row}: hotport {unit}"):
             rounds = len(ours)
             ratios = [samples[f"{row}: hotport to {other}, {unit}"] for other in others]
             cells = [f"{statistics.median(ours):,.{decimals}f}", *map(_ratio, ratios)]
-            lines.append(f"| {what} | {' | '.join(cells)} |")
+            lines.append(f"| {what.format(rate=rate)} | {' | '.join(cells)} |")
     return [
         *lines,
         "",
