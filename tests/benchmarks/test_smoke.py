@@ -19,7 +19,7 @@ SMALL = {
     "restart.py": (),
     "http.py": (
         *("--seconds", "0.2", "--servers", "hotport", "uvicorn"),
-        *("--only", "upload", "websocket", "access-log", "latency", "memory"),
+        *("--only", "websocket", "access-log", "latency", "memory"),
     ),
 }
 
