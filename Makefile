@@ -41,6 +41,7 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev debian
 	$(BIN)/python benchmarks/steady.py
 	$(BIN)/python benchmarks/restart.py
+	$(BIN)/python benchmarks/http.py
 	$(MAKE) bench-report
 
 bench-report: $(VENV)/.dev

@@ -10,6 +10,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -17,10 +18,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
+from tests.support import Service
+
 for variable in ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START"):
     os.environ.pop(variable, None)  # what is timed must not be traced
 
-__all__ = ["Goal", "Samples", "arguments", "cpu_s", "machine", "pinned", "save", "wrk"]
+__all__ = ["HELLO", "Goal", "Samples", "arguments", "cpu_s", "hotport", "machine", "pinned", "save", "show", "wrk"]
 
 RESULTS: Final = Path(__file__).parent / "results"
 
@@ -35,7 +38,34 @@ SYSCTLS: Final = (
     "vm/overcommit_memory",
 )
 
-PACKAGES: Final = ("hotport", "anyio", "click", "httptools", "msgspec", "rich", "structlog", "uvicorn", "uvloop")
+PACKAGES: Final = (
+    "hotport",
+    "anyio",
+    "click",
+    "fastapi",
+    "granian",
+    "httptools",
+    "msgspec",
+    "pydantic",
+    "rich",
+    "starlette",
+    "structlog",
+    "uvicorn",
+    "uvloop",
+    "websockets",
+)
+
+#: The least that an ASGI application can do.
+HELLO: Final = """\
+async def hello(scope, receive, send):
+    if scope["type"] == "lifespan":
+        while (await receive())["type"] == "lifespan.startup":
+            await send({"type": "lifespan.startup.complete"})
+        await send({"type": "lifespan.shutdown.complete"})
+        return
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"13")]})
+    await send({"type": "http.response.body", "body": b"Hello, world!"})
+"""
 
 
 class Samples(list[float]):
@@ -45,8 +75,13 @@ class Samples(list[float]):
     def median(self) -> float:
         return statistics.median(self)
 
+    def to(self, others: Sequence[float]) -> Samples:
+        """Ratios, round by round: what disturbs both alike is not in them."""
+        return Samples(ours / theirs for ours, theirs in zip(self, others, strict=True))
+
     def __str__(self) -> str:
-        return f"{self.median:>10,.1f}   ({min(self):,.1f} to {max(self):,.1f})"
+        decimals = 1 if self.median >= 10 else 3
+        return f"{self.median:>10,.{decimals}f}   ({min(self):,.{decimals}f} to {max(self):,.{decimals}f})"
 
 
 class Goal:
@@ -93,8 +128,23 @@ def pinned(core: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def wrk(url: str, *, seconds: float, connections: int, close: bool) -> tuple[float, int]:
-    """Load a server; with `close` each request has a connection of its own.
+@contextmanager
+def hotport(directory: Path, name: str, *args: str) -> Iterator[Service]:
+    """One worker under a supervisor, in a directory of its own; its code is in `directory`."""
+    own = directory / name
+    own.mkdir()
+    with Service(own, "--app-dir", str(directory), *args, name=name) as service:
+        yield service.wait_ready()
+
+
+def wrk(
+    port: int, *, seconds: float, connections: int, close: bool = False, script: Path | None = None
+) -> tuple[float, int]:
+    """Load a server.
+
+    Args:
+        close: Each request has a connection of its own.
+        script: Lua that says what is requested; without one it is ``GET /``.
 
     Returns:
         Requests a second, and how many that were.
@@ -102,12 +152,12 @@ def wrk(url: str, *, seconds: float, connections: int, close: bool) -> tuple[flo
     Raises:
         RuntimeError: A request failed: such a number would mean nothing.
     """
-    whole = max(1, round(seconds))
-    headers = ("-H", "Connection: close") if close else ()
+    url = f"http://127.0.0.1:{port}/"
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s"]
+    command += ["-H", "Connection: close"] if close else []
+    command += ["-s", str(script)] if script else []
     with pinned(1):
-        out = subprocess.run(
-            ["wrk", "-t1", f"-c{connections}", f"-d{whole}s", *headers, url], capture_output=True, text=True, check=True
-        ).stdout
+        out = subprocess.run([*command, url], capture_output=True, text=True, check=True).stdout
     rate, count = re.search(r"Requests/sec:\s+([\d.]+)", out), re.search(r"(\d+) requests in", out)
     if rate is None or count is None or "Non-2xx" in out or "Socket errors" in out:
         raise RuntimeError(f"wrk {url} saw failures:\n{out}")
@@ -115,11 +165,11 @@ def wrk(url: str, *, seconds: float, connections: int, close: bool) -> tuple[flo
 
 
 def cpu_s(pid: int) -> float:
-    """Seconds that a process with one thread has had a processor for.
+    """Seconds that a process, all its threads together, has had a processor for.
 
-    Sources: kernel Documentation/scheduler/sched-stats.rst, /proc/<pid>/schedstat: the first field, in ns.
+    Sources: clock_getcpuclockid(3); the number is made as glibc's sysdeps/unix/sysv/linux/clock_getcpuclockid.c does.
     """
-    return int(_read(f"/proc/{pid}/schedstat").split()[0]) / 1e9
+    return time.clock_gettime((~pid << 3) | 2)
 
 
 def machine() -> dict[str, Any]:
@@ -137,6 +187,13 @@ def machine() -> dict[str, Any]:
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "sysctls": {name.replace("/", "."): _read(f"/proc/sys/{name}").strip() for name in SYSCTLS},
     }
+
+
+def show(title: str, samples: Mapping[str, Samples]) -> None:
+    """Print a table, one line for each name."""
+    print(f"{'':52}    median   (range of {title})")
+    for name, found in samples.items():
+        print(f"{name:52}{found}")
 
 
 def save(

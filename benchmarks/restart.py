@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+sys.path.pop(0)  # this directory: its http.py is not the library's
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.common import Goal, Samples, arguments, save
+from benchmarks.common import Goal, Samples, arguments, save, show
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import Progress, Reply, RestartRequest, decode, encode
 from tests.support import DEADLINE_S, Service, http_get
@@ -55,18 +56,14 @@ def main() -> int:
     samples: dict[str, Samples] = {}
     goals = []
     modules: dict[str, int] = {}
-    print(f"{'':24}    median   (range of {options.rounds} rounds)")
     for name, imports in APPLICATIONS.items():
         ready, commit, bare, count = measure(imports, options.rounds)
-        ratio = Samples(a / b for a, b in zip(commit, bare, strict=True))
+        ratio = commit.to(bare)
         modules[name] = count
         samples |= {f"{name}: ready ms": ready, f"{name}: commit ms": commit, f"{name}: bare import ms": bare}
         samples[f"{name}: ratio"] = ratio
         goals.append(Goal(f"{name}, {count} modules: commit to bare import", ratio.median, at_most=RATIO))
-        for key in (key for key in samples if key.startswith(f"{name}:")):
-            found = samples[key]
-            exact = f"{found.median:>10.2f}   ({min(found):.2f} to {max(found):.2f})"
-            print(f"{key:24}{exact if key.endswith('ratio') else found}")
+    show(f"{options.rounds} rounds", samples)
     print()
     save(options.output, method=(__doc__ or "").strip(), samples=samples, goals=goals, modules=modules)
     return 0

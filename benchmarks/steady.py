@@ -19,18 +19,18 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
+sys.path.pop(0)  # this directory: its http.py is not the library's
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.common import Goal, Samples, arguments, cpu_s, pinned, save, wrk
+from benchmarks.common import HELLO, Goal, Samples, arguments, cpu_s, hotport, pinned, save, show, wrk
 from hotport.kernel.process import rss_bytes
-from tests.support import Service
 
 CONNECTIONS: Final = 64
 
 RATIO: Final = 0.97
 SUPERVISOR_MIB: Final = 32.0
 
-APPLICATIONS: Final = '''\
+PROTOCOL: Final = '''\
 import asyncio
 
 ANSWER = b"HTTP/1.1 200 OK\\r\\ncontent-length: 13\\r\\n\\r\\nHello, world!"
@@ -49,16 +49,6 @@ class Fixed(asyncio.Protocol):
             self.transport.close()
         else:
             self.transport.write(ANSWER)
-
-
-async def hello(scope, receive, send):
-    if scope["type"] == "lifespan":
-        while (await receive())["type"] == "lifespan.startup":
-            await send({"type": "lifespan.startup.complete"})
-        await send({"type": "lifespan.shutdown.complete"})
-        return
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"13")]})
-    await send({"type": "http.response.body", "body": b"Hello, world!"})
 '''
 
 BARE: Final = """\
@@ -95,10 +85,11 @@ def main() -> int:
 
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hotport-bench-")))
-        (directory / "apps.py").write_text(APPLICATIONS)
+        (directory / "apps.py").write_text(PROTOCOL + HELLO)
+        quiet = ("--log-level", "warning")
         with pinned(0):
-            raw = stack.enter_context(_hotport(directory, "raw", "apps:Fixed", "--kind", "protocol"))
-            asgi = stack.enter_context(_hotport(directory, "asgi", "apps:hello"))
+            raw = stack.enter_context(hotport(directory, "raw", "apps:Fixed", "--kind", "protocol", *quiet))
+            asgi = stack.enter_context(hotport(directory, "asgi", "apps:hello", *quiet))
             bare_port, bare_pid = stack.enter_context(_script(directory, BARE))
             uvicorn_port, uvicorn_pid = stack.enter_context(_script(directory, UVICORN))
 
@@ -113,8 +104,8 @@ def main() -> int:
                         samples.setdefault(f"{name} {kind}/s", Samples()).append(rate)
                         samples.setdefault(f"{name} {kind}/CPU s", Samples()).append(count / (cpu_s(pid) - before))
             for unit in ("s", "CPU s"):
-                pairs = zip(samples[f"hotport {kind}/{unit}"], samples[f"uvloop {kind}/{unit}"], strict=True)
-                samples[f"ratio {kind}/{unit}"] = Samples(ours / theirs for ours, theirs in pairs)
+                ours, bare = (samples[f"{name} {kind}/{unit}"] for name in ("hotport", "uvloop"))
+                samples[f"ratio {kind}/{unit}"] = ours.to(bare)
 
         rss: dict[str, float] = {}
         for port in (asgi.port, uvicorn_port):
@@ -128,12 +119,9 @@ def main() -> int:
         ):
             rss[name] = rss_bytes(pid) / 2**20
 
-    print(f"{'':28}    median   (range of {rounds} rounds of {seconds:g} s)")
-    for name, found in samples.items():
-        shown = f"{found.median:>10.3f}   ({min(found):.3f} to {max(found):.3f})" if "ratio" in name else str(found)
-        print(f"{name:28}{shown}")
+    show(f"{rounds} rounds of {seconds:g} s", samples)
     for name, size in rss.items():
-        print(f"{'RSS of ' + name:28}{size:>10.1f} MiB")
+        print(f"{'RSS of ' + name:52}{size:>10.1f} MiB")
     print()
     save(
         options.output,
@@ -154,17 +142,7 @@ def main() -> int:
 
 
 def _load(port: int, seconds: float, *, close: bool) -> tuple[float, int]:
-    return wrk(f"http://127.0.0.1:{port}/", seconds=seconds, connections=CONNECTIONS, close=close)
-
-
-@contextmanager
-def _hotport(directory: Path, name: str, *args: str) -> Iterator[Service]:
-    """One worker under a supervisor."""
-    own = directory / name
-    own.mkdir()
-    options = ("--app-dir", str(directory), "--log-level", "warning")
-    with Service(own, *args, *options, name=name) as service:
-        yield service.wait_ready()
+    return wrk(port, seconds=seconds, connections=CONNECTIONS, close=close)
 
 
 @contextmanager

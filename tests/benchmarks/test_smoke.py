@@ -14,13 +14,22 @@ from tests.support import DEADLINE_S, need
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.mark.parametrize("name", ["steady.py", "restart.py"])
+SMALL = {
+    "steady.py": ("--seconds", "1"),
+    "restart.py": (),
+    "http.py": (
+        *("--seconds", "0.2", "--servers", "hotport", "uvicorn"),
+        *("--only", "websocket", "access-log", "latency", "memory"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_one_small_round_ends_with_samples_and_goals(tmp_path: Path, name: str) -> None:
     need("wrk")
     output = tmp_path / "result.json"
-    small = ("--seconds", "1") if name == "steady.py" else ()
     result = subprocess.run(
-        [sys.executable, BENCHMARKS / name, "--rounds", "1", "--output", output, *small],
+        [sys.executable, BENCHMARKS / name, "--rounds", "1", "--output", output, *SMALL[name]],
         capture_output=True,
         text=True,
         timeout=3 * DEADLINE_S,

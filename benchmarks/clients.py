@@ -1,0 +1,159 @@
+"""Clients that wrk is not: WebSocket messages, and requests at a fixed rate.
+
+Each is a process of its own that prints JSON, and small enough not to be what is measured: raw sockets, one epoll
+instance, requests and frames that were built before, replies whose size is known.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+__all__ = ["CLIENTS", "connected"]
+
+TIMEOUT_S: Final = 30.0
+
+REQUEST: Final = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+
+#: How the reply to `REQUEST` ends.
+HELLO: Final = b"\r\n\r\nHello, world!"
+
+UPGRADE: Final = (
+    b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+
+MESSAGE: Final = bytes(range(256)) * 4
+MASK: Final = b"\x5a\xc3\x99\x17"
+
+
+def connected(port: int, request: bytes, end: bytes) -> tuple[socket.socket, bytes]:
+    """A new connection after its first reply, which ends with `end`; and the reply."""
+    sock = socket.create_connection(("127.0.0.1", port), TIMEOUT_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.sendall(request)
+    reply = b""
+    while not reply.endswith(end) and (data := sock.recv(65536)):
+        reply += data
+    return sock, reply
+
+
+def websocket(port: int, seconds: float, connections: int) -> dict[str, Any]:
+    """Echo messages of 1 KiB, one at a time on each connection.
+
+    Returns:
+        The rate and the count; or, if the server does not accept, its answer to the upgrade.
+
+    Sources: RFC 6455 section 5.2.
+    """
+    length = b"\x7e" + len(MESSAGE).to_bytes(2, "big")  # 126: two bytes of length follow
+    masked = bytes(byte ^ MASK[i % 4] for i, byte in enumerate(MESSAGE))
+    frame = b"\x82" + bytes([length[0] | 0x80]) + length[1:] + MASK + masked
+    expected = b"\x82" + length + MESSAGE
+
+    poll = select.epoll()
+    socks: dict[int, socket.socket] = {}
+    received: dict[int, bytes] = {}  # what is not a whole reply yet
+    for _ in range(connections):
+        sock, reply = connected(port, UPGRADE, b"\r\n\r\n")
+        if not reply.startswith(b"HTTP/1.1 101 "):
+            return {"refused": reply.partition(b"\r\n")[0].decode()}
+        sock.setblocking(False)
+        socks[sock.fileno()] = sock
+        poll.register(sock, select.EPOLLIN)
+    count = 0
+    began = time.perf_counter()
+    end = began + seconds
+    for sock in socks.values():
+        sock.send(frame)
+    while (now := time.perf_counter()) < end:
+        for fd, _ in poll.poll(end - now):
+            data = socks[fd].recv(65536)
+            if data != expected:
+                assert data, "the server closed a connection"
+                data = received.pop(fd, b"") + data
+                if data != expected:
+                    assert expected.startswith(data), "this is no echo"
+                    received[fd] = data
+                    continue
+            count += 1
+            socks[fd].send(frame)
+    return {"rate": count / (time.perf_counter() - began), "count": count}
+
+
+def paced(port: int, seconds: float, connections: int, rate: float) -> dict[str, Any]:
+    """Send requests when they are due, whatever became of the earlier ones.
+
+    It never sleeps: a timer would be late by more than what is measured. A request for which no connection is free
+    waits for one, and its latency is counted from when it was due all the same.
+
+    Returns:
+        Milliseconds: percentiles of the latency, and by how much the requests were sent too late through no fault of
+        the server's.
+    """
+    clock = time.perf_counter
+    poll = select.epoll()
+    socks: dict[int, socket.socket] = {}
+    for _ in range(connections):
+        sock, reply = connected(port, REQUEST, HELLO)
+        assert reply.startswith(b"HTTP/1.1 200 "), reply
+        sock.setblocking(False)
+        socks[sock.fileno()] = sock
+        poll.register(sock, select.EPOLLIN)
+    size = len(reply)  # every header that may change has a fixed width
+    free = list(socks)
+    received = dict.fromkeys(socks, 0)
+    dues: dict[int, float] = {}
+    latencies: list[float] = []
+    lags: list[float] = []
+    total, sent = round(rate * seconds), 0
+    due = freed = clock()
+    began, end = due, due + seconds + TIMEOUT_S
+    while len(latencies) < total:
+        now = clock()
+        assert now < end, f"{total - len(latencies)} of {total} requests have no answer"
+        while sent < total and due <= now and free:
+            fd = free.pop()
+            socks[fd].send(REQUEST)
+            dues[fd] = due
+            lags.append(now - max(due, freed))
+            sent += 1
+            due = began + sent / rate
+            now = clock()
+        for fd, _ in poll.poll(0):
+            data = socks[fd].recv(65536)
+            assert data, "the server closed a connection"
+            received[fd] += len(data)
+            if received[fd] == size:
+                received[fd] = 0
+                now = clock()
+                latencies.append(now - dues[fd])
+                if not free:
+                    freed = now
+                free.append(fd)
+    return {
+        "p50": _percentile(latencies, 0.5),
+        "p99": _percentile(latencies, 0.99),
+        "p99.9": _percentile(latencies, 0.999),
+        "max": max(latencies) * 1000,
+        "lag p99": _percentile(lags, 0.99),
+    }
+
+
+def _percentile(values: list[float], share: float) -> float:
+    """In milliseconds, by the nearest rank."""
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))] * 1000
+
+
+CLIENTS: Final[dict[str, Callable[..., dict[str, Any]]]] = {"websocket": websocket, "paced": paced}
+
+
+if __name__ == "__main__":
+    print(json.dumps(CLIENTS[sys.argv[1]](**json.loads(sys.argv[2]))), flush=True)
+    os._exit(0)  # hundreds of open connections need no farewell
