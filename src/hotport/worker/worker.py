@@ -8,6 +8,7 @@ datagrams, and an order that does not come is not waited for.
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import os
 import random
@@ -164,6 +165,8 @@ class Worker:
             ) from error
         server = make_server(application, context, options, self._listeners)
         await server.startup()
+        gc.collect()
+        gc.freeze()  # what was imported stays: looking for garbage among it takes longer than most requests
         return server
 
     def _fail(self, error: BaseException) -> None:
