@@ -54,7 +54,7 @@ class AccessLog:
         self._write(None, client, status, None, 0.0)
 
     def _write(self, scope: Scope | None, client: Client, status: int, exchange: Exchange | None, began: float) -> None:
-        ms = (self._loop.time() - began) * 1000 if began else 0.0
+        ms = (time.perf_counter() - began) * 1000 if began else 0.0
         line = self._render(scope, client, status, exchange.sent if exchange else 0, ms)
         if not self._lines:
             self._loop.call_soon(self.flush)

@@ -14,6 +14,7 @@ import struct
 import termios
 from collections import deque
 from functools import lru_cache
+from time import perf_counter
 from typing import Any, Final
 from urllib.parse import unquote
 
@@ -447,7 +448,7 @@ class HttpConnection(asyncio.Protocol):
         if registry.requests == registry.requests_max:
             registry.has_reached_requests_max()
         if shared.access is not None:
-            exchange.began = shared.loop.time()
+            exchange.began = perf_counter()
         if 0 < shared.options.concurrency_max <= len(shared.running):
             exchange.application = _overloaded
         shared.running.add(exchange)
