@@ -1,0 +1,119 @@
+"""A real browser through restarts: headless Chromium, its connection pool, its idea of what may be asked again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import DEADLINE_S, Service, eventually, need, write_code
+
+APP = '''
+import asyncio, json, pathlib
+
+VERSION = "{version}"
+PAGE = """<!doctype html><meta charset="utf-8"><title>hotport</title><link rel="icon" href="data:,"><script>
+const told = {{answers: {{}}, failures: [], events: []}};
+async function ask(method) {{
+  try {{
+    const answer = await fetch("/version", {{method: method, body: method === "POST" ? "x".repeat(5000) : undefined}});
+    const version = await answer.text();
+    told.answers[version] = (told.answers[version] || 0) + 1;
+    return version;
+  }} catch (error) {{ told.failures.push(method + " " + error); return ""; }}
+}}
+async function load(method) {{ while (await ask(method) !== "three"); }}
+function listen() {{
+  return new Promise(resolve => {{
+    const source = new EventSource("/events");
+    source.onmessage = message => {{
+      told.events.push(message.data);
+      if (message.data === "three") {{ source.close(); resolve(); }}
+    }};
+  }});
+}}
+onload = async () => {{
+  await Promise.all([load("GET"), load("GET"), load("POST"), listen()]);
+  await fetch("/report", {{method: "POST", body: JSON.stringify(told)}});
+}};
+</script>"""
+
+async def app(scope, receive, send):
+    if scope["type"] != "http":
+        raise NotImplementedError
+    body = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            break
+    if scope["path"] == "/events":
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({{"type": "http.response.start", "status": 200, "headers": headers}})
+        await send({{"type": "http.response.body", "body": b"retry: 50\\ndata: " + VERSION.encode() + b"\\n\\n",
+                     "more_body": True}})
+        await scope["extensions"]["hotport"]["draining"].wait()
+        await send({{"type": "http.response.body", "body": b""}})
+        return
+    answer, kind = VERSION, b"text/plain"
+    if scope["path"] == "/":
+        answer, kind = PAGE, b"text/html"
+    elif scope["path"] == "/report":
+        pathlib.Path("report.json").write_bytes(body)
+    elif body and body != b"x" * 5000:
+        answer = "damaged"
+    await send({{"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]}})
+    await send({{"type": "http.response.body", "body": answer.encode()}})
+'''
+
+
+@contextmanager
+def browsing(tmp_path: Path, url: str) -> Iterator[None]:
+    """Chromium on a page, until the block ends."""
+    arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+    arguments += ["--disable-background-networking", "--disable-component-update", "--remote-debugging-port=0"]
+    with (tmp_path / "chromium.log").open("wb") as log:
+        process = subprocess.Popen(
+            [need("chromium"), *arguments, f"--user-data-dir={tmp_path / 'profile'}", url], stdout=log, stderr=log
+        )
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(DEADLINE_S)
+
+
+def report(tmp_path: Path) -> Any:
+    """What the page has to tell, when it has."""
+    path = tmp_path / "report.json"
+
+    def is_whole() -> bool:
+        return path.exists() and path.read_bytes().endswith(b"}")
+
+    eventually(is_whole, "the page reports")
+    return json.loads(path.read_text())
+
+
+@pytest.mark.slow
+def test_page_that_is_open_in_a_browser_notices_no_restart(tmp_path: Path) -> None:
+    need("chromium")
+    write_code(tmp_path / "app.py", APP.format(version="one"))
+    with Service(tmp_path, "app:app", "--workers", "2").wait_ready() as service:
+
+        def requests() -> int:
+            return sum(worker["requests"] or 0 for worker in service.status()["workers"])
+
+        with browsing(tmp_path, f"http://127.0.0.1:{service.port}/"):
+            for version in ("two", "three"):
+                eventually(lambda: requests() > 50, "the page asks")
+                write_code(tmp_path / "app.py", APP.format(version=version))
+                assert service.restart()["outcome"] == "done"
+            told = report(tmp_path)
+    assert told["failures"] == []
+    assert set(told["answers"]) == {"one", "two", "three"}
+    assert told["events"] == ["one", "two", "three"]
