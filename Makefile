@@ -51,14 +51,16 @@ clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# What pip cannot install. Tests that need a missing program skip and say so.
+# What pip cannot install. Tests that need a missing program skip and say so; so do those that need nginx, which is not
+# installed from here because it would begin to listen on port 80.
 debian:
-	@command -v wrk >/dev/null && exit 0; \
+	@missing=; for each in haproxy wrk; do PATH="$$PATH:/usr/sbin" command -v $$each >/dev/null || missing="$$missing $$each"; done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y wrk; } >/dev/null \
-	    || echo "make: could not install wrk; the tests that need it will skip" >&2; \
+	  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$missing; } \
+	    >/dev/null || echo "make: could not install$$missing; the tests that need it will skip" >&2; \
 	else \
-	  echo "make: wrk is not installed (apt-get install wrk); the tests that need it will skip" >&2; \
+	  echo "make: not installed (apt-get install$$missing); the tests that need it will skip" >&2; \
 	fi
 
 $(BIN)/python:
