@@ -51,11 +51,12 @@ clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# What pip cannot install, by command. Tests that need a missing program skip and say so.
-DEBIAN := wrk chromium
+# What pip cannot install, by command. Tests that need a missing program skip and say so. nginx is not among them: it
+# would begin to listen on port 80.
+DEBIAN := wrk chromium haproxy
 
 debian:
-	@missing=; for name in $(DEBIAN); do command -v $$name >/dev/null || missing="$$missing $$name"; done; \
+	@missing=; for name in $(DEBIAN); do PATH="$$PATH:/usr/sbin" command -v $$name >/dev/null || missing="$$missing $$name"; done; \
 	[ -n "$$missing" ] || exit 0; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$missing; } \

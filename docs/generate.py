@@ -84,7 +84,7 @@ def _kind(option: Option) -> tuple[str, str]:
 
 def _default(option: Option) -> str:
     match option.default:
-        case None | () | []:
+        case None | () | [] | "":
             return "none"
         case bool():
             return _code(str(option.default).lower())

@@ -383,7 +383,7 @@ def need(program: str) -> str:
     """The path of a program that is not Python; skips the test without it."""
     import pytest
 
-    found = shutil.which(program)
+    found = shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")  # Debian's is root's only
     if found is None:
         pytest.skip(f"{program} is not installed")
     return found

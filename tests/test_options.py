@@ -307,6 +307,8 @@ def test_unknown_key_names_file_key_and_the_nearest(tmp_path: Path) -> None:
     [
         ("drain-timout", "write drain_timeout"),
         ("port", "write bind"),
+        ("forwarded_allow_ips", "write trusted_proxy"),
+        ("trusted_proxies", "write trusted_proxy"),
         ("xyzzy", "hotport serve --help lists them"),
     ],
 )
@@ -378,6 +380,13 @@ def test_variables_that_kubernetes_makes_for_a_service_named_hotport_are_no_opti
         ("bind = []", "must name an address", 'bind = ["tcp://127.0.0.1:8000"]'),
         ('bind = [":80", "0.0.0.0:80"]', "an address twice", 'bind = ["tcp://127.0.0.1:8000"]'),
         ("watch_path = [1]", "a list of texts", "watch_path = []"),
+        (
+            'trusted_proxy = ["10.0.0.1/8"]',
+            "the network is 10.0.0.0/8",
+            'trusted_proxy = ["127.0.0.1", "::1", "unix"]',
+        ),
+        *((f'root_path = "{wrong}"', "begin with /", 'root_path = "/api"') for wrong in ("api", "/", "/api/", "/%C3")),
+        ("root_path = 1", "begin with /", 'root_path = "/api"'),
     ],
 )
 def test_bad_value_in_a_file_says_where_why_and_what_instead(tmp_path: Path, line: str, cause: str, fix: str) -> None:
@@ -457,6 +466,9 @@ def test_tool_hotport_must_be_a_table(tmp_path: Path) -> None:
         ({"tls_key": "k"}, "--tls-key cannot be used without tls_cert"),
         ({"max_requests_jitter": 9}, "--max-requests-jitter cannot be used without max_requests"),
         ({"watch_path": ("x",)}, "--watch-path cannot be used without watch"),
+        ({"command": ("x",), "trusted_proxy": ("*",)}, "--trusted-proxy cannot be used with command"),
+        ({"command": ("x",), "root_path": "/api"}, "--root-path cannot be used with command"),
+        ({"proxy_protocol": True, "kind": "sockets"}, "--proxy-protocol cannot be used with --kind"),
         ({"bind": ("udp://:53",), "kind": "asgi"}, "--bind cannot be used with --kind"),
         ({"bind": ("udp://:53",), "tls_cert": "c"}, "--bind cannot be used with --tls-cert"),
     ],

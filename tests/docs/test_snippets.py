@@ -62,8 +62,8 @@ def test_python_is_that_of_an_example_or_at_least_python(block: Block) -> None:
         compile(block.text, _id(block), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 
-@pytest.mark.parametrize("block", _of("ini"), ids=_id)
-def test_a_unit_file_is_that_of_an_example(block: Block) -> None:
+@pytest.mark.parametrize("block", _of("haproxy", "ini", "nginx"), ids=_id)
+def test_a_configuration_file_is_that_of_an_example(block: Block) -> None:
     assert block.text in BY_EXAMPLE
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from hotport.wire.proxyprotocol import Endpoints
+
 __all__ = ["Adapter", "Connection", "Connections", "Context", "Draining"]
 
 
@@ -48,7 +50,13 @@ class Draining:
 
 
 class Connection(Protocol):
-    """What the worker asks of every connection; the protocol objects implement it."""
+    """What the worker asks of every connection; the protocol objects implement it.
+
+    Attributes:
+        proxied: The connection that the peer, a proxy, passes on; set before ``connection_made`` if it has said so.
+    """
+
+    proxied: Endpoints | None
 
     def drain(self) -> None:
         """The worker leaves: finish what was begun, and let the next answer be the last.

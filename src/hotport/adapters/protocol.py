@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from hotport.adapters.base import Context
+from hotport.wire.proxyprotocol import Endpoints
 
 __all__ = ["ProtocolAdapter"]
 
@@ -20,6 +21,9 @@ class ProtocolAdapter:
 
     An application protocol may have ``drain_started(draining)``: it is called once when its worker leaves, with
     a `hotport.Draining`. Without it the connection goes on until one side closes it, or the deadline cuts it.
+
+    It may have ``proxied(source, destination)``: called before ``connection_made`` if a PROXY header has told these
+    addresses; what the transport knows is the connection to the proxy.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class _TrackedBase(asyncio.BaseProtocol):
     """Stands between a transport and an application protocol; forwards what the loop asks for."""
 
     def __init__(self, application: Any, context: Context) -> None:
+        self.proxied: Endpoints | None = None
         self._application = application
         self._connections = context.connections
         self._transport: asyncio.Transport | None = None
@@ -63,6 +68,8 @@ class _TrackedBase(asyncio.BaseProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop has classes of its own
+        if self.proxied is not None and (notice := getattr(self._application, "proxied", None)) is not None:
+            notice(*self.proxied)
         self._application.connection_made(transport)
         if self._connections.draining.is_set():
             self.drain()

@@ -20,6 +20,7 @@ import anyio
 from anyio.abc import ByteStream, SocketAttribute
 
 from hotport.adapters.base import Context, Draining
+from hotport.wire.proxyprotocol import Endpoints
 
 __all__ = ["Stream", "StreamAdapter", "StreamAttribute", "StreamHandler"]
 
@@ -70,6 +71,7 @@ class Stream(ByteStream, asyncio.Protocol):
     """
 
     def __init__(self, handler: StreamHandler, context: Context) -> None:
+        self.proxied: Endpoints | None = None
         self._handler = handler
         self._connections = context.connections
         self._loop = asyncio.get_running_loop()
@@ -200,13 +202,17 @@ class Stream(ByteStream, asyncio.Protocol):
 
     @property
     def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
-        """`anyio.abc.SocketAttribute` and `StreamAttribute`."""
+        """`anyio.abc.SocketAttribute` and `StreamAttribute`; the addresses are those that a proxy has told, if any."""
         assert self._transport is not None
-        transport = self._transport
+        transport, proxied = self._transport, self.proxied
         return {
             SocketAttribute.family: lambda: transport.get_extra_info("socket").family,
-            SocketAttribute.local_address: lambda: transport.get_extra_info("sockname"),
-            SocketAttribute.remote_address: lambda: transport.get_extra_info("peername"),
+            SocketAttribute.local_address: (
+                lambda: proxied.destination if proxied else transport.get_extra_info("sockname")
+            ),
+            SocketAttribute.remote_address: (
+                lambda: proxied.source if proxied else transport.get_extra_info("peername")
+            ),
             SocketAttribute.raw_socket: lambda: transport.get_extra_info("socket"),
             StreamAttribute.draining: lambda: self._connections.draining,
         }

@@ -17,6 +17,8 @@ from hotport.options.values import (
     count,
     duration,
     paths,
+    peers,
+    prefix,
     size,
     switch,
     text,
@@ -107,6 +109,15 @@ class Options:
     max_age_s: float = _option(0.0, duration(), "Age at which a worker is replaced; 0: never.")
     tls_cert: str | None = _option(None, text("FILE"), "Certificate chain (PEM), read again by each generation.")
     tls_key: str | None = _option(None, text("FILE"), "Its private key, if it is not in the same file.")
+    trusted_proxy: tuple[str, ...] = _option(
+        ("127.0.0.1", "::1", "unix"),
+        peers(),
+        "Proxies to believe who their clients are: addresses, networks, unix or *; may be given more than once.",
+    )
+    proxy_protocol: bool = _option(
+        False, switch(), "Trusted proxies begin each connection with a PROXY header (version 1 or 2)."
+    )
+    root_path: str = _option("", prefix(), "What a proxy has cut off the paths of an ASGI application: /api.")
     app_dir: str = _option(".", text("DIR"), "Where the target is imported from.")
     python: str | None = _option(None, text("FILE"), "The interpreter of workers; by default this one.")
     lifespan: Lifespan = _option("auto", choice("auto", "on", "off"), "ASGI lifespan; auto: if the app knows it.")

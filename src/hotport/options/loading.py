@@ -177,6 +177,7 @@ def _known_variables(environ: Mapping[str, str]) -> Iterable[tuple[Option, str]]
 _ELSEWHERE: Final = {
     "app": "target",
     "graceful_timeout": "drain_timeout",
+    "forwarded_allow_ips": "trusted_proxy",
     "host": "bind",
     "listen": "bind",
     "port": "bind",
@@ -230,7 +231,17 @@ def _written(option: Option, right: object, origin: str) -> str:
     return f"{option.key} = {_toml(right) if right is not None else _toml(option.metavar)}"
 
 
-_OF_OUR_WORKERS: Final = ("factory", "kind", "lifespan", "max_requests", "tls_cert", "tls_key")
+_OF_OUR_WORKERS: Final = (
+    "factory",
+    "kind",
+    "lifespan",
+    "max_requests",
+    "proxy_protocol",
+    "root_path",
+    "tls_cert",
+    "tls_key",
+    "trusted_proxy",
+)
 """A foreign program serves, and counts, by itself."""
 
 
@@ -269,6 +280,9 @@ def _clashes(options: Options) -> Iterable[tuple[str, str, str, str, str]]:
     if options.max_requests_jitter and not options.max_requests:
         cause = "there is no number of requests to add it to"
         yield "max_requests_jitter", "without", "max_requests", cause, "--max-requests 10000"
+    if options.proxy_protocol and options.kind == "sockets":
+        cause = "a sockets application reads from its connections by itself"
+        yield "proxy_protocol", "with", "kind", cause, "remove proxy_protocol, and read the header in the application"
     if options.watch_path and not options.watch:
         yield "watch_path", "without", "watch", "nothing is watched", "--watch"
     if any(isinstance(parse_address(text), UdpAddress) for text in options.bind):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from hotport.address import parse_address
+from hotport.trust import Trusted
 
 __all__ = [
     "DURATION_MAX_S",
@@ -22,6 +23,8 @@ __all__ = [
     "parse_duration",
     "parse_size",
     "paths",
+    "peers",
+    "prefix",
     "size",
     "switch",
     "text",
@@ -59,6 +62,7 @@ _DURATION_UNITS_NS: Final = {"d": 86400 * 10**9, "h": 3600 * 10**9, "m": 60 * 10
 _DURATION_PART: Final = re.compile(r"([0-9]{1,12})(?:\.([0-9]{1,9}))?(d|h|ms|m|s)")
 _DURATION_SAYS: Final = "a duration is a number of seconds, or like 30s, 250ms, 2m or 1h30m"
 _SIZE: Final = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,9}))?(?:([KMGT])(?:iB)?)?")
+_PREFIX: Final = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 _SIZE_SAYS: Final = "a size is a number of bytes, or like 512M or 1.5G (1K is 1024 bytes)"
 
 
@@ -238,6 +242,27 @@ def addresses() -> Type:
 def paths() -> Type:
     """Paths; separated by commas in a text."""
     return _list("PATH", _by_comma)
+
+
+def peers() -> Type:
+    """Peers as `hotport.trust.Trusted` knows them; separated by commas in a text."""
+
+    def check(items: tuple[str, ...]) -> tuple[str, ...]:
+        Trusted(items)
+        return items
+
+    return _list("PEER", _by_comma, check)
+
+
+def prefix() -> Type:
+    """The beginning of a URL path, spelled so that it is the same encoded and decoded; empty is none."""
+
+    def read(value: object) -> str:
+        if value != "" and not (isinstance(value, str) and _PREFIX.fullmatch(value)):
+            raise ValueError("it must begin with / and not end with it, and have only A-Z a-z 0-9 - . _ ~ between")
+        return str(value)
+
+    return Type("PATH", read, read, example="/api")
 
 
 def command_line() -> Type:

@@ -17,6 +17,8 @@ from typing import Any, Final
 
 from hotport.adapters.base import Adapter, Connections
 from hotport.kernel.sockets import accept_queue_length
+from hotport.trust import Trusted
+from hotport.wire.proxyprotocol import HEADER_BYTES_MAX, ProxyHeader, ProxyHeaderError, parse_proxy_header
 
 __all__ = ["Acceptor"]
 
@@ -51,6 +53,9 @@ EMPTY_MAX: Final = 4096
 
 HANDSHAKE_TIMEOUT_S: Final = 15.0
 
+#: How long a proxy may take to say for whom it speaks; it is the first thing that it sends.
+PROXY_HEADER_TIMEOUT_S: Final = 5.0
+
 
 class _Socket(socket.socket):
     """A socket whose family and type are plain numbers.
@@ -76,6 +81,7 @@ class Acceptor:
         listener: A non-blocking listening socket of its own (a duplicate, if several acceptors share a queue);
             it is closed by `close`.
         tls: Makes every connection a TLS connection.
+        proxies: Peers whose connections begin with a PROXY header, which is read before TLS; None for nobody.
     """
 
     def __init__(
@@ -85,11 +91,13 @@ class Acceptor:
         connections: Connections,
         *,
         tls: ssl.SSLContext | None = None,
+        proxies: Trusted | None = None,
     ) -> None:
         self._listener = _Socket(listener.family, listener.type, listener.proto, fileno=listener.detach())
         self._adapter = adapter
         self._connections = connections
         self._tls = tls
+        self._proxies = proxies
         self._loop = asyncio.get_running_loop()
         self._is_accepting = False
         self._pause: asyncio.TimerHandle | None = None
@@ -127,7 +135,7 @@ class Acceptor:
         taken = 0
         while taken < EMPTY_MAX:
             try:
-                accepted, _ = self._listener.accept()
+                accepted, peer = self._listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
@@ -138,22 +146,27 @@ class Acceptor:
                 await asyncio.sleep(PAUSE_S)
             else:
                 taken += 1
-                self._take(accepted)
+                self._take(accepted, peer)
 
     def waiting(self) -> int:
         """How many connections wait in the accept queue; 0 where the kernel does not say, or after `close`."""
         return accept_queue_length(self._listener) if self._listener.fileno() >= 0 else 0
 
     async def wait_attached(self) -> None:
-        """Return when every accepted socket has its transport, or has failed its TLS handshake."""
+        """Return when every accepted socket has its transport, or has failed its PROXY header or TLS handshake."""
         while self._attaching:
             await asyncio.wait(self._attaching)
+
+    def cut_attaching(self) -> None:
+        """Close what has no transport yet: nobody else can."""
+        for task in self._attaching:
+            task.cancel()
 
     def _accept(self) -> None:
         """Take up to `BATCH` connections."""
         for _ in range(BATCH):
             try:
-                accepted, _ = self._listener.accept()
+                accepted, peer = self._listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
@@ -161,17 +174,23 @@ class Acceptor:
                     continue
                 self._wait(error)
                 return
-            self._take(accepted)
+            self._take(accepted, peer)
             if not self._is_accepting:  # the registry is full
                 return
 
-    def _take(self, accepted: socket.socket) -> None:
+    def _take(self, accepted: socket.socket, peer: Any) -> None:
         try:
             protocol = self._adapter.connection()
         except Exception:
             log.exception("the application's protocol factory failed; the connection is closed")
             accepted.close()
             return
+        if self._proxies is not None and self._proxies.peer(peer):
+            self._start_attaching(self._introduce(accepted, protocol, peer))
+        else:
+            self._attach(accepted, protocol)
+
+    def _attach(self, accepted: socket.socket, protocol: asyncio.BaseProtocol) -> None:
         attaching = self._loop.connect_accepted_socket(
             lambda: protocol,
             accepted,
@@ -179,9 +198,7 @@ class Acceptor:
             ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if self._tls else None,
         )
         if self._tls is not None:
-            task = self._loop.create_task(self._shake_hands(attaching, protocol))
-            self._attaching.add(task)
-            task.add_done_callback(self._attaching.discard)
+            self._start_attaching(self._shake_hands(attaching, protocol))
             return
         # Without TLS it makes the transport, waits once until connection_made has been called, and ends. A task
         # for that would be a fifth of what a connection costs; so it is stepped here, and once more when it can end.
@@ -192,6 +209,59 @@ class Acceptor:
             accepted.close()
         else:
             waiter.add_done_callback(lambda _: self._finish(attaching, protocol))
+
+    def _start_attaching(self, steps: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(steps)
+        self._attaching.add(task)
+        task.add_done_callback(self._attaching.discard)
+
+    async def _introduce(self, accepted: socket.socket, protocol: asyncio.BaseProtocol, peer: Any) -> None:
+        """Let a proxy say for whom it speaks; then its connection is like any other."""
+        try:
+            accepted.setblocking(False)
+            async with asyncio.timeout(PROXY_HEADER_TIMEOUT_S):
+                header = await self._read_proxy_header(accepted)
+        except (OSError, ProxyHeaderError, asyncio.CancelledError) as error:  # a timeout is an OSError
+            if isinstance(error, ProxyHeaderError | TimeoutError):
+                why = str(error) or f"it has not come within {PROXY_HEADER_TIMEOUT_S:g} s"
+                log.info("no PROXY header from %s: %s; the connection is closed", peer or "a unix socket", why)
+            self._not_attached(protocol, error)
+            accepted.close()
+        else:
+            protocol.proxied = header.endpoints  # type: ignore[attr-defined]
+            self._attach(accepted, protocol)
+
+    async def _read_proxy_header(self, accepted: socket.socket) -> ProxyHeader:
+        """Take exactly the header out of the socket: what follows belongs to the protocol, or to TLS.
+
+        Bytes are looked at first, and taken when they are known to belong to the header. So a part of one does not
+        stay in the socket, where it would wake a level-triggered loop for ever. SO_RCVLOWAT would not do: unix
+        sockets keep it to themselves (socket(7); unix_poll() in net/unix/af_unix.c does not look at it).
+        """
+        begun = b""
+        while True:
+            try:
+                seen = accepted.recv(HEADER_BYTES_MAX, socket.MSG_PEEK)
+            except BlockingIOError:
+                await self._wait_readable(accepted)
+                continue
+            if not seen:
+                if begun:
+                    raise ProxyHeaderError("its end is missing")
+                raise ConnectionAbortedError("the peer left without a word")  # a health check
+            header = parse_proxy_header(begun + seen)
+            if header is not None:
+                accepted.recv(header.size - len(begun))
+                return header
+            begun += accepted.recv(len(seen))
+
+    async def _wait_readable(self, sock: socket.socket) -> None:
+        is_readable = asyncio.Event()
+        self._loop.add_reader(sock, is_readable.set)
+        try:
+            await is_readable.wait()
+        finally:
+            self._loop.remove_reader(sock)
 
     def _finish(self, attaching: Coroutine[Any, Any, object], protocol: asyncio.BaseProtocol) -> None:
         try:

@@ -14,6 +14,7 @@ from hotport.adapters.sockets import SocketsAdapter
 from hotport.adapters.target import make_adapter
 from hotport.errors import StartError
 from hotport.options import Options
+from hotport.trust import Trusted
 from hotport.worker.acceptor import Acceptor
 
 __all__ = ["ConnectionServer", "Server", "SocketsServer", "make_server", "tls_context"]
@@ -58,11 +59,12 @@ class ConnectionServer:
         *,
         tasks: int = 1,
         tls: ssl.SSLContext | None = None,
+        proxies: Trusted | None = None,
     ) -> None:
         self.connections = connections
         self._adapter = adapter
         self._acceptors = [
-            Acceptor(each, adapter, connections, tls=tls)
+            Acceptor(each, adapter, connections, tls=tls, proxies=proxies)
             for listener in listeners
             for each in (listener, *(listener.dup() for _ in range(tasks - 1)))
         ]
@@ -110,6 +112,8 @@ class ConnectionServer:
         except TimeoutError:
             self._count_unaccepted(is_last)
             self.connections.cut()
+            for acceptor in self._acceptors:
+                acceptor.cut_attaching()
             await asyncio.sleep(0)  # transports close their sockets in the next turn of the loop
         return self.connections.fates
 
@@ -161,10 +165,17 @@ def make_server(
 
     Raises:
         StartError: Its kind is unclear, an extra is missing, or its certificate cannot be used (HP504, HP505, HP507),
-            or a listener is not for connections (HP511).
+            a listener is not for connections (HP511), or a PROXY header has nobody to read it (HP518).
     """
     adapter = make_adapter(application, context, options)
     if isinstance(adapter, SocketsAdapter):
+        if options.proxy_protocol:
+            raise StartError(
+                "HP518",
+                "cannot read the PROXY header for this application",
+                cause="it accepts connections by itself (kind sockets)",
+                fix="remove proxy_protocol, and let the application's own server read the header",
+            )
         return SocketsServer(adapter, listeners, context.connections)
     if any(listener.type != socket.SOCK_STREAM for listener in listeners):
         raise StartError(
@@ -173,7 +184,14 @@ def make_server(
             cause="it takes connections, and udp has none",
             fix="bind a tcp or unix address, or write it as a `sockets` application (--kind sockets)",
         )
-    return ConnectionServer(adapter, listeners, context.connections, tasks=options.tasks, tls=tls_context(options))
+    return ConnectionServer(
+        adapter,
+        listeners,
+        context.connections,
+        tasks=options.tasks,
+        tls=tls_context(options),
+        proxies=Trusted(options.trusted_proxy) if options.proxy_protocol else None,
+    )
 
 
 def tls_context(options: Options) -> ssl.SSLContext | None:

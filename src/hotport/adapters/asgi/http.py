@@ -21,9 +21,11 @@ from urllib.parse import unquote
 import httptools
 
 from hotport.adapters.asgi.exchange import STATUS_LINES, STREAMING, UNTIL_CLOSE, Exchange
+from hotport.adapters.asgi.proxy import forwarded
 from hotport.adapters.asgi.shared import ASGI, Shared
 from hotport.adapters.asgi.spec import Receive, Scope, Send
 from hotport.adapters.asgi.states import STATES, Manner, State
+from hotport.wire.proxyprotocol import Endpoints
 
 __all__ = ["HttpConnection"]
 
@@ -76,6 +78,7 @@ class HttpConnection(asyncio.Protocol):
         "_is_deaf",
         "_is_draining",
         "_is_reading_paused",
+        "_is_trusted",
         "_is_upgrade",
         "_parser",
         "_pipeline",
@@ -87,6 +90,7 @@ class HttpConnection(asyncio.Protocol):
         "due",
         "has_eof",
         "is_closed",
+        "proxied",
         "shared",
         "transport",
         "writable",
@@ -99,6 +103,7 @@ class HttpConnection(asyncio.Protocol):
         self.writable: asyncio.Event | None = None
         self.has_eof = False
         self.is_closed = False
+        self.proxied: Endpoints | None = None
         #: The tick at which it has waited too long for its client (`Deadlines`).
         self.due = 0
 
@@ -203,8 +208,10 @@ class HttpConnection(asyncio.Protocol):
         self._wait(shared.head_ticks)
         info = transport.get_extra_info
         self._scheme = "http" if info("sslcontext") is None else "https"
-        self._client = _client_address(info("peername"))
-        self._server = _server_address(info("sockname"))
+        peer, server = self.proxied or (info("peername"), info("sockname"))
+        self._client = _client_address(peer)
+        self._server = _server_address(server)
+        self._is_trusted = shared.trusted.peer(peer)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_closed = True
@@ -385,6 +392,9 @@ class HttpConnection(asyncio.Protocol):
                 raise _Refused(501, "this is not a proxy")
             self._is_upgrade = True
         path, raw_path, query = _read_target(url) if len(url) <= TARGET_BYTES_MAX else _read_target.__wrapped__(url)
+        client, scheme = self._client, self._scheme
+        if self._is_trusted:
+            client, scheme = forwarded(headers, client, scheme, shared.trusted)
         exchange = Exchange(
             self,
             shared.application,
@@ -393,13 +403,13 @@ class HttpConnection(asyncio.Protocol):
                 "asgi": ASGI,
                 "http_version": version,
                 "method": METHODS.get(method) or method.decode("ascii"),
-                "scheme": self._scheme,
-                "path": path,
-                "raw_path": raw_path,
+                "scheme": scheme,
+                "path": shared.root_path + path,
+                "raw_path": shared.raw_root_path + raw_path,
                 "query_string": query,
-                "root_path": "",
+                "root_path": shared.root_path,
                 "headers": headers,
-                "client": self._client,
+                "client": client,
                 "server": self._server,
                 "state": shared.state.copy(),
                 "extensions": shared.extensions,

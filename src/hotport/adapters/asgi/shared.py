@@ -14,6 +14,7 @@ from hotport.adapters.asgi.deadlines import Deadlines, Member
 from hotport.adapters.asgi.exchange import EXTENSIONS, Exchange
 from hotport.adapters.asgi.spec import Application
 from hotport.adapters.base import Context
+from hotport.trust import Trusted
 
 if TYPE_CHECKING:
     from hotport.adapters.asgi.access import AccessLog
@@ -52,10 +53,13 @@ class Shared:
         "linger_ticks",
         "loop",
         "options",
+        "raw_root_path",
         "registry",
+        "root_path",
         "run",
         "running",
         "state",
+        "trusted",
         "variables",
     )
 
@@ -71,6 +75,9 @@ class Shared:
         self.context = context
         self.registry = context.connections
         self.options = options
+        self.trusted = Trusted(options.trusted_proxy)
+        self.root_path = options.root_path
+        self.raw_root_path = options.root_path.encode("ascii")
         self.state = state
         self.access = access
         self.loop = loop = asyncio.get_running_loop()
