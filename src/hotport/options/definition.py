@@ -20,6 +20,7 @@ from hotport.options.values import (
     size,
     switch,
     text,
+    words,
 )
 
 __all__ = [
@@ -42,6 +43,7 @@ NAME_CHARS_MAX: Final = 48
 Kind: TypeAlias = Literal["auto", "asgi", "stream", "protocol", "sockets"]
 Loop: TypeAlias = Literal["uvloop", "asyncio"]
 Ready: TypeAlias = Literal["notify", "exec"]
+ClientAuth: TypeAlias = Literal["auto", "none", "optional", "required"]
 Lifespan: TypeAlias = Literal["auto", "on", "off"]
 LogFormat: TypeAlias = Literal["auto", "console", "json"]
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
@@ -95,8 +97,24 @@ class Options:
     max_requests_jitter: int = _option(0, count(0), "Up to so many requests more, by chance, for each worker.")
     max_memory_bytes: int = _option(0, size(), "Resident memory at which a worker is replaced; 0: never.")
     max_age_s: float = _option(0.0, duration(), "Age at which a worker is replaced; 0: never.")
-    tls_cert: str | None = _option(None, text("FILE"), "Certificate chain (PEM), read again by each generation.")
-    tls_key: str | None = _option(None, text("FILE"), "Its private key, if it is not in the same file.")
+    tls_cert: tuple[str, ...] = _option(
+        (),
+        paths("FILE"),
+        "Certificate chain (PEM), read again by each generation; several are chosen by name, the first one is for "
+        "all other names.",
+    )
+    tls_key: tuple[str, ...] = _option(
+        (), paths("FILE"), "Its private key, if it is not in the same file; as many as certificates."
+    )
+    tls_client_ca: str | None = _option(None, text("FILE"), "Authorities (PEM) that sign certificates of clients.")
+    tls_client_auth: ClientAuth = _option(
+        "auto",
+        choice("auto", "none", "optional", "required"),
+        "Whether clients need a certificate; auto: required with a tls_client_ca.",
+    )
+    tls_alpn: tuple[str, ...] = _option(
+        (), words("PROTOCOL"), "What is spoken over TLS (ALPN), the best first; by default http/1.1 for asgi."
+    )
     app_dir: str = _option(".", text("DIR"), "Where the target is imported from.")
     python: str | None = _option(None, text("FILE"), "The interpreter of workers; by default this one.")
     lifespan: Lifespan = _option("auto", choice("auto", "on", "off"), "ASGI lifespan; auto: if the app knows it.")

@@ -25,6 +25,7 @@ __all__ = [
     "size",
     "switch",
     "text",
+    "words",
 ]
 
 DURATION_MAX_S: Final = 366 * 86400.0
@@ -235,9 +236,20 @@ def addresses() -> Type:
     return _list("ADDRESS", _by_comma, check)
 
 
-def paths() -> Type:
+def words(metavar: str) -> Type:
+    """Texts that are not empty; separated by commas in a text."""
+
+    def check(items: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(items) or any("\0" in item for item in items):
+            raise ValueError("it must be a list of texts, and none of them empty")
+        return items
+
+    return _list(metavar, _by_comma, check)
+
+
+def paths(metavar: str = "PATH") -> Type:
     """Paths; separated by commas in a text."""
-    return _list("PATH", _by_comma)
+    return words(metavar)
 
 
 def command_line() -> Type:

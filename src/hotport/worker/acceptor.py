@@ -11,12 +11,12 @@ import asyncio
 import errno
 import logging
 import socket
-import ssl
 from collections.abc import Coroutine
 from typing import Any, Final
 
 from hotport.adapters.base import Adapter, Connections
 from hotport.kernel.sockets import accept_queue_length
+from hotport.worker.tls import Tls
 
 __all__ = ["Acceptor"]
 
@@ -58,7 +58,7 @@ class Acceptor:
     Args:
         listener: A non-blocking listening socket of its own (a duplicate, if several acceptors share a queue);
             it is closed by `close`.
-        tls: Makes every connection a TLS connection.
+        tls: Makes every connection a TLS connection, with the context that it has by then.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Acceptor:
         adapter: Adapter,
         connections: Connections,
         *,
-        tls: ssl.SSLContext | None = None,
+        tls: Tls | None = None,
     ) -> None:
         self._listener = listener
         self._adapter = adapter
@@ -132,6 +132,11 @@ class Acceptor:
         while self._attaching:
             await asyncio.wait(self._attaching)
 
+    def cut(self) -> None:
+        """End handshakes that are not done."""
+        for task in self._attaching:
+            task.cancel()
+
     def _accept(self) -> None:
         """Take up to `BATCH` connections."""
         for _ in range(BATCH):
@@ -158,7 +163,7 @@ class Acceptor:
         attaching = self._loop.connect_accepted_socket(
             lambda: protocol,
             accepted,
-            ssl=self._tls,
+            ssl=self._tls.context if self._tls else None,
             ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if self._tls else None,
         )
         if self._tls is not None:

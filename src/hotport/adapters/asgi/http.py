@@ -44,6 +44,7 @@ import httptools
 from hotport.adapters.asgi.deadlines import Deadlines
 from hotport.adapters.asgi.exchange import STATUS_LINES, STREAMING, Exchange
 from hotport.adapters.asgi.spec import Application
+from hotport.adapters.asgi.tls import tls_extension
 from hotport.adapters.base import Context
 
 __all__ = ["HttpConnection", "Shared", "State"]
@@ -121,6 +122,7 @@ class Shared:
         "_second",
         "application",
         "context",
+        "extensions",
         "idle",
         "lingering",
         "loop",
@@ -134,6 +136,7 @@ class Shared:
     ) -> None:
         self.application = application
         self.context = context
+        self.extensions: dict[str, Any] = {"hotport": context.extension}
         self.state = state
         self.loop = asyncio.get_running_loop()
         self.idle: Deadlines[HttpConnection] = Deadlines(keep_alive_s, HttpConnection.expire_idle, self.loop)
@@ -162,6 +165,7 @@ class HttpConnection(asyncio.Protocol):
         "_arriving",
         "_client",
         "_current",
+        "_extensions",
         "_fate",
         "_has_announced_close",
         "_has_said_goodbye",
@@ -286,7 +290,9 @@ class HttpConnection(asyncio.Protocol):
             self.transport.abort()
             return
         info = transport.get_extra_info
-        self._scheme = "http" if info("sslcontext") is None else "https"
+        tls = tls_extension(transport)
+        self._scheme = "http" if tls is None else "https"
+        self._extensions = self.shared.extensions if tls is None else {**self.shared.extensions, "tls": tls}
         self._client = _client_address(info("peername"))
         self._server = _server_address(info("sockname"))
 
@@ -468,7 +474,7 @@ class HttpConnection(asyncio.Protocol):
                 "client": self._client,
                 "server": self._server,
                 "state": shared.state.copy(),
-                "extensions": {"hotport": shared.context.extension},
+                "extensions": self._extensions.copy(),
             },
             parser.should_keep_alive(),
             is_http10,
