@@ -51,6 +51,9 @@ EMPTY_MAX: Final = 4096
 
 HANDSHAKE_TIMEOUT_S: Final = 15.0
 
+#: From closing a TLS connection to dropping it. That includes sending what is buffered, so clients may be slow.
+GOODBYE_TIMEOUT_S: Final = 120.0
+
 
 class Acceptor:
     """One acceptor of one listener.
@@ -165,6 +168,7 @@ class Acceptor:
             accepted,
             ssl=self._tls.context if self._tls else None,
             ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if self._tls else None,
+            ssl_shutdown_timeout=GOODBYE_TIMEOUT_S if self._tls else None,
         )
         if self._tls is not None:
             task = self._loop.create_task(self._shake_hands(attaching, protocol))

@@ -176,6 +176,7 @@ class HttpConnection(asyncio.Protocol):
         "_is_closed",
         "_is_deaf",
         "_is_draining",
+        "_is_flushed",
         "_is_reading_paused",
         "_is_upgrade",
         "_parser",
@@ -222,6 +223,7 @@ class HttpConnection(asyncio.Protocol):
         self._is_deaf = False  # no other request will be read
         self._has_announced_close = False  # the head of the last answer is written
         self._has_said_goodbye = False  # all of the last answer is written
+        self._is_flushed = False  # nothing was left to send when we last looked
         self._is_closed = False
         self._fate = "finished"
         shared.context.connections.opened(self)
@@ -598,11 +600,18 @@ class HttpConnection(asyncio.Protocol):
 
     def _has_unread(self) -> bool:
         """Whether bytes of the client wait in the kernel (tcp(7), SIOCINQ)."""
+        return self._asks_kernel(termios.FIONREAD)
+
+    def _has_unsent(self) -> bool:
+        """Whether bytes for the client wait in the kernel, or are not acknowledged (tcp(7), SIOCOUTQ)."""
+        return self._asks_kernel(termios.TIOCOUTQ)
+
+    def _asks_kernel(self, question: int) -> bool:
         sock = self.transport.get_extra_info("socket") if self._is_attached else None
         if sock is None:
             return False
         try:
-            return bool(fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4)) != bytes(4))
+            return bool(fcntl.ioctl(sock.fileno(), question, bytes(4)) != bytes(4))
         except OSError:
             return False
 
@@ -618,10 +627,18 @@ class HttpConnection(asyncio.Protocol):
 
     def expire_lingering(self) -> None:
         """The client has not closed; it had the time, unless it is still reading."""
-        if self.transport.get_write_buffer_size():
+        transport = self.transport
+        if transport.get_write_buffer_size():
             self.shared.lingering.add(self)
+        elif not transport.is_closing():
+            self._close()
+        elif (was_flushed := self._is_flushed) and not self._has_unsent():
+            transport.abort()  # the client has had everything, and does not say goodbye
         else:
-            self.transport.close()
+            # TLS has a buffer below the one that it tells of. If the kernel has nothing to send, it is empty; seen
+            # twice, because an event loop that was held up looks at its timers before it goes on sending.
+            self._is_flushed = not was_flushed and not self._has_unsent()
+            self.shared.lingering.add(self)
 
     def truncate(self) -> None:
         """End so that the answer that has begun does not look whole."""
@@ -639,7 +656,10 @@ class HttpConnection(asyncio.Protocol):
         """Close when everything written is flushed."""
         self._has_said_goodbye = self._is_deaf = True
         self._forget_requests()
-        self.transport.close()
+        if not self.transport.is_closing():
+            self.transport.close()
+            if self._scheme == "https" and not self._is_closed:  # which waits for the client's goodbye
+                self.shared.lingering.add(self)
 
     def _linger(self) -> None:
         """Say the end of our side, and throw away what comes until the client closes; it has `LINGER_S` for that."""
