@@ -380,6 +380,8 @@ def test_variables_that_kubernetes_makes_for_a_service_named_hotport_are_no_opti
         ("bind = []", "must name an address", 'bind = ["tcp://127.0.0.1:8000"]'),
         ('bind = [":80", "0.0.0.0:80"]', "an address twice", 'bind = ["tcp://127.0.0.1:8000"]'),
         ("watch_path = [1]", "a list of texts", "watch_path = []"),
+        ('tls_cert = [""]', "none of them empty", "tls_cert = []"),
+        ('tls_alpn = ["é"]', "1 to 255 ASCII", "tls_alpn = []"),
     ],
 )
 def test_bad_value_in_a_file_says_where_why_and_what_instead(tmp_path: Path, line: str, cause: str, fix: str) -> None:

@@ -386,7 +386,8 @@ async def test_a_client_that_never_says_goodbye_is_not_waited_for_long(
         client.close()
 
 
-async def test_a_slow_client_gets_the_last_answer_whole(pki: Pki, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [5_000_000, 60_000], ids=["more than the kernel takes", "less than makes TLS wait"])
+async def test_a_slow_client_gets_the_last_answer_whole(pki: Pki, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(http, "LINGER_S", 0.01)
     looks: list[http.HttpConnection] = []
     expire = http.HttpConnection.expire_lingering
@@ -396,7 +397,7 @@ async def test_a_slow_client_gets_the_last_answer_whole(pki: Pki, monkeypatch: p
         expire(connection)
 
     monkeypatch.setattr(http.HttpConnection, "expire_lingering", expire_lingering)
-    data = os.urandom(20_000_000)  # more than the kernel takes
+    data = os.urandom(size)
 
     async def download(scope: Any, receive: Any, send: Any) -> None:
         await respond(send, data)
@@ -408,8 +409,15 @@ async def test_a_slow_client_gets_the_last_answer_whole(pki: Pki, monkeypatch: p
         return answer.body
 
     async with serve(download, tls_cert=pki.issue("a.pem", "localhost"), lifespan="off") as server:
-        client = await run(connect, port_of(server), pki.client())
+        sock = socket.socket()
+        sock.settimeout(DEADLINE_S)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the least that there is
+        sock.connect(("127.0.0.1", port_of(server)))
+        client = await run(lambda: pki.client().wrap_socket(sock, server_hostname="localhost"))
+        [connection] = server.connections.open
+        ours = connection.transport.get_extra_info("socket")
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        await until(lambda: len(looks) > 4)
+        await until(lambda: len(looks) > 4 or not server.connections.open)
         assert await run(rest, client) == data
         client.close()

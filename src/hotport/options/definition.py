@@ -17,10 +17,10 @@ from hotport.options.values import (
     count,
     duration,
     paths,
+    protocols,
     size,
     switch,
     text,
-    words,
 )
 
 __all__ = [
@@ -113,7 +113,7 @@ class Options:
         "Whether clients need a certificate; auto: required with a tls_client_ca.",
     )
     tls_alpn: tuple[str, ...] = _option(
-        (), words("PROTOCOL"), "What is spoken over TLS (ALPN), the best first; by default http/1.1 for asgi."
+        (), protocols(), "What is spoken over TLS (ALPN), the best first; by default http/1.1 for asgi."
     )
     app_dir: str = _option(".", text("DIR"), "Where the target is imported from.")
     python: str | None = _option(None, text("FILE"), "The interpreter of workers; by default this one.")

@@ -22,10 +22,10 @@ __all__ = [
     "parse_duration",
     "parse_size",
     "paths",
+    "protocols",
     "size",
     "switch",
     "text",
-    "words",
 ]
 
 DURATION_MAX_S: Final = 366 * 86400.0
@@ -236,20 +236,26 @@ def addresses() -> Type:
     return _list("ADDRESS", _by_comma, check)
 
 
-def words(metavar: str) -> Type:
-    """Texts that are not empty; separated by commas in a text."""
+def paths(metavar: str = "PATH") -> Type:
+    """Paths; separated by commas in a text."""
 
     def check(items: tuple[str, ...]) -> tuple[str, ...]:
         if not all(items) or any("\0" in item for item in items):
-            raise ValueError("it must be a list of texts, and none of them empty")
+            raise ValueError("it must be a list of paths, and none of them empty")
         return items
 
     return _list(metavar, _by_comma, check)
 
 
-def paths(metavar: str = "PATH") -> Type:
-    """Paths; separated by commas in a text."""
-    return words(metavar)
+def protocols() -> Type:
+    """Names of protocols as in TLS (RFC 7301 section 3.1); separated by commas in a text."""
+
+    def check(items: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(item.isascii() and 1 <= len(item) <= 255 for item in items):
+            raise ValueError("a protocol is named with 1 to 255 ASCII letters")
+        return items
+
+    return _list("PROTOCOL", _by_comma, check)
 
 
 def command_line() -> Type:
