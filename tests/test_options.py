@@ -158,7 +158,9 @@ def test_every_option_explains_itself(option: Any) -> None:
 
 
 def test_options_travel_to_workers_as_json() -> None:
-    options = Options(target="app:app", bind=("unix:é.sock", "tcp://[::1]:0"), workers=3, settle_s=0.1, tls_cert="c")
+    options = Options(
+        target="app:app", bind=("unix:é.sock", "tcp://[::1]:0"), workers=3, settle_s=0.1, tls_cert=("c", "d")
+    )
     assert msgspec.json.decode(msgspec.json.encode(options), type=Options) == options
     assert msgspec.json.decode(b"{}", type=Options) == Options()
 
@@ -273,7 +275,7 @@ def test_config_can_be_shown_and_read_again(tmp_path: Path) -> None:
     loaded = read(tmp_path, 'bind = [":80"]\napp_dir = "a\\"b\\\\é\\u007f"\n', name="web", max_memory="1.5G")
     text = show(loaded)
     assert "# --name" in text
-    assert "# tls_cert is not set" in text
+    assert "# tls_client_ca is not set" in text
     again = tmp_path / "again"
     again.mkdir()
     assert (
@@ -387,6 +389,8 @@ def test_variables_that_kubernetes_makes_for_a_service_named_hotport_are_no_opti
         ),
         *((f'root_path = "{wrong}"', "begin with /", 'root_path = "/api"') for wrong in ("api", "/", "/api/", "/%C3")),
         ("root_path = 1", "begin with /", 'root_path = "/api"'),
+        ('tls_cert = [""]', "none of them empty", "tls_cert = []"),
+        ('tls_alpn = ["é"]', "1 to 255 ASCII", "tls_alpn = []"),
     ],
 )
 def test_bad_value_in_a_file_says_where_why_and_what_instead(tmp_path: Path, line: str, cause: str, fix: str) -> None:
@@ -464,6 +468,14 @@ def test_tool_hotport_must_be_a_table(tmp_path: Path) -> None:
         ({"command": ("x",), "max_requests": 9}, "--max-requests cannot be used with command"),
         ({"ready": "exec"}, "--ready cannot be used without command"),
         ({"tls_key": "k"}, "--tls-key cannot be used without tls_cert"),
+        ({"tls_cert": "c", "tls_key": "k,l"}, "--tls-key cannot be used with --tls-cert"),
+        ({"tls_cert": ("c", "d"), "tls_key": "k"}, "--tls-key cannot be used with --tls-cert"),
+        ({"tls_client_ca": "ca"}, "--tls-client-ca cannot be used without tls_cert"),
+        ({"tls_client_auth": "none"}, "--tls-client-auth cannot be used without tls_cert"),
+        ({"tls_alpn": "h2"}, "--tls-alpn cannot be used without tls_cert"),
+        ({"tls_cert": "c", "tls_client_auth": "optional"}, "--tls-client-auth cannot be used without tls_client_ca"),
+        ({"tls_cert": "c", "kind": "sockets"}, "--tls-cert cannot be used with --kind"),
+        ({"command": ("x",), "tls_client_ca": "ca"}, "--tls-client-ca cannot be used with command"),
         ({"max_requests_jitter": 9}, "--max-requests-jitter cannot be used without max_requests"),
         ({"watch_path": ("x",)}, "--watch-path cannot be used without watch"),
         ({"command": ("x",), "trusted_proxy": ("*",)}, "--trusted-proxy cannot be used with command"),
@@ -482,6 +494,9 @@ def test_impossible_combination_names_both(tmp_path: Path, flags: dict[str, obje
     "flags",
     [
         {"command": ("x",), "ready": "exec", "bind": ("udp://:53",), "max_age": "1h"},
+        {"tls_cert": ("c", "d")},
+        {"tls_cert": "c,d", "tls_key": "k,l"},
+        {"tls_cert": "c", "tls_client_ca": "ca", "tls_client_auth": "none", "tls_alpn": "h2,http/1.1"},
         {"tls_cert": "c", "tls_key": "k", "watch": True, "watch_path": ("x",)},
         {"max_requests": 100, "max_requests_jitter": 10},
         {"bind": ("udp://:53",), "kind": "protocol"},

@@ -220,11 +220,20 @@ class Server:
     def __init__(self, addresses: tuple[str, ...], inner: ConnectionServer | SocketsServer) -> None:
         self.addresses = addresses
         self.connections = inner.connections
+        self._inner = inner
         self._closed = anyio.Event()
 
     def close(self) -> None:
         """Let `wait_closed` return, and so the ``async with`` block end and drain."""
         self._closed.set()
+
+    def reload_tls(self) -> None:
+        """Read the certificates again, for connections from now on.
+
+        Raises:
+            StartError: They cannot be used; those from before are kept.
+        """
+        self._inner.reload_tls()
 
     async def wait_closed(self) -> None:
         """Return when `close` has been called."""
@@ -249,7 +258,8 @@ async def serve(
         app: The application itself: ASGI, an async function over a stream, a protocol factory, or a sockets function.
         bind: Where to listen.
         options: ``kind``, ``tasks``, ``backlog``, ``connections_max``, ``drain_timeout``, ``keep_alive``, ``lifespan``,
-            ``trusted_proxy``, ``proxy_protocol``, ``root_path``, ``tls_cert``, ``tls_key``: as in ``hotport.toml``.
+            ``trusted_proxy``, ``proxy_protocol``, ``root_path``, ``tls_cert``, ``tls_key``, ``tls_client_ca``,
+            ``tls_client_auth``, ``tls_alpn``: as in ``hotport.toml``.
 
     Raises:
         ConfigError: An option is wrong.

@@ -15,7 +15,7 @@ from hotport.adapters.sockets import SocketsAdapter
 from hotport.errors import StartError, nearest
 from hotport.options import Options
 
-__all__ = ["detect_kind", "load_target", "make_adapter", "split_target"]
+__all__ = ["detect_kind", "kind_of", "load_target", "make_adapter", "split_target"]
 
 #: What a script that calls `hotport.run` is loaded as in its workers; never ``__main__``.
 SCRIPT_MODULE: Final = "__hotport_main__"
@@ -156,13 +156,18 @@ def _is_async(application: Any) -> bool:
     return inspect.iscoroutinefunction(application) or inspect.iscoroutinefunction(call)
 
 
+def kind_of(application: Any, options: Options) -> str:
+    """The kind of an application, after ``options.kind`` or by looking at it; raises StartError if unclear (HP504)."""
+    return detect_kind(application) if options.kind == "auto" else options.kind
+
+
 def make_adapter(application: Any, context: Context, options: Options) -> Adapter | SocketsAdapter:
     """The adapter for an application, after ``options.kind`` or by looking at it.
 
     Raises:
         StartError: Its kind is unclear (HP504), or it needs an extra that is not installed (HP505).
     """
-    match detect_kind(application) if options.kind == "auto" else options.kind:
+    match kind_of(application, options):
         case "asgi":
             try:
                 from hotport.adapters.asgi import AsgiAdapter

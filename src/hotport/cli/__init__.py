@@ -14,11 +14,14 @@ __all__ = ["HELP", "main"]
 #: For every command; a help option that only the group knew would not be in a command's own help text.
 HELP = {"help_option_names": ["-h", "--help"]}
 
-COMMANDS = ("serve", "restart", "status", "scale", "stop", "demo")
+COMMANDS = ("serve", "restart", "reload-tls", "status", "scale", "stop", "demo")
 
 
 class _Commands(click.Group):
-    """Finds ``hotport.cli.NAME`` for a subcommand, so that ``serve`` does not load what draws progress bars."""
+    """Finds ``hotport.cli.NAME`` for a subcommand (with ``_`` for ``-``).
+
+    So ``serve`` does not load what draws progress bars.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -26,7 +29,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command = import_module(f"hotport.cli.{cmd_name}").command
+        command = import_module(f"hotport.cli.{cmd_name.replace('-', '_')}").command
         assert isinstance(command, click.Command)
         return command
 

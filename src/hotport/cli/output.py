@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from itertools import groupby
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from hotport.wire.messages import Report, Status
+from hotport.wire.messages import Report, Status, TlsReport
 
-__all__ = ["console", "print_json", "print_report", "print_status"]
+__all__ = ["console", "print_json", "print_report", "print_status", "print_tls_report"]
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -94,6 +95,20 @@ def print_status(status: Status) -> None:
             worker.status,
         )
     out.print(table)
+
+
+def print_tls_report(report: TlsReport) -> None:
+    """What became of the certificates, for people: the most important line last."""
+    out = console()
+    for worker in report.workers:
+        if worker.error:
+            out.print(f"worker {worker.worker} of generation {worker.generation}, pid {worker.pid}:", markup=False)
+            out.print(worker.error, markup=False)
+    counts = Counter(worker.outcome for worker in report.workers)
+    words = {"reloaded": "have read them", "starting": "read them as they start", "kept": "keep what they had"}
+    told = ", ".join(f"{counts[outcome]} {said}" for outcome, said in words.items() if counts[outcome])
+    begin = "[red]not renewed everywhere[/]" if counts["kept"] else "[green]renewed[/]"
+    out.print(f"{begin}: certificates of {report.service}; workers: {told or 'none'}")
 
 
 def _number(value: int | None) -> str:

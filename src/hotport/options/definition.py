@@ -19,6 +19,7 @@ from hotport.options.values import (
     paths,
     peers,
     prefix,
+    protocols,
     size,
     switch,
     text,
@@ -45,6 +46,7 @@ Kind: TypeAlias = Literal["auto", "asgi", "stream", "protocol", "sockets"]
 Loop: TypeAlias = Literal["uvloop", "asyncio"]
 Ready: TypeAlias = Literal["notify", "exec"]
 AccessLog: TypeAlias = Literal["off", "structured", "combined"]
+ClientAuth: TypeAlias = Literal["auto", "none", "optional", "required"]
 Lifespan: TypeAlias = Literal["auto", "on", "off"]
 LogFormat: TypeAlias = Literal["auto", "console", "json"]
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
@@ -107,8 +109,6 @@ class Options:
     max_requests_jitter: int = _option(0, count(0), "Up to so many requests more, by chance, for each worker.")
     max_memory_bytes: int = _option(0, size(), "Resident memory at which a worker is replaced; 0: never.")
     max_age_s: float = _option(0.0, duration(), "Age at which a worker is replaced; 0: never.")
-    tls_cert: str | None = _option(None, text("FILE"), "Certificate chain (PEM), read again by each generation.")
-    tls_key: str | None = _option(None, text("FILE"), "Its private key, if it is not in the same file.")
     trusted_proxy: tuple[str, ...] = _option(
         ("127.0.0.1", "::1", "unix"),
         peers(),
@@ -118,6 +118,24 @@ class Options:
         False, switch(), "Trusted proxies begin each connection with a PROXY header (version 1 or 2)."
     )
     root_path: str = _option("", prefix(), "What a proxy has cut off the paths of an ASGI application: /api.")
+    tls_cert: tuple[str, ...] = _option(
+        (),
+        paths("FILE"),
+        "Certificate chain (PEM), read again by each generation; several are chosen by name, the first one is for "
+        "all other names.",
+    )
+    tls_key: tuple[str, ...] = _option(
+        (), paths("FILE"), "Its private key, if it is not in the same file; as many as certificates."
+    )
+    tls_client_ca: str | None = _option(None, text("FILE"), "Authorities (PEM) that sign certificates of clients.")
+    tls_client_auth: ClientAuth = _option(
+        "auto",
+        choice("auto", "none", "optional", "required"),
+        "Whether clients need a certificate; auto: required with a tls_client_ca.",
+    )
+    tls_alpn: tuple[str, ...] = _option(
+        (), protocols(), "What is spoken over TLS (ALPN), the best first; by default http/1.1 for asgi."
+    )
     app_dir: str = _option(".", text("DIR"), "Where the target is imported from.")
     python: str | None = _option(None, text("FILE"), "The interpreter of workers; by default this one.")
     lifespan: Lifespan = _option("auto", choice("auto", "on", "off"), "ASGI lifespan; auto: if the app knows it.")

@@ -232,15 +232,8 @@ def _written(option: Option, right: object, origin: str) -> str:
 
 
 _OF_OUR_WORKERS: Final = (
-    "factory",
-    "kind",
-    "lifespan",
-    "max_requests",
-    "proxy_protocol",
-    "root_path",
-    "tls_cert",
-    "tls_key",
-    "trusted_proxy",
+    *("factory", "kind", "lifespan", "max_requests", "proxy_protocol", "root_path"),
+    *("tls_alpn", "tls_cert", "tls_client_auth", "tls_client_ca", "tls_key", "trusted_proxy"),
 )
 """A foreign program serves, and counts, by itself."""
 
@@ -274,9 +267,7 @@ def _clashes(options: Options) -> Iterable[tuple[str, str, str, str, str]]:
     elif options.ready == "exec":
         cause = "only a command can be ready without saying so"
         yield "ready", "without", "command", cause, "hotport serve --ready exec -- COMMAND"
-    if options.tls_key is not None and options.tls_cert is None:
-        cause = "a key is of no use without its certificate"
-        yield "tls_key", "without", "tls_cert", cause, f"--tls-cert FILE --tls-key {options.tls_key}"
+    yield from _tls_clashes(options)
     if options.max_requests_jitter and not options.max_requests:
         cause = "there is no number of requests to add it to"
         yield "max_requests_jitter", "without", "max_requests", cause, "--max-requests 10000"
@@ -289,8 +280,28 @@ def _clashes(options: Options) -> Iterable[tuple[str, str, str, str, str]]:
         if options.kind in {"asgi", "stream"}:
             cause = f"{options.kind} needs connections, and UDP has none"
             yield "bind", "with", "kind", cause, "--kind protocol, or --bind with a tcp:// address"
-        if options.tls_cert is not None:
+        if options.tls_cert:
             yield "bind", "with", "tls_cert", "TLS needs connections, and UDP has none", "--bind :8443"
+
+
+def _tls_clashes(options: Options) -> Iterable[tuple[str, str, str, str, str]]:
+    certs, keys = len(options.tls_cert), len(options.tls_key)
+    if not certs:
+        if keys:
+            cause = "a key is of no use without its certificate"
+            yield "tls_key", "without", "tls_cert", cause, f"--tls-cert FILE --tls-key {options.tls_key[0]}"
+        for key in ("tls_client_ca", "tls_client_auth", "tls_alpn"):
+            if getattr(options, key) != getattr(_DEFAULTS, key):
+                yield key, "without", "tls_cert", "it is a part of TLS, which needs a certificate", "--tls-cert FILE"
+    elif keys not in (0, certs):
+        cause = f"the number of certificates is {certs}, that of keys {keys}: each key goes with one certificate"
+        yield "tls_key", "with", "tls_cert", cause, "--tls-cert A.pem --tls-key A.key --tls-cert B.pem --tls-key B.key"
+    if options.tls_client_auth in {"optional", "required"} and options.tls_client_ca is None:
+        cause = "there is no authority to judge certificates of clients by"
+        yield "tls_client_auth", "without", "tls_client_ca", cause, "--tls-client-ca FILE"
+    if options.kind == "sockets" and certs:
+        cause = "a sockets application has a server of its own, which speaks TLS by itself"
+        yield "tls_cert", "with", "kind", cause, "remove tls_cert, and give the certificate to that server"
 
 
 class Row(NamedTuple):

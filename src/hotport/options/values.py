@@ -25,6 +25,7 @@ __all__ = [
     "paths",
     "peers",
     "prefix",
+    "protocols",
     "size",
     "switch",
     "text",
@@ -239,9 +240,26 @@ def addresses() -> Type:
     return _list("ADDRESS", _by_comma, check)
 
 
-def paths() -> Type:
+def paths(metavar: str = "PATH") -> Type:
     """Paths; separated by commas in a text."""
-    return _list("PATH", _by_comma)
+
+    def check(items: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(items) or any("\0" in item for item in items):
+            raise ValueError("it must be a list of paths, and none of them empty")
+        return items
+
+    return _list(metavar, _by_comma, check)
+
+
+def protocols() -> Type:
+    """Names of protocols as in TLS (RFC 7301 section 3.1); separated by commas in a text."""
+
+    def check(items: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(item.isascii() and 1 <= len(item) <= 255 for item in items):
+            raise ValueError("a protocol is named with 1 to 255 ASCII letters")
+        return items
+
+    return _list("PROTOCOL", _by_comma, check)
 
 
 def peers() -> Type:

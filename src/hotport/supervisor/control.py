@@ -14,13 +14,14 @@ from hotport.errors import ConfigError, ControlError, HotportError
 from hotport.kernel.sockets import peer_credentials
 from hotport.model.service import Announce, RequestStop
 from hotport.observe.logs import get_logger
-from hotport.supervisor.requests import describe, restart, scale
+from hotport.supervisor.requests import describe, reload_tls, restart, scale
 from hotport.supervisor.supervisor import Supervisor
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import (
     Done,
     Failure,
     Progress,
+    ReloadTlsRequest,
     Request,
     RestartRequest,
     ScaleRequest,
@@ -144,6 +145,8 @@ async def _carry_out(supervisor: Supervisor, request: Any, stream: SocketStream)
                 )
             await scale(supervisor, workers)
             return Done(detail=f"{workers} workers serve")
+        case ReloadTlsRequest():
+            return await reload_tls(supervisor)
         case StopRequest(now=now):
             supervisor.input(RequestStop(now=now))
             await supervisor.finished.wait()

@@ -84,6 +84,11 @@ class Launch:
                     fix="name another one with --python, for example --python current/.venv/bin/python",
                 )
         app_dir = os.path.realpath(os.path.join(directory, options.app_dir))  # may be a link to a release, too
+        # Read again while the worker runs; the application may have changed the directory by then.
+        tls_cert, tls_key = (
+            tuple(os.path.join(directory, f) for f in fs) for fs in (options.tls_cert, options.tls_key)
+        )
+        tls_client_ca = options.tls_client_ca and os.path.join(directory, options.tls_client_ca)
         for path in (directory, python):
             if not path.isprintable() or any("\ud800" <= letter <= "\udfff" for letter in path):
                 raise StartError(
@@ -93,7 +98,8 @@ class Launch:
                     fix="rename the directory",
                 )
         environment = {**surroundings.environment, "PWD": directory}
-        return cls(replace(options, app_dir=app_dir), python, directory, environment)
+        options = replace(options, app_dir=app_dir, tls_cert=tls_cert, tls_key=tls_key, tls_client_ca=tls_client_ca)
+        return cls(options, python, directory, environment)
 
     def argv(self, service: str, generation: int, worker: int) -> list[str]:
         """The command line of one worker."""

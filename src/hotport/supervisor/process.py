@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 from anyio.abc import ByteStream
@@ -18,9 +18,11 @@ from hotport.kernel.process import describe_exit, kill_group, reap, send_signal
 from hotport.kernel.spawn import Child
 from hotport.observe.logs import get_logger
 from hotport.wire.frames import FrameDecoder, encode_frame
-from hotport.wire.messages import Inspection, InspectOrder, Word, decode, encode
+from hotport.wire.messages import Inspection, TlsReloaded, Word, decode, encode
 
 __all__ = ["Process"]
+
+Answer = TypeVar("Answer", Inspection, TlsReloaded)
 
 #: How long the last words of a worker that is gone are waited for.
 LAST_WORDS_S = 1.0
@@ -50,7 +52,7 @@ class Process:
         self._orders, self._pending = anyio.create_memory_object_stream[bytes](math.inf)
         self.is_talking = False
         self._has_said_all = anyio.Event()
-        self._inspections: list[tuple[anyio.Event, list[Inspection]]] = []
+        self._asked: list[tuple[type[Any], anyio.Event, list[Any]]] = []
         self._log = get_logger("hotport.supervisor").bind(worker=worker, generation=generation)
 
     def order(self, message: Any) -> None:
@@ -83,17 +85,17 @@ class Process:
         finally:
             self.is_talking = False
             self._has_said_all.set()
-            for event, _ in self._inspections:
+            for _, event, _ in self._asked:
                 event.set()
 
-    async def inspect(self, timeout_s: float) -> Inspection | None:
-        """How the worker is; None if it does not answer within `timeout_s` seconds, or cannot be asked."""
+    async def ask(self, order: Any, kind: type[Answer], timeout_s: float) -> Answer | None:
+        """The worker's answer to an order; None if it gives none within `timeout_s` seconds, or cannot be asked."""
         if not self.is_talking:
             return None
-        answer: list[Inspection] = []
+        answer: list[Answer] = []
         event = anyio.Event()
-        self._inspections.append((event, answer))
-        self.order(InspectOrder())
+        self._asked.append((kind, event, answer))
+        self.order(order)
         with anyio.move_on_after(timeout_s):
             await event.wait()
         return answer[0] if answer else None
@@ -109,12 +111,15 @@ class Process:
             while True:
                 for payload in decoder.feed(await stream.receive()):
                     word = decode(payload, Word)
-                    if isinstance(word, Inspection) and self._inspections:
-                        event, answer = self._inspections.pop(0)  # answers come in the order of orders
-                        answer.append(word)
-                        event.set()
-                    else:
+                    # Answers come in the order of orders.
+                    asked = next((asked for asked in self._asked if asked[0] is type(word)), None)
+                    if asked is None:
                         hear(self.worker, word)
+                        continue
+                    self._asked.remove(asked)
+                    _, event, answer = asked
+                    answer.append(word)
+                    event.set()
         except (anyio.EndOfStream, anyio.BrokenResourceError):
             pass
         except ControlError as error:

@@ -1,4 +1,4 @@
-"""What can be asked of a running service: restart it, scale it, describe it."""
+"""What can be asked of a running service: restart it, scale it, renew its certificates, describe it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,32 @@ from pathlib import Path
 import anyio
 
 from hotport import __version__
-from hotport.errors import HotportError, RestartError
+from hotport.errors import HotportError, RestartError, StartError
 from hotport.kernel.process import rss_bytes
-from hotport.model.lifecycle import Phase
+from hotport.model.lifecycle import CURRENT, Phase
 from hotport.model.service import Announce, RequestRestart, RequestScale
 from hotport.supervisor.launch import Launch
 from hotport.supervisor.process import Process
 from hotport.supervisor.supervisor import Asked, Supervisor
-from hotport.wire.messages import Inspection, Report, Status, WorkerStatus
+from hotport.wire.messages import (
+    Inspection,
+    InspectOrder,
+    ReloadTlsOrder,
+    Report,
+    Status,
+    TlsReloaded,
+    TlsReport,
+    WorkerStatus,
+    WorkerTls,
+)
 
-__all__ = ["describe", "restart", "scale"]
+__all__ = ["describe", "reload_tls", "restart", "scale"]
 
 #: A worker that is busy with its application is shown without figures rather than waited for.
 INSPECT_TIMEOUT_S = 0.5
+
+#: A worker that reads its certificates answers at once; one that is busy for so long is reported.
+RELOAD_TIMEOUT_S = 5.0
 
 
 async def restart(
@@ -123,12 +136,70 @@ async def scale(supervisor: Supervisor, wanted: int) -> None:
         await supervisor.wait_stepped()
 
 
+async def reload_tls(supervisor: Supervisor) -> TlsReport:
+    """Let every worker that accepts, or may accept again, read its certificates again.
+
+    Raises:
+        RestartError: The service has no certificate of ours, or is stopping (HP413). Nothing has changed.
+    """
+    if cause := _no_tls(supervisor):
+        raise RestartError(
+            "HP413",
+            f"cannot renew the certificates of {supervisor.name}",
+            cause=cause,
+            fix=f"hotport status {supervisor.name}",
+            phase="refused",
+            serving=supervisor.service.generation,
+        )
+    found: dict[int, WorkerTls] = {}
+
+    async def reload(process: Process, phase: Phase) -> None:
+        outcome, error = "starting", ""
+        if phase is Phase.STARTING:
+            process.order(ReloadTlsOrder())  # it may have read them; it gets the order when it can be talked to
+        else:
+            answer = await process.ask(ReloadTlsOrder(), TlsReloaded, RELOAD_TIMEOUT_S)
+            if answer is None and supervisor.processes.get(process.worker) is not process:
+                return  # gone; who replaces it reads them anew
+            error = _no_answer(supervisor.name, process.worker) if answer is None else answer.error
+            outcome = "kept" if error else "reloaded"
+        found[process.worker] = WorkerTls(
+            worker=process.worker, generation=process.generation, pid=process.pid, outcome=outcome, error=error
+        )
+
+    workers = supervisor.service.workers
+    async with anyio.create_task_group() as tasks:
+        for number, process in supervisor.processes.items():
+            if number in workers and workers[number].phase in CURRENT:
+                tasks.start_soon(reload, process, workers[number].phase)
+    return TlsReport(service=supervisor.name, workers=tuple(found[number] for number in sorted(found)))
+
+
+def _no_tls(supervisor: Supervisor) -> str:
+    """Why there are no certificates to be read again; empty if there are."""
+    if supervisor.service.is_stopping:
+        return "the service is stopping"
+    if supervisor.options.command:
+        return f"{supervisor.options.command[0]} is a program of its own: what it reads, and when, is its affair"
+    return "" if supervisor.options.tls_cert else "it does not speak TLS: no tls_cert is set"
+
+
+def _no_answer(service: str, worker: int) -> str:
+    error = StartError(
+        "HP414",
+        f"worker {worker} did not say that it has read its certificates",
+        cause=f"it was busy for {RELOAD_TIMEOUT_S:g} s, and may still do it",
+        fix=f"hotport reload-tls {service}",
+    )
+    return str(error)
+
+
 async def describe(supervisor: Supervisor) -> Status:
     """The service as it is."""
     found: dict[int, Inspection | None] = {}
 
     async def inspect(process: Process) -> None:
-        found[process.worker] = await process.inspect(INSPECT_TIMEOUT_S)
+        found[process.worker] = await process.ask(InspectOrder(), Inspection, INSPECT_TIMEOUT_S)
 
     async with anyio.create_task_group() as tasks:
         for process in supervisor.processes.values():

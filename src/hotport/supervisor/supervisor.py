@@ -43,6 +43,7 @@ from hotport.wire.messages import (
     Quiesced,
     QuiesceOrder,
     Report,
+    TlsReloaded,
     Word,
 )
 from hotport.wire.sdnotify import Notification, encode_notification
@@ -323,6 +324,8 @@ class Supervisor:
                 if self.service.is_stopping:
                     self._has_cut = self._has_cut or any(fate.startswith("cut_") for fate in fates)
                 self.reports.drained(worker, fates)
+            case TlsReloaded(error=error) if error:  # nobody waits: it was told while it started
+                self._log.warning("tls.kept", worker=worker, error=error)
             case _:
                 pass
 

@@ -2,7 +2,7 @@
 
 Three conversations use them. The supervisor connects to a worker's control socket and gives orders; the worker
 answers with what has become true. A command connects to the supervisor's control socket, sends one request, and
-reads progress until the conversation ends with a `Report`, a `Status`, a `Done` or a `Failure`.
+reads progress until the conversation ends with a `Report`, a `Status`, a `TlsReport`, a `Done` or a `Failure`.
 
 Each conversation has a closed set of messages; anything else is refused by name. Unknown fields are ignored, so a
 newer side may say more than an older one understands.
@@ -55,7 +55,11 @@ class InspectOrder(msgspec.Struct, frozen=True, kw_only=True, tag="inspect"):
     """Say how you are."""
 
 
-Order = AcceptOrder | QuiesceOrder | DrainOrder | InspectOrder
+class ReloadTlsOrder(msgspec.Struct, frozen=True, kw_only=True, tag="reload_tls"):
+    """Read the certificates again, for connections from now on."""
+
+
+Order = AcceptOrder | QuiesceOrder | DrainOrder | InspectOrder | ReloadTlsOrder
 
 
 # -- worker -> supervisor -----------------------------------------------------------------------------------
@@ -105,7 +109,13 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True, tag="inspection"):
     descriptors: int
 
 
-Word = Hello | Accepting | Quiesced | Expired | Drained | Inspection
+class TlsReloaded(msgspec.Struct, frozen=True, kw_only=True, tag="tls_reloaded"):
+    """The certificates were read again; with an `error` they cannot be used, and those from before are kept."""
+
+    error: str = ""
+
+
+Word = Hello | Accepting | Quiesced | Expired | Drained | Inspection | TlsReloaded
 
 
 # -- command -> supervisor ----------------------------------------------------------------------------------
@@ -133,7 +143,11 @@ class ScaleRequest(msgspec.Struct, frozen=True, kw_only=True, tag="scale"):
     workers: int
 
 
-Request = RestartRequest | StatusRequest | StopRequest | ScaleRequest
+class ReloadTlsRequest(msgspec.Struct, frozen=True, kw_only=True, tag="reload_tls"):
+    """Let every worker read its certificates again."""
+
+
+Request = RestartRequest | StatusRequest | StopRequest | ScaleRequest | ReloadTlsRequest
 
 
 # -- supervisor -> command ----------------------------------------------------------------------------------
@@ -217,6 +231,28 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     last_restart: Report | None = None
 
 
+class WorkerTls(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of the certificates in one worker.
+
+    Attributes:
+        outcome: ``"reloaded"``; ``"starting"``, which reads them before it accepts; or ``"kept"`` those from before.
+        error: Why they were kept, in three lines.
+    """
+
+    worker: int
+    generation: int
+    pid: int
+    outcome: str
+    error: str = ""
+
+
+class TlsReport(msgspec.Struct, frozen=True, kw_only=True, tag="tls_report"):
+    """What became of the certificates in every worker."""
+
+    service: str
+    workers: tuple[WorkerTls, ...]
+
+
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
     """The request was carried out."""
 
@@ -234,7 +270,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, tag="failure"):
     exit_code: int
 
 
-Reply = Progress | Report | Status | Done | Failure
+Reply = Progress | Report | Status | TlsReport | Done | Failure
 
 T = TypeVar("T")
 

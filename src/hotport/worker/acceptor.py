@@ -11,7 +11,6 @@ import asyncio
 import errno
 import logging
 import socket
-import ssl
 from collections.abc import Coroutine
 from typing import Any, Final
 
@@ -19,6 +18,7 @@ from hotport.adapters.base import Adapter, Connections
 from hotport.kernel.sockets import accept_queue_length
 from hotport.trust import Trusted
 from hotport.wire.proxyprotocol import HEADER_BYTES_MAX, ProxyHeader, ProxyHeaderError, parse_proxy_header
+from hotport.worker.tls import Tls
 
 __all__ = ["Acceptor"]
 
@@ -53,6 +53,9 @@ EMPTY_MAX: Final = 4096
 
 HANDSHAKE_TIMEOUT_S: Final = 15.0
 
+#: From closing a TLS connection to dropping it. That includes sending what is buffered, so clients may be slow.
+GOODBYE_TIMEOUT_S: Final = 120.0
+
 #: How long a proxy may take to say for whom it speaks; it is the first thing that it sends.
 PROXY_HEADER_TIMEOUT_S: Final = 5.0
 
@@ -80,7 +83,7 @@ class Acceptor:
     Args:
         listener: A non-blocking listening socket of its own (a duplicate, if several acceptors share a queue);
             it is closed by `close`.
-        tls: Makes every connection a TLS connection.
+        tls: Makes every connection a TLS connection, with the context that it has by then.
         proxies: Peers whose connections begin with a PROXY header, which is read before TLS; None for nobody.
     """
 
@@ -90,7 +93,7 @@ class Acceptor:
         adapter: Adapter,
         connections: Connections,
         *,
-        tls: ssl.SSLContext | None = None,
+        tls: Tls | None = None,
         proxies: Trusted | None = None,
     ) -> None:
         self._listener = _Socket(listener.family, listener.type, listener.proto, fileno=listener.detach())
@@ -194,8 +197,9 @@ class Acceptor:
         attaching = self._loop.connect_accepted_socket(
             lambda: protocol,
             accepted,
-            ssl=self._tls,
+            ssl=self._tls.context if self._tls else None,
             ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if self._tls else None,
+            ssl_shutdown_timeout=GOODBYE_TIMEOUT_S if self._tls else None,
         )
         if self._tls is not None:
             self._start_attaching(self._shake_hands(attaching, protocol))

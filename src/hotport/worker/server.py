@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from hotport.adapters.base import Adapter, Connections, Context
 from hotport.adapters.sockets import SocketsAdapter
-from hotport.adapters.target import make_adapter
+from hotport.adapters.target import kind_of, make_adapter
 from hotport.errors import StartError
 from hotport.options import Options
 from hotport.trust import Trusted
 from hotport.worker.acceptor import Acceptor
+from hotport.worker.tls import Tls
 
-__all__ = ["ConnectionServer", "Server", "SocketsServer", "make_server", "tls_context"]
+__all__ = ["ConnectionServer", "Server", "SocketsServer", "make_server"]
 
 
 class Server(Protocol):
@@ -33,6 +33,13 @@ class Server(Protocol):
 
     def quiesce(self) -> None:
         """Stop accepting; every connection goes on."""
+
+    def reload_tls(self) -> None:
+        """Read the certificates again, for connections from now on; without any it does nothing.
+
+        Raises:
+            StartError: They cannot be used (HP507, HP513, HP514); those that were read before are kept.
+        """
 
     async def drain(self, timeout_s: float, *, is_last: bool = False) -> Counter[str]:
         """Finish every connection, cut what is left after `timeout_s` seconds; return fates and counts.
@@ -58,11 +65,12 @@ class ConnectionServer:
         connections: Connections,
         *,
         tasks: int = 1,
-        tls: ssl.SSLContext | None = None,
+        tls: Tls | None = None,
         proxies: Trusted | None = None,
     ) -> None:
         self.connections = connections
         self._adapter = adapter
+        self._tls = tls
         self._acceptors = [
             Acceptor(each, adapter, connections, tls=tls, proxies=proxies)
             for listener in listeners
@@ -86,6 +94,10 @@ class ConnectionServer:
         self._is_accepting = False
         self.connections.count_fates(True)
         self._stop_acceptors()
+
+    def reload_tls(self) -> None:
+        if self._tls is not None:
+            self._tls.reload()
 
     def _stop_acceptors(self) -> None:
         for acceptor in self._acceptors:
@@ -147,6 +159,9 @@ class SocketsServer:
     def quiesce(self) -> None:
         """It cannot stop accepting without leaving; sharing the listener until it drains loses nothing."""
 
+    def reload_tls(self) -> None:
+        """It has none of ours."""
+
     async def drain(self, timeout_s: float, *, is_last: bool = False) -> Counter[str]:
         self.connections.drain(timeout_s)
         is_cut = await self._adapter.finish(timeout_s)
@@ -164,8 +179,9 @@ def make_server(
     """The server for an application, after its kind.
 
     Raises:
-        StartError: Its kind is unclear, an extra is missing, or its certificate cannot be used (HP504, HP505, HP507),
-            a listener is not for connections (HP511), or a PROXY header has nobody to read it (HP518).
+        StartError: Its kind is unclear or an extra is missing (HP504, HP505), a listener is not for connections
+            (HP511), it cannot be served over TLS (HP512) or read a PROXY header (HP518), or a certificate cannot be
+            used (HP507, HP513, HP514).
     """
     adapter = make_adapter(application, context, options)
     if isinstance(adapter, SocketsAdapter):
@@ -176,6 +192,13 @@ def make_server(
                 cause="it accepts connections by itself (kind sockets)",
                 fix="remove proxy_protocol, and let the application's own server read the header",
             )
+        if options.tls_cert:
+            raise StartError(
+                "HP512",
+                "cannot serve this application over TLS",
+                cause="it takes the listening sockets, and what comes from them does not pass through hotport",
+                fix="remove tls_cert, and give the certificate to its own server",
+            )
         return SocketsServer(adapter, listeners, context.connections)
     if any(listener.type != socket.SOCK_STREAM for listener in listeners):
         raise StartError(
@@ -184,33 +207,12 @@ def make_server(
             cause="it takes connections, and udp has none",
             fix="bind a tcp or unix address, or write it as a `sockets` application (--kind sockets)",
         )
+    alpn = ["http/1.1"] if kind_of(application, options) == "asgi" else []
     return ConnectionServer(
         adapter,
         listeners,
         context.connections,
         tasks=options.tasks,
-        tls=tls_context(options),
+        tls=Tls(options, alpn=alpn) if options.tls_cert else None,
         proxies=Trusted(options.trusted_proxy) if options.proxy_protocol else None,
     )
-
-
-def tls_context(options: Options) -> ssl.SSLContext | None:
-    """A server's TLS context from the files that the options name, read now; None without them.
-
-    Raises:
-        StartError: They cannot be read or do not belong together (HP507).
-    """
-    if options.tls_cert is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(options.tls_cert, options.tls_key)
-    except (OSError, ssl.SSLError) as error:
-        raise StartError(
-            "HP507",
-            f"cannot use the certificate {options.tls_cert}",
-            cause=f"{error} (key: {options.tls_key or 'in the same file'})",
-            fix=f"openssl x509 -in {options.tls_cert} -noout -subject -enddate",
-        ) from None
-    context.set_alpn_protocols(["http/1.1"])
-    return context

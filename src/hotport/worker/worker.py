@@ -42,6 +42,8 @@ from hotport.wire.messages import (
     Order,
     Quiesced,
     QuiesceOrder,
+    ReloadTlsOrder,
+    TlsReloaded,
     WorkerSpec,
     decode,
     encode,
@@ -270,6 +272,8 @@ class Worker:
                 self._leave(order)
             case InspectOrder():
                 peer.say(self._inspect())
+            case ReloadTlsOrder():
+                peer.say(TlsReloaded(error=self._reload_tls()))
             case _ if self._server is None or self._leaving.is_set():
                 self._log.warning("control.too_early_or_late", order=type(order).__name__)
             case AcceptOrder():
@@ -288,6 +292,17 @@ class Worker:
             rss_bytes=rss_bytes(os.getpid()),
             descriptors=_descriptors(),
         )
+
+    def _reload_tls(self) -> str:
+        """Why the certificates from before are kept; empty if they are not."""
+        try:
+            if self._server is not None:
+                self._server.reload_tls()
+        except StartError as error:
+            self._log.warning("tls.kept", error=str(error))
+            return str(error)
+        self._log.info("tls.reloaded")
+        return ""
 
     def _broadcast(self, message: Any) -> None:
         for peer in list(self._peers):

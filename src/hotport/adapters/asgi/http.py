@@ -25,6 +25,7 @@ from hotport.adapters.asgi.proxy import forwarded
 from hotport.adapters.asgi.shared import ASGI, Shared
 from hotport.adapters.asgi.spec import Receive, Scope, Send
 from hotport.adapters.asgi.states import STATES, Manner, State
+from hotport.adapters.asgi.tls import tls_extension
 from hotport.wire.proxyprotocol import Endpoints
 
 __all__ = ["HttpConnection"]
@@ -67,6 +68,7 @@ class HttpConnection(asyncio.Protocol):
         "_arriving",
         "_client",
         "_current",
+        "_extensions",
         "_fate",
         "_has_announced_close",
         "_has_said_goodbye",
@@ -77,6 +79,7 @@ class HttpConnection(asyncio.Protocol):
         "_is_attached",
         "_is_deaf",
         "_is_draining",
+        "_is_flushed",
         "_is_reading_paused",
         "_is_trusted",
         "_is_upgrade",
@@ -132,6 +135,7 @@ class HttpConnection(asyncio.Protocol):
         self._is_deaf = False  # no other request will be read
         self._has_announced_close = False  # the head of the last answer is written
         self._has_said_goodbye = False  # all of the last answer is written
+        self._is_flushed = False  # nothing was left to send when we last looked
         self._fate = "finished"
         shared.registry.opened(self)
 
@@ -207,7 +211,9 @@ class HttpConnection(asyncio.Protocol):
         shared.deadlines.add(self)
         self._wait(shared.head_ticks)
         info = transport.get_extra_info
-        self._scheme = "http" if info("sslcontext") is None else "https"
+        tls = tls_extension(transport)
+        self._scheme = "http" if tls is None else "https"
+        self._extensions = shared.extensions if tls is None else {**shared.extensions, "tls": tls}
         peer, server = self.proxied or (info("peername"), info("sockname"))
         self._client = _client_address(peer)
         self._server = _server_address(server)
@@ -412,7 +418,7 @@ class HttpConnection(asyncio.Protocol):
                 "client": client,
                 "server": self._server,
                 "state": shared.state.copy(),
-                "extensions": shared.extensions,
+                "extensions": self._extensions.copy(),
             },
             parser.should_keep_alive(),
             is_http10,
@@ -561,11 +567,18 @@ class HttpConnection(asyncio.Protocol):
 
     def _has_unread(self) -> bool:
         """Whether bytes of the client wait in the kernel (tcp(7), SIOCINQ)."""
+        return self._asks_kernel(termios.FIONREAD)
+
+    def _has_unsent(self) -> bool:
+        """Whether bytes for the client wait in the kernel, or are not acknowledged (tcp(7), SIOCOUTQ)."""
+        return self._asks_kernel(termios.TIOCOUTQ)
+
+    def _asks_kernel(self, question: int) -> bool:
         sock = self.transport.get_extra_info("socket") if self._is_attached else None
         if sock is None:
             return False
         try:
-            return bool(fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4)) != bytes(4))
+            return bool(fcntl.ioctl(sock.fileno(), question, bytes(4)) != bytes(4))
         except OSError:
             return False
 
@@ -580,13 +593,27 @@ class HttpConnection(asyncio.Protocol):
         state = self.state
         if state is State.HALF_HEAD:
             self._refuse(408, "the request head did not arrive in time")
-        elif self.transport.get_write_buffer_size() or (state is not State.CLOSING and self._has_unread()):
-            self._wait(self.shared.keep_alive_ticks)
+        elif self.transport.get_write_buffer_size():
+            self._wait(self.shared.linger_ticks)
         elif state is State.CLOSING:
-            self.transport.close()
+            self._expire_closing()
+        elif self._has_unread():
+            self._wait(self.shared.keep_alive_ticks)
         else:
             self._fate = "idle_closed"
             self._close()
+
+    def _expire_closing(self) -> None:
+        """The client has not closed; it had the time, unless it is still reading."""
+        if not self.transport.is_closing():
+            self._close()
+        elif (was_flushed := self._is_flushed) and not self._has_unsent():
+            self.transport.abort()  # the client has had everything, and does not say goodbye
+        else:
+            # TLS has a buffer below the one that it tells of. If the kernel has nothing to send, it is empty; seen
+            # twice, because an event loop that was held up looks at its timers before it goes on sending.
+            self._is_flushed = not was_flushed and not self._has_unsent()
+            self._wait(self.shared.linger_ticks)
 
     def truncate(self) -> None:
         """End so that the answer that has begun does not look whole."""
@@ -604,7 +631,10 @@ class HttpConnection(asyncio.Protocol):
         """Close when everything written is flushed."""
         self._has_said_goodbye = self._is_deaf = True
         self._forget_requests()
-        self.transport.close()
+        if not self.transport.is_closing():
+            self.transport.close()
+            if self._scheme == "https":  # which waits for the client's goodbye
+                self._wait(self.shared.linger_ticks)
 
     def _linger(self) -> None:
         """Say the end of our side, and throw away what comes until the client closes; it has `LINGER_S` for that."""

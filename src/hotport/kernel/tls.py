@@ -1,0 +1,159 @@
+"""TLS contexts of a server, from the files that hold its certificates.
+
+Only public interfaces of `ssl` are used. It cannot parse a certificate, but it tells what the peer of a connection
+has shown: so the names in a certificate are read by shaking hands with it in memory.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import ssl
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+from hotport.errors import StartError
+
+__all__ = ["Description", "ServerContext", "describe", "load_certificate", "verify_clients"]
+
+#: The first one in a file is the server's own, those behind it lead to the authority (RFC 8446 section 4.4.2).
+CERTIFICATE: Final = re.compile("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----\n?", re.DOTALL)
+
+#: openssl/x509_vfy.h, X509_V_FLAG_NO_CHECK_TIME; the ssl module has no name for it.
+NO_CHECK_TIME: Final = ssl.VerifyFlags(0x200000)
+
+#: What OpenSSL says of a key that is not the certificate's; which one depends on the kinds of both.
+MISMATCHES: Final = frozenset({"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"})
+
+
+class ServerContext(ssl.SSLContext):
+    """What a handshake with one of the server's certificates is made from.
+
+    Attributes:
+        certificate: The certificate itself as PEM, without those behind it.
+        suites: The numbers of cipher suites (IANA's registry "TLS Cipher Suites") by OpenSSL's names.
+    """
+
+    certificate: str
+    suites: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a certificate says.
+
+    Attributes:
+        names: Its DNS names in small letters; may begin with ``*.``.
+        expires_at: Seconds since the epoch.
+    """
+
+    names: tuple[str, ...]
+    expires_at: float
+
+
+class _Encrypted(Exception):
+    """Raised in place of asking for a passphrase."""
+
+
+def load_certificate(file: str, key_file: str | None) -> ServerContext:
+    """A context for TLS 1.2 and later from a certificate chain and its private key, both PEM, read now.
+
+    Args:
+        key_file: None if the key is in the same file.
+
+    Raises:
+        StartError: They cannot be read, are not PEM, do not belong together, or the key is encrypted (HP507).
+            Nobody is ever asked for a passphrase.
+    """
+    key_file = file if key_file is None else key_file
+    cert_name, key_name = shlex.quote(file), shlex.quote(key_file)
+    look = f"openssl x509 -in {cert_name} -noout -subject -ext subjectAltName -enddate"
+    found = CERTIFICATE.search(_read(file, file))
+    if found is None:
+        raise _unusable(file, cause="it holds no certificate in PEM form", fix=look)
+    if "PRIVATE KEY-----" not in _read(key_file, file):
+        cause = f"there is no private key in PEM form in {key_file}"
+        raise _unusable(file, cause=cause, fix=f"openssl pkey -in {key_name} -noout")
+    context = ServerContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(file, key_file, password=_refuse_to_ask)
+    except _Encrypted:
+        cause = f"its private key in {key_file} is encrypted, and a worker has nobody to ask for the passphrase"
+        fix = f"(umask 077; openssl pkey -in {key_name} -out {shlex.quote(f'{key_file}.plain')})"
+        raise _unusable(file, cause=cause, fix=fix) from None
+    except OSError as error:  # ssl.SSLError is one
+        reason = getattr(error, "reason", None)
+        if reason in MISMATCHES:
+            cause = f"the private key in {key_file} belongs to another certificate"
+            look = f"openssl x509 -in {cert_name} -noout -pubkey; openssl pkey -in {key_name} -pubout"
+        else:
+            cause = f"OpenSSL cannot use it with the key in {key_file}: {reason or error}"
+        raise _unusable(file, cause=cause, fix=look) from None
+    context.certificate = found[0]
+    context.suites = {suite["name"]: suite["id"] & 0xFFFF for suite in context.get_ciphers()}
+    return context
+
+
+def verify_clients(context: ServerContext, file: str, *, is_required: bool) -> None:
+    """Ask clients for a certificate that one of the authorities in `file` has signed.
+
+    Args:
+        is_required: Refuse clients without one; clients with a wrong one are refused in any case.
+
+    Raises:
+        StartError: The file cannot be read or holds no certificate (HP513).
+    """
+    try:
+        context.load_verify_locations(cafile=file)
+    except OSError as error:  # ssl.SSLError is one
+        is_read = isinstance(error, ssl.SSLError)
+        raise StartError(
+            "HP513",
+            f"cannot use the client authorities in {file}",
+            cause="it holds no certificate in PEM form" if is_read else f"{error.strerror or error}".lower(),
+            fix=f"openssl x509 -in {shlex.quote(file)} -noout -subject -enddate",
+        ) from None
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # an intermediate authority will do
+    context.verify_mode = ssl.CERT_REQUIRED if is_required else ssl.CERT_OPTIONAL
+
+
+def describe(context: ServerContext) -> Description:
+    """What the certificate of a context says, expired or not; before the context asks clients for theirs.
+
+    Raises:
+        ssl.SSLError: OpenSSL does not take it for a server's certificate.
+    """
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False
+    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | NO_CHECK_TIME
+    client.load_verify_locations(cadata=context.certificate)
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ours = context.wrap_bio(to_server, to_client, server_side=True)
+    theirs = client.wrap_bio(to_client, to_server)
+    for end in (theirs, ours) * 3:
+        with suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+    told = theirs.getpeercert()
+    assert told is not None
+    pairs = told.get("subjectAltName", ())
+    names = tuple(str(pair[1]).lower() for pair in pairs if pair[0] == "DNS")
+    return Description(names, ssl.cert_time_to_seconds(str(told["notAfter"])))
+
+
+def _read(path: str, certificate: str) -> str:
+    try:
+        with open(path, encoding="latin-1") as file:  # there may be words of any encoding around PEM
+            return file.read()
+    except OSError as error:
+        cause = f"{path}: {(error.strerror or str(error)).lower()}"
+        raise _unusable(certificate, cause=cause, fix=f"ls -l {shlex.quote(path)}") from None
+
+
+def _unusable(file: str, *, cause: str, fix: str) -> StartError:
+    return StartError("HP507", f"cannot use the certificate {file}", cause=cause, fix=fix)
+
+
+def _refuse_to_ask() -> str:
+    raise _Encrypted
