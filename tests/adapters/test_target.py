@@ -146,9 +146,9 @@ KINDS: dict[str, tuple[str, Callable[..., Any]]] = {
     "decorated_unnamed": ("asgi", passing_on_unnamed(asgi)),
     "named_after_a_wsgi_application": ("asgi", adapting),
     "asgi2_made_single": ("asgi", guarantee_single_callable(Asgi2)),  # type: ignore[no-untyped-call]
-    "wsgi_wrapped_by_a2wsgi": ("asgi", WSGIMiddleware(wsgi)),  # type: ignore[arg-type]
+    "wsgi_wrapped_by_a2wsgi": ("asgi", WSGIMiddleware(wsgi)),
     "wsgi_wrapped_by_asgiref": ("asgi", WsgiToAsgi(wsgi)),  # type: ignore[no-untyped-call]
-    "flask_wrapped": ("asgi", WSGIMiddleware(flask.wsgi_app)),
+    "flask_wrapped": ("asgi", WSGIMiddleware(flask.wsgi_app)),  # type: ignore[arg-type]
     "starlette": ("asgi", Starlette()),
     "starlette_router": ("asgi", Router()),
     "starlette_endpoint_class": ("asgi", HTTPEndpoint),
