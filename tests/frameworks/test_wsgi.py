@@ -11,10 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support import DEADLINE_S, Service, assert_three_lines, eventually, read_response, write_code
+from tests.support import DEADLINE_S, Gate, Service, assert_three_lines, eventually, read_response, write_code
 
 FLASK = """
-import time
 from flask import Flask, request
 
 VERSION = "v0"
@@ -27,12 +26,11 @@ def index():
 
 @app.post("/slow")
 def slow():
-    time.sleep(1)
+    open("gate").close()
     return VERSION + " " + request.form["word"]
 """
 
 DJANGO = """
-import time
 from django.conf import settings
 from django.core.wsgi import get_wsgi_application
 from django.http import HttpResponse
@@ -46,7 +44,7 @@ def index(request):
     return HttpResponse(VERSION)
 
 def slow(request):
-    time.sleep(1)
+    open("gate").close()
     return HttpResponse(VERSION + " " + request.POST["word"])
 
 urlpatterns = [path("", index), path("slow", slow)]
@@ -54,7 +52,6 @@ app = get_wsgi_application()
 """
 
 PLAIN = """
-import time
 from urllib.parse import parse_qs
 
 VERSION = "v0"
@@ -62,7 +59,7 @@ VERSION = "v0"
 def app(environ, start_response):
     body = VERSION
     if environ["PATH_INFO"] == "/slow":
-        time.sleep(1)
+        open("gate").close()
         form = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])).decode()
         body += " " + parse_qs(form)["word"][0]
     start_response("200 OK", [("Content-Type", "text/plain")])
@@ -80,6 +77,7 @@ def test_wsgi_application_is_refused_and_served_once_wrapped(tmp_path: Path, cod
     line = error[2].rpartition("try:")[2].strip()
 
     code += line + "\n"
+    gate = Gate(tmp_path)
     write_code(tmp_path / "app.py", code)
     with Service(tmp_path, "app:app", name="wrapped") as service:
         url = f"http://127.0.0.1:{service.wait_ready().port}"
@@ -88,8 +86,11 @@ def test_wsgi_application_is_refused_and_served_once_wrapped(tmp_path: Path, cod
             slow = threads.submit(httpx.post, f"{url}/slow", data={"word": "hello"}, timeout=DEADLINE_S)
             eventually(lambda: service.status()["workers"][0]["requests"] == 2, "the slow request is being worked on")
             write_code(tmp_path / "app.py", code.replace('VERSION = "v0"', 'VERSION = "v1"'))
-            report = service.restart()
+            restarting = threads.submit(service.restart)
+            eventually(lambda: bool(service.log_events("drain.began")), "the old code is told to leave")
+            gate.open()
             assert slow.result().text == "v0 hello"
+            report = restarting.result()
         assert sum(report["connections"].values()) == 1
         assert not any(fate.startswith(("cut_", "workers_")) for fate in report["connections"]), report
         assert httpx.get(url).text == "v1"
