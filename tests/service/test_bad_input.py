@@ -160,7 +160,7 @@ def test_file_in_the_place_of_a_socket_is_left_alone(line_app: Path) -> None:
         ("async def app(stream): ...", "apps:app", (), "HP501", "nearest name is 'app'"),
         ("async def app(stream): ...", "apx.py:app", (), "HP501", "nearest name is 'app.py'"),
         ("app = 42", "app:app", (), "HP503", "type int"),
-        ("def app(environ, start_response): ...", "app:app", (), "HP504", "WSGI"),
+        ("def app(environ, start_response): ...", "app:app", (), "HP515", "app = WSGIMiddleware(app)"),
         ("def app(): ...", "app:app", (), "HP504", "--factory"),
         ("async def app(stream): ...", "app:app", ("--tls-cert", "no.pem"), "HP507", "no.pem"),
         ("import sys; sys.exit(3)", "app:app", (), "HP508", "sys.exit(3)"),

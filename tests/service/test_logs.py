@@ -8,7 +8,9 @@ import pty
 import re
 import select
 import signal
+import socket
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 from tests.support import DEADLINE_S, HOTPORT, Service, ask_line, eventually, write_code
@@ -132,3 +134,35 @@ def test_lines_on_a_terminal_are_for_people(tmp_path: Path) -> None:
     assert b"generation=1" in line
     assert b"worker=1" in line
     assert re.search(rb"\bpid=\d+", line)
+
+
+CONFIGURING = """\
+import logging.config
+import structlog
+
+logging.config.dictConfig({
+    "version": 1,
+    "formatters": {"own": {"format": "own %(message)s"}},
+    "handlers": {"own": {"class": "logging.StreamHandler", "formatter": "own"}},
+    "root": {"handlers": ["own"], "level": "ERROR"},
+})  # this also disables every logger that it does not name
+structlog.configure(processors=[structlog.processors.KeyValueRenderer()], logger_factory=structlog.PrintLoggerFactory())
+
+async def app(stream):
+    logging.error("said")
+    raise RuntimeError("broken")
+"""
+
+
+def test_application_that_configures_logging_for_itself_does_not_touch_ours(tmp_path: Path) -> None:
+    """A Django or Litestar service had no log lines of its workers, or had them in the application's format."""
+    write_code(tmp_path / "app.py", CONFIGURING)
+    with Service(tmp_path, "app:app").wait_ready() as service:
+        with socket.create_connection(("127.0.0.1", service.port), DEADLINE_S) as client, suppress(ConnectionError):
+            client.recv(1)
+        service.restart()
+        assert len(service.log_events("worker.ready")) == 2
+        assert len(service.log_events("drain.ended")) == 1
+        [failure] = service.log_events("stream handler failed")
+        assert "RuntimeError: broken" in failure["exception"]
+        assert "own said\n" in service.log()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -112,37 +113,61 @@ def _load_file(path: str) -> Any:
     return module
 
 
-def detect_kind(application: Any) -> str:
+def detect_kind(application: Any, name: str = "app") -> str:
     """``asgi``, ``protocol``, ``sockets`` or ``stream``, by what the application can be called with.
 
+    Args:
+        name: What its module calls it, for the lines that would make an ASGI application of it.
+
     Raises:
-        StartError: None of them fits (HP504).
+        StartError: It is a WSGI (HP515) or an ASGI 2 application (HP516), or cannot be told (HP504).
     """
-    if isinstance(application, type) and issubclass(application, asyncio.BaseProtocol):
-        return "protocol"
+    inner = _unwrapped(application)
+    is_class = isinstance(inner, type)
+    is_protocol = is_class and issubclass(inner, asyncio.BaseProtocol)
+    is_async = _is_async(application) or _is_async(inner)
     try:
-        parameters = list(inspect.signature(application).parameters.values())
+        parameters = _parameters(application)
     except (TypeError, ValueError):
         parameters = []
-    required = [
-        p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
     takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    is_async = _is_async(application)
-    match len(required):
-        case 3:
-            return "asgi"
-        case 2 if is_async:
-            return "sockets"
-        case 1 if is_async:
-            return "stream"
-        case 0 if takes_any:
-            return "asgi"
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p.name for p in positional if p.default is p.empty]
     hint = ""
-    if len(required) == 2:
-        hint = "; with two parameters it looks like a WSGI application: wrap it with a2wsgi.WSGIMiddleware"
-    elif not required:
-        hint = "; if it makes the application, say --factory; if it makes a protocol, --kind protocol"
+    match required:
+        case [] if is_protocol:
+            return "protocol"
+        case [*_] if is_protocol:
+            hint = "; a protocol is made without arguments: functools.partial can carry them"
+        case [_, _, _] if is_async or not is_class:
+            return "asgi"
+        case ["scope", *_] if is_async and len(required) < 3 and (takes_any or len(positional) >= 3):
+            return "asgi"
+        case [] if takes_any and not positional and not is_class:
+            return "asgi"
+        case [_, _] if is_async:
+            return "sockets"
+        case [_] if is_async:
+            return "stream"
+        case [first, second] if first.startswith("env") or second.startswith("start"):
+            raise StartError(
+                "HP515",
+                "cannot serve a WSGI application as it is",
+                cause=f"it takes {first} and {second}, and is not async",
+                fix=f"from a2wsgi import WSGIMiddleware; {name} = WSGIMiddleware({name})  # pip install a2wsgi",
+            )
+        case ["scope"]:
+            raise StartError(
+                "HP516",
+                "cannot serve an ASGI 2 application as it is",
+                cause="it takes the scope alone, and returns what takes receive and send",
+                fix=f"from asgiref.compatibility import guarantee_single_callable as single; {name} = single({name})"
+                "  # pip install asgiref",
+            )
+        case [_, _]:
+            hint = "; a sockets function is async, a WSGI application must be wrapped: a2wsgi.WSGIMiddleware"
+        case []:
+            hint = "; if it makes the application, say --factory; if it makes a protocol, --kind protocol"
     raise StartError(
         "HP504",
         "cannot tell what kind of application this is",
@@ -151,21 +176,41 @@ def detect_kind(application: Any) -> str:
     )
 
 
+def _unwrapped(application: Any) -> Any:
+    """What is inside of partials, and of decorators that say so (``functools.wraps``)."""
+    while isinstance(inner := inspect.unwrap(application), functools.partial):
+        application = inner.func
+    return inner
+
+
+def _parameters(application: Any) -> list[inspect.Parameter]:
+    """Its own, unless it passes on whatever it gets: then those of what it says that it wraps."""
+    own = list(inspect.signature(application, follow_wrapped=False).parameters.values())
+    if all(p.kind is not p.VAR_POSITIONAL for p in own):
+        return own
+    return list(inspect.signature(application).parameters.values())
+
+
 def _is_async(application: Any) -> bool:
+    """Whether a call gives something to await, as far as can be seen."""
+    if isinstance(application, type):
+        return hasattr(application, "__await__")  # its instances: Starlette's endpoints are such classes
     call = getattr(application, "__call__", None)  # noqa: B004  the bound method itself is wanted
     return inspect.iscoroutinefunction(application) or inspect.iscoroutinefunction(call)
 
 
 def kind_of(application: Any, options: Options) -> str:
     """The kind of an application, after ``options.kind`` or by looking at it; raises StartError if unclear (HP504)."""
-    return detect_kind(application) if options.kind == "auto" else options.kind
+    name = "" if options.factory else split_target(options.target or "")[1]
+    return detect_kind(application, name or "app") if options.kind == "auto" else options.kind
 
 
 def make_adapter(application: Any, context: Context, options: Options) -> Adapter | SocketsAdapter:
     """The adapter for an application, after ``options.kind`` or by looking at it.
 
     Raises:
-        StartError: Its kind is unclear (HP504), or it needs an extra that is not installed (HP505).
+        StartError: Its kind is unclear or not served (HP504, HP515, HP516), or it needs an extra that is not
+            installed (HP505).
     """
     match kind_of(application, options):
         case "asgi":

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import msgspec
 
-__all__ = ["configure", "get_logger", "renderer", "write"]
+__all__ = ["configure", "get_logger", "renderer", "revive", "write"]
 
 
 def _import_structlog() -> Any:
@@ -124,9 +124,11 @@ def configure(*, format: str, level: str, stream: TextIO | None = None, **bound:
     )
     handler = logging.StreamHandler(out)
     handler.setFormatter(formatter)
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(level.upper())
+    # Applications configure the root logger as they like (Litestar does by itself); ours are ours.
+    for logger in (logging.getLogger(), logging.getLogger("hotport")):
+        logger.handlers[:] = [handler]
+        logger.setLevel(level.upper())
+    logging.getLogger("hotport").propagate = False
     logging.captureWarnings(True)
     structlog.configure(
         processors=[
@@ -139,3 +141,14 @@ def configure(*, format: str, level: str, stream: TextIO | None = None, **bound:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+
+
+def revive() -> None:
+    """Let our loggers speak again after an application has configured logging.
+
+    By default `logging.config.dictConfig` disables every logger that it does not name.
+    """
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("hotport.") and isinstance(logger, logging.Logger):
+            logger.disabled = False
+    logging.getLogger("hotport").disabled = False

@@ -27,7 +27,7 @@ from hotport.errors import ControlError, ExitCode, HotportError, StartError
 from hotport.kernel.notify import notify
 from hotport.kernel.process import open_descriptors, raise_descriptor_limit, rss_bytes
 from hotport.kernel.sockets import peer_credentials, unlink_if_ours
-from hotport.observe.logs import get_logger
+from hotport.observe.logs import get_logger, revive
 from hotport.options import Options
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import (
@@ -91,7 +91,7 @@ class Worker:
         self._control_path = control_path
         self._notify_path = notify_path
         self._loop = asyncio.get_running_loop()
-        self._log = get_logger("hotport.worker")
+        self._log = get_logger("hotport.worker").bind()  # now: the application may configure structlog for itself
         self._peers: set[_Peer] = set()
         self._server: Server | None = None
         self._starting: asyncio.Task[Server] | None = None
@@ -167,6 +167,7 @@ class Worker:
             ) from error
         server = make_server(application, context, options, self._listeners)
         await server.startup()
+        revive()
         gc.collect()
         gc.freeze()  # what was imported stays: looking for garbage among it takes longer than most requests
         return server

@@ -175,7 +175,8 @@ class Exchange:
                 raise
         else:
             if self.stage != ANSWERED and not self.is_gone:
-                log.error(
+                log.log(
+                    logging.INFO if self._is_told else logging.ERROR,  # told `http.disconnect`, it may end early
                     "the application returned without %s: %s",
                     "an answer" if self.stage < STREAMING else "the end of its answer",
                     self,
