@@ -97,6 +97,13 @@ class Connections:
             if self.on_full is not None:
                 self.on_full()
 
+    def replace(self, connection: Connection, successor: Connection) -> None:
+        """A connection goes on as another object; it stays one connection, and is told if the worker is leaving."""
+        self.open.remove(connection)
+        self.open.add(successor)
+        if self.draining.is_set():
+            successor.drain()
+
     def closed(self, connection: Connection, fate: str = "finished") -> None:
         """Let a connection go, and count its fate if the worker accepts no more."""
         if connection not in self.open:

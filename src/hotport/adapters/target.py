@@ -165,7 +165,7 @@ def make_adapter(application: Any, context: Context, options: Options) -> Adapte
     match detect_kind(application) if options.kind == "auto" else options.kind:
         case "asgi":
             try:
-                from hotport.adapters.asgi import AsgiAdapter
+                from hotport.adapters.asgi import AsgiAdapter, WebSocketSettings
             except ModuleNotFoundError as error:
                 raise StartError(
                     "HP505",
@@ -178,6 +178,13 @@ def make_adapter(application: Any, context: Context, options: Options) -> Adapte
                 context,
                 keep_alive_s=options.keep_alive_s,
                 lifespan=options.lifespan,
+                websocket=WebSocketSettings(
+                    message_bytes_max=options.ws_message_bytes_max,
+                    queue=options.ws_queue,
+                    ping_interval_s=options.ws_ping_interval_s,
+                    ping_timeout_s=options.ws_ping_timeout_s,
+                    deflate=options.ws_deflate,
+                ),
             )
         case "stream":
             from hotport.adapters.stream import StreamAdapter  # anyio, which others do not need

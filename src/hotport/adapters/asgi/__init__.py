@@ -1,4 +1,4 @@
-"""ASGI 3 applications over HTTP/1.1."""
+"""ASGI 3 applications over HTTP/1.1 and WebSockets."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from hotport.adapters.asgi.exchange import ClientLeft
 from hotport.adapters.asgi.http import LINGER_S, HttpConnection, Shared, State
 from hotport.adapters.asgi.lifespan import Lifespan
 from hotport.adapters.asgi.spec import Application
+from hotport.adapters.asgi.websocket import WebSocketSettings
 from hotport.adapters.base import Context
 
-__all__ = ["AsgiAdapter", "ClientLeft", "State"]
+__all__ = ["AsgiAdapter", "ClientLeft", "State", "WebSocketSettings"]
 
 log = logging.getLogger("hotport.error")
 
@@ -27,6 +28,7 @@ class AsgiAdapter:
     Args:
         keep_alive_s: Seconds for which a connection without a request stays open after an answer.
         lifespan: Whether the application takes part in the lifespan protocol; ``auto`` tries it.
+        websocket: How WebSockets are served.
     """
 
     def __init__(
@@ -36,10 +38,12 @@ class AsgiAdapter:
         *,
         keep_alive_s: float,
         lifespan: Literal["auto", "on", "off"],
+        websocket: WebSocketSettings | None = None,
     ) -> None:
         self._application = application
         self._context = context
         self._keep_alive_s = keep_alive_s
+        self._websocket = websocket or WebSocketSettings()
         self._lifespan = Lifespan(application, context, lifespan)
         self._shared: Shared | None = None
 
@@ -50,7 +54,13 @@ class AsgiAdapter:
             StartError: It failed (HP509), or takes no part although it must (HP510).
         """
         await self._lifespan.startup()
-        self._shared = Shared(self._application, self._context, self._lifespan.state, keep_alive_s=self._keep_alive_s)
+        self._shared = Shared(
+            self._application,
+            self._context,
+            self._lifespan.state,
+            keep_alive_s=self._keep_alive_s,
+            websocket=self._websocket,
+        )
 
     def connection(self) -> HttpConnection:
         """One HTTP connection, registered; `startup` must have returned."""
@@ -78,7 +88,8 @@ class AsgiAdapter:
                     await self._shared.lingering.wait_empty()
             self._shared.idle.cancel()
             self._shared.lingering.cancel()
+            self._shared.websockets.cancel()
         await self._lifespan.shutdown()
 
     def _running(self, shared: Shared) -> set[asyncio.Task[None]]:
-        return {exchange.task for exchange in shared.running if exchange.task is not None}
+        return {each.task for each in shared.running if each.task is not None}

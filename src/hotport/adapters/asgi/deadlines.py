@@ -31,6 +31,9 @@ class Deadlines(Generic[T]):
     def __len__(self) -> int:
         return len(self._members)
 
+    def __contains__(self, member: T) -> bool:
+        return member in self._members
+
     def add(self, member: T) -> None:
         """Expire `member` in `delay_s` seconds; it must not be waiting yet."""
         self._members[member] = self._loop.time() + self._delay_s

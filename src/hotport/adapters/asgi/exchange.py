@@ -11,6 +11,7 @@ from hotport.adapters.asgi.spec import Message, Scope
 
 if TYPE_CHECKING:
     from hotport.adapters.asgi.http import HttpConnection
+    from hotport.adapters.asgi.websocket import WebSocketConnection
 
 __all__ = ["ANSWERED", "HELD", "STATUS_LINES", "STREAMING", "WAITING", "ClientLeft", "Exchange"]
 
@@ -77,7 +78,7 @@ class Exchange:
     )
 
     def __init__(self, connection: HttpConnection, scope: Scope, keeps_alive: bool, is_http10: bool) -> None:
-        self.connection = connection
+        self.connection: HttpConnection | WebSocketConnection = connection
         self.scope = scope
         self.client_keeps_alive = keeps_alive
         self.keeps_alive = keeps_alive

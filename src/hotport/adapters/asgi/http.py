@@ -43,7 +43,9 @@ import httptools
 
 from hotport.adapters.asgi.deadlines import Deadlines
 from hotport.adapters.asgi.exchange import STATUS_LINES, STREAMING, Exchange
+from hotport.adapters.asgi.session import Session
 from hotport.adapters.asgi.spec import Application
+from hotport.adapters.asgi.websocket import WebSocketConnection, WebSockets, WebSocketSettings, is_handshake
 from hotport.adapters.base import Context
 
 __all__ = ["HttpConnection", "Shared", "State"]
@@ -127,19 +129,29 @@ class Shared:
         "running",
         "state",
         "variables",
+        "websockets",
     )
 
     def __init__(
-        self, application: Application, context: Context, state: dict[str, Any], *, keep_alive_s: float
+        self,
+        application: Application,
+        context: Context,
+        state: dict[str, Any],
+        *,
+        keep_alive_s: float,
+        websocket: WebSocketSettings,
     ) -> None:
         self.application = application
         self.context = context
         self.state = state
         self.loop = asyncio.get_running_loop()
         self.idle: Deadlines[HttpConnection] = Deadlines(keep_alive_s, HttpConnection.expire_idle, self.loop)
-        self.lingering: Deadlines[HttpConnection] = Deadlines(LINGER_S, HttpConnection.expire_lingering, self.loop)
+        self.lingering: Deadlines[HttpConnection | WebSocketConnection] = Deadlines(
+            LINGER_S, lambda connection: connection.expire_lingering(), self.loop
+        )
+        self.websockets = WebSockets(websocket, self.loop)
         #: Applications may run on after their answer, or after the client has left.
-        self.running: set[Exchange] = set()
+        self.running: set[Exchange | Session] = set()
         #: Each request gets a copy. Callbacks run in the context in which their connection was accepted, and
         #: what one request sets must not show up in the next (python/cpython#140947).
         self.variables = contextvars.copy_context()
@@ -360,6 +372,10 @@ class HttpConnection(asyncio.Protocol):
                     return
                 self._head = b"" if head.endswith(END_OF_HEAD) else head
                 self._parse(piece)
+                if self._is_closed:  # it goes on as a WebSocket
+                    if end < size:
+                        self.transport.get_protocol().data_received(data[end:])  # type: ignore[attr-defined]
+                    return
             elif arriving.length == CHUNKED:
                 end = _end_of_piece(data, start, self._tail)
                 tail = (self._tail + data[max(start, end - 4) : end])[-4:]
@@ -402,7 +418,7 @@ class HttpConnection(asyncio.Protocol):
                 exchange.expects_continue = exchange.scope["http_version"] != "1.0" and not exchange.received
 
     def _upgrade(self, rest: bytes) -> None:
-        """A request to speak something else from here on. WebSocket will be taken up here.
+        """A request to speak something else from here on: a WebSocket, if no other request waits for its answer.
 
         Anything else is declined by answering as if it had not been asked (RFC 9110 section 7.8). llhttp stops
         behind the head of such a request, body or not: its body goes through a parser that has seen a head
@@ -411,6 +427,11 @@ class HttpConnection(asyncio.Protocol):
         self._is_upgrade = False
         exchange = self._arriving
         assert exchange is not None
+        if self._current is None:
+            self._arriving = self._parser = None
+            self._is_closed = self._is_deaf = self._has_said_goodbye = True  # here; it goes on as another object
+            WebSocketConnection(self, exchange, rest)
+            return
         self._parser = httptools.HttpRequestParser(_BodyOnly(self))
         framing = (f for f in exchange.scope["headers"] if f[0] in (b"content-length", b"transfer-encoding"))
         lines = b"".join(b"%b: %b\r\n" % field for field in framing)
@@ -475,7 +496,8 @@ class HttpConnection(asyncio.Protocol):
         )
         self._arriving = exchange
         if self._current is None:
-            self._begin(exchange)
+            if not (self._is_upgrade and is_handshake(exchange.scope)):  # else `_upgrade` goes on with it
+                self._begin(exchange)
         else:
             self._pipeline.append(exchange)
             if len(self._pipeline) > PIPELINE_MAX:
