@@ -249,7 +249,7 @@ async def serve(
         app: The application itself: ASGI, an async function over a stream, a protocol factory, or a sockets function.
         bind: Where to listen.
         options: ``kind``, ``tasks``, ``backlog``, ``connections_max``, ``drain_timeout``, ``keep_alive``, ``lifespan``,
-            ``tls_cert``, ``tls_key``: as in ``hotport.toml``.
+            ``tls_cert``, ``tls_key``, ``ws_...``: as in ``hotport.toml``.
 
     Raises:
         ConfigError: An option is wrong.

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import h11
 
-from hotport.adapters.asgi import AsgiAdapter
+from hotport.adapters.asgi import AsgiAdapter, WebSocketSettings
 from hotport.adapters.asgi.http import HttpConnection
 from hotport.adapters.asgi.spec import Application, Receive, Scope, Send
 from hotport.adapters.base import Connections, Context
@@ -164,7 +164,8 @@ class MemoryTransport(asyncio.Transport):
 
     def __init__(self, protocol: HttpConnection) -> None:
         super().__init__({"peername": ("192.0.2.1", 5), "sockname": ("192.0.2.2", 80)})
-        self._protocol = protocol
+        self._protocol: asyncio.Protocol = protocol
+        self.unsent_bytes = 0
         self.writes: list[bytes] = []
         self._is_reading = True
         self.has_ended = False
@@ -180,7 +181,14 @@ class MemoryTransport(asyncio.Transport):
         self.write(b"".join(parts))
 
     def get_write_buffer_size(self) -> int:
-        return 0
+        return self.unsent_bytes
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        assert isinstance(protocol, asyncio.Protocol)
+        self._protocol = protocol
+
+    def get_protocol(self) -> asyncio.Protocol:
+        return self._protocol
 
     def can_write_eof(self) -> bool:
         return True
@@ -229,10 +237,13 @@ class Rig:
         keep_alive_s: float = 60.0,
         lifespan: Literal["auto", "on", "off"] = "off",
         maximum: int = 0,
+        websocket: WebSocketSettings | None = None,
     ) -> None:
         self.connections = Connections(maximum=maximum)
         self.context = Context(self.connections, service="web", generation=7, worker=2)
-        self.adapter = AsgiAdapter(application, self.context, keep_alive_s=keep_alive_s, lifespan=lifespan)
+        self.adapter = AsgiAdapter(
+            application, self.context, keep_alive_s=keep_alive_s, lifespan=lifespan, websocket=websocket
+        )
         self._clients: list[Client] = []
         self._transports: list[MemoryTransport] = []
 
@@ -240,15 +251,21 @@ class Rig:
         self, *, family: socket.AddressFamily = socket.AF_INET, tls: ssl.SSLContext | None = None
     ) -> tuple[Client, HttpConnection]:
         """A client and the server's end of its connection."""
+        theirs, connection = await self.connect_socket(family=family, tls=tls)
+        client = Client(theirs)
+        self._clients.append(client)
+        return client, connection
+
+    async def connect_socket(
+        self, *, family: socket.AddressFamily = socket.AF_INET, tls: ssl.SSLContext | None = None
+    ) -> tuple[socket.socket, HttpConnection]:
+        """A socket for a client that is not ours, which closes it; and the server's end."""
         theirs, ours = _pair(family)
         theirs.setblocking(False)
         ours.setblocking(False)
-        loop = asyncio.get_running_loop()
         connection = self.adapter.connection()
-        client = Client(theirs)
-        self._clients.append(client)
-        await loop.connect_accepted_socket(lambda: connection, ours, ssl=tls)
-        return client, connection
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, ours, ssl=tls)
+        return theirs, connection
 
     def memory(self) -> tuple[HttpConnection, MemoryTransport]:
         """The server's end of a connection without a client."""

@@ -264,7 +264,7 @@ class WebSocketConnection(asyncio.Protocol):
 
         Its buffer alone does not say it: the parser takes a frame's header out before the rest has come.
         """
-        if self._early or self._protocol.state is not OPEN:
+        if not self.is_open:
             return False
         waits: Any = self._protocol.parser
         while waits.gi_yieldfrom is not None:
@@ -313,7 +313,7 @@ class WebSocketConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is not None and self._protocol.close_rcvd is None:
             self._fate = "finished"  # the client has left by itself, whatever it was told
-        self._is_closed = True
+        self._is_closed = self._has_said_goodbye = True
         self._end()
         self._stop_timers()
         self.shared.context.connections.closed(self, self._fate)
