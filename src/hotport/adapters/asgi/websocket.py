@@ -256,7 +256,7 @@ class WebSocketConnection(asyncio.Protocol):
     @property
     def is_mid_message(self) -> bool:
         """A fragmented message has begun and not ended."""
-        return self._protocol.current_size is not None
+        return bool(self._fragments)
 
     @property
     def is_between_frames(self) -> bool:
