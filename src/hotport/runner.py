@@ -259,7 +259,7 @@ async def serve(
         bind: Where to listen.
         options: ``kind``, ``tasks``, ``backlog``, ``connections_max``, ``drain_timeout``, ``keep_alive``, ``lifespan``,
             ``trusted_proxy``, ``proxy_protocol``, ``root_path``, ``tls_cert``, ``tls_key``, ``tls_client_ca``,
-            ``tls_client_auth``, ``tls_alpn``: as in ``hotport.toml``.
+            ``tls_client_auth``, ``tls_alpn``, ``ws_...``: as in ``hotport.toml``.
 
     Raises:
         ConfigError: An option is wrong.

@@ -165,7 +165,8 @@ class MemoryTransport(asyncio.Transport):
 
     def __init__(self, protocol: HttpConnection) -> None:
         super().__init__({"peername": ("192.0.2.1", 5), "sockname": ("192.0.2.2", 80)})
-        self._protocol = protocol
+        self._protocol: asyncio.Protocol = protocol
+        self.unsent_bytes = 0
         self.writes: list[bytes] = []
         self._is_reading = True
         self.has_ended = False
@@ -181,7 +182,14 @@ class MemoryTransport(asyncio.Transport):
         self.write(b"".join(parts))
 
     def get_write_buffer_size(self) -> int:
-        return 0
+        return self.unsent_bytes
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        assert isinstance(protocol, asyncio.Protocol)
+        self._protocol = protocol
+
+    def get_protocol(self) -> asyncio.Protocol:
+        return self._protocol
 
     def can_write_eof(self) -> bool:
         return True
@@ -244,15 +252,21 @@ class Rig:
         self, *, family: socket.AddressFamily = socket.AF_INET, tls: ssl.SSLContext | None = None
     ) -> tuple[Client, HttpConnection]:
         """A client and the server's end of its connection."""
+        theirs, connection = await self.connect_socket(family=family, tls=tls)
+        client = Client(theirs)
+        self._clients.append(client)
+        return client, connection
+
+    async def connect_socket(
+        self, *, family: socket.AddressFamily = socket.AF_INET, tls: ssl.SSLContext | None = None
+    ) -> tuple[socket.socket, HttpConnection]:
+        """A socket for a client that is not ours, which closes it; and the server's end."""
         theirs, ours = _pair(family)
         theirs.setblocking(False)
         ours.setblocking(False)
-        loop = asyncio.get_running_loop()
         connection = self.adapter.connection()
-        client = Client(theirs)
-        self._clients.append(client)
-        await loop.connect_accepted_socket(lambda: connection, ours, ssl=tls)
-        return client, connection
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, ours, ssl=tls)
+        return theirs, connection
 
     def memory(self) -> tuple[HttpConnection, MemoryTransport]:
         """The server's end of a connection without a client."""

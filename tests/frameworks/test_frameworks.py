@@ -294,9 +294,8 @@ def test_application_notices_that_the_client_of_a_slow_request_has_left(service:
     wait_seen(client, "slow")
 
 
+@of(*(framework for framework in FRAMEWORKS if framework != "django"))  # which leaves them to Channels
 def test_websocket_echoes(service: Service, client: httpx.Client) -> None:
-    pytest.importorskip("hotport.adapters.asgi.websocket", reason="WebSockets are not there yet")
-
     async def talk() -> list[str]:
         async with (
             aiohttp.ClientSession() as session,

@@ -18,7 +18,7 @@ import asyncio, json, pathlib
 
 VERSION = "{version}"
 PAGE = """<!doctype html><meta charset="utf-8"><title>hotport</title><link rel="icon" href="data:,"><script>
-const told = {{answers: {{}}, failures: [], events: []}};
+const told = {{answers: {{}}, failures: [], events: [], echoes: [], closes: []}};
 async function ask(method) {{
   try {{
     const answer = await fetch("/version", {{method: method, body: method === "POST" ? "x".repeat(5000) : undefined}});
@@ -37,13 +37,35 @@ function listen() {{
     }};
   }});
 }}
+function echo() {{
+  return new Promise(resolve => {{
+    const socket = new WebSocket("ws://" + location.host + "/echo");
+    let version = "";
+    socket.onmessage = message => {{
+      if (message.data === version) {{ setTimeout(() => socket.send(version), 5); return; }}
+      version = message.data;
+      told.echoes.push(version);
+      if (version === "three") {{ socket.onclose = null; socket.close(); resolve(); }} else socket.send(version);
+    }};
+    socket.onclose = event => {{ told.closes.push(event.code); resolve(echo()); }};
+  }});
+}}
 onload = async () => {{
-  await Promise.all([load("GET"), load("GET"), load("POST"), listen()]);
+  await Promise.all([load("GET"), load("GET"), load("POST"), listen(), echo()]);
   await fetch("/report", {{method: "POST", body: JSON.stringify(told)}});
 }};
 </script>"""
 
+async def echo(receive, send):
+    await receive()
+    await send({{"type": "websocket.accept"}})
+    await send({{"type": "websocket.send", "text": VERSION}})
+    while (message := await receive())["type"] == "websocket.receive":
+        await send({{"type": "websocket.send", "text": message["text"]}})
+
 async def app(scope, receive, send):
+    if scope["type"] == "websocket":
+        return await echo(receive, send)
     if scope["type"] != "http":
         raise NotImplementedError
     body = b""
@@ -103,7 +125,7 @@ def report(tmp_path: Path) -> Any:
 def test_page_that_is_open_in_a_browser_notices_no_restart(tmp_path: Path) -> None:
     need("chromium")
     write_code(tmp_path / "app.py", APP.format(version="one"))
-    with Service(tmp_path, "app:app", "--workers", "2").wait_ready() as service:
+    with Service(tmp_path, "app:app", "--workers", "2", "--drain-timeout", "3s").wait_ready() as service:
 
         def requests() -> int:
             return sum(worker["requests"] or 0 for worker in service.status()["workers"])
@@ -116,4 +138,5 @@ def test_page_that_is_open_in_a_browser_notices_no_restart(tmp_path: Path) -> No
             told = report(tmp_path)
     assert told["failures"] == []
     assert set(told["answers"]) == {"one", "two", "three"}
-    assert told["events"] == ["one", "two", "three"]
+    assert told["events"] == told["echoes"] == ["one", "two", "three"]
+    assert told["closes"] == [1012, 1012]

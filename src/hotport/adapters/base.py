@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from hotport.wire.proxyprotocol import Endpoints
-
 __all__ = ["Adapter", "Connection", "Connections", "Context", "Draining"]
 
 
@@ -50,13 +48,7 @@ class Draining:
 
 
 class Connection(Protocol):
-    """What the worker asks of every connection; the protocol objects implement it.
-
-    Attributes:
-        proxied: The connection that the peer, a proxy, passes on; set before ``connection_made`` if it has said so.
-    """
-
-    proxied: Endpoints | None
+    """What the worker asks of every connection; the protocol objects implement it."""
 
     def drain(self) -> None:
         """The worker leaves: finish what was begun, and let the next answer be the last.
@@ -104,6 +96,13 @@ class Connections:
             self._is_full = True
             if self.on_full is not None:
                 self.on_full()
+
+    def replace(self, connection: Connection, successor: Connection) -> None:
+        """A connection goes on as another object; it stays one connection, and is told if the worker is leaving."""
+        self.open.remove(connection)
+        self.open.add(successor)
+        if self.draining.is_set():
+            successor.drain()
 
     def closed(self, connection: Connection, fate: str = "finished") -> None:
         """Let a connection go, and count its fate if the worker accepts no more."""
@@ -186,7 +185,11 @@ class Adapter(Protocol):
         """
 
     def connection(self) -> asyncio.BaseProtocol:
-        """One protocol object for one accepted socket; it registers itself before it returns."""
+        """One protocol object for one accepted socket; it registers itself before it returns.
+
+        Its attribute ``proxied`` is set to `Endpoints` before ``connection_made`` if a trusted proxy has said for whom
+        it speaks; it is None at first.
+        """
 
     async def finish(self) -> None:
         """Return when nothing runs on for connections that have ended; bounded by the caller, within the drain."""

@@ -104,6 +104,15 @@ class Options:
         0, count(0), "Requests under way in a worker above which the answer is 503; 0: any number."
     )
     server_header: bool = _option(True, switch(), "Say `server: hotport` in answers.")
+    ws_message_max_bytes: int = _option(
+        16 * 1024 * 1024, size(), "The largest WebSocket message; a larger one closes with 1009."
+    )
+    ws_queue: int = _option(32, count(1), "WebSocket messages that wait for the application before reading pauses.")
+    ws_ping_interval_s: float = _option(20.0, duration(), "From a WebSocket's pong to the next ping; 0: no pings.")
+    ws_ping_timeout_s: float = _option(
+        20.0, duration(is_positive=True), "How long a WebSocket's client may be silent after a ping."
+    )
+    ws_deflate: bool = _option(True, switch(), "WebSocket messages may be compressed (permessage-deflate).")
     phased: bool = _option(False, switch(), "Restart one worker after the other, for machines short of memory.")
     max_requests: int = _option(0, count(0), "Requests after which a worker is replaced; 0: never.")
     max_requests_jitter: int = _option(0, count(0), "Up to so many requests more, by chance, for each worker.")

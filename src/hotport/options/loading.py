@@ -183,6 +183,9 @@ _ELSEWHERE: Final = {
     "port": "bind",
     "reload": "watch",
     "timeout_keep_alive": "keep_alive",
+    "ws_max_queue": "ws_queue",
+    "ws_max_size": "ws_message_max",
+    "ws_per_message_deflate": "ws_deflate",
 }
 
 

@@ -1,4 +1,4 @@
-"""ASGI 3 applications over HTTP/1.1."""
+"""ASGI 3 applications over HTTP/1.1 and WebSockets."""
 
 from __future__ import annotations
 
@@ -78,4 +78,4 @@ class AsgiAdapter:
         await self._lifespan.shutdown()
 
     def _running(self, shared: Shared) -> set[asyncio.Task[None]]:
-        return {exchange.task for exchange in shared.running if exchange.task is not None}
+        return {each.task for each in shared.running if each.task is not None}

@@ -13,6 +13,7 @@ from hotport.adapters.asgi.spec import Application, Message, Scope
 
 if TYPE_CHECKING:
     from hotport.adapters.asgi.http import HttpConnection
+    from hotport.adapters.asgi.websocket import WebSocketConnection
 
 __all__ = ["ANSWERED", "HELD", "STATUS_LINES", "STREAMING", "WAITING", "ClientLeft", "Exchange"]
 
@@ -103,7 +104,7 @@ class Exchange:
     def __init__(
         self, connection: HttpConnection, application: Application, scope: Scope, keeps_alive: bool, is_http10: bool
     ) -> None:
-        self.connection = connection
+        self.connection: HttpConnection | WebSocketConnection = connection
         self.application = application
         self.scope = scope
         self.client_keeps_alive = keeps_alive
@@ -399,7 +400,7 @@ class Exchange:
             self.stage = STREAMING
             self.connection.transport.write(b"".join(head))
             if self.framing != BODYLESS:
-                await send_file(self.connection, file, size)
+                await send_file(self.connection, file, size)  # type: ignore[arg-type]  # denials have no files
                 self.sent = size
         if self.is_gone:
             self._is_told = True

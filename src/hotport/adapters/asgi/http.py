@@ -26,6 +26,7 @@ from hotport.adapters.asgi.shared import ASGI, Shared
 from hotport.adapters.asgi.spec import Receive, Scope, Send
 from hotport.adapters.asgi.states import STATES, Manner, State
 from hotport.adapters.asgi.tls import tls_extension
+from hotport.adapters.asgi.websocket import WebSocketConnection, is_handshake
 from hotport.wire.proxyprotocol import Endpoints
 
 __all__ = ["HttpConnection"]
@@ -306,6 +307,10 @@ class HttpConnection(asyncio.Protocol):
                     return
                 self._head = b"" if head.endswith(END_OF_HEAD) else head
                 self._parse(piece)
+                if self.is_closed:  # it goes on as a WebSocket
+                    if end < size:
+                        self.transport.get_protocol().data_received(data[end:])  # type: ignore[attr-defined]
+                    return
             elif arriving.length == CHUNKED:
                 end = _end_of_piece(data, start, self._tail)
                 tail = (self._tail + data[max(start, end - 4) : end])[-4:]
@@ -350,7 +355,7 @@ class HttpConnection(asyncio.Protocol):
             self._refuse(413, "the request body is too large")
 
     def _upgrade(self, rest: bytes) -> None:
-        """A request to speak something else from here on. WebSocket will be taken up here.
+        """A request to speak something else from here on: a WebSocket, if no other request waits for its answer.
 
         Anything else is declined by answering as if it had not been asked (RFC 9110 section 7.8). llhttp stops
         behind the head of such a request, body or not: its body goes through a parser that has seen a head
@@ -359,6 +364,12 @@ class HttpConnection(asyncio.Protocol):
         self._is_upgrade = False
         exchange = self._arriving
         assert exchange is not None
+        if self._current is None and self._pipeline[0] is exchange and is_handshake(exchange.scope):
+            self._pipeline.clear()
+            self._arriving = self._parser = None
+            self.is_closed = self._is_deaf = self._has_said_goodbye = True  # here; it goes on as another object
+            WebSocketConnection(self, exchange, rest)
+            return
         self._parser = httptools.HttpRequestParser(_BodyOnly(self))
         framing = (f for f in exchange.scope["headers"] if f[0] in (b"content-length", b"transfer-encoding"))
         lines = b"".join(b"%b: %b\r\n" % field for field in framing)

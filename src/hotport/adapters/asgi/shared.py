@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hotport.adapters.asgi.deadlines import Deadlines, Member
 from hotport.adapters.asgi.exchange import EXTENSIONS, Exchange
+from hotport.adapters.asgi.session import Session
 from hotport.adapters.asgi.spec import Application
+from hotport.adapters.asgi.websocket import WebSockets
 from hotport.adapters.base import Context
 from hotport.trust import Trusted
 
@@ -61,6 +63,7 @@ class Shared:
         "state",
         "trusted",
         "variables",
+        "websockets",
     )
 
     def __init__(
@@ -82,12 +85,13 @@ class Shared:
         self.access = access
         self.loop = loop = asyncio.get_running_loop()
         self.extensions = {"hotport": context.extension, **EXTENSIONS}
-        waits = [s for s in (LINGER_S, options.keep_alive_s, options.head_timeout_s) if s]
-        self.deadlines: Deadlines[Member] = Deadlines(min(waits), loop)
+        waits = (LINGER_S, options.keep_alive_s, options.head_timeout_s, options.ws_ping_interval_s)
+        self.deadlines: Deadlines[Member] = Deadlines(min(s for s in (*waits, options.ws_ping_timeout_s) if s), loop)
         self.keep_alive_ticks = self.deadlines.ticks(options.keep_alive_s)
         self.linger_ticks = self.deadlines.ticks(LINGER_S)
         self.head_ticks = self.deadlines.ticks(options.head_timeout_s) if options.head_timeout_s else 0
-        self.running: set[Exchange] = set()
+        self.websockets = WebSockets(options, self.deadlines)
+        self.running: set[Exchange | Session] = set()
         #: Each request gets a copy. Callbacks run in the context in which their connection was accepted, and
         #: what one request sets must not show up in the next (python/cpython#140947).
         self.variables = contextvars.copy_context()

@@ -1,0 +1,193 @@
+"""One WebSocket, as an ASGI application sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from typing import TYPE_CHECKING
+
+from hotport.adapters.asgi.exchange import STREAMING, WAITING, ClientLeft, Exchange
+from hotport.adapters.asgi.spec import Message, Scope
+
+if TYPE_CHECKING:
+    from hotport.adapters.asgi.websocket import WebSocketConnection
+
+__all__ = ["Session"]
+
+log = logging.getLogger("hotport.error")
+
+
+class Session:
+    """One WebSocket: `run` is the application's task, `receive` and `send` are its arguments.
+
+    Args:
+        request: The handshake, as an HTTP exchange that was not begun: if the application denies the WebSocket, it
+            carries the answer.
+    """
+
+    __slots__ = (
+        "_is_told",
+        "_waiters",
+        "connection",
+        "denial",
+        "disconnect",
+        "has_finished",
+        "scope",
+        "task",
+        "undelivered",
+    )
+
+    def __init__(self, connection: WebSocketConnection, request: Exchange) -> None:
+        self.connection = connection
+        self.denial = request
+        self.scope = _scope(request.scope)
+        self.task: asyncio.Task[None] | None = None
+        #: What has arrived whole and the application has not received, oldest first.
+        self.undelivered: deque[Message] = deque([{"type": "websocket.connect"}])
+        #: Received after all of the above; there is nobody to send to once it is set.
+        self.disconnect: Message | None = None
+        #: The application has closed, denied, raised or returned: it is not interested in messages any more.
+        self.has_finished = False
+        self._is_told = False  # the application knows that the client has left
+        self._waiters: list[asyncio.Future[None]] = []
+
+    def __str__(self) -> str:
+        return f"WebSocket {self.scope['path']}"
+
+    # -- the connection's side -----------------------------------------------------------------------------
+
+    def deliver(self, message: Message) -> None:
+        """A message has arrived whole."""
+        if not self.has_finished:
+            self.undelivered.append(message)
+            if self._waiters:
+                self._wake()
+
+    def end(self, code: int, reason: str) -> None:
+        """Nothing will arrive any more, and nothing can be sent; the first call says why."""
+        if self.disconnect is None:
+            self.disconnect = {"type": "websocket.disconnect", "code": code, "reason": reason}
+            self.denial.leave()
+            self._wake()
+
+    def _wake(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _finish(self) -> None:
+        self.has_finished = True
+        self.undelivered.clear()
+        self.connection.resume_reading_if_room()
+
+    # -- the application's side ----------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """The application's life with this WebSocket: as long as it runs, unless the client or the worker leaves."""
+        shared = self.connection.shared
+        try:
+            await shared.application(self.scope, self.receive, self.send)
+        except BaseException as error:
+            self._failed(error)
+            if isinstance(error, (asyncio.CancelledError, KeyboardInterrupt)):
+                raise
+        else:
+            if not self.has_finished and self.connection.is_connecting:
+                what = "the end of its answer" if self.denial.stage == STREAMING else "an answer"
+                log.error("the application returned without %s: %s", what, self)
+                self.connection.refuse(500, "Internal Server Error")
+            else:
+                # "if the application dies the socket should be closed": as if it had said so without a code, 1000.
+                self.connection.close(1000, "")
+        finally:
+            self._finish()
+            shared.running.discard(self)
+
+    def _failed(self, error: BaseException) -> None:
+        is_over = self.has_finished or self.disconnect is not None
+        is_cancelled = isinstance(error, asyncio.CancelledError)
+        if is_over and is_cancelled:
+            return
+        if self._is_told:  # as a rule this is what a framework makes of `ClientLeft`
+            log.info("the application ended with %r because its client had left: %s", error, self)
+        else:
+            log.error("the application %s: %s", "was cancelled" if is_cancelled else "raised", self, exc_info=error)
+        if not is_over and self.connection.is_connecting:
+            self.connection.refuse(500, "Internal Server Error")
+        else:
+            self.connection.close(1011, "")
+
+    async def receive(self) -> Message:
+        """ASGI ``receive``: ``websocket.connect``, then messages, then ``websocket.disconnect`` for ever."""
+        undelivered = self.undelivered
+        while True:
+            if undelivered:
+                message = undelivered.popleft()
+                self.connection.resume_reading_if_room()
+                return message
+            if self.disconnect is not None:
+                self._is_told = True
+                return dict(self.disconnect)
+            waiter = self.connection.shared.loop.create_future()
+            self._waiters.append(waiter)
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                if waiter in self._waiters:
+                    self._waiters.remove(waiter)
+                raise
+
+    async def send(self, message: Message) -> None:
+        """ASGI ``send``; waits while the client does not read what was sent before.
+
+        Raises:
+            ClientLeft: The client has left, or the WebSocket is being closed.
+            RuntimeError: The message does not fit here.
+        """
+        connection = self.connection
+        if connection.writable is not None:
+            await connection.writable.wait()
+        kind = message["type"]
+        if connection.is_open:
+            if kind == "websocket.send":
+                connection.send_message(message.get("text"), message.get("bytes"))
+            elif kind == "websocket.close":
+                code = message.get("code")
+                connection.close(1000 if code is None else code, message.get("reason") or "")
+                self._finish()
+            else:
+                raise RuntimeError(f"{kind!r} was sent on an open WebSocket")
+        elif self.has_finished:
+            raise RuntimeError(f"{kind!r} was sent after the end of the WebSocket")
+        elif self.disconnect is not None or not connection.is_connecting:
+            self._is_told = True
+            raise ClientLeft
+        elif kind in ("websocket.http.response.start", "websocket.http.response.body"):
+            await self.denial.send({**message, "type": kind.removeprefix("websocket.")})
+        elif self.denial.stage != WAITING:
+            raise RuntimeError(f"{kind!r} was sent where 'websocket.http.response.body' was expected")
+        elif kind == "websocket.accept":
+            connection.accept(message.get("subprotocol"), message.get("headers") or ())
+        elif kind == "websocket.close":
+            connection.refuse(403, "")
+            self._finish()
+        else:
+            raise RuntimeError(f"{kind!r} was sent where 'websocket.accept' was expected")
+
+
+def _scope(request: Scope) -> Scope:
+    """A WebSocket's scope has what the scope of its handshake has, but no method."""
+    offered = b",".join(value for name, value in request["headers"] if name == b"sec-websocket-protocol")
+    return {
+        **{key: value for key, value in request.items() if key != "method"},
+        "type": "websocket",
+        "asgi": {"version": "3.0", "spec_version": "2.5"},
+        "scheme": "wss" if request["scheme"] == "https" else "ws",
+        "subprotocols": [word.strip() for word in offered.decode("latin-1").split(",") if word.strip()],
+        "extensions": {
+            **{name: value for name, value in request["extensions"].items() if not name.startswith("http.")},
+            "websocket.http.response": {},
+        },
+    }

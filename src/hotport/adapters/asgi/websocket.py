@@ -1,0 +1,622 @@
+"""WebSocket connections: what one is doing, and what it does when its worker leaves.
+
+Handshake and frames are the websockets library's. Here is the life of a connection, from the moment at which an
+`HttpConnection` has read a handshake request; it is always in exactly one `State`:
+
+=========== ============================================ ======= ============================= =========================
+state       the client is waiting for ...                quiesce drain                         cut: manner, fate
+=========== ============================================ ======= ============================= =========================
+CONNECTING  the application's word; its handshake is not nothing stays; drained once it is     503, ``cut_in_flight``
+            answered                                             open
+DENYING     the rest of an HTTP answer                   nothing stays; gets all of its answer truncated,
+                                                                                               ``cut_streaming``
+OPEN        messages                                     nothing closed with 1012 at a random  1012, ``cut_websocket``
+                                                                 moment of the drain window
+CLOSING     our close frame, or the end of the           nothing nothing                       closed, as it would have
+            connection                                                                         been
+CLOSED      nothing
+=========== ============================================ ======= ============================= =========================
+
+The random moments leave the last tenth of the window to closing handshakes. A connection that was closed like this
+counts as ``told_to_close``, but as ``cut_websocket`` if the client had not taken our close frame when we gave it up.
+
+The application gets ``websocket.disconnect`` when the closing handshake is over, or has failed. Its code is that of
+the close frame that came first, whoever sent it: 1005 for an empty one, and 1006 if there was none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Iterable
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Final
+
+from websockets.exceptions import ProtocolError
+from websockets.extensions.permessage_deflate import ServerPerMessageDeflateFactory
+from websockets.frames import Opcode
+from websockets.http11 import Request
+from websockets.protocol import State as ProtocolState
+from websockets.server import ServerProtocol
+from websockets.streams import StreamReader
+
+from hotport.adapters.asgi.deadlines import Deadlines
+from hotport.adapters.asgi.exchange import ANSWERED, STATUS_LINES, STREAMING, Exchange
+from hotport.adapters.asgi.session import Session
+from hotport.adapters.asgi.spec import Message, Scope
+
+if TYPE_CHECKING:
+    from hotport.adapters.asgi.http import HttpConnection
+    from hotport.adapters.asgi.shared import Shared
+    from hotport.options import Options
+
+__all__ = ["State", "WebSocketConnection", "WebSockets", "is_handshake"]
+
+#: From our close frame to giving up waiting for the client's, and for the end of the connection.
+CLOSE_TIMEOUT_S: Final = 10.0
+
+#: Which part of the drain window the 1012s are spread over; the rest is for closing handshakes.
+SPREAD: Final = 0.9
+
+#: Reading pauses while more than this has come before the handshake is answered: nothing should have.
+EARLY_BYTES_MAX: Final = 64 * 1024
+
+#: Header fields of the handshake's answer that are not the application's to say.
+RESERVED: Final = frozenset(
+    {
+        "connection",
+        "content-length",
+        "sec-websocket-accept",
+        "sec-websocket-extensions",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+
+CONNECTING: Final = ProtocolState.CONNECTING
+OPEN: Final = ProtocolState.OPEN
+TEXT: Final = Opcode.TEXT
+BINARY: Final = Opcode.BINARY
+
+
+class State(Enum):
+    """What a connection is doing; see the table at the top of the module."""
+
+    CONNECTING = "connecting"
+    DENYING = "denying"
+    OPEN = "open"
+    CLOSING = "closing"
+    CLOSED = "closed"
+
+
+class _Wait(Enum):
+    """What `WebSocketConnection.due` is the end of."""
+
+    NOTHING = "nothing"
+    PING = "the time to ask whether the client is there"
+    PONG = "the time in which it should answer"
+    CLOSE = "the rest of its life"
+
+
+class _Demoted(logging.LoggerAdapter[logging.Logger]):
+    """What the library says at level info it says of every connection."""
+
+    def info(self, msg: object, *args: object, **options: Any) -> None:
+        self.debug(msg, *args, **options)
+
+
+class WebSockets:
+    """What all WebSockets of one adapter have in common."""
+
+    __slots__ = ("close_ticks", "extensions", "log", "ping_ticks", "pong_ticks")
+
+    def __init__(self, options: Options, deadlines: Deadlines[Any]) -> None:
+        self.log = _Demoted(logging.getLogger("hotport.websocket"), {})
+        # Small windows, as the library's own server has them: memory counts for connections that stay open.
+        self.extensions = (
+            [
+                ServerPerMessageDeflateFactory(
+                    server_max_window_bits=12, client_max_window_bits=12, compress_settings={"memLevel": 5}
+                )
+            ]
+            if options.ws_deflate
+            else None
+        )
+        self.ping_ticks = deadlines.ticks(options.ws_ping_interval_s) if options.ws_ping_interval_s else 0
+        self.pong_ticks = deadlines.ticks(options.ws_ping_timeout_s)
+        self.close_ticks = deadlines.ticks(CLOSE_TIMEOUT_S)
+
+
+def is_handshake(scope: Scope) -> bool:
+    """Whether an upgrade request asks for a WebSocket.
+
+    HTTP/1.0 has no upgrades: RFC 9110 section 7.8.
+    """
+    return scope["http_version"] == "1.1" and any(
+        name == b"upgrade" and b"websocket" in value.lower() for name, value in scope["headers"]
+    )
+
+
+class WebSocketConnection(asyncio.Protocol):
+    """Goes on with a connection on which an `HttpConnection` has read a handshake request.
+
+    It takes the other one's place with the transport and in the registry before `__init__` returns.
+
+    Args:
+        request: The handshake, not begun.
+        early: What has come behind the request's head.
+    """
+
+    __slots__ = (
+        "_common",
+        "_drain_timer",
+        "_early",
+        "_fate",
+        "_fragments",
+        "_has_heard",
+        "_has_said_goodbye",
+        "_is_bounded",
+        "_is_closed",
+        "_is_draining",
+        "_is_reading_paused",
+        "_is_text",
+        "_protocol",
+        "_queue_low",
+        "_queue_max",
+        "_response",
+        "_session",
+        "_waits_for",
+        "due",
+        "has_eof",
+        "shared",
+        "transport",
+        "writable",
+    )
+
+    def __init__(self, before: HttpConnection, request: Exchange, early: bytes) -> None:
+        self.shared: Shared = before.shared
+        self.transport = before.transport
+        #: There while the transport's write buffer is too full; set when it is not.
+        self.writable = before.writable
+        self.has_eof = before.has_eof
+
+        self._common = common = self.shared.websockets
+        options = self.shared.options
+        self._queue_max = options.ws_queue
+        self._queue_low = options.ws_queue // 4
+        self._protocol = ServerProtocol(
+            extensions=common.extensions, max_size=options.ws_message_max_bytes, logger=common.log
+        )
+        self._early = early  # there until the handshake is answered
+        #: The frames of a message that has not arrived whole.
+        self._fragments: list[bytes] = []
+        self._is_text = False
+
+        self._is_reading_paused = False
+        self._is_draining = False
+        self._has_heard = False  # anything, since the last ping
+        self._has_said_goodbye = False  # nothing more will be written
+        self._is_bounded = False  # the rest of its life
+        self._is_closed = False
+        self._drain_timer: asyncio.TimerHandle | None = None
+        self._waits_for = _Wait.NOTHING
+        self.due = 0
+        self._fate = "finished"
+
+        request.connection = self
+        self._session = Session(self, request)
+        self.transport.set_protocol(self)
+        self.shared.deadlines.discard(before)
+        self.shared.deadlines.add(self)
+        self.shared.registry.replace(before, self)
+        self._shake_hands(request.scope)
+
+    # -- what the worker asks, and what another process would have to know ---------------------------------
+
+    @property
+    def state(self) -> State:
+        """What the connection is doing; read off the facts, so that it cannot disagree with them."""
+        if self._is_closed:
+            return State.CLOSED
+        if self.is_open:
+            return State.OPEN
+        if self._has_said_goodbye or self._protocol.state is not CONNECTING:
+            return State.CLOSING
+        return State.DENYING if self._session.denial.stage == STREAMING else State.CONNECTING
+
+    @property
+    def is_open(self) -> bool:
+        """Messages may be sent."""
+        return self._protocol.state is OPEN and not self._has_said_goodbye
+
+    @property
+    def is_connecting(self) -> bool:
+        """The handshake has no answer, or not all of one that denies it."""
+        return self._protocol.state is CONNECTING and not self._has_said_goodbye
+
+    @property
+    def undelivered(self) -> tuple[Message, ...]:
+        """Messages that have arrived whole, and that the application has not received; oldest first."""
+        return tuple(self._session.undelivered)
+
+    @property
+    def is_mid_message(self) -> bool:
+        """A fragmented message has begun and not ended."""
+        return bool(self._fragments)
+
+    @property
+    def is_between_frames(self) -> bool:
+        """The parser holds no part of a frame, so a new one that is fed what comes next is where ours is.
+
+        Its buffer alone does not say it: the parser takes a frame's header out before the rest has come.
+        """
+        if not self.is_open:
+            return False
+        waits: Any = self._protocol.parser
+        while waits.gi_yieldfrom is not None:
+            waits = waits.gi_yieldfrom
+        return waits.gi_code is StreamReader.at_eof.__code__
+
+    def drain(self) -> None:
+        """Close with 1012 at a random moment: clients reconnect when they are closed, and not all at once like this."""
+        self._is_draining = True
+        if self.is_open and self._drain_timer is None:
+            delay_s = random.random() * SPREAD * self.shared.registry.draining.remaining_s()
+            self._drain_timer = self.shared.loop.call_later(delay_s, self._tell_to_close)
+
+    def cut(self) -> str:
+        """Close now, as the table at the top of the module says. Cancels the application; waits for nothing."""
+        state = self.state
+        if state is State.CLOSED:
+            return self._fate
+        if self._session.task is not None:
+            self._session.task.cancel()
+        self._stop_timers()
+        self._is_bounded = True
+        self._wait(_Wait.CLOSE, self.shared.linger_ticks)
+        match state:
+            case State.OPEN:
+                self._protocol.fail(1012, "service restart")
+                self._flush()
+                return "cut_websocket"
+            case State.CONNECTING:
+                self.refuse(503, "")
+                return "cut_in_flight"
+            case State.DENYING:
+                self._session.end(1006, "")
+                self.truncate()
+                return "cut_streaming"
+        fate = self._fate
+        if self.transport.get_write_buffer_size():  # it is over for us, but not yet for the client
+            fate = "cut_streaming" if self._protocol.close_sent is None else "cut_websocket"
+        self._end()
+        self._has_said_goodbye = True
+        self.transport.close()
+        return fate
+
+    # -- what the transport says ---------------------------------------------------------------------------
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None and self._protocol.close_rcvd is None:
+            self._fate = "finished"  # the client has left by itself, whatever it was told
+        self._is_closed = self._has_said_goodbye = True
+        self._end()
+        self._stop_timers()
+        self.shared.deadlines.discard(self)
+        self.shared.registry.closed(self, self._fate)
+
+    def pause_writing(self) -> None:
+        self.writable = asyncio.Event()
+
+    def resume_writing(self) -> None:
+        if self.writable is not None:
+            self.writable.set()
+            self.writable = None
+
+    def eof_received(self) -> bool:
+        """The client sends no more. A WebSocket cannot go on like that, not even half."""
+        self.has_eof = True
+        self._end()
+        self._bound()
+        self._has_said_goodbye = True
+        return False
+
+    def data_received(self, data: bytes) -> None:
+        self._has_heard = True
+        protocol = self._protocol
+        if protocol.state is CONNECTING:
+            if not self._has_said_goodbye:
+                self._early += data
+                if len(self._early) > EARLY_BYTES_MAX:
+                    self._pause_reading()
+            return
+        protocol.receive_data(data)
+        for frame in protocol.events_received():
+            self._on_frame(frame)
+        if protocol.writes:
+            self._flush()
+
+    def _on_frame(self, frame: Any) -> None:
+        opcode = frame.opcode
+        data = bytes(frame.data)
+        if opcode is TEXT or opcode is BINARY:
+            self._is_text = opcode is TEXT
+            if not frame.fin:
+                self._fragments.append(data)
+                return
+        elif opcode is Opcode.CONT:
+            self._fragments.append(data)
+            if not frame.fin:
+                return
+            data = b"".join(self._fragments)
+            self._fragments.clear()
+        else:
+            if opcode is Opcode.PONG:
+                self._on_pong()
+            return
+        session = self._session
+        if session.disconnect is not None:
+            return
+        if self._is_text:
+            try:
+                message: Message = {"type": "websocket.receive", "text": data.decode()}
+            except UnicodeDecodeError as error:
+                reason = f"{error.reason} at position {error.start}"
+                self._protocol.fail(1007, reason)
+                session.end(1007, reason)
+                return
+        else:
+            message = {"type": "websocket.receive", "bytes": data}
+        session.deliver(message)
+        if len(session.undelivered) >= self._queue_max:
+            self._pause_reading()
+
+    # -- the handshake -------------------------------------------------------------------------------------
+
+    def _shake_hands(self, scope: Scope) -> None:
+        """Let the library judge the request, and the application if it is a good one."""
+        target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
+        fields = b"".join(b"%b: %b\r\n" % field for field in scope["headers"])
+        protocol = self._protocol
+        protocol.receive_data(b"%b %b HTTP/1.1\r\n%b\r\n" % (scope["method"].encode(), target, fields))
+        requests = protocol.events_received()
+        if not requests:
+            if any(protocol.writes):
+                self._flush()
+            else:  # it has closed without a word
+                error = protocol.handshake_exc
+                cause = error.__cause__ if error is not None and error.__cause__ is not None else error
+                self.refuse(400, f"Failed to open a WebSocket connection: {cause}.")
+            return
+        assert isinstance(requests[0], Request)
+        shared = self.shared
+        self._response = protocol.accept(requests[0])
+        if self._response.status_code != 101:
+            if shared.options.server_header:
+                self._response.headers["Server"] = "hotport"
+            protocol.send_response(self._response)
+            self._flush()
+            return
+        session = self._session
+        if 0 < shared.options.concurrency_max <= len(shared.running):
+            self.refuse(503, "too many requests are under way")
+            return
+        shared.registry.count_request()
+        shared.running.add(session)
+        session.task = shared.run(session.run(), context=shared.variables.copy())
+
+    def accept(self, subprotocol: str | None, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Answer the handshake; from here on there are messages.
+
+        Raises:
+            RuntimeError: The answer would be malformed, or the client would have to refuse it.
+        """
+        answer = self._response.headers
+        fields: list[tuple[str, str]] = []
+        for raw_name, raw_value in headers:
+            name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
+            if any(c in "\r\n" for c in name + value):
+                raise RuntimeError("a header field contains a line break")
+            if name == "sec-websocket-protocol":
+                raise RuntimeError("'sec-websocket-protocol' is no header of 'websocket.accept': use 'subprotocol'")
+            if name not in RESERVED:
+                fields.append((name, value))
+        if subprotocol is not None:
+            if subprotocol not in self._session.scope["subprotocols"]:
+                raise RuntimeError(f"the client has not offered the subprotocol {subprotocol!r}")
+            answer["Sec-WebSocket-Protocol"] = subprotocol
+        names = {name for name, _ in fields}
+        if "date" in names:
+            del answer["Date"]
+        if "server" not in names and self.shared.options.server_header:
+            answer["Server"] = "hotport"
+        for name, value in fields:
+            answer[name] = value
+        self._protocol.send_response(self._response)
+        self._flush()
+        self._log(101)
+        self._wait(_Wait.PING, self._common.ping_ticks)
+        if self._is_draining:
+            self.drain()
+        early, self._early = self._early, b""
+        if early:
+            self.data_received(early)
+        self.resume_reading_if_room()
+
+    def refuse(self, status: int, why: str) -> None:
+        """Answer the handshake with `status`; if another answer has begun, end so that it does not look whole."""
+        session = self._session
+        session.end(1006, "")
+        if session.denial.stage == STREAMING:
+            self.truncate()
+        elif session.denial.stage != ANSWERED:
+            self._log(status)
+            body = f"{why}\n".encode() if why else b""
+            self.transport.write(
+                b"%b%bcontent-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b"
+                % (STATUS_LINES[status], self.shared.defaults or self.shared.make_defaults(), len(body), body)
+            )
+            self._say_goodbye()
+
+    # -- what the answer that denies a handshake asks, as of an `HttpConnection` -----------------------------
+
+    def announce_close(self, exchange: Exchange) -> bool:
+        """An answer in place of a WebSocket is the last one."""
+        return True
+
+    def answered(self, exchange: Exchange) -> None:
+        """The denial is written whole."""
+        self._log(exchange.status)
+        self._session.has_finished = True
+        self._session.end(1006, "")
+        self._say_goodbye()
+
+    def _log(self, status: int) -> None:
+        """The handshake has this answer."""
+        access = self.shared.access
+        if access is not None:
+            denial = self._session.denial
+            denial.status = status
+            access.answered(denial)
+
+    def truncate(self) -> None:
+        """End so that the denial, which has begun, does not look whole: it has a length, or chunks."""
+        self._has_said_goodbye = True
+        self.transport.abort()
+
+    # -- messages ------------------------------------------------------------------------------------------
+
+    def send_message(self, text: str | None, data: bytes | None) -> None:
+        """Write one message, in one piece."""
+        protocol = self._protocol
+        if data is not None:
+            protocol.send_binary(data)
+        elif text is not None:
+            protocol.send_text(text.encode())
+        else:
+            raise RuntimeError("'websocket.send' has neither bytes nor text")
+        self.transport.write(b"".join(protocol.data_to_send()))
+
+    def _flush(self) -> None:
+        """Write what the library has to say; if that was its last word, end our side."""
+        protocol = self._protocol
+        data = b"".join(protocol.data_to_send())
+        if data:
+            self.transport.write(data)
+        if protocol.eof_sent and not self._has_said_goodbye:
+            self._end()
+            self._say_goodbye()
+
+    def _pause_reading(self) -> None:
+        if not self._is_reading_paused:
+            self._is_reading_paused = True
+            self.transport.pause_reading()
+
+    def resume_reading_if_room(self) -> None:
+        """Read on if few enough messages wait for the application."""
+        if self._is_reading_paused and len(self._session.undelivered) <= self._queue_low and not self._early:
+            self._is_reading_paused = False
+            if not self.transport.is_closing():
+                self.transport.resume_reading()
+
+    # -- pings ---------------------------------------------------------------------------------------------
+
+    def _wait(self, what: _Wait, ticks: int) -> None:
+        """Wait for one thing at a time, but no longer than that; 0 is for ever."""
+        self._waits_for = what
+        self.due = self.shared.deadlines.now + ticks if ticks else 0
+
+    def expire(self) -> None:
+        """What was waited for has not come."""
+        match self._waits_for:
+            case _Wait.PING:
+                self._ping()
+            case _Wait.PONG:
+                self._expire_pong()
+            case _Wait.CLOSE:
+                self._expire_closing()
+
+    def _ping(self) -> None:
+        """Ask the client whether it is there; anything that comes is an answer."""
+        self._has_heard = False
+        self._protocol.send_ping(b"")
+        self._flush()
+        self._wait(_Wait.PONG, self._common.pong_ticks)
+
+    def _on_pong(self) -> None:
+        if self._waits_for is _Wait.PONG:
+            self._wait(_Wait.PING, self._common.ping_ticks)
+
+    def _expire_pong(self) -> None:
+        """The client is silent; unless it sends something long, or we have not been listening."""
+        if self._has_heard or self._is_reading_paused:
+            self._has_heard = False
+            self._wait(_Wait.PONG, self._common.pong_ticks)
+        else:
+            self._protocol.fail(1011, "keepalive ping timeout")
+            self._flush()
+
+    # -- endings -------------------------------------------------------------------------------------------
+
+    def close(self, code: int, reason: str) -> None:
+        """Begin the closing handshake, if the WebSocket is open.
+
+        Raises:
+            RuntimeError: There is no such code, or the reason is too long for a close frame.
+        """
+        if self.is_open:
+            try:
+                self._protocol.send_close(code, reason)
+            except ProtocolError as error:
+                raise RuntimeError(f"cannot close with {code} {reason!r}: {error}") from None
+            self._flush()
+            self._bound()
+
+    def _tell_to_close(self) -> None:
+        self._fate = "told_to_close"
+        self.close(1012, "service restart")
+
+    def _expire_closing(self) -> None:
+        """The client has not finished the closing handshake, or not closed; it had the time."""
+        if self._fate == "told_to_close" and self.transport.get_write_buffer_size():
+            self._fate = "cut_websocket"
+        self._end()
+        self._has_said_goodbye = True
+        self.transport.abort()
+
+    def _end(self) -> None:
+        """Tell the application that it is over, and why: the close frame that came first says it."""
+        received, sent = self._protocol.close_rcvd, self._protocol.close_sent
+        first = received if sent is None or self._protocol.close_rcvd_then_sent else sent
+        self._session.end(1006 if first is None else int(first.code), "" if first is None else first.reason)
+        self.resume_writing()  # nobody needs to wait for that any more
+
+    def _say_goodbye(self) -> None:
+        """Say the end of our side, and throw away what comes until the client closes."""
+        self._has_said_goodbye = True
+        self._early = b""
+        self._bound()
+        if self._is_reading_paused and not self.transport.is_closing():
+            self._is_reading_paused = False
+            self.transport.resume_reading()
+        if not self.has_eof and self.transport.can_write_eof():
+            try:
+                self.transport.write_eof()
+            except OSError:  # the stock event loop shuts the socket down at once, and the client may be gone
+                self.transport.close()
+        else:
+            self.transport.close()
+
+    def _bound(self) -> None:
+        """The rest of the connection's life is bounded; the first bound holds."""
+        if not self._is_bounded:
+            self._is_bounded = True
+            self._stop_timers()
+            self._wait(_Wait.CLOSE, self._common.close_ticks)
+
+    def _stop_timers(self) -> None:
+        self._wait(_Wait.NOTHING, 0)
+        if self._drain_timer is not None:
+            self._drain_timer.cancel()
+            self._drain_timer = None
