@@ -304,29 +304,6 @@ async def test_unknown_status_has_an_empty_phrase() -> None:
     assert written.startswith(b"HTTP/1.1 299 \r\n")
 
 
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [start(200, (b"x", b"a\r\nset-cookie: evil"))],
-        [start(200, (b"x\n", b"a"))],
-        [start(101)],
-        [start(200, (b"content-length", b"-1")), body(b"")],
-        [start(200, (b"content-length", b"1")), body(b"22")],
-        [start(200, (b"content-length", b"3")), body(b"22")],
-        [body(b"")],
-        [start(), start()],
-        [{"type": "http.response.nonsense"}],
-    ],
-    ids=["injection", "name", "interim", "length", "longer", "shorter", "body-first", "two-starts", "unknown"],
-)
-async def test_wrong_messages_are_the_applications_error_and_a_500(
-    messages: list[Message], caplog: pytest.LogCaptureFixture
-) -> None:
-    _, transport = await answer_to(get(), *messages)
-    assert [a.status for a in transport.answers()] == [500]
-    assert "RuntimeError" in caplog.text
-
-
 async def test_application_that_raises_is_a_500_and_a_log_line(caplog: pytest.LogCaptureFixture) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send(start(200, (b"x", b"y")))

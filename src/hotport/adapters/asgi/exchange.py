@@ -435,8 +435,8 @@ EXPECTED: Final = {
 }
 
 
-def _length(value: bytes) -> int:
-    if not value.isdigit():
+def _length(value: Any) -> int:
+    if not isinstance(value, bytes) or not value.isdigit():
         raise RuntimeError(f"{value!r} is not a content-length")
     return int(value)
 
