@@ -443,6 +443,11 @@ UPGRADES = [
         CUT,
     ),
     refuses(
+        "upgrade-before-a-refused-one",
+        GET + b"Connection: upgrade\r\nUpgrade: f\r\n\r\n" + b"GET / HTTP/1.1\r\n\r\n",
+        ROOT,
+    ),
+    refuses(
         "upgrade-length-and-chunked",
         POST + b"Connection: upgrade\r\nUpgrade: f\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     ),

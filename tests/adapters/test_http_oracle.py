@@ -91,6 +91,7 @@ DIFFERENCES: Final[dict[str, str]] = {
             "upgrade-chunked",
             "upgrade-h2c",
             "upgrade-bad-chunk",
+            "upgrade-before-a-refused-one",
         ],
     }.items()
     for name in names

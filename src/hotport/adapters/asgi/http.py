@@ -334,12 +334,15 @@ class HttpConnection(asyncio.Protocol):
             start = end
 
     def _parse(self, piece: bytes | memoryview) -> None:
+        behind = -1
         try:
             self._parser.feed_data(piece)
         except httptools.HttpParserUpgrade as upgrade:
-            self._upgrade(bytes(piece[upgrade.args[0] :]))
+            behind = upgrade.args[0]
         except httptools.HttpParserError as error:
             self._on_parser_error(error)
+        if behind >= 0:  # not in the handler: what is raised there would have the upgrade as its context
+            self._upgrade(bytes(piece[behind:]))
         arriving = self._arriving
         if arriving is not None and arriving.length is None:
             self._note_framing(arriving)
