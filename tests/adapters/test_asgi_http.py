@@ -113,33 +113,6 @@ async def test_scope_says_everything_that_asgi_asks_for() -> None:
     assert not extension["draining"].is_set()
 
 
-@pytest.mark.parametrize(
-    ("target", "path", "query"),
-    [
-        ("http://x/a/b?c", "/a/b", b"c"),
-        ("http://x", "/", b""),
-        ("http://x?q", "/", b"q"),
-        ("//a", "//a", b""),
-        ("/a?b?c", "/a", b"b?c"),
-        ("/a#f", "/a", b""),
-        ("/%ff", "/�", b""),
-    ],
-)
-async def test_target_in_any_form_gives_path_and_query(target: str, path: str, query: bytes) -> None:
-    scope = await scope_of(get(target))
-    assert (scope["path"], scope["query_string"]) == (path, query)
-
-
-async def test_asterisk_form_is_the_path() -> None:
-    scope = await scope_of(get("*", method="OPTIONS"))
-    assert (scope["path"], scope["raw_path"], scope["method"]) == ("*", b"*", "OPTIONS")
-
-
-async def test_rare_methods_and_http_1_0_arrive_as_they_are() -> None:
-    scope = await scope_of(get("/", method="PROPFIND", version="1.0"))
-    assert (scope["method"], scope["http_version"]) == ("PROPFIND", "1.0")
-
-
 async def test_unix_socket_has_no_client_and_its_path_as_server(tmp_path_factory: pytest.TempPathFactory) -> None:
     path = str(tmp_path_factory.mktemp("u") / "s")
     scopes: list[Scope] = []
@@ -331,29 +304,6 @@ async def test_unknown_status_has_an_empty_phrase() -> None:
     assert written.startswith(b"HTTP/1.1 299 \r\n")
 
 
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [start(200, (b"x", b"a\r\nset-cookie: evil"))],
-        [start(200, (b"x\n", b"a"))],
-        [start(101)],
-        [start(200, (b"content-length", b"-1")), body(b"")],
-        [start(200, (b"content-length", b"1")), body(b"22")],
-        [start(200, (b"content-length", b"3")), body(b"22")],
-        [body(b"")],
-        [start(), start()],
-        [{"type": "http.response.nonsense"}],
-    ],
-    ids=["injection", "name", "interim", "length", "longer", "shorter", "body-first", "two-starts", "unknown"],
-)
-async def test_wrong_messages_are_the_applications_error_and_a_500(
-    messages: list[Message], caplog: pytest.LogCaptureFixture
-) -> None:
-    _, transport = await answer_to(get(), *messages)
-    assert [a.status for a in transport.answers()] == [500]
-    assert "RuntimeError" in caplog.text
-
-
 async def test_application_that_raises_is_a_500_and_a_log_line(caplog: pytest.LogCaptureFixture) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send(start(200, (b"x", b"y")))
@@ -422,24 +372,6 @@ async def test_request_without_a_body_receives_an_empty_one() -> None:
         connection.data_received(get("/a"))
         await turns()
     assert transport.answers()[0].body == b"GET /a "
-
-
-async def test_trailers_are_not_headers_of_this_or_the_next_request() -> None:
-    scopes: list[Scope] = []
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        scopes.append(scope)
-        await respond(send, await read_body(receive))
-
-    chunked = get("/", "transfer-encoding: chunked", method="POST") + b"3\r\nabc\r\n0\r\nX-Evil: yes\r\n\r\n"
-    async with serving(app) as rig:
-        connection, transport = rig.memory()
-        connection.data_received(chunked + get())
-        await turns()
-        connection.data_received(get())
-        await turns()
-    assert [a.body for a in transport.answers()] == [b"abc", b"", b""]
-    assert not [s for s in scopes if b"x-evil" in dict(s["headers"])]
 
 
 async def test_upload_is_read_no_faster_than_the_application_receives_it() -> None:
@@ -834,59 +766,6 @@ async def test_shutdown_waits_for_work_after_the_answer_until_the_drain_deadline
 
 
 # -- input that is no request ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("data", "status"),
-    [
-        (b"nonsense\r\n\r\n", 400),
-        (b"GET / HTTP/1.1\r\nhost: a\r\n folded\r\n\r\n", 400),
-        (b"GET / HTTP/1.1\nhost: a\n\n", 400),
-        (b"GET /\xff HTTP/1.1\r\n\r\n", 400),
-        (get("/", "content-length: 1", "content-length: 2"), 400),
-        (get("/", "content-length: 3", "transfer-encoding: chunked", method="POST"), 400),
-        (get("/", "transfer-encoding: gzip", method="POST"), 400),
-        (get("/", "transfer-encoding: chunked", method="POST") + b"zz\r\n", 400),
-        (get("/", "transfer-encoding: chunked", "connection: keep-alive", method="POST", version="1.0"), 400),
-        (get("/", version="2.0"), 505),
-        (b"GET /\r\n\r\n", 505),
-        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
-        (get("x:1", method="CONNECT"), 501),
-        (b"GET / HTTP/1.1\r\nx: " + b"x" * 65536, 431),
-        (b"GET / HTTP/1.1\r\nx: " + b"x" * 65536 + b"\r\n\r\n", 431),
-        (get("/" + "x" * 70_000), 431),
-    ],
-    ids=[
-        "nonsense",
-        "obs-fold",
-        "bare-lf",
-        "target",
-        "two-lengths",
-        "length-and-chunked",
-        "coding",
-        "chunk-size",
-        "chunked-1.0",
-        "version-2.0",
-        "version-0.9",
-        "preface",
-        "connect",
-        "endless-head",
-        "large-head",
-        "large-target",
-    ],
-)
-async def test_what_is_no_request_is_refused_and_nothing_behind_it_is_read(data: bytes, status: int) -> None:
-    app = Told()
-    for pieces in ([data + get("/behind")], [data[:9], data[9:], get("/behind")]):
-        async with serving(app) as rig:
-            client, connection = await rig.connect()
-            for piece in pieces:
-                await client.send(piece)
-            answer = await client.answer()
-            assert (answer.status, answer.says_close) == (status, True)
-            assert await client.read_to_end() == b""
-            assert connection.state is State.CLOSING
-    assert "/behind" not in app.seen
 
 
 async def test_requests_in_front_of_a_malformed_one_are_answered_first() -> None:

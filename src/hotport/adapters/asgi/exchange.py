@@ -136,6 +136,7 @@ class Exchange:
     def add_body(self, data: bytes) -> None:
         """More of the request's body has arrived."""
         self.received += len(data)
+        self.expects_continue = False  # it has come without
         if self.stage == ANSWERED:
             return  # nobody will ask for it
         if not self.body:
@@ -191,10 +192,10 @@ class Exchange:
         is_cancelled = isinstance(error, asyncio.CancelledError)
         if is_over and is_cancelled:
             return
-        if self.is_gone and self._is_told:  # as a rule this is what a framework makes of `ClientLeft`
+        if self._is_told:  # as a rule this is what a framework makes of `ClientLeft`, or of a disconnect
             log.info("the application ended with %r because its client had left: %s", error, self)
-            return
-        log.error("the application %s: %s", "was cancelled" if is_cancelled else "raised", self, exc_info=error)
+        else:
+            log.error("the application %s: %s", "was cancelled" if is_cancelled else "raised", self, exc_info=error)
         if not is_over:
             self._make_up()
 
@@ -434,8 +435,8 @@ EXPECTED: Final = {
 }
 
 
-def _length(value: bytes) -> int:
-    if not value.isdigit():
+def _length(value: Any) -> int:
+    if not isinstance(value, bytes) or not value.isdigit():
         raise RuntimeError(f"{value!r} is not a content-length")
     return int(value)
 

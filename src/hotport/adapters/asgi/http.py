@@ -9,6 +9,7 @@ import asyncio
 import fcntl
 import logging
 import os
+import re
 import socket
 import struct
 import termios
@@ -20,7 +21,7 @@ from urllib.parse import unquote
 
 import httptools
 
-from hotport.adapters.asgi.exchange import STATUS_LINES, STREAMING, UNTIL_CLOSE, Exchange
+from hotport.adapters.asgi.exchange import ANSWERED, STATUS_LINES, STREAMING, UNTIL_CLOSE, Exchange
 from hotport.adapters.asgi.proxy import forwarded
 from hotport.adapters.asgi.shared import ASGI, Shared
 from hotport.adapters.asgi.spec import Receive, Scope, Send
@@ -43,6 +44,9 @@ PIPELINE_MAX: Final = 64
 
 #: Stands for the length of a chunked body.
 CHUNKED: Final = -1
+
+#: What may stand in a Host field: RFC 9110 section 7.2 and RFC 3986 section 3.2.2.
+HOST: Final = re.compile(rb"(?:\[[0-9A-Za-z:._~%-]*\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-9]*)?")
 
 #: llhttp knows a fixed set of methods; these are the usual ones.
 METHODS: Final = {m.encode(): m for m in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")}
@@ -67,6 +71,7 @@ class HttpConnection(asyncio.Protocol):
 
     __slots__ = (
         "_arriving",
+        "_between",
         "_client",
         "_current",
         "_extensions",
@@ -117,6 +122,7 @@ class HttpConnection(asyncio.Protocol):
         self._is_upgrade = False
         self._head = b""  # of a request whose head has not arrived whole, raw
         self._tail = b""  # the last bytes of a chunked body that has not arrived whole
+        self._between = 0  # how much of it has come since its last data: extensions, trailers
 
         #: The oldest request without a whole answer; its application runs.
         self._current: Exchange | None = None
@@ -151,7 +157,7 @@ class HttpConnection(asyncio.Protocol):
             return State.CLOSING
         current = self._current
         if current is not None:
-            if current.stage == STREAMING:
+            if current.stage >= STREAMING:
                 return State.STREAMING
             return State.BODY if self._arriving is current else State.IN_FLIGHT
         if self._arriving is not None:
@@ -315,7 +321,12 @@ class HttpConnection(asyncio.Protocol):
                 end = _end_of_piece(data, start, self._tail)
                 tail = (self._tail + data[max(start, end - 4) : end])[-4:]
                 self._tail = b"" if tail == END_OF_HEAD else tail[-3:]
+                received = arriving.received
                 self._parse(view[start:end])
+                self._between = self._between + end - start if arriving.received == received else 0
+                if self._between > self.shared.options.head_max_bytes and self._arriving is arriving:
+                    self._refuse(431, "the trailers or chunk extensions are too large")
+                    return
             else:
                 assert arriving.length is not None  # noted when its head was parsed
                 end = min(size, start + arriving.length - arriving.received)
@@ -323,12 +334,15 @@ class HttpConnection(asyncio.Protocol):
             start = end
 
     def _parse(self, piece: bytes | memoryview) -> None:
+        behind = -1
         try:
             self._parser.feed_data(piece)
         except httptools.HttpParserUpgrade as upgrade:
-            self._upgrade(bytes(piece[upgrade.args[0] :]))
+            behind = upgrade.args[0]
         except httptools.HttpParserError as error:
             self._on_parser_error(error)
+        if behind >= 0:  # not in the handler: what is raised there would have the upgrade as its context
+            self._upgrade(bytes(piece[behind:]))
         arriving = self._arriving
         if arriving is not None and arriving.length is None:
             self._note_framing(arriving)
@@ -346,6 +360,7 @@ class HttpConnection(asyncio.Protocol):
     def _note_framing(self, exchange: Exchange) -> None:
         """What is known of a body that has not arrived with its head."""
         exchange.length = CHUNKED
+        self._between = 0
         for name, value in exchange.scope["headers"]:
             if name == b"content-length":
                 exchange.length = int(value)
@@ -388,7 +403,7 @@ class HttpConnection(asyncio.Protocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name.lower(), value))
+        self._headers.append((name.lower(), value.rstrip()))  # llhttp leaves the white space behind it
 
     def on_headers_complete(self) -> None:
         parser = self._parser
@@ -398,17 +413,17 @@ class HttpConnection(asyncio.Protocol):
         method = parser.get_method()
         version = parser.get_http_version()
         is_http10 = version == "1.0"
-        if is_http10:
-            # "MUST treat the message as if the framing is faulty": RFC 9112 section 6.1
-            if any(name == b"transfer-encoding" for name, _ in headers):
-                raise _Refused(400, "HTTP/1.0 has no transfer-encoding")
-        elif version != "1.1":
+        if not is_http10 and version != "1.1":
             raise _Refused(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+        _check(headers, is_http10)
         if parser.should_upgrade():
             if method == b"CONNECT":
                 raise _Refused(501, "this is not a proxy")
             self._is_upgrade = True
-        path, raw_path, query = _read_target(url) if len(url) <= TARGET_BYTES_MAX else _read_target.__wrapped__(url)
+        read = _read_target if len(url) <= TARGET_BYTES_MAX else _read_target.__wrapped__
+        path, raw_path, query, host = read(url)
+        if host is not None:  # it counts instead: RFC 9112 section 3.2.2
+            headers = [(b"host", host), *(field for field in headers if field[0] != b"host")]
         client, scheme = self._client, self._scheme
         if self._is_trusted:
             client, scheme = forwarded(headers, client, scheme, shared.trusted)
@@ -530,7 +545,10 @@ class HttpConnection(asyncio.Protocol):
             broken.leave()
             if self._pipeline:
                 self._pipeline.pop()
-            elif broken.stage == STREAMING:
+            elif broken.stage == ANSWERED:
+                self._linger()  # another answer would be taken for that of the next request
+                return
+            elif broken.stage >= STREAMING:
                 self.truncate()
                 return
             elif broken is self._current:
@@ -684,6 +702,23 @@ class _BodyOnly:
         self._connection.end_body_only()
 
 
+def _check(headers: list[tuple[bytes, bytes]], is_http10: bool) -> None:
+    """What llhttp leaves to its user: who is asked, and where the body ends (RFC 9112 sections 3.2, 6.1 and 6.3)."""
+    hosts = 0
+    for name, value in headers:
+        if name == b"host":
+            hosts += 1
+            if not HOST.fullmatch(value):
+                raise _Refused(400, "the host field does not hold a host")
+        elif name == b"transfer-encoding":
+            if is_http10:
+                raise _Refused(400, "HTTP/1.0 has no transfer-encoding")
+            if value.lower() != b"chunked":
+                raise _Refused(400, "the only transfer-encoding here is chunked")
+    if hosts != 1 and (hosts or not is_http10):
+        raise _Refused(400, "a request must have one host field")
+
+
 def _end_of_piece(data: bytes, start: int, before: bytes) -> int:
     """Where the next `END_OF_HEAD` ends, which may have begun in `before`; else the end of `data`."""
     if before:
@@ -695,12 +730,17 @@ def _end_of_piece(data: bytes, start: int, before: bytes) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _read_target(target: bytes) -> tuple[str, bytes, bytes]:
-    """Path, raw path and query string of a request target, as ASGI wants them."""
+def _read_target(target: bytes) -> tuple[str, bytes, bytes, bytes | None]:
+    """Path, raw path and query string of a request target, as ASGI wants them; and its host if it names one."""
     url = httptools.parse_url(target)
+    host = url.host
+    if host is not None:
+        host = (b"[%b]" if b":" in host else b"%b") % host
+        if url.port is not None:
+            host += b":%d" % url.port
     raw_path = url.path or b"/"
     path = raw_path.decode("ascii")
-    return (unquote(path) if "%" in path else path), raw_path, url.query or b""
+    return (unquote(path) if "%" in path else path), raw_path, url.query or b"", host
 
 
 async def _overloaded(scope: Scope, receive: Receive, send: Send) -> None:
