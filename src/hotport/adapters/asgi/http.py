@@ -48,6 +48,10 @@ CHUNKED: Final = -1
 #: What may stand in a Host field: RFC 9110 section 7.2 and RFC 3986 section 3.2.2.
 HOST: Final = re.compile(rb"(?:\[[0-9A-Za-z:._~%-]*\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-9]*)?")
 
+#: Hosts that were found in order before; forgotten when they have become many.
+HOSTS: Final[set[bytes]] = set()
+HOSTS_MAX: Final = 1024
+
 #: llhttp knows a fixed set of methods; these are the usual ones.
 METHODS: Final = {m.encode(): m for m in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")}
 
@@ -415,7 +419,9 @@ class HttpConnection(asyncio.Protocol):
         is_http10 = version == "1.0"
         if not is_http10 and version != "1.1":
             raise _Refused(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
-        _check(headers, is_http10)
+        fields = dict(headers)
+        if fields.get(b"host") not in HOSTS or len(fields) != len(headers) or b"transfer-encoding" in fields:
+            _check(headers, is_http10)
         if parser.should_upgrade():
             if method == b"CONNECT":
                 raise _Refused(501, "this is not a proxy")
@@ -425,7 +431,7 @@ class HttpConnection(asyncio.Protocol):
         if host is not None:  # it counts instead: RFC 9112 section 3.2.2
             headers = [(b"host", host), *(field for field in headers if field[0] != b"host")]
         client, scheme = self._client, self._scheme
-        if self._is_trusted:
+        if self._is_trusted and (b"x-forwarded-for" in fields or b"x-forwarded-proto" in fields):
             client, scheme = forwarded(headers, client, scheme, shared.trusted)
         exchange = Exchange(
             self,
@@ -710,6 +716,10 @@ def _check(headers: list[tuple[bytes, bytes]], is_http10: bool) -> None:
             hosts += 1
             if not HOST.fullmatch(value):
                 raise _Refused(400, "the host field does not hold a host")
+            if len(value) <= TARGET_BYTES_MAX:
+                if len(HOSTS) >= HOSTS_MAX:
+                    HOSTS.clear()
+                HOSTS.add(value)
         elif name == b"transfer-encoding":
             if is_http10:
                 raise _Refused(400, "HTTP/1.0 has no transfer-encoding")
