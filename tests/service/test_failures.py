@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -380,3 +382,23 @@ def test_200_restarts_leave_nothing_behind(tmp_path: Path) -> None:
         assert counts[200] == counts[50]
         assert rss[200] < rss[50] + (1 << 20)
         assert len(list(service.runtime.iterdir())) == 4  # lock, control, notify, one worker
+
+
+def test_edits_of_one_size_in_one_second_are_all_served(tmp_path: Path) -> None:
+    """A restart was done, and the old code answered: byte code is judged by the source's size and whole second."""
+    as_users_have_it = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": ""}
+    second = time.time() + 3600  # however slow this machine is, no worker starts after it
+
+    def edit(version: str) -> None:
+        (tmp_path / "app.py").write_text("import settled\n" + LINE_APP.format(version=version))
+        os.utime(tmp_path / "app.py", (second, second))
+
+    edit("one")
+    write_code(tmp_path / "settled.py", "")
+    with Service(tmp_path, "app:app", "--settle", "0", env=as_users_have_it).wait_ready() as service:
+        for version in ("two", "six", "ten"):
+            edit(version)
+            service.ask(RestartRequest())
+            assert ask_line(service.port).version == version
+    # What has not changed lately is kept, as ever.
+    assert [path.name.partition(".")[0] for path in (tmp_path / "__pycache__").iterdir()] == ["settled"]
