@@ -435,3 +435,39 @@ def test_garbage_on_the_notify_socket(line_app: Path) -> None:
                 sock.send(data)
         assert service.restart()["outcome"] == "done"
         assert ask_line(service.port).version == "one"
+
+
+# -- where output goes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_readers_that_leave_do_not_change_the_outcome(line_app: Path, unbuffered: str) -> None:
+    """``hotport restart | true`` exited 1 after a restart that was done."""
+
+    def run(*args: str) -> int:
+        reader, writer = os.pipe()
+        os.close(reader)
+        try:
+            return subprocess.run(
+                [*HOTPORT, *args], cwd=line_app, env=env, stdout=writer, stderr=writer, timeout=DEADLINE_S
+            ).returncode
+        finally:
+            os.close(writer)
+
+    with Service(line_app, "app:app", env={"PYTHONUNBUFFERED": unbuffered}).wait_ready() as service:
+        env = service.env
+        for args in (("restart",), ("restart", "--json"), ("status",), ("status", "--json"), ("scale", "2")):
+            assert run(*args) == 0, args
+        assert run("serve", "--show-config") == 0
+        assert run("restart", "nobody") == 6
+        write_code(line_app / "app.py", "raise RuntimeError")
+        assert run("restart") == 4
+        assert service.status()["generation"] == 3
+        assert run("stop") == 0
+
+
+def test_output_may_be_closed(line_app: Path) -> None:
+    with Service(line_app, "app:app").wait_ready() as service:
+        result = hotport(line_app, "restart", prefix=("sh", "-c", 'exec "$@" >&- 2>&-', "sh"))
+        assert result.returncode == 0
+        assert service.status()["generation"] == 2

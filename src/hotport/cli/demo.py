@@ -27,7 +27,7 @@ from rich.console import Console
 from hotport.cli import HELP
 from hotport.cli._load import Load
 from hotport.cli._screen import Screen, count_of, print_summary
-from hotport.cli.output import console
+from hotport.cli.output import console, write
 from hotport.errors import ConfigError, ExitCode, StartError
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import (
@@ -126,7 +126,7 @@ def command(restarts: int, connections: int, as_json: bool) -> int:
         service.stop()
         result = demo.result()
         if as_json:
-            sys.stdout.write(json.dumps(result, indent=2) + "\n")
+            write(json.dumps(result, indent=2))
         else:
             print_summary(result, demo.error)
         if result["exit_code"] != ExitCode.DONE:

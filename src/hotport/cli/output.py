@@ -12,20 +12,34 @@ from rich.table import Table
 
 from hotport.wire.messages import Report, Status
 
-__all__ = ["console", "print_json", "print_report", "print_status"]
+__all__ = ["console", "print_json", "print_report", "print_status", "write"]
+
+
+class _Console(Console):
+    """A console whose readers may leave: ``hotport restart | head -1`` has the restart's outcome all the same."""
+
+    def on_broken_pipe(self) -> None:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self.file.fileno())  # also for what is still buffered at the end
 
 
 def console(*, stderr: bool = False) -> Console:
     """A rich console that keeps to ``NO_COLOR`` and to what is a terminal."""
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else 200  # rich takes 80 where nobody says, and cuts tables
+    is_terminal = stream is not None and stream.isatty()
+    width = None if is_terminal else 200  # rich takes 80 where nobody says, and cuts tables
     plain = bool(os.environ.get("NO_COLOR"))
-    return Console(stderr=stderr, no_color=plain, highlight=False, soft_wrap=True, width=width)
+    return _Console(stderr=stderr, no_color=plain, highlight=False, soft_wrap=True, width=width)
+
+
+def write(text: str) -> None:
+    """Lines of data on stdout, as they are."""
+    console().out(text, highlight=False)
 
 
 def print_json(message: msgspec.Struct) -> None:
     """One message as JSON on stdout."""
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(message)).decode() + "\n")
+    write(msgspec.json.format(msgspec.json.encode(message)).decode())
 
 
 def print_report(report: Report) -> None:

@@ -80,7 +80,9 @@ def command(
 
     loaded = read(Path.cwd())
     if show_config:
-        click.echo(_as_json(loaded) if as_json else show(loaded))
+        from hotport.cli.output import write  # rich, which a supervisor has no use for
+
+        write(_as_json(loaded) if as_json else show(loaded))
         return ExitCode.DONE
     if not loaded.options.watch:
         return supervise(read)

@@ -73,7 +73,7 @@ def _keep_no_racy_byte_code() -> None:
         if is_hash_based or int.from_bytes(data[8:12], "little") <= settled_s:
             set_data(loader, path, data, _mode=_mode)
 
-    SourceFileLoader.set_data = set_data_unless_racy  # type: ignore[method-assign]
+    SourceFileLoader.set_data = set_data_unless_racy  # type: ignore[assignment]
 
 
 def _loop_factory(name: str):  # type: ignore[no-untyped-def]  # uvloop is only imported if wanted
