@@ -17,7 +17,7 @@ import anyio
 from hotport.address import UnixAddress, parse_address
 from hotport.errors import ConfigError, ExitCode, HotportError
 from hotport.kernel.fds import lock_file, private_directory
-from hotport.kernel.process import reap_orphans
+from hotport.kernel.process import has_terminal, reap_orphans
 from hotport.kernel.sockets import (
     bind_control,
     bind_listener,
@@ -177,6 +177,9 @@ async def _handle_signals(supervisor: Supervisor, tasks: anyio.abc.TaskGroup) ->
         signal.SIGTTOU,
         signal.SIGUSR2,
     ]
+    # Whose terminal may go: nohup(1) and setsid(1) are how somebody says that the service is to outlive it.
+    is_bound_to_terminal = has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    has_hung_up = False
     if os.getpid() == 1:  # every orphan of the container is our child
         handled.append(signal.SIGCHLD)
 
@@ -190,6 +193,12 @@ async def _handle_signals(supervisor: Supervisor, tasks: anyio.abc.TaskGroup) ->
         async for number in signals:
             log.debug("signal.received", signal=signal.Signals(number).name)
             match number:
+                case signal.SIGHUP if is_bound_to_terminal and not has_terminal():
+                    if not has_hung_up:  # the shell and the kernel may both say it, and a second stop is at once
+                        log.info("terminal.hung_up")
+                        if not supervisor.service.is_stopping:
+                            supervisor.input(RequestStop())
+                    has_hung_up = True
                 case signal.SIGHUP:
                     tasks.start_soon(answer, lambda: restart(supervisor))
                 case signal.SIGTERM | signal.SIGINT:

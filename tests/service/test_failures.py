@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import socket
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -320,6 +322,60 @@ def test_hup_with_broken_code_tells_the_log(tmp_path: Path) -> None:
         assert "RuntimeError: nobody asked" in lost["exception"]
         hammer.wait_answers(version="one")
     assert not hammer.failures
+
+
+#: Runs a command as the leader of a session on a terminal, as a terminal window does; perhaps as nohup(1) would.
+ON_TERMINAL = """
+import os, signal, sys
+os.setsid()
+os.open(sys.argv[1], os.O_RDWR)
+if sys.argv[2] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
+
+
+@contextmanager
+def on_terminal(directory: Path, how: str) -> Iterator[tuple[Service, Callable[[], None]]]:
+    """A service on a terminal of its own, and what closes that."""
+    answering = (
+        "async def app(stream):\n    await stream.send(b'held\\n')\n    await stream.send(await stream.receive())\n"
+    )
+    write_code(directory / "app.py", answering)
+    window, terminal = pty.openpty()
+    with ExitStack() as stack:
+        close = stack.enter_context(open(window, "wb", buffering=0)).close  # closes once, whoever calls
+        stack.callback(os.close, terminal)
+        prefix = (sys.executable, "-c", ON_TERMINAL, os.ttyname(terminal), how)
+        yield (
+            stack.enter_context(Service(directory, "app:app", "--log-level", "debug", prefix=prefix)).wait_ready(),
+            close,
+        )
+
+
+def test_hup_restarts_while_the_terminal_is_open_and_stops_when_it_is_closed(tmp_path: Path) -> None:
+    """Closing the window in which ``hotport serve`` ran left a service behind that nobody saw any more."""
+    with on_terminal(tmp_path, "foreground") as (service, close):
+        service.process.send_signal(signal.SIGHUP)
+        eventually(lambda: bool(service.log_events("restart.report")), "the restart is over")
+        with hold(service) as client:
+            close()
+            eventually(lambda: bool(service.log_events("terminal.hung_up")), "it is told")
+            service.process.send_signal(signal.SIGHUP)  # shells say it, too, and that is no second request to stop
+            eventually(lambda: len(service.log_events("signal.received")) == 3, "that is heard")
+            client.sendall(b"done")
+            assert client.recv(100) == b"done"
+        assert service.wait() == 0
+        assert len(service.log_events("terminal.hung_up")) == 1
+
+
+def test_hup_restarts_under_nohup_whatever_becomes_of_the_terminal(tmp_path: Path) -> None:
+    with on_terminal(tmp_path, "nohup") as (service, close):
+        close()
+        eventually(lambda: bool(service.log_events("restart.report")), "the terminal's end restarts")
+        service.process.send_signal(signal.SIGHUP)
+        eventually(lambda: len(service.log_events("restart.report")) == 2, "somebody's signal restarts")
+        assert service.status()["generation"] == 3
 
 
 def test_ttin_and_ttou_mean_one_worker_more_or_less(tmp_path: Path) -> None:
