@@ -231,6 +231,15 @@ def test_bad_value_shows_a_good_one(line_app: Path, args: tuple[str, str]) -> No
     assert args[0] in error
 
 
+def test_shown_options_are_data_in_json(line_app: Path) -> None:
+    result = hotport(line_app, "serve", "app:app", "--workers", "2", "--show-config", "--json")
+    shown = json.loads(result.stdout)
+    assert shown["workers"] == {"value": 2, "origin": "--workers"}
+    assert shown["bind"] == {"value": ["tcp://127.0.0.1:8000"], "origin": "default"}
+    assert shown["watch"]["value"] is False
+    assert shown["tls_cert"]["value"] is None
+
+
 def test_nothing_to_serve(tmp_path: Path) -> None:
     refused(tmp_path, code="HP306", exit_code=2)
 
