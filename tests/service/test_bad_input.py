@@ -165,8 +165,16 @@ def test_file_in_the_place_of_a_socket_is_left_alone(line_app: Path) -> None:
         ("async def app(stream): ...", "app:app", ("--tls-cert", "no.pem"), "HP507", "no.pem"),
         ("import sys; sys.exit(3)", "app:app", (), "HP508", "sys.exit(3)"),
         ("async def app(sockets, lifetime): ...", "app:app", (), "HP506", "lifetime.started()"),
+        ("", "no.mod:a", (), "HP501", "hotport serve no.mod:a --app-dir DIR"),
+        ("", "sub/no.py:a", (), "HP501", "ls /"),
+        ("", "./apx.py:a", (), "HP501", "hotport serve app.py:a"),
+        ("", "app:app", ("--app-dir", "nodir"), "HP405", "nodir does not exist"),
+        ("if __name__ == '__main__':\n    app = 1", "app:app", (), "HP502", "move 'app' out of there"),
     ],
-    ids=["attribute", "module", "file", "number", "wsgi", "factory", "certificate", "exits", "returns"],
+    ids=[
+        *("attribute", "module", "file", "number", "wsgi", "factory", "certificate", "exits", "returns"),
+        *("nowhere", "no_file", "near_file", "app_dir", "guarded"),
+    ],
 )
 def test_application_that_cannot_be_used(
     tmp_path: Path, code: str, target: str, options: tuple[str, ...], error_code: str, words: str

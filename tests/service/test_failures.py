@@ -179,6 +179,36 @@ def test_service_whose_every_worker_fails_exits_3_with_the_workers_traceback(tmp
             pass  # nobody holds it
 
 
+@pytest.mark.parametrize(
+    ("code", "last"),
+    [
+        (b"def app(stream:\n", "SyntaxError: '(' was never closed"),
+        (b"\xff", "SyntaxError: "),
+    ],
+    ids=["syntax", "encoding"],
+)
+def test_code_that_cannot_be_loaded_is_told_without_lines_of_ours(tmp_path: Path, code: bytes, last: str) -> None:
+    (tmp_path / "app.py").write_bytes(code)
+    with Service(tmp_path, "app:app") as service:
+        assert service.wait() == 3
+        told = [line for line in service.log().splitlines() if not line.startswith("{")]
+    assert told[-1].startswith(last)
+    assert not any("hotport" in line or "importlib" in line for line in told)
+
+
+def test_service_that_hangs_at_its_start_says_for_how_long_it_may(tmp_path: Path) -> None:
+    write_code(
+        tmp_path / "app.py", "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: signal.pause()"
+    )
+    with Service(tmp_path, "app:app", "--ready-timeout", "1s", "--kill-timeout", "100ms") as service:
+        assert service.wait() == 3
+        error = "\n".join(line for line in service.log().splitlines() if not line.startswith("{"))
+        assert_three_lines(error, "HP403")
+        assert "worker 1 did not say READY=1 in time; ready_timeout is 1s" in error
+        (lost,) = service.log_events("worker.lost")  # before it has been killed
+        assert lost["why"] == "did not say READY=1 in time"
+
+
 def test_second_restart_is_told_that_one_is_in_progress(tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
