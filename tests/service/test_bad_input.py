@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import socket
 import struct
 import subprocess
 import tempfile
+import termios
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -113,6 +115,14 @@ def test_port_in_use_names_the_pid_and_the_command(line_app: Path) -> None:
         error = refused(line_app, "app:app", "--bind", f"127.0.0.1:{port}", code="HP101", exit_code=3)
         assert "EADDRINUSE" in error
         assert f"pid {os.getpid()} (" in error
+
+
+def test_port_in_use_by_a_service_of_ours_says_how_to_stop_it(line_app: Path) -> None:
+    with Service(line_app, "app:app", name="other").wait_ready() as service:
+        bind = f"127.0.0.1:{service.port}"
+        assert (
+            "or first: hotport stop\n" in f"{refused(line_app, 'app:app', '--bind', bind, code='HP101', exit_code=3)}\n"
+        )
 
 
 def test_second_address_in_use_gives_the_first_one_back(line_app: Path) -> None:
@@ -227,6 +237,11 @@ def test_unknown_flag_names_the_nearest(line_app: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_every_command_says_in_one_line_what_it_does(tmp_path: Path) -> None:
+    result = hotport(tmp_path, "--help", env={"COLUMNS": "80"})
+    assert "..." not in result.stdout.partition("Commands:")[2]
+
+
 def test_unknown_command_names_the_nearest(line_app: Path) -> None:
     result = hotport(line_app, "restrat")
     assert result.returncode == 2
@@ -296,10 +311,10 @@ def test_command_without_a_service(tmp_path: Path, command: str) -> None:
 
 def test_command_for_a_misspelt_service_names_the_nearest(line_app: Path) -> None:
     with Service(line_app, "app:app", name="shop").wait_ready() as service:
-        result = service.run("status", "shoop")
+        result = service.run("scale", "2", "shoop", "--json")
         assert result.returncode == 6
         assert_three_lines(result.stderr, "HP605")
-        assert "hotport status shop" in result.stderr
+        assert "try:   hotport scale 2 shop --json\n" in result.stderr
 
 
 def test_command_without_a_name_when_several_services_run(line_app: Path) -> None:
@@ -315,6 +330,7 @@ def test_command_without_a_name_when_several_services_run(line_app: Path) -> Non
         assert result.returncode == 2
         assert_three_lines(result.stderr, "HP331")
         assert "one, two" in result.stderr
+        assert "try:   hotport restart one\n" in result.stderr
         assert service.run("restart", "two").returncode == 0
 
 
@@ -488,3 +504,22 @@ def test_output_may_be_closed(line_app: Path) -> None:
         result = hotport(line_app, "restart", prefix=("sh", "-c", 'exec "$@" >&- 2>&-', "sh"))
         assert result.returncode == 0
         assert service.status()["generation"] == 2
+
+
+def test_status_is_whole_in_a_narrow_terminal(line_app: Path) -> None:
+    """Headings and phases were cut in sixty columns; a terminal folds lines by itself."""
+    with Service(line_app, "app:app").wait_ready() as service:
+        ours, theirs = pty.openpty()
+        try:
+            termios.tcsetwinsize(theirs, (24, 40))
+            env = {**service.env, "TERM": "dumb"}
+            env.pop("COLUMNS", None)
+            subprocess.run([*HOTPORT, "status"], env=env, stdin=theirs, stdout=theirs, check=True, timeout=DEADLINE_S)
+            shown = os.read(ours, 65536).decode()
+        finally:
+            os.close(ours)
+            os.close(theirs)
+        assert "\u2026" not in shown
+        heading, worker = shown.splitlines()[2:4]
+        assert heading.split()[:4] == ["generation", "worker", "pid", "phase"]
+        assert worker.split()[3] == "serving"

@@ -17,6 +17,7 @@ import pytest
 
 from hotport.wire.messages import RestartRequest, StopRequest
 from tests.support import (
+    DEADLINE_S,
     LINE_APP,
     SLOWNESS,
     Gate,
@@ -271,6 +272,18 @@ def test_restart_goes_on_when_whoever_asked_for_it_leaves(tmp_path: Path) -> Non
         eventually(lambda: bool(service.log_events("restart.report")), "the restart is over")
         assert service.status()["last_restart"]["outcome"] == "done"
     assert not hammer.failures
+
+
+def test_stop_goes_on_when_whoever_asked_for_it_is_interrupted(tmp_path: Path) -> None:
+    write_code(tmp_path / "app.py", HOLDING)
+    with Service(tmp_path, "app:app", "--drain-timeout", "1h").wait_ready() as service, hold(service):
+        asking = service.start("stop")
+        eventually(lambda: bool(service.log_events("drain.began")), "it is stopping")
+        asking.send_signal(signal.SIGINT)
+        _, words = asking.communicate(timeout=DEADLINE_S)
+        assert asking.returncode == 130
+        assert words == "not waiting any longer; the stop goes on: hotport status\n"
+        assert service.process.poll() is None
 
 
 def test_term_during_a_restart_stops_everything(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ app = Starlette(routes=[Route("/", home), Route("/slow", slow)])
 @click.option("--connections", type=click.IntRange(1, 10_000), default=50, show_default=True, help="Clients at a time.")
 @click.option("--json", "as_json", is_flag=True, help="Print what clients saw as JSON.")
 def command(restarts: int, connections: int, as_json: bool) -> int:
-    """Restart a real application under load, and show what its clients saw.
+    """Restart an application under load; show what its clients saw.
 
     In a temporary directory: writes a Starlette application, serves it with two workers, sends requests from this
     process, edits the code on disk and restarts, again and again. Nothing is left behind.

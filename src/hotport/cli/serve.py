@@ -41,6 +41,7 @@ class _Serve(click.Command):
 
 @click.command(
     "serve",
+    short_help="Serve an application, or any program, until stopped.",
     cls=_Serve,
     context_settings=HELP,
     options_metavar="[OPTIONS]",
