@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -287,8 +288,8 @@ def test_config_can_be_shown_and_read_again(tmp_path: Path) -> None:
 
 def test_rows_say_value_and_origin(tmp_path: Path) -> None:
     found = {row.key: row for row in rows(read(tmp_path, 'settle = "1s"'))}
-    assert found["settle"] == ("settle", '"1s"', "hotport.toml")
-    assert found["name"] == ("name", "", "default")
+    assert found["settle"] == ("settle", "1s", "hotport.toml")
+    assert found["name"] == ("name", None, "default")
     assert list(found) == [option.key for option in OPTIONS]
 
 
@@ -368,7 +369,7 @@ def test_variables_that_kubernetes_makes_for_a_service_named_hotport_are_no_opti
         ("workers = 0", "at least 1", "workers = 1"),
         ("workers = true", "a whole number", "workers = 1"),
         ("factory = 1", "true or false", "factory = false"),
-        ("target = 1", "must be text", 'target = "TARGET"'),
+        ("target = 1", "must be text", 'target = "app:app"'),
         ('name = ""', "not empty", 'name = "NAME"'),
         ('loop = "uvlop"', "one of uvloop, asyncio", 'loop = "uvloop"'),
         ('loop = "async"', "one of uvloop, asyncio", 'loop = "asyncio"'),
@@ -422,6 +423,21 @@ def test_bad_flag_is_named_with_a_good_value(tmp_path: Path) -> None:
     assert error.what == "--drain-timeout cannot be 'soon'"
     assert error.fix == "--drain-timeout 30s"
     assert refused(tmp_path, target="").what == "target cannot be ''"
+    error = refused(tmp_path, bind=(":80", "0.0.0.0:80"))
+    assert error.what == "--bind cannot be ':80, 0.0.0.0:80'"
+    assert error.cause == "it names an address twice: tcp://0.0.0.0:80"
+    assert error.fix == "--bind tcp://127.0.0.1:8000"
+
+
+@pytest.mark.parametrize("target", [":app", ".", "..x", ".mod:app", "pkg..mod:app", "/tmp", "./app:app", "dir/"])
+def test_what_is_no_target_is_no_traceback_of_a_worker(tmp_path: Path, target: str) -> None:
+    error = refused(tmp_path, target=target)
+    assert (error.code, error.what, error.fix) == ("HP304", f"target cannot be {target!r}", "hotport serve app:app")
+
+
+@pytest.mark.parametrize("target", ["app", "app:", "my-app:a.b", "../a b/app.py:app", ".app.py"])
+def test_what_may_be_a_target_is_left_to_the_worker(tmp_path: Path, target: str) -> None:
+    assert read(tmp_path, target=target).options.target == target
 
 
 def test_bad_address_keeps_its_own_error_and_says_where_it_stands(tmp_path: Path) -> None:
@@ -442,6 +458,27 @@ def test_file_that_is_not_toml_says_where(tmp_path: Path, content: bytes, what: 
     error = refused(tmp_path)
     assert (error.code, error.what) == ("HP301", what)
     assert cause in error.cause
+
+
+@pytest.mark.parametrize(
+    ("make", "cause"),
+    [
+        (Path.mkdir, "it is not a regular file"),
+        (os.mkfifo, "it is not a regular file"),
+        (lambda path: path.symlink_to("nowhere"), "no such file or directory"),
+        (lambda path: path.symlink_to(path), "too many levels of symbolic links"),
+    ],
+    ids=["directory", "fifo", "dangling", "loop"],
+)
+def test_file_that_cannot_be_read_is_not_passed_over(tmp_path: Path, make: Callable[[Path], None], cause: str) -> None:
+    make(tmp_path / "hotport.toml")
+    error = refused(tmp_path)
+    assert (error.code, error.what, error.cause) == ("HP301", "cannot read hotport.toml", cause)
+
+
+def test_table_of_pyproject_in_hotport_toml_is_told(tmp_path: Path) -> None:
+    error = refused(tmp_path, "[tool.hotport]\nworkers = 2")
+    assert (error.code, error.cause) == ("HP302", "[tool.hotport] is for pyproject.toml")
 
 
 def test_given_file_must_exist(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import anyio
 from hotport.address import UnixAddress, parse_address
 from hotport.errors import ConfigError, ExitCode, HotportError
 from hotport.kernel.fds import lock_file, private_directory
-from hotport.kernel.process import reap_orphans
+from hotport.kernel.process import has_terminal, reap_orphans
 from hotport.kernel.sockets import (
     bind_control,
     bind_listener,
@@ -51,9 +51,12 @@ def run(
 ) -> None:
     """Serve an application under a supervisor until it is stopped; the process exits if that failed.
 
+    Then it has said why in three lines on stderr, as ``hotport serve`` does.
+
     Workers are processes of their own: they import the application by its name. So `app` is a target
     (``"module:attribute"``, ``"file.py:attribute"``), or something that lives at the top level of a module; the
-    script that calls `run` counts as one. Workers that import that script pass over this call.
+    script that calls `run` counts as one. Workers that import that script pass over this call, and over what stands
+    under ``if __name__ == "__main__"``: an application that is made there is not found (HP502).
 
     Args:
         app: The application or its target.
@@ -61,20 +64,24 @@ def run(
         options: Any option, by the name that it has in ``hotport.toml``; stronger than file and environment.
 
     Raises:
-        ConfigError: An option is wrong, or `app` cannot be imported by name (HP330).
-        StartError: The service did not start.
-        SystemExit: With hotport's exit code, if the service ended otherwise than by a clean stop.
+        SystemExit: With hotport's exit code, if the service did not start or ended otherwise than by a clean stop. The
+            ConfigError or StartError that was printed is its ``__cause__``: an option is wrong, `app` has no name by
+            which it can be imported (HP330), an address is taken.
     """
     if _is_in_worker():
         return
-    flags: dict[str, Any] = {**options, "target": app if isinstance(app, str) else target_of(app)}
-    if bind is not None:
-        flags["bind"] = (bind,) if isinstance(bind, str) else tuple(bind)
 
     def read(directory: Path) -> Loaded:
         return load(file=None, environ=os.environ, flags=flags, cwd=directory)
 
-    code = supervise(read)
+    try:
+        flags: dict[str, Any] = {**options, "target": app if isinstance(app, str) else target_of(app)}
+        if bind is not None:
+            flags["bind"] = (bind,) if isinstance(bind, str) else tuple(bind)
+        code = supervise(read)
+    except HotportError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(error.exit_code) from error
     if code != ExitCode.DONE:
         raise SystemExit(code)
 
@@ -177,6 +184,9 @@ async def _handle_signals(supervisor: Supervisor, tasks: anyio.abc.TaskGroup) ->
         signal.SIGTTOU,
         signal.SIGUSR2,
     ]
+    # Whose terminal may go: nohup(1) and setsid(1) are how somebody says that the service is to outlive it.
+    is_bound_to_terminal = has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    has_hung_up = False
     if os.getpid() == 1:  # every orphan of the container is our child
         handled.append(signal.SIGCHLD)
 
@@ -190,6 +200,12 @@ async def _handle_signals(supervisor: Supervisor, tasks: anyio.abc.TaskGroup) ->
         async for number in signals:
             log.debug("signal.received", signal=signal.Signals(number).name)
             match number:
+                case signal.SIGHUP if is_bound_to_terminal and not has_terminal():
+                    if not has_hung_up:  # the shell and the kernel may both say it, and a second stop is at once
+                        log.info("terminal.hung_up")
+                        if not supervisor.service.is_stopping:
+                            supervisor.input(RequestStop())
+                    has_hung_up = True
                 case signal.SIGHUP:
                     tasks.start_soon(answer, lambda: restart(supervisor))
                 case signal.SIGTERM | signal.SIGINT:

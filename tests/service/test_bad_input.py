@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import socket
 import struct
 import subprocess
 import tempfile
+import termios
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -115,6 +117,14 @@ def test_port_in_use_names_the_pid_and_the_command(line_app: Path) -> None:
         assert f"pid {os.getpid()} (" in error
 
 
+def test_port_in_use_by_a_service_of_ours_says_how_to_stop_it(line_app: Path) -> None:
+    with Service(line_app, "app:app", name="other").wait_ready() as service:
+        bind = f"127.0.0.1:{service.port}"
+        assert (
+            "or first: hotport stop\n" in f"{refused(line_app, 'app:app', '--bind', bind, code='HP101', exit_code=3)}\n"
+        )
+
+
 def test_second_address_in_use_gives_the_first_one_back(line_app: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -165,8 +175,16 @@ def test_file_in_the_place_of_a_socket_is_left_alone(line_app: Path) -> None:
         ("async def app(stream): ...", "app:app", ("--tls-cert", "no.pem"), "HP507", "no.pem"),
         ("import sys; sys.exit(3)", "app:app", (), "HP508", "sys.exit(3)"),
         ("async def app(sockets, lifetime): ...", "app:app", (), "HP506", "lifetime.started()"),
+        ("", "no.mod:a", (), "HP501", "hotport serve no.mod:a --app-dir DIR"),
+        ("", "sub/no.py:a", (), "HP501", "ls /"),
+        ("", "./apx.py:a", (), "HP501", "hotport serve app.py:a"),
+        ("", "app:app", ("--app-dir", "nodir"), "HP405", "nodir does not exist"),
+        ("if __name__ == '__main__':\n    app = 1", "app:app", (), "HP502", "move 'app' out of there"),
     ],
-    ids=["attribute", "module", "file", "number", "wsgi", "factory", "certificate", "exits", "returns"],
+    ids=[
+        *("attribute", "module", "file", "number", "wsgi", "factory", "certificate", "exits", "returns"),
+        *("nowhere", "no_file", "near_file", "app_dir", "guarded"),
+    ],
 )
 def test_application_that_cannot_be_used(
     tmp_path: Path, code: str, target: str, options: tuple[str, ...], error_code: str, words: str
@@ -219,6 +237,11 @@ def test_unknown_flag_names_the_nearest(line_app: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_every_command_says_in_one_line_what_it_does(tmp_path: Path) -> None:
+    result = hotport(tmp_path, "--help", env={"COLUMNS": "80"})
+    assert "..." not in result.stdout.partition("Commands:")[2]
+
+
 def test_unknown_command_names_the_nearest(line_app: Path) -> None:
     result = hotport(line_app, "restrat")
     assert result.returncode == 2
@@ -229,6 +252,15 @@ def test_unknown_command_names_the_nearest(line_app: Path) -> None:
 def test_bad_value_shows_a_good_one(line_app: Path, args: tuple[str, str]) -> None:
     error = refused(line_app, "app:app", *args, code="HP304", exit_code=2)
     assert args[0] in error
+
+
+def test_shown_options_are_data_in_json(line_app: Path) -> None:
+    result = hotport(line_app, "serve", "app:app", "--workers", "2", "--show-config", "--json")
+    shown = json.loads(result.stdout)
+    assert shown["workers"] == {"value": 2, "origin": "--workers"}
+    assert shown["bind"] == {"value": ["tcp://127.0.0.1:8000"], "origin": "default"}
+    assert shown["watch"]["value"] is False
+    assert shown["tls_cert"]["value"] is None
 
 
 def test_nothing_to_serve(tmp_path: Path) -> None:
@@ -279,10 +311,10 @@ def test_command_without_a_service(tmp_path: Path, command: str) -> None:
 
 def test_command_for_a_misspelt_service_names_the_nearest(line_app: Path) -> None:
     with Service(line_app, "app:app", name="shop").wait_ready() as service:
-        result = service.run("status", "shoop")
+        result = service.run("scale", "2", "shoop", "--json")
         assert result.returncode == 6
         assert_three_lines(result.stderr, "HP605")
-        assert "hotport status shop" in result.stderr
+        assert "try:   hotport scale 2 shop --json\n" in result.stderr
 
 
 def test_command_without_a_name_when_several_services_run(line_app: Path) -> None:
@@ -298,6 +330,7 @@ def test_command_without_a_name_when_several_services_run(line_app: Path) -> Non
         assert result.returncode == 2
         assert_three_lines(result.stderr, "HP331")
         assert "one, two" in result.stderr
+        assert "try:   hotport restart one\n" in result.stderr
         assert service.run("restart", "two").returncode == 0
 
 
@@ -435,3 +468,58 @@ def test_garbage_on_the_notify_socket(line_app: Path) -> None:
                 sock.send(data)
         assert service.restart()["outcome"] == "done"
         assert ask_line(service.port).version == "one"
+
+
+# -- where output goes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_readers_that_leave_do_not_change_the_outcome(line_app: Path, unbuffered: str) -> None:
+    """``hotport restart | true`` exited 1 after a restart that was done."""
+
+    def run(*args: str) -> int:
+        reader, writer = os.pipe()
+        os.close(reader)
+        try:
+            return subprocess.run(
+                [*HOTPORT, *args], cwd=line_app, env=env, stdout=writer, stderr=writer, timeout=DEADLINE_S
+            ).returncode
+        finally:
+            os.close(writer)
+
+    with Service(line_app, "app:app", env={"PYTHONUNBUFFERED": unbuffered}).wait_ready() as service:
+        env = service.env
+        for args in (("restart",), ("restart", "--json"), ("status",), ("status", "--json"), ("scale", "2")):
+            assert run(*args) == 0, args
+        assert run("serve", "--show-config") == 0
+        assert run("restart", "nobody") == 6
+        write_code(line_app / "app.py", "raise RuntimeError")
+        assert run("restart") == 4
+        assert service.status()["generation"] == 3
+        assert run("stop") == 0
+
+
+def test_output_may_be_closed(line_app: Path) -> None:
+    with Service(line_app, "app:app").wait_ready() as service:
+        result = hotport(line_app, "restart", prefix=("sh", "-c", 'exec "$@" >&- 2>&-', "sh"))
+        assert result.returncode == 0
+        assert service.status()["generation"] == 2
+
+
+def test_status_is_whole_in_a_narrow_terminal(line_app: Path) -> None:
+    """Headings and phases were cut in sixty columns; a terminal folds lines by itself."""
+    with Service(line_app, "app:app").wait_ready() as service:
+        ours, theirs = pty.openpty()
+        try:
+            termios.tcsetwinsize(theirs, (24, 40))
+            env = {**service.env, "TERM": "dumb"}
+            env.pop("COLUMNS", None)
+            subprocess.run([*HOTPORT, "status"], env=env, stdin=theirs, stdout=theirs, check=True, timeout=DEADLINE_S)
+            shown = os.read(ours, 65536).decode()
+        finally:
+            os.close(ours)
+            os.close(theirs)
+        assert "\u2026" not in shown
+        heading, worker = shown.splitlines()[2:4]
+        assert heading.split()[:4] == ["generation", "worker", "pid", "phase"]
+        assert worker.split()[3] == "serving"

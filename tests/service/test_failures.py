@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import signal
 import socket
 import sys
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -13,6 +17,7 @@ import pytest
 
 from hotport.wire.messages import RestartRequest, StopRequest
 from tests.support import (
+    DEADLINE_S,
     LINE_APP,
     SLOWNESS,
     Gate,
@@ -175,6 +180,36 @@ def test_service_whose_every_worker_fails_exits_3_with_the_workers_traceback(tmp
             pass  # nobody holds it
 
 
+@pytest.mark.parametrize(
+    ("code", "last"),
+    [
+        (b"def app(stream:\n", "SyntaxError: '(' was never closed"),
+        (b"\xff", "SyntaxError: "),
+    ],
+    ids=["syntax", "encoding"],
+)
+def test_code_that_cannot_be_loaded_is_told_without_lines_of_ours(tmp_path: Path, code: bytes, last: str) -> None:
+    (tmp_path / "app.py").write_bytes(code)
+    with Service(tmp_path, "app:app") as service:
+        assert service.wait() == 3
+        told = [line for line in service.log().splitlines() if not line.startswith("{")]
+    assert told[-1].startswith(last)
+    assert not any("hotport" in line or "importlib" in line for line in told)
+
+
+def test_service_that_hangs_at_its_start_says_for_how_long_it_may(tmp_path: Path) -> None:
+    write_code(
+        tmp_path / "app.py", "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: signal.pause()"
+    )
+    with Service(tmp_path, "app:app", "--ready-timeout", "1s", "--kill-timeout", "100ms") as service:
+        assert service.wait() == 3
+        error = "\n".join(line for line in service.log().splitlines() if not line.startswith("{"))
+        assert_three_lines(error, "HP403")
+        assert "worker 1 did not say READY=1 in time; ready_timeout is 1s" in error
+        (lost,) = service.log_events("worker.lost")  # before it has been killed
+        assert lost["why"] == "did not say READY=1 in time"
+
+
 def test_second_restart_is_told_that_one_is_in_progress(tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
@@ -237,6 +272,18 @@ def test_restart_goes_on_when_whoever_asked_for_it_leaves(tmp_path: Path) -> Non
         eventually(lambda: bool(service.log_events("restart.report")), "the restart is over")
         assert service.status()["last_restart"]["outcome"] == "done"
     assert not hammer.failures
+
+
+def test_stop_goes_on_when_whoever_asked_for_it_is_interrupted(tmp_path: Path) -> None:
+    write_code(tmp_path / "app.py", HOLDING)
+    with Service(tmp_path, "app:app", "--drain-timeout", "1h").wait_ready() as service, hold(service):
+        asking = service.start("stop")
+        eventually(lambda: bool(service.log_events("drain.began")), "it is stopping")
+        asking.send_signal(signal.SIGINT)
+        _, words = asking.communicate(timeout=DEADLINE_S)
+        assert asking.returncode == 130
+        assert words == "not waiting any longer; the stop goes on: hotport status\n"
+        assert service.process.poll() is None
 
 
 def test_term_during_a_restart_stops_everything(tmp_path: Path) -> None:
@@ -320,6 +367,60 @@ def test_hup_with_broken_code_tells_the_log(tmp_path: Path) -> None:
     assert not hammer.failures
 
 
+#: Runs a command as the leader of a session on a terminal, as a terminal window does; perhaps as nohup(1) would.
+ON_TERMINAL = """
+import os, signal, sys
+os.setsid()
+os.open(sys.argv[1], os.O_RDWR)
+if sys.argv[2] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
+
+
+@contextmanager
+def on_terminal(directory: Path, how: str) -> Iterator[tuple[Service, Callable[[], None]]]:
+    """A service on a terminal of its own, and what closes that."""
+    answering = (
+        "async def app(stream):\n    await stream.send(b'held\\n')\n    await stream.send(await stream.receive())\n"
+    )
+    write_code(directory / "app.py", answering)
+    window, terminal = pty.openpty()
+    with ExitStack() as stack:
+        close = stack.enter_context(open(window, "wb", buffering=0)).close  # closes once, whoever calls
+        stack.callback(os.close, terminal)
+        prefix = (sys.executable, "-c", ON_TERMINAL, os.ttyname(terminal), how)
+        yield (
+            stack.enter_context(Service(directory, "app:app", "--log-level", "debug", prefix=prefix)).wait_ready(),
+            close,
+        )
+
+
+def test_hup_restarts_while_the_terminal_is_open_and_stops_when_it_is_closed(tmp_path: Path) -> None:
+    """Closing the window in which ``hotport serve`` ran left a service behind that nobody saw any more."""
+    with on_terminal(tmp_path, "foreground") as (service, close):
+        service.process.send_signal(signal.SIGHUP)
+        eventually(lambda: bool(service.log_events("restart.report")), "the restart is over")
+        with hold(service) as client:
+            close()
+            eventually(lambda: bool(service.log_events("terminal.hung_up")), "it is told")
+            service.process.send_signal(signal.SIGHUP)  # shells say it, too, and that is no second request to stop
+            eventually(lambda: len(service.log_events("signal.received")) == 3, "that is heard")
+            client.sendall(b"done")
+            assert client.recv(100) == b"done"
+        assert service.wait() == 0
+        assert len(service.log_events("terminal.hung_up")) == 1
+
+
+def test_hup_restarts_under_nohup_whatever_becomes_of_the_terminal(tmp_path: Path) -> None:
+    with on_terminal(tmp_path, "nohup") as (service, close):
+        close()
+        eventually(lambda: bool(service.log_events("restart.report")), "the terminal's end restarts")
+        service.process.send_signal(signal.SIGHUP)
+        eventually(lambda: len(service.log_events("restart.report")) == 2, "somebody's signal restarts")
+        assert service.status()["generation"] == 3
+
+
 def test_ttin_and_ttou_mean_one_worker_more_or_less(tmp_path: Path) -> None:
     write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
     with Service(tmp_path, "app:app").wait_ready() as service, Hammer(service.port) as hammer:
@@ -380,3 +481,23 @@ def test_200_restarts_leave_nothing_behind(tmp_path: Path) -> None:
         assert counts[200] == counts[50]
         assert rss[200] < rss[50] + (1 << 20)
         assert len(list(service.runtime.iterdir())) == 4  # lock, control, notify, one worker
+
+
+def test_edits_of_one_size_in_one_second_are_all_served(tmp_path: Path) -> None:
+    """A restart was done, and the old code answered: byte code is judged by the source's size and whole second."""
+    as_users_have_it = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": ""}
+    second = time.time() + 3600  # however slow this machine is, no worker starts after it
+
+    def edit(version: str) -> None:
+        (tmp_path / "app.py").write_text("import settled\n" + LINE_APP.format(version=version))
+        os.utime(tmp_path / "app.py", (second, second))
+
+    edit("one")
+    write_code(tmp_path / "settled.py", "")
+    with Service(tmp_path, "app:app", "--settle", "0", env=as_users_have_it).wait_ready() as service:
+        for version in ("two", "six", "ten"):
+            edit(version)
+            service.ask(RestartRequest())
+            assert ask_line(service.port).version == version
+    # What has not changed lately is kept, as ever.
+    assert [path.name.partition(".")[0] for path in (tmp_path / "__pycache__").iterdir()] == ["settled"]

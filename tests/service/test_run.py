@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import DEADLINE_S
+import hotport
+from tests.support import DEADLINE_S, assert_three_lines
 
 ECHO = """
 import hotport
@@ -61,9 +62,29 @@ def test_a_module_serves_what_it_defines(tmp_path: Path) -> None:
     assert code == 0, stderr
 
 
-def test_an_application_without_a_name_is_a_clear_error(tmp_path: Path) -> None:
-    (tmp_path / "server.py").write_text("import hotport\nhotport.run(lambda stream: None, bind='unix:s')\n")
-    result = subprocess.run([sys.executable, "server.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert "HP330 cannot name <function" in result.stderr
-    assert 'pass a target: hotport.run("module:app")' in result.stderr
+@pytest.mark.parametrize(
+    ("call", "code", "words"),
+    [
+        ("hotport.run(lambda stream: None, bind='unix:s')", 2, 'HP330 pass a target: hotport.run("module:app")'),
+        ("hotport.run(echo, wrkers=2)", 2, "HP302 write workers"),
+        ("hotport.run(echo, bind='unix:server.py')", 2, "HP103 server.py"),
+        ("hello = echo; hotport.run('server.py:hello', bind='unix:s')", 3, "HP502 move 'hello'"),
+        ("hotport.run('server:ecko', bind='unix:s')", 3, "HP502 'echo'"),
+    ],
+    ids=["no_name", "option", "address", "guarded", "target"],
+)
+def test_what_cannot_be_run_ends_the_program_with_three_lines(tmp_path: Path, call: str, code: int, words: str) -> None:
+    (tmp_path / "server.py").write_text(f"{ECHO}\nif __name__ == '__main__': {call}\n")
+    env = {**os.environ, "HOTPORT_RUNTIME_DIR": str(tmp_path / "run"), "HOTPORT_LOG_LEVEL": "error"}
+    result = subprocess.run([sys.executable, "server.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == code
+    assert_three_lines(result.stderr, words.split()[0])
+    assert words.partition(" ")[2] in result.stderr
+
+
+def test_whoever_calls_run_can_ask_what_was_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        hotport.run("app:app", wrkers=2)
+    assert isinstance(caught.value.__cause__, hotport.ConfigError)
+    assert caught.value.code == 2
+    assert_three_lines(capsys.readouterr().err, "HP302")

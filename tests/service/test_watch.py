@@ -46,7 +46,7 @@ def test_broken_code_is_told_in_the_log_and_the_repair_is_served(service: Servic
     write_code(service.directory / "app.py", "raise RuntimeError('half a thought')\n")
     eventually(lambda: bool(service.log_events("watch.restart_failed")), "the failure is told")
     (failed,) = service.log_events("watch.restart_failed")
-    assert "RuntimeError: half a thought" in failed["exception"]
+    assert service.log().count("RuntimeError: half a thought") == 1
     assert failed["serving"] == 1
     assert answer(port) == b"1"
     write_code(service.directory / "app.py", CODE.format(answer=b"repaired"))

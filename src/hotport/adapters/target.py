@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import functools
 import importlib
@@ -46,20 +47,22 @@ def load_target(target: str, *, app_dir: str, factory: bool) -> Any:
     directory = str(Path(app_dir).resolve())
     if directory not in sys.path:
         sys.path.insert(0, directory)
-    module = _load_file(module_name) if module_name.endswith(".py") else _import(module_name)
+    find = _load_file if module_name.endswith(".py") else _import
+    module = find(module_name, attribute or USUAL_NAMES[0])
     if not attribute:
         attribute = next((name for name in USUAL_NAMES if hasattr(module, name)), USUAL_NAMES[0])
     found: Any = module
     for name in attribute.split("."):
         if not hasattr(found, name):
             near = nearest(name, [n for n in dir(found) if not n.startswith("_")])
-            raise StartError(
-                "HP502",
-                f"cannot find {attribute!r} in {module_name}",
-                cause=f"{getattr(module, '__file__', module_name)} has no {name!r}"
-                + (f"; the nearest name is {near!r}" if near else ""),
-                fix=f"hotport serve {module_name}:{near or 'NAME'}",
-            )
+            cause = f"{getattr(module, '__file__', module_name)} has no {name!r}"
+            fix = f"hotport serve {module_name}:{near or 'NAME'}"
+            if _is_guarded(module, name):
+                cause += "; workers import it, and what stands under if __name__ == '__main__' is not run then"
+                fix = f"move {name!r} out of there, to the top level of the module"
+            elif near:
+                cause += f"; the nearest name is {near!r}"
+            raise StartError("HP502", f"cannot find {attribute!r} in {module_name}", cause=cause, fix=fix)
         found = getattr(found, name)
     if not callable(found):
         raise StartError(
@@ -71,7 +74,20 @@ def load_target(target: str, *, app_dir: str, factory: bool) -> Any:
     return found() if factory else found
 
 
-def _import(name: str) -> Any:
+def _is_guarded(module: Any, name: str) -> bool:
+    """Whether a module binds a name under ``if __name__ == "__main__"``."""
+    try:
+        tree = ast.parse(inspect.getsource(module))
+    except (OSError, TypeError):  # it has no source
+        return False
+    guards = [node for node in tree.body if isinstance(node, ast.If) and "'__main__'" in ast.dump(node.test)]
+    stored = [
+        node for guard in guards for node in ast.walk(guard) if not isinstance(getattr(node, "ctx", None), ast.Load)
+    ]
+    return name in {getattr(node, "name", getattr(node, "id", None)) for node in stored}
+
+
+def _import(name: str, attribute: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -86,11 +102,13 @@ def _import(name: str) -> Any:
             f"cannot find the module {name!r}",
             cause=f"it is neither in {places[0]} nor installed in {sys.executable}"
             + (f"; the nearest name is {near!r}" if near else ""),
-            fix=f"hotport serve {near or name}:app, or name its directory with --app-dir",
+            fix=f"hotport serve {near}:{attribute}"
+            if near
+            else f"hotport serve {name}:{attribute} --app-dir DIR, where DIR is the directory that it is in",
         ) from None
 
 
-def _load_file(path: str) -> Any:
+def _load_file(path: str, attribute: str) -> Any:
     file = Path(path).resolve()
     if not file.is_file():
         near = nearest(file.name, [p.name for p in file.parent.glob("*.py")])
@@ -98,7 +116,7 @@ def _load_file(path: str) -> Any:
             "HP501",
             f"cannot find the file {path}",
             cause=f"{file} does not exist" + (f"; the nearest name is {near!r}" if near else ""),
-            fix=f"hotport serve {near or path}:app",
+            fix=f"hotport serve {Path(path).with_name(near)}:{attribute}" if near else f"ls {file.parent}",
         )
     if SCRIPT_MODULE in sys.modules:
         return sys.modules[SCRIPT_MODULE]

@@ -54,14 +54,13 @@ def main() -> None:
     try:
         code = _group.main(standalone_mode=False)
     except HotportError as error:
-        print(error, file=sys.stderr)
+        from hotport.cli.output import console  # rich, of which a service that starts has no need
+
+        console(stderr=True).out(error, highlight=False)
         code = error.exit_code
     except click.exceptions.Abort:
         code = ExitCode.INTERRUPTED
     except click.ClickException as error:
         error.show()
         code = ExitCode.USAGE
-    except BrokenPipeError:  # `hotport status | head -1`
-        sys.stderr.close()
-        code = ExitCode.DONE
     sys.exit(code if isinstance(code, int) else ExitCode.DONE)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -70,7 +72,7 @@ def find_service(name: str | None) -> Path:
                 "HP605",
                 f"no service {name} runs here",
                 cause=f"there is no {root / name}/control.sock" + (f"; the nearest is {near!r}" if near else ""),
-                fix=f"hotport status {near}" if near else f"ls {root}, or set HOTPORT_RUNTIME_DIR",
+                fix=_again(near, instead_of=name) if near else f"ls {root}, or set HOTPORT_RUNTIME_DIR",
             )
         return root / name
     alive = [service for service in running if _is_alive(root / service)]
@@ -86,9 +88,16 @@ def find_service(name: str | None) -> Path:
             "HP331",
             "several services run here",
             cause=f"they are {', '.join(alive)}",
-            fix=f"name one: hotport status {alive[0]}",
+            fix=_again(alive[0]),
         )
     return root / alive[0]
+
+
+def _again(name: str, *, instead_of: str | None = None) -> str:
+    """The command that was given, for the service `name`."""
+    given = sys.argv[1:]
+    words = [name if word == instead_of else word for word in given] if instead_of else [*given, name]
+    return shlex.join(["hotport", *words])
 
 
 def _is_alive(service: Path) -> bool:

@@ -27,7 +27,7 @@ from rich.console import Console
 from hotport.cli import HELP
 from hotport.cli._load import Load
 from hotport.cli._screen import Screen, count_of, print_summary
-from hotport.cli.output import console
+from hotport.cli.output import console, write
 from hotport.errors import ConfigError, ExitCode, StartError
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import (
@@ -94,7 +94,7 @@ app = Starlette(routes=[Route("/", home), Route("/slow", slow)])
 @click.option("--connections", type=click.IntRange(1, 10_000), default=50, show_default=True, help="Clients at a time.")
 @click.option("--json", "as_json", is_flag=True, help="Print what clients saw as JSON.")
 def command(restarts: int, connections: int, as_json: bool) -> int:
-    """Restart a real application under load, and show what its clients saw.
+    """Restart an application under load; show what its clients saw.
 
     In a temporary directory: writes a Starlette application, serves it with two workers, sends requests from this
     process, edits the code on disk and restarts, again and again. Nothing is left behind.
@@ -126,7 +126,7 @@ def command(restarts: int, connections: int, as_json: bool) -> int:
         service.stop()
         result = demo.result()
         if as_json:
-            sys.stdout.write(json.dumps(result, indent=2) + "\n")
+            write(json.dumps(result, indent=2))
         else:
             print_summary(result, demo.error)
         if result["exit_code"] != ExitCode.DONE:

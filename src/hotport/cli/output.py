@@ -5,28 +5,59 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
+from typing import Final
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from hotport.errors import ExitCode
 from hotport.wire.messages import Report, Status, TlsReport
 
-__all__ = ["console", "print_json", "print_report", "print_status", "print_tls_report"]
+__all__ = ["console", "print_json", "print_report", "print_status", "print_tls_report", "waiting", "write"]
+
+#: Columns for every table that is printed here.
+WIDE: Final = 200
+
+
+class _Console(Console):
+    """A console whose readers may leave: ``hotport restart | head -1`` has the restart's outcome all the same."""
+
+    def on_broken_pipe(self) -> None:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self.file.fileno())  # also for what is still buffered at the end
 
 
 def console(*, stderr: bool = False) -> Console:
     """A rich console that keeps to ``NO_COLOR`` and to what is a terminal."""
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else 200  # rich takes 80 where nobody says, and cuts tables
+    is_terminal = stream is not None and stream.isatty()
+    width = None if is_terminal else WIDE  # rich takes 80 where nobody says, and cuts tables
     plain = bool(os.environ.get("NO_COLOR"))
-    return Console(stderr=stderr, no_color=plain, highlight=False, soft_wrap=True, width=width)
+    return _Console(stderr=stderr, no_color=plain, highlight=False, soft_wrap=True, width=width)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Ends the command when it is interrupted in the block; what it waits for is the supervisor's affair."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console(stderr=True).print(f"not waiting any longer; the {what} goes on: hotport status")
+        raise SystemExit(ExitCode.INTERRUPTED) from None
+
+
+def write(text: str) -> None:
+    """Lines of data on stdout, as they are."""
+    console().out(text, highlight=False)
 
 
 def print_json(message: msgspec.Struct) -> None:
     """One message as JSON on stdout."""
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(message)).decode() + "\n")
+    write(msgspec.json.format(msgspec.json.encode(message)).decode())
 
 
 def print_report(report: Report) -> None:
@@ -62,6 +93,7 @@ def _fates(report: Report) -> str:
 def print_status(status: Status) -> None:
     """A service and its workers, for people."""
     out = console()
+    out.width = max(out.width, WIDE)  # a terminal that is narrower folds lines, where rich would cut words
     restarting = f", restarting into generation {status.restarting}" if status.restarting else ""
     is_served = any(worker.phase == "serving" for worker in status.workers)
     serves = f"generation {status.generation} serves" if is_served else "NOBODY serves"

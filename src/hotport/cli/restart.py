@@ -6,7 +6,7 @@ import click
 
 from hotport.cli import HELP
 from hotport.cli.client import ask, raise_failure
-from hotport.cli.output import console, print_json, print_report
+from hotport.cli.output import console, print_json, print_report, waiting
 from hotport.errors import ExitCode
 from hotport.wire.messages import Progress, Report, RestartRequest
 
@@ -34,20 +34,16 @@ def command(name: str | None, phased: bool | None, as_json: bool) -> int:
     """
     words = console(stderr=True)
     report: Report | None = None
-    try:
-        with words.status("asking the supervisor") as shown:
-            for reply in ask(name, RestartRequest(phased=phased)):
-                raise_failure(reply)
-                if isinstance(reply, Progress) and reply.event in WORDS:
-                    said = WORDS[reply.event].format(generation=reply.generation, detail=reply.detail)
-                    shown.update(said)
-                    if not as_json:
-                        words.print(f"{reply.ms:8.0f} ms  {said}", markup=False)
-                elif isinstance(reply, Report):
-                    report = reply
-    except KeyboardInterrupt:
-        words.print("not waiting any longer; the restart goes on: hotport status")
-        return ExitCode.INTERRUPTED
+    with waiting("restart"), words.status("asking the supervisor") as shown:
+        for reply in ask(name, RestartRequest(phased=phased)):
+            raise_failure(reply)
+            if isinstance(reply, Progress) and reply.event in WORDS:
+                said = WORDS[reply.event].format(generation=reply.generation, detail=reply.detail)
+                shown.update(said)
+                if not as_json:
+                    words.print(f"{reply.ms:8.0f} ms  {said}", markup=False)
+            elif isinstance(reply, Report):
+                report = reply
     if report is None:
         words.print("the supervisor ended before the restart did: hotport status")
         return ExitCode.NO_SUPERVISOR

@@ -6,7 +6,7 @@ import click
 
 from hotport.cli import HELP
 from hotport.cli.client import ask, raise_failure
-from hotport.cli.output import console, print_json
+from hotport.cli.output import console, print_json, waiting
 from hotport.errors import ExitCode
 from hotport.wire.messages import ScaleRequest
 
@@ -19,7 +19,8 @@ __all__ = ["command"]
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(workers: int, name: str | None, as_json: bool) -> int:
     """Run WORKERS workers from now on, and wait until they serve."""
-    for reply in ask(name, ScaleRequest(workers=workers)):
-        raise_failure(reply)
-        print_json(reply) if as_json else console().print(reply.detail)
+    with waiting("scaling"):
+        for reply in ask(name, ScaleRequest(workers=workers)):
+            raise_failure(reply)
+            print_json(reply) if as_json else console().print(reply.detail)
     return ExitCode.DONE

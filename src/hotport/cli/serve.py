@@ -41,6 +41,7 @@ class _Serve(click.Command):
 
 @click.command(
     "serve",
+    short_help="Serve an application, or any program, until stopped.",
     cls=_Serve,
     context_settings=HELP,
     options_metavar="[OPTIONS]",
@@ -66,7 +67,8 @@ def command(
     The program after -- must support socket activation (LISTEN_FDS) and say READY=1, or be given --ready exec.
 
     Signals: HUP restarts. TERM and INT stop after draining, a second one at once; QUIT stops at once. TTIN and
-    TTOU mean one worker more or less.
+    TTOU mean one worker more or less. Closing the terminal stops as TERM does, unless it was started by nohup
+    or setsid.
     """
 
     def read(directory: Path) -> Loaded:
@@ -80,7 +82,9 @@ def command(
 
     loaded = read(Path.cwd())
     if show_config:
-        click.echo(_as_json(loaded) if as_json else show(loaded))
+        from hotport.cli.output import write  # rich, which a supervisor has no use for
+
+        write(_as_json(loaded) if as_json else show(loaded))
         return ExitCode.DONE
     if not loaded.options.watch:
         return supervise(read)

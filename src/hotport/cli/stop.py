@@ -6,7 +6,7 @@ import click
 
 from hotport.cli import HELP
 from hotport.cli.client import ask, raise_failure
-from hotport.cli.output import console, print_json
+from hotport.cli.output import console, print_json, waiting
 from hotport.errors import ExitCode
 from hotport.wire.messages import StopRequest
 
@@ -23,11 +23,12 @@ def command(name: str | None, now: bool, as_json: bool) -> int:
     Exit codes: 0 stopped; 5 stopped, and connections were cut at the drain deadline; 6 no supervisor there.
     """
     code: int = ExitCode.DONE
-    for reply in ask(name, StopRequest(now=now)):
-        raise_failure(reply)
-        if as_json:
-            print_json(reply)
-        else:
-            console().print("stopped" if reply.exit_code == 0 else "stopped; connections were cut")
-        code = reply.exit_code
+    with waiting("stop"):
+        for reply in ask(name, StopRequest(now=now)):
+            raise_failure(reply)
+            if as_json:
+                print_json(reply)
+            else:
+                console().print("stopped" if reply.exit_code == 0 else "stopped; connections were cut")
+            code = reply.exit_code
     return code

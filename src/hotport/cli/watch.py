@@ -146,8 +146,7 @@ def _restart(name: str, gone: threading.Event) -> None:
             for reply in ask(name, RestartRequest()):
                 raise_failure(reply)
                 if isinstance(reply, Report) and reply.outcome == "aborted":
-                    # This key is written in lines of its own: it is a traceback as a rule.
-                    log.error("watch.restart_failed", serving=reply.serving, exception=reply.error)
+                    log.error("watch.restart_failed", serving=reply.serving)  # why: the supervisor has just said it
             return
         except HotportError as error:
             if error.code not in RETRIED:

@@ -13,6 +13,7 @@ from hotport.kernel import procfs
 
 __all__ = [
     "describe_exit",
+    "has_terminal",
     "kill_group",
     "open_descriptors",
     "raise_descriptor_limit",
@@ -46,6 +47,19 @@ def kill_group(pgid: int) -> None:
     assert pgid > 1, "0 is our own group, and 1 is everybody"
     with suppress(ProcessLookupError, PermissionError):  # EPERM: only others' processes are left in it
         os.killpg(pgid, signal.SIGKILL)
+
+
+def has_terminal() -> bool:
+    """Whether this process's session has a controlling terminal; when that hangs up, it has none any more.
+
+    Sources: tty(4), /dev/tty: ENXIO without one. The kernel takes it away before SIGHUP is sent: __tty_hangup in
+    drivers/tty/tty_io.c.
+    """
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def reap(pid: int) -> int | None:

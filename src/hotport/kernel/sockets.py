@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
 import stat
 import struct
@@ -227,7 +228,7 @@ def _explain_inet(
                 tool = "ss -lntp" if kind == socket.SOCK_STREAM else "ss -lnup"
                 return cause, f"sudo {tool} 'sport = :{address.port}'"
             pid, command = holder
-            return f"pid {pid} ({command}) is listening on it", f"--bind {another}, or first: kill {pid}"
+            return f"pid {pid} ({command}) is listening on it", f"--bind {another}, or first: {_end(pid, command)}"
         case errno.EACCES:
             sysctl = "net.ipv4.ip_unprivileged_port_start"
             start = procfs.sysctl(sysctl)
@@ -292,9 +293,10 @@ def _explain_unix(error: OSError, path: str, holder: int | None) -> tuple[str, s
     directory = os.path.dirname(path) or "."
     match error.errno:
         case errno.EADDRINUSE if holder:
+            command = procfs.command(holder)
             return (
-                f"pid {holder} ({procfs.command(holder)}) is listening on it",
-                f"--bind another path, or first: kill {holder}",
+                f"pid {holder} ({command}) is listening on it",
+                f"--bind another path, or first: {_end(holder, command)}",
             )
         case errno.EADDRINUSE:
             return "a process that we may not look at listens on it or is bound to it", "sudo ss -lxp"
@@ -304,6 +306,11 @@ def _explain_unix(error: OSError, path: str, holder: int | None) -> tuple[str, s
             return f"nothing can be made in {directory} by uid {os.geteuid()}", f"ls -ld {directory}"
         case _:
             return f"the kernel does not say more for {path}", f"ls -ld {directory} {path}"
+
+
+def _end(pid: int, command: str) -> str:
+    """What ends a process kindly."""
+    return "hotport stop" if re.search(r"\bhotport(\.worker| serve) ", command) else f"kill {pid}"
 
 
 def _answering(path: str) -> int | None:

@@ -22,6 +22,7 @@ from hotport.options.values import (
     protocols,
     size,
     switch,
+    target,
     text,
 )
 
@@ -63,7 +64,7 @@ class Options:
     It travels to workers as JSON, so it holds nothing but numbers, texts and tuples of texts.
     """
 
-    target: str | None = _option(None, text("TARGET"), "The application: module:name or path/to/file.py:name.")
+    target: str | None = _option(None, target(), "The application: module:name or path/to/file.py:name.")
     command: tuple[str, ...] = _option(
         (), command_line(), "Any program that supports socket activation, in place of a target."
     )

@@ -101,7 +101,10 @@ def _read_file(file: Path | None, cwd: Path) -> tuple[Mapping[str, object], str]
     if file is not None:
         return _read_toml(cwd / file, str(file))
     for name in ("hotport.toml", "pyproject.toml"):
-        if (cwd / name).is_file():
+        path = cwd / name
+        if path.exists() and not path.is_file():  # reading a FIFO would wait for somebody to write
+            raise ConfigError("HP301", f"cannot read {name}", cause="it is not a regular file", fix=f"ls -ld {path}")
+        if path.exists() or path.is_symlink():  # a link that leads nowhere was meant to lead somewhere
             table, source = _read_toml(cwd / name, name)
             if table or name == "hotport.toml":
                 return table, source
@@ -115,12 +118,16 @@ def _read_toml(path: Path, name: str) -> tuple[Mapping[str, object], str]:
         document = tomllib.loads(path.read_bytes().decode())
     except OSError as error:
         cause = f"{error.strerror or error}".lower()
-        raise ConfigError("HP301", f"cannot read {name}", cause=cause, fix=f"ls -l {path}") from error
+        raise ConfigError("HP301", f"cannot read {name}", cause=cause, fix=f"ls -ld {path}") from error
     except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
         cause = " ".join(str(error).split())
         fix = f"correct {name}; see https://toml.io"
         raise ConfigError("HP301", f"{name} is not TOML", cause=cause, fix=fix) from error
     if path.name != "pyproject.toml":
+        if "tool" in document:
+            cause = "[tool.hotport] is for pyproject.toml"
+            fix = f"remove this line from {name}: options stand in no table there"
+            raise ConfigError("HP302", f"unknown option 'tool' in {name}", cause=cause, fix=fix)
         return document, name
     tool = document.get("tool", {})
     table = tool.get("hotport", {}) if isinstance(tool, dict) else {}
@@ -210,10 +217,11 @@ def _read(option: Option, value: object, origin: str) -> object:
         what = f"{_where(option, origin)}: {error.what}"
         raise ConfigError(error.code, what, cause=error.cause, fix=error.fix) from None
     except ValueError as error:
+        shown = ", ".join(map(str, value)) if isinstance(value, tuple) else value  # of a flag given more than once
         right = nearest(str(value), option.choices) or option.type.example or option.default
         raise ConfigError(
             "HP304",
-            f"{_where(option, origin)} cannot be {value!r}",
+            f"{_where(option, origin)} cannot be {shown!r}",
             cause=str(error),
             fix=_written(option, right, origin),
         ) from None
@@ -229,8 +237,11 @@ def _where(option: Option, origin: str) -> str:
 def _written(option: Option, right: object, origin: str) -> str:
     """How to write a right value in the place where the wrong one stood."""
     if origin in {option.env, option.flag}:
-        text = _toml(right).strip('"') if right not in (None, []) else option.metavar
+        text = ",".join(map(str, right)) if isinstance(right, list) else _toml(right).strip('"')
+        text = option.metavar if right in (None, []) else text
         return f"{origin}={text}" if origin == option.env else f"{origin} {text}"
+    if option.key == "target" and origin == _ARGUMENT:
+        return f"hotport serve {right}"
     return f"{option.key} = {_toml(right) if right is not None else _toml(option.metavar)}"
 
 
@@ -308,19 +319,19 @@ def _tls_clashes(options: Options) -> Iterable[tuple[str, str, str, str, str]]:
 
 
 class Row(NamedTuple):
-    """One line of ``--show-config``; `value` is written as in TOML, and empty if there is none."""
+    """One line of ``--show-config``; `value` is as in TOML, and None if there is none."""
 
     key: str
-    value: str
+    value: Any
     origin: str
 
 
 def rows(loaded: Loaded) -> tuple[Row, ...]:
     """Each effective value and where it came from, in the order of `OPTIONS`."""
 
-    def value(option: Option) -> str:
+    def value(option: Option) -> Any:
         found = getattr(loaded.options, option.field)
-        return "" if found is None else _toml(option.type.to_native(found))
+        return None if found is None else option.type.to_native(found)
 
     return tuple(Row(option.key, value(option), loaded.origins[option.key]) for option in OPTIONS)
 
@@ -329,11 +340,11 @@ def show(loaded: Loaded) -> str:
     """The rows as aligned text that is itself a ``hotport.toml``."""
     table = rows(loaded)
     name_width = max(len(row.key) for row in table)
-    value_width = max(len(row.value) for row in table)
+    value_width = max(len(_toml(row.value)) for row in table)
     return "\n".join(
-        f"{row.key:{name_width}} = {row.value:{value_width}}  # {row.origin}"
-        if row.value
-        else f"# {row.key} is not set"
+        f"# {row.key} is not set"
+        if row.value is None
+        else f"{row.key:{name_width}} = {_toml(row.value):{value_width}}  # {row.origin}"
         for row in table
     )
 

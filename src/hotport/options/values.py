@@ -28,6 +28,7 @@ __all__ = [
     "protocols",
     "size",
     "switch",
+    "target",
     "text",
 ]
 
@@ -144,6 +145,20 @@ def text(metavar: str) -> Type:
     return Type(metavar, read, read)
 
 
+def target() -> Type:
+    """``module:name`` or ``path/to/file.py:name``; the name may be missing."""
+    any_text = text("TARGET").from_native
+
+    def read(value: object) -> str:
+        found: str = any_text(value)
+        module = found.partition(":")[0]
+        if not module.endswith(".py") and ("/" in module or not all(module.split("."))):
+            raise ValueError("it must be module:name or path/to/file.py:name; --app-dir is for a directory")
+        return found
+
+    return Type("TARGET", read, read, example="app:app")
+
+
 def choice(*choices: str) -> Type:
     """One of a few words."""
 
@@ -233,8 +248,8 @@ def addresses() -> Type:
         canonical = tuple(str(parse_address(item)) for item in items)
         if not canonical:
             raise ValueError("it must name an address")
-        if len(set(canonical)) < len(canonical):
-            raise ValueError("it names an address twice")
+        if twice := next((one for one in canonical if canonical.count(one) > 1), None):
+            raise ValueError(f"it names an address twice: {twice}")
         return canonical
 
     return _list("ADDRESS", _by_comma, check)

@@ -60,7 +60,8 @@ class Launch:
         """Follow the links as they are now.
 
         Raises:
-            StartError: The directory or the interpreter is not there (HP401, HP402).
+            StartError: The directory (HP401), the interpreter (HP402) or the application's directory (HP405) is not
+                there, or workers cannot be told where it is (HP404).
         """
         named = surroundings.directory
         directory = os.path.realpath(named)
@@ -68,7 +69,7 @@ class Launch:
             raise StartError(
                 "HP401",
                 f"cannot start in {named}",
-                cause=f"it leads to {directory}, which is no directory",
+                cause=_why_no_directory(named),
                 fix=f"ls -ld {named}",
             )
         python = options.python or sys.executable
@@ -84,6 +85,13 @@ class Launch:
                     fix="name another one with --python, for example --python current/.venv/bin/python",
                 )
         app_dir = os.path.realpath(os.path.join(directory, options.app_dir))  # may be a link to a release, too
+        if not os.path.isdir(app_dir) and not options.command:
+            raise StartError(
+                "HP405",
+                f"cannot import from {options.app_dir}",
+                cause=_why_no_directory(os.path.join(directory, options.app_dir)),
+                fix=f"name the directory of {options.target} with --app-dir",
+            )
         # Read again while the worker runs; the application may have changed the directory by then.
         tls_cert, tls_key = (
             tuple(os.path.join(directory, f) for f in fs) for fs in (options.tls_cert, options.tls_key)
@@ -124,3 +132,12 @@ class Launch:
             )
             added["HOTPORT_WORKER"] = encode(spec).decode()
         return {**self.environment, **added}
+
+
+def _why_no_directory(named: str) -> str:
+    """What a path is in place of a directory."""
+    if not os.path.lexists(named):
+        return f"{named} does not exist"
+    found = os.path.realpath(named)
+    is_what = "is no directory" if os.path.exists(found) else "does not exist"
+    return f"it leads to {found}, which {is_what}" if os.path.islink(named) else f"{named} {is_what}"

@@ -53,7 +53,7 @@ async def restart(
     Raises:
         RestartError: It was refused: another one is in progress, or the service is starting or stopping
             (HP410), the listeners would change (HP411), or the options (HP3xx) or the surroundings (HP401, HP402,
-            HP404) cannot be used. Nothing was begun.
+            HP404, HP405) cannot be used. Nothing was begun.
     """
     before = supervisor.options
     try:

@@ -29,7 +29,7 @@ from hotport.model import service as model
 from hotport.model.lifecycle import Event
 from hotport.model.service import Announce, Clock, Exited, News, Said, Service
 from hotport.observe.logs import get_logger
-from hotport.options import Options
+from hotport.options import Options, format_duration
 from hotport.supervisor.launch import Launch, Surroundings
 from hotport.supervisor.process import Process
 from hotport.supervisor.reports import Reports
@@ -107,6 +107,7 @@ class Supervisor:
         self._own_notify_path = own_notify_path
         self._launches: dict[int, Launch] = {}
         self._errors: dict[int, str] = {}
+        self._loss = ""
         self._requests = 0
         self._asked: dict[int, Asked] = {}
         self._subscribers: list[Callable[[Announce | Report], None]] = []
@@ -251,7 +252,7 @@ class Supervisor:
             self.failure = words or StartError(
                 "HP403",
                 f"the service {self.name} did not start",
-                cause="no worker said READY=1; what they wrote is above",
+                cause=self._loss or "no worker said READY=1",
                 fix="hotport serve --log-level debug, or raise --ready-timeout",
             )
         elif self._has_cut:
@@ -342,10 +343,17 @@ class Supervisor:
             )
             if value
         }
-        if news is News.WORKER_LOST and (error := self._errors.get(announcement.worker)):
-            shown["exception"] = error  # the key under which renderers keep lines apart
+        is_stuck = news is News.WORKER_LOST and announcement.worker in self.processes
+        if news is News.WORKER_LOST:
+            bound = f"ready_timeout is {format_duration(self.options.ready_timeout_s)}"
+            self._loss = f"worker {announcement.worker} {announcement.why}; " + (
+                bound if is_stuck else "what it wrote is above"
+            )
+            if error := self._errors.get(announcement.worker):
+                shown["exception"] = error  # the key under which renderers keep lines apart
         is_bad = news in (News.ABORTED, News.WORKER_LOST, News.BACKING_OFF)
-        if self.service.generation or not is_bad:  # a failure to boot is told once, at the end
+        # A failure to boot is told once, at the end; but one that hangs may be a while in coming to it.
+        if self.service.generation or not is_bad or is_stuck:
             (self._log.warning if is_bad else self._log.info)(news.value, **shown)
         if news is News.STARTED:
             self._tell_manager(ready=True, status=f"generation {announcement.generation} serves")

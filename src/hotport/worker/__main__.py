@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
+from importlib.machinery import SourceFileLoader
+from typing import Any, Final
 
 import msgspec
 
@@ -14,6 +17,10 @@ from hotport.observe import logs
 from hotport.wire.listenfds import LISTEN_VARIABLES, parse_listen_environment
 from hotport.wire.messages import WorkerSpec
 from hotport.worker.worker import Worker
+
+#: A source that was changed in the last whole second may be changed again within it; file times come from a coarse
+#: clock, hence another one.
+RACY_S: Final = 2.0
 
 
 def main() -> int:
@@ -40,12 +47,33 @@ def main() -> int:
         generation=spec.generation,
         worker=spec.worker,
     )
+    _keep_no_racy_byte_code()
 
     async def run() -> int:
         return await Worker(spec, listeners, control, path, notify_path=notify_path).run()
 
     with asyncio.Runner(loop_factory=_loop_factory(spec.options.loop)) as runner:
         return runner.run(run())
+
+
+def _keep_no_racy_byte_code() -> None:
+    """Have imports keep no byte code of a source that was changed just before this process started, or since.
+
+    Byte code is judged by the source's size and whole second of modification. An edit of the same size in the second
+    in which the source was compiled would go unseen: a restart would be done, and the old code would serve. Nothing
+    here is read before now, so a source that is older than that can only be changed in a later second.
+
+    Sources: Python reference, 5.4.7 "Cached bytecode invalidation"; PEP 552 for the header.
+    """
+    settled_s = time.time() - RACY_S
+    set_data = SourceFileLoader.set_data
+
+    def set_data_unless_racy(loader: SourceFileLoader, path: str, data: Any, *, _mode: int = 0o666) -> None:
+        is_hash_based = any(data[4:8])
+        if is_hash_based or int.from_bytes(data[8:12], "little") <= settled_s:
+            set_data(loader, path, data, _mode=_mode)
+
+    SourceFileLoader.set_data = set_data_unless_racy  # type: ignore[assignment]
 
 
 def _loop_factory(name: str):  # type: ignore[no-untyped-def]  # uvloop is only imported if wanted

@@ -368,6 +368,8 @@ def _traceback(error: BaseException) -> str:
     told = traceback.TracebackException.from_exception(error)
     package = os.path.dirname(hotport.__file__)
     ours = [f.filename.startswith((package, "<frozen importlib", importlib.__file__)) for f in told.stack]
+    if all(ours) and told.stack[-1].filename.startswith("<frozen importlib"):
+        return "".join(told.format_exception_only()).rstrip()  # no line of theirs has run: it cannot be read or parsed
     first = ours.index(False) if False in ours else 0
     told.stack = traceback.StackSummary.from_list(told.stack[first:])
     return "".join(told.format()).rstrip()
