@@ -155,10 +155,11 @@ DEEDS: Final = [
     # -- fields
     fails("value-with-a-line-break", "the header field b'x' contains a line break", start(200, (b"x", b"a\r\nb: c"))),
     fails("value-with-a-line-feed", "the header field b'x' contains a line break", start(200, (b"x", b"a\nb: c"))),
+    fails("value-with-a-nul", "the header field b'x' contains a line break or a NUL", start(200, (b"x", b"a\0b"))),
+    fails("name-with-a-space", "b'x y' is not the name of a header field", start(200, (b"x y", b"a"))),
+    fails("empty-name", "b'' is not the name of a header field", start(200, (b"", b"a"))),
     fails("value-with-a-return", "the header field b'x' contains a line break", start(200, (b"x", b"a\rb"))),
-    fails(
-        "name-with-a-line-break", "the header field b'x\\r\\ny' contains a line break", start(200, (b"x\r\ny", b"a"))
-    ),
+    fails("name-with-a-line-break", "b'x\\r\\ny' is not the name of a header field", start(200, (b"x\r\ny", b"a"))),
     fails("name-of-text", "is a pair of byte strings, not ('x', b'a')", start(200, ("x", b"a"))),
     fails("value-of-text", "is a pair of byte strings, not (b'x', 'a')", start(200, (b"x", "a"))),
     fails("value-of-int", "is a pair of byte strings, not (b'x', 1)", start(200, (b"x", 1))),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
@@ -44,6 +45,10 @@ EXTENSIONS: Final[dict[str, dict[str, Any]]] = {
     "http.response.pathsend": {},
     "http.response.trailers": {},
 }
+
+#: RFC 9110 section 5.1, and 5.5: what would end a field's line, or its value for some readers.
+NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+FORBIDDEN: Final = re.compile(rb"[\r\n\0]")
 
 #: Header fields as they were rendered before, since most answers repeat them; forgotten when they have become many.
 LINES: Final[dict[tuple[bytes, bytes], bytes]] = {}
@@ -446,10 +451,12 @@ def _render(field: Any) -> tuple[bytes, bytes]:
     name, value = field
     if not isinstance(name, bytes) or not isinstance(value, bytes):
         raise RuntimeError(f"a header field is a pair of byte strings, not {field!r}")
+    if not NAME.fullmatch(name):
+        raise RuntimeError(f"{name!r} is not the name of a header field")
+    if FORBIDDEN.search(value):
+        raise RuntimeError(f"the header field {name!r} contains a line break or a NUL")
     name = name.lower()
     line = b"%b: %b\r\n" % (name, value)
-    if line.count(b"\n") != 1 or line.count(b"\r") != 1:
-        raise RuntimeError(f"the header field {name!r} contains a line break")
     if name not in NOTED and len(line) <= LINE_BYTES_MAX:
         if len(LINES) >= LINES_MAX:
             LINES.clear()
