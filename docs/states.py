@@ -6,11 +6,12 @@ A test fails while the page differs from what this writes.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from hotport.adapters.asgi.states import STATES, WEBSOCKET_STATES, Row
 from hotport.model import lifecycle, service
 from hotport.model.lifecycle import CURRENT, TRANSITIONS, Event, Phase
 from hotport.model.service import INVERSE, Effect, Open, Quiesce, Spawn, Step
@@ -25,7 +26,8 @@ HEAD: Final = """
 <!-- Written by docs/states.py from the source; do not edit. -->
 
 What may happen to a worker is a table, `TRANSITIONS` in `hotport.model.lifecycle`; what a service does next is one pure
-function, `step` in `hotport.model.service`. This page is written from them.
+function, `step` in `hotport.model.service`; what becomes of a connection is a table in `hotport.adapters.asgi.states`.
+This page is written from them.
 
 ## The life of one worker
 
@@ -72,6 +74,28 @@ TAIL: Final = """
   newest.
 - A restart is refused while {generations} older generations still drain.
 """
+
+
+CONNECTIONS: Final = """
+## The states of a connection
+
+What a connection of an ASGI application is doing decides what becomes of it when its worker leaves. Quiesce changes
+nothing in any state: it concerns the listeners. Drain closes no HTTP connection: a connection that is closed without
+notice may be one on which the client has just begun to send. Instead, the next answer that has no request behind it
+says `Connection: close`. At the deadline, `drain_timeout`, what is left is ended and counted under its fate.
+"""
+
+WEBSOCKETS: Final = """
+A WebSocket, from the moment at which its handshake request has been read:
+"""
+
+
+def _connections(states: Mapping[Any, Row]) -> str:
+    rows = [
+        (f"`{state.value}`", row.client, row.drained.value, row.manner.value, f"`{row.fate}`" if row.fate else "")
+        for state, row in states.items()
+    ]
+    return _table(("state", "the client waits for", "in the drain it", "at the deadline it is", "fate"), rows)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -129,7 +153,8 @@ def states_page() -> str:
         first=service.BACKOFF_FIRST_S, most=service.BACKOFF_MAX_S, generations=service.GENERATIONS_DRAINING_MAX
     )
     parts = (HEAD, _diagram() + "\n", AFTER_DIAGRAM.lstrip(), _phases() + "\n", RESTART.lstrip(), _steps() + "\n")
-    return "\n".join(parts) + tail
+    connections = (CONNECTIONS, _connections(STATES) + "\n" + WEBSOCKETS, _connections(WEBSOCKET_STATES) + "\n")
+    return "\n".join(parts) + tail + "\n".join(connections)
 
 
 if __name__ == "__main__":

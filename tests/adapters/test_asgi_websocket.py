@@ -29,7 +29,8 @@ from hotport.adapters.asgi import shared as shared_module
 from hotport.adapters.asgi import websocket as websocket_module
 from hotport.adapters.asgi.spec import Message, Receive, Scope, Send
 from hotport.adapters.asgi.states import State as HttpState
-from hotport.adapters.asgi.websocket import State, WebSocketConnection
+from hotport.adapters.asgi.states import WebSocketState as State
+from hotport.adapters.asgi.websocket import WebSocketConnection
 from tests.adapters.asgi_support import DEADLINE_S, Client, MemoryTransport, Rig, echo, serving, turns, until
 
 pytestmark = pytest.mark.anyio

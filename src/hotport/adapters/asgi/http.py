@@ -185,7 +185,7 @@ class HttpConnection(asyncio.Protocol):
         self._is_draining = True
 
     def cut(self) -> str:
-        """Close now, as the table at the top of the module says. Cancels the application; waits for nothing."""
+        """Close now, as `STATES` says. Cancels the application; waits for nothing."""
         state = self.state
         if state is State.CLOSED:
             return self._fate

@@ -1,24 +1,9 @@
-"""WebSocket connections: what one is doing, and what it does when its worker leaves.
+"""WebSocket connections: from the moment at which an `HttpConnection` has read a handshake request.
 
-Handshake and frames are the websockets library's. Here is the life of a connection, from the moment at which an
-`HttpConnection` has read a handshake request; it is always in exactly one `State`:
-
-=========== ============================================ ======= ============================= =========================
-state       the client is waiting for ...                quiesce drain                         cut: manner, fate
-=========== ============================================ ======= ============================= =========================
-CONNECTING  the application's word; its handshake is not nothing stays; drained once it is     503, ``cut_in_flight``
-            answered                                             open
-DENYING     the rest of an HTTP answer                   nothing stays; gets all of its answer truncated,
-                                                                                               ``cut_streaming``
-OPEN        messages                                     nothing closed with 1012 at a random  1012, ``cut_websocket``
-                                                                 moment of the drain window
-CLOSING     our close frame, or the end of the           nothing nothing                       closed, as it would have
-            connection                                                                         been
-CLOSED      nothing
-=========== ============================================ ======= ============================= =========================
-
-The random moments leave the last tenth of the window to closing handshakes. A connection that was closed like this
-counts as ``told_to_close``, but as ``cut_websocket`` if the client had not taken our close frame when we gave it up.
+Handshake and frames are the websockets library's. A connection is always in exactly one state; `WEBSOCKET_STATES` says
+what drain does to each. The random moments of its 1012s leave the last tenth of the drain window to closing handshakes.
+A connection that was closed like this counts as ``told_to_close``, but as ``cut_websocket`` if the client had not taken
+our close frame when we gave it up.
 
 The application gets ``websocket.disconnect`` when the closing handshake is over, or has failed. Its code is that of
 the close frame that came first, whoever sent it: 1005 for an empty one, and 1006 if there was none.
@@ -45,13 +30,15 @@ from hotport.adapters.asgi.deadlines import Deadlines
 from hotport.adapters.asgi.exchange import ANSWERED, STATUS_LINES, STREAMING, Exchange
 from hotport.adapters.asgi.session import Session
 from hotport.adapters.asgi.spec import Message, Scope
+from hotport.adapters.asgi.states import WEBSOCKET_STATES, Manner
+from hotport.adapters.asgi.states import WebSocketState as State
 
 if TYPE_CHECKING:
     from hotport.adapters.asgi.http import HttpConnection
     from hotport.adapters.asgi.shared import Shared
     from hotport.options import Options
 
-__all__ = ["State", "WebSocketConnection", "WebSockets", "is_handshake"]
+__all__ = ["WebSocketConnection", "WebSockets", "is_handshake"]
 
 #: From our close frame to giving up waiting for the client's, and for the end of the connection.
 CLOSE_TIMEOUT_S: Final = 10.0
@@ -78,16 +65,6 @@ CONNECTING: Final = ProtocolState.CONNECTING
 OPEN: Final = ProtocolState.OPEN
 TEXT: Final = Opcode.TEXT
 BINARY: Final = Opcode.BINARY
-
-
-class State(Enum):
-    """What a connection is doing; see the table at the top of the module."""
-
-    CONNECTING = "connecting"
-    DENYING = "denying"
-    OPEN = "open"
-    CLOSING = "closing"
-    CLOSED = "closed"
 
 
 class _Wait(Enum):
@@ -266,27 +243,27 @@ class WebSocketConnection(asyncio.Protocol):
             self._drain_timer = self.shared.loop.call_later(delay_s, self._tell_to_close)
 
     def cut(self) -> str:
-        """Close now, as the table at the top of the module says. Cancels the application; waits for nothing."""
-        state = self.state
-        if state is State.CLOSED:
+        """Close now, as `WEBSOCKET_STATES` says. Cancels the application; waits for nothing."""
+        row = WEBSOCKET_STATES[self.state]
+        if row.manner is Manner.NOTHING:
             return self._fate
         if self._session.task is not None:
             self._session.task.cancel()
         self._stop_timers()
         self._is_bounded = True
         self._wait(_Wait.CLOSE, self.shared.linger_ticks)
-        match state:
-            case State.OPEN:
+        match row.manner:
+            case Manner.GOODBYE:
                 self._protocol.fail(1012, "service restart")
                 self._flush()
-                return "cut_websocket"
-            case State.CONNECTING:
+                return row.fate
+            case Manner.REFUSE:
                 self.refuse(503, "")
-                return "cut_in_flight"
-            case State.DENYING:
+                return row.fate
+            case Manner.TRUNCATE:
                 self._session.end(1006, "")
                 self.truncate()
-                return "cut_streaming"
+                return row.fate
         fate = self._fate
         if self.transport.get_write_buffer_size():  # it is over for us, but not yet for the client
             fate = "cut_streaming" if self._protocol.close_sent is None else "cut_websocket"
