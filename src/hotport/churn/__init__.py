@@ -1,0 +1,1 @@
+"""The restart laboratory: clients that notice everything while something restarts, and what they have seen."""

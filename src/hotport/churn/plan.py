@@ -1,0 +1,82 @@
+"""What an engine is told, and what it tells: the only contract between engines and their coordinator.
+
+An engine is a process, ``python -m hotport.churn.engine``. It reads one `Plan` as a line of JSON from stdin, prints
+``{"type": "armed"}`` when it could begin, begins when CLOCK_MONOTONIC (the same in every process of a machine) reaches
+`Plan.begin_ns`, and prints one `Tick` a line for each bucket and one `Summary` as its last line. The end of its stdin
+means: stop now, and say what there is.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from hotport.churn.result import Bucket, Incident, Load, Target
+
+__all__ = ["Armed", "Plan", "Said", "Summary", "Tick"]
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """One engine's share of a run.
+
+    Attributes:
+        loads: With this engine's share of each rate and count.
+        seed: Of every random choice; differs between engines.
+        arrivals: ``even`` or ``poisson``: how attempts at a rate are spread.
+        timeout_ms: From an attempt's intended start to giving it up.
+        late_ms: Above this a whole answer is late; 0: never.
+        expected_status: Of whole answers; others are wrong.
+        path, slow_path, upload_path: What is asked for over HTTP.
+        upload_bytes: Sent by ``upload``, over `slow_ms`.
+        slow_ms: How long ``late`` waits after connecting, ``halfhead`` between its halves, ``upload`` takes for its body.
+        verify_tls: Whether certificates must be good.
+        incidents_max: How many are told one by one; the rest is only counted.
+    """
+
+    target: Target
+    loads: list[Load]
+    seed: int
+    begin_ns: int
+    duration_ms: float
+    bucket_ms: int = 100
+    arrivals: str = "poisson"
+    timeout_ms: float = 10_000.0
+    late_ms: float = 0.0
+    expected_status: int = 200
+    path: str = "/"
+    slow_path: str = "/slow"
+    upload_path: str = "/"
+    upload_bytes: int = 256 * 1024
+    slow_ms: float = 1000.0
+    verify_tls: bool = False
+    incidents_max: int = 2000
+
+
+class Armed(msgspec.Struct, tag="armed"):
+    """The engine is ready: it has its descriptors, and its target is an address."""
+
+
+class Tick(msgspec.Struct, tag="tick"):
+    """One bucket, as soon as it is over, and the incidents in it."""
+
+    bucket: Bucket
+    incidents: list[Incident] = []
+    incidents_dropped: int = 0
+
+
+class Summary(msgspec.Struct, tag="summary"):
+    """The end of an engine.
+
+    Attributes:
+        lag: Histogram of how late attempts began through no fault of the target's, in microseconds.
+        own_limits: Attempts that this machine did not let begin, by errno's name.
+        connect_answers_ms: When attempts on new connections were answered, thinned to one a millisecond: for the
+            accept gap.
+    """
+
+    lag: dict[int, int]
+    own_limits: dict[str, int] = {}
+    connect_answers_ms: list[int] = []
+    error: str = ""
+
+
+Said = Armed | Tick | Summary
