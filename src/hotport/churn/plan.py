@@ -1,9 +1,9 @@
 """What an engine is told, and what it tells: the only contract between engines and their coordinator.
 
 An engine is a process, ``python -m hotport.churn.engine``. It reads one `Plan` as a line of JSON from stdin, prints
-``{"type": "armed"}`` when it could begin, begins when CLOCK_MONOTONIC (the same in every process of a machine) reaches
-`Plan.begin_ns`, and prints one `Tick` a line for each bucket and one `Summary` as its last line. The end of its stdin
-means: stop now, and say what there is.
+``{"type": "armed"}`` when it could begin, reads a second line, `Begin`, begins when CLOCK_MONOTONIC (the same in every
+process of a machine) reaches `Begin.at_ns`, and prints one `Tick` a line for each bucket and one `Summary` as its last
+line. The end of its stdin means: stop now, and say what there is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import msgspec
 
 from hotport.churn.result import Bucket, Incident, Load, Target
 
-__all__ = ["Armed", "Plan", "Said", "Summary", "Tick"]
+__all__ = ["Armed", "Begin", "Plan", "Said", "Summary", "Tick"]
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -35,7 +35,6 @@ class Plan(msgspec.Struct, frozen=True):
     target: Target
     loads: list[Load]
     seed: int
-    begin_ns: int
     duration_ms: float
     bucket_ms: int = 100
     arrivals: str = "poisson"
@@ -49,6 +48,12 @@ class Plan(msgspec.Struct, frozen=True):
     slow_ms: float = 1000.0
     verify_tls: bool = False
     incidents_max: int = 2000
+
+
+class Begin(msgspec.Struct, frozen=True):
+    """The moment at which every engine begins; told when all are armed, however long that took."""
+
+    at_ns: int
 
 
 class Armed(msgspec.Struct, tag="armed"):

@@ -32,7 +32,13 @@ class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Target(msgspec.Struct, frozen=True):
-    """Where the load went."""
+    """Where the load went.
+
+    Attributes:
+        url: As it was given.
+        host: The address that its name was resolved to, once for all engines; the path of a unix socket.
+        port: 0 for a unix socket.
+    """
 
     url: str
     host: str
