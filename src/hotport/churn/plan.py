@@ -2,7 +2,7 @@
 
 An engine is a process, ``python -m hotport.churn.engine``. It reads one `Plan` as a line of JSON from stdin, prints
 ``{"type": "armed"}`` when it could begin, reads a second line, `Begin`, begins when CLOCK_MONOTONIC (the same in every
-process of a machine) reaches `Begin.at_ns`, and prints one `Tick` a line for each bucket and one `Summary` as its last
+process of a machine) reaches that, and prints one `Tick` a line for each bucket and one `Summary` as its last
 line. The end of its stdin means: stop now, and say what there is.
 """
 
@@ -20,6 +20,7 @@ class Plan(msgspec.Struct, frozen=True):
 
     Attributes:
         loads: With this engine's share of each rate and count.
+        begin_ns: 0 as it is sent; the engine puts in what `Begin` says.
         seed: Of every random choice; differs between engines.
         arrivals: ``even`` or ``poisson``: how attempts at a rate are spread.
         timeout_ms: From an attempt's intended start to giving it up.
@@ -27,7 +28,8 @@ class Plan(msgspec.Struct, frozen=True):
         expected_status: Of whole answers; others are wrong.
         path, slow_path, upload_path: What is asked for over HTTP.
         upload_bytes: Sent by ``upload``, over `slow_ms`.
-        slow_ms: How long ``late`` waits after connecting, ``halfhead`` between its halves, ``upload`` takes for its body.
+        slow_ms: How long ``late`` waits after connecting, ``halfhead`` between its halves, ``upload`` takes for its
+            body.
         verify_tls: Whether certificates must be good.
         incidents_max: How many are told one by one; the rest is only counted.
     """
@@ -35,6 +37,7 @@ class Plan(msgspec.Struct, frozen=True):
     target: Target
     loads: list[Load]
     seed: int
+    begin_ns: int
     duration_ms: float
     bucket_ms: int = 100
     arrivals: str = "poisson"

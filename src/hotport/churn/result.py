@@ -35,9 +35,8 @@ class Target(msgspec.Struct, frozen=True):
     """Where the load went.
 
     Attributes:
-        url: As it was given.
-        host: The address that its name was resolved to, once for all engines; the path of a unix socket.
-        port: 0 for a unix socket.
+        host: The address that its name was resolved to, once for all engines.
+        socket_path: Of a Unix socket, which `host` and `port` then do not name; ``@name`` is an abstract one.
     """
 
     url: str
@@ -45,6 +44,7 @@ class Target(msgspec.Struct, frozen=True):
     port: int
     is_http: bool
     is_tls: bool
+    socket_path: str = ""
 
 
 class Bucket(msgspec.Struct):
@@ -116,13 +116,14 @@ class Verdict(msgspec.Struct):
         is_valid: The engines kept their schedule and had what they needed; else `why_invalid` says what was missing.
         is_clean: Nothing was lost, but for what was allowed.
         exit_code: 0 clean and valid, 1 something was lost, 2 the run means nothing.
+        allowed: How many of which fate were no matter; None: any number.
     """
 
     is_valid: bool
     is_clean: bool
     exit_code: int
     why_invalid: list[str] = []
-    allowed: dict[str, int] = {}
+    allowed: dict[str, int | None] = {}
 
 
 class Result(msgspec.Struct):
