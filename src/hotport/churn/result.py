@@ -32,13 +32,18 @@ class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Target(msgspec.Struct, frozen=True):
-    """Where the load went."""
+    """Where the load went.
+
+    Attributes:
+        socket_path: Of a Unix socket, which `host` and `port` then do not name; ``@name`` is an abstract one.
+    """
 
     url: str
     host: str
     port: int
     is_http: bool
     is_tls: bool
+    socket_path: str = ""
 
 
 class Bucket(msgspec.Struct):
