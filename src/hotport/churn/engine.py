@@ -1,11 +1,12 @@
 """One process full of clients: ``python -m hotport.churn.engine`` (`churn.plan` says what it is told and tells).
 
-It never counts against the target what was its own doing: how late it began is measured, what was there before its
-time was over is looked at before anything is called overdue, and what this machine does not allow has a list of its own.
+It never counts against the target what was its own doing: how late it began is measured, what was there in
+time is looked at before anything is called overdue, and what this machine does not allow has a list of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import gc
 import os
@@ -21,6 +22,7 @@ from typing import Final
 import msgspec
 
 from hotport.churn.clients.crowd import Address, Crowd, Site
+from hotport.churn.clients.messages import DatagramCrowd, Streamer, TalkerCrowd
 from hotport.churn.clients.requests import asker_crowd
 from hotport.churn.fates import Kind
 from hotport.churn.loop import Loop
@@ -112,6 +114,23 @@ def _crowd(site: Site, load: Load, rng: random.Random) -> Crowd:
         raise _impossible(load, f"{target.url} does not speak HTTP")
     if kind is Kind.TLS and not target.is_tls:
         raise _impossible(load, f"{target.url} does not speak TLS")
+    if kind is Kind.DATAGRAM:
+        if target.socket_path or target.is_tls:
+            raise _impossible(load, f"{target.url} is not a UDP port")
+        return DatagramCrowd(site, kind, load, rng)
+    if kind is Kind.STREAM:
+        return TalkerCrowd(site, kind, load, rng, Streamer)
+    if kind is Kind.WEBSOCKET:
+        try:
+            from hotport.churn.clients.websocket import WebSocketer
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                "HP783",
+                "WebSocket clients need the package websockets",
+                cause=str(error),
+                fix="pip install 'hotport[asgi]'",
+            ) from None
+        return TalkerCrowd(site, kind, load, rng, WebSocketer)
     return asker_crowd(site, kind, load, rng)
 
 
@@ -175,10 +194,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to everybody: the coordinator decides
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    try:
+    with contextlib.suppress(OSError):  # no pipe, or no right to so large a one
         fcntl.fcntl(_STDOUT, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)  # a coordinator that is slow to read stops no engine
-    except OSError:
-        pass
     try:
         try:
             engine = Engine(read_plan(_STDIN))

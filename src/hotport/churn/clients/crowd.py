@@ -17,10 +17,13 @@ from hotport.churn.fates import Event, Fate, Kind
 from hotport.churn.loop import Loop
 from hotport.churn.plan import Plan
 from hotport.churn.recorder import Recorder
-from hotport.churn.result import Load
+from hotport.churn.result import Load, Target
 from hotport.churn.schedule import arrivals
 
-__all__ = ["Address", "Attempt", "Client", "Crowd", "OwnLimit", "Site"]
+__all__ = ["POOL", "Address", "Attempt", "Client", "Crowd", "OwnLimit", "Site", "host_of"]
+
+#: Held connections of a load that has a rate and no count.
+POOL = 64
 
 #: New held connections an engine makes in a second, at the beginning.
 RAMP_RATE = 2000.0
@@ -62,26 +65,31 @@ class Client(Protocol):
 class Attempt:
     """A request or a numbered message, from its intended start to its one fate."""
 
-    __slots__ = ("client", "deadline_ns", "intended_ns")
+    __slots__ = ("client", "deadline_ns", "intended_ns", "number")
 
     def __init__(self, intended_ns: int, deadline_ns: int) -> None:
         self.intended_ns = intended_ns
         self.deadline_ns = deadline_ns
         self.client: Client | None = None
+        self.number = 0
 
 
 class Crowd:
     """The clients of one load.
 
     Args:
+        keeps: Whether connections are kept for the next attempt.
         waits_ms: How long its clients wait on purpose in each attempt.
     """
 
-    def __init__(self, site: Site, kind: Kind, load: Load, rng: random.Random, *, waits_ms: float = 0.0) -> None:
+    def __init__(
+        self, site: Site, kind: Kind, load: Load, rng: random.Random, *, keeps: bool, waits_ms: float = 0.0
+    ) -> None:
         self.site = site
         self.kind = kind
         self.load = load
         self.rng = rng
+        self.keeps = keeps
         #: Attempts under way, the oldest first.
         self.under_way: OrderedDict[Attempt, None] = OrderedDict()
         self._waits_ns = int(waits_ms * 1e6)
@@ -130,6 +138,11 @@ class Crowd:
         del self.under_way[attempt]
         self.site.recorder.lost(self.kind, fate, attempt.intended_ns, time.monotonic_ns(), detail)
 
+    def extra(self, fate: Fate, detail: str) -> None:
+        """An answer that no attempt was waiting for: a fate more than there are attempts."""
+        now = time.monotonic_ns()
+        self.site.recorder.lost(self.kind, fate, now, now, detail)
+
     def happen(self, attempt: Attempt, stage: Stage, happening: Happening, detail: str) -> None:
         """The attempt has ended, other than by the right answer."""
         fate = classify(stage, happening)
@@ -176,6 +189,14 @@ class Crowd:
             sock.close()
             raise OwnLimit(_name(number))
         return sock, number
+
+
+def host_of(target: Target) -> str:
+    """What goes into Host."""
+    if target.socket_path:
+        return "localhost"
+    host = f"[{target.host}]" if ":" in target.host else target.host
+    return f"{host}:{target.port}"
 
 
 def _name(number: int | None) -> str:

@@ -2,280 +2,143 @@
 
 from __future__ import annotations
 
-import errno
 import random
-import select
-import socket
-import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Final
 
 from hotport.churn.answers import AnswerError, AnswerReader, HttpReader, LineReader
-from hotport.churn.classify import Happening, Stage, happening_of
-from hotport.churn.clients.crowd import Attempt, Crowd, OwnLimit, Site
+from hotport.churn.classify import Happening, Stage
+from hotport.churn.clients.connection import Connection
+from hotport.churn.clients.crowd import POOL, Attempt, Crowd, OwnLimit, Site, host_of
 from hotport.churn.fates import Event, Kind
 from hotport.churn.plan import Plan
-from hotport.churn.result import Load, Target
+from hotport.churn.result import Load
 from hotport.churn.schedule import gap_ns
 
-__all__ = ["Asker", "AskerCrowd", "asker_crowd", "host_of"]
+__all__ = ["Asker", "AskerCrowd", "asker_crowd"]
 
-_READ: Final = 65536
-_GONE: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
-_POOL: Final = 64
 _UPLOAD_STEPS: Final = 20
 _AFTER_FAILURE_NS: Final = 10_000_000
-_BACKLOG_NS: Final = 2_000_000
-_FINE: Final = (0, errno.EINPROGRESS)
 
 #: What is sent, each part so many nanoseconds after the one before.
 Script = Sequence[tuple[int, bytes]]
 
 
-class Asker:
+class Asker(Connection):
     """One connection, on which one request at a time is under way."""
 
-    __slots__ = (
-        "_attempt",
-        "_broken",
-        "_crowd",
-        "_has_been_open",
-        "_is_open",
-        "_is_used",
-        "_part",
-        "_reader",
-        "_rest",
-        "_sent",
-        "_sock",
-    )
+    __slots__ = ("_attempt", "_crowd", "_is_used", "_part", "_reader", "_sent")
 
     def __init__(self, crowd: AskerCrowd) -> None:
+        super().__init__(crowd)
         self._crowd = crowd
         self._reader = crowd.new_reader()
-        self._sock: socket.socket | None = None
         self._attempt: Attempt | None = None
-        self._is_open = False
-        self._has_been_open = False
         #: The connection has carried an answer.
         self._is_used = False
-        self._broken: OSError | None = None
+        self._sent = self._part = 0
 
     def begin(self, attempt: Attempt) -> None:
         """Ask; on the connection that is there, if it is."""
-        if self._sock is not None:
-            self._receive(0)  # it may have ended a moment ago: who knows that does not send on it
+        if self.sock is not None:
+            self.receive()  # it may have ended a moment ago: who knows that does not send on it
         attempt.client = self
         self._attempt = attempt
         self._sent = self._part = 0
-        self._rest = b""
         self._reader.start()
-        if self._sock is None:
-            self._connect(attempt)
+        if self.sock is None:
+            self._is_used = False
+            self.connect()
         else:
             self._send_part(attempt)
 
     def give_up(self, attempt: Attempt) -> None:
-        self._fail(Happening.OVERDUE, "")
+        self.failed(Happening.OVERDUE, "")
 
     @property
     def _stage(self) -> Stage:
         if self._attempt is None:
             return Stage.IDLE
-        if not self._is_open:
+        if not self.is_made:
             return Stage.CONNECTING
         if self._reader.has_begun:
             return Stage.ANSWERING
         if not self._sent:
             return Stage.CONNECTED
-        return Stage.PARTLY_SENT if self._rest or self._part < len(self._crowd.script) else Stage.SENT
+        return Stage.SENT if self._is_all_sent else Stage.PARTLY_SENT
 
-    def _connect(self, attempt: Attempt) -> None:
-        if self._attempt is not attempt:
-            return
-        self._is_used = False
-        self._broken = None
-        try:
-            sock, number = self._crowd.open()
-        except OwnLimit as limit:
-            self._attempt = None
-            self._crowd.drop(attempt, limit)
-            self._crowd.next(self, failed=True)
-            return
-        if number == errno.EAGAIN:
-            sock.close()
-            self._crowd.call_in(_BACKLOG_NS, self._connect, attempt)
-        elif number in _FINE:
-            self._sock = sock
-            self._crowd.site.connections += 1
-            self._crowd.site.loop.watch(sock.fileno(), self._on_connecting)
-        else:
-            sock.close()
-            self._fail(happening_of(number), errno.errorcode.get(number, ""))
+    @property
+    def _is_all_sent(self) -> bool:
+        return not self.rest and self._part == len(self._crowd.script)
 
-    def _on_connecting(self, mask: int) -> None:
-        assert self._sock is not None
-        if mask & (select.EPOLLERR | select.EPOLLHUP):
-            number = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if number:
-                self._fail(happening_of(number), errno.errorcode.get(number, ""))
-                return
-        elif not mask & select.EPOLLOUT:
-            return
-        self._is_open = True
-        fd = self._sock.fileno()
-        tls = self._crowd.site.address.tls
-        if tls is None:
-            self._crowd.site.loop.rewatch(fd, self._on_event)
-            self._ready(mask)
-            return
-        try:
-            self._sock = tls.wrap_socket(
-                self._sock,
-                server_hostname=self._crowd.site.address.tls_name or None,
-                do_handshake_on_connect=False,
-                suppress_ragged_eofs=False,
-            )
-        except (OSError, ValueError) as error:  # it has been reset in this very moment
-            self._fail(Happening.RESET, str(error))
-            return
-        self._crowd.site.loop.rewatch(fd, self._on_handshake)
-        self._on_handshake(mask)
-
-    def _on_handshake(self, mask: int) -> None:
-        assert isinstance(self._sock, ssl.SSLSocket)
-        try:
-            self._sock.do_handshake()
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return
-        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
-            self._fail(Happening.ENDED, "in the TLS handshake")
-            return
-        except OSError as error:
-            self._fail(_happening(error), f"in the TLS handshake: {_detail(error)}")
-            return
-        self._crowd.site.loop.rewatch(self._sock.fileno(), self._on_event)
-        self._ready(mask)
-
-    def _ready(self, mask: int) -> None:
-        """The connection is made."""
-        if self._has_been_open and self._crowd.keeps:
-            self._crowd.event(Event.RECONNECTED)
-        self._has_been_open = True
-        if mask & _GONE:
-            self._receive(mask)
-        attempt = self._attempt
-        if self._sock is not None and attempt is not None:
-            self._crowd.call_in(self._crowd.script[0][0], self._send_part, attempt)
+    def made(self) -> None:
+        if self._attempt is not None:
+            self._crowd.call_in(self._crowd.script[0][0], self._send_part, self._attempt)
 
     def _send_part(self, attempt: Attempt) -> None:
         if self._attempt is not attempt:
             return
-        self._rest += self._crowd.script[self._part][1]
+        script = self._crowd.script
         self._part += 1
-        self._send()
-        if self._attempt is attempt and self._part < len(self._crowd.script):
-            self._crowd.call_in(self._crowd.script[self._part][0], self._send_part, attempt)
+        self.send(script[self._part - 1][1])
+        if self._attempt is attempt and self._part < len(script):
+            self._crowd.call_in(script[self._part][0], self._send_part, attempt)
 
-    def _send(self) -> None:
-        assert self._sock is not None
-        while self._rest:
-            try:
-                count = self._sock.send(self._rest)
-            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                return
-            except OSError as error:
-                # Why, and perhaps an answer, is still to be read.
-                self._broken = error
-                self._receive(select.EPOLLERR)
-                return
-            self._sent += count
-            self._rest = self._rest[count:]
+    def sent(self, count: int) -> None:
+        self._sent += count
 
-    def _on_event(self, mask: int) -> None:
-        if mask & ~select.EPOLLOUT:
-            self._receive(mask)
-        if self._attempt is not None and self._rest and self._sock is not None:
-            self._send()
-
-    def _receive(self, mask: int) -> None:
-        while self._sock is not None:
-            try:
-                data = self._sock.recv(_READ)
-            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                return
-            except ssl.SSLEOFError:
-                self._end(is_clean=False)
-                return
-            except OSError as error:
-                self._fail(_happening(error), _detail(error))
-                return
-            if not data:
-                self._end(is_clean=True)
-                return
-            self._feed(data)
-            if len(data) < _READ and not mask & _GONE and self._crowd.site.address.tls is None:
-                return
-
-    def _feed(self, data: bytes) -> None:
+    def fed(self, data: bytes) -> None:
         if self._attempt is None:
-            self._fail(Happening.WRONG, "")
+            self.failed(Happening.WRONG, "")
             return
         try:
             is_whole = self._reader.feed(data)
         except AnswerError as error:
-            self._fail(Happening.WRONG, str(error))
+            self.failed(Happening.WRONG, str(error))
             return
         if is_whole:
             self._finish()
 
-    def _end(self, *, is_clean: bool) -> None:
-        if is_clean and self._attempt is not None and self._reader.has_begun and self._reader.end():
-            self._finish()
-        elif self._broken is not None:
-            self._fail(_happening(self._broken), _detail(self._broken))
-        else:
-            self._fail(Happening.ENDED, "")
+    def is_whole_at_end(self) -> bool:
+        if self._attempt is None or not self._reader.end():
+            return False
+        self._finish()
+        return True
 
     def _finish(self) -> None:
         """The answer is whole."""
-        crowd = self._crowd
-        reader = self._reader
-        if not crowd.is_expected(reader.status):
-            self._fail(Happening.WRONG, str(reader.status))
-            return
-        attempt = self._attempt
+        crowd, reader, attempt = self._crowd, self._reader, self._attempt
         assert attempt is not None
-        assert self._sock is not None
-        is_all_sent = not self._rest and self._part == len(crowd.script)
+        if not crowd.is_expected(reader.status):
+            self.failed(Happening.WRONG, str(reader.status))
+            return
+        can_go_on = reader.keeps_open and self._is_all_sent
         self._attempt = None
         crowd.answered(attempt, reader.who, is_new=not self._is_used)
         self._is_used = True
-        if not reader.keeps_open or not crowd.keeps or not is_all_sent:
-            if crowd.keeps and not reader.keeps_open:
-                crowd.event(Event.TOLD_TO_CLOSE)
-            self._close(politely=not reader.keeps_open)
+        if crowd.keeps and not reader.keeps_open:
+            crowd.event(Event.TOLD_TO_CLOSE)
+        if not (crowd.keeps and can_go_on):
+            self.close(politely=not reader.keeps_open)
         crowd.next(self, failed=False)
 
-    def _fail(self, happening: Happening, detail: str) -> None:
+    def failed(self, happening: Happening, detail: str) -> None:
         stage = self._stage
         attempt, self._attempt = self._attempt, None
-        self._close()
+        self.close()
         if attempt is None:
             self._crowd.event(Event.IDLE_CLOSE)
         else:
             self._crowd.happen(attempt, stage, happening, detail or stage.value)
             self._crowd.next(self, failed=True)
 
-    def _close(self, *, politely: bool = False) -> None:
-        if self._sock is not None:
-            sock, self._sock = self._sock, None
-            self._is_open = False
-            self._crowd.site.connections -= 1
-            loop = self._crowd.site.loop
-            (loop.leave if politely else loop.close)(sock)
+    def limited(self, limit: OwnLimit) -> None:
+        attempt, self._attempt = self._attempt, None
+        assert attempt is not None
+        self._crowd.drop(attempt, limit)
+        self._crowd.next(self, failed=True)
 
 
 class AskerCrowd(Crowd):
@@ -287,19 +150,19 @@ class AskerCrowd(Crowd):
     """
 
     def __init__(self, site: Site, kind: Kind, load: Load, rng: random.Random, script: Script, *, keeps: bool) -> None:
-        super().__init__(site, kind, load, rng, waits_ms=sum(delay for delay, _ in script) / 1e6)
+        waits_ms = sum(delay for delay, _ in script) / 1e6
+        super().__init__(site, kind, load, rng, keeps=keeps, waits_ms=waits_ms)
         self.script = script
-        self.keeps = keeps
-        self._starts = self.arrivals() if load.rate else iter(())
+        self._starts = self.arrivals() if load.rate > 0 else iter(())
         self._free: list[Asker] = []
-        self._pool_left = load.count or _POOL
+        self._pool_left = load.count or POOL
         self._waiting: deque[Attempt] = deque()
-        target = site.plan.target
-        self._is_http = target.is_http
-        header = site.plan.generation_header.encode()
-        self.new_reader: partial[AnswerReader] | type[LineReader] = (
-            partial(HttpReader, header) if target.is_http else LineReader
-        )
+        self._is_http = site.plan.target.is_http
+        self._header = site.plan.generation_header.encode()
+
+    def new_reader(self) -> AnswerReader:
+        """For one connection."""
+        return HttpReader(self._header) if self._is_http else LineReader()
 
     def is_expected(self, status: int) -> bool:
         """Whether it is the right answer."""
@@ -313,7 +176,7 @@ class AskerCrowd(Crowd):
             call(attempt)
 
     def start(self) -> None:
-        if self.load.rate:
+        if self.load.rate > 0:
             self._arrive_at(next(self._starts, None))
         else:
             for intended_ns in self.ramp(self.load.count):
@@ -321,7 +184,7 @@ class AskerCrowd(Crowd):
 
     def next(self, asker: Asker, *, failed: bool) -> None:
         """An asker has nothing to do any more."""
-        if self.load.rate:
+        if self.load.rate > 0:
             if self.keeps:
                 self._free.append(asker)
                 if self._waiting:  # not from within: many could fail at once
@@ -395,22 +258,3 @@ def _script(plan: Plan, kind: Kind, *, keeps: bool) -> Script:
         body = bytes(size)
         return [(0, head), *((slow_ns // len(sizes), body[:part]) for part in sizes)]
     return [(0, head)]
-
-
-def host_of(target: Target) -> str:
-    """What goes into Host."""
-    if target.socket_path:
-        return "localhost"
-    host = f"[{target.host}]" if ":" in target.host else target.host
-    return f"{host}:{target.port}"
-
-
-def _happening(error: OSError) -> Happening:
-    # The numbers of TLS errors are OpenSSL's own.
-    return Happening.RESET if isinstance(error, ssl.SSLError) else happening_of(error.errno or 0)
-
-
-def _detail(error: OSError) -> str:
-    if isinstance(error, ssl.SSLError):
-        return error.reason or "TLS"
-    return errno.errorcode.get(error.errno or 0, str(error))
