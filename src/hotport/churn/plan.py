@@ -20,17 +20,19 @@ class Plan(msgspec.Struct, frozen=True):
 
     Attributes:
         loads: With this engine's share of each rate and count.
-        begin_ns: 0 as it is sent; the engine puts in what `Begin` says.
+        begin_ns: On CLOCK_MONOTONIC; 0 if `Begin` says it, in a second line.
         seed: Of every random choice; differs between engines.
         arrivals: ``even`` or ``poisson``: how attempts at a rate are spread.
-        timeout_ms: From an attempt's intended start to giving it up.
+        timeout_ms: From an attempt's intended start to giving it up. What the client itself waits on purpose, and what
+            the engine was late, is added: neither is the target's.
         late_ms: Above this a whole answer is late; 0: never.
         expected_status: Of whole answers; others are wrong.
         path, slow_path, upload_path: What is asked for over HTTP.
         upload_bytes: Sent by ``upload``, over `slow_ms`.
-        slow_ms: How long ``late`` waits after connecting, ``halfhead`` between its halves, ``upload`` takes for its
-            body.
+        slow_ms: How long ``late`` waits after connecting, ``halfhead`` between its halves, and ``upload`` takes for its
+            body; no part of the latency.
         verify_tls: Whether certificates must be good.
+        generation_header: Of answers, in lower case: says who has answered.
         incidents_max: How many are told one by one; the rest is only counted.
     """
 
@@ -50,6 +52,7 @@ class Plan(msgspec.Struct, frozen=True):
     upload_bytes: int = 256 * 1024
     slow_ms: float = 1000.0
     verify_tls: bool = False
+    generation_header: str = "x-generation"
     incidents_max: int = 2000
 
 

@@ -35,7 +35,8 @@ class Target(msgspec.Struct, frozen=True):
     """Where the load went.
 
     Attributes:
-        host: The address that its name was resolved to, once for all engines.
+        host: As it was given.
+        address: What `host` was resolved to, once for all engines: the first address that answered.
         socket_path: Of a Unix socket, which `host` and `port` then do not name; ``@name`` is an abstract one.
     """
 
@@ -45,6 +46,7 @@ class Target(msgspec.Struct, frozen=True):
     is_http: bool
     is_tls: bool
     socket_path: str = ""
+    address: str = ""
 
 
 class Bucket(msgspec.Struct):

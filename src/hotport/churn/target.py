@@ -89,7 +89,7 @@ def resolve(url: str, *, timeout_s: float) -> Target:
             if last == 0:
                 raise
         else:
-            return Target(url, str(address[0]), port, is_http, is_tls)
+            return Target(url, host, port, is_http, is_tls, address=str(address[0]))
     raise AssertionError("getaddrinfo gives an address, or an error")
 
 
