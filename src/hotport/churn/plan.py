@@ -27,7 +27,8 @@ class Plan(msgspec.Struct, frozen=True):
         expected_status: Of whole answers; others are wrong.
         path, slow_path, upload_path: What is asked for over HTTP.
         upload_bytes: Sent by ``upload``, over `slow_ms`.
-        slow_ms: How long ``late`` waits after connecting, ``halfhead`` between its halves, ``upload`` takes for its body.
+        slow_ms: How long ``late`` waits after connecting, ``halfhead`` between its halves, ``upload`` takes for its
+            body.
         verify_tls: Whether certificates must be good.
         incidents_max: How many are told one by one; the rest is only counted.
     """
@@ -56,11 +57,12 @@ class Armed(msgspec.Struct, tag="armed"):
 
 
 class Tick(msgspec.Struct, tag="tick"):
-    """One bucket, as soon as it is over, and the incidents in it."""
+    """One bucket, as soon as it is over, and the incidents in it; `lag` as in `Summary`, of this bucket alone."""
 
     bucket: Bucket
     incidents: list[Incident] = []
     incidents_dropped: int = 0
+    lag: dict[int, int] = {}
 
 
 class Summary(msgspec.Struct, tag="summary"):

@@ -110,13 +110,14 @@ class Verdict(msgspec.Struct):
         is_valid: The engines kept their schedule and had what they needed; else `why_invalid` says what was missing.
         is_clean: Nothing was lost, but for what was allowed.
         exit_code: 0 clean and valid, 1 something was lost, 2 the run means nothing.
+        allowed: How many of which fate were no matter; None: any number.
     """
 
     is_valid: bool
     is_clean: bool
     exit_code: int
     why_invalid: list[str] = []
-    allowed: dict[str, int] = {}
+    allowed: dict[str, int | None] = {}
 
 
 class Result(msgspec.Struct):
