@@ -57,12 +57,11 @@ class Armed(msgspec.Struct, tag="armed"):
 
 
 class Tick(msgspec.Struct, tag="tick"):
-    """One bucket, as soon as it is over, and the incidents in it; `lag` as in `Summary`, of this bucket alone."""
+    """One bucket, as soon as it is over, and the incidents in it."""
 
     bucket: Bucket
     incidents: list[Incident] = []
     incidents_dropped: int = 0
-    lag: dict[int, int] = {}
 
 
 class Summary(msgspec.Struct, tag="summary"):
