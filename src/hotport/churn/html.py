@@ -24,6 +24,7 @@ from hotport.churn.verdict import (
     losses_by_restart,
     losses_of,
     milliseconds,
+    named,
     sentences,
     window,
 )
@@ -268,7 +269,7 @@ def _restarts(result: Result) -> str:
                 _losses_cell(losses),
             ]
         )
-    note = f"<p>Before the first one: {_losses_cell(before)} was lost.</p>" if before else ""
+    note = f"<p>Lost before the first one: {_losses_cell(before)}.</p>" if before else ""
     headings = ["", "how", "began at", "took", "outcome", "accept gap", "", "lost until the next one"]
     return _table("restarts", headings, rows, words=(0, 1, 4, 6, 7)) + note
 
@@ -276,7 +277,7 @@ def _restarts(result: Result) -> str:
 def _losses_cell(losses: Mapping[str, int]) -> str:
     if not losses:
         return "nothing"
-    return f'<span class="bad">{", ".join(f"{count:,} {name}" for name, count in losses.items())}</span>'
+    return f'<span class="bad">{", ".join(named(count, name) for name, count in losses.items())}</span>'
 
 
 def _phases(mark: RestartMark) -> str:
@@ -299,7 +300,9 @@ def _answered(result: Result) -> str:
 
 
 def _incidents_heading(result: Result) -> str:
-    kept = f"{count_of(len(result.incidents), 'attempt')} that were lost or late"
+    if not result.incidents:
+        return "No attempt was lost or late"
+    kept = f"{count_of(len(result.incidents), 'attempt')} lost or late"
     if result.incidents_dropped:
         kept += f"; {result.incidents_dropped:,} more were counted, but not kept one by one"
     return kept

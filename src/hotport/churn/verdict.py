@@ -26,6 +26,7 @@ __all__ = [
     "losses_by_restart",
     "losses_of",
     "milliseconds",
+    "named",
     "sentences",
     "window",
 ]
@@ -112,13 +113,14 @@ def sentences(result: Result) -> list[str]:
         first = f"LOST {sum(losses.values()):,} of {attempts}: {lost}"
     else:
         first = f"{restarts}, {attempts} attempts, nothing lost"
-    more = "; ".join([first, *_events(counts)])
+    events = _events(counts)
+    if result.verdict.is_clean:
+        first, events = "; ".join([first, *events]), []
+    said = [first]
     if not result.verdict.is_valid:
-        said = [f"THIS RUN MEANS NOTHING: {'; '.join(result.verdict.why_invalid)}", f"What was seen: {more}"]
-    else:
-        said = [more]
-    if losses and not result.verdict.is_clean and unexpected:
-        said.append(restarts[0].upper() + restarts[1:])
+        said = [f"THIS RUN MEANS NOTHING: {'; '.join(result.verdict.why_invalid)}", f"What was seen: {first}"]
+    if not result.verdict.is_clean:
+        said += ["; ".join([restarts, *events])]
     if late := counts[Fate.LATE.value]:
         said.append(f"{count_of(late, 'answer')} took longer than {result.late_ms:g} ms")
     if result.is_partial:
@@ -190,6 +192,12 @@ def count_of(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
+def named(number: int, what: str) -> str:
+    """A count of a fate or an event: ``212 refused``, ``2 lost messages``."""
+    plurals = {"message": "s", "status": "es"}
+    return f"{number:,} {what}{plurals.get(what.rpartition(' ')[2], '') if number != 1 else ''}"
+
+
 def milliseconds(us: float) -> str:
     """Microseconds for people, with three digits that mean something: ``0.18 ms``, ``4.2 ms``, ``1,204 ms``."""
     ms = us / 1000
@@ -227,15 +235,15 @@ def _lost(result: Result, losses: Mapping[str, int]) -> str:
                 seen.append(number)
     said = []
     few = _FATES_MAX if len(losses) <= _FATES_MAX else _FATES_MAX - 1
-    named = sorted(losses, key=lambda name: -losses[name])[:few]
-    for name in named:
-        words = f"{losses[name]:,} {name}"
+    told = sorted(losses, key=lambda name: -losses[name])[:few]
+    for name in told:
+        words = named(losses[name], name)
         if numbers := restarts.get(name):
             words += f" within {math.ceil(latest_ms[name] / 100) / 10:.1f} s after {_numbered(numbers)}"
         if result.restarts and early[name]:
             words += f" ({early[name]:,} of them before restart 1)" if numbers else " before restart 1"
         said.append(words)
-    if others := [losses[name] for name in losses if name not in named]:
+    if others := [losses[name] for name in losses if name not in told]:
         said.append(f"{sum(others):,} of {len(others)} other kinds")
     return ", ".join(said)
 
