@@ -59,6 +59,7 @@ class Bucket(msgspec.Struct):
         answered_by: Whole answers by who gave them, where the target tells: ``{"generation 2": 512}``.
         in_flight: Attempts under way at its end.
         connections: Open at its end.
+        lag: Of the attempts that began in it, as in `Lag`: a histogram.
     """
 
     at_ms: int
@@ -67,6 +68,7 @@ class Bucket(msgspec.Struct):
     answered_by: dict[str, int] = {}
     in_flight: int = 0
     connections: int = 0
+    lag: dict[int, int] = {}
 
 
 class Incident(msgspec.Struct, frozen=True):

@@ -279,6 +279,7 @@ class _Merger:
             for kind, counts in told.latency.items():
                 _add(bucket.latency.setdefault(kind, {}), counts)
             _add(bucket.answered_by, told.answered_by)
+            _add(bucket.lag, told.lag)
             bucket.in_flight += told.in_flight
             bucket.connections += told.connections
         self._reach(engine, told.at_ms)
