@@ -181,9 +181,9 @@ def command(url: str, json_path: Path | None, html_path: Path | None, **options:
         if json_path:
             files[0].write(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
         if html_path:
-            from hotport.churn.html import page
+            from hotport.churn.html import render
 
-            files[-1].write(page(result).encode())
+            files[-1].write(render(result).encode())
     return ExitCode.INTERRUPTED if result.is_partial else result.verdict.exit_code
 
 
