@@ -148,6 +148,13 @@ async def test_a_run_that_is_too_short_for_its_restarts_says_so() -> None:
     assert "before restart 2 of 2" in result.verdict.why_invalid[0]
 
 
+async def test_a_run_whose_restarts_failed_proves_nothing() -> None:
+    restarts = Restarts(RunCommand("exit 3"), times=1, after_s=0.0)
+    result = await run(Experiment(plan(), restarts=restarts))
+    assert result.verdict.exit_code == 2
+    assert result.verdict.why_invalid == ["restart 1 failed: exited 3"]
+
+
 async def test_stopping_early_gives_a_partial_result() -> None:
     stop = asyncio.Event()
     restarts = Restarts(RunCommand("sleep 1000"), times=1, after_s=0.0)

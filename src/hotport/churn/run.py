@@ -230,6 +230,12 @@ def _result(
     wanted = experiment.restarts.times if experiment.restarts else 0
     if len(restarts) < wanted and not is_partial:
         errors.append(f"it was over before restart {len(restarts) + 1} of {wanted}: --duration was too short")
+    if not is_partial:  # what was to be tested has not happened
+        errors += [
+            f"restart {mark.number} {mark.outcome}: {mark.detail}"
+            for mark in restarts
+            if mark.outcome in {"failed", "timed out"}
+        ]
     return Result(
         format=FORMAT,
         target=plan.target,
