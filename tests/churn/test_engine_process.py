@@ -79,7 +79,7 @@ def test_end_of_stdin_ends_it_with_what_there_is_and_an_interrupt_does_not() -> 
         process.send_signal(signal.SIGINT)
         assert [isinstance(next(said), Tick) for _ in range(10)] == [True] * 10
         _file(process.stdin).close()
-        *ticks, summary = said
+        *_, summary = said
         assert isinstance(summary, Summary)
         assert summary.lag
         assert process.wait(DEADLINE_S) == 0
