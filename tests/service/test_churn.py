@@ -150,8 +150,21 @@ def test_without_any_kind_the_usual_clients_are_named(url: str) -> None:
 
 def test_interrupting_tells_what_was_seen(url: str, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [*HOTPORT, "churn", url, "--connect", "20/s", "--duration", "1h", "--restart", "touch begun; sleep 1000"]
-        + ["--after", "200ms", "--json", "run.json"],
+        [
+            *HOTPORT,
+            "churn",
+            url,
+            "--connect",
+            "20/s",
+            "--duration",
+            "1h",
+            "--restart",
+            "touch begun; sleep 1000",
+            "--after",
+            "200ms",
+            "--json",
+            "run.json",
+        ],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

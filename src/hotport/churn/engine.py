@@ -17,6 +17,7 @@ import socket
 import ssl
 import sys
 import time
+from collections.abc import Callable
 from typing import Final, TypeVar
 
 import msgspec
@@ -44,17 +45,20 @@ _PLAN_BYTES_MAX: Final = 1 << 20
 class Engine:
     """Everything that one plan asks for.
 
+    Args:
+        tell: Takes each tick.
+
     Raises:
         ConfigError: If it cannot be done (HP782, HP783, HP784).
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, tell: Callable[[Tick], None]) -> None:
         self._plan = plan
         self._loop = Loop()
         self._is_stopped = False
         begin_ns = plan.begin_ns
         self._end_ns = begin_ns + int(plan.duration_ms * 1e6)
-        self._recorder = Recorder(plan, tell=_tell, load=self._load)
+        self._recorder = Recorder(plan, tell=tell, load=self._load)
         self._site = Site(plan, resolve(plan), self._loop, self._recorder, self._end_ns)
         self._crowds = [
             _crowd(self._site, load, random.Random(f"{plan.seed}/{number}")) for number, load in enumerate(plan.loads)
@@ -69,7 +73,7 @@ class Engine:
                     del data
             except BlockingIOError:
                 return
-            self._is_stopped = True
+            self.stop()
 
         os.set_blocking(fd, False)
         try:
@@ -79,12 +83,15 @@ class Engine:
         else:
             on_event(0)
 
+    def stop(self) -> None:
+        """End now: what is under way has no fate."""
+        self._is_stopped = True
+
     def run(self) -> Summary:
         """From the time to begin until the last attempt has its fate, or stdin ends."""
         plan = self._plan
         for crowd in self._crowds:
             crowd.start()
-        gc.freeze()
         while not self._is_stopped:
             now = time.monotonic_ns()
             if now >= plan.begin_ns:
@@ -100,8 +107,14 @@ class Engine:
         self._recorder.flush()
         return self._recorder.summary()
 
+    def close(self) -> None:
+        """Give every socket up."""
+        for client in list(self._site.clients):
+            client.close()
+        self._loop.end()
+
     def _load(self) -> tuple[int, int]:
-        return sum(len(crowd.under_way) for crowd in self._crowds), self._site.connections
+        return sum(len(crowd.under_way) for crowd in self._crowds), len(self._site.clients)
 
 
 def _crowd(site: Site, load: Load, rng: random.Random) -> Crowd:
@@ -205,16 +218,19 @@ def main() -> int:
     try:
         try:
             plan = read_plan(_STDIN)
-            engine = Engine(plan)
+            engine = Engine(plan, _tell)
         except HotportError as error:
             print(error, file=sys.stderr)
             _tell(Summary({}, error=str(error)))
             return error.exit_code
         _tell(Armed())
         if not plan.begin_ns:  # what cannot be done has been found, and what is needed is imported
-            engine = Engine(msgspec.structs.replace(plan, begin_ns=_read(_STDIN, Begin).at_ns))
+            engine.close()
+            engine = Engine(msgspec.structs.replace(plan, begin_ns=_read(_STDIN, Begin).at_ns), _tell)
         engine.watch_stdin(_STDIN)
+        gc.freeze()
         _tell(engine.run())
+        engine.close()
     except BrokenPipeError:  # nobody is there to be told
         return ExitCode.BUG
     return ExitCode.DONE

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 __all__ = ["Loop"]
 
-_BATCH: Final = 256
+_BATCH: Final = 32
 _EVENTS: Final = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
 _LEAVE_NS: Final = 1_000_000_000
 
@@ -93,6 +93,16 @@ class Loop:
             if deadline > now:
                 break
             self.left(leaving)
+        self._close()
+
+    def end(self) -> None:
+        """Close what has been given up, and stop watching."""
+        for leaving in list(self._leaving):
+            self.left(leaving)
+        self._close()
+        self._epoll.close()
+
+    def _close(self) -> None:
         for sock in self._closing:
             sock.close()
         self._closing.clear()

@@ -10,7 +10,7 @@ import time
 from typing import Final
 
 from hotport.churn.classify import Happening, happening_of
-from hotport.churn.clients.crowd import Crowd, OwnLimit
+from hotport.churn.clients.crowd import Attempt, Crowd, OwnLimit
 from hotport.churn.fates import Event
 
 __all__ = ["Connection"]
@@ -53,7 +53,7 @@ class Connection:
             return
         if number in _FINE:
             self.sock = sock
-            self.crowd.site.connections += 1
+            self.crowd.site.clients.add(self)
             self.crowd.site.loop.watch(sock.fileno(), self._on_connecting)
             return
         sock.close()
@@ -109,7 +109,7 @@ class Connection:
         self.is_made = False
         if self.sock is not None:
             sock, self.sock = self.sock, None
-            self.crowd.site.connections -= 1
+            self.crowd.site.clients.discard(self)
             loop = self.crowd.site.loop
             (loop.leave if politely else loop.close)(sock)
 
@@ -200,6 +200,10 @@ class Connection:
     def is_whole_at_end(self) -> bool:
         """The orderly end of the connection was the end of an answer, and has been handled as such."""
         return False
+
+    def give_up(self, attempt: Attempt) -> None:
+        """The attempt is overdue."""
+        raise NotImplementedError
 
     def failed(self, happening: Happening, detail: str) -> None:
         """The connection is of no more use; close it."""

@@ -9,7 +9,7 @@ import ssl
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from hotport.churn.classify import OWN_LIMITS, Happening, Stage, classify
@@ -48,7 +48,8 @@ class Site:
     loop: Loop
     recorder: Recorder
     end_ns: int
-    connections: int = 0
+    #: Those that have a socket.
+    clients: set[Client] = field(default_factory=set)
 
 
 class OwnLimit(Exception):
@@ -60,6 +61,9 @@ class Client(Protocol):
 
     def give_up(self, attempt: Attempt) -> None:
         """The attempt is overdue."""
+
+    def close(self) -> None:
+        """Give the socket up."""
 
 
 class Attempt:

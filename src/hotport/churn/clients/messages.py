@@ -251,6 +251,7 @@ class _Sender:
         try:
             if self._sock is None:
                 self._sock = socket.socket(site.address.family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+                site.clients.add(self)
                 site.loop.watch(self._sock.fileno(), self._on_event)
             self._sock.sendto(b"%d\n" % self._messages.add(attempt), site.address.where)
         except OSError as error:
@@ -265,6 +266,11 @@ class _Sender:
     def give_up(self, attempt: Attempt) -> None:
         self._messages.give_up(attempt)
         self._crowd.happen(attempt, Stage.DATAGRAM, Happening.OVERDUE, f"message {attempt.number}")
+
+    def close(self) -> None:
+        assert self._sock is not None
+        self._crowd.site.clients.discard(self)
+        self._crowd.site.loop.close(self._sock)
 
     def _on_event(self, _: int) -> None:
         assert self._sock is not None

@@ -65,7 +65,8 @@ class WebSocketer(Talker):
 
     def _on_frame(self, frame: Frame) -> None:
         if frame.opcode is Opcode.CLOSE:
-            code = self._protocol.close_code or 0
+            close = self._protocol.close_rcvd
+            code = close.code if close is not None else 0
             self._send_all()
             if self.sock is not None:
                 self.leave(f"closed with {code}", is_told=code in _TOLD)
