@@ -97,11 +97,11 @@ def count(result: Any, what: str) -> int:
 
 def test_three_restarts_of_hotport_lose_nothing(tmp_path: Path) -> None:
     write_code(tmp_path / "app.py", APP)
-    with Service(tmp_path, "app:app", "--workers", "2") as service:
+    with Service(tmp_path, "app:app", "--workers", "2", "--drain-timeout", "2s") as service:
         service.wait_ready()
         result = service.run(
             *("churn", f"http://127.0.0.1:{service.port}/", *CLIENTS, "--hotport", service.name),
-            *("--after", "500ms", "--every", "2s", "--times", "3", "--engines", "2", "--seed", "7"),
+            *("--after", "500ms", "--every", "4s", "--times", "3", "--engines", "2", "--seed", "7"),
             *("--json", "run.json", "--html", "run.html"),
             timeout_s=2 * DEADLINE_S,
         )
