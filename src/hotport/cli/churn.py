@@ -17,6 +17,7 @@ from typing import Any, Final
 import click
 import msgspec
 import uvloop
+from rich.console import Console
 
 from hotport.churn.fates import LOSSES, Event, Fate, Kind
 from hotport.churn.plan import Plan
@@ -25,6 +26,7 @@ from hotport.churn.result import Load, Result
 from hotport.churn.run import Experiment, Observer, default_engines, descriptors_needed, run
 from hotport.churn.target import BY_RATE, default_path, fitting, resolve
 from hotport.cli import HELP
+from hotport.cli._churn_screen import Screen, print_result
 from hotport.cli._reportfile import ReportFile
 from hotport.cli.client import find_service
 from hotport.cli.output import console
@@ -176,8 +178,8 @@ def command(url: str, json_path: Path | None, html_path: Path | None, **options:
         words.print(f"the usual clients: {_shown(experiment.plan.loads)}", markup=False)
     with ExitStack() as stack:
         files = [stack.enter_context(ReportFile(path)) for path in (json_path, html_path) if path]
-        result = _run(experiment)
-        _print(result, to_stderr=json_path == Path("-"))
+        result = _run(experiment, words)
+        print_result(result, console(stderr=json_path == Path("-")))
         if json_path:
             files[0].write(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
         if html_path:
@@ -291,21 +293,20 @@ def _shown(loads: Sequence[Load]) -> str:
     return " ".join(f"--{load.kind} {f'{load.rate:g}/s' if load.rate else load.count}" for load in loads)
 
 
-def _run(experiment: Experiment) -> Result:
+def _run(experiment: Experiment, words: Console) -> Result:
     async def main() -> Result:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, stop.set)
-        return await run(experiment, Observer(), stop)
+        plan = experiment.plan
+        screen = Screen(words, duration_ms=plan.duration_ms, bucket_ms=plan.bucket_ms)
+        drawing = asyncio.create_task(screen.draw())
+        try:
+            return await run(experiment, Observer(screen.bucket, screen.restart), stop)
+        finally:
+            drawing.cancel()
+            await asyncio.wait([drawing])
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main())
-
-
-def _print(result: Result, *, to_stderr: bool) -> None:
-    from hotport.churn.verdict import sentences
-
-    out = console(stderr=to_stderr)
-    for line in sentences(result):
-        out.print(line, markup=False)
