@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 
 import msgspec
@@ -101,19 +102,12 @@ def test_run_without_any_attempt_is_a_page_as_well() -> None:
 # -- in a browser -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    with browsing(tmp_path_factory.mktemp("chromium")) as page:
-        yield page
-
-
 @pytest.fixture
-def page(browser: Page) -> Iterator[Page]:
-    browser.complaints.clear()
-    browser.requested.clear()
-    yield browser
-    assert browser.complaints == []
-    assert [url for url in browser.requested if not url.startswith(("file:", "data:", "blob:"))] == []
+def page(tmp_path: Path) -> Iterator[Page]:
+    with browsing(tmp_path) as page:
+        yield page
+    assert page.complaints == []
+    assert [url for url in page.requested if not url.startswith(("file:", "data:", "blob:"))] == []
 
 
 def shown(page: Page, result: Result, tmp_path: Path, *, scheme: str = "light", width: int = 1180) -> None:
@@ -129,25 +123,18 @@ def texts(page: Page, selector: str) -> list[str]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("build", EVERY)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [380, 1180])
-def test_page_is_drawn_without_a_complaint(
-    page: Page, tmp_path: Path, build: Callable[[], Result], scheme: str, width: int
-) -> None:
-    result = build()
-    shown(page, result, tmp_path, scheme=scheme, width=width)
-    assert page.ask("document.querySelectorAll('svg').length") == 4
-    assert "NaN" not in page.ask("document.querySelector('main').outerHTML")
-    assert page.ask("document.documentElement.scrollWidth") <= width
-    assert page.ask("document.title").endswith(result.target.url.split("\u2028")[0])
-    assert page.ask("getComputedStyle(document.body).backgroundColor") == (
-        "rgb(255, 255, 255)" if scheme == "light" else "rgb(18, 21, 24)"
-    )
+def test_page_is_drawn_without_a_complaint(page: Page, tmp_path: Path, width: int) -> None:
+    for build, (scheme, background) in product(EVERY, {"light": "255, 255, 255", "dark": "18, 21, 24"}.items()):
+        result = build()
+        shown(page, result, tmp_path, scheme=scheme, width=width)
+        assert page.ask("document.querySelectorAll('svg').length") == 4
+        assert "NaN" not in page.ask("document.querySelector('main').outerHTML")
+        assert page.ask("document.documentElement.scrollWidth") <= width
+        assert page.ask("document.title").endswith(result.target.url)
+        assert page.ask("getComputedStyle(document.body).backgroundColor") == f"rgb({background})"
 
 
-@pytest.mark.slow
 def test_numbers_on_the_page_are_those_of_the_result(page: Page, tmp_path: Path) -> None:
     result = results.lossy()
     shown(page, result, tmp_path)
@@ -166,7 +153,6 @@ def test_numbers_on_the_page_are_those_of_the_result(page: Page, tmp_path: Path)
     assert texts(page, "#restarts td:nth-child(6)") == ["310 ms", "not measured"]
 
 
-@pytest.mark.slow
 def test_incidents_can_be_searched(page: Page, tmp_path: Path) -> None:
     result = results.lossy()
     shown(page, result, tmp_path)
@@ -176,7 +162,6 @@ def test_incidents_can_be_searched(page: Page, tmp_path: Path) -> None:
     assert texts(page, "#incidents td:nth-child(5)") == ["refused"] * 3
 
 
-@pytest.mark.slow
 def test_pointer_on_the_time_line_tells_the_numbers_of_that_moment(page: Page, tmp_path: Path) -> None:
     result = results.lossy()
     shown(page, result, tmp_path)
@@ -198,7 +183,6 @@ def test_pointer_on_the_time_line_tells_the_numbers_of_that_moment(page: Page, t
     ]
 
 
-@pytest.mark.slow
 def test_saved_document_is_the_result(page: Page, tmp_path: Path) -> None:
     result = results.hostile()
     shown(page, result, tmp_path)
