@@ -206,7 +206,7 @@ def _experiment(url: str, options: Mapping[str, Any]) -> Experiment:
     loads = _loads(url, options)
     restarts = _restarts(options)
     duration_s = options["duration"] or (restarts.needs_s + SETTLE_S if restarts else DURATION_S)
-    target = resolve(url, timeout_s=options["timeout"])
+    target = resolve(url, timeout_s=options["timeout"], verify_tls=not options["insecure"])
     plan = Plan(
         target=target,
         loads=loads,
