@@ -27,7 +27,7 @@ class Plan(msgspec.Struct, frozen=True):
         expected_status: Of whole answers; others are wrong.
         path, slow_path, upload_path: What is asked for over HTTP.
         upload_bytes: Sent by ``upload``, over `slow_ms`.
-        slow_ms: How long ``late`` waits after connecting, ``halfhead`` between its halves, ``upload`` takes for its body.
+        slow_ms: How long ``late`` waits after connecting, ``halfhead`` in the middle, ``upload`` takes for its body.
         verify_tls: Whether certificates must be good.
         incidents_max: How many are told one by one; the rest is only counted.
     """
