@@ -88,7 +88,7 @@ def run(
 
 def _is_in_worker() -> bool:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec is not None and spec.name == "hotport.worker.__main__"
+    return bool(spec is not None and spec.name == "hotport.worker.__main__")
 
 
 def target_of(app: Callable[..., Any]) -> str:
