@@ -175,8 +175,9 @@ def test_twenty_restarts_under_all_kinds_of_load_at_once_cost_no_request(tmp_pat
         url = f"http://127.0.0.1:{service.wait_ready().port}"
         running: dict[str, subprocess.Popen[str]] = {}
         for name, lua in LOADS.items():
-            (tmp_path / f"{name}.lua").write_text(lua + WRK_LUA)
-            arguments = ["-t1", "-c4", "-d600s", "--timeout", "30s", "-s", tmp_path / f"{name}.lua", f"{url}/{name}"]
+            script = tmp_path / f"{name}.lua"
+            script.write_text(lua + WRK_LUA)
+            arguments = ["-t1", "-c4", "-d600s", "--timeout", "30s", "-s", str(script), f"{url}/{name}"]
             running[name] = subprocess.Popen([wrk, *arguments], stdout=subprocess.PIPE, text=True)
         try:
             for number in range(1, 21):
