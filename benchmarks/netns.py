@@ -118,7 +118,7 @@ def _unshare() -> None:
     unshare = ctypes.CDLL(None, use_errno=True).unshare
     uid = os.getuid()
     if unshare(CLONE_NEWNET) != 0:
-        if unshare(CLONE_NEWUSER | CLONE_NEWNET) != 0:
+        if uid == 0 or unshare(CLONE_NEWUSER | CLONE_NEWNET) != 0:  # a root without rights cannot map itself
             return
         Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:

@@ -170,8 +170,8 @@ def exhaust(who: str, reuse: int, seconds: float) -> dict[str, Any]:
         "connections/s": round(counts.pop("connected") / seconds, 1),
         "connections before the first failure": first_failure,
         "failures": dict(counts),
-        "the server's entries": held,
-        "the client's entries": timewaits() - held,
+        "the server has": held,
+        "the client has": timewaits() - held,
     }
 
 
