@@ -68,6 +68,7 @@ class Generation:
     def __init__(self, way: str, port: int, directory: str, number: int, fd: int | None) -> None:
         self.is_drained = "drained" in way or "steered" in way
         self.is_inherited = way == "inherit"
+        self.is_rebound = way.startswith("rebind")
         self.listening: float | None = None
         self.first: float | None = None
         self.last: float | None = None
@@ -84,12 +85,14 @@ class Generation:
         if self.is_inherited:
             socket.send_fds(link, [b"l"], [self.listener.fileno()])
         self._serve_until(link)
+        link.recv(1)  # it is ready
         if self.is_drained:
             self._accept()
         closed = time.monotonic()
         self.listener.close()
-        with suppress(OSError):
+        if self.is_rebound:  # until the successor listens nothing here takes the processor from it
             link.send(b"c")
+            link.recv(1)
         return {"listening": self.listening, "first": self.first, "last": self.last, "closed": closed}
 
     def _take(self, way: str, port: int, door: str) -> socket.socket:
@@ -107,10 +110,11 @@ class Generation:
             if "steered" in way:
                 steer(listener)
         self.link.send(b"r")
-        if way.startswith("rebind"):
+        if self.is_rebound:
             self.link.recv(1)
             listener = bound(port, option)
             self.listening = time.monotonic()
+            self.link.send(b"l")
         return listener
 
     def _serve_until(self, other: socket.socket) -> None:

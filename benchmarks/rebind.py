@@ -239,7 +239,7 @@ def _end(process: subprocess.Popen[str], door: str) -> dict[str, float]:
     """Be a successor that takes nothing."""
     with socket.socket(socket.AF_UNIX) as link:
         link.connect(door)
-        link.send(b"r")
+        link.send(b"rl")
         return _said(process)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -83,7 +84,7 @@ def rendered_page(page: str) -> str:
 
 def drawn(results: dict[str, Any]) -> str:
     """The gaps of rebind.py."""
-    samples = results["samples"]
+    samples, interval_s = results["samples"], 1 / results["rate"]
     rows = []
     for way in WAYS:
         lanes: list[Lane | None] = []
@@ -93,10 +94,11 @@ def drawn(results: dict[str, Any]) -> str:
             if gaps is None:
                 lanes.append(None)
                 continue
-            floor = (
-                statistics.median(samples[f"{way}, {entries}: floor us"]) / 1e6 if way.startswith("rebind") else None
-            )
-            lanes.append(Lane(min(gaps) / 1e3, statistics.median(gaps) / 1e3, max(gaps) / 1e3, floor))
+            lane = Lane(min(gaps) / 1e3, statistics.median(gaps) / 1e3, max(gaps) / 1e3)
+            if hole := samples.get(f"{way}, {entries}: hole us"):
+                floor = samples[f"{way}, {entries}: floor us"]
+                lane = replace(lane, mark=statistics.median(floor) / 1e6, ring=statistics.median(hole) / 1e6)
+            lanes.append(lane)
             lost.append(sum(_mean(samples[f"{way}, {entries}: {loss}"]) for loss in LOSSES))
         if lost:
             rows.append(Row(way, lanes, " / ".join(_count(value) for value in lost)))
@@ -105,10 +107,12 @@ def drawn(results: dict[str, Any]) -> str:
         lanes = [_wait(found) for found in waits]
         rows.append(Row("plain", lanes, "not measured"))
     return ranges(
-        f"From the last accept of the old process to the first of the new one, {results['rate']:,.0f} clients/s",
+        f"From the old process's last accept to the new one's first; a client every {interval_s * 1e3:g} ms (dashed)",
         [f"{entries:,} in TIME_WAIT" for entries in results["entries"]],
         rows,
         mark="the bare system calls",
+        ring="nobody listens",
+        line=interval_s,
         note="lost clients a restart",
         low=1e-5,
         high=1e2,
@@ -163,8 +167,9 @@ def _rebind(results: dict[str, Any]) -> str:
         "![the gaps, on a logarithmic scale](benchmarks/results/rebind.svg)",
         "",
         f"Medians (and maxima) of {rounds} restarts; {rate:,.0f} connections a second, open loop; losses are means, by",
-        "number of entries. A successor that waits with everything imported leaves a hole in which nobody listens; its",
-        "median, beside what the bare system calls take in a single process:",
+        "number of entries; how long bind fails without options is what the timers said, or was waited for.",
+        "A successor that waits with everything imported leaves a hole in which nobody listens; its median, beside what",
+        "the bare system calls take in a single process:",
         ", ".join(holes) + " in TIME_WAIT.",
         f"Load average {machine['load_average'][0]:.1f} on {machine['cores']} cores. How: `benchmarks/rebind.py`;",
         "samples in `benchmarks/results/rebind.json`.",
@@ -286,7 +291,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _count(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 or value == 0 else f"{value:.2f}"
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _ms(value: float) -> str:

@@ -21,6 +21,8 @@ text { font: 12px system-ui, sans-serif; fill: #24292f }
 .faint { fill: #57606a; font-size: 11px }
 .grid { stroke: #d0d7de; stroke-width: 1 }
 .mark { stroke: #57606a; stroke-width: 2 }
+.dashed { stroke-width: 1; stroke-dasharray: 3 3 }
+.ring { fill: none; stroke: var(--c, #8b949e); stroke-width: 2 }
 .c0 { --c: #0a7d5a } .c1 { --c: #b35900 } .c2 { --c: #8250df }
 .dot { fill: var(--c) } .line { stroke: var(--c); stroke-width: 2; stroke-opacity: .55 }
 @media (prefers-color-scheme: dark) {
@@ -37,6 +39,7 @@ class Lane:
     median: float
     high: float
     mark: float | None = None
+    ring: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,16 @@ class Row:
 
 
 def ranges(
-    title: str, series: Sequence[str], rows: Sequence[Row], *, mark: str, note: str, low: float, high: float
+    title: str,
+    series: Sequence[str],
+    rows: Sequence[Row],
+    *,
+    mark: str,
+    ring: str,
+    note: str,
+    line: float,
+    low: float,
+    high: float,
 ) -> str:
     """A picture with one line from the least to the most and a dot at the median, for each lane of each row.
 
@@ -58,7 +70,9 @@ def ranges(
         series: What the lanes of a row are called, at most three.
         rows: From top to bottom.
         mark: What the short upright strokes stand for.
+        ring: What the rings stand for.
         note: What stands over the notes of the rows.
+        line: Seconds at which a dashed line is drawn.
         low: Seconds at the left edge, a power of ten.
         high: Seconds at the right edge, a power of ten.
     """
@@ -81,6 +95,8 @@ def ranges(
     body += [
         f'<line class="mark" x1="{at + 5}" x2="{at + 5}" y1="33" y2="43"/>',
         f'<text class="faint" x="{at + 14}" y="42">{escape(mark)}</text>',
+        f'<circle class="ring" cx="{at + 38 + 6 * len(mark)}" cy="38" r="4"/>',
+        f'<text class="faint" x="{at + 47 + 6 * len(mark)}" y="42">{escape(ring)}</text>',
         f'<text class="faint" x="{right + 14}" y="{TOP - 6}">{escape(note)}</text>',
     ]
     for power in range(round(math.log10(low)), round(math.log10(high)) + 1):
@@ -107,6 +123,9 @@ def ranges(
             if lane.mark is not None:
                 at_mark = x(lane.mark)
                 body.append(f'<line class="mark" x1="{at_mark}" x2="{at_mark}" y1="{y - 5}" y2="{y + 5}"/>')
+            if lane.ring is not None:
+                body.append(f'<circle class="ring c{place}" cx="{x(lane.ring)}" cy="{y}" r="4"/>')
+    body.append(f'<line class="mark dashed" x1="{x(line)}" x2="{x(line)}" y1="{TOP}" y2="{floor}"/>')
     height = floor + BOTTOM
     return "\n".join(
         [
