@@ -68,7 +68,7 @@ class Generation:
     def __init__(self, way: str, port: int, directory: str, number: int, fd: int | None) -> None:
         self.is_drained = "drained" in way or "steered" in way
         self.is_inherited = way == "inherit"
-        self.is_rebound = way.startswith("rebind")
+        self.link: socket.socket | None = None  # to the predecessor, if that lives
         self.listening: float | None = None
         self.first: float | None = None
         self.last: float | None = None
@@ -90,9 +90,8 @@ class Generation:
             self._accept()
         closed = time.monotonic()
         self.listener.close()
-        if self.is_rebound:  # until the successor listens nothing here takes the processor from it
-            link.send(b"c")
-            link.recv(1)
+        link.send(b"c")
+        link.recv(1)  # the successor has accepted: to end before would take the processor from it
         return {"listening": self.listening, "first": self.first, "last": self.last, "closed": closed}
 
     def _take(self, way: str, port: int, door: str) -> socket.socket:
@@ -101,7 +100,7 @@ class Generation:
             listener = bound(port, option)
             self.listening = time.monotonic()
             return listener
-        self.link = socket.socket(socket.AF_UNIX)  # open as long as this generation is
+        self.link = socket.socket(socket.AF_UNIX)
         self.link.connect(door)
         if self.is_inherited:
             listener = socket.socket(fileno=socket.recv_fds(self.link, 1, 1)[1][0])
@@ -110,11 +109,10 @@ class Generation:
             if "steered" in way:
                 steer(listener)
         self.link.send(b"r")
-        if self.is_rebound:
+        if option != socket.SO_REUSEPORT and not self.is_inherited:
             self.link.recv(1)
             listener = bound(port, option)
             self.listening = time.monotonic()
-            self.link.send(b"l")
         return listener
 
     def _serve_until(self, other: socket.socket) -> None:
@@ -137,7 +135,10 @@ class Generation:
             except BlockingIOError:
                 return
             self.last = time.monotonic()
-            self.first = self.first or self.last
+            if self.first is None:
+                self.first = self.last
+                if self.link is not None:
+                    self.link.send(b"a")
             with sock, suppress(ConnectionError):
                 sock.send(b"1")
 

@@ -22,11 +22,9 @@ CLONE_NEWUSER: Final = 0x10000000
 SIOCSIFFLAGS: Final = 0x8914
 IFF_UP: Final = 0x1
 
-#: ip(7): the port is chosen by connect, for the pair of addresses, not by bind, for the address.
-IP_BIND_ADDRESS_NO_PORT: Final = 24
-
-#: Connections from one client address: far fewer than it has ports, so that finding a free one is quick.
-PER_CLIENT: Final = 10_000
+#: Client ports, one after the other: the kernel's choice would hit an old pair again and again, which replaces its
+#: entry. They lie below the ports that the kernel gives to listeners.
+PORTS: Final = range(10_000, 30_000)
 
 TIME_WAIT: Final = "06"
 
@@ -76,8 +74,7 @@ def fill(listener: socket.socket, count: int, *, server_first: bool = True) -> N
     port = listener.getsockname()[1]
     for number in range(count):
         with socket.socket() as client:
-            client.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-            client.bind((f"127.0.1.{1 + number // PER_CLIENT}", 0))
+            client.bind((f"127.0.1.{1 + number // len(PORTS)}", PORTS[number % len(PORTS)]))
             client.connect(("127.0.0.1", port))
             with listener.accept()[0] as accepted:
                 (accepted if server_first else client).close()

@@ -16,8 +16,8 @@ namespace of its own. Each generation is a process that imports asyncio and uvlo
 For each restart: the *gap* from the old generation's last accept to the successor's first one (not above zero if they
 overlap; without a restart, accepts are 1/rate apart); the *hole* in which nobody listens, from before close to after
 listen; the *floor*, what the same system calls take in one process that does nothing else (close, socket, setsockopt,
-bind, listen); and the clients that were refused, reset, or lost (neither answered nor told within 5 s), by when they
-were due. The servers have one core, the clients another.
+bind, listen), again and again, so that its caches are warm; and the clients that were refused, reset, or lost (neither
+answered nor told within 5 s), by when they were due. The servers have one core, the clients another.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ PATIENCE_S: Final = 90.0
 def main() -> int:
     """Measure and report; the exit code does not depend on the goals."""
     parser = arguments(__doc__, name="rebind.json", rounds=30)
-    parser.add_argument("--quick", action="store_true", help="8 rounds: a minute and a half; 30 take three or four")
+    parser.add_argument("--quick", action="store_true", help="8 rounds: a minute and a half; 30 take four")
     parser.add_argument("--only", nargs="+", choices=[*WAYS, "plain"], default=[*WAYS, "plain"], metavar="WAY")
     parser.add_argument("--entries", nargs="+", type=int, default=[0, 10_000, 100_000], help="in TIME_WAIT on the port")
     parser.add_argument("--rate", type=float, default=2000.0, help="connections a second [default: 2000]")
@@ -239,7 +239,7 @@ def _end(process: subprocess.Popen[str], door: str) -> dict[str, float]:
     """Be a successor that takes nothing."""
     with socket.socket(socket.AF_UNIX) as link:
         link.connect(door)
-        link.send(b"rl")
+        link.send(b"ra")
         return _said(process)
 
 

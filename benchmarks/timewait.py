@@ -56,7 +56,7 @@ RESET: Final = struct.pack("ii", 1, 0)
 def main() -> int:
     """Measure and report; the exit code does not depend on the goals."""
     parser = arguments(__doc__, name="timewait.json", rounds=30)
-    parser.add_argument("--quick", action="store_true", help="10 rounds; 30 take a minute")
+    parser.add_argument("--quick", action="store_true", help="10 rounds; 30 take three quarters of a minute")
     parser.add_argument("--entries", nargs="+", type=int, default=[0, 10_000, 100_000], help="in TIME_WAIT on the port")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each closing order [default: 5]")
     options = parser.parse_args()
