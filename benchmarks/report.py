@@ -54,7 +54,7 @@ BINDS: Final = {
     "SO_REUSEADDR, the entries' address": "likewise, only the address that the entries have",
     "SO_REUSEADDR, another address": "likewise, an address that they do not have",
     "SO_REUSEPORT, every address": "with `SO_REUSEPORT`, every address",
-    "neither, every address": "with neither, until it fails",
+    "neither, every address": "with neither, which fails over entries",
 }
 
 
@@ -169,7 +169,7 @@ def _rebind(results: dict[str, Any]) -> str:
         f"Medians (and maxima) of {rounds} restarts; {rate:,.0f} connections a second, open loop; losses are means, by",
         "number of entries; how long bind fails without options is what the timers said, or was waited for.",
         "A successor that waits with everything imported leaves a hole in which nobody listens; its median, beside",
-        "what the bare system calls take in a single process:",
+        "what the bare system calls take in a single process that repeats them, with warm caches:",
         ", ".join(holes) + " in TIME_WAIT.",
         f"Load average {machine['load_average'][0]:.1f} on {machine['cores']} cores. How: `benchmarks/rebind.py`;",
         "samples in `benchmarks/results/rebind.json`.",
@@ -186,7 +186,6 @@ def _timewait(results: dict[str, Any]) -> str:
         return f"| {what} | " + " | ".join(f"{statistics.median(values):,.{decimals}f}" for values in found) + " |"
 
     rounds = len(samples[f"{counts[0]}: connections/s"])
-    memory = [results["memory_bytes"].get(str(entries)) for entries in counts]
     lines = [
         "| entries on the port | " + " | ".join(f"{entries:,}" for entries in counts) + " |",
         "|---|" + "---|" * len(counts),
@@ -194,10 +193,10 @@ def _timewait(results: dict[str, Any]) -> str:
         row("connect, median, us", "connect median us", 1),
         row("connect, p99, us", "connect p99 us", 1),
         *(row(f"bind and listen {what}, us", f"bind us: {name}", 0) for name, what in BINDS.items()),
-        "| memory of an entry, bytes | " + " | ".join("" if size is None else f"{size:,.0f}" for size in memory) + " |",
         "",
         f"Medians of {rounds} rounds on loopback, client and server in one process on one core, load average",
-        f"{results['machine']['load_average'][0]:.1f} (`benchmarks/timewait.py`).",
+        f"{results['machine']['load_average'][0]:.1f} (`benchmarks/timewait.py`)."
+        + (f" An entry takes {size} bytes of the kernel's memory." if (size := results["entry_bytes"]) else ""),
         "",
     ]
     if results["closers"]:
@@ -205,7 +204,7 @@ def _timewait(results: dict[str, Any]) -> str:
             f"Who closes first has the entry. A client with {results['ports']} ports connects to one address and port",
             f"as fast as it can, for {results['seconds']:g} s:",
             "",
-            "| closes first | client's `tcp_tw_reuse` | connections/s | first fails after | entries: server, client |",
+            "| closes first | client's `tcp_tw_reuse` | connections | first fails after | entries: server, client |",
             "|---|---|---|---|---|",
         ]
         for found in results["closers"]:
@@ -213,7 +212,7 @@ def _timewait(results: dict[str, Any]) -> str:
             cells = (
                 found["closes first"],
                 found["tcp_tw_reuse"],
-                f"{found['connections/s']:,.0f}",
+                f"{found['connections/s'] * results['seconds']:,.0f}",
                 "none" if failure is None else f"{failure} connections",
                 f"{found['the server has']}, {found['the client has']}",
             )

@@ -4,7 +4,7 @@ One process is client and server, in a network namespace of its own for each num
 connections: connect, accept, and a reset (so that their number stays), one after the other. Binding: bind and listen,
 and close, where nobody else listens, over the same entries; with SO_REUSEADDR on every address, on the address that
 the entries have, and on one that they have not (bhash2 finds those apart); with SO_REUSEPORT on a port whose entries
-have it, too; and with neither, which fails. Memory: pages of the kernel's cache `tw_sock_TCP`, from /proc/slabinfo.
+have it, too; and with neither, which fails. Memory: an object of the kernel's cache `tw_sock_TCP`, by /proc/slabinfo.
 
 Who closes first has the entry. A client with 500 ports (net.ipv4.ip_local_port_range) connects to one address and port
 as fast as it can: how many connections in a second that gives, when the first one fails with EADDRNOTAVAIL, and who
@@ -14,7 +14,6 @@ has the entries, by who closes first and by the client's net.ipv4.tcp_tw_reuse.
 from __future__ import annotations
 
 import errno
-import resource
 import socket
 import statistics
 import struct
@@ -65,21 +64,17 @@ def main() -> int:
         print("no network namespaces: measuring on the loopback interface that everybody has, without port exhaustion")
 
     samples: dict[str, Samples] = {}
-    memory: dict[str, float] = {}
     for entries in options.entries:
         with pinned(0):
             found = isolated(busy, entries, rounds)
             found[f"bind us: {REUSEPORT}"] = isolated(shared, entries, rounds)
-        if size := found.pop("bytes"):
-            memory[str(entries)] = size
         samples |= {f"{entries}: {name}": Samples(values) for name, values in found.items()}
     closers = [
         isolated(exhaust, who, reuse, options.seconds) for who, reuse in CLOSERS if is_permitted() and options.seconds
     ]
 
     show(f"{rounds} rounds", samples)
-    for entries, size in memory.items():
-        print(f"{entries} entries: {size:.0f} bytes each")
+    print("bytes of an entry:", memory := _entry_bytes())
     for closer in closers:
         print(closer)
     print()
@@ -95,7 +90,7 @@ def main() -> int:
                 at_least=RATE_RATIO,
             )
         ],
-        memory_bytes=memory,
+        entry_bytes=memory,
         closers=closers,
         has_namespaces=is_permitted(),
         entries=options.entries,
@@ -105,16 +100,12 @@ def main() -> int:
     return 0
 
 
-def busy(entries: int, rounds: int) -> dict[str, Any]:
-    """New connections, memory, and binding with and without SO_REUSEADDR."""
+def busy(entries: int, rounds: int) -> dict[str, list[float]]:
+    """New connections, and binding with and without SO_REUSEADDR."""
     listener = bound(0, socket.SO_REUSEADDR)
     port = listener.getsockname()[1]
-    before = _slab_bytes()
     fill(listener, entries)
-    after = _slab_bytes()
-    size = None if not entries or before is None or after is None else (after - before) / entries
-
-    found: dict[str, Any] = {"bytes": size, "connections/s": [], "connect median us": [], "connect p99 us": []}
+    found: dict[str, list[float]] = {"connections/s": [], "connect median us": [], "connect p99 us": []}
     for _ in range(rounds):
         took = []
         began = time.perf_counter()
@@ -190,20 +181,16 @@ def _bind_us(port: int, option: int, address: str) -> float:
         return round((time.perf_counter() - began) * 1e6, 1)
 
 
-def _slab_bytes() -> int | None:
-    """What the kernel's cache of connections in TIME_WAIT takes, if we may know.
+def _entry_bytes() -> int | None:
+    """What a connection in TIME_WAIT takes, if we may know.
 
-    Sources: slabinfo(5).
+    Sources: slabinfo(5): the fourth column is the size of an object.
     """
     try:
         lines = Path("/proc/slabinfo").read_text().splitlines()
     except OSError:
         return None
-    fields = next((line.split() for line in lines if line.startswith("tw_sock_TCP ")), None)
-    if fields is None:
-        return None
-    total, per_slab, pages = int(fields[2]), int(fields[4]), int(fields[5])
-    return total // per_slab * pages * resource.getpagesize()
+    return next((int(line.split()[3]) for line in lines if line.startswith("tw_sock_TCP ")), None)
 
 
 if __name__ == "__main__":
