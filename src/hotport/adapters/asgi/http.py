@@ -28,7 +28,6 @@ from hotport.adapters.asgi.spec import Receive, Scope, Send
 from hotport.adapters.asgi.states import STATES, Manner, State
 from hotport.adapters.asgi.tls import tls_extension
 from hotport.adapters.asgi.websocket import WebSocketConnection, is_handshake
-from hotport.wire.proxyprotocol import Endpoints
 
 __all__ = ["HttpConnection"]
 
@@ -101,9 +100,10 @@ class HttpConnection(asyncio.Protocol):
         "_tail",
         "_url",
         "due",
+        "endpoints",
         "has_eof",
         "is_closed",
-        "proxied",
+        "is_proxied",
         "shared",
         "transport",
         "writable",
@@ -116,7 +116,9 @@ class HttpConnection(asyncio.Protocol):
         self.writable: asyncio.Event | None = None
         self.has_eof = False
         self.is_closed = False
-        self.proxied: Endpoints | None = None
+        #: Who is connected with whom, if the acceptor knows.
+        self.endpoints: tuple[Any, Any] | None = None
+        self.is_proxied = False
         #: The tick at which it has waited too long for its client (`Deadlines`).
         self.due = 0
 
@@ -225,7 +227,7 @@ class HttpConnection(asyncio.Protocol):
         tls = tls_extension(transport)
         self._scheme = "http" if tls is None else "https"
         self._extensions = shared.extensions if tls is None else {**shared.extensions, "tls": tls}
-        peer, server = self.proxied or (info("peername"), info("sockname"))
+        peer, server = self.endpoints or (info("peername"), info("sockname"))
         self._client = _client_address(peer)
         self._server = _server_address(server)
         self._is_trusted = shared.trusted.peer(peer)
@@ -689,6 +691,8 @@ class HttpConnection(asyncio.Protocol):
         self._wait(self.shared.linger_ticks)
 
     def _forget_requests(self) -> None:
+        if self._current is None and not self._pipeline and not self._head and self._arriving is None:
+            return  # as nearly always
         for exchange in (self._current, *self._pipeline):
             if exchange is not None:
                 exchange.leave()
