@@ -66,6 +66,7 @@ OPTIONS_TAIL: Final = """
   `$XDG_RUNTIME_DIR/hotport`, else `/run/hotport` for root and `hotport-UID` in the temporary directory for others.
 - `HOTPORT_GENERATION`: set for each worker; the number of its generation.
 - `HOTPORT_WORKER`: set for hotport's own workers, and removed before the application is imported.
+- `HOTPORT_FAULTS`: read by `hotport.testing.FaultyApp` ([how to](../how-to/test-that-restarts-are-invisible.md)).
 - `HOTPORT_TEST_SLOWNESS`: scales the deadlines of hotport's own tests.
 """
 

@@ -203,7 +203,7 @@ class AskerCrowd(Crowd):
         asker.begin(self.new_attempt(intended_ns))
 
     def _arrive_at(self, intended_ns: int | None) -> None:
-        if intended_ns is not None:
+        if intended_ns is not None and intended_ns < self.site.end_ns:
             self.site.loop.call_at(intended_ns, self._arrive, intended_ns)
 
     def _arrive(self, intended_ns: int) -> None:
