@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import threading
@@ -58,7 +59,7 @@ class Scripted:
                     sock, _ = self._listener.accept()
                 except OSError:
                     return
-                with sock:
+                with sock, contextlib.suppress(ConnectionError):  # an engine that was stopped leaves without a word
                     sock.settimeout(DEADLINE_S)
                     self._serve(sock)
         except BaseException as error:

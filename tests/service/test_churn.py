@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.support import DEADLINE_S, HOTPORT, Service, assert_three_lines, eventually, write_code
+from tests.tls_support import Pki
 
 APP = """\
 import asyncio
@@ -37,6 +38,12 @@ async def app(scope, receive, send):
         await asyncio.sleep(0.3)
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
     await send({"type": "http.response.body", "body": b"hello"})
+"""
+
+ECHO = """\
+async def app(stream):
+    while data := await stream.receive():
+        await stream.send(data)
 """
 
 CLIENTS = (
@@ -97,17 +104,20 @@ def count(result: Any, what: str) -> int:
 
 def test_three_restarts_of_hotport_lose_nothing(tmp_path: Path) -> None:
     write_code(tmp_path / "app.py", APP)
-    with Service(tmp_path, "app:app", "--workers", "2") as service:
+    with Service(tmp_path, "app:app", "--workers", "2", "--drain-timeout", "2s") as service:
         service.wait_ready()
         result = service.run(
             *("churn", f"http://127.0.0.1:{service.port}/", *CLIENTS, "--hotport", service.name),
-            *("--after", "500ms", "--every", "2s", "--times", "3", "--engines", "2", "--seed", "7"),
+            *("--after", "500ms", "--every", "4s", "--times", "3", "--engines", "2", "--seed", "7"),
+            *("--allow", "lost message=*"),
             *("--json", "run.json", "--html", "run.html"),
             timeout_s=2 * DEADLINE_S,
         )
     found = json.loads((tmp_path / "run.json").read_text())
     losses = [incident for incident in found["incidents"] if incident["fate"] != "late"]
-    assert not losses
+    # A message may cross the server's close frame, after which nothing may be sent (RFC 6455, 5.5.1): it is told.
+    crossed = [loss for loss in losses if loss["fate"] == "lost message" and "closed with 1012" in loss["detail"]]
+    assert losses == crossed
     # On a machine that is busy with other things the clients may be late themselves: then nothing is proven.
     assert result.returncode == 0 or not found["verdict"]["is_valid"], result.stdout + result.stderr
     assert [mark["outcome"] for mark in found["restarts"]] == ["done"] * 3
@@ -237,6 +247,53 @@ def test_a_target_that_nobody_serves_is_refused(tmp_path: Path) -> None:
     assert_three_lines(said, "HP703")
     assert "ECONNREFUSED" in said
     assert_three_lines(refused(f"unix:{tmp_path}/no.sock"), "HP703")
+
+
+def test_tls_must_be_spoken_and_trusted(tmp_path: Path, url: str) -> None:
+    pki = Pki(tmp_path)
+    write_code(tmp_path / "app.py", APP)
+    with Service(tmp_path, "app:app", "--tls-cert", pki.issue("server.pem", "localhost")) as service:
+        service.wait_ready()
+        https = f"https://localhost:{service.port}/"
+        said = refused(https)
+        light = ("--tls", "10/s", "--connect", "10/s", "--duration", "300ms", "--json", "-")
+        insecure = json.loads(churn(https, *light, "--insecure").stdout)
+        trusted = json.loads(churn(https, *light, env={"SSL_CERT_FILE": str(pki.ca)}).stdout)
+    assert_three_lines(said, "HP713")
+    assert "--insecure" in said
+    for found in (insecure, trusted):
+        assert found["verdict"]["is_clean"]
+        assert count(found, "answered") > 0
+    assert_three_lines(refused(url.replace("http:", "https:")), "HP713")
+
+
+def test_streams_and_datagrams_are_echoed(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        stop = threading.Event()
+
+        def echo() -> None:
+            while not stop.is_set():
+                data, peer = sock.recvfrom(2048)
+                sock.sendto(data, peer)
+
+        thread = threading.Thread(target=echo)
+        thread.start()
+        port = sock.getsockname()[1]
+        found = json.loads(churn(f"udp://127.0.0.1:{port}", "--duration", "300ms", "--json", "-").stdout)
+        stop.set()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as last:
+            last.sendto(b"", ("127.0.0.1", port))
+        thread.join(DEADLINE_S)
+    assert found["verdict"]["is_clean"]
+    assert count(found, "answered") > 0
+    write_code(tmp_path / "app.py", ECHO)
+    with Service(tmp_path, "app:app") as service:
+        service.wait_ready()
+        tcp = f"tcp://127.0.0.1:{service.port}"
+        found = json.loads(churn(tcp, "--stream", "3", "--duration", "300ms", "--json", "-").stdout)
+    assert found["verdict"]["is_clean"]
+    assert count(found, "answered") > 0
 
 
 def test_a_descriptor_limit_says_what_would_fit(url: str) -> None:

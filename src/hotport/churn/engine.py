@@ -102,7 +102,9 @@ class Engine:
                 self._recorder.advance(now)
             for crowd in self._crowds:
                 crowd.give_up_overdue(self._loop.seen_ns)
-            if now >= self._site.end_ns and all(crowd.is_over() for crowd in self._crowds):
+            # An engine that is behind begins what it should have begun, late as it is.
+            has_begun_all = now >= self._site.end_ns and not self._loop.has_timer_by(self._site.end_ns)
+            if has_begun_all and all(crowd.is_over() for crowd in self._crowds):
                 break
             dues = [due for crowd in self._crowds if (due := crowd.due_ns) is not None]
             if now < self._site.end_ns:

@@ -66,6 +66,10 @@ class Loop:
         self._numbers += 1
         heapq.heappush(self._timers, (when_ns, self._numbers, call, argument))
 
+    def has_timer_by(self, when_ns: int) -> bool:
+        """Whether something is still to be called that is due by then."""
+        return bool(self._timers) and self._timers[0][0] <= when_ns
+
     def turn(self, until_ns: int) -> None:
         """Handle what is there; wait for something until then if there is nothing."""
         now = time.monotonic_ns()

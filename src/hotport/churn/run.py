@@ -239,7 +239,10 @@ def _result(
     errors = [f"engine {engine.number}: {error}" for engine in engines if (error := engine.summary.error)]
     wanted = experiment.restarts.times if experiment.restarts else 0
     if len(restarts) < wanted and not is_partial:
-        errors.append(f"it was over before restart {len(restarts) + 1} of {wanted}: --duration was too short")
+        errors.append(
+            f"the load was over before restart {len(restarts) + 1} of {wanted}: restarts took longer than --every"
+            " allows for, or --duration is too short"
+        )
     if not is_partial:  # what was to be tested has not happened
         errors += [
             f"restart {mark.number} {mark.outcome}: {mark.detail}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import ssl
 from contextlib import closing
 from typing import Final
 from urllib.parse import SplitResult, urlsplit
@@ -51,13 +52,14 @@ def default_path(url: str) -> str:
     return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
 
-def resolve(url: str, *, timeout_s: float) -> Target:
+def resolve(url: str, *, timeout_s: float, verify_tls: bool = True) -> Target:
     """Find out where `url` leads, and that somebody listens there.
 
     A name that stands for several addresses is taken for the first that answers.
 
     Raises:
-        ConfigError: It is no target (HP701), its name is unknown (HP702), or nobody answers (HP703).
+        ConfigError: It is no target (HP701), its name is unknown (HP702), nobody answers (HP703), or the TLS handshake
+            fails (HP713).
 
     Sources: getaddrinfo(3); connect(2).
     """
@@ -89,6 +91,8 @@ def resolve(url: str, *, timeout_s: float) -> Target:
             if last == 0:
                 raise
         else:
+            if is_tls:
+                _shake_hands(url, host, address, timeout_s, verify=verify_tls)
             return Target(url, host, port, is_http, is_tls, address=str(address[0]))
     raise AssertionError("getaddrinfo gives an address, or an error")
 
@@ -106,6 +110,28 @@ def _connect(url: str, family: int, kind: int, address: object, timeout_s: float
                 cause=f"connecting to {_shown(address)}: {why}",
                 fix="start the server first, or see who listens: ss -ltnpx",
             ) from None
+
+
+def _shake_hands(url: str, host: str, address: tuple[object, ...], timeout_s: float, *, verify: bool) -> None:
+    tls = ssl.create_default_context()
+    if not verify:
+        tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
+    try:
+        with (
+            socket.create_connection((str(address[0]), int(str(address[1]))), timeout_s) as sock,
+            tls.wrap_socket(sock, server_hostname=host),
+        ):
+            pass
+    except OSError as error:  # ssl.SSLError is one
+        why, fix = str(error), f"openssl s_client -connect {host}:{address[1]}"
+        if isinstance(error, ssl.SSLCertVerificationError):
+            why, fix = error.verify_message, "--insecure, or SSL_CERT_FILE=ca.pem"
+        raise ConfigError(
+            "HP713",
+            f"cannot speak TLS with {url}",
+            cause=why,
+            fix=fix,
+        ) from None
 
 
 def _name(error: OSError) -> str:
