@@ -114,5 +114,7 @@ def test_a_wrong_option_and_a_wrong_kind_are_errors_before_anything_starts() -> 
 
 
 def test_a_service_that_does_not_start_says_what_it_has_logged() -> None:
-    with pytest.raises(StartError, match="HP501"):
+    with pytest.raises(StartError) as caught:
         assert_invisible_restart("tests.testing.nothing:app", timeout_s=TIMEOUT_S)
+    assert_three_lines(str(caught.value), "HP720")
+    assert "HP501" in caught.value.__notes__[0]

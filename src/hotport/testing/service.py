@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import msgspec
 
-from hotport.errors import RestartError, StartError
+from hotport.errors import HotportError, RestartError, StartError
 from hotport.options import OPTIONS
 from hotport.options.loading import load
 from hotport.wire.frames import FrameDecoder, encode_frame
@@ -26,7 +26,10 @@ from hotport.wire.messages import Failure, Reply, Report, RestartRequest, Status
 
 __all__ = ["ServeProcess", "Service"]
 
+#: Of the log, in errors.
 LOG_LINES: Final = 30
+
+_Error = TypeVar("_Error", bound=HotportError)
 
 #: What nobody announces is looked at so often.
 _LOOK_MS: Final = 10
@@ -126,12 +129,13 @@ class ServeProcess:
             os.close(pidfd)
         if self._notify.fileno() not in ready:
             ended = self.process.poll()
-            raise StartError(
-                "HP720",
-                f"the service {self.name} did not start",
-                cause=(f"exit code {ended}" if ended is not None else f"not ready after {self.timeout_s:g} s")
-                + f"; it has said:\n{self.log_tail()}",
-                fix="start it by hand: hotport serve, with the same target and options",
+            raise self._with_log(
+                StartError(
+                    "HP720",
+                    f"the service {self.name} did not start",
+                    cause=f"exit code {ended}" if ended is not None else f"not ready after {self.timeout_s:g} s",
+                    fix="look at its log below, or start it by hand: hotport serve",
+                )
             )
         self._notify.recv(4096)  # READY=1 is the first thing that is said, when the first worker serves
         self.wait_serving()
@@ -177,6 +181,10 @@ class ServeProcess:
     def log_tail(self) -> str:
         """The end of it."""
         return "\n".join(self.log().splitlines()[-LOG_LINES:])
+
+    def _with_log(self, error: _Error) -> _Error:
+        error.add_note(f"the log of {self.name} ends with:\n{self.log_tail()}")
+        return error
 
     def ask(self, request: msgspec.Struct) -> list[Any]:
         """Every reply to one request, over the control socket itself: no command to start for each."""
@@ -253,13 +261,15 @@ class Service(ServeProcess):
             )
         assert isinstance(reply, Report), self.log_tail()
         if reply.outcome != "done":
-            raise RestartError(
-                "HP721",
-                f"the restart of {self.name} was aborted",
-                cause=f"{reply.error}; the log ends with:\n{self.log_tail()}",
-                fix=f"mend the application; generation {reply.serving} serves on",
-                phase=reply.phases[-1].name,
-                serving=reply.serving,
+            raise self._with_log(
+                RestartError(
+                    "HP721",
+                    f"the restart of {self.name} was aborted, generation {reply.serving} serves on",
+                    cause=reply.error.partition("\n")[0],
+                    fix="mend the application; its log is below",
+                    phase=reply.phases[-1].name,
+                    serving=reply.serving,
+                )
             )
         return msgspec.to_builtins(reply)
 
