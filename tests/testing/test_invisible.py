@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,6 +89,9 @@ def test_an_edit_that_raises_ends_the_run() -> None:
 async def test_it_can_be_awaited() -> None:
     result = await assert_invisible_restart_async(apps.app, kinds=["connect"], restarts=1, timeout_s=TIMEOUT_S)
     assert len(result.restarts) == 1
+    with pytest.raises(ConfigError) as caught:
+        assert_invisible_restart(apps.app)
+    assert_three_lines(str(caught.value), "HP725")
 
 
 def test_streams_are_spoken_too() -> None:
@@ -108,9 +112,11 @@ def test_what_no_worker_can_import_is_an_error_before_anything_starts() -> None:
 def test_a_wrong_option_and_a_wrong_kind_are_errors_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match="drain_timeout"):
         assert_invisible_restart(apps.app, graceful_timeout=3)
-    with pytest.raises(ConfigError) as caught:
-        assert_invisible_restart(apps.app, kinds=["conect"])
-    assert_three_lines(str(caught.value), "HP723")
+    wrongs: list[tuple[dict[str, Any], str]] = [({"kinds": ["conect"]}, "HP723"), ({"bind": ":8000"}, "HP724")]
+    for wrong, code in wrongs:
+        with pytest.raises(ConfigError) as caught:
+            assert_invisible_restart(apps.app, **wrong)
+        assert_three_lines(str(caught.value), code)
 
 
 def test_a_service_that_does_not_start_says_what_it_has_logged() -> None:

@@ -7,6 +7,7 @@ import math
 import random
 import tempfile
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -86,6 +87,14 @@ def assert_invisible_restart(
 
     Processes: the service and one engine; all have ended when this returns.
     """
+    with suppress(RuntimeError):
+        asyncio.get_running_loop()
+        raise ConfigError(
+            "HP725",
+            "assert_invisible_restart cannot run in an event loop",
+            cause="it has one of its own, and would stop this one",
+            fix="await assert_invisible_restart_async(...)",
+        )
     return asyncio.run(
         assert_invisible_restart_async(
             app,

@@ -18,7 +18,7 @@ from typing import Any, Final, Self, TypeVar
 
 import msgspec
 
-from hotport.errors import HotportError, RestartError, StartError
+from hotport.errors import ConfigError, HotportError, RestartError, StartError
 from hotport.options import OPTIONS
 from hotport.options.loading import load
 from hotport.wire.frames import FrameDecoder, encode_frame
@@ -213,7 +213,8 @@ class Service(ServeProcess):
         options: As ``hotport.run`` takes them; stronger than file and environment.
 
     Raises:
-        ConfigError: An option is wrong, or `app` has no name by which a worker can import it (HP330).
+        ConfigError: An option is wrong or is ``bind`` (HP724), or `app` has no name by which a worker can import it
+            (HP330).
     """
 
     def __init__(
@@ -226,6 +227,13 @@ class Service(ServeProcess):
         timeout_s: float = 30.0,
         **options: Any,
     ) -> None:
+        if "bind" in options:
+            raise ConfigError(
+                "HP724",
+                f"bind cannot be {options['bind']!r} in a test",
+                cause="the service listens on a free port of the loopback interface, so that tests can run together",
+                fix="remove bind; Service.url says where it listens",
+            )
         cwd = cwd or Path.cwd()
         target, root = (app, []) if isinstance(app, str) else _target_of(app)
         flags = {"name": "testing", "log_format": "console", **options, "target": target, "bind": ("127.0.0.1:0",)}
