@@ -5,19 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
+from hotport.churn.machine import machine as machine_with
 from tests.support import Service
 
 for variable in ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START"):
@@ -26,17 +23,6 @@ for variable in ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START"):
 __all__ = ["HELLO", "Goal", "Samples", "arguments", "cpu_s", "hotport", "machine", "pinned", "save", "show", "wrk"]
 
 RESULTS: Final = Path(__file__).parent / "results"
-
-#: Settings that change what is measured here.
-SYSCTLS: Final = (
-    "net/core/somaxconn",
-    "net/ipv4/ip_local_port_range",
-    "net/ipv4/tcp_max_syn_backlog",
-    "net/ipv4/tcp_tw_reuse",
-    "net/ipv4/tcp_abort_on_overflow",
-    "kernel/randomize_va_space",
-    "vm/overcommit_memory",
-)
 
 PACKAGES: Final = (
     "hotport",
@@ -174,19 +160,7 @@ def cpu_s(pid: int) -> float:
 
 def machine() -> dict[str, Any]:
     """Where this is measured, so that a number can be judged later."""
-    cpu = re.search(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo"))
-    memory = re.search(r"MemTotal:\s*(\d+) kB", _read("/proc/meminfo"))
-    return {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": cpu[1] if cpu else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_mib": int(memory[1]) // 1024 if memory else None,
-        "load_average": os.getloadavg(),
-        "kernel": platform.release(),
-        "python": sys.version,
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
-        "sysctls": {name.replace("/", "."): _read(f"/proc/sys/{name}").strip() for name in SYSCTLS},
-    }
+    return machine_with(PACKAGES)
 
 
 def show(title: str, samples: Mapping[str, Samples]) -> None:
@@ -213,17 +187,3 @@ def save(
     for goal in goals:
         print(goal)
     print(f"\nsamples, machine and versions: {path}")
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""

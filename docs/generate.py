@@ -122,6 +122,7 @@ HUNDREDS: Final = {
     "4": "starting and restarting",
     "5": "the application",
     "6": "control sockets and runtime directories",
+    "7": "the restart laboratory",
 }
 
 EXIT_CODES: Final = {

@@ -10,7 +10,7 @@
     `-- ControlError        exit 6   no supervisor answered
 
 Codes are stable: HP1xx addresses and sockets, HP2xx descriptors, HP3xx configuration, HP4xx restarts,
-HP5xx the application, HP6xx control sockets.
+HP5xx the application, HP6xx control sockets, HP7xx the restart laboratory.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What an engine is told, and what it tells: the only contract between engines and their coordinator.
 
 An engine is a process, ``python -m hotport.churn.engine``. It reads one `Plan` as a line of JSON from stdin, prints
-``{"type": "armed"}`` when it could begin, begins when CLOCK_MONOTONIC (the same in every process of a machine) reaches
-`Plan.begin_ns`, and prints one `Tick` a line for each bucket and one `Summary` as its last line. The end of its stdin
-means: stop now, and say what there is.
+``{"type": "armed"}`` when it could begin, reads a second line, `Begin`, begins when CLOCK_MONOTONIC (the same in every
+process of a machine) reaches that, and prints one `Tick` a line for each bucket and one `Summary` as its last
+line. The end of its stdin means: stop now, and say what there is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import msgspec
 
 from hotport.churn.result import Bucket, Incident, Load, Target
 
-__all__ = ["Armed", "Plan", "Said", "Summary", "Tick"]
+__all__ = ["Armed", "Begin", "Plan", "Said", "Summary", "Tick"]
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -20,15 +20,19 @@ class Plan(msgspec.Struct, frozen=True):
 
     Attributes:
         loads: With this engine's share of each rate and count.
+        begin_ns: On CLOCK_MONOTONIC; 0 if `Begin` says it, in a second line.
         seed: Of every random choice; differs between engines.
         arrivals: ``even`` or ``poisson``: how attempts at a rate are spread.
-        timeout_ms: From an attempt's intended start to giving it up.
+        timeout_ms: From an attempt's intended start to giving it up. What the client itself waits on purpose, and what
+            the engine was late, is added: neither is the target's.
         late_ms: Above this a whole answer is late; 0: never.
         expected_status: Of whole answers; others are wrong.
         path, slow_path, upload_path: What is asked for over HTTP.
         upload_bytes: Sent by ``upload``, over `slow_ms`.
-        slow_ms: How long ``late`` waits after connecting, ``halfhead`` in the middle, ``upload`` takes for its body.
+        slow_ms: How long ``late`` waits after connecting, ``halfhead`` between its halves, and ``upload`` takes for its
+            body; no part of the latency.
         verify_tls: Whether certificates must be good.
+        generation_header: Of answers, in lower case: says who has answered.
         incidents_max: How many are told one by one; the rest is only counted.
     """
 
@@ -48,7 +52,14 @@ class Plan(msgspec.Struct, frozen=True):
     upload_bytes: int = 256 * 1024
     slow_ms: float = 1000.0
     verify_tls: bool = False
+    generation_header: str = "x-generation"
     incidents_max: int = 2000
+
+
+class Begin(msgspec.Struct, frozen=True):
+    """The moment at which every engine begins; told when all are armed, however long that took."""
+
+    at_ns: int
 
 
 class Armed(msgspec.Struct, tag="armed"):

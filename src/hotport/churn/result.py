@@ -32,13 +32,21 @@ class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Target(msgspec.Struct, frozen=True):
-    """Where the load went."""
+    """Where the load went.
+
+    Attributes:
+        host: As it was given.
+        address: What `host` was resolved to, once for all engines: the first address that answered.
+        socket_path: Of a Unix socket, which `host` and `port` then do not name; ``@name`` is an abstract one.
+    """
 
     url: str
     host: str
     port: int
     is_http: bool
     is_tls: bool
+    socket_path: str = ""
+    address: str = ""
 
 
 class Bucket(msgspec.Struct):
@@ -51,6 +59,7 @@ class Bucket(msgspec.Struct):
         answered_by: Whole answers by who gave them, where the target tells: ``{"generation 2": 512}``.
         in_flight: Attempts under way at its end.
         connections: Open at its end.
+        lag: Of the attempts that began in it, as in `Lag`: a histogram.
     """
 
     at_ms: int
@@ -59,6 +68,7 @@ class Bucket(msgspec.Struct):
     answered_by: dict[str, int] = {}
     in_flight: int = 0
     connections: int = 0
+    lag: dict[int, int] = {}
 
 
 class Incident(msgspec.Struct, frozen=True):
@@ -110,13 +120,14 @@ class Verdict(msgspec.Struct):
         is_valid: The engines kept their schedule and had what they needed; else `why_invalid` says what was missing.
         is_clean: Nothing was lost, but for what was allowed.
         exit_code: 0 clean and valid, 1 something was lost, 2 the run means nothing.
+        allowed: How many of which fate were no matter; None: any number.
     """
 
     is_valid: bool
     is_clean: bool
     exit_code: int
     why_invalid: list[str] = []
-    allowed: dict[str, int] = {}
+    allowed: dict[str, int | None] = {}
 
 
 class Result(msgspec.Struct):

@@ -18,7 +18,7 @@ from hotport.cli._load import KINDS, Seen
 from hotport.cli.output import console
 from hotport.wire.messages import Progress, Report
 
-__all__ = ["Screen", "count_of", "describe_kinds", "print_summary"]
+__all__ = ["CHART_COLUMNS_MAX", "Screen", "bars", "describe_kinds", "facts_table", "print_summary"]
 
 TICK_S: Final = 0.2
 CHART_ROWS: Final = 4
@@ -118,7 +118,7 @@ class Screen:
         seen = self._seen
         recent = self._ticks[-5:]
         rate = sum(tick.requests for tick in recent) / (len(recent) * TICK_S)
-        facts = _facts()
+        facts = facts_table()
         facts.add_row("requests", f"{seen.requests:,}", f"{rate:,.0f}/s")
         failed = Text(f"{seen.failed:,}", style="red" if seen.failed else "green")
         facts.add_row("failures", failed, Text(describe_kinds(seen.failures), style="red"))
@@ -142,17 +142,22 @@ class Screen:
     def _chart(self) -> list[Text]:
         """The whole run: requests as columns, coloured by the version that answered; red where something failed."""
         columns = list(_columns(self._ticks, min(CHART_COLUMNS_MAX, self._words.width - 4)))
-        top = max((column.requests for column in columns), default=0) or 1
-        lines = [Text()]
-        for row in reversed(range(CHART_ROWS)):
-            line = Text("  ")
-            for column in columns:
-                level = round(column.requests / top * CHART_ROWS * 8) - row * 8
-                style = "red" if column.has_failed else _colour(column.version)
-                line.append(BLOCKS[min(8, max(0, level))], style=style)
-            lines.append(line)
-        lines.append(Text("  requests answered, coloured by the version of the code that did", style="dim"))
-        return [*lines, Text()]
+        styled = [(each.requests, "red" if each.has_failed else _colour(each.version)) for each in columns]
+        words = Text("  requests answered, coloured by the version of the code that did", style="dim")
+        return [Text(), *bars(styled), words, Text()]
+
+
+def bars(columns: Sequence[tuple[float, str]], rows: int = CHART_ROWS) -> list[Text]:
+    """Columns of a height and a colour, the highest one as high as there are rows."""
+    top = max((height for height, _ in columns), default=0) or 1
+    lines = []
+    for row in reversed(range(rows)):
+        line = Text("  ")
+        for height, style in columns:
+            level = round(height / top * rows * 8) - row * 8
+            line.append(BLOCKS[min(8, max(0, level))], style=style)
+        lines.append(line)
+    return lines
 
 
 def _columns(ticks: Sequence[_Tick], width: int) -> Iterator[_Tick]:
@@ -173,7 +178,7 @@ def print_summary(result: Mapping[str, Any], error: str) -> None:
     out = console()
     latency, crossed, failures = result["latency_ms"], result["crossed"], result["failures"]
     rate = result["requests"] / result["duration_s"] if result["duration_s"] else 0.0
-    facts = _facts()
+    facts = facts_table()
     facts.add_row("requests", f"{result['requests']:,}", f"in {result['duration_s']:.1f} s, {rate:,.0f}/s")
     style = "red" if result["failed"] else "green"
     for index, kinds in enumerate((KINDS[:3], [*KINDS[3:], *(kind for kind in failures if kind not in KINDS)])):
@@ -209,12 +214,8 @@ def describe_kinds(failures: Mapping[str, int]) -> str:
     return ", ".join(f"{number:,} {kind}" for kind, number in failures.items() if number)
 
 
-def count_of(number: int, what: str) -> str:
-    """``1 restart``, ``2 restarts``."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _facts() -> Table:
+def facts_table() -> Table:
+    """Rows of a name, a number and words about it."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", min_width=11)
     table.add_column(justify="right", style="bold", min_width=8, no_wrap=True)

@@ -24,9 +24,10 @@ import msgspec
 import uvloop
 from rich.console import Console
 
+from hotport.churn.verdict import count_of
 from hotport.cli import HELP
 from hotport.cli._load import Load
-from hotport.cli._screen import Screen, count_of, print_summary
+from hotport.cli._screen import Screen, print_summary
 from hotport.cli.output import console, write
 from hotport.errors import ConfigError, ExitCode, StartError
 from hotport.wire.frames import FrameDecoder, encode_frame

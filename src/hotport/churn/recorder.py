@@ -1,0 +1,119 @@
+"""What has been seen, in buckets of time: bounded, whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hotport.churn.fates import Event, Fate, Kind
+from hotport.churn.histogram import Histogram
+from hotport.churn.plan import Plan, Summary, Tick
+from hotport.churn.result import Bucket, Incident
+
+__all__ = ["Recorder"]
+
+
+class Recorder:
+    """Counts fates and events into the bucket in which they became known, and hands over each bucket when it is over.
+
+    Args:
+        tell: Takes each tick, in order, one for each bucket.
+        load: Attempts under way and open connections, now.
+    """
+
+    def __init__(self, plan: Plan, *, tell: Callable[[Tick], None], load: Callable[[], tuple[int, int]]) -> None:
+        self._plan = plan
+        self._tell = tell
+        self._load = load
+        self._width_ns = plan.bucket_ms * 1_000_000
+        self._late_us = plan.late_ms * 1000.0
+        self._incidents_left = plan.incidents_max
+        self._lag = Histogram()
+        self._own_limits: dict[str, int] = {}
+        self._connect_answers_ms: list[int] = []
+        self._open(0)
+
+    def _open(self, at_ms: int) -> None:
+        self._at_ms = at_ms
+        #: When the bucket is over.
+        self.over_ns = self._plan.begin_ns + at_ms * 1_000_000 + self._width_ns
+        self._fates: dict[str, dict[str, int]] = {}
+        self._latency: dict[str, Histogram] = {}
+        self._answered_by: dict[str, int] = {}
+        self._incidents: list[Incident] = []
+        self._dropped = 0
+
+    def advance(self, now_ns: int) -> None:
+        """Hand over every bucket that is over, also those in which nothing happened."""
+        while now_ns >= self.over_ns:
+            self.flush()
+            self._open(self._at_ms + self._plan.bucket_ms)
+
+    def flush(self) -> None:
+        """Hand over the bucket as it is."""
+        in_flight, connections = self._load()
+        latency = {kind: histogram.counts for kind, histogram in self._latency.items()}
+        bucket = Bucket(self._at_ms, self._fates, latency, self._answered_by, in_flight, connections)
+        self._tell(Tick(bucket, self._incidents, self._dropped))
+
+    def answered(self, kind: Kind, intended_ns: int, waited_ns: int, now_ns: int, who: str, *, is_new: bool) -> None:
+        """A whole answer.
+
+        Args:
+            waited_ns: By the client on purpose; no part of the latency.
+            who: Who gave it, if that is known.
+            is_new: It was the first on its connection.
+        """
+        self.advance(now_ns)
+        us = (now_ns - intended_ns - waited_ns) // 1000
+        name = kind.value
+        histogram = self._latency.get(name)
+        if histogram is None:
+            histogram = self._latency[name] = Histogram()
+        histogram.add(us)
+        if who:
+            self._answered_by[who] = self._answered_by.get(who, 0) + 1
+        if is_new:
+            at_ms = (now_ns - self._plan.begin_ns) // 1_000_000
+            if not self._connect_answers_ms or self._connect_answers_ms[-1] != at_ms:
+                self._connect_answers_ms.append(at_ms)
+        if self._late_us and us > self._late_us:
+            self._count(name, Fate.LATE)
+            self._incident(name, Fate.LATE, intended_ns, now_ns, f"{us / 1000:.1f} ms")
+        else:
+            self._count(name, Fate.ANSWERED)
+
+    def lost(self, kind: Kind, fate: Fate, intended_ns: int, now_ns: int, detail: str) -> None:
+        """An attempt without a whole answer."""
+        self.advance(now_ns)
+        self._count(kind.value, fate)
+        self._incident(kind.value, fate, intended_ns, now_ns, detail)
+
+    def event(self, kind: Kind, event: Event, now_ns: int) -> None:
+        """Something happened to a connection."""
+        self.advance(now_ns)
+        self._count(kind.value, event)
+
+    def lag(self, ns: int) -> None:
+        """An attempt began so much later than it should have."""
+        self._lag.add(ns // 1000)
+
+    def own_limit(self, name: str) -> None:
+        """An attempt could not begin on this machine."""
+        self._own_limits[name] = self._own_limits.get(name, 0) + 1
+
+    def summary(self, error: str = "") -> Summary:
+        """The end."""
+        return Summary(self._lag.counts, self._own_limits, self._connect_answers_ms, error)
+
+    def _count(self, kind: str, what: Fate | Event) -> None:
+        counts = self._fates.setdefault(kind, {})
+        counts[what.value] = counts.get(what.value, 0) + 1
+
+    def _incident(self, kind: str, fate: Fate, intended_ns: int, now_ns: int, detail: str) -> None:
+        if not self._incidents_left:
+            self._dropped += 1
+            return
+        self._incidents_left -= 1
+        begin_ns = self._plan.begin_ns
+        intended_ms, ended_ms = ((at - begin_ns) / 1e6 for at in (intended_ns, now_ns))
+        self._incidents.append(Incident(kind, fate.value, round(intended_ms, 3), round(ended_ms, 3), detail))

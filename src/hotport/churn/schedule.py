@@ -1,0 +1,31 @@
+"""When attempts begin: the same for the same seed, whatever the target does."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+__all__ = ["arrivals", "gap_ns"]
+
+_NS_PER_S = 1e9
+
+
+def arrivals(rate: float, begin_ns: int, end_ns: int, how: str, rng: random.Random) -> Iterator[int]:
+    """Intended starts between `begin_ns` and `end_ns`.
+
+    Args:
+        rate: A second.
+        how: ``even``, from a random phase on, so that several engines do not beat as one; or ``poisson``.
+    """
+    between = _NS_PER_S / rate
+    number = 0
+    at = phase = begin_ns + (rng.random() * between if how == "even" else rng.expovariate(1.0) * between)
+    while at < end_ns:
+        yield int(at)
+        number += 1
+        at = phase + number * between if how == "even" else at + rng.expovariate(1.0) * between
+
+
+def gap_ns(mean_ms: float, rng: random.Random) -> int:
+    """A time to think, exponential around its mean; at least a millisecond, so that nothing runs hot."""
+    return max(1_000_000, int(rng.expovariate(1.0) * mean_ms * 1e6))

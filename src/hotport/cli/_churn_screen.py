@@ -1,0 +1,284 @@
+"""What `hotport churn` shows: a live picture on a terminal, lines elsewhere, and tables at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from typing import Final
+
+import msgspec
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from hotport.churn.fates import Event, Fate
+from hotport.churn.histogram import Histogram
+from hotport.churn.result import Bucket, RestartMark, Result
+from hotport.churn.verdict import (
+    LAG_P99_US_MAX,
+    MOMENT_MS,
+    PERCENTILES,
+    answered_by,
+    attempts_of,
+    count_of,
+    counts_of,
+    latency_by_phase,
+    losses_by_restart,
+    losses_of,
+    milliseconds,
+    named,
+    sentences,
+)
+from hotport.cli._screen import CHART_COLUMNS_MAX, bars, facts_table
+from hotport.cli.output import write
+
+__all__ = ["Screen", "print_result", "write_json"]
+
+TICK_S: Final = 0.2
+CHART_ROWS: Final = 3
+
+#: Where there is no picture, a line tells how it goes this often.
+LINE_MS: Final = 5000
+
+#: Restarts that are told on the screen, and who answered in the tables; the page has all of them.
+RESTARTS_SHOWN: Final = 3
+ANSWERED_SHOWN: Final = 12
+
+#: With fewer columns there are fewer percentiles.
+NARROW: Final = 72
+
+_FATES: Final = tuple(what.value for what in (*Fate, *Event))
+
+
+class Screen:
+    """Draws what it is told until its `draw` is cancelled.
+
+    Args:
+        words: Where to; without a terminal there are lines instead of a picture.
+        duration_ms: How long the run is to last.
+        bucket_ms: How long each bucket is.
+    """
+
+    def __init__(self, words: Console, *, duration_ms: float, bucket_ms: int) -> None:
+        self._words = words
+        self._duration_ms = duration_ms
+        self._bucket_ms = bucket_ms
+        self._totals: dict[str, dict[str, int]] = {}
+        self._columns: list[tuple[int, bool]] = []
+        self._second: deque[Bucket] = deque(maxlen=max(1, 1000 // bucket_ms))
+        self._marks: dict[int, RestartMark] = {}
+        self._line_ms = LINE_MS
+
+    async def draw(self) -> None:
+        """Keep the picture true; on a terminal the chart stays when this is cancelled."""
+        if not self._words.is_terminal:
+            return
+        try:
+            with Live(console=self._words, auto_refresh=False, transient=True) as live:
+                while True:
+                    live.update(self.picture(), refresh=True)
+                    await asyncio.sleep(TICK_S)
+        finally:
+            self._words.print(Group(*self._chart()))
+
+    def bucket(self, bucket: Bucket) -> None:
+        """One more slice of the run is over."""
+        for kind, found in bucket.fates.items():
+            into = self._totals.setdefault(kind, {})
+            for name, count in found.items():
+                into[name] = into.get(name, 0) + count
+        self._columns.append((attempts_of(bucket.fates), bool(losses_of(bucket.fates))))
+        self._second.append(bucket)
+        if not self._words.is_terminal and bucket.at_ms + self._bucket_ms >= self._line_ms:
+            self._line_ms += LINE_MS
+            self._words.print(self._line(), markup=False)
+
+    def restart(self, mark: RestartMark) -> None:
+        """A restart has begun, or has an outcome."""
+        self._marks[mark.number] = mark
+        if not self._words.is_terminal:
+            at_ms = mark.ended_ms if mark.ended_ms is not None else mark.began_ms
+            self._words.print(
+                f"{at_ms / 1000:6.1f} s  restart {mark.number}: {mark.how}; {_outcome(mark)}", markup=False
+            )
+
+    def picture(self) -> RenderableType:
+        """Everything that is known now."""
+        losses = losses_of(self._totals)
+        facts = facts_table()
+        facts.add_row("attempts", f"{attempts_of(self._totals):,}", f"{self._rate():,.0f}/s, {self._time()}")
+        facts.add_row("lost", Text(f"{sum(losses.values()):,}", style="red" if losses else "green"), "")
+        for name, count in losses.items():
+            kinds = ", ".join(f"{found[name]:,} {kind}" for kind, found in self._totals.items() if found.get(name))
+            facts.add_row("", Text(f"{count:,}", style="red"), Text(f"{name}: {kinds}"))
+        if late := counts_of(self._totals)[Fate.LATE.value]:
+            facts.add_row("late", Text(f"{late:,}", style="yellow"), "")
+        now = self._second[-1] if self._second else Bucket(0)
+        facts.add_row("in flight", f"{now.in_flight:,}", f"{count_of(now.connections, 'connection')} open")
+        latency = self._latency()
+        p50, p99 = (milliseconds(latency.percentile(share)) if len(latency) else "-" for share in (0.5, 0.99))
+        facts.add_row("p99", p99, f"p50 {p50}, of the last second")
+        if len(lag := self._lag()):
+            p99_us = lag.percentile(0.99)
+            is_late = p99_us > LAG_P99_US_MAX
+            warning = "p99; these clients are late themselves: less load, or more engines" if is_late else "p99"
+            facts.add_row("own lag", Text(milliseconds(p99_us), style="bold red" if is_late else ""), warning)
+        marks = [self._marks[number] for number in sorted(self._marks)]
+        for mark in marks[-RESTARTS_SHOWN:]:
+            facts.add_row("restart", str(mark.number), Text(_outcome(mark), style="red" if _is_bad(mark) else ""))
+        return Group(*self._chart(), facts)
+
+    def _chart(self) -> list[Text]:
+        width = max(10, min(CHART_COLUMNS_MAX, self._words.width - 4))
+        size = max(1, math.ceil(len(self._columns) / width))
+        groups = [self._columns[start : start + size] for start in range(0, len(self._columns), size)]
+        styled = [
+            (sum(count for count, _ in group) / len(group), "red" if any(lost for _, lost in group) else "cyan")
+            for group in groups
+        ]
+        return [
+            Text(),
+            *bars(styled, CHART_ROWS),
+            Text("  attempts that ended, red where some were lost", style="dim"),
+            Text(),
+        ]
+
+    def _line(self) -> str:
+        losses, latency = losses_of(self._totals), self._latency()
+        said = [
+            f"{attempts_of(self._totals):,} attempts, {self._rate():,.0f}/s",
+            f"lost {sum(losses.values()):,}" + (f" ({_lost(losses)})" if losses else ""),
+            f"{self._second[-1].in_flight:,} in flight, {count_of(self._second[-1].connections, 'connection')}",
+            f"p50 {milliseconds(latency.percentile(0.5))}, p99 {milliseconds(latency.percentile(0.99))}",
+        ]
+        if (p99_us := self._lag().percentile(0.99)) > LAG_P99_US_MAX:
+            said.append(f"OWN LAG {milliseconds(p99_us)} at p99")
+        return f"{(self._second[-1].at_ms + self._bucket_ms) / 1000:6.1f} s  {'; '.join(said)}"
+
+    def _rate(self) -> float:
+        attempts = sum(attempts_of(bucket.fates) for bucket in self._second)
+        return attempts / (len(self._second) * self._bucket_ms / 1000) if self._second else 0.0
+
+    def _time(self) -> str:
+        done_ms = self._second[-1].at_ms + self._bucket_ms if self._second else 0
+        return f"{done_ms / 1000:.0f} of {self._duration_ms / 1000:.0f} s"
+
+    def _latency(self) -> Histogram:
+        latency = Histogram()
+        for bucket in self._second:
+            for counts in bucket.latency.values():
+                latency.merge(counts)
+        return latency
+
+    def _lag(self) -> Histogram:
+        lag = Histogram()
+        for bucket in self._second:
+            lag.merge(bucket.lag)
+        return lag
+
+
+def print_result(result: Result, out: Console) -> None:
+    """Everything for people; the verdict comes last."""
+    for table in (_fates(result, out.width), _latency(result, out.width), _facts(result)):
+        out.print(table)
+        out.print()
+    first, *more = sentences(result)
+    for line in more:
+        out.print(f"{line}.", markup=False)
+    verdict = result.verdict
+    style = "bold yellow" if not verdict.is_valid else "bold green" if verdict.is_clean else "bold red"
+    out.print(f"{first}.", markup=False, style=style)
+
+
+def write_json(result: Result) -> None:
+    """Everything for programs, on stdout."""
+    write(msgspec.json.encode(result).decode())
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    for at, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if at else "left", no_wrap=True)
+    return table
+
+
+def _fates(result: Result, width: int) -> Table:
+    """Fates and events as rows, kinds of client as columns; in words where there is no room for columns."""
+    counts, losses = counts_of(result.totals), losses_of(result.totals)
+    names = [name for name in _FATES if counts[name]]
+    headings = ["attempts", "all", *result.totals]
+    is_wide = max(map(len, _FATES)) + sum(max(8, len(heading)) + 2 for heading in headings[1:]) <= width
+    table = _table(*(headings if is_wide else headings[:2]))
+    if not is_wide:
+        table.add_column("", ratio=1)
+    for name in names:
+        found = {kind: of_kind.get(name, 0) for kind, of_kind in result.totals.items()}
+        style = "red" if name in losses else ""
+        row = [Text(name, style=style), Text(f"{counts[name]:,}", style=f"bold {style}")]
+        if is_wide:
+            row += [Text(f"{count:,}", style=style if count else "dim") for count in found.values()]
+        else:
+            row += [Text(", ".join(f"{count:,} {kind}" for kind, count in found.items() if count), style=style)]
+        table.add_row(*row)
+    return table
+
+
+def _latency(result: Result, width: int) -> Table:
+    shares = PERCENTILES if width >= NARROW else {name: PERCENTILES[name] for name in ("p50", "p99")}
+    table = _table("latency", "answers", *shares, "max")
+    for name, histogram in latency_by_phase(result).items():
+        if len(histogram):
+            values = [milliseconds(histogram.percentile(share)) for share in shares.values()]
+            table.add_row(name, f"{len(histogram):,}", *values, milliseconds(histogram.maximum))
+    if result.restarts:
+        table.caption = f"during: until {MOMENT_MS / 1000:g} s after the end of a restart"
+        table.caption_justify = "left"
+    return table
+
+
+def _facts(result: Result) -> Table:
+    """Restarts and what was lost after each, who answered, and how well these clients did themselves."""
+    facts = facts_table()
+    before, *lost = losses_by_restart(result)
+    if result.restarts and before:
+        facts.add_row("", "before", Text(f"lost {_lost(before)}", style="red"))
+    for mark, gap, losses in zip(result.restarts, result.accept_gap_ms, lost, strict=True):
+        words = Text(f"at {mark.began_ms / 1000:.1f} s, ")
+        words.append(_outcome(mark), style="red" if _is_bad(mark) else "")
+        if gap is not None:
+            words.append(f", accept gap {gap:,.0f} ms")
+        if losses:
+            words.append(f", lost {_lost(losses)}", style="red")
+        facts.add_row("restart", f"{mark.number}", words)
+    found = list(answered_by(result.buckets).items())
+    half = ANSWERED_SHOWN // 2
+    for name, count in found if len(found) <= ANSWERED_SHOWN else found[:half]:
+        facts.add_row("answered by", f"{count:,}", Text(name))
+    if len(found) > ANSWERED_SHOWN:
+        facts.add_row("", "...", f"and {len(found) - 2 * half:,} more in between")
+        for name, count in found[-half:]:
+            facts.add_row("answered by", f"{count:,}", Text(name))
+    lag = result.lag
+    facts.add_row(
+        "own lag", milliseconds(lag.p99), f"p99; p50 {milliseconds(lag.p50)}, max {milliseconds(lag.maximum)}"
+    )
+    for name, count in result.own_limits.items():
+        facts.add_row("own limit", f"{count:,}", Text(f"{name}: attempts that this machine did not let begin"))
+    return facts
+
+
+def _lost(losses: dict[str, int]) -> str:
+    return ", ".join(named(count, name) for name, count in losses.items())
+
+
+def _is_bad(mark: RestartMark) -> bool:
+    return mark.outcome not in ("", "done", "sent")
+
+
+def _outcome(mark: RestartMark) -> str:
+    if not mark.outcome:
+        return "under way"
+    took = f" in {mark.ended_ms - mark.began_ms:,.0f} ms" if mark.ended_ms is not None else ""
+    return f"{mark.outcome}{took}" + (f": {mark.detail}" if mark.detail else "")

@@ -1,0 +1,322 @@
+"""``hotport churn``."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import random
+import re
+import resource
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import click
+import msgspec
+import uvloop
+from rich.console import Console
+
+from hotport.churn.fates import LOSSES, Event, Fate, Kind
+from hotport.churn.plan import Plan
+from hotport.churn.restarts import AskHotport, How, Restarts, RunCommand, SendSignal
+from hotport.churn.result import Load, Result
+from hotport.churn.run import Experiment, Observer, default_engines, descriptors_needed, run
+from hotport.churn.target import BY_RATE, default_path, fitting, resolve
+from hotport.cli import HELP
+from hotport.cli._churn_screen import Screen, print_result
+from hotport.cli._reportfile import ReportFile
+from hotport.cli.client import find_service
+from hotport.cli.output import console
+from hotport.errors import ConfigError, ExitCode, nearest
+from hotport.kernel.process import raise_descriptor_limit
+from hotport.options.values import format_duration, parse_duration
+
+__all__ = ["command"]
+
+DURATION_S: Final = 10.0
+
+#: Load after the last restart has had its time, so that what it left behind is seen.
+SETTLE_S: Final = 2.0
+
+#: With no kind given. Kinds that need an application made for them (`slow`, `upload`) are not among them.
+USUAL: Final[Mapping[Kind, float]] = {
+    Kind.CONNECT: 50,
+    Kind.KEEPALIVE: 20,
+    Kind.LATE: 5,
+    Kind.HALFHEAD: 5,
+    Kind.TLS: 10,
+    Kind.STREAM: 20,
+    Kind.DATAGRAM: 100,
+}
+USUAL_WEBSOCKETS: Final = 20
+
+_HELP_OF_KINDS: Final[Mapping[Kind, str]] = {
+    Kind.CONNECT: "Requests, each on a new connection.",
+    Kind.KEEPALIVE: "Connections with one request after the other.",
+    Kind.LATE: "Connections that say nothing for --slow-time, then ask.",
+    Kind.HALFHEAD: "Requests whose head comes in two parts, --slow-time between them.",
+    Kind.SLOW: "Requests for --slow-path, whose answer takes its time.",
+    Kind.UPLOAD: "Requests to --upload-path whose body takes --slow-time.",
+    Kind.WEBSOCKET: "WebSockets with numbered messages, which the server must echo.",
+    Kind.STREAM: "TCP connections with numbered lines, which the server must echo.",
+    Kind.DATAGRAM: "Numbered datagrams, which the server must echo.",
+    Kind.TLS: "TLS handshakes, each with a request.",
+}
+
+_RATE: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)/(s|m|h)")
+_PER_S: Final = {"s": 1, "m": 60, "h": 3600}
+_FATES: Final = tuple(what.value for what in (*Fate, *Event))
+
+
+class _Given(NamedTuple):
+    """A value as it was typed, and after which flag."""
+
+    flag: str
+    text: str
+
+
+class _Text(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.4
+    """Text that `read` makes a value of, or raises a three-line error about."""
+
+    def __init__(self, name: str, read: Callable[[_Given], Any]) -> None:
+        self.name = name
+        self._read = read
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return self._read(_Given(param.opts[0] if param else self.name, value)) if isinstance(value, str) else value
+
+
+def _error(code: str, given: _Given, cause: str, example: str) -> ConfigError:
+    return ConfigError(code, f"{given.flag} cannot be {given.text!r}", cause=cause, fix=f"{given.flag} {example}")
+
+
+def _rate(given: _Given) -> float:
+    part = _RATE.fullmatch(given.text)
+    if part is None or not float(part[1]):
+        raise _error("HP705", given, "a rate is a number of attempts and a unit: 200/s, 90/m", "20/s")
+    return float(part[1]) / _PER_S[part[2]]
+
+
+def _number(given: _Given) -> int:
+    if not re.fullmatch("[0-9]{1,7}", given.text) or not int(given.text):
+        raise _error("HP705", given, "it is held open, so it is asked for by number and not by rate", "50")
+    return int(given.text)
+
+
+def _time(given: _Given) -> float:
+    try:
+        return parse_duration(given.text)
+    except ValueError as error:
+        raise _error("HP706", given, str(error), "10s") from None
+
+
+def _signal(given: _Given) -> signal.Signals:
+    try:
+        return signal.Signals[f"SIG{given.text.upper().removeprefix('SIG')}"]
+    except KeyError:
+        cause = "there is no signal of this name; HUP, USR1 and USR2 are usual"
+        raise _error("HP706", given, cause, "HUP") from None
+
+
+def _allowed(given: _Given) -> dict[str, int | None]:
+    """``refused=3, idle close=*``."""
+    example = "'refused=3,timed out=*'"
+    plain = {re.sub("[-_ ]", "", fate): fate for fate in _FATES}
+    found: dict[str, int | None] = {}
+    for part in given.text.split(","):
+        name, equals, number = (piece.strip() for piece in part.partition("="))
+        key = re.sub("[-_ ]", "", name.lower())
+        if key not in plain:
+            near = nearest(key, plain)
+            known = f"did you mean {plain[near]!r}?" if near else f"fates are {', '.join(f.value for f in LOSSES)}"
+            raise _error("HP707", given, f"there is no fate {name!r}; {known}", example)
+        if not equals or not re.fullmatch(r"[0-9]{1,9}|\*", number):
+            raise _error("HP707", given, f"{name!r} needs a number, or * for any number", example)
+        found[plain[key]] = None if number == "*" else int(number)
+    return found
+
+
+RATE: Final = _Text("RATE", _rate)
+NUMBER: Final = _Text("N", _number)
+TIME: Final = _Text("TIME", _time)
+SIGNAL: Final = _Text("SIGNAL", _signal)
+ALLOWED: Final = _Text("FATES", _allowed)
+FILE: Final = click.Path(path_type=Path, allow_dash=True)
+
+
+@click.command("churn", short_help="Restart a server under load, and say what each client met.", context_settings=HELP)
+@click.argument("url")
+@click.option("--restart", "restart_command", metavar="CMD", help="Restart with this command, run by the shell.")
+@click.option("--hotport", "service", metavar="NAME", help="Restart this service of hotport's.")
+@click.option("--signal", "signum", type=SIGNAL, help="Restart by a signal, to --pid or the pid in --pid-file.")
+@click.option("--pid", type=click.IntRange(2), help="For --signal.")
+@click.option("--pid-file", type=click.Path(path_type=Path), help="For --signal; read anew each time.")
+@click.option("--after", type=TIME, default="2s", show_default=True, help="Load before the first restart.")
+@click.option("--every", type=TIME, default="5s", show_default=True, help="From one restart to the next.")
+@click.option("--times", type=click.IntRange(1, 10_000), default=3, show_default=True, help="How many restarts.")
+@click.option("--restart-timeout", type=TIME, default="60s", show_default=True, help="For each restart.")
+@click.option("--duration", type=TIME, help="Of the load.  [default: what the restarts need, else 10s]")
+@click.option("--think", type=TIME, default="50ms", show_default=True, help="Between requests on a held connection.")
+@click.option("--timeout", type=TIME, default="10s", show_default=True, help="After it an attempt is given up.")
+@click.option("--late-after", type=TIME, default="1s", show_default=True, help="After it an answer is late.")
+@click.option("--expect-status", type=click.IntRange(100, 599), default=200, show_default=True, help="Of answers.")
+@click.option("--path", help="What is asked for.  [default: as in URL]")
+@click.option("--slow-path", help="For --slow.  [default: /slow]")
+@click.option("--upload-path", help="For --upload.  [default: /]")
+@click.option("--slow-time", type=TIME, default="1s", show_default=True, help="Of late, halfhead and upload.")
+@click.option("--insecure", is_flag=True, help="Take any certificate.")
+@click.option("--engines", type=click.IntRange(1, 256), help="Processes that make load.  [default: what it needs]")
+@click.option("--seed", type=click.IntRange(0, 2**31), help="Of what is left to chance.  [default: another each time]")
+@click.option("--allow", "allowed", type=ALLOWED, help="Losses that do not fail the run: 'refused=3,timed out=*'.")
+@click.option("--json", "json_path", type=FILE, metavar="FILE", help="Write everything as JSON; - is stdout.")
+@click.option("--html", "html_path", type=FILE, metavar="FILE", help="Write a page with everything in it.")
+def command(url: str, json_path: Path | None, html_path: Path | None, **options: Any) -> int:
+    """Put URL under load, restart its server meanwhile, and say what became of every single attempt.
+
+    URL is http://, https://, ws://, wss://, tcp://, udp:// or unix:PATH. Without any kind of client there is a
+    mixture that suits it. The server is restarted by --restart, --hotport or --signal, or by nobody.
+
+    Exit codes: 0 nothing was lost; 1 something was; 2 the run means nothing (usage, target, or this machine);
+    130 interrupted: what was seen until then is told.
+    """
+    words = console(stderr=True)
+    experiment = _experiment(url, options)
+    if not any(options[kind.value] for kind in Kind):
+        words.print(f"the usual clients: {_shown(experiment.plan.loads)}", markup=False)
+    with ExitStack() as stack:
+        files = [stack.enter_context(ReportFile(path)) for path in (json_path, html_path) if path]
+        result = _run(experiment, words)
+        print_result(result, console(stderr=json_path == Path("-")))
+        if json_path:
+            files[0].write(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+        if html_path:
+            from hotport.churn.html import render
+
+            files[-1].write(render(result).encode())
+    return ExitCode.INTERRUPTED if result.is_partial else result.verdict.exit_code
+
+
+def _option(kind: Kind) -> click.Option:
+    is_rate = kind in BY_RATE
+    return click.Option([f"--{kind.value}"], type=RATE if is_rate else NUMBER, help=_HELP_OF_KINDS[kind])
+
+
+command.params[1:1] = map(_option, Kind)
+
+
+def _experiment(url: str, options: Mapping[str, Any]) -> Experiment:
+    """What the options mean, and whether this machine and the target allow it.
+
+    Raises:
+        ConfigError: They do not (HP70x, HP71x).
+    """
+    loads = _loads(url, options)
+    restarts = _restarts(options)
+    duration_s = options["duration"] or (restarts.needs_s + SETTLE_S if restarts else DURATION_S)
+    target = resolve(url, timeout_s=options["timeout"], verify_tls=not options["insecure"])
+    plan = Plan(
+        target=target,
+        loads=loads,
+        seed=random.SystemRandom().randrange(2**31) if options["seed"] is None else options["seed"],
+        begin_ns=0,
+        duration_ms=duration_s * 1000,
+        timeout_ms=options["timeout"] * 1000,
+        late_ms=options["late_after"] * 1000,
+        expected_status=options["expect_status"],
+        path=options["path"] or default_path(url),
+        slow_path=options["slow_path"] or "/slow",
+        upload_path=options["upload_path"] or "/",
+        slow_ms=options["slow_time"] * 1000,
+        verify_tls=target.is_tls and not options["insecure"],
+    )
+    engines = options["engines"] or default_engines(loads, len(os.sched_getaffinity(0)))
+    _check_descriptors(plan, engines)
+    return Experiment(plan, engines, restarts, options["allowed"] or {})
+
+
+def _loads(url: str, options: Mapping[str, Any]) -> list[Load]:
+    fits = fitting(url)
+    wanted: dict[Kind, float] = {kind: options[kind.value] for kind in Kind if options[kind.value]}
+    for kind in wanted:
+        if kind not in fits:
+            raise ConfigError(
+                "HP708",
+                f"--{kind.value} cannot be used with {url}",
+                cause=f"clients for such a target are {', '.join(sorted(kind.value for kind in fits))}",
+                fix="another URL: ws:// and http:// are the same here, udp:// takes --datagram, tcp:// takes --stream",
+            )
+    if not wanted:
+        is_websocket = url.startswith(("ws:", "wss:"))
+        wanted = {Kind.WEBSOCKET: USUAL_WEBSOCKETS} if is_websocket else {k: n for k, n in USUAL.items() if k in fits}
+    think_ms = options["think"] * 1000
+    return [
+        Load(kind.value, rate=n) if kind in BY_RATE else Load(kind.value, count=int(n), think_ms=think_ms)
+        for kind, n in wanted.items()
+    ]
+
+
+def _restarts(options: Mapping[str, Any]) -> Restarts | None:
+    asked = [flag for flag in ("restart_command", "service", "signum") if options[flag]]
+    has_pid = [flag for flag in ("pid", "pid_file") if options[flag]]
+    if len(asked) > 1 or (options["signum"] and len(has_pid) != 1) or (has_pid and not options["signum"]):
+        raise ConfigError(
+            "HP709",
+            "it is not clear how to restart",
+            cause="it needs one of --restart, --hotport and --signal; and --signal one of --pid and --pid-file",
+            fix="--restart 'systemctl reload app', or --signal HUP --pid-file app.pid, or --hotport app",
+        )
+    if not asked:
+        return None
+    how: How
+    if options["service"]:
+        path = find_service(options["service"])
+        how = AskHotport(path.name, path / "control.sock")
+    elif options["signum"]:
+        how = SendSignal(options["signum"], options["pid_file"], options["pid"] or 0)
+        how.check()
+    else:
+        how = RunCommand(options["restart_command"])
+    return Restarts(how, options["times"], options["after"], options["every"], options["restart_timeout"])
+
+
+def _check_descriptors(plan: Plan, engines: int) -> None:
+    limit = raise_descriptor_limit()
+    needed = descriptors_needed(plan, engines)
+    if limit == resource.RLIM_INFINITY or needed <= limit:
+        return
+    share = (limit - descriptors_needed(msgspec.structs.replace(plan, loads=[]), 1)) * engines
+    asked = sum(load.count + load.rate * plan.timeout_ms / 1000 for load in plan.loads)
+    enough = next((n for n in range(engines + 1, 257) if descriptors_needed(plan, n) <= limit), None)
+    raise ConfigError(
+        "HP704",
+        f"cannot hold {math.ceil(asked):,} connections with {engines} engine{'s' if engines > 1 else ''}",
+        cause=f"each may open {limit:,} descriptors (RLIMIT_NOFILE), so {max(0, share):,} connections would fit; "
+        f"a target that stands still has --timeout ({format_duration(plan.timeout_ms / 1000)}) of attempts waiting",
+        fix=f"--engines {enough}, or ulimit -n {needed}" if enough else f"ulimit -n {needed}, or a smaller load",
+    )
+
+
+def _shown(loads: Sequence[Load]) -> str:
+    return " ".join(f"--{load.kind} {f'{load.rate:g}/s' if load.rate else load.count}" for load in loads)
+
+
+def _run(experiment: Experiment, words: Console) -> Result:
+    async def main() -> Result:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(signum, stop.set)
+        plan = experiment.plan
+        screen = Screen(words, duration_ms=plan.duration_ms, bucket_ms=plan.bucket_ms)
+        drawing = asyncio.create_task(screen.draw())
+        try:
+            return await run(experiment, Observer(screen.bucket, screen.restart), stop)
+        finally:
+            drawing.cancel()
+            await asyncio.wait([drawing])
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main())
