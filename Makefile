@@ -42,6 +42,8 @@ bench: $(VENV)/.dev debian
 	$(BIN)/python benchmarks/steady.py
 	$(BIN)/python benchmarks/restart.py
 	$(BIN)/python benchmarks/http.py
+	$(BIN)/python benchmarks/rebind.py
+	$(BIN)/python benchmarks/timewait.py
 	$(MAKE) bench-report
 
 bench-report: $(VENV)/.dev

@@ -1,4 +1,4 @@
-"""Clients that wrk is not: WebSocket messages, and requests at a fixed rate.
+"""Clients that wrk is not: WebSocket messages, requests and connections at a fixed rate.
 
 Each is a process of its own that prints JSON, and small enough not to be what is measured: raw sockets, one epoll
 instance, requests and frames that were built before, replies whose size is known.
@@ -10,6 +10,7 @@ import json
 import os
 import select
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from typing import Any, Final
 __all__ = ["CLIENTS", "connected"]
 
 TIMEOUT_S: Final = 30.0
+
+#: A connection that has no answer by then is lost.
+CHURN_TIMEOUT_S: Final = 5.0
 
 REQUEST: Final = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 
@@ -146,12 +150,60 @@ def paced(port: int, seconds: float, connections: int, rate: float) -> dict[str,
     }
 
 
+def churn(port: int, rate: float) -> list[tuple[float, float, str]]:
+    """Connect when it is due, whatever became of the others, until stdin ends; the server says one byte.
+
+    Connections end with a reset, so that they leave nothing in TIME_WAIT.
+
+    Returns:
+        Of each connection: when it was due (CLOCK_MONOTONIC), how many seconds later its fate was known, and the fate.
+    """
+    clock = time.monotonic
+    poll = select.epoll()
+    poll.register(0, select.EPOLLIN)
+    waiting: dict[int, tuple[socket.socket, float]] = {}
+    fates: list[tuple[float, float, str]] = []
+    began, count = clock(), 0
+    ended: float | None = None
+    while ended is None or (waiting and clock() < ended + CHURN_TIMEOUT_S):
+        due = began + count / rate
+        if ended is None and clock() >= due:
+            sock = socket.socket()
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.connect_ex(("127.0.0.1", port))  # an error is there to be read, too
+            waiting[sock.fileno()] = sock, due
+            poll.register(sock, select.EPOLLIN)
+            count += 1
+            continue
+        # select has microseconds where epoll_wait has milliseconds
+        select.select([poll], [], [], max(0.0, due - clock()) if ended is None else CHURN_TIMEOUT_S)
+        for fd, _ in poll.poll(0):
+            if fd == 0:
+                poll.unregister(0)
+                ended = clock()
+                continue
+            sock, due = waiting.pop(fd)
+            with sock:
+                fates.append((due, clock() - due, _fate(sock)))
+    return fates + [(due, CHURN_TIMEOUT_S, "lost") for _, due in waiting.values()]
+
+
+def _fate(sock: socket.socket) -> str:
+    try:
+        return "answered" if sock.recv(1) else "lost"
+    except ConnectionRefusedError:
+        return "refused"
+    except ConnectionResetError:
+        return "reset"
+
+
 def _percentile(values: list[float], share: float) -> float:
     """In milliseconds, by the nearest rank."""
     return sorted(values)[min(len(values) - 1, int(len(values) * share))] * 1000
 
 
-CLIENTS: Final[dict[str, Callable[..., dict[str, Any]]]] = {"websocket": websocket, "paced": paced}
+CLIENTS: Final[dict[str, Callable[..., Any]]] = {"websocket": websocket, "paced": paced, "churn": churn}
 
 
 if __name__ == "__main__":

@@ -1,15 +1,23 @@
-"""Render the measured table of the README from ``benchmarks/results/``; no number in it is typed by hand."""
+"""Render tables and a picture from ``benchmarks/results/``; no number of ours in them is typed by hand."""
 
 from __future__ import annotations
 
 import json
 import statistics
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.svg import Lane, Row, ranges
+
 ROOT: Final = Path(__file__).parents[1]
+RESULTS: Final = ROOT / "benchmarks" / "results"
 README: Final = ROOT / "README.md"
-BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->"
+PAGE: Final = ROOT / "docs" / "discussion" / "why-the-port-stays-busy.md"
+PICTURE: Final = RESULTS / "rebind.svg"
 
 #: Rows of http.py: what they are called, what is compared, and how many decimals that has.
 SERVERS: Final = {
@@ -26,21 +34,194 @@ SERVERS: Final = {
 }
 
 
+#: What clients of rebind.py may meet.
+LOSSES: Final = ("refused", "reset", "lost")
+
+#: Ways of rebind.py, and what they are called.
+WAYS: Final = {
+    "inherit": "the socket itself is passed on",
+    "overlap steered": "`SO_REUSEPORT`, steered by BPF, queue drained",
+    "overlap drained": "`SO_REUSEPORT`, queue drained",
+    "overlap migrated": "`SO_REUSEPORT`, `tcp_migrate_req=1`",
+    "overlap closed": "`SO_REUSEPORT`, closed at once",
+    "rebind warm drained": "`SO_REUSEADDR`, successor waits, queue drained",
+    "rebind warm": "`SO_REUSEADDR`, successor waits",
+    "rebind cold": "`SO_REUSEADDR`, successor starts afterwards",
+}
+
+BINDS: Final = {
+    "SO_REUSEADDR, every address": "with `SO_REUSEADDR`, every address",
+    "SO_REUSEADDR, the entries' address": "likewise, only the address that the entries have",
+    "SO_REUSEADDR, another address": "likewise, an address that they do not have",
+    "SO_REUSEPORT, every address": "with `SO_REUSEPORT`, every address",
+    "neither, every address": "with neither, which fails over entries",
+}
+
+
 def main() -> None:
-    """Rewrite the section between the two markers."""
+    """Rewrite what stands between the markers, and draw."""
     README.write_text(rendered(README.read_text()))
+    PAGE.write_text(rendered_page(PAGE.read_text()))
+    if (results := results_of("rebind")) is not None:
+        PICTURE.write_text(drawn(results))
 
 
 def rendered(readme: str) -> str:
-    """The README with its measured section as the results have it."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}{_section()}{END}{after}"
+    """The README with its measured sections as the results have them."""
+    readme = _between(readme, "measured", _section())
+    if (results := results_of("rebind")) is not None:
+        if "<!-- rebind -->" not in readme:
+            readme = readme.replace("<!-- /measured -->\n", "<!-- /measured -->\n\n<!-- rebind -->\n<!-- /rebind -->\n")
+        readme = _between(readme, "rebind", _rebind(results))
+    return readme
+
+
+def rendered_page(page: str) -> str:
+    """The page on TIME_WAIT with what it costs as the results have it."""
+    results = results_of("timewait")
+    return page if results is None else _between(page, "timewait", _timewait(results))
+
+
+def drawn(results: dict[str, Any]) -> str:
+    """The gaps of rebind.py."""
+    samples, interval_s = results["samples"], 1 / results["rate"]
+    rows = []
+    for way in WAYS:
+        lanes: list[Lane | None] = []
+        lost = []
+        for entries in results["entries"]:
+            gaps = samples.get(f"{way}, {entries}: gap ms")
+            if gaps is None:
+                lanes.append(None)
+                continue
+            lane = Lane(min(gaps) / 1e3, statistics.median(gaps) / 1e3, max(gaps) / 1e3)
+            if hole := samples.get(f"{way}, {entries}: hole us"):
+                floor = samples[f"{way}, {entries}: floor us"]
+                lane = replace(lane, mark=statistics.median(floor) / 1e6, ring=statistics.median(hole) / 1e6)
+            lanes.append(lane)
+            lost.append(sum(_mean(samples[f"{way}, {entries}: {loss}"]) for loss in LOSSES))
+        if lost:
+            rows.append(Row(way, lanes, " / ".join(_count(value) for value in lost)))
+    waits = [results["plain"].get(str(entries)) for entries in results["entries"]]
+    if any(waits):
+        lanes = [_wait(found) for found in waits]
+        rows.append(Row("plain", lanes, "not measured"))
+    return ranges(
+        f"From the old process's last accept to the new one's first; a client every {interval_s * 1e3:g} ms (dashed)",
+        [f"{entries:,} in TIME_WAIT" for entries in results["entries"]],
+        rows,
+        mark="the bare system calls",
+        ring="nobody listens",
+        line=interval_s,
+        note="lost clients a restart",
+        low=1e-5,
+        high=1e2,
+    )
+
+
+def _wait(found: dict[str, Any] | None) -> Lane | None:
+    """Until a plain bind works: how long that took, or how long it would have taken at least."""
+    if found is None:
+        return None
+    took = found["worked after s"]
+    waited = found["tried for s"] + found["the last of them for s"] if took is None else took
+    return Lane(waited, waited, waited)
+
+
+def _rebind(results: dict[str, Any]) -> str:
+    samples, rate, machine = results["samples"], results["rate"], results["machine"]
+    counts = results["entries"]
+    lines = [
+        "### From one process to the next",
+        "",
+        "What clients notice when a listening port changes hands, by how, and by how many connections are in",
+        f"TIME_WAIT on it. Without a restart there is one accept every {1e3 / rate:g} ms.",
+        "",
+        "| how | "
+        + " | ".join(f"gap in ms, {entries:,}" for entries in counts)
+        + " | refused, reset, lost a restart |",
+        "|---|" + "---|" * (len(counts) + 1),
+    ]
+    rounds = 0
+    for way, what in WAYS.items():
+        cells, losses = [], []
+        for entries in counts:
+            if gaps := samples.get(f"{way}, {entries}: gap ms"):
+                rounds = len(gaps)
+                cells.append(f"{_ms(statistics.median(gaps))} (to {_ms(max(gaps))})")
+                losses.append([_mean(samples[f"{way}, {entries}: {loss}"]) for loss in LOSSES])
+        if cells:
+            cells.append("; ".join(", ".join(map(_count, of)) for of in losses) if any(map(any, losses)) else "0")
+            lines.append(f"| {what} | {' | '.join(cells)} |")
+    waits = [_wait(results["plain"].get(str(entries))) for entries in counts]
+    if any(waits):
+        cells = ["" if lane is None else f"{lane.median * 1e3:,.0f}" for lane in waits]
+        lines.append(f"| neither option, until bind works | {' | '.join(cells)} | everybody until then |")
+    holes = []
+    for entries in counts:
+        if hole := samples.get(f"rebind warm, {entries}: hole us"):
+            floor = statistics.median(samples[f"rebind warm, {entries}: floor us"])
+            holes.append(f"{statistics.median(hole):,.0f} us beside {floor:,.0f} us with {entries:,}")
+    lines += [
+        "",
+        "![the gaps, on a logarithmic scale](benchmarks/results/rebind.svg)",
+        "",
+        f"Medians (and maxima) of {rounds} restarts; {rate:,.0f} connections a second, open loop; losses are means, by",
+        "number of entries; how long bind fails without options is what the timers said, or was waited for.",
+        "A successor that waits with everything imported leaves a hole in which nobody listens; its median, beside",
+        "what the bare system calls take in a single process that repeats them, with warm caches:",
+        ", ".join(holes) + " in TIME_WAIT.",
+        f"Load average {machine['load_average'][0]:.1f} on {machine['cores']} cores. How: `benchmarks/rebind.py`;",
+        "samples in `benchmarks/results/rebind.json`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _timewait(results: dict[str, Any]) -> str:
+    samples, counts = results["samples"], results["entries"]
+
+    def row(what: str, name: str, decimals: int) -> str:
+        found = [samples[f"{entries}: {name}"] for entries in counts]
+        return f"| {what} | " + " | ".join(f"{statistics.median(values):,.{decimals}f}" for values in found) + " |"
+
+    rounds = len(samples[f"{counts[0]}: connections/s"])
+    lines = [
+        "| entries on the port | " + " | ".join(f"{entries:,}" for entries in counts) + " |",
+        "|---|" + "---|" * len(counts),
+        row("new connections/s, one at a time", "connections/s", 0),
+        row("connect, median, us", "connect median us", 1),
+        row("connect, p99, us", "connect p99 us", 1),
+        *(row(f"bind and listen {what}, us", f"bind us: {name}", 0) for name, what in BINDS.items()),
+        "",
+        f"Medians of {rounds} rounds on loopback, client and server in one process on one core, load average",
+        f"{results['machine']['load_average'][0]:.1f} (`benchmarks/timewait.py`)."
+        + (f" An entry takes {size} bytes of the kernel's memory." if (size := results["entry_bytes"]) else ""),
+        "",
+    ]
+    if results["closers"]:
+        lines += [
+            f"Who closes first has the entry. A client with {results['ports']} ports connects to one address and port",
+            f"as fast as it can, for {results['seconds']:g} s:",
+            "",
+            "| closes first | client's `tcp_tw_reuse` | connections | first fails after | entries: server, client |",
+            "|---|---|---|---|---|",
+        ]
+        for found in results["closers"]:
+            failure = found["connections before the first failure"]
+            cells = (
+                found["closes first"],
+                found["tcp_tw_reuse"],
+                f"{found['connections/s'] * results['seconds']:,.0f}",
+                "none" if failure is None else f"{failure} connections",
+                f"{found['the server has']}, {found['the client has']}",
+            )
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join([*lines, ""])
 
 
 def _section() -> str:
-    results = ROOT / "benchmarks" / "results"
-    steady, restart = (json.loads((results / f"{name}.json").read_text()) for name in ("steady", "restart"))
+    steady, restart = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("steady", "restart"))
     rss = steady["rss_mib"]
     lines = [
         "## Measured",
@@ -61,8 +242,8 @@ def _section() -> str:
         "when descriptors run out, libuv closes the connections that wait; hotport leaves them in the queue.",
         "",
     ]
-    if (http := results / "http.json").exists():
-        lines += _servers(json.loads(http.read_text()))
+    if (http := results_of("http")) is not None:
+        lines += _servers(http)
     return "\n".join(lines)
 
 
@@ -88,6 +269,32 @@ def _servers(results: dict[str, Any]) -> list[str]:
         "for each second of processor time: `benchmarks/http.py`, `benchmarks/results/http.json`.",
         "",
     ]
+
+
+def results_of(name: str) -> Any:
+    """What a benchmark has stored; None if nothing."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _between(text: str, name: str, section: str) -> str:
+    """The text with another section between the markers of this name."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}{section}{end}{after}"
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _count(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def _ms(value: float) -> str:
+    return "0" if value <= 0 else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _ratio(values: list[float]) -> str:

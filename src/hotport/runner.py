@@ -87,7 +87,8 @@ def run(
 
 
 def _is_in_worker() -> bool:
-    return "hotport.worker.worker" in sys.modules
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return bool(spec is not None and spec.name == "hotport.worker.__main__")
 
 
 def target_of(app: Callable[..., Any]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks.report import rendered
+from benchmarks.report import PAGE, PICTURE, drawn, rendered, rendered_page, results_of
 from docs.generate import PAGES, error_sites
 from hotport.wire.messages import Report
 
@@ -53,3 +53,12 @@ def test_the_report_page_names_every_fate() -> None:
 def test_the_measured_table_is_what_the_results_say() -> None:
     readme = (ROOT / "README.md").read_text()
     assert readme == rendered(readme), "run: make bench-report"
+
+
+def test_the_page_on_time_wait_is_what_the_results_say() -> None:
+    page = PAGE.read_text()
+    assert page == rendered_page(page), "run: make bench-report"
+
+
+def test_the_picture_of_the_gaps_is_what_the_results_say() -> None:
+    assert PICTURE.read_text() == drawn(results_of("rebind")), "run: make bench-report"

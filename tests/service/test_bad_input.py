@@ -260,7 +260,7 @@ def test_shown_options_are_data_in_json(line_app: Path) -> None:
     assert shown["workers"] == {"value": 2, "origin": "--workers"}
     assert shown["bind"] == {"value": ["tcp://127.0.0.1:8000"], "origin": "default"}
     assert shown["watch"]["value"] is False
-    assert shown["tls_cert"]["value"] is None
+    assert shown["tls_client_ca"]["value"] is None
 
 
 def test_nothing_to_serve(tmp_path: Path) -> None:

@@ -125,6 +125,80 @@ def test_twenty_restarts_under_full_load_cost_no_request(tmp_path: Path, mode: s
         assert len(service.status()["workers"]) == 2
 
 
+LOADS_APP = """
+import os
+from fastapi import FastAPI, Request
+from fastapi.responses import PlainTextResponse, Response, StreamingResponse
+
+VERSION = "{version}"
+app = FastAPI()
+
+@app.get("/")
+async def index():
+    return PlainTextResponse(VERSION)
+
+@app.get("/json")
+async def small(name: str = "x"):
+    return {{"name": name, "version": VERSION, "numbers": [1, 2, 3]}}
+
+@app.get("/body")
+async def body():
+    return Response(b"x" * 65536)
+
+@app.get("/stream")
+async def stream():
+    async def chunks():
+        for _ in range(16):
+            yield b"x" * 65536
+    return StreamingResponse(chunks())
+
+@app.post("/upload")
+async def upload(request: Request):
+    total = 0
+    async for chunk in request.stream():
+        total += len(chunk)
+    return Response(status_code=200 if total == 1 << 20 else 400)
+"""
+
+LOADS = {
+    "json": "",
+    "body": "",
+    "stream": "",
+    "upload": 'wrk.method = "POST"\nwrk.body = string.rep("x", 1048576)\n',
+}
+
+
+def test_twenty_restarts_under_all_kinds_of_load_at_once_cost_no_request(tmp_path: Path) -> None:
+    wrk = need("wrk")
+    write_code(tmp_path / "app.py", LOADS_APP.format(version="v0"))
+    with Service(tmp_path, "app:app", "--workers", "2", "--access-log", "structured") as service:
+        url = f"http://127.0.0.1:{service.wait_ready().port}"
+        running: dict[str, subprocess.Popen[str]] = {}
+        for name, lua in LOADS.items():
+            script = tmp_path / f"{name}.lua"
+            script.write_text(lua + WRK_LUA)
+            arguments = ["-t1", "-c4", "-d600s", "--timeout", "30s", "-s", str(script), f"{url}/{name}"]
+            running[name] = subprocess.Popen([wrk, *arguments], stdout=subprocess.PIPE, text=True)
+        try:
+            for number in range(1, 21):
+                write_code(tmp_path / "app.py", LOADS_APP.format(version=f"v{number}"))
+                report = service.ask(RestartRequest())[-1]
+                assert report.outcome == "done"
+                assert not any(fate.startswith(("cut_", "workers_")) for fate in report.connections), report
+                assert http_get(service.port) == (200, f"v{number}".encode())
+        finally:
+            for each in running.values():
+                each.send_signal(2)
+            told = {name: each.communicate(timeout=DEADLINE_S)[0] for name, each in running.items()}
+        for name, out in told.items():
+            counts = {k: int(v) for k, v in re.findall(r"(\w+) (\d+)", out.splitlines()[-1])}
+            assert counts.pop("requests") > 100, name
+            assert counts == dict.fromkeys(["connect", "read", "write", "timeout", "status"], 0), f"{name}: {out}"
+        logged = service.log_events("request")
+        assert {line["status"] for line in logged} == {200}
+        assert {line["path"] for line in logged} == {"/", "/json", "/body", "/stream", "/upload"}
+
+
 def test_connections_that_send_only_after_the_restart_are_answered(service: Service) -> None:
     port = service.port
     early = [socket.create_connection(("127.0.0.1", port), DEADLINE_S) for _ in range(300)]

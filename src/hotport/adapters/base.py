@@ -82,15 +82,14 @@ class Connections:
         self.on_requests_max: Callable[[], None] | None = None
         self._is_counting = False
         self._is_full = False
-        self._empty = asyncio.Event()
-        self._empty.set()
+        self._is_draining = False
+        self._empty: asyncio.Event | None = None
 
     def opened(self, connection: Connection) -> None:
         """Take a connection into the registry; it is told at once if the worker is already leaving."""
         self.open.add(connection)
         self.accepted += 1
-        self._empty.clear()
-        if self.draining.is_set():
+        if self._is_draining:
             connection.drain()
         if self.maximum and len(self.open) >= self.maximum and not self._is_full:
             self._is_full = True
@@ -115,7 +114,7 @@ class Connections:
             self._is_full = False
             if self.on_room is not None:
                 self.on_room()
-        if not self.open:
+        if self._empty is not None and not self.open:
             self._empty.set()
 
     def count_request(self) -> None:
@@ -137,7 +136,7 @@ class Connections:
 
     def drain(self, timeout_s: float) -> None:
         """Tell the application and every connection that the worker leaves in `timeout_s` seconds."""
-        self._is_counting = True
+        self._is_counting = self._is_draining = True
         self.draining._start(timeout_s)
         for connection in list(self.open):
             connection.drain()
@@ -149,7 +148,9 @@ class Connections:
 
     async def wait_empty(self) -> None:
         """Return when no connection is open."""
-        await self._empty.wait()
+        while self.open:
+            self._empty = asyncio.Event()
+            await self._empty.wait()
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +188,8 @@ class Adapter(Protocol):
     def connection(self) -> asyncio.BaseProtocol:
         """One protocol object for one accepted socket; it registers itself before it returns.
 
-        Its attribute ``proxied`` is set to `Endpoints` before ``connection_made`` if a trusted proxy has said for whom
-        it speaks; it is None at first.
+        Before ``connection_made`` its attribute ``endpoints`` is set to the peer's address and our own, as they are or
+        as a trusted proxy has told them; in the second case ``is_proxied`` to True.
         """
 
     async def finish(self) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from hotport.adapters.base import Context
-from hotport.wire.proxyprotocol import Endpoints
 
 __all__ = ["ProtocolAdapter"]
 
@@ -55,7 +54,8 @@ class _TrackedBase(asyncio.BaseProtocol):
     """Stands between a transport and an application protocol; forwards what the loop asks for."""
 
     def __init__(self, application: Any, context: Context) -> None:
-        self.proxied: Endpoints | None = None
+        self.endpoints: tuple[Any, Any] | None = None
+        self.is_proxied = False
         self._application = application
         self._connections = context.connections
         self._transport: asyncio.Transport | None = None
@@ -68,8 +68,8 @@ class _TrackedBase(asyncio.BaseProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop has classes of its own
-        if self.proxied is not None and (notice := getattr(self._application, "proxied", None)) is not None:
-            notice(*self.proxied)
+        if self.is_proxied and self.endpoints and (notice := getattr(self._application, "proxied", None)) is not None:
+            notice(*self.endpoints)
         self._application.connection_made(transport)
         if self._connections.draining.is_set():
             self.drain()

@@ -20,7 +20,6 @@ import anyio
 from anyio.abc import ByteStream, SocketAttribute
 
 from hotport.adapters.base import Context, Draining
-from hotport.wire.proxyprotocol import Endpoints
 
 __all__ = ["Stream", "StreamAdapter", "StreamAttribute", "StreamHandler"]
 
@@ -71,7 +70,8 @@ class Stream(ByteStream, asyncio.Protocol):
     """
 
     def __init__(self, handler: StreamHandler, context: Context) -> None:
-        self.proxied: Endpoints | None = None
+        self.endpoints: tuple[Any, Any] | None = None
+        self.is_proxied = False
         self._handler = handler
         self._connections = context.connections
         self._loop = asyncio.get_running_loop()
@@ -204,15 +204,12 @@ class Stream(ByteStream, asyncio.Protocol):
     def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
         """`anyio.abc.SocketAttribute` and `StreamAttribute`; the addresses are those that a proxy has told, if any."""
         assert self._transport is not None
-        transport, proxied = self._transport, self.proxied
+        transport = self._transport
+        peer, own = self.endpoints or (transport.get_extra_info("peername"), transport.get_extra_info("sockname"))
         return {
             SocketAttribute.family: lambda: transport.get_extra_info("socket").family,
-            SocketAttribute.local_address: (
-                lambda: proxied.destination if proxied else transport.get_extra_info("sockname")
-            ),
-            SocketAttribute.remote_address: (
-                lambda: proxied.source if proxied else transport.get_extra_info("peername")
-            ),
+            SocketAttribute.local_address: lambda: own,
+            SocketAttribute.remote_address: lambda: peer,
             SocketAttribute.raw_socket: lambda: transport.get_extra_info("socket"),
             StreamAttribute.draining: lambda: self._connections.draining,
         }

@@ -17,7 +17,7 @@ __all__ = ["command"]
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(name: str | None, as_json: bool) -> int:
-    """Let the workers of the service NAME read their certificates again, without a restart.
+    """Read the certificates of the service NAME again.
 
     New connections get the new certificates; open ones go on. A worker that cannot use what the files hold now keeps
     what it had, and its error is printed.

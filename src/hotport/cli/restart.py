@@ -28,7 +28,7 @@ WORDS = {
 @click.option("--phased/--all-at-once", default=None, help="Replace workers one by one, or all together.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(name: str | None, phased: bool | None, as_json: bool) -> int:
-    """Restart the service NAME, wait for the outcome, print the report.
+    """Restart the service NAME and wait for the outcome.
 
     Exit codes: 0 done; 4 aborted or refused, and the old generation serves; 6 no supervisor there.
     """

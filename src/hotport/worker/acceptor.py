@@ -74,7 +74,7 @@ class _Socket(socket.socket):
 
     def accept(self) -> tuple[_Socket, Any]:
         fd, address = self._accept()  # type: ignore[attr-defined]  # what socket.accept() is written with
-        return _Socket(self.family, self.type, self.proto, fileno=fd), address
+        return _Socket(self.family, self.type, self.proto, fd), address
 
 
 class Acceptor:
@@ -102,6 +102,7 @@ class Acceptor:
         self._tls = tls
         self._proxies = proxies
         self._loop = asyncio.get_running_loop()
+        self._sockname = _own_name(self._listener)
         self._is_accepting = False
         self._pause: asyncio.TimerHandle | None = None
         self._attaching: set[asyncio.Task[None]] = set()
@@ -188,6 +189,7 @@ class Acceptor:
             log.exception("the application's protocol factory failed; the connection is closed")
             accepted.close()
             return
+        protocol.endpoints = (peer, self._sockname or accepted.getsockname())  # type: ignore[attr-defined]
         if self._proxies is not None and self._proxies.peer(peer):
             self._start_attaching(self._introduce(accepted, protocol, peer))
         else:
@@ -232,7 +234,9 @@ class Acceptor:
             self._not_attached(protocol, error)
             accepted.close()
         else:
-            protocol.proxied = header.endpoints  # type: ignore[attr-defined]
+            if header.endpoints is not None:
+                protocol.endpoints = header.endpoints  # type: ignore[attr-defined]
+                protocol.is_proxied = True  # type: ignore[attr-defined]
             self._attach(accepted, protocol)
 
     async def _read_proxy_header(self, accepted: socket.socket) -> ProxyHeader:
@@ -295,3 +299,9 @@ class Acceptor:
     def _resume(self) -> None:
         self._pause = None
         self._loop.add_reader(self._listener, self._accept)
+
+
+def _own_name(listener: socket.socket) -> Any:
+    """The address that all connections of a listener have at our end; None where each has its own (a wildcard)."""
+    name = listener.getsockname()
+    return None if isinstance(name, tuple) and name[0] in {"0.0.0.0", "::"} else name
