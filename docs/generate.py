@@ -13,11 +13,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final
 
 import click
 
 import hotport
+import hotport.testing
 from docs.states import states_page
 from hotport.cli import COMMANDS
 from hotport.errors import ExitCode
@@ -66,6 +68,7 @@ OPTIONS_TAIL: Final = """
   `$XDG_RUNTIME_DIR/hotport`, else `/run/hotport` for root and `hotport-UID` in the temporary directory for others.
 - `HOTPORT_GENERATION`: set for each worker; the number of its generation.
 - `HOTPORT_WORKER`: set for hotport's own workers, and removed before the application is imported.
+- `HOTPORT_FAULTS`: read by `hotport.testing.FaultyApp` ([how to](../how-to/test-that-restarts-are-invisible.md)).
 - `HOTPORT_TEST_SLOWNESS`: scales the deadlines of hotport's own tests.
 """
 
@@ -287,22 +290,31 @@ def _help(title: str, context: click.Context) -> str:
 # -- Python API ---------------------------------------------------------------------------------------------
 
 API_HEAD: Final = """
-Everything here is imported from `hotport`; nothing else is public. `hotport` is typed (`py.typed`).
+Everything here is imported from `hotport` or, where it says so, from `hotport.testing`; nothing else is public.
+`hotport` is typed (`py.typed`).
 """.lstrip()
 
 
 def api_page() -> str:
     """The public names with their signatures and docstrings."""
     parts = [f"# Python API\n\n{GENERATED}\n{API_HEAD}"]
-    names = [name for name in hotport.__all__ if not name.startswith("__")]
-    for name in sorted(names, key=lambda name: (isinstance(getattr(hotport, name), type), name.lower())):
-        thing = getattr(hotport, name)
-        parts.append(f"## {name}\n\n{_signature(name, thing)}\n{_markdown(inspect.getdoc(thing) or '')}")
+    parts += _module(hotport, "")
+    parts.append(f"## \\_\\_version\\_\\_\n\nThe version, as text: `{hotport.__version__}`.\n")
+    parts += _module(hotport.testing, "testing.")
+    return "\n".join(parts)
+
+
+def _module(module: ModuleType, prefix: str) -> list[str]:
+    parts = []
+    names = [name for name in module.__all__ if not name.startswith("__")]
+    for name in sorted(names, key=lambda name: (isinstance(getattr(module, name), type), name.lower())):
+        thing = getattr(module, name)
+        parts.append(f"## {prefix}{name}\n\n{_signature(name, thing)}\n{_markdown(inspect.getdoc(thing) or '')}")
         if isinstance(thing, type):
             parts += [f"### `{key}`\n\n{_sentence(says)}\n" for says, key in _commented(thing)]
-            parts += [_member(key, value) for key, value in vars(thing).items() if _is_shown(key, value)]
-    parts.append(f"## \\_\\_version\\_\\_\n\nThe version, as text: `{hotport.__version__}`.\n")
-    return "\n".join(parts)
+            own = [base for base in thing.__mro__ if base.__module__ == thing.__module__ and base.__name__ not in names]
+            parts += [_member(k, v) for base in (thing, *own) for k, v in vars(base).items() if _is_shown(k, v)]
+    return parts
 
 
 #: Called by the event loop or the worker, not by an application.

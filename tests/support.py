@@ -7,7 +7,6 @@ import json
 import os
 import select
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -17,14 +16,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
-import msgspec
 import psutil
 
-from hotport.wire.frames import FrameDecoder, encode_frame
-from hotport.wire.messages import Reply, StatusRequest, decode, encode
+from hotport.testing.service import ServeProcess
 
 SLOWNESS = float(os.environ.get("HOTPORT_TEST_SLOWNESS", "1"))
 
@@ -34,8 +30,8 @@ DEADLINE_S = 30.0 * SLOWNESS
 HOTPORT = (sys.executable, "-m", "hotport")
 
 
-class Service:
-    """``hotport serve`` as a child process, in a directory of its own.
+class Service(ServeProcess):
+    """``hotport serve`` as the tests of hotport itself need it: with JSON in its log, and with its commands.
 
     Args:
         directory: Working directory; its ``run`` subdirectory becomes the runtime directory.
@@ -55,85 +51,14 @@ class Service:
         cwd: Path | None = None,
         default_bind: str | None = "127.0.0.1:0",
     ) -> None:
-        self.directory = directory
-        self.name = name
-        self.log_path = directory / "service.log"
-        self.env = {**os.environ, "HOTPORT_RUNTIME_DIR": str(directory / "run"), **(env or {})}
-        options = ["--name", name, "--log-format", "json"]
+        options = ["--log-format", "json"]
         if default_bind is not None and "--bind" not in args:
             options += ["--bind", default_bind]
-        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._notify_path = directory / f"manager-{os.urandom(3).hex()}.sock"
-        self._notify.bind(str(self._notify_path))
-        with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*prefix, *HOTPORT, "serve", *options, *args],
-                cwd=cwd or directory,
-                env={**self.env, "PWD": str(cwd or directory), "NOTIFY_SOCKET": str(self._notify_path)},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-
-    def __enter__(self) -> Service:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        try:
-            if self.process.poll() is None:
-                self.process.send_signal(signal.SIGQUIT)
-            self.process.wait(DEADLINE_S)
-        finally:
-            if self.process.poll() is None:
-                self.kill()
-            self._notify.close()
-            self._notify_path.unlink()
-            if kind is not None:
-                sys.stderr.write(self.log())
-
-    def wait_ready(self) -> Service:
-        """Return when the supervisor has told its service manager READY=1, and every worker serves.
-
-        Fails if it ends instead. READY=1 is said when the first worker serves.
-        """
-        pidfd = os.pidfd_open(self.process.pid)
-        try:
-            ready, _, _ = select.select([self._notify.fileno(), pidfd], [], [], DEADLINE_S)
-        finally:
-            os.close(pidfd)
-        assert self._notify.fileno() in ready, f"the service did not start:\n{self.log()}"
-        assert b"READY=1" in self._notify.recv(4096)
-        self.wait_serving()
-        return self
-
-    def wait_serving(self, workers: int | None = None) -> None:
-        """Return when there are so many workers (as many as are wanted), and all of them serve."""
-
-        def all_serve() -> bool:
-            status = self.status()
-            phases = [worker["phase"] for worker in status["workers"]]
-            return phases == ["serving"] * (status["wanted"] if workers is None else workers)
-
-        eventually(all_serve, "every worker serves")
-
-    @property
-    def runtime(self) -> Path:
-        """The service's own runtime directory."""
-        return Path(self.env["HOTPORT_RUNTIME_DIR"], self.name)
-
-    def kill(self) -> None:
-        """SIGKILL the supervisor, and sweep away the sockets that it had no time to unlink."""
-        self.process.kill()
-        self.process.wait(DEADLINE_S)
-        for name in ("control.sock", "notify.sock"):
-            (self.runtime / name).unlink(missing_ok=True)
+        super().__init__(directory, *options, *args, name=name, env=env, cwd=cwd, prefix=prefix, timeout_s=DEADLINE_S)
 
     def wait(self) -> int:
         """The supervisor's exit code, when it ends by itself."""
         return self.process.wait(DEADLINE_S)
-
-    def log(self) -> str:
-        """Everything that the supervisor and its workers have written so far."""
-        return self.log_path.read_text(errors="replace")
 
     def log_events(self, event: str) -> list[dict[str, Any]]:
         """The JSON log lines with this event name."""
@@ -149,22 +74,6 @@ class Service:
         return subprocess.run(
             [*HOTPORT, *args], cwd=self.directory, env=self.env, capture_output=True, text=True, timeout=timeout_s
         )
-
-    def ask(self, request: msgspec.Struct) -> list[Any]:
-        """Every reply to one request, over the control socket itself: no command to start for each."""
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(DEADLINE_S)
-            sock.connect(str(self.runtime / "control.sock"))
-            sock.sendall(encode_frame(encode(request)))
-            decoder = FrameDecoder()
-            replies: list[Any] = []
-            while data := sock.recv(65536):
-                replies += [decode(payload, Reply) for payload in decoder.feed(data)]
-            return replies
-
-    def status(self) -> Any:
-        """What ``hotport status --json`` prints."""
-        return msgspec.to_builtins(self.ask(StatusRequest())[-1])
 
     def start(self, *args: str) -> subprocess.Popen[str]:
         """``hotport ARGS``, running; the caller waits for it."""
@@ -182,11 +91,6 @@ class Service:
         result = self.run("restart", self.name, "--json", *args, timeout_s=timeout_s)
         assert result.returncode == expect, f"exit {result.returncode}\n{result.stdout}{result.stderr}\n{self.log()}"
         return json.loads(result.stdout) if result.stdout else {}
-
-    @property
-    def port(self) -> int:
-        """The TCP port of the first address."""
-        return int(self.status()["addresses"][0].rpartition(":")[2])
 
     def worker_pids(self) -> list[int]:
         """Every worker that the supervisor knows."""

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 import socket
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import h11
 import pytest
 
 from hotport.adapters.asgi import State
+from hotport.adapters.asgi.http import HttpConnection
 from hotport.adapters.asgi.spec import Message, Receive, Scope, Send
-from tests.adapters.asgi_support import echo, respond, serving, turns, until
+from tests.adapters.asgi_support import DEADLINE_S, Client, Rig, echo, respond, serving, turns, until
 from tests.adapters.test_asgi_http import get
 
 pytestmark = pytest.mark.anyio
@@ -237,3 +242,146 @@ async def test_request_whose_client_does_not_wait_is_logged_as_such(written: lis
         await turns()
     (line,) = written
     assert '"GET /slow HTTP/1.1" 499 0 ' in line
+
+
+# -- where several of these meet -------------------------------------------------------------------------------
+
+
+async def test_file_that_cannot_be_read_on_does_not_look_whole_and_nothing_is_answered_behind_it(
+    large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What came next was taken for the rest of the file."""
+    real = os.sendfile
+
+    def broken(out: int, source: int, offset: int, count: int) -> int:
+        if offset:
+            raise OSError(errno.EIO, "the disk is broken")
+        return real(out, source, offset, 1000)
+
+    monkeypatch.setattr(os, "sendfile", broken)
+    async with serving(pathsend(large)) as rig:
+        client, _ = await rig.connect()
+        await client.send(get() + get("/behind"))
+        with pytest.raises((h11.RemoteProtocolError, ConnectionResetError)):
+            await client.answer()
+
+
+async def test_file_leaves_no_room_for_trailers(large: Path) -> None:
+    messages = ({**TRAILED}, {"type": "http.response.pathsend", "path": str(large)}, TRAILERS)
+    async with serving(sending(*messages)) as rig:
+        client, connection = await rig.connect()
+        await client.send(get("/", "te: trailers"))
+        answer = await client.answer()
+        assert (answer.headers["content-length"], answer.body) == (str(SIZE), CONTENT)
+        assert connection.state is State.IDLE
+
+
+async def test_file_is_not_sent_on_when_its_answer_was_truncated(large: Path) -> None:
+    """Its descriptors were held for as long as the client liked, and nothing counted them."""
+    async with serving(pathsend(large)) as rig:
+        client, connection = await rig.connect(family=socket.AF_UNIX)
+        await client.send(get("/", "transfer-encoding: chunked", method="POST"))
+        await until(lambda: connection.state is State.STREAMING)
+        await client.send(b"zz\r\n")
+        await rig.connections.wait_empty()
+        async with asyncio.timeout(DEADLINE_S):
+            await rig.adapter.finish()
+        assert len(await client.read_to_end()) < SIZE
+
+
+async def test_nothing_is_open_after_the_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hotport.adapters.asgi.LINGER_S", 0.01)
+    async with serving(echo) as rig:
+        client, connection = await rig.connect()
+        await client.send(get("/", "content-length: 50", method="POST"))
+        await until(lambda: connection.state is State.BODY)
+        rig.connections.drain(0)
+        rig.connections.cut()
+        assert (await client.answer()).status == 503
+        await rig.adapter.shutdown()  # the client does not close
+        assert connection.transport.is_closing()
+        await until(lambda: connection.state is State.CLOSED)
+
+
+Doing = Callable[[Rig, Client, HttpConnection], Awaitable[None]]
+
+
+async def _cut(rig: Rig, client: Client, connection: HttpConnection) -> None:
+    await client.send(get("/wait"))
+    await until(lambda: connection.state is State.IN_FLIGHT)
+    connection.cut()
+
+
+async def _too_large(rig: Rig, client: Client, connection: HttpConnection) -> None:
+    await client.send(get("/wait", "transfer-encoding: chunked", method="POST"))
+    await until(lambda: connection.state is State.BODY)
+    await client.send(b"400\r\n" + b"x" * 1024 + b"\r\n")
+
+
+async def _hidden(rig: Rig, client: Client, connection: HttpConnection) -> None:
+    await client.send(get("/changed?a=b"))
+    await client.answer()
+
+
+async def _handshake(rig: Rig, client: Client, connection: HttpConnection) -> None:
+    await client.send(get("/wait", "upgrade: websocket", "connection: upgrade", "sec-websocket-version: 7"))
+
+
+async def _silent_handshake(rig: Rig, client: Client, connection: HttpConnection) -> None:
+    fields = ("upgrade: websocket", "connection: upgrade", "sec-websocket-version: 13")
+    await client.send(get("/wait", *fields, "sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ=="))
+    await until(lambda: rig.connections.requests == 1)
+
+
+@pytest.mark.parametrize(
+    ("doing", "line"),
+    [
+        (_cut, '"GET /wait HTTP/1.1" 503 0'),
+        (_too_large, '"POST /wait HTTP/1.1" 413 0'),
+        (_hidden, '"GET /changed?a=b HTTP/1.1" 200 2'),
+        (_handshake, '"GET /wait HTTP/1.1" 400 0'),
+        (_silent_handshake, '"GET /wait HTTP/1.1" 499 0'),
+    ],
+)
+async def test_each_request_has_one_line_in_the_access_log(written: list[str], doing: Doing, line: str) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/wait":
+            await asyncio.Event().wait()
+        scope.update(query_string="text", raw_path=None, headers=None, client="proxy", method="PUT")
+        await respond(send, b"ok")
+
+    async with serving(app, access_log="combined", body_max_bytes=1000) as rig:
+        client, connection = await rig.connect()
+        await doing(rig, client, connection)
+        client.close()
+        await rig.connections.wait_empty()
+        await asyncio.sleep(0)
+        for exchange in rig.adapter._shared.running:  # type: ignore[union-attr]
+            if exchange.task is not None:
+                exchange.task.cancel()
+    assert len(written) == 1, written
+    assert line in written[0]
+
+
+async def test_head_stays_head_whatever_the_application_does_to_its_scope() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["method"] = "GET"
+        await respond(send, b"no body for HEAD")
+
+    async with serving(app) as rig:
+        connection, transport = rig.memory()
+        connection.data_received(get(method="HEAD"))
+        await turns()
+        assert b"".join(transport.writes).endswith(b"\r\n\r\n")
+
+
+async def test_pipelined_requests_do_not_stand_in_each_others_way_at_the_concurrency_limit() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0)
+        await respond(send, b"ok")
+
+    async with serving(app, concurrency_max=1) as rig:
+        connection, transport = rig.memory()
+        connection.data_received(get() * 3)
+        await turns(40)
+        assert [answer.status for answer in transport.answers()] == [200, 200, 200]

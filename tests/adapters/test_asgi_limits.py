@@ -161,6 +161,8 @@ class Waiting:
         self.due = deadlines.now + deadlines.ticks(seconds)
         self.expired = asyncio.Event()
 
+    def abort(self) -> None: ...
+
     def expire(self) -> None:
         self.expired.set()
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import IO
 
@@ -16,7 +17,7 @@ import psutil
 import pytest
 
 from hotport.churn.histogram import Histogram
-from hotport.churn.plan import Armed, Plan, Said, Summary, Tick
+from hotport.churn.plan import Armed, End, Plan, Said, Summary, Tick
 from hotport.churn.result import Load
 from tests.churn.scripted import Scripted, plan, read_head, target
 from tests.support import DEADLINE_S, assert_three_lines, eventually
@@ -35,7 +36,7 @@ def _engine() -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
-def _tell(process: subprocess.Popen[bytes], what: Plan) -> None:
+def _tell(process: subprocess.Popen[bytes], what: Plan | End) -> None:
     assert process.stdin is not None
     process.stdin.write(msgspec.json.encode(what) + b"\n")
     process.stdin.flush()
@@ -82,6 +83,21 @@ def test_end_of_stdin_ends_it_with_what_there_is_and_an_interrupt_does_not() -> 
         *_, summary = said
         assert isinstance(summary, Summary)
         assert summary.lag
+        assert process.wait(DEADLINE_S) == 0
+
+
+def test_an_end_that_is_brought_forward_leaves_what_is_under_way_its_time() -> None:
+    with Scripted(_serve) as server, _engine() as process:
+        load = Load("connect", rate=50)  # the server serves one connection after the other
+        _tell(process, plan(target(server.port), load, duration_ms=600_000))
+        said = _said(process)
+        assert isinstance(next(said), Armed)
+        next(said)
+        _tell(process, End(time.monotonic_ns()))
+        *_, last, summary = said
+        assert isinstance(last, Tick)
+        assert last.bucket.in_flight == 0
+        assert isinstance(summary, Summary)
         assert process.wait(DEADLINE_S) == 0
 
 

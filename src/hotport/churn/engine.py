@@ -27,7 +27,7 @@ from hotport.churn.clients.messages import DatagramCrowd, Streamer, TalkerCrowd
 from hotport.churn.clients.requests import asker_crowd
 from hotport.churn.fates import Kind
 from hotport.churn.loop import Loop
-from hotport.churn.plan import Armed, Begin, Plan, Summary, Tick
+from hotport.churn.plan import Armed, Begin, End, Plan, Summary, Tick
 from hotport.churn.recorder import Recorder
 from hotport.churn.result import Load
 from hotport.errors import ConfigError, ExitCode, HotportError
@@ -56,21 +56,25 @@ class Engine:
         self._plan = plan
         self._loop = Loop()
         self._is_stopped = False
-        begin_ns = plan.begin_ns
-        self._end_ns = begin_ns + int(plan.duration_ms * 1e6)
+        end_ns = plan.begin_ns + int(plan.duration_ms * 1e6)
         self._recorder = Recorder(plan, tell=tell, load=self._load)
-        self._site = Site(plan, resolve(plan), self._loop, self._recorder, self._end_ns)
+        self._site = Site(plan, resolve(plan), self._loop, self._recorder, end_ns)
         self._crowds = [
             _crowd(self._site, load, random.Random(f"{plan.seed}/{number}")) for number, load in enumerate(plan.loads)
         ]
 
     def watch_stdin(self, fd: int) -> None:
-        """Stop when it ends."""
+        """Stop when it ends; heed an `End`."""
+        line = b""
 
         def on_event(_: int) -> None:
+            nonlocal line
             try:
                 while data := os.read(fd, 4096):
-                    del data
+                    line += data
+                    if line.endswith(b"\n"):
+                        self._site.end_ns = min(self._site.end_ns, msgspec.json.decode(line, type=End).at_ns)
+                        line = b""
             except BlockingIOError:
                 return
             self.stop()
@@ -99,12 +103,12 @@ class Engine:
             for crowd in self._crowds:
                 crowd.give_up_overdue(self._loop.seen_ns)
             # An engine that is behind begins what it should have begun, late as it is.
-            has_begun_all = now >= self._end_ns and not self._loop.has_timer_by(self._end_ns)
+            has_begun_all = now >= self._site.end_ns and not self._loop.has_timer_by(self._site.end_ns)
             if has_begun_all and all(crowd.is_over() for crowd in self._crowds):
                 break
             dues = [due for crowd in self._crowds if (due := crowd.due_ns) is not None]
-            if now < self._end_ns:
-                dues.append(self._end_ns)
+            if now < self._site.end_ns:
+                dues.append(self._site.end_ns)
             self._loop.turn(min(self._recorder.over_ns, *dues) if dues else self._recorder.over_ns)
         self._recorder.flush()
         return self._recorder.summary()

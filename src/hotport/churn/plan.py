@@ -3,7 +3,7 @@
 An engine is a process, ``python -m hotport.churn.engine``. It reads one `Plan` as a line of JSON from stdin, prints
 ``{"type": "armed"}`` when it could begin, reads a second line, `Begin`, begins when CLOCK_MONOTONIC (the same in every
 process of a machine) reaches that, and prints one `Tick` a line for each bucket and one `Summary` as its last
-line. The end of its stdin means: stop now, and say what there is.
+line. `End`, on a third line, brings its end forward. The end of its stdin means: stop now, and say what there is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import msgspec
 
 from hotport.churn.result import Bucket, Incident, Load, Target
 
-__all__ = ["Armed", "Begin", "Plan", "Said", "Summary", "Tick"]
+__all__ = ["Armed", "Begin", "End", "Plan", "Said", "Summary", "Tick"]
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -58,6 +58,12 @@ class Plan(msgspec.Struct, frozen=True):
 
 class Begin(msgspec.Struct, frozen=True):
     """The moment at which every engine begins; told when all are armed, however long that took."""
+
+    at_ns: int
+
+
+class End(msgspec.Struct, frozen=True):
+    """From when on no attempt begins, if that is before the plan's own end; those under way still have their time."""
 
     at_ns: int
 

@@ -18,10 +18,10 @@ import msgspec
 
 from hotport.churn.histogram import Histogram
 from hotport.churn.machine import machine
-from hotport.churn.plan import Armed, Begin, Plan, Said, Summary, Tick
+from hotport.churn.plan import Armed, Begin, End, Plan, Said, Summary, Tick
 from hotport.churn.restarts import Restarts
 from hotport.churn.result import FORMAT, Bucket, Incident, Lag, Load, RestartMark, Result
-from hotport.churn.verdict import judge
+from hotport.churn.verdict import LAG_P99_US_MAX, judge
 from hotport.errors import StartError
 from hotport.kernel.process import describe_exit
 
@@ -58,12 +58,16 @@ class Experiment:
     Attributes:
         plan: Of all engines together.
         allowed: How many of which fate are no matter; None: any number.
+        settle_s: The load ends so long after the last restart, even if the plan's end is later; None: with the plan.
+        lag_p99_us_max: A run whose attempts began later than this means nothing.
     """
 
     plan: Plan
     engines: int = 1
     restarts: Restarts | None = None
     allowed: Mapping[str, int | None] = field(default_factory=dict)
+    settle_s: float | None = None
+    lag_p99_us_max: float = LAG_P99_US_MAX
 
 
 def _ignore(_: object) -> None:
@@ -177,8 +181,14 @@ async def run(experiment: Experiment, observer: Observer | None = None, stop: as
             restarting.cancel()
 
         async def restart() -> None:
-            if experiment.restarts is not None:
+            if experiment.restarts is None:
+                return
+            try:
                 await experiment.restarts.perform(now_ms, plan.duration_ms, tell)
+            finally:  # also if an observer has raised
+                if experiment.settle_s is not None:
+                    for engine in engines:
+                        engine.send(End(time.monotonic_ns() + round(experiment.settle_s * 1e9)))
 
         overdue_s = BEGIN_S + (plan.duration_ms + plan.timeout_ms + plan.slow_ms) / 1000 + OVERDUE_S
         restarting = asyncio.create_task(restart())
@@ -258,7 +268,14 @@ def _result(
         lag=lag,
         own_limits=own_limits,
         is_partial=is_partial,
-        verdict=judge(totals, lag=lag, own_limits=own_limits, engine_errors=errors, allowed=experiment.allowed),
+        verdict=judge(
+            totals,
+            lag=lag,
+            own_limits=own_limits,
+            engine_errors=errors,
+            allowed=experiment.allowed,
+            lag_p99_us_max=experiment.lag_p99_us_max,
+        ),
         machine=machine(),
     )
 

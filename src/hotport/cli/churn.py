@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import click
 import msgspec
@@ -71,69 +71,79 @@ _PER_S: Final = {"s": 1, "m": 60, "h": 3600}
 _FATES: Final = tuple(what.value for what in (*Fate, *Event))
 
 
-class _Text(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.4
-    """Text that `read` makes a value of; what it cannot read is a three-line error."""
+class _Given(NamedTuple):
+    """A value as it was typed, and after which flag."""
 
-    def __init__(self, name: str, code: str, read: Callable[[str], Any], example: str) -> None:
+    flag: str
+    text: str
+
+
+class _Text(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.4
+    """Text that `read` makes a value of, or raises a three-line error about."""
+
+    def __init__(self, name: str, read: Callable[[_Given], Any]) -> None:
         self.name = name
-        self._code, self._read, self._example = code, read, example
+        self._read = read
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return self._read(value) if isinstance(value, str) else value
-        except ValueError as error:
-            flag = param.opts[0] if param else self.name
-            raise ConfigError(
-                self._code,
-                f"{flag} cannot be {value!r}",
-                cause=str(error),
-                fix=f"{flag} {self._example}",
-            ) from None
+        return self._read(_Given(param.opts[0] if param else self.name, value)) if isinstance(value, str) else value
 
 
-def _rate(text: str) -> float:
-    part = _RATE.fullmatch(text)
+def _error(code: str, given: _Given, cause: str, example: str) -> ConfigError:
+    return ConfigError(code, f"{given.flag} cannot be {given.text!r}", cause=cause, fix=f"{given.flag} {example}")
+
+
+def _rate(given: _Given) -> float:
+    part = _RATE.fullmatch(given.text)
     if part is None or not float(part[1]):
-        raise ValueError("a rate is a number of attempts and a unit: 200/s, 90/m")
+        raise _error("HP705", given, "a rate is a number of attempts and a unit: 200/s, 90/m", "20/s")
     return float(part[1]) / _PER_S[part[2]]
 
 
-def _number(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,7}", text) or not int(text):
-        raise ValueError("it is held open, so it is asked for by number and not by rate")
-    return int(text)
+def _number(given: _Given) -> int:
+    if not re.fullmatch("[0-9]{1,7}", given.text) or not int(given.text):
+        raise _error("HP705", given, "it is held open, so it is asked for by number and not by rate", "50")
+    return int(given.text)
 
 
-def _signal(text: str) -> signal.Signals:
-    name = text.upper().removeprefix("SIG")
+def _time(given: _Given) -> float:
     try:
-        return signal.Signals[f"SIG{name}"]
+        return parse_duration(given.text)
+    except ValueError as error:
+        raise _error("HP706", given, str(error), "10s") from None
+
+
+def _signal(given: _Given) -> signal.Signals:
+    try:
+        return signal.Signals[f"SIG{given.text.upper().removeprefix('SIG')}"]
     except KeyError:
-        raise ValueError("there is no signal of this name; HUP, USR1 and USR2 are usual") from None
+        cause = "there is no signal of this name; HUP, USR1 and USR2 are usual"
+        raise _error("HP706", given, cause, "HUP") from None
 
 
-def _allowed(text: str) -> dict[str, int | None]:
+def _allowed(given: _Given) -> dict[str, int | None]:
     """``refused=3, idle close=*``."""
+    example = "'refused=3,timed out=*'"
+    plain = {re.sub("[-_ ]", "", fate): fate for fate in _FATES}
     found: dict[str, int | None] = {}
-    for part in text.split(","):
+    for part in given.text.split(","):
         name, equals, number = (piece.strip() for piece in part.partition("="))
-        plain = {re.sub("[-_ ]", "", fate): fate for fate in _FATES}
         key = re.sub("[-_ ]", "", name.lower())
         if key not in plain:
             near = nearest(key, plain)
             known = f"did you mean {plain[near]!r}?" if near else f"fates are {', '.join(f.value for f in LOSSES)}"
-            raise ValueError(f"there is no fate {name!r}; {known}")
+            raise _error("HP707", given, f"there is no fate {name!r}; {known}", example)
         if not equals or not re.fullmatch(r"[0-9]{1,9}|\*", number):
-            raise ValueError(f"{name!r} needs a number, or * for any number")
+            raise _error("HP707", given, f"{name!r} needs a number, or * for any number", example)
         found[plain[key]] = None if number == "*" else int(number)
     return found
 
 
-RATE: Final = _Text("RATE", "HP705", _rate, "20/s")
-NUMBER: Final = _Text("N", "HP705", _number, "50")
-TIME: Final = _Text("TIME", "HP706", parse_duration, "10s")
-SIGNAL: Final = _Text("SIGNAL", "HP706", _signal, "HUP")
-ALLOWED: Final = _Text("FATES", "HP707", _allowed, "'refused=3,timed out=*'")
+RATE: Final = _Text("RATE", _rate)
+NUMBER: Final = _Text("N", _number)
+TIME: Final = _Text("TIME", _time)
+SIGNAL: Final = _Text("SIGNAL", _signal)
+ALLOWED: Final = _Text("FATES", _allowed)
 FILE: Final = click.Path(path_type=Path, allow_dash=True)
 
 

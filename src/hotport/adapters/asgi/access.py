@@ -41,21 +41,18 @@ class AccessLog:
         self._size = 0
         self._render = _combined if format == "combined" else _structured(logs.renderer("hotport.access"))
 
-    def answered(self, exchange: Exchange) -> None:
-        """This request has its whole answer."""
-        self._write(exchange.scope, exchange.scope["client"], exchange.status, exchange, exchange.began)
-
-    def left(self, exchange: Exchange) -> None:
-        """This request has no whole answer, and nobody waits for one any more."""
-        self._write(exchange.scope, exchange.scope["client"], exchange.status or CLIENT_LEFT, exchange, exchange.began)
+    def ended(self, exchange: Exchange, status: int) -> None:
+        """This request has its answer, or nobody waits for one any more (0: none was begun); the first word counts."""
+        request, exchange.request = exchange.request, None
+        if request is not None:
+            ms = (time.perf_counter() - exchange.began) * 1000 if exchange.began else 0.0
+            self._write(self._render(request, request["client"], status or CLIENT_LEFT, exchange.sent, ms))
 
     def refused(self, client: Client, status: int) -> None:
-        """What came was no request, or not one to answer."""
-        self._write(None, client, status, None, 0.0)
+        """What came was no request."""
+        self._write(self._render(None, client, status, 0, 0.0))
 
-    def _write(self, scope: Scope | None, client: Client, status: int, exchange: Exchange | None, began: float) -> None:
-        ms = (time.perf_counter() - began) * 1000 if began else 0.0
-        line = self._render(scope, client, status, exchange.sent if exchange else 0, ms)
+    def _write(self, line: str) -> None:
         if not self._lines:
             self._loop.call_soon(self.flush)
         elif self._size + len(line) > BATCH_CHARS_MAX:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from typing import Final, Generic, Protocol, TypeVar
 
 __all__ = ["Deadlines", "Member"]
+
+log = logging.getLogger("hotport.error")
 
 #: So much of the shortest wait passes between two looks; a deadline may be that late, and is never early.
 SHARE: Final = 4
@@ -20,6 +23,9 @@ class Member(Protocol):
 
     #: The tick at which its waiting ends; 0 if it waits for nothing.
     due: int
+
+    def abort(self) -> None:
+        """End it now; nobody will wait for it any more."""
 
     def expire(self) -> None:
         """It has waited long enough. `due` is 0 again."""
@@ -74,16 +80,21 @@ class Deadlines(Generic[M]):
             self._empty = asyncio.Event()
             await self._empty.wait()
 
-    def cancel(self) -> None:
-        """Let nothing expire any more."""
+    def cancel(self) -> list[M]:
+        """Let nothing expire any more, and return what was looked at."""
+        left = list(self._members)
         self._members.clear()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        return left
 
     def _on_timer(self) -> None:
         self.now = now = self.now + 1
         for member in [member for member in self._members if 0 < member.due <= now]:
             member.due = 0
-            member.expire()
+            try:
+                member.expire()
+            except Exception:
+                log.exception("a deadline failed")  # the others have theirs all the same
         self._timer = self._loop.call_later(self._tick_s, self._on_timer) if self._members else None

@@ -79,9 +79,11 @@ class Exchange:
     """One request and its answer: `run` is the application's task, `receive` and `send` are its arguments."""
 
     __slots__ = (
+        "_blocked",
         "_has_trailers",
         "_head",
         "_is_delivered",
+        "_is_head",
         "_is_http10",
         "_is_told",
         "_left",
@@ -99,6 +101,7 @@ class Exchange:
         "keeps_alive",
         "length",
         "received",
+        "request",
         "scope",
         "sent",
         "stage",
@@ -116,6 +119,8 @@ class Exchange:
         self.keeps_alive = keeps_alive
         self.stage = WAITING
         self.status = 0
+        #: The scope as it was before the application could change it, until the access log has a line about it.
+        self.request = dict(scope) if connection.shared.access is not None else None
         #: Bytes of the answer's body that were written.
         self.sent = 0
         self.began = 0.0
@@ -129,9 +134,11 @@ class Exchange:
         self.is_complete = False
         self.is_gone = False
         self._is_http10 = is_http10
+        self._is_head = scope["method"] == "HEAD"
         self._is_delivered = False
         self._is_told = False  # the application knows that the client has left
         self._wakeup: asyncio.Event | None = None
+        self._blocked: asyncio.Future[None] | None = None  # while the kernel takes no more of a file
 
     def __str__(self) -> str:
         return f"{self.scope['method']} {self.scope['path']}"
@@ -161,11 +168,21 @@ class Exchange:
 
     def leave(self) -> None:
         """Nobody will read the answer."""
-        access = self.connection.shared.access
-        if access is not None and self.began and not self.is_gone and self.stage != ANSWERED:
-            access.left(self)
+        if self.request is not None:
+            self.log(self.status)
         self.is_gone = True
+        self._unblock()
         self.wake()
+
+    def log(self, status: int) -> None:
+        """Say in the access log how it has ended, if nothing was said yet."""
+        access = self.connection.shared.access
+        if access is not None:
+            access.ended(self, status)
+
+    def _unblock(self) -> None:
+        if self._blocked is not None and not self._blocked.done():
+            self._blocked.set_result(None)
 
     def wake(self) -> None:
         """Let a waiting `receive` look again."""
@@ -306,7 +323,7 @@ class Exchange:
         else:
             lines.append(defaults)
         self.framing = LENGTH
-        if status == 204 or status == 304 or self.scope["method"] == "HEAD":
+        if status == 204 or status == 304 or self._is_head:
             self.framing = BODYLESS
             if status == 204:
                 left = None  # RFC 9110 section 8.6: MUST NOT
@@ -379,7 +396,8 @@ class Exchange:
                 parts.append(b"0\r\n\r\n")
 
         if size > JOIN_BYTES_MAX:
-            self.connection.transport.writelines(parts)
+            if not self.connection.transport.is_closing():  # asyncio's writelines does not look (Python 3.12 on)
+                self.connection.transport.writelines(parts)
         elif parts:
             self.connection.transport.write(b"".join(parts))
         if is_end:
@@ -392,6 +410,8 @@ class Exchange:
     def _end(self) -> None:
         self.stage = ANSWERED
         self.body = b""
+        if self.request is not None:
+            self.log(self.status)
         if self._wakeup is not None:
             self._wakeup.set()
         self.connection.answered(self)
@@ -402,16 +422,29 @@ class Exchange:
         """``http.response.pathsend``: the whole body is a file."""
         with open(path, "rb", buffering=0) as file:  # noqa: ASYNC230  a local file, as sendfile(2) needs it
             size = os.fstat(file.fileno()).st_size
+            has_trailers, self._has_trailers = self._has_trailers, False  # its length is known: no room for any
             head = self._finish_head(size, is_end=True)
             self.stage = STREAMING
             self.connection.transport.write(b"".join(head))
-            if self.framing != BODYLESS:
-                await send_file(self.connection, file, size)  # type: ignore[arg-type]  # denials have no files
-                self.sent = size
-        if self.is_gone:
-            self._is_told = True
-            raise ClientLeft
-        self._end()
+            if self.framing != BODYLESS and not await send_file(self, file, size):
+                self._is_told = True
+                raise ClientLeft
+        if has_trailers:
+            self.stage = TRAILING
+            self._trailers = []
+        else:
+            self._end()
+
+    async def wait_writable(self, fd: int) -> None:
+        """Return when more can be written to the descriptor, or nobody is interested any more."""
+        loop = self.connection.shared.loop
+        self._blocked = loop.create_future()
+        loop.add_writer(fd, self._unblock)
+        try:
+            await self._blocked
+        finally:
+            loop.remove_writer(fd)
+            self._blocked = None
 
     def _send_trailers(self, message: Message) -> None:
         """``http.response.trailers``: for clients that have said that they read them, and where there is room."""

@@ -138,7 +138,7 @@ class HttpConnection(asyncio.Protocol):
         #: answered before it had arrived.
         self._arriving: Exchange | None = None
         #: Status and reason for input that is no request; its turn comes after everything that was one.
-        self._refusal: tuple[int, str] | None = None
+        self._refusal: tuple[int, str, bool] | None = None
 
         self._is_attached = False  # there is a transport
         self._is_advancing = False
@@ -197,7 +197,10 @@ class HttpConnection(asyncio.Protocol):
         if manner in (Manner.CLOSE, Manner.NOTHING) and self._is_attached and self.transport.get_write_buffer_size():
             fate = "cut_streaming"  # the answer is whole for us, but not yet for the client
 
-        for exchange in (self._current, *self._pipeline):
+        current = self._current
+        if manner is Manner.REFUSE and current is not None:
+            current.log(503)
+        for exchange in (current, *self._pipeline):
             if exchange is not None:
                 exchange.leave()
                 if exchange.task is not None:
@@ -205,7 +208,7 @@ class HttpConnection(asyncio.Protocol):
         if not self._is_attached:
             self.is_closed = True  # connection_made sees to it
         elif manner is Manner.REFUSE:
-            self._answer_refusal(503, "")
+            self._answer_refusal(503, "", is_logged=current is not None)
         elif manner is Manner.TRUNCATE:
             self.truncate()
         else:
@@ -480,16 +483,20 @@ class HttpConnection(asyncio.Protocol):
 
     # -- requests and answers ------------------------------------------------------------------------------
 
-    def _advance(self) -> None:
-        """Go on to what is next. An application may answer before it has begun to wait: then to what is after it."""
+    def _advance(self, *, ending: int = 0) -> None:
+        """Go on to what is next. An application may answer before it has begun to wait: then to what is after it.
+
+        Args:
+            ending: Applications that have given their answer just now, in whose last ``send()`` we are.
+        """
         self._is_advancing = True
         while self._current is None and self._pipeline:
-            self._begin(self._pipeline.popleft())
+            self._begin(self._pipeline.popleft(), ending)
         self._is_advancing = False
         if self._current is None and self._refusal is not None and not self._has_said_goodbye:
             self._answer_refusal(*self._refusal)
 
-    def _begin(self, exchange: Exchange) -> None:
+    def _begin(self, exchange: Exchange, ending: int) -> None:
         self._current = exchange
         self.due = 0
         shared = self.shared
@@ -499,7 +506,7 @@ class HttpConnection(asyncio.Protocol):
             registry.has_reached_requests_max()
         if shared.access is not None:
             exchange.began = perf_counter()
-        if 0 < shared.options.concurrency_max <= len(shared.running):
+        if 0 < shared.options.concurrency_max <= len(shared.running) - ending:
             exchange.application = _overloaded
         shared.running.add(exchange)
         exchange.task = shared.run(exchange.run(), context=shared.variables.copy())
@@ -520,8 +527,6 @@ class HttpConnection(asyncio.Protocol):
 
     def answered(self, exchange: Exchange) -> None:
         """The current answer is written whole: go on to what is next."""
-        if self.shared.access is not None:
-            self.shared.access.answered(exchange)
         self._current = None
         self._has_served = True
         if self._has_announced_close:
@@ -534,7 +539,7 @@ class HttpConnection(asyncio.Protocol):
             return
         if self._pipeline or self._refusal is not None:
             if not self._is_advancing:
-                self._advance()
+                self._advance(ending=1)
         elif self.has_eof:
             self._close()
             return
@@ -550,6 +555,7 @@ class HttpConnection(asyncio.Protocol):
         self._head = self._tail = b""
         broken, self._arriving = self._arriving, None
         if broken is not None:  # its body; otherwise it has not become an exchange
+            broken.log(status if broken.stage < STREAMING else broken.status)
             broken.leave()
             if self._pipeline:
                 self._pipeline.pop()
@@ -561,12 +567,12 @@ class HttpConnection(asyncio.Protocol):
                 return
             elif broken is self._current:
                 self._current = None
-        self._refusal = (status, why)
+        self._refusal = (status, why, broken is not None)
         if self._current is None:
             self._advance()
 
-    def _answer_refusal(self, status: int, why: str) -> None:
-        if self.shared.access is not None:
+    def _answer_refusal(self, status: int, why: str, is_logged: bool) -> None:
+        if self.shared.access is not None and not is_logged:
             self.shared.access.refused(self._client, status)
         body = f"{why}\n".encode() if why else b""
         self.transport.write(
@@ -624,6 +630,10 @@ class HttpConnection(asyncio.Protocol):
     def _wait(self, ticks: int) -> None:
         """Wait for the client, but no longer than that; 0 is for ever."""
         self.due = self.shared.deadlines.now + ticks if ticks else 0
+
+    def abort(self) -> None:
+        """End now."""
+        self.transport.abort()
 
     def expire(self) -> None:
         """The client has had its time; but not while an answer is on its way, or something has come just now."""

@@ -1,13 +1,14 @@
-"""A file as (part of) an answer, without its bytes passing through this process where the kernel allows it."""
+"""A file as an answer's body, without its bytes passing through this process where the kernel allows it."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 from io import FileIO
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 if TYPE_CHECKING:
+    from hotport.adapters.asgi.exchange import Exchange
     from hotport.adapters.asgi.http import HttpConnection
 
 __all__ = ["send_file"]
@@ -16,63 +17,53 @@ __all__ = ["send_file"]
 CHUNK_BYTES: Final = 256 * 1024
 
 
-async def send_file(connection: HttpConnection, file: FileIO, size: int) -> None:
-    """Send the first `size` bytes of `file` behind everything that was written; return early if the client leaves.
+async def send_file(exchange: Exchange, file: FileIO, size: int) -> bool:
+    """Send the first `size` bytes of `file` behind everything that was written; False if the client has left meanwhile.
 
     ``loop.sendfile`` is not used: uvloop has none.
 
     Raises:
-        RuntimeError: The file has become shorter meanwhile.
+        OSError: The file cannot be read, or has become shorter.
 
     Descriptors: borrows `file`. Cancellation: safe; an unknown part has been sent.
     Sources: sendfile(2).
     """
+    connection = cast("HttpConnection", exchange.connection)  # a WebSocket's denial has no files
     sock = connection.transport.get_extra_info("socket")
     if sock is None or connection.is_tls:
-        await _copy(connection, file, size)
-        return
+        return await _copy(exchange, connection, file, size)
     await connection.flush()
-    if connection.is_closed:
-        return
+    if exchange.is_gone:
+        return False
     fd = os.dup(sock.fileno())  # the event loop guards the transport's own
     try:
-        offset = 0
-        while offset < size:
+        while exchange.sent < size:
             try:
-                sent = os.sendfile(fd, file.fileno(), offset, min(CHUNK_BYTES, size - offset))
+                sent = os.sendfile(fd, file.fileno(), exchange.sent, min(CHUNK_BYTES, size - exchange.sent))
             except BlockingIOError:
-                await _wait_writable(fd)
-                continue
-            except OSError:  # the client has left; the transport learns it by itself
-                return
-            if not sent:
-                raise RuntimeError(f"{file.name} has become shorter while it was sent")
-            offset += sent
-            await asyncio.sleep(0)
+                await exchange.wait_writable(fd)
+            except (ConnectionError, TimeoutError):
+                return False
+            else:
+                if not sent:
+                    raise OSError(f"{file.name!r} has become shorter while it was sent")
+                exchange.sent += sent
+                await asyncio.sleep(0)
+            if connection.is_closed or exchange.is_gone:
+                return False
     finally:
         os.close(fd)
+    return True
 
 
-async def _copy(connection: HttpConnection, file: FileIO, size: int) -> None:
-    while size and not connection.is_closed:
-        data = file.read(min(CHUNK_BYTES, size))
+async def _copy(exchange: Exchange, connection: HttpConnection, file: FileIO, size: int) -> bool:
+    while exchange.sent < size:
+        data = file.read(min(CHUNK_BYTES, size - exchange.sent))
         if not data:
-            raise RuntimeError(f"{file.name} has become shorter while it was sent")
-        size -= len(data)
+            raise OSError(f"{file.name!r} has become shorter while it was sent")
         connection.transport.write(data)
+        exchange.sent += len(data)
         await connection.flush()
-
-
-async def _wait_writable(fd: int) -> None:
-    loop = asyncio.get_running_loop()
-    writable = loop.create_future()
-
-    def on_writable() -> None:
-        if not writable.done():
-            writable.set_result(None)
-
-    loop.add_writer(fd, on_writable)
-    try:
-        await writable
-    finally:
-        loop.remove_writer(fd)
+        if exchange.is_gone:
+            return False
+    return True

@@ -165,7 +165,7 @@ class Session:
             self._is_told = True
             raise ClientLeft
         elif kind in ("websocket.http.response.start", "websocket.http.response.body"):
-            await self.denial.send({**message, "type": kind.removeprefix("websocket.")})
+            await self.denial.send({**message, "type": kind.removeprefix("websocket."), "trailers": False})
         elif self.denial.stage != WAITING:
             raise RuntimeError(f"{kind!r} was sent where 'websocket.http.response.body' was expected")
         elif kind == "websocket.accept":

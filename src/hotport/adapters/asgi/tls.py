@@ -55,9 +55,10 @@ def tls_extension(transport: asyncio.BaseTransport) -> dict[str, Any] | None:
 
 def _client_chain(connection: ssl.SSLObject) -> list[str]:
     """What the client has sent, its own certificate first; no more than that one before Python 3.13."""
+    chain: list[bytes] = []
     if sys.version_info >= (3, 13):
         chain = connection.get_unverified_chain()
-    else:
+    if not chain:  # also for a resumed session, which does not keep it
         certificate = connection.getpeercert(binary_form=True)
         chain = [] if certificate is None else [certificate]
     return [ssl.DER_cert_to_PEM_cert(certificate) for certificate in chain]

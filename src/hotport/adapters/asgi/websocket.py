@@ -49,6 +49,22 @@ SPREAD: Final = 0.9
 #: Reading pauses while more than this has come before the handshake is answered: nothing should have.
 EARLY_BYTES_MAX: Final = 64 * 1024
 
+#: Header fields of a handshake that it is judged by.
+JUDGED: Final = frozenset(
+    {
+        b"connection",
+        b"content-length",
+        b"host",
+        b"origin",
+        b"sec-websocket-extensions",
+        b"sec-websocket-key",
+        b"sec-websocket-protocol",
+        b"sec-websocket-version",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+
 #: Header fields of the handshake's answer that are not the application's to say.
 RESERVED: Final = frozenset(
     {
@@ -353,13 +369,14 @@ class WebSocketConnection(asyncio.Protocol):
 
     def _shake_hands(self, scope: Scope) -> None:
         """Let the library judge the request, and the application if it is a good one."""
-        target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
-        fields = b"".join(b"%b: %b\r\n" % field for field in scope["headers"])
+        # Only what it is judged by: the library has limits of its own for the rest, which is within ours.
+        fields = b"".join(b"%b: %b\r\n" % field for field in scope["headers"] if field[0] in JUDGED)
         protocol = self._protocol
-        protocol.receive_data(b"%b %b HTTP/1.1\r\n%b\r\n" % (scope["method"].encode(), target, fields))
+        protocol.receive_data(b"%b / HTTP/1.1\r\n%b\r\n" % (scope["method"].encode(), fields))
         requests = protocol.events_received()
         if not requests:
             if any(protocol.writes):
+                self._log(400)
                 self._flush()
             else:  # it has closed without a word
                 error = protocol.handshake_exc
@@ -373,6 +390,7 @@ class WebSocketConnection(asyncio.Protocol):
             if shared.options.server_header:
                 self._response.headers["Server"] = "hotport"
             protocol.send_response(self._response)
+            self._log(self._response.status_code)
             self._flush()
             return
         session = self._session
@@ -451,11 +469,7 @@ class WebSocketConnection(asyncio.Protocol):
 
     def _log(self, status: int) -> None:
         """The handshake has this answer."""
-        access = self.shared.access
-        if access is not None:
-            denial = self._session.denial
-            denial.status = status
-            access.answered(denial)
+        self._session.denial.log(status)
 
     def truncate(self) -> None:
         """End so that the denial, which has begun, does not look whole: it has a length, or chunks."""
@@ -503,6 +517,10 @@ class WebSocketConnection(asyncio.Protocol):
         """Wait for one thing at a time, but no longer than that; 0 is for ever."""
         self._waits_for = what
         self.due = self.shared.deadlines.now + ticks if ticks else 0
+
+    def abort(self) -> None:
+        """End now."""
+        self.transport.abort()
 
     def expire(self) -> None:
         """What was waited for has not come."""

@@ -209,7 +209,7 @@ class _MessageCrowd(Crowd):
                 self._say_at(intended_ns, client)
 
     def _arrive_at(self, intended_ns: int | None) -> None:
-        if intended_ns is not None:
+        if intended_ns is not None and intended_ns < self.site.end_ns:
             self.site.loop.call_at(intended_ns, self._arrive, intended_ns)
 
     def _arrive(self, intended_ns: int) -> None:

@@ -17,7 +17,7 @@ from hotport.churn.plan import Plan
 from hotport.churn.result import Load
 from hotport.churn.schedule import gap_ns
 
-__all__ = ["Asker", "AskerCrowd", "asker_crowd"]
+__all__ = ["Asker", "AskerCrowd", "asker_crowd", "script_of"]
 
 _UPLOAD_STEPS: Final = 20
 _AFTER_FAILURE_NS: Final = 10_000_000
@@ -203,7 +203,7 @@ class AskerCrowd(Crowd):
         asker.begin(self.new_attempt(intended_ns))
 
     def _arrive_at(self, intended_ns: int | None) -> None:
-        if intended_ns is not None:
+        if intended_ns is not None and intended_ns < self.site.end_ns:
             self.site.loop.call_at(intended_ns, self._arrive, intended_ns)
 
     def _arrive(self, intended_ns: int) -> None:
@@ -233,10 +233,11 @@ def asker_crowd(site: Site, kind: Kind, load: Load, rng: random.Random) -> Asker
     """The crowd for every kind that asks."""
     plan = site.plan
     keeps = kind is Kind.KEEPALIVE or (kind is Kind.TLS and load.count > 0)
-    return AskerCrowd(site, kind, load, rng, _script(plan, kind, keeps=keeps), keeps=keeps)
+    return AskerCrowd(site, kind, load, rng, script_of(plan, kind, keeps=keeps), keeps=keeps)
 
 
-def _script(plan: Plan, kind: Kind, *, keeps: bool) -> Script:
+def script_of(plan: Plan, kind: Kind, *, keeps: bool) -> Script:
+    """What a client of this kind sends in one attempt."""
     slow_ns = int(plan.slow_ms * 1e6)
     path = {Kind.SLOW: plan.slow_path, Kind.UPLOAD: plan.upload_path}.get(kind, plan.path)
     fields = [("Host", host_of(plan.target)), ("User-Agent", "hotport-churn")]
