@@ -319,8 +319,8 @@ def _peers_method(results: dict[str, Any]) -> str:
     rounds = max(len(server["rounds"]) for server in results["servers"].values())
     return (
         f"{results['restarts'] * rounds} restarts each, of an application that takes a second to import; haproxy and\n"
-        "nginx proxy for one that is not restarted. The gap is the longest time without a new connection answered, p99\n"
-        "that of requests on new connections from the first restart on. How:\n"
+        "nginx proxy for one that is not restarted. The gap is the longest time without a new connection answered,\n"
+        "p99 that of requests on new connections from the first restart on. How:\n"
         "`benchmarks/peers.py`, `benchmarks/results/peers.json`."
     )
 
