@@ -44,6 +44,7 @@ bench: $(VENV)/.dev debian
 	$(BIN)/python benchmarks/http.py
 	$(BIN)/python benchmarks/rebind.py
 	$(BIN)/python benchmarks/timewait.py
+	$(BIN)/python benchmarks/peers.py
 	$(MAKE) bench-report
 
 bench-report: $(VENV)/.dev

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -12,11 +13,13 @@ from typing import Any, Final
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.svg import Lane, Row, ranges
+from hotport.churn import fates
 
 ROOT: Final = Path(__file__).parents[1]
 RESULTS: Final = ROOT / "benchmarks" / "results"
 README: Final = ROOT / "README.md"
 PAGE: Final = ROOT / "docs" / "discussion" / "why-the-port-stays-busy.md"
+PEERS_PAGE: Final = ROOT / "docs" / "discussion" / "what-restarts-cost-elsewhere.md"
 PICTURE: Final = RESULTS / "rebind.svg"
 
 #: Rows of http.py: what they are called, what is compared, and how many decimals that has.
@@ -62,6 +65,7 @@ def main() -> None:
     """Rewrite what stands between the markers, and draw."""
     README.write_text(rendered(README.read_text()))
     PAGE.write_text(rendered_page(PAGE.read_text()))
+    PEERS_PAGE.write_text(rendered_peers_page(PEERS_PAGE.read_text()))
     if (results := results_of("rebind")) is not None:
         PICTURE.write_text(drawn(results))
 
@@ -73,6 +77,10 @@ def rendered(readme: str) -> str:
         if "<!-- rebind -->" not in readme:
             readme = readme.replace("<!-- /measured -->\n", "<!-- /measured -->\n\n<!-- rebind -->\n<!-- /rebind -->\n")
         readme = _between(readme, "rebind", _rebind(results))
+    if (results := results_of("peers")) is not None:
+        if "<!-- peers -->" not in readme:
+            readme = readme.replace("<!-- /measured -->\n", "<!-- /measured -->\n\n<!-- peers -->\n<!-- /peers -->\n")
+        readme = _between(readme, "peers", _peers(results))
     return readme
 
 
@@ -80,6 +88,15 @@ def rendered_page(page: str) -> str:
     """The page on TIME_WAIT with what it costs as the results have it."""
     results = results_of("timewait")
     return page if results is None else _between(page, "timewait", _timewait(results))
+
+
+def rendered_peers_page(page: str) -> str:
+    """The page on other servers with what their restarts were seen to cost."""
+    results = results_of("peers")
+    if results is None:
+        return page
+    page = _between(page, "peers", _peers_fates(results))
+    return _between(page, "peers by client", _peers_by_client(results))
 
 
 def drawn(results: dict[str, Any]) -> str:
@@ -218,6 +235,94 @@ def _timewait(results: dict[str, Any]) -> str:
             )
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join([*lines, ""])
+
+
+def _peers(results: dict[str, Any]) -> str:
+    lines = [
+        "### Beside other servers",
+        "",
+        "| restarted under load | how | attempts | lost | longest accept gap, ms | p99, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, server in results["servers"].items():
+        rounds = server["rounds"]
+        lines.append(
+            f"| {_peer(name, server)} | {server['restart']} | {sum(found['attempts'] for found in rounds):,} | "
+            f"{sum(found['lost'] for found in rounds):,} | {_peers_worst(rounds)} |"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{_peers_method(results)} What became of every client, and why:",
+            "[what restarts cost elsewhere](docs/discussion/what-restarts-cost-elsewhere.md).",
+            "",
+        ]
+    )
+
+
+def _peers_fates(results: dict[str, Any]) -> str:
+    """One line a server, one column for each fate that any of them had."""
+    counts = {name: _peers_counts(server["rounds"]) for name, server in results["servers"].items()}
+    columns = [fate.value for fate in fates.LOSSES if any(count[fate.value] for count in counts.values())]
+    heads = ["how", "answered", "late", *columns, "told to close", "idle close", "accept gap, ms", "p99, ms"]
+    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    for name, server in results["servers"].items():
+        cells = [f"{counts[name][what]:,}" for what in ("answered", "late", *columns, "told to close", "idle close")]
+        lines.append(
+            f"| {_peer(name, server)} | {server['restart']} | {' | '.join(cells)} | {_peers_worst(server['rounds'])} |"
+        )
+    skipped = [f"{name} was left out: {why}." for name, why in results["skipped"].items()]
+    return "\n".join([*lines, "", _peers_method(results), *skipped, ""])
+
+
+def _peers_by_client(results: dict[str, Any]) -> str:
+    """Who lost: one line a server that lost anything, one column a kind of client."""
+    kinds = [load["kind"] for load in results["loads"]]
+    lines = [f"| lost | {' | '.join(kinds)} |", "|---|" + "---|" * len(kinds)]
+    losses = {fate.value for fate in fates.LOSSES}
+    for name, server in results["servers"].items():
+        lost = [
+            sum(
+                count
+                for found in server["rounds"]
+                for what, count in found["totals"].get(kind, {}).items()
+                if what in losses
+            )
+            for kind in kinds
+        ]
+        if any(lost):
+            lines.append(f"| {name} | {' | '.join(f'{count:,}' for count in lost)} |")
+    return "\n".join([*lines, ""])
+
+
+def _peer(name: str, server: dict[str, Any]) -> str:
+    """``gunicorn 27.0.1, sync``."""
+    program, comma, how = name.partition(",")
+    return f"{program} {server['version']}{comma}{how}"
+
+
+def _peers_counts(rounds: list[dict[str, Any]]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for found in rounds:
+        for of_kind in found["totals"].values():
+            counts.update(of_kind)
+    return counts
+
+
+def _peers_worst(rounds: list[dict[str, Any]]) -> str:
+    """The cells that both tables end with."""
+    return " | ".join(f"{max(found[what] for found in rounds):,.0f}" for what in ("gap ms", "p99 ms"))
+
+
+def _peers_method(results: dict[str, Any]) -> str:
+    rounds = max(len(server["rounds"]) for server in results["servers"].values())
+    return (
+        f"{results['restarts'] * rounds} restarts each, of an application that takes a second to import; haproxy and\n"
+        "nginx proxy for one that is not restarted. The gap is the longest time without a new connection answered,\n"
+        "p99 that of requests on new connections from the first restart on. How:\n"
+        "`benchmarks/peers.py`, `benchmarks/results/peers.json`."
+    )
 
 
 def _section() -> str:

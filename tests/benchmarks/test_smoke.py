@@ -23,10 +23,11 @@ SMALL = {
     ),
     "rebind.py": ("--entries", "20", "--only", "inherit", "overlap steered", "rebind warm", "rebind cold", "plain"),
     "timewait.py": ("--entries", "0", "20", "--seconds", "0.2"),
+    "peers.py": ("--servers", "hotport", "--times", "1"),
 }
 
 #: These have clients of their own; in a network namespace if that is permitted, and on loopback if not.
-UNLOADED = ("rebind.py", "timewait.py")
+UNLOADED = ("rebind.py", "timewait.py", "peers.py")
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -9,7 +9,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks.report import PAGE, PICTURE, drawn, rendered, rendered_page, results_of
+from benchmarks.report import (
+    PAGE,
+    PEERS_PAGE,
+    PICTURE,
+    drawn,
+    rendered,
+    rendered_page,
+    rendered_peers_page,
+    results_of,
+)
 from docs.generate import PAGES, error_sites
 from hotport.wire.messages import Report
 
@@ -58,6 +67,11 @@ def test_the_measured_table_is_what_the_results_say() -> None:
 def test_the_page_on_time_wait_is_what_the_results_say() -> None:
     page = PAGE.read_text()
     assert page == rendered_page(page), "run: make bench-report"
+
+
+def test_the_page_on_other_servers_is_what_the_results_say() -> None:
+    page = PEERS_PAGE.read_text()
+    assert page == rendered_peers_page(page), "run: make bench-report"
 
 
 def test_the_picture_of_the_gaps_is_what_the_results_say() -> None:
