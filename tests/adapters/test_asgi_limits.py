@@ -10,10 +10,18 @@ import pytest
 from hotport.adapters.asgi import State
 from hotport.adapters.asgi.deadlines import Deadlines
 from hotport.adapters.asgi.spec import Receive, Scope, Send
-from tests.adapters.asgi_support import DEADLINE_S, echo, read_body, respond, serving, turns, until
+from tests.adapters.asgi_support import DEADLINE_S, Rig, echo, read_body, respond, serving, turns, until
 from tests.adapters.test_asgi_http import Told, get, post
 
 pytestmark = pytest.mark.anyio
+
+
+async def tick(rig: Rig) -> None:
+    """Return when every connection has been looked at once more."""
+    assert rig.adapter._shared is not None
+    deadlines = rig.adapter._shared.deadlines
+    before = deadlines.now
+    await until(lambda: deadlines.now > before)
 
 
 async def test_head_that_takes_too_long_is_answered_408() -> None:
@@ -34,7 +42,7 @@ async def test_head_that_comes_in_drops_gets_no_more_time_by_them() -> None:
             await client.send(bytes([byte]))
             if answering.done():
                 break
-            await asyncio.sleep(0.002)
+            await tick(rig)
         assert (await answering).status == 408
 
 
@@ -59,7 +67,8 @@ async def test_half_a_head_behind_a_request_waits_for_its_answer_first() -> None
         client, connection = await rig.connect()
         await client.send(get("/slow") + get("/b")[:12])
         await until(lambda: bool(app.seen))
-        await asyncio.sleep(0.06)
+        for _ in range(12):  # three times its time
+            await tick(rig)
         assert connection.state is State.IN_FLIGHT
         app.gate.set()
         assert (await client.answer()).body == b"slow"

@@ -149,6 +149,16 @@ async def test_what_outlives_the_deadline_is_cut_and_counted() -> None:
     await client.aclose()
 
 
+async def test_everybody_who_waits_for_the_last_connection_learns_of_its_end() -> None:
+    async with hotport.serve(echo, bind="127.0.0.1:0") as server:
+        client = await anyio.connect_tcp("127.0.0.1", port_of(server))
+        assert await echoes(client, b"x")
+        async with anyio.create_task_group() as waiting:
+            for _ in range(2):
+                waiting.start_soon(server.connections.wait_empty)
+            await client.aclose()
+
+
 async def test_a_failing_block_cuts_at_once() -> None:
     with pytest.raises(ZeroDivisionError):
         async with hotport.serve(echo, bind="127.0.0.1:0", drain_timeout=60) as server:

@@ -100,7 +100,7 @@ class Connections:
         """A connection goes on as another object; it stays one connection, and is told if the worker is leaving."""
         self.open.remove(connection)
         self.open.add(successor)
-        if self.draining.is_set():
+        if self._is_draining:
             successor.drain()
 
     def closed(self, connection: Connection, fate: str = "finished") -> None:
@@ -116,6 +116,7 @@ class Connections:
                 self.on_room()
         if self._empty is not None and not self.open:
             self._empty.set()
+            self._empty = None
 
     def count_request(self) -> None:
         """One more request was taken up (for ``max_requests`` and the status)."""
@@ -149,7 +150,8 @@ class Connections:
     async def wait_empty(self) -> None:
         """Return when no connection is open."""
         while self.open:
-            self._empty = asyncio.Event()
+            if self._empty is None:
+                self._empty = asyncio.Event()
             await self._empty.wait()
 
 

@@ -73,11 +73,13 @@ class Deadlines(Generic[M]):
         self._members.discard(member)
         if self._empty is not None and not self._members:
             self._empty.set()
+            self._empty = None
 
     async def wait_empty(self) -> None:
         """Return when there are no members."""
         while self._members:
-            self._empty = asyncio.Event()
+            if self._empty is None:
+                self._empty = asyncio.Event()
             await self._empty.wait()
 
     def cancel(self) -> list[M]:

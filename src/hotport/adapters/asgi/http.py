@@ -21,7 +21,7 @@ from urllib.parse import unquote
 
 import httptools
 
-from hotport.adapters.asgi.exchange import ANSWERED, STATUS_LINES, STREAMING, UNTIL_CLOSE, Exchange
+from hotport.adapters.asgi.exchange import ANSWERED, STREAMING, UNTIL_CLOSE, Exchange
 from hotport.adapters.asgi.proxy import forwarded
 from hotport.adapters.asgi.shared import ASGI, Shared
 from hotport.adapters.asgi.spec import Receive, Scope, Send
@@ -574,11 +574,7 @@ class HttpConnection(asyncio.Protocol):
     def _answer_refusal(self, status: int, why: str, is_logged: bool) -> None:
         if self.shared.access is not None and not is_logged:
             self.shared.access.refused(self._client, status)
-        body = f"{why}\n".encode() if why else b""
-        self.transport.write(
-            b"%b%bcontent-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b"
-            % (STATUS_LINES[status], self.shared.defaults or self.shared.make_defaults(), len(body), body)
-        )
+        self.transport.write(self.shared.refusal(status, why))
         self._linger()
 
     # -- flow ----------------------------------------------------------------------------------------------

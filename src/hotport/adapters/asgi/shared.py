@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from hotport.adapters.asgi.deadlines import Deadlines, Member
-from hotport.adapters.asgi.exchange import EXTENSIONS, Exchange
+from hotport.adapters.asgi.exchange import EXTENSIONS, STATUS_LINES, Exchange
 from hotport.adapters.asgi.session import Session
 from hotport.adapters.asgi.spec import Application
 from hotport.adapters.asgi.websocket import WebSockets
@@ -105,6 +105,16 @@ class Shared:
         self.defaults = f"date: {now}\r\n{server}".encode("ascii")
         self.loop.call_later(DATE_S, self._forget_defaults)
         return self.defaults
+
+    def refusal(self, status: int, why: str) -> bytes:
+        """A whole last answer of our own, in place of the application's."""
+        body = f"{why}\n".encode() if why else b""
+        return b"%b%bcontent-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b" % (
+            STATUS_LINES[status],
+            self.defaults or self.make_defaults(),
+            len(body),
+            body,
+        )
 
     def _forget_defaults(self) -> None:
         self.defaults = b""

@@ -27,7 +27,7 @@ from websockets.server import ServerProtocol
 from websockets.streams import StreamReader
 
 from hotport.adapters.asgi.deadlines import Deadlines
-from hotport.adapters.asgi.exchange import ANSWERED, STATUS_LINES, STREAMING, Exchange
+from hotport.adapters.asgi.exchange import ANSWERED, STREAMING, Exchange
 from hotport.adapters.asgi.session import Session
 from hotport.adapters.asgi.spec import Message, Scope
 from hotport.adapters.asgi.states import WEBSOCKET_STATES, Manner
@@ -447,11 +447,7 @@ class WebSocketConnection(asyncio.Protocol):
             self.truncate()
         elif session.denial.stage != ANSWERED:
             self._log(status)
-            body = f"{why}\n".encode() if why else b""
-            self.transport.write(
-                b"%b%bcontent-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b"
-                % (STATUS_LINES[status], self.shared.defaults or self.shared.make_defaults(), len(body), body)
-            )
+            self.transport.write(self.shared.refusal(status, why))
             self._say_goodbye()
 
     # -- what the answer that denies a handshake asks, as of an `HttpConnection` -----------------------------
