@@ -237,13 +237,13 @@ class Mover:
     async def _serve(self, successor: _Successor) -> None:
         try:
             while not successor.is_closing:
+                successor.has_work.clear()
                 if batch := self._take(successor):
                     await self._move(successor, batch)
-                if not successor.waiting:
-                    successor.has_work.clear()
-                    await successor.has_work.wait()
-                else:
+                if successor.waiting:
                     await asyncio.sleep(0)  # those that are not moved yet are served meanwhile
+                else:
+                    await successor.has_work.wait()
         except (OSError, EOFError, ControlError) as error:
             why = str(error) or type(error).__name__
             self._log.warning("handoff.broken", successor=os.path.basename(successor.path), why=why)

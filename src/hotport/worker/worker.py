@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
+import msgspec
+
 import hotport
 from hotport.adapters.base import Connection, Connections, Context
 from hotport.adapters.target import load_target
@@ -282,7 +284,8 @@ class Worker:
             case InspectOrder():
                 peer.say(self._inspect())
             case SuccessorsOrder(successors=successors):
-                if self._server is not None and self._leaving.is_set():
+                self._drain_order = msgspec.structs.replace(self._drain_order, successors=successors)
+                if self._server is not None and self._draining is not None:
                     await self._server.follow(successors)
             case OfferOrder(version=version):
                 self._take(version, peer)
