@@ -712,7 +712,7 @@ class HttpConnection(asyncio.Protocol):
             self._wait(self.shared.head_ticks if self._head else self.shared.keep_alive_ticks)
             if self._handoff is not None and self._arriving is None:
                 self._come_to_rest()
-                if self._handoff.is_wanted:
+                if self._handoff is not None and self._handoff.is_wanted:
                     return
         if self._is_reading_paused:
             self.resume_reading_if_room()
