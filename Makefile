@@ -8,6 +8,9 @@ PYTEST_ARGS ?=
 # Absolute, because workers are measured too and run in directories of their own.
 export COVERAGE_FILE := $(CURDIR)/build/coverage/data
 
+# Thousands of interpreters are started; images that forbid byte code would have each compile all of hotport.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test lint format bench bench-report clean debian
 
 help:
