@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import stat
@@ -37,6 +38,14 @@ def pipe_of_libuv() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than half a minute; leave it out with -m 'not slow'")
+
+
+@pytest.fixture
+def alone_with_accept_queues(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The kernel counts full accept queues of the whole machine: who fills one waits for who counts them."""
+    with (tmp_path_factory.getbasetemp().parent / "accept-queues.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -97,6 +97,7 @@ end
 """
 
 
+@pytest.mark.usefixtures("alone_with_accept_queues")
 @pytest.mark.parametrize("mode", ["keep-alive", "close"])
 def test_twenty_restarts_under_full_load_cost_no_request(tmp_path: Path, mode: str) -> None:
     wrk = need("wrk")
