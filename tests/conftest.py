@@ -6,7 +6,7 @@ import fcntl
 import os
 import signal
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -38,6 +38,16 @@ def pipe_of_libuv() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than half a minute; leave it out with -m 'not slow'")
+    config.addinivalue_line("markers", "unmeasured: the processes that it starts run without coverage")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Measuring a process costs as much as its start; a test of what others measure anyway does without."""
+    with pytest.MonkeyPatch.context() as environment:
+        if item.get_closest_marker("unmeasured"):
+            environment.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        return (yield)
 
 
 @pytest.fixture

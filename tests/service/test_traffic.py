@@ -15,6 +15,8 @@ import pytest
 from hotport.wire.messages import Report, RestartRequest
 from tests.support import DEADLINE_S, Service, eventually, http_get, need, read_response, write_code
 
+pytestmark = pytest.mark.unmeasured
+
 APP = """
 import asyncio
 from starlette.applications import Starlette
