@@ -18,7 +18,6 @@ from tests.support import DEADLINE_S, Service, eventually, http_get, need, read_
 pytestmark = pytest.mark.unmeasured
 
 APP = """
-import asyncio
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
@@ -29,14 +28,16 @@ async def index(request):
     return PlainTextResponse(VERSION)
 
 async def slow(request):
-    await asyncio.sleep(2)
+    await request.scope["extensions"]["hotport"]["draining"].wait()
     return PlainTextResponse("slow " + VERSION)
 
 async def stream(request):
+    draining = request.scope["extensions"]["hotport"]["draining"]
     async def chunks():
         for n in range(20):
             yield f"{{n}}\\n"
-            await asyncio.sleep(0.1)
+            if n == 10:
+                await draining.wait()
     return StreamingResponse(chunks())
 
 async def events(request):
