@@ -842,7 +842,11 @@ async def test_compressed_message_that_would_become_too_large_is_refused() -> No
 
 
 @pytest.mark.parametrize("how", ["end", "close", "reset"])
-@pytest.mark.parametrize("rest", [b"", text("half")[:-1], frame(Opcode.TEXT, b"half", fin=False)])
+@pytest.mark.parametrize(
+    "rest",
+    [b"", text("half")[:-1], frame(Opcode.TEXT, b"half", fin=False)],
+    ids=["nothing", "half_a_frame", "half_a_message"],
+)
 async def test_client_that_leaves_without_a_word_is_1006(how: str, rest: bytes) -> None:
     app = Talk()
     async with serving(app) as rig:

@@ -10,6 +10,7 @@ from hotport.kernel import procfs
 from hotport.kernel.procfs import command, listening_process, queue_overflows, sysctl
 
 
+@pytest.mark.usefixtures("alone_with_accept_queues")
 def test_full_accept_queue_is_counted() -> None:
     before = queue_overflows()
     if not before:
