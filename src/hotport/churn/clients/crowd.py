@@ -90,7 +90,7 @@ class Crowd:
         self, site: Site, kind: Kind, load: Load, rng: random.Random, *, keeps: bool, waits_ms: float = 0.0
     ) -> None:
         self.site = site
-        self.kind = kind
+        self.name = kind.value
         self.load = load
         self.rng = rng
         self.keeps = keeps
@@ -110,7 +110,7 @@ class Crowd:
     def new_attempt(self, intended_ns: int) -> Attempt:
         """Begin one, as late as it is: through nobody's fault but the engine's."""
         now = time.monotonic_ns()
-        self.site.recorder.lag(now - intended_ns)
+        self.site.recorder.lag(now - intended_ns, now)
         attempt = Attempt(intended_ns, now + self._timeout_ns)
         self.under_way[attempt] = None
         return attempt
@@ -126,26 +126,25 @@ class Crowd:
             else:
                 attempt.client.give_up(attempt)
 
-    @property
-    def due_ns(self) -> int | None:
-        """When the oldest attempt will be overdue."""
-        return next(iter(self.under_way)).deadline_ns if self.under_way else None
+    def due_ns(self, now_ns: int) -> int:
+        """When the first attempt can be overdue, of those under way and those to come."""
+        return next(iter(self.under_way)).deadline_ns if self.under_way else now_ns + self._timeout_ns
 
     def answered(self, attempt: Attempt, who: str = "", *, is_new: bool = False) -> None:
         """The attempt has its whole answer."""
         del self.under_way[attempt]
         now = time.monotonic_ns()
-        self.site.recorder.answered(self.kind, attempt.intended_ns, self._waits_ns, now, who, is_new=is_new)
+        self.site.recorder.answered(self.name, attempt.intended_ns, self._waits_ns, now, who, is_new=is_new)
 
     def end(self, attempt: Attempt, fate: Fate, detail: str) -> None:
         """The attempt has another fate."""
         del self.under_way[attempt]
-        self.site.recorder.lost(self.kind, fate, attempt.intended_ns, time.monotonic_ns(), detail)
+        self.site.recorder.lost(self.name, fate, attempt.intended_ns, time.monotonic_ns(), detail)
 
     def extra(self, fate: Fate, detail: str) -> None:
         """An answer that no attempt was waiting for: a fate more than there are attempts."""
         now = time.monotonic_ns()
-        self.site.recorder.lost(self.kind, fate, now, now, detail)
+        self.site.recorder.lost(self.name, fate, now, now, detail)
 
     def happen(self, attempt: Attempt, stage: Stage, happening: Happening, detail: str) -> None:
         """The attempt has ended, other than by the right answer."""
@@ -160,7 +159,7 @@ class Crowd:
 
     def event(self, event: Event) -> None:
         """Something has become of a connection."""
-        self.site.recorder.event(self.kind, event, time.monotonic_ns())
+        self.site.recorder.event(self.name, event, time.monotonic_ns())
 
     def arrivals(self) -> Iterator[int]:
         """Intended starts, by rate."""

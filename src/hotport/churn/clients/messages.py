@@ -97,8 +97,8 @@ class Talker(Connection):
 
     def say(self, attempt: Attempt) -> None:
         """Send the next message; on the connection that is there, if it is."""
-        if self.sock is not None and self._is_ready:
-            self.receive()  # it may have ended a moment ago: who knows that does not send on it
+        if self._is_ready:
+            self.look()
         attempt.client = self
         number = self.messages.add(attempt)
         if self._is_ready:

@@ -42,12 +42,12 @@ class Asker(Connection):
 
     def begin(self, attempt: Attempt) -> None:
         """Ask; on the connection that is there, if it is."""
-        if self.sock is not None:
-            self.receive()  # it may have ended a moment ago: who knows that does not send on it
+        self.look()
         attempt.client = self
         self._attempt = attempt
         self._sent = self._part = 0
-        self._reader.start()
+        if self._reader.has_begun:
+            self._reader.start()
         if self.sock is None:
             self._is_used = False
             self.connect()
