@@ -176,11 +176,12 @@ class HttpReader:
             self._part = HttpReader._read_chunk_size
         elif body_bytes is None:
             self._part = HttpReader._read_to_end
-        elif body_bytes:
+        elif body_bytes == len(self._buffer):  # as nearly always
+            self._buffer = b""
+            return True
+        else:
             self._left = body_bytes
             self._part = HttpReader._read_body
-        else:
-            return True
         return None
 
     def _read_body(self) -> bool | None:

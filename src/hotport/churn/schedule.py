@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from math import log
 from collections.abc import Iterator
+from math import log
 
 __all__ = ["arrivals", "gap_ns"]
 
@@ -30,7 +30,7 @@ def arrivals(rate: float, begin_ns: int, end_ns: int, how: str, rng: random.Rand
 def gap_ns(mean_ms: float, rng: random.Random) -> int:
     """A time to think, exponential around its mean; at least a millisecond, so that nothing runs hot."""
     gap = int(_exponential(rng) * mean_ms * 1e6)
-    return gap if gap > 1_000_000 else 1_000_000
+    return max(1000000, gap)
 
 
 def _exponential(rng: random.Random) -> float:

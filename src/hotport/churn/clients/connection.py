@@ -56,7 +56,7 @@ class Connection:
             self.sock = sock
             site = self.crowd.site
             site.clients.add(self)
-            if site.address.tls is None and (number == 0 or _is_established(sock)):  # as it is on one machine
+            if site.address.tls is None and (not number or _is_established(sock)):  # as on one machine
                 site.loop.watch(sock.fileno(), self._on_event, can_send=True)
                 self.is_made = True
                 self._made(0)
@@ -88,7 +88,7 @@ class Connection:
 
     def look(self) -> None:
         """Learn that the connection has ended, if it has a moment ago: who knows that does not send on it."""
-        if self.sock is not None and (self.sock.family == socket.AF_UNIX or not _is_established(self.sock)):
+        if self.sock is not None and not (self.crowd.site.address.is_tcp and _is_established(self.sock)):
             self.receive(_GONE)
 
     def receive(self, mask: int = 0) -> None:

@@ -25,6 +25,8 @@ __all__ = ["POOL", "Address", "Attempt", "Client", "Crowd", "OwnLimit", "Site", 
 #: Held connections of a load that has a rate and no count.
 POOL = 64
 
+_STREAM = int(socket.SOCK_STREAM) | int(socket.SOCK_NONBLOCK)
+
 #: New held connections an engine makes in a second, at the beginning.
 RAMP_RATE = 2000.0
 
@@ -37,6 +39,7 @@ class Address:
     where: tuple[str, int] | tuple[str, int, int, int] | str
     tls: ssl.SSLContext | None = None
     tls_name: str = ""
+    is_tcp: bool = True
 
 
 @dataclass(slots=True)
@@ -173,7 +176,7 @@ class Crowd:
         phase = self.rng.random()
         return (int(plan.begin_ns + (number + phase) * step) for number in range(count))
 
-    def open(self, kind: socket.SocketKind = socket.SOCK_STREAM) -> tuple[socket.socket, int]:
+    def open(self) -> tuple[socket.socket, int]:
         """A socket on its way to the target, and connect's errno (0 and EINPROGRESS are well).
 
         Raises:
@@ -181,13 +184,13 @@ class Crowd:
         """
         address = self.site.address
         try:
-            sock = socket.socket(address.family, kind | socket.SOCK_NONBLOCK)
+            sock = socket.socket(address.family, _STREAM)
         except OSError as error:
             raise OwnLimit(_name(error.errno)) from None
-        if address.family != socket.AF_UNIX:
+        if address.is_tcp:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         number = sock.connect_ex(address.where)
-        is_full = number == errno.EAGAIN and address.family == socket.AF_UNIX  # of the backlog: come again
+        is_full = number == errno.EAGAIN and not address.is_tcp  # of the backlog: come again
         if number in OWN_LIMITS and not is_full:
             sock.close()
             raise OwnLimit(_name(number))
