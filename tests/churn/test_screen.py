@@ -29,7 +29,7 @@ def terminal(width: int = 100, *, is_one: bool = True) -> tuple[Console, io.Stri
 
 def played(result: Result, words: Console) -> Screen:
     """A screen that has been told everything."""
-    screen = Screen(words, duration_ms=result.duration_ms, bucket_ms=result.bucket_ms)
+    screen = Screen(words, expected_s=result.duration_ms / 1000, bucket_ms=result.bucket_ms)
     for mark in result.restarts:
         screen.restart(RestartMark(mark.number, mark.how, mark.began_ms))
     for bucket in result.buckets:
@@ -75,7 +75,7 @@ def test_picture_warns_when_the_clients_are_late_themselves(lag_us: int, warns: 
 
 def test_picture_of_nothing_yet_is_a_picture() -> None:
     words, file = terminal()
-    words.print(Screen(words, duration_ms=1000, bucket_ms=100).picture())
+    words.print(Screen(words, expected_s=1.0, bucket_ms=100).picture())
     assert "0 of 1 s" in file.getvalue()
 
 

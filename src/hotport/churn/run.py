@@ -58,7 +58,8 @@ class Experiment:
     Attributes:
         plan: Of all engines together.
         allowed: How many of which fate are no matter; None: any number.
-        settle_s: The load ends so long after the last restart, even if the plan's end is later; None: with the plan.
+        settle_s: The load ends so long after the last restart is over and its time between restarts has passed (of
+            a signal nobody says when it is over), even if the plan's end is later; None: with the plan.
         lag_p99_us_max: A run whose attempts began later than this means nothing.
     """
 
@@ -187,8 +188,10 @@ async def run(experiment: Experiment, observer: Observer | None = None, stop: as
                 await experiment.restarts.perform(now_ms, plan.duration_ms, tell)
             finally:  # also if an observer has raised
                 if experiment.settle_s is not None:
+                    began_ms = max((mark.began_ms for mark in marks.values()), default=0.0)
+                    end_ms = max(now_ms(), began_ms + experiment.restarts.every_s * 1000) + experiment.settle_s * 1000
                     for engine in engines:
-                        engine.send(End(time.monotonic_ns() + round(experiment.settle_s * 1e9)))
+                        engine.send(End(begin_ns + round(end_ms * 1e6)))
 
         overdue_s = BEGIN_S + (plan.duration_ms + plan.timeout_ms + plan.slow_ms) / 1000 + OVERDUE_S
         restarting = asyncio.create_task(restart())
@@ -403,7 +406,7 @@ class _Engine:
         status = await self._process.wait()
         self._words.seek(0)
         said = self._words.read().decode(errors="replace").strip().splitlines()
-        return f"it {describe_exit(status)} before its time" + (f": {said[-1]}" if said else "")
+        return f"{describe_exit(status)} before its time" + (f": {said[-1]}" if said else "")
 
 
 _DECODER: Final = msgspec.json.Decoder(Said)

@@ -57,13 +57,13 @@ class Screen:
 
     Args:
         words: Where to; without a terminal there are lines instead of a picture.
-        duration_ms: How long the run is to last.
+        expected_s: How long the run lasts if no restart takes longer than it should.
         bucket_ms: How long each bucket is.
     """
 
-    def __init__(self, words: Console, *, duration_ms: float, bucket_ms: int) -> None:
+    def __init__(self, words: Console, *, expected_s: float, bucket_ms: int) -> None:
         self._words = words
-        self._duration_ms = duration_ms
+        self._expected_s = expected_s
         self._bucket_ms = bucket_ms
         self._totals: dict[str, dict[str, int]] = {}
         self._columns: list[tuple[int, bool]] = []
@@ -162,8 +162,10 @@ class Screen:
         return attempts / (len(self._second) * self._bucket_ms / 1000) if self._second else 0.0
 
     def _time(self) -> str:
-        done_ms = self._second[-1].at_ms + self._bucket_ms if self._second else 0
-        return f"{done_ms / 1000:.0f} of {self._duration_ms / 1000:.0f} s"
+        done_s = (self._second[-1].at_ms + self._bucket_ms) / 1000 if self._second else 0.0
+        return f"{done_s:.0f} of {self._expected_s:.0f} s" + (
+            ", until restarts are over" if done_s > self._expected_s else ""
+        )
 
     def _latency(self) -> Histogram:
         latency = Histogram()

@@ -38,7 +38,7 @@ __all__ = ["command"]
 
 DURATION_S: Final = 10.0
 
-#: Load after the last restart has had its time, so that what it left behind is seen.
+#: Load after the last restart is over, so that what it left behind is seen.
 SETTLE_S: Final = 2.0
 
 #: With no kind given. Kinds that need an application made for them (`slow`, `upload`) are not among them.
@@ -158,7 +158,7 @@ FILE: Final = click.Path(path_type=Path, allow_dash=True)
 @click.option("--every", type=TIME, default="5s", show_default=True, help="From one restart to the next.")
 @click.option("--times", type=click.IntRange(1, 10_000), default=3, show_default=True, help="How many restarts.")
 @click.option("--restart-timeout", type=TIME, default="60s", show_default=True, help="For each restart.")
-@click.option("--duration", type=TIME, help="Of the load.  [default: what the restarts need, else 10s]")
+@click.option("--duration", type=TIME, help="Of the load.  [default: until all restarts are over, else 10s]")
 @click.option("--think", type=TIME, default="50ms", show_default=True, help="Between requests on a held connection.")
 @click.option("--timeout", type=TIME, default="10s", show_default=True, help="After it an attempt is given up.")
 @click.option("--late-after", type=TIME, default="1s", show_default=True, help="After it an answer is late.")
@@ -215,7 +215,7 @@ def _experiment(url: str, options: Mapping[str, Any]) -> Experiment:
     """
     loads = _loads(url, options)
     restarts = _restarts(options)
-    duration_s = options["duration"] or (restarts.needs_s + SETTLE_S if restarts else DURATION_S)
+    duration_s = options["duration"] or (restarts.needs_s_max + SETTLE_S if restarts else DURATION_S)
     target = resolve(url, timeout_s=options["timeout"], verify_tls=not options["insecure"])
     plan = Plan(
         target=target,
@@ -234,7 +234,8 @@ def _experiment(url: str, options: Mapping[str, Any]) -> Experiment:
     )
     engines = options["engines"] or default_engines(loads, len(os.sched_getaffinity(0)))
     _check_descriptors(plan, engines)
-    return Experiment(plan, engines, restarts, options["allowed"] or {})
+    settle_s = SETTLE_S if restarts and not options["duration"] else None
+    return Experiment(plan, engines, restarts, options["allowed"] or {}, settle_s)
 
 
 def _loads(url: str, options: Mapping[str, Any]) -> list[Load]:
@@ -309,8 +310,9 @@ def _run(experiment: Experiment, words: Console) -> Result:
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, stop.set)
-        plan = experiment.plan
-        screen = Screen(words, duration_ms=plan.duration_ms, bucket_ms=plan.bucket_ms)
+        plan, restarts, settle_s = experiment.plan, experiment.restarts, experiment.settle_s
+        expected_s = restarts.needs_s + settle_s if restarts and settle_s is not None else plan.duration_ms / 1000
+        screen = Screen(words, expected_s=expected_s, bucket_ms=plan.bucket_ms)
         drawing = asyncio.create_task(screen.draw())
         try:
             return await run(experiment, Observer(screen.bucket, screen.restart), stop)
