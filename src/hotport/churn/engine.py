@@ -173,8 +173,8 @@ def resolve(plan: Plan) -> Address:
             tls.verify_mode = ssl.CERT_NONE
     if target.socket_path:
         path = target.socket_path
-        where = "\0" + path[1:] if path.startswith("@") else path
-        return Address(socket.AF_UNIX, where, tls, target.host, is_tcp=False)
+        path = "\0" + path[1:] if path.startswith("@") else path
+        return Address(socket.AF_UNIX, path, tls, target.host, is_tcp=False)
     try:
         found = socket.getaddrinfo(target.address or target.host, target.port, type=socket.SOCK_STREAM)
     except OSError as error:
