@@ -165,10 +165,11 @@ async def test_a_run_whose_restarts_failed_proves_nothing() -> None:
     assert result.verdict.why_invalid == ["restart 1 failed: exited 3"]
 
 
-async def test_stopping_early_gives_a_partial_result() -> None:
+@pytest.mark.parametrize("settle_s", [None, 1.0])
+async def test_stopping_early_gives_a_partial_result(settle_s: float | None) -> None:
     stop = asyncio.Event()
     restarts = Restarts(RunCommand("sleep 1000"), times=1, after_s=0.0)
-    experiment = Experiment(plan(duration_ms=60_000), engines=2, restarts=restarts)
+    experiment = Experiment(plan(duration_ms=60_000), engines=2, restarts=restarts, settle_s=settle_s)
     result = await run(experiment, Observer(bucket=lambda _: stop.set()), stop)
     assert result.is_partial
     assert result.buckets

@@ -13,7 +13,7 @@ from rich.console import Console
 from hotport.churn.histogram import Histogram
 from hotport.churn.result import RestartMark, Result
 from hotport.churn.verdict import attempts_of, losses_of, sentences
-from hotport.cli._churn_screen import Screen, print_result, write_json
+from hotport.cli._screen import Screen, print_result, write_json
 from tests.churn import results
 
 EVERY = [results.clean, results.lossy, results.invalid, results.partial, results.quiet, results.hostile]
@@ -111,7 +111,7 @@ def test_chart_stays_when_the_picture_goes() -> None:
         await asyncio.wait([drawing])
 
     asyncio.run(draw())
-    assert file.getvalue().rstrip().endswith("attempts that ended, red where some were lost")
+    assert file.getvalue().rstrip().endswith("attempts that ended, coloured by who answered, red where some were lost")
 
 
 @pytest.mark.parametrize("build", EVERY)

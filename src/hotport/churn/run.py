@@ -168,6 +168,7 @@ async def run(experiment: Experiment, observer: Observer | None = None, stop: as
         def now_ms() -> float:
             return (time.monotonic_ns() - begin_ns) / 1e6
 
+        end_ms = plan.duration_ms
         merger = _Merger(len(engines), observer.bucket)
         marks: dict[int, RestartMark] = {}
 
@@ -182,6 +183,7 @@ async def run(experiment: Experiment, observer: Observer | None = None, stop: as
             restarting.cancel()
 
         async def restart() -> None:
+            nonlocal end_ms
             if experiment.restarts is None:
                 return
             try:
@@ -189,7 +191,8 @@ async def run(experiment: Experiment, observer: Observer | None = None, stop: as
             finally:  # also if an observer has raised
                 if experiment.settle_s is not None:
                     began_ms = max((mark.began_ms for mark in marks.values()), default=0.0)
-                    end_ms = max(now_ms(), began_ms + experiment.restarts.every_s * 1000) + experiment.settle_s * 1000
+                    over_ms = max(now_ms(), began_ms + experiment.restarts.every_s * 1000)
+                    end_ms = min(end_ms, over_ms + experiment.settle_s * 1000)
                     for engine in engines:
                         engine.send(End(begin_ns + round(end_ms * 1e6)))
 
@@ -200,7 +203,7 @@ async def run(experiment: Experiment, observer: Observer | None = None, stop: as
             async with asyncio.TaskGroup() as tasks:
                 for engine in engines:
                     tasks.create_task(engine.listen(merger, overdue_s))
-            duration_ms = max(0.0, min(now_ms(), plan.duration_ms))
+            duration_ms = max(0.0, min(now_ms(), end_ms))
             await asyncio.wait([restarting])  # one that began in time has its time
             if not restarting.cancelled():
                 restarting.result()
@@ -355,7 +358,8 @@ class _Engine:
         self._stdin, self._stdout = process.stdin, process.stdout
 
     def send(self, message: msgspec.Struct) -> None:
-        self._stdin.write(msgspec.json.encode(message) + b"\n")
+        if not self._stdin.is_closing():  # as it is when it was told to stop, or has ended
+            self._stdin.write(msgspec.json.encode(message) + b"\n")
 
     def stop(self) -> None:
         self._stdin.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import os
 import random
@@ -16,25 +15,23 @@ from typing import Any, Final, NamedTuple
 
 import click
 import msgspec
-import uvloop
-from rich.console import Console
 
 from hotport.churn.fates import LOSSES, Event, Fate, Kind
 from hotport.churn.plan import Plan
 from hotport.churn.restarts import AskHotport, How, Restarts, RunCommand, SendSignal
-from hotport.churn.result import Load, Result
-from hotport.churn.run import Experiment, Observer, default_engines, descriptors_needed, run
+from hotport.churn.result import Load
+from hotport.churn.run import Experiment, default_engines, descriptors_needed
 from hotport.churn.target import BY_RATE, default_path, fitting, resolve
 from hotport.cli import HELP
-from hotport.cli._churn_screen import Screen, print_result
 from hotport.cli._reportfile import ReportFile
+from hotport.cli._screen import perform, print_result
 from hotport.cli.client import find_service
 from hotport.cli.output import console
 from hotport.errors import ConfigError, ExitCode, nearest
 from hotport.kernel.process import raise_descriptor_limit
 from hotport.options.values import format_duration, parse_duration
 
-__all__ = ["command"]
+__all__ = ["check_descriptors", "command"]
 
 DURATION_S: Final = 10.0
 
@@ -188,7 +185,7 @@ def command(url: str, json_path: Path | None, html_path: Path | None, **options:
         words.print(f"the usual clients: {_shown(experiment.plan.loads)}", markup=False)
     with ExitStack() as stack:
         files = [stack.enter_context(ReportFile(path)) for path in (json_path, html_path) if path]
-        result = _run(experiment, words)
+        result = perform(experiment, words)
         print_result(result, console(stderr=json_path == Path("-")))
         if json_path:
             files[0].write(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
@@ -233,7 +230,7 @@ def _experiment(url: str, options: Mapping[str, Any]) -> Experiment:
         verify_tls=target.is_tls and not options["insecure"],
     )
     engines = options["engines"] or default_engines(loads, len(os.sched_getaffinity(0)))
-    _check_descriptors(plan, engines)
+    check_descriptors(plan, engines)
     settle_s = SETTLE_S if restarts and not options["duration"] else None
     return Experiment(plan, engines, restarts, options["allowed"] or {}, settle_s)
 
@@ -283,7 +280,10 @@ def _restarts(options: Mapping[str, Any]) -> Restarts | None:
     return Restarts(how, options["times"], options["after"], options["every"], options["restart_timeout"])
 
 
-def _check_descriptors(plan: Plan, engines: int) -> None:
+def check_descriptors(plan: Plan, engines: int) -> None:
+    """Raises:
+    ConfigError: This machine does not let engines open as many connections as the plan needs (HP704).
+    """
     limit = raise_descriptor_limit()
     needed = descriptors_needed(plan, engines)
     if limit == resource.RLIM_INFINITY or needed <= limit:
@@ -302,23 +302,3 @@ def _check_descriptors(plan: Plan, engines: int) -> None:
 
 def _shown(loads: Sequence[Load]) -> str:
     return " ".join(f"--{load.kind} {f'{load.rate:g}/s' if load.rate else load.count}" for load in loads)
-
-
-def _run(experiment: Experiment, words: Console) -> Result:
-    async def main() -> Result:
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(signum, stop.set)
-        plan, restarts, settle_s = experiment.plan, experiment.restarts, experiment.settle_s
-        expected_s = restarts.needs_s + settle_s if restarts and settle_s is not None else plan.duration_ms / 1000
-        screen = Screen(words, expected_s=expected_s, bucket_ms=plan.bucket_ms)
-        drawing = asyncio.create_task(screen.draw())
-        try:
-            return await run(experiment, Observer(screen.bucket, screen.restart), stop)
-        finally:
-            drawing.cancel()
-            await asyncio.wait([drawing])
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(main())

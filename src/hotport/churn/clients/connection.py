@@ -174,8 +174,10 @@ class Connection:
         self._made(mask)
 
     def _made(self, mask: int) -> None:
-        if self._has_been_made and self.crowd.keeps:
-            self.crowd.event(Event.RECONNECTED)
+        if self.crowd.keeps:
+            self.crowd.event(Event.CONNECTED)
+            if self._has_been_made:
+                self.crowd.event(Event.RECONNECTED)
         self._has_been_made = True
         if mask & _GONE:
             self.receive(mask)
