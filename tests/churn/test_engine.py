@@ -216,6 +216,7 @@ def test_kept_connection_is_kept_and_made_again_and_nothing_is_repeated(script: 
         what = plan(target(server.port), Load("keepalive", count=1, think_ms=1), duration_ms=60_000)
         seen = run(what, engines.append)
     assert seen.fates == expected
+    assert seen.connections == 1 + expected["reconnected"]
 
 
 def test_pool_keeps_rate_and_waits_for_a_free_connection_without_lag_of_its_own() -> None:

@@ -73,6 +73,24 @@ def test_picture_warns_when_the_clients_are_late_themselves(lag_us: int, warns: 
     assert ("late themselves" in file.getvalue()) == warns
 
 
+def test_whatever_hotport_says_of_connections_is_told() -> None:
+    words, file = terminal(200)
+    print_result(results.clean(), words)
+    assert "connections: 1,200 moved, 1 of which nobody knows yet, 14 told to close" in file.getvalue()
+
+
+def test_chart_has_a_colour_for_everybody_who_answers() -> None:
+    result = results.quiet()
+    for number, bucket in enumerate(result.buckets):
+        bucket.answered_by = {f"generation {1 + number // 20}": 5}
+    words = Console(file=io.StringIO(), width=100, force_terminal=True, color_system="standard")
+    words.print(played(result, words).picture())
+    said = words.file.getvalue()  # type: ignore[attr-defined]
+    assert "generation 2" in said
+    assert "\x1b[36m" in said  # cyan
+    assert "\x1b[35m" in said  # magenta
+
+
 def test_picture_of_nothing_yet_is_a_picture() -> None:
     words, file = terminal()
     words.print(Screen(words, expected_s=1.0, bucket_ms=100).picture())
