@@ -217,6 +217,7 @@ def test_kept_connection_is_kept_and_made_again_and_nothing_is_repeated(script: 
         seen = run(what, engines.append)
     assert seen.fates == expected
     assert seen.connections == 1 + expected["reconnected"]
+    assert not seen.summary.connect_answers_ms  # where nobody tries to connect there is no accept gap
 
 
 def test_pool_keeps_rate_and_waits_for_a_free_connection_without_lag_of_its_own() -> None:

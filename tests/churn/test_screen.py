@@ -73,6 +73,17 @@ def test_picture_warns_when_the_clients_are_late_themselves(lag_us: int, warns: 
     assert ("late themselves" in file.getvalue()) == warns
 
 
+def test_of_what_a_successful_command_has_said_the_end_is_told() -> None:
+    result = results.clean()
+    result.restarts[0].detail = "many\nwords\ndone: generation 2 serves"
+    result.restarts[1].detail, result.restarts[1].outcome = "cause\ntry", "failed"
+    words, file = terminal(200)
+    print_result(result, words)
+    assert "done in 660 ms: done: generation 2 serves" in file.getvalue()
+    assert "words" not in file.getvalue()
+    assert "cause" in file.getvalue()
+
+
 def test_whatever_hotport_says_of_connections_is_told() -> None:
     words, file = terminal(200)
     print_result(results.clean(), words)

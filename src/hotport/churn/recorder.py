@@ -71,7 +71,7 @@ class Recorder:
         Args:
             waited_ns: By the client on purpose; no part of the latency.
             who: Who gave it, if that is known.
-            is_new: It was the first on its connection.
+            is_new: Its connection was made for it.
         """
         if now_ns >= self.over_ns:
             self.advance(now_ns)

@@ -375,4 +375,5 @@ def _outcome(mark: RestartMark) -> str:
     if not mark.outcome:
         return "under way"
     took = f" in {mark.ended_ms - mark.began_ms:,.0f} ms" if mark.ended_ms is not None else ""
-    return f"{mark.outcome}{took}" + (f": {mark.detail}" if mark.detail else "")
+    detail = mark.detail.rpartition("\n")[2] if mark.outcome == "done" else mark.detail  # all of a mishap is told
+    return f"{mark.outcome}{took}" + (f": {detail}" if detail else "")

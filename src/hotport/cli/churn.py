@@ -186,13 +186,14 @@ def command(url: str, json_path: Path | None, html_path: Path | None, **options:
     with ExitStack() as stack:
         files = [stack.enter_context(ReportFile(path)) for path in (json_path, html_path) if path]
         result = perform(experiment, words)
-        print_result(result, console(stderr=json_path == Path("-")))
-        if json_path:
-            files[0].write(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
-        if html_path:
-            from hotport.churn.html import render
+        with ExitStack() as reports:  # each is written whatever becomes of the others
+            if html_path:
+                from hotport.churn.html import render
 
-            files[-1].write(render(result).encode())
+                reports.callback(files[-1].write, render(result).encode())
+            if json_path:
+                reports.callback(files[0].write, msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+            print_result(result, console(stderr=json_path == Path("-")))
     return ExitCode.INTERRUPTED if result.is_partial else result.verdict.exit_code
 
 

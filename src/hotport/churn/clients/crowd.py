@@ -133,11 +133,11 @@ class Crowd:
         """When the first attempt can be overdue, of those under way and those to come."""
         return next(iter(self.under_way)).deadline_ns if self.under_way else now_ns + self._timeout_ns
 
-    def answered(self, attempt: Attempt, who: str = "", *, is_new: bool = False) -> None:
+    def answered(self, attempt: Attempt, who: str = "") -> None:
         """The attempt has its whole answer."""
         del self.under_way[attempt]
         now = time.monotonic_ns()
-        self.site.recorder.answered(self.name, attempt.intended_ns, self._waits_ns, now, who, is_new=is_new)
+        self.site.recorder.answered(self.name, attempt.intended_ns, self._waits_ns, now, who, is_new=not self.keeps)
 
     def end(self, attempt: Attempt, fate: Fate, detail: str) -> None:
         """The attempt has another fate."""
