@@ -145,6 +145,12 @@ def test_an_answer_that_ends_in_the_middle_is_truncated() -> None:
     assert count(found, "answered") == 0
 
 
+def test_who_has_answered_is_told_by_whatever_header_says_it() -> None:
+    with answering(OK.replace(b"\r\n\r\n", b"\r\nX-Served-By: pid 7\r\n\r\n")) as url:
+        found = json.loads(churn(url, *LIGHT, "--who-header", "X-Served-By", "--json", "-").stdout)
+    assert {name for bucket in found["buckets"] for name in bucket["answered_by"]} == {"pid 7"}
+
+
 def test_a_loss_may_be_allowed() -> None:
     with answering(b"") as url:
         found = json.loads(churn(url, *LIGHT, "--json", "-", "--allow", "Closed_Unanswered=*, refused=3").stdout)

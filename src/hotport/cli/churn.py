@@ -164,6 +164,7 @@ FILE: Final = click.Path(path_type=Path, allow_dash=True)
 @click.option("--slow-path", help="For --slow.  [default: /slow]")
 @click.option("--upload-path", help="For --upload.  [default: /]")
 @click.option("--slow-time", type=TIME, default="1s", show_default=True, help="Of late, halfhead and upload.")
+@click.option("--who-header", default="x-generation", show_default=True, help="Of answers: says who has answered.")
 @click.option("--insecure", is_flag=True, help="Take any certificate.")
 @click.option("--engines", type=click.IntRange(1, 256), help="Processes that make load.  [default: what it needs]")
 @click.option("--seed", type=click.IntRange(0, 2**31), help="Of what is left to chance.  [default: another each time]")
@@ -229,6 +230,7 @@ def _experiment(url: str, options: Mapping[str, Any]) -> Experiment:
         upload_path=options["upload_path"] or "/",
         slow_ms=options["slow_time"] * 1000,
         verify_tls=target.is_tls and not options["insecure"],
+        generation_header=options["who_header"].lower(),
     )
     engines = options["engines"] or default_engines(loads, len(os.sched_getaffinity(0)))
     check_descriptors(plan, engines)
