@@ -19,6 +19,7 @@ _READ: Final = 65536
 _TCP_ESTABLISHED: Final = b"\x01"  # the first byte of struct tcp_info (netinet/tcp.h)
 _GONE: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _BACKLOG_NS: Final = 2_000_000
+_MOMENT_NS: Final = 100_000
 _FINE: Final = (0, errno.EINPROGRESS)
 _WAIT: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -88,7 +89,10 @@ class Connection:
 
     def look(self) -> None:
         """Learn that the connection has ended, if it has a moment ago: who knows that does not send on it."""
-        if self.sock is not None and not (self.crowd.site.address.is_tcp and _is_established(self.sock)):
+        site = self.crowd.site
+        if self.sock is None or time.monotonic_ns() - site.loop.seen_ns < _MOMENT_NS:
+            return
+        if not (site.address.is_tcp and _is_established(self.sock)):
             self.receive(_GONE)
 
     def receive(self, mask: int = 0) -> None:
