@@ -273,7 +273,7 @@ def _power(results: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"{len(lags)} rounds of {results['seconds']:g} s against HAProxy on the other core; load average "
+            f"{len(lags)} rounds of {results['seconds']:g} s against HAProxy on the other core; load average\n"
             f"{min(loads):.1f} to {max(loads):.1f} on {machine['cores']} cores{first}.",
             "How: `benchmarks/power.py`, `benchmarks/results/power.json`.",
             "",
