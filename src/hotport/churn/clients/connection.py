@@ -19,7 +19,7 @@ _READ: Final = 65536
 _TCP_ESTABLISHED: Final = b"\x01"  # the first byte of struct tcp_info (netinet/tcp.h)
 _GONE: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _BACKLOG_NS: Final = 2_000_000
-_MOMENT_NS: Final = 100_000
+_MOMENT_NS: Final = 100_000  # what was looked at within it is not looked at again
 _FINE: Final = (0, errno.EINPROGRESS)
 _WAIT: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 

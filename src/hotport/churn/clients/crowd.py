@@ -25,6 +25,7 @@ __all__ = ["POOL", "Address", "Attempt", "Client", "Crowd", "OwnLimit", "Site", 
 #: Held connections of a load that has a rate and no count.
 POOL = 64
 
+#: What IntEnums would have to work out for each socket.
 _STREAM = int(socket.SOCK_STREAM) | int(socket.SOCK_NONBLOCK)
 
 #: New held connections an engine makes in a second, at the beginning.
