@@ -64,7 +64,24 @@ def test_restarting_server_is_told_from_one_that_just_leaves(code: int, event: s
         # The pause between messages is so long that the end comes before the next one is sent.
         seen = _run_until_stopped(port, engines, Load("websocket", rate=5 / SLOWNESS, count=1))
     assert seen.fates == {"answered": answered, event: 3, "reconnected": 3}
+    assert seen.connections == 4
     assert answered == 6
+
+
+def test_one_connection_lasts_as_long_as_the_server_lets_it() -> None:
+    answered = 0
+
+    def handler(connection: ServerConnection) -> None:
+        nonlocal answered
+        for message in connection:
+            connection.send(message)
+            answered += 1
+
+    with _serving(handler) as port:
+        seen = run(plan(target(port), Load("websocket", count=3, think_ms=1)))
+    assert seen.fates == {"answered": answered}
+    assert answered > 30
+    assert seen.connections == 3
 
 
 def test_messages_that_nobody_answers_are_lost_with_their_connection() -> None:
