@@ -395,6 +395,7 @@ class HttpConnection(asyncio.Protocol):
         self.shared.deadlines.discard(self)
         self._forget_requests()
         self._parser = None  # it holds our methods, and a cycle would keep both until the collector comes by
+        self._handoff = None  # what is closed is at no safe point
         self.resume_writing()
         self.shared.registry.closed(self, self._fate)
 
