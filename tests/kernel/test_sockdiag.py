@@ -93,14 +93,17 @@ def test_control_group_is_shown_to_everybody(stack: ExitStack) -> None:
 def test_time_wait_is_counted_with_its_end_and_not_listed(stack: ExitStack) -> None:
     server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
     port = server.getsockname()[1]
+    ports = set()
     for _ in range(3):
         with socket.create_connection(("127.0.0.1", port)) as client:
+            ports.add(client.getsockname()[1])
             server.accept()[0].close()
             assert client.recv(1) == b""
     assert [row.state for row in tcp(port)] == [10]
-    ((host, (count, last_ms)),) = lingering(socket.AF_INET, port).items()
-    assert (host, count) == (LOCALHOST, 3)
-    assert 50_000 < last_ms <= 61_000
+    ((host, left),) = lingering(socket.AF_INET, port).items()
+    assert (host, left.count, left.peer) == (LOCALHOST, 3, LOCALHOST)
+    assert left.peer_port in ports
+    assert 50_000 < left.last_ms <= 61_000
     assert lingering(socket.AF_INET6, port) == {}
 
 

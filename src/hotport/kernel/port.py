@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import stat
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from typing import Any, Final
 
-from hotport.address import TcpAddress, UdpAddress
+from hotport.address import TcpAddress, UdpAddress, UnixAddress
 from hotport.kernel import procfs, sockdiag
 from hotport.kernel.sockdiag import InetSocket
-from hotport.model.port import Asker, Host, Local, Options, Port, Process, Sockets, State
+from hotport.model.port import Asker, Host, Local, Options, Port, Process, Sockets, State, UnixName
 
-__all__ = ["options_of", "ourselves", "read_port"]
+__all__ = ["is_foreign", "options_of", "ourselves", "read_name", "read_port"]
 
 _STATES: Final = {
     1: State.ESTABLISHED,
@@ -43,6 +46,8 @@ SOCKETS_MAX: Final = 200_000
 #: Seconds for the search through /proc for processes.
 SEARCH_S: Final = 0.25
 NAMED_MAX: Final = 8
+
+_FORBIDDEN: Final = "some processes may not be looked into: root (CAP_SYS_PTRACE) sees them all"
 
 _GETFD: Final = 438  # pidfd_getfd, the same number on every architecture
 
@@ -95,7 +100,11 @@ def read_port(address: TcpAddress | UdpAddress, sockaddr: tuple[Any, ...], *, v6
     inodes = [inode for group in alike for inode in group.inodes]
     holders, is_complete = procfs.holders(inodes, timeout_s=SEARCH_S)
     if not is_complete and any(inode not in holders for inode in inodes):
-        unread.append("some processes may not be looked into: root (CAP_SYS_PTRACE) sees them all")
+        unread.append(_FORBIDDEN)
+    elif any(inode not in holders for inode in inodes):
+        unread.append("some sockets are held by no process that is seen here: look outside of this container")
+    if is_foreign():
+        unread.append("this is a network of its own (a container?); ports of other networks are not seen here")
     sockets = [sockets for group in alike for sockets in _described(group, holders)]
     if is_tcp:
         sockets += _lingering(number)
@@ -112,6 +121,49 @@ def read_port(address: TcpAddress | UdpAddress, sockaddr: tuple[Any, ...], *, v6
         sockets=tuple(sockets),
         overflows=procfs.queue_overflows().get("ListenOverflows", 0),
         unread=tuple(unread),
+    )
+
+
+def read_name(address: UnixAddress) -> UnixName:
+    """What has the name of an AF_UNIX address.
+
+    Raises:
+        KernelError: If netlink is not to be had (HP130).
+    """
+    path = address.path
+    found, obstacle, file = "nothing", "", None
+    if not address.is_abstract:
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            directory = os.path.dirname(path) or "."
+            if not os.path.isdir(directory):
+                obstacle = "ENOENT"
+            elif not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
+                obstacle = "EACCES"
+        except OSError as error:
+            obstacle = errno.errorcode.get(error.errno or 0, "EACCES")
+        else:
+            found = "socket" if stat.S_ISSOCK(status.st_mode) else "something else"
+            file = status.st_dev, status.st_ino
+    rows = [row for row in sockdiag.unix() if row.state != 1 and (row.file == file if file else row.name == path)]
+    if address.is_abstract and rows:
+        found = "socket"
+    held, is_complete = procfs.holders([row.inode for row in rows], timeout_s=SEARCH_S)
+    listening = [row for row in rows if row.state == 10]
+    first = next(iter(listening or rows), None)
+    return UnixName(
+        str(address),
+        path,
+        found,
+        holders=_processes([row.inode for row in rows], held),
+        user=procfs.user_name(first.uid) if first and first.uid is not None else "",
+        is_held=bool(rows),
+        is_listening=bool(listening),
+        queue=first.rqueue if first else 0,
+        backlog=first.wqueue if first else 0,
+        obstacle=obstacle,
+        unread=() if is_complete or len(held) == len(rows) else (_FORBIDDEN,),
     )
 
 
@@ -213,10 +265,16 @@ def _processes(inodes: Sequence[int], holders: dict[int, list[tuple[int, int]]])
 
 def _lingering(port: int) -> Iterator[Sockets]:
     for family in _FAMILIES:
-        for host, (count, ends_ms) in sockdiag.lingering(family, port).items():
-            v6only = None if len(host) == 16 else False
-            local = Local(ip_address(host), v6only)
-            yield Sockets(State.TIME_WAIT, local, count=count, is_held=False, is_timed=True, ends_in_s=ends_ms / 1000)
+        for host, left in sockdiag.lingering(family, port).items():
+            yield Sockets(
+                State.TIME_WAIT,
+                Local(ip_address(host), None if len(host) == 16 else False),
+                count=left.count,
+                is_held=False,
+                is_timed=True,
+                ends_in_s=left.last_ms / 1000,
+                peers=(_text(left.peer, left.peer_port),),
+            )
 
 
 def _with_queue(old: Sockets, port: int) -> Sockets:
@@ -237,6 +295,16 @@ def _listens(row: InetSocket) -> bool:
     family = socket.AF_INET if len(row.host) == 4 else socket.AF_INET6
     listeners = sockdiag.inet(socket.IPPROTO_TCP, family, row.peer_port, states=sockdiag.LISTEN)
     return any(not any(other.host) or other.host == row.peer for other in listeners)
+
+
+def is_foreign() -> bool:
+    """Whether this process is in another network namespace than pid 1; false where that may not be seen.
+
+    Sources: network_namespaces(7); proc_pid_ns(5).
+    """
+    with suppress(OSError):
+        return os.stat("/proc/self/ns/net").st_ino != os.stat("/proc/1/ns/net").st_ino
+    return False
 
 
 def _shows_bound() -> bool:

@@ -49,7 +49,7 @@ _CGROUP_ID: Final = 21  # INET_DIAG_CGROUP_ID
 _HEADER: Final = struct.Struct("=IHHII")  # struct nlmsghdr
 #: struct inet_diag_msg behind its header: state, timer, both ports, both addresses, the interface, and the rest.
 _INET: Final = struct.Struct("=xBBx2s2s16s16sI8xIIIII")
-_LINGERING: Final = struct.Struct("=20x4x16s16x4x8xI16x")  # of one in TIME_WAIT: its address and when it ends
+_LINGERING: Final = struct.Struct("=20x2x2s16s16s4x8xI16x")  # of one in TIME_WAIT: its addresses and when it ends
 _UNIX: Final = struct.Struct("=xBBxI8x")  # struct unix_diag_msg: type, state, inode
 _ATTRIBUTE: Final = struct.Struct("=HH")
 _BUFFER_BYTES: Final = 1 << 18
@@ -101,6 +101,20 @@ class InetSocket(NamedTuple):
         """Since when its peer has sent nothing: of a connection that nobody accepts, how long it waits at least."""
         info = self.attributes.get(_INFO, b"")[_LAST_ACK_RECEIVED : _LAST_ACK_RECEIVED + 4]
         return int.from_bytes(info, "little")
+
+
+class Lingering(NamedTuple):
+    """Connections in TIME_WAIT with one local address.
+
+    Attributes:
+        last_ms: Milliseconds until the last one is gone.
+        peer: The other end of one of them, as 4 or 16 bytes.
+    """
+
+    count: int
+    last_ms: int
+    peer: bytes
+    peer_port: int
 
 
 class UnixSocket(NamedTuple):
@@ -161,27 +175,31 @@ def inet(
             )
 
 
-def lingering(family: int, port: int) -> dict[bytes, tuple[int, int]]:
-    """How many connections are in TIME_WAIT on a local port, by their local address; only counted, never listed.
-
-    Returns:
-        By address, as 4 or 16 bytes: how many, and milliseconds until the last one is gone.
+def lingering(family: int, port: int) -> dict[bytes, Lingering]:
+    """How many connections are in TIME_WAIT on a local port, by their local address; counted, and not listed.
 
     Raises:
         KernelError: As `inet`.
     """
     size = 4 if family == socket.AF_INET else 16
-    found: dict[bytes, tuple[int, int]] = {}
+    found: dict[bytes, list[int]] = {}
+    peers: dict[bytes, tuple[bytes, int]] = {}
     for data in _dump_inet(socket.IPPROTO_TCP, family, port, TIME_WAIT, False):
         if not data:
             continue
         # They are all alike, so all have one size; taking them apart at once is five times as fast as one by one.
         length = _HEADER.unpack_from(data)[0]
         rows = struct.Struct(f"{_LINGERING.format}{length - _LINGERING.size}x").iter_unpack(data)
-        for host, expires_ms in rows:
-            count, last_ms = found.get(host, (0, 0))
-            found[host] = count + 1, max(last_ms, expires_ms)
-    return {host[:size]: ended for host, ended in found.items()}
+        for peer_port, host, peer, expires_ms in rows:
+            counted = found.get(host)
+            if counted is None:
+                found[host] = [1, expires_ms]
+                peers[host] = peer[:size], int.from_bytes(peer_port, "big")
+                continue
+            counted[0] += 1
+            if expires_ms > counted[1]:
+                counted[1] = expires_ms
+    return {host[:size]: Lingering(*found[host], *peers[host]) for host in found}
 
 
 def unix() -> Iterator[UnixSocket]:

@@ -13,6 +13,7 @@ from typing import Any, Final
 from hotport.address import Address, FdAddress, SystemdAddress, TcpAddress, UdpAddress, UnixAddress
 from hotport.errors import ConfigError, KernelError
 from hotport.kernel import procfs
+from hotport.kernel.resolve import resolve
 from hotport.model.port import Process
 from hotport.wire.listenfds import parse_listen_environment
 
@@ -179,7 +180,7 @@ def unlink_if_ours(path: str, dev_ino: tuple[int, int]) -> bool:
 
 def _bind_inet(address: TcpAddress | UdpAddress, backlog: int) -> socket.socket:
     kind = socket.SOCK_STREAM if isinstance(address, TcpAddress) else socket.SOCK_DGRAM
-    family, protocol, sockaddr = _resolve(address, kind)
+    family, protocol, sockaddr = resolve(address, kind)
     sock: socket.socket | None = None
     try:
         sock = socket.socket(family, kind, protocol)
@@ -197,23 +198,6 @@ def _bind_inet(address: TcpAddress | UdpAddress, backlog: int) -> socket.socket:
             sock.close()
         raise _refused(address, error, *_explain_inet(address, error, sockaddr)) from error
     return sock
-
-
-def _resolve(
-    address: TcpAddress | UdpAddress, kind: socket.SocketKind
-) -> tuple[socket.AddressFamily, int, tuple[Any, ...]]:
-    try:
-        found = socket.getaddrinfo(address.host, address.port, type=kind, flags=socket.AI_PASSIVE)
-    except (socket.gaierror, UnicodeError) as error:
-        words = error.strerror if isinstance(error, socket.gaierror) else "it is not a host name"
-        raise ConfigError(
-            "HP102",
-            f"cannot bind {address}: unknown host {address.host!r}",
-            cause=f"getaddrinfo: {str(words).lower()}",
-            fix=f"getent ahosts {address.host}; or bind :{address.port} for all interfaces",
-        ) from error
-    family, _, protocol, _, sockaddr = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-    return family, protocol, sockaddr
 
 
 def _explain_inet(address: TcpAddress | UdpAddress, error: OSError, sockaddr: tuple[Any, ...]) -> tuple[str, str]:

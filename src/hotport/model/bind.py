@@ -22,9 +22,21 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
-from hotport.model.port import LEFT, Asker, Local, Options, Port, Sockets, State
+from hotport.model.port import LEFT, Asker, Local, Options, Port, Process, Sockets, State, UnixName
 
-__all__ = ["CHOICES", "Answer", "Can", "blame", "judge", "narrate", "overlaps", "remedies", "usual"]
+__all__ = [
+    "CHOICES",
+    "Answer",
+    "Can",
+    "blame",
+    "judge",
+    "judge_name",
+    "narrate",
+    "overlaps",
+    "remedies",
+    "remedies_of_name",
+    "usual",
+]
 
 #: What a socket may set before it is bound, by a short name.
 CHOICES: Final = {
@@ -49,18 +61,25 @@ class Answer:
 
     Attributes:
         error: The errno that a bind would fail with, by its name; empty unless `can` is NO.
-        because: The rule that decides, in one sentence.
+        rule: The rule that decides, in one sentence; with `who` before it, if that is not empty.
+        who: Who is in the way, and how.
         until: When that will change, in one sentence; empty if it need not.
         ends_in_s: Seconds until it changes by itself; None if it does not, or nobody knows when.
         blockers: Who refuses, or might; whoever stays longest first.
     """
 
     can: Can
-    because: str
+    rule: str
+    who: str = ""
     error: str = ""
     until: str = ""
     ends_in_s: float | None = None
     blockers: tuple[Sockets, ...] = ()
+
+    @property
+    def because(self) -> str:
+        """Who, and by which rule."""
+        return f"{self.who}; {self.rule}" if self.who else self.rule
 
 
 def usual(port: Port) -> Options:
@@ -90,22 +109,41 @@ def judge(port: Port, asker: Asker, options: Options) -> Answer:
         return Answer(Can.YES, _why_not_refused(port))
     timed = max(old.ends_in_s for old in blockers) if all(old.is_timed for old in blockers) else None
     first = blockers[0]
-    until = _until(first)
+    told = Answer(Can.NO, _rule(first, options), narrate(first, port), "EADDRINUSE", _until(first), timed, blockers)
     if refusing:
-        because = f"{narrate(first, port)}; {_rule(first, options)}"
-        return Answer(Can.NO, because, "EADDRINUSE", until, timed, blockers)
-    because = _doubt(port, first, options, is_shared=bool(shared))
-    return Answer(Can.UNKNOWN, f"{narrate(first, port)}; {because}", "", until, timed, blockers)
+        return told
+    return replace(told, can=Can.UNKNOWN, rule=_doubt(port, first, options, is_shared=bool(shared)), error="")
 
 
 def blame(port: Port, asker: Asker, options: Options) -> Answer:
     """As `judge`, once the kernel has refused: of what could not be read it is known then."""
     answer = judge(port, asker, options)
     if answer.can == Can.UNKNOWN:
-        first = answer.blockers[0]
-        because = f"{narrate(first, port)}; {_rule(first, options)}"
-        return replace(answer, can=Can.NO, error="EADDRINUSE", because=because)
+        return replace(answer, can=Can.NO, rule=_rule(answer.blockers[0], options), error="EADDRINUSE")
     return answer
+
+
+def judge_name(name: UnixName) -> Answer:
+    """Whether one can bind to a socket file or an abstract name; options make no difference there.
+
+    A file in the way refuses, whoever holds it and if nobody does: so servers remove it, or rename another over it.
+
+    Sources: unix(7), NOTES; bind(2).
+    """
+    if name.obstacle:
+        return Answer(Can.NO, f"nothing can be made at {name.path}", error=name.obstacle)
+    if name.found == "nothing":
+        return Answer(Can.YES, "nothing has that name")
+    rule, error = "bind takes no name that exists", "EADDRINUSE"
+    if name.found != "socket":
+        who = f"{name.path} is a file, a directory or a link, and no socket"
+        return Answer(Can.NO, rule, who, error, "when it is moved away")
+    if not name.is_held:
+        who = f"{name.path} is left from a server that is gone"
+        return Answer(Can.NO, rule, who, error, "when the file is removed; hotport serve replaces it by itself")
+    does = "is listening on" if name.is_listening else "is bound to"
+    who = f"{_seen(name.holders, name.user, '')} {does} {name.path}"
+    return Answer(Can.NO, rule, who, error, "when it ends, and the file is removed")
 
 
 def refuses(port: Port, old: Sockets, uid: int, new: Options) -> bool | None:
@@ -141,7 +179,7 @@ def overlaps(new: Local, old: Local) -> bool | None:
 
 def narrate(old: Sockets, port: Port) -> str:
     """What sockets do there, as the beginning of a sentence."""
-    who, place, many = _who(old), f"{old.local}:{port.number}", old.count != 1
+    who, place, many = _seen(old.holders, old.user, old.unit), f"{old.local}:{port.number}", old.count != 1
     connections = f"{old.count:,} connections" if many else "a connection"
     match old.state:
         case State.LISTEN:
@@ -178,6 +216,8 @@ def remedies(port: Port, asker: Asker, answer: Answer) -> Iterator[str]:
         case "EADDRNOTAVAIL":
             yield "ip -brief address"
             return
+    if answer.can == Can.UNKNOWN:
+        yield f"hotport why {port.address} --probe, which binds for a moment"
     for old in answer.blockers[:1]:
         if old.is_outgoing or (old.state == State.ESTABLISHED and _may_be_outgoing(port)):
             yield f"keep the port from outgoing connections: sysctl -w net.ipv4.ip_local_reserved_ports={port.number}"
@@ -195,6 +235,22 @@ def remedies(port: Port, asker: Asker, answer: Answer) -> Iterator[str]:
             yield f"sudo hotport why {port.address}"
 
 
+def remedies_of_name(name: UnixName, answer: Answer) -> Iterator[str]:
+    """Likewise, for a name of AF_UNIX."""
+    if answer.can == Can.YES:
+        return
+    if answer.error == "ENOENT":
+        yield f"mkdir -p {name.path.rpartition('/')[0]}"
+    elif name.found == "socket" and not name.is_held:
+        yield f"rm {name.path}"
+    elif name.holders:
+        yield from dict.fromkeys(holder.ending for holder in name.holders)
+    elif name.is_held:
+        yield f"sudo hotport why {name.address}"
+    else:
+        yield f"ls -ld {name.path.rpartition('/')[0] or '.'} {name.path}"
+
+
 #: As ss(8) calls them.
 _SS: Final = {State.FIN_WAIT1: "fin-wait-1", State.LAST_ACK: "last-ack", State.CLOSING: "closing"}
 
@@ -204,10 +260,10 @@ def _denied(port: Port, asker: Asker) -> Answer | None:
     low = absent = None
     if 0 < port.number < port.low_end and not asker.may_bind_low:
         because = f"ports below {port.low_end} need CAP_NET_BIND_SERVICE (net.ipv4.ip_unprivileged_port_start)"
-        low = Answer(Can.NO, f"user {asker.user} may not: {because}", "EACCES")
+        low = Answer(Can.NO, f"user {asker.user} may not: {because}", error="EACCES")
     if port.is_local is False:
         because = f"no interface of this machine has the address {port.local.host}"
-        absent = Answer(Can.NO, because, "EADDRNOTAVAIL")
+        absent = Answer(Can.NO, because, error="EADDRNOTAVAIL")
     return (low or absent) if port.local.host.version == 6 else (absent or low)
 
 
@@ -283,13 +339,13 @@ def _until(old: Sockets) -> str:
     return "when its listener accepts and ends it, or closes"
 
 
-def _who(old: Sockets) -> str:
-    if old.holders:
-        pids = {holder.pid for holder in old.holders}
-        others = f" with {len(pids) - 1} more" if len(pids) > 1 else ""
-        return f"{old.holders[0]}{others}"
-    user = f" of user {old.user}" if old.user else ""
-    unit = f" in {old.unit}" if old.unit else ""
+def _seen(holders: tuple[Process, ...], user: str, unit: str) -> str:
+    """Who it is, as far as we may see."""
+    if holders:
+        others = f" with {len(holders) - 1} more" if len(holders) > 1 else ""
+        return f"{holders[0]}{others}"
+    user = f" of user {user}" if user else ""
+    unit = f" in {unit}" if unit else ""
     return f"a process{user}{unit} that we may not look at"
 
 
@@ -318,13 +374,13 @@ def _doubt(port: Port, old: Sockets, new: Options, *, is_shared: bool) -> str:
     if is_shared:
         return (
             "it would refuse, but another socket of this user shares the port by SO_REUSEPORT, and the kernel does "
-            "not show which of them it asks first; --probe tells"
+            "not show which of them it asks first"
         )
     if overlaps(port.local, old.local) is None:
-        return "whether it is IPv6 only (IPV6_V6ONLY) cannot be read of such a socket; --probe tells"
+        return "whether it is IPv6 only (IPV6_V6ONLY) cannot be read of such a socket"
     if not old.is_held:
         either = str(new).replace(" and ", " or ")
-        return f"yes if the server that left it had set {either}, too, which the kernel does not show; --probe tells"
+        return f"yes if the server that left it had set {either}, too, which the kernel does not show"
     return f"whether it has set {new} can be read by root or its own user only: sudo hotport why {port.address}"
 
 

@@ -8,7 +8,7 @@ from enum import StrEnum
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final, TypeAlias
 
-__all__ = ["LEFT", "Asker", "Host", "Local", "Options", "Port", "Process", "Sockets", "State"]
+__all__ = ["LEFT", "Asker", "Host", "Local", "Options", "Port", "Process", "Sockets", "State", "UnixName"]
 
 Host: TypeAlias = IPv4Address | IPv6Address
 
@@ -170,4 +170,29 @@ class Port:
     ephemeral: tuple[int, int] = (32768, 60999)
     sockets: tuple[Sockets, ...] = ()
     overflows: int = 0
+    unread: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class UnixName:
+    """A socket file, or an abstract name, as it was found.
+
+    Attributes:
+        found: What has the name: ``nothing``, a ``socket``, or ``something else``.
+        holders: Who has a socket under that name, as far as we may see.
+        is_held: Some process has one; a socket file without is a leftover.
+        is_listening: It takes connections.
+        obstacle: Why nothing could be made there, by the name of an errno; empty if something could.
+    """
+
+    address: str
+    path: str
+    found: str = "nothing"
+    holders: tuple[Process, ...] = ()
+    user: str = ""
+    is_held: bool = False
+    is_listening: bool = False
+    queue: int = 0
+    backlog: int = 0
+    obstacle: str = ""
     unread: tuple[str, ...] = ()
