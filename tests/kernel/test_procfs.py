@@ -56,9 +56,8 @@ def test_sysctl_is_read() -> None:
 def test_holder_of_a_socket_is_found_with_its_descriptor() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         inode = os.fstat(server.fileno()).st_ino
-        found, is_complete = holders([inode], timeout_s=DEADLINE_S)
+        found, _ = holders([inode], timeout_s=DEADLINE_S)
         assert found == {inode: [(os.getpid(), server.fileno())]}
-    assert is_complete == (os.geteuid() == 0)
     assert holders([inode], timeout_s=DEADLINE_S)[0] == {}
     assert holders([], timeout_s=0) == ({}, True)
 
@@ -68,13 +67,17 @@ def test_search_for_holders_ends_in_time_and_says_so() -> None:
         assert holders([os.fstat(server.fileno()).st_ino], timeout_s=-1) == ({}, False)
 
 
-def test_process_that_we_may_not_look_into_makes_the_search_incomplete(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", ["listdir", "readlink"])
+@pytest.mark.parametrize(("error", "is_complete"), [(PermissionError, False), (FileNotFoundError, True)])
+def test_process_that_we_may_not_look_into_makes_the_search_incomplete(
+    monkeypatch: pytest.MonkeyPatch, call: str, error: type[OSError], is_complete: bool
+) -> None:
     def refuse(_: str) -> list[str]:
-        raise PermissionError
+        raise error
 
     monkeypatch.setattr(procfs, "_pids", lambda: [os.getpid()])
-    monkeypatch.setattr("os.listdir", refuse)
-    assert holders([1], timeout_s=DEADLINE_S) == ({}, False)
+    monkeypatch.setattr(os, call, refuse)
+    assert holders([1], timeout_s=DEADLINE_S) == ({}, is_complete)
 
 
 def test_user_without_a_name_is_a_number() -> None:

@@ -101,7 +101,7 @@ def test_time_wait_is_counted_with_its_end_and_not_listed(stack: ExitStack) -> N
             assert client.recv(1) == b""
     assert [row.state for row in tcp(port)] == [10]
     ((host, left),) = lingering(socket.AF_INET, port).items()
-    assert (host, left.count, left.peer) == (LOCALHOST, 3, LOCALHOST)
+    assert (host, left.connections, left.peer) == (LOCALHOST, 3, LOCALHOST)
     assert left.peer_port in ports
     assert 50_000 < left.last_ms <= 61_000
     assert lingering(socket.AF_INET6, port) == {}

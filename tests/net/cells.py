@@ -180,7 +180,7 @@ def _fill(sock: socket.socket) -> None:
         pass
 
 
-def _acknowledge(sock: socket.socket) -> None:
+def acknowledge(sock: socket.socket) -> None:
     """Read the end of the stream, and send now what would wait for a timer. Sources: tcp(7) TCP_QUICKACK."""
     assert sock.recv(1) == b""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
@@ -212,14 +212,14 @@ def _established(left: Leftovers) -> None:
 def _fin_wait2_orphan(left: Leftovers) -> None:
     client, accepted = left.connection()
     accepted.close()
-    _acknowledge(client)
+    acknowledge(client)
     left.keep(client)
 
 
 def _fin_wait2_held(left: Leftovers) -> None:
     client, accepted = left.connection()
     accepted.shutdown(socket.SHUT_WR)
-    _acknowledge(client)
+    acknowledge(client)
     left.keep(client)
     left.keep(accepted)
 

@@ -269,7 +269,7 @@ def _lingering(port: int) -> Iterator[Sockets]:
             yield Sockets(
                 State.TIME_WAIT,
                 Local(ip_address(host), None if len(host) == 16 else False),
-                count=left.count,
+                count=left.connections,
                 is_held=False,
                 is_timed=True,
                 ends_in_s=left.last_ms / 1000,

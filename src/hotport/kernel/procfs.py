@@ -117,10 +117,15 @@ def holders(inodes: Collection[int], *, timeout_s: float) -> tuple[dict[int, lis
         if time.monotonic() > deadline:
             return found, False
         for name in names:
-            with suppress(OSError):
+            try:
                 inode = wanted.get(os.readlink(f"/proc/{pid}/fd/{name}"))
-                if inode is not None:
-                    found.setdefault(inode, []).append((pid, int(name)))
+            except PermissionError:  # one may list (CAP_DAC_READ_SEARCH) and still not look
+                is_complete = False
+                break
+            except OSError:
+                continue
+            if inode is not None:
+                found.setdefault(inode, []).append((pid, int(name)))
     return found, is_complete
 
 

@@ -111,7 +111,7 @@ class Lingering(NamedTuple):
         peer: The other end of one of them, as 4 or 16 bytes.
     """
 
-    count: int
+    connections: int
     last_ms: int
     peer: bytes
     peer_port: int
@@ -199,7 +199,7 @@ def lingering(family: int, port: int) -> dict[bytes, Lingering]:
             counted[0] += 1
             if expires_ms > counted[1]:
                 counted[1] = expires_ms
-    return {host[:size]: Lingering(*found[host], *peers[host]) for host in found}
+    return {host[:size]: Lingering(count, last_ms, *peers[host]) for host, (count, last_ms) in found.items()}
 
 
 def unix() -> Iterator[UnixSocket]:

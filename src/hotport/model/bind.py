@@ -109,7 +109,9 @@ def judge(port: Port, asker: Asker, options: Options) -> Answer:
         return Answer(Can.YES, _why_not_refused(port))
     timed = max(old.ends_in_s for old in blockers) if all(old.is_timed for old in blockers) else None
     first = blockers[0]
-    told = Answer(Can.NO, _rule(first, options), narrate(first, port), "EADDRINUSE", _until(first), timed, blockers)
+    told = Answer(
+        Can.NO, _rule(first, asker, options), narrate(first, port), "EADDRINUSE", _until(first), timed, blockers
+    )
     if refusing:
         return told
     return replace(told, can=Can.UNKNOWN, rule=_doubt(port, first, options, is_shared=bool(shared)), error="")
@@ -119,7 +121,7 @@ def blame(port: Port, asker: Asker, options: Options) -> Answer:
     """As `judge`, once the kernel has refused: of what could not be read it is known then."""
     answer = judge(port, asker, options)
     if answer.can == Can.UNKNOWN:
-        return replace(answer, can=Can.NO, rule=_rule(answer.blockers[0], options), error="EADDRINUSE")
+        return replace(answer, can=Can.NO, rule=_rule(answer.blockers[0], asker, options), error="EADDRINUSE")
     return answer
 
 
@@ -353,9 +355,10 @@ def _listed(peers: tuple[str, ...]) -> str:
     return ", ".join(peers[:2]) + (", ..." if len(peers) > 2 else "")
 
 
-def _rule(old: Sockets, new: Options) -> str:
+def _rule(old: Sockets, asker: Asker, new: Options) -> str:
     """Why `old` refuses, as the end of a sentence."""
-    if new.reuse_port and old.options is not None and old.options.reuse_port:
+    is_alien = old.uid is not None and old.uid != asker.uid
+    if new.reuse_port and is_alien and (old.options is None or old.options.reuse_port):
         return f"SO_REUSEPORT is shared by the sockets of one user only, and it is user {old.user}'s"
     if old.state == State.LISTEN:
         if new.reuse_port:
