@@ -83,9 +83,8 @@ def test_outgoing_connection_is_known_by_the_listener_at_its_other_end(stack: Ex
     listener = server(stack)
     client = stack.enter_context(socket.create_connection(listener.getsockname()))
     stack.enter_context(listener.accept()[0])
-    (found,) = read(client.getsockname()[1]).sockets
-    assert found.is_outgoing
-    assert found.peers == (f"127.0.0.1:{listener.getsockname()[1]}",)
+    outgoing = [found.peers for found in read(client.getsockname()[1]).sockets if found.is_outgoing]
+    assert (f"127.0.0.1:{listener.getsockname()[1]}",) in outgoing
 
 
 def test_time_wait_has_an_end_and_no_owner(stack: ExitStack) -> None:

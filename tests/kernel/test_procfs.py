@@ -56,28 +56,38 @@ def test_sysctl_is_read() -> None:
 def test_holder_of_a_socket_is_found_with_its_descriptor() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         inode = os.fstat(server.fileno()).st_ino
-        found, _ = holders([inode], timeout_s=DEADLINE_S)
-        assert found == {inode: [(os.getpid(), server.fileno())]}
-    assert holders([inode], timeout_s=DEADLINE_S)[0] == {}
-    assert holders([], timeout_s=0) == ({}, True)
+        assert holders([inode], cpu_s=DEADLINE_S)[0] == {inode: [(os.getpid(), server.fileno())]}
+    assert holders([inode], cpu_s=DEADLINE_S)[0] == {}
+    assert holders([], cpu_s=0) == ({}, "")
 
 
-def test_search_for_holders_ends_in_time_and_says_so() -> None:
+def test_search_beyond_the_first_descriptors_ends_in_time_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(procfs, "_pids", lambda: [os.getpid()])
+    monkeypatch.setattr(procfs, "_FIRST", 1)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        assert holders([os.fstat(server.fileno()).st_ino], timeout_s=-1) == ({}, False)
+        inode = os.fstat(server.fileno()).st_ino
+        assert holders([inode], cpu_s=-1) == ({}, "late")
+        assert holders([inode], cpu_s=DEADLINE_S) == ({inode: [(os.getpid(), server.fileno())]}, "")
 
 
-@pytest.mark.parametrize("call", ["listdir", "readlink"])
-@pytest.mark.parametrize(("error", "is_complete"), [(PermissionError, False), (FileNotFoundError, True)])
-def test_process_that_we_may_not_look_into_makes_the_search_incomplete(
-    monkeypatch: pytest.MonkeyPatch, call: str, error: type[OSError], is_complete: bool
+@pytest.mark.parametrize(
+    ("call", "error", "gap"),
+    [
+        ("listdir", PermissionError, "forbidden"),
+        ("readlink", PermissionError, "forbidden"),
+        ("listdir", FileNotFoundError, ""),
+        ("readlink", FileNotFoundError, ""),
+    ],
+)
+def test_process_that_we_may_not_look_into_is_a_gap_and_one_that_is_gone_is_not(
+    monkeypatch: pytest.MonkeyPatch, call: str, error: type[OSError], gap: str
 ) -> None:
     def refuse(_: str) -> list[str]:
         raise error
 
     monkeypatch.setattr(procfs, "_pids", lambda: [os.getpid()])
     monkeypatch.setattr(os, call, refuse)
-    assert holders([1], timeout_s=DEADLINE_S) == ({}, is_complete)
+    assert holders([1], cpu_s=DEADLINE_S) == ({}, gap)
 
 
 def test_user_without_a_name_is_a_number() -> None:

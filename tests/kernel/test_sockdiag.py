@@ -158,5 +158,5 @@ def test_kernel_that_refuses_is_heard() -> None:
 
 def test_attributes_end_where_they_are_cut() -> None:
     whole = struct.pack("=HHI", 8, 21, 9)
-    assert sockdiag._attributes(whole, 0, 8) == {21: struct.pack("=I", 9)}
-    assert sockdiag._attributes(whole + bytes(4), 0, 12) == {21: struct.pack("=I", 9)}
+    assert sockdiag._attributes(whole) == {21: struct.pack("=I", 9)}
+    assert sockdiag._attributes(whole + bytes(4)) == {21: struct.pack("=I", 9)}

@@ -35,6 +35,7 @@ _STATES: Final = {
     12: State.SYN_RECV,
 }
 
+_ALONE: Final = frozenset({7, 10})  # told apart, because each of them is somebody's: BOUND and LISTEN
 _FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
 _CAP_NET_BIND_SERVICE: Final = 10
 _TIMER_TO_THE_END: Final = 3
@@ -43,11 +44,18 @@ _TIMER_TO_THE_END: Final = 3
 LOOKED_AT_MAX: Final = 500
 #: Beyond so many sockets on the port the rest is left out.
 SOCKETS_MAX: Final = 200_000
-#: Seconds for the search through /proc for processes.
-SEARCH_S: Final = 0.25
+#: Of more sockets that are alike than could be looked at, so many are: enough to name a process.
+SAMPLE: Final = 8
+#: Seconds of processor time for the search through /proc for processes.
+SEARCH_CPU_S: Final = 0.2
 NAMED_MAX: Final = 8
 
-_FORBIDDEN: Final = "some processes may not be looked into: root (CAP_SYS_PTRACE) sees them all"
+#: Why the processes of some sockets are not known, and what would help.
+_GAPS: Final = {
+    "forbidden": "some processes may not be looked into: root (CAP_SYS_PTRACE) sees them all",
+    "late": "the processes of some sockets were not searched for to the end: too many descriptors are open here",
+    "": "some sockets are held by no process that is seen here: look outside of this container",
+}
 
 _GETFD: Final = 438  # pidfd_getfd, the same number on every architecture
 
@@ -98,11 +106,9 @@ def read_port(address: TcpAddress | UdpAddress, sockaddr: tuple[Any, ...], *, v6
     if is_tcp and not _shows_bound():
         unread.append("a socket that is bound and does not listen is not shown by this kernel; Linux 6.8 does")
     inodes = [inode for group in alike for inode in group.inodes]
-    holders, is_complete = procfs.holders(inodes, timeout_s=SEARCH_S)
-    if not is_complete and any(inode not in holders for inode in inodes):
-        unread.append(_FORBIDDEN)
-    elif any(inode not in holders for inode in inodes):
-        unread.append("some sockets are held by no process that is seen here: look outside of this container")
+    holders, gap = procfs.holders(inodes, cpu_s=SEARCH_CPU_S)
+    if any(inode not in holders for inode in inodes):
+        unread.append(_GAPS[gap])
     if is_foreign():
         unread.append("this is a network of its own (a container?); ports of other networks are not seen here")
     sockets = [sockets for group in alike for sockets in _described(group, holders)]
@@ -149,7 +155,7 @@ def read_name(address: UnixAddress) -> UnixName:
     rows = [row for row in sockdiag.unix() if row.state != 1 and (row.file == file if file else row.name == path)]
     if address.is_abstract and rows:
         found = "socket"
-    held, is_complete = procfs.holders([row.inode for row in rows], timeout_s=SEARCH_S)
+    held, gap = procfs.holders([row.inode for row in rows], cpu_s=SEARCH_CPU_S)
     listening = [row for row in rows if row.state == 10]
     first = next(iter(listening or rows), None)
     return UnixName(
@@ -163,7 +169,7 @@ def read_name(address: UnixAddress) -> UnixName:
         queue=first.rqueue if first else 0,
         backlog=first.wqueue if first else 0,
         obstacle=obstacle,
-        unread=() if is_complete or len(held) == len(rows) else (_FORBIDDEN,),
+        unread=() if len(held) == len(rows) else (_GAPS[gap],),
     )
 
 
@@ -195,29 +201,32 @@ def options_of(pid: int, fd: int) -> tuple[Options, bool] | None:
 
 
 def _count(protocol: int, port: int) -> tuple[list[_Alike], bool]:
-    groups: dict[tuple[object, ...], _Alike] = {}
+    groups: dict[object, _Alike] = {}
     seen = kept = 0
     for family in _FAMILIES:
-        for row in sockdiag.inet(protocol, family, port):
+        for row in sockdiag.inet(protocol, family, port):  # one by one, so the less is done here the better
+            state, timer, _, host, _, interface, expires_ms, rqueue, wqueue, uid, inode, _ = row
             seen += 1
             if seen > SOCKETS_MAX:
                 return list(groups.values()), False
-            state = row.state
-            is_alone = state in {7, 10} and kept < LOOKED_AT_MAX
-            key = (row.inode,) if is_alone else (state, row.host, row.uid, not row.inode, row.timer, row.interface)
+            is_alone = kept < LOOKED_AT_MAX and state in _ALONE
+            key = inode if is_alone else (state, host, uid, not inode, timer, interface)
             group = groups.get(key)
             if group is None:
                 group = groups[key] = _Alike(row)
             group.count += 1
-            group.rqueue += row.rqueue
-            group.wqueue += row.wqueue
-            if row.expires_ms > group.ends_ms:
-                group.ends_ms = row.expires_ms
-            if row.inode and kept < LOOKED_AT_MAX:
+            group.rqueue += rqueue
+            group.wqueue += wqueue
+            if expires_ms > group.ends_ms:
+                group.ends_ms = expires_ms
+            if kept < LOOKED_AT_MAX and inode:
                 kept += 1
-                group.inodes.append(row.inode)
-            if len(group.peers) < 3 and row.peer_port:
+                group.inodes.append(inode)
+            if group.count < 4 and row.peer_port:
                 group.peers.append(_text(row.peer, row.peer_port))
+    for group in groups.values():
+        if group.count > len(group.inodes):
+            group.inodes = sorted(group.inodes)[:SAMPLE]  # the oldest: their descriptors are looked at first
     return list(groups.values()), True
 
 

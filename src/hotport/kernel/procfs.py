@@ -25,6 +25,7 @@ __all__ = [
 
 _OVERFLOWS: Final = frozenset({"ListenOverflows", "ListenDrops", "TCPReqQFullDrop", "TCPReqQFullDoCookies"})
 _COMMAND_CHARS_MAX: Final = 60
+_FIRST: Final = 256  # descriptors of a process that are looked at before those of the next one
 _CGROUPS: Final = "/sys/fs/cgroup"
 _CGROUPS_MAX: Final = 5_000
 
@@ -89,44 +90,57 @@ def command(pid: int) -> str:
     return "?"
 
 
-def holders(inodes: Collection[int], *, timeout_s: float) -> tuple[dict[int, list[tuple[int, int]]], bool]:
+def holders(inodes: Collection[int], *, cpu_s: float) -> tuple[dict[int, list[tuple[int, int]]], str]:
     """Which processes hold which sockets, by the inodes of these.
 
-    Other users' processes cannot be looked into without CAP_SYS_PTRACE; they are passed over.
+    Looks at the first descriptors of every process first, where listeners are; then, until each inode has somebody,
+    at those of processes that have many more. Other users' processes cannot be looked into without CAP_SYS_PTRACE.
 
     Args:
-        timeout_s: After so many seconds what has been found must do; a descriptor takes about 4 us.
+        cpu_s: Seconds of processor time after which what has been found must do; a descriptor takes about 4 us.
 
     Returns:
-        For each inode that was found, pids and descriptors; and whether every process could be looked into.
+        For each inode that was found, pids and descriptors; and why there may be more: ``forbidden``, ``late`` or
+        nothing.
 
-    Sources: proc_pid_fd(5).
+    Sources: proc_pid_fd(5): descriptors are listed in order.
     """
     wanted = {f"socket:[{inode}]": inode for inode in inodes}
     found: dict[int, list[tuple[int, int]]] = {}
-    is_complete = True
-    deadline = time.monotonic() + timeout_s
+    gap = ""
+    later = []
+    deadline = time.process_time() + cpu_s
     for pid in _pids() if wanted else []:
         try:
             names = os.listdir(f"/proc/{pid}/fd")
+            _look(pid, names[:_FIRST], wanted, found)
         except PermissionError:
-            is_complete = False
-            continue
+            gap = "forbidden"
         except OSError:  # gone
             continue
-        if time.monotonic() > deadline:
-            return found, False
-        for name in names:
-            try:
-                inode = wanted.get(os.readlink(f"/proc/{pid}/fd/{name}"))
-            except PermissionError:  # one may list (CAP_DAC_READ_SEARCH) and still not look
-                is_complete = False
-                break
-            except OSError:
-                continue
+        else:
+            later += [(pid, names[at : at + _FIRST]) for at in range(_FIRST, len(names), _FIRST)]
+    for pid, names in later:
+        if len(found) == len(wanted):
+            break
+        if time.process_time() > deadline:
+            return found, "late"
+        with suppress(OSError):
+            _look(pid, names, wanted, found)
+    return found, gap
+
+
+def _look(pid: int, names: list[str], wanted: dict[str, int], found: dict[int, list[tuple[int, int]]]) -> None:
+    """Note which of these descriptors are wanted.
+
+    Raises:
+        PermissionError: They may be listed (CAP_DAC_READ_SEARCH), but not be looked at.
+    """
+    for name in names:
+        with suppress(FileNotFoundError):
+            inode = wanted.get(os.readlink(f"/proc/{pid}/fd/{name}"))
             if inode is not None:
                 found.setdefault(inode, []).append((pid, int(name)))
-    return found, is_complete
 
 
 def user_name(uid: int) -> str:

@@ -47,10 +47,11 @@ _SKV6ONLY: Final = 11  # INET_DIAG_SKV6ONLY
 _CGROUP_ID: Final = 21  # INET_DIAG_CGROUP_ID
 
 _HEADER: Final = struct.Struct("=IHHII")  # struct nlmsghdr
-#: struct inet_diag_msg behind its header: state, timer, both ports, both addresses, the interface, and the rest.
-_INET: Final = struct.Struct("=xBBx2s2s16s16sI8xIIIII")
+#: struct inet_diag_msg, without the family and our own port: as in `InetSocket`, by the size of an address.
+_INET: Final = {size: struct.Struct(f"=xBBx2x2s{size}s{16 - size}x{size}s{16 - size}xI8xIIIII") for size in (4, 16)}
 _LINGERING: Final = struct.Struct("=20x2x2s16s16s4x8xI16x")  # of one in TIME_WAIT: its addresses and when it ends
 _UNIX: Final = struct.Struct("=xBBxI8x")  # struct unix_diag_msg: type, state, inode
+_LENGTH: Final = struct.Struct("=I")
 _ATTRIBUTE: Final = struct.Struct("=HH")
 _BUFFER_BYTES: Final = 1 << 18
 _LAST_ACK_RECEIVED: Final = 56  # offsetof(struct tcp_info, tcpi_last_ack_recv)
@@ -69,37 +70,43 @@ class InetSocket(NamedTuple):
         wqueue: Bytes that the peer has not acknowledged; of a listener, its backlog.
         uid: As this user namespace names it.
         inode: 0 if no process holds it: it waits to be accepted, or its process has let go of it.
-        attributes: What else the kernel says, for `v6only`, `cgroup` and `waited_ms`.
+        network_port: The peer's port as it travels; see `peer_port`.
+        attributes: What else the kernel says, for `v6only`, `cgroup` and `waited_ms`: of few rows anybody asks for it.
     """
 
     state: int
     timer: int
+    network_port: bytes
     host: bytes
     peer: bytes
-    peer_port: int
     interface: int
     expires_ms: int
     rqueue: int
     wqueue: int
     uid: int
     inode: int
-    attributes: dict[int, bytes]
+    attributes: bytes
+
+    @property
+    def peer_port(self) -> int:
+        """0 without a peer."""
+        return int.from_bytes(self.network_port, "big")
 
     @property
     def v6only(self) -> bool | None:
         """None where the kernel does not say: it does for sockets that listen or are only bound."""
-        value = self.attributes.get(_SKV6ONLY)
+        value = _attributes(self.attributes).get(_SKV6ONLY)
         return None if value is None else value != b"\0"
 
     @property
     def cgroup(self) -> int:
         """Inode of its control group's directory; 0 if unknown."""
-        return int.from_bytes(self.attributes.get(_CGROUP_ID, b""), "little")
+        return int.from_bytes(_attributes(self.attributes).get(_CGROUP_ID, b""), "little")
 
     @property
     def waited_ms(self) -> int:
         """Since when its peer has sent nothing: of a connection that nobody accepts, how long it waits at least."""
-        info = self.attributes.get(_INFO, b"")[_LAST_ACK_RECEIVED : _LAST_ACK_RECEIVED + 4]
+        info = _attributes(self.attributes).get(_INFO, b"")[_LAST_ACK_RECEIVED : _LAST_ACK_RECEIVED + 4]
         return int.from_bytes(info, "little")
 
 
@@ -154,25 +161,11 @@ def inet(
 
     Sources: sock_diag(7); kernel ``include/uapi/linux/inet_diag.h``, ``net/ipv4/inet_diag.c`` inet_diag_bc_run.
     """
-    size = 4 if family == socket.AF_INET else 16
+    layout = _INET[4 if family == socket.AF_INET else 16]
+    size, unpack, make = layout.size, layout.unpack_from, InetSocket._make
     for data in _dump_inet(protocol, family, port, states, with_info):
         for start, end in _messages(data):
-            state, timer, _, peer_port, host, peer, *rest = _INET.unpack_from(data, start)
-            interface, expires_ms, rqueue, wqueue, uid, inode = rest
-            yield InetSocket(
-                state,
-                timer,
-                host[:size],
-                peer[:size],
-                int.from_bytes(peer_port, "big"),
-                interface,
-                expires_ms,
-                rqueue,
-                wqueue,
-                uid,
-                inode,
-                _attributes(data, start + _INET.size, end),
-            )
+            yield make((*unpack(data, start), data[start + size : end]))
 
 
 def lingering(family: int, port: int) -> dict[bytes, Lingering]:
@@ -214,7 +207,7 @@ def unix() -> Iterator[UnixSocket]:
     for data in _ask(NETLINK_SOCK_DIAG, _BY_FAMILY, _REQUEST | _DUMP, request):
         for start, end in _messages(data):
             _, state, inode = _UNIX.unpack_from(data, start)
-            attributes = _attributes(data, start + _UNIX.size, end)
+            attributes = _attributes(data[start + _UNIX.size : end])
             name = attributes.get(0, b"")
             if not name:
                 continue
@@ -309,14 +302,15 @@ def _messages(data: bytes) -> Iterator[tuple[int, int]]:
     """Where the body of each message begins and ends."""
     at = 0
     while at < len(data):
-        length = int.from_bytes(data[at : at + 4], "little")
+        (length,) = _LENGTH.unpack_from(data, at)
         yield at + _HEADER.size, at + length
         at += (length + 3) & ~3
 
 
-def _attributes(data: bytes, at: int, end: int) -> dict[int, bytes]:
+def _attributes(data: bytes) -> dict[int, bytes]:
     found = {}
-    while at + _ATTRIBUTE.size <= end:
+    at = 0
+    while at + _ATTRIBUTE.size <= len(data):
         length, kind = _ATTRIBUTE.unpack_from(data, at)
         if length < _ATTRIBUTE.size:
             break
