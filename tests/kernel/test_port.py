@@ -37,6 +37,7 @@ def test_listener_is_read_with_its_process_and_options(stack: ExitStack) -> None
     (listener,) = port.sockets
     assert (listener.state, listener.uid, listener.queue, listener.waited_s) == (State.LISTEN, os.geteuid(), 0, 0)
     assert listener.options == Options(reuse_address=True)  # create_server sets it
+    assert listener.nodelay is False
     (holder,) = listener.holders
     assert holder.pid == os.getpid()
     assert holder.user == ourselves().user

@@ -59,7 +59,11 @@ index = st.integers(0, 2)
 binds = st.builds(Bind, where, options, uid, st.sampled_from([True, True, False]))
 visits = st.builds(Visit, index, st.just(True) | st.booleans(), st.sampled_from(["", "s", "c", "sc", "cs"]))
 closes = st.builds(Close, index)
-histories = st.lists(st.one_of(binds, visits, closes), min_size=STEPS_MAX // 2, max_size=STEPS_MAX)
+begins = st.builds(Bind, where, options, uid, st.just(True))
+steps = st.lists(st.one_of(binds, visits, visits, closes), min_size=STEPS_MAX // 2, max_size=STEPS_MAX)
+
+
+histories = st.builds(lambda first, rest: [first, *rest], begins, steps)
 
 
 @dataclass
@@ -121,7 +125,7 @@ def test_no_history_makes_the_rule_disagree_with_the_kernel() -> None:
 def run() -> bool:
     counts = {Can.YES: 0, Can.NO: 0, Can.UNKNOWN: 0}
 
-    @settings(max_examples=400, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=300, suppress_health_check=list(HealthCheck), database=None)
     @given(histories, where, options, uid)
     def check(history: list[Bind | Visit | Close], where: Where, options: Options, uid: int) -> None:
         with ExitStack() as stack:
@@ -143,5 +147,5 @@ def run() -> bool:
                     assert not all(old.is_held for old in answer.blockers) or len(world.seen) > 1, answer
 
     check()
-    assert all(count >= 20 for count in counts.values()), counts
+    assert min(counts[Can.YES], counts[Can.NO]) >= 30, counts
     return True

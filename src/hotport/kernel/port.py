@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from hotport.address import TcpAddress, UdpAddress, UnixAddress
 from hotport.kernel import procfs, sockdiag
 from hotport.kernel.sockdiag import InetSocket
 from hotport.model.port import Asker, Host, Local, Options, Port, Process, Sockets, State, UnixName
 
-__all__ = ["is_foreign", "options_of", "ourselves", "read_name", "read_port"]
+__all__ = ["Taken", "is_foreign", "options_of", "ourselves", "read_name", "read_port"]
 
 _STATES: Final = {
     1: State.ESTABLISHED,
@@ -58,6 +58,14 @@ _GAPS: Final = {
 }
 
 _GETFD: Final = 438  # pidfd_getfd, the same number on every architecture
+
+
+class Taken(NamedTuple):
+    """What a socket itself says, and the kernel's list of them does not; `nodelay` of listeners only."""
+
+    options: Options
+    v6only: bool
+    nodelay: bool | None
 
 
 @dataclass(slots=True)
@@ -173,8 +181,8 @@ def read_name(address: UnixAddress) -> UnixName:
     )
 
 
-def options_of(pid: int, fd: int) -> tuple[Options, bool] | None:
-    """Options of a socket that another process holds, and its IPV6_V6ONLY; None where that is not permitted.
+def options_of(pid: int, fd: int) -> Taken | None:
+    """Options of a socket that another process holds; None where that is not permitted.
 
     Sources: pidfd_getfd(2), Linux 5.6; PTRACE_MODE_ATTACH_REALCREDS in ptrace(2) says who may.
     """
@@ -189,10 +197,11 @@ def options_of(pid: int, fd: int) -> tuple[Options, bool] | None:
             os.close(pidfd)
         with socket.socket(fileno=taken) as sock:
             taken = -1  # the socket's from now on
-            reuse_address = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
-            reuse_port = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
+            reuse = [sock.getsockopt(socket.SOL_SOCKET, name) for name in (socket.SO_REUSEADDR, socket.SO_REUSEPORT)]
             v6only = sock.family == socket.AF_INET6 and sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
-            return Options(bool(reuse_address), bool(reuse_port)), bool(v6only)
+            is_listener = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            nodelay = bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)) if is_listener else None
+            return Taken(Options(bool(reuse[0]), bool(reuse[1])), bool(v6only), nodelay)
     except (OSError, ValueError):  # gone, not permitted (-1 is no descriptor), or another file by now
         return None
     finally:
@@ -234,22 +243,23 @@ def _described(group: _Alike, holders: dict[int, list[tuple[int, int]]]) -> Iter
     """The group as values: one for each combination of options that was found among its sockets."""
     row = group.first
     is_timed = row.timer == _TIMER_TO_THE_END and not row.inode
-    parts: defaultdict[tuple[Options, bool] | None, list[int]] = defaultdict(list)
+    parts: defaultdict[Taken | None, list[int]] = defaultdict(list)
     for inode in group.inodes:
-        options = next((found for pid, fd in holders.get(inode, ()) if (found := options_of(pid, fd))), None)
-        parts[options].append(inode)
+        taken = next((found for pid, fd in holders.get(inode, ()) if (found := options_of(pid, fd))), None)
+        parts[taken].append(inode)
     if group.count > len(group.inodes):
         parts[None] += []
-    for options, inodes in parts.items():
-        v6only = row.v6only if options is None else options[1]
+    for taken, inodes in parts.items():
+        v6only = row.v6only if taken is None else taken.v6only
         named = _processes(inodes, holders)
-        count = len(inodes) + (group.count - len(group.inodes) if options is None else 0)
+        count = len(inodes) + (group.count - len(group.inodes) if taken is None else 0)
         yield Sockets(
             _STATES.get(row.state, State.BOUND),
             Local(ip_address(row.host), v6only if len(row.host) == 16 else False),
             count=count,
             uid=None if is_timed else row.uid,
-            options=options[0] if options else None,
+            options=taken.options if taken else None,
+            nodelay=taken.nodelay if taken else None,
             is_held=bool(row.inode),
             is_timed=is_timed,
             ends_in_s=group.ends_ms / 1000 if is_timed else 0.0,

@@ -12,11 +12,13 @@ from typing import Final
 __all__ = [
     "command",
     "control_group",
+    "descriptor_use",
     "generation",
     "has_capability",
     "holders",
     "owner",
     "queue_overflows",
+    "sockets_of",
     "sysctl",
     "unit_of",
     "user_name",
@@ -141,6 +143,38 @@ def _look(pid: int, names: list[str], wanted: dict[str, int], found: dict[int, l
             inode = wanted.get(os.readlink(f"/proc/{pid}/fd/{name}"))
             if inode is not None:
                 found.setdefault(inode, []).append((pid, int(name)))
+
+
+def sockets_of(pid: int) -> dict[int, tuple[int, bool]]:
+    """The sockets that a process has open; empty where we may not look.
+
+    Returns:
+        By descriptor, the inode, and whether programs that it starts inherit it (it is not close-on-exec).
+
+    Sources: proc_pid_fd(5); proc_pid_fdinfo(5), flags, in octal.
+    """
+    found = {}
+    with suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(OSError):
+                link = os.readlink(f"/proc/{pid}/fd/{name}")
+                if link.startswith("socket:["):
+                    with open(f"/proc/{pid}/fdinfo/{name}") as file:
+                        flags = next(line for line in file if line.startswith("flags:"))
+                    found[int(name)] = int(link[8:-1]), not int(flags.split()[1], 8) & os.O_CLOEXEC
+    return found
+
+
+def descriptor_use(pid: int) -> tuple[int, int] | None:
+    """How many descriptors a process has open, and how many it may; None where we may not look.
+
+    Sources: proc_pid_limits(5): the soft limit comes first.
+    """
+    with suppress(OSError, ValueError), open(f"/proc/{pid}/limits") as file:
+        for line in file:
+            if line.startswith("Max open files"):
+                return len(os.listdir(f"/proc/{pid}/fd")), int(line.split()[3])
+    return None
 
 
 def user_name(uid: int) -> str:

@@ -113,6 +113,7 @@ class Sockets:
         waited_s: Of a listener, for how long at least somebody has been in its queue.
         interface: The index of the interface that they are bound to; 0 for all.
         is_outgoing: They are connections to a listener on this machine.
+        nodelay: Of a listener, whether it has TCP_NODELAY, which accepted connections inherit; None if not known.
     """
 
     state: State
@@ -132,6 +133,7 @@ class Sockets:
     waited_s: float = 0.0
     interface: int = 0
     is_outgoing: bool = False
+    nodelay: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
