@@ -164,11 +164,13 @@ def test_nginx_and_its_workers_are_named() -> None:
     def look() -> tuple[int, int]:
         with tempfile.TemporaryDirectory() as directory:
             config = Path(directory, "nginx.conf")
+            kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+            places = " ".join(f"{kind}_temp_path {directory}/{kind};" for kind in kinds)
             config.write_text(
-                f"daemon off; pid {directory}/pid; error_log stderr; events {{}} worker_processes 2;\n"
-                f"http {{ access_log off; server {{ listen 127.0.0.1:{PORT}; return 204; }} }}\n"
+                f"daemon off; user root; pid {directory}/pid; events {{}} worker_processes 2;\n"
+                f"http {{ access_log off; {places} server {{ listen 127.0.0.1:{PORT}; return 204; }} }}\n"
             )
-            with running(nginx, "-c", str(config), ready=lambda: answers(PORT)) as process:
+            with running(nginx, "-e", "stderr", "-c", str(config), ready=lambda: answers(PORT)) as process:
                 code, found = facts(str(PORT))
                 process.terminate()  # the master ends its workers
                 process.wait(DEADLINE_S)
