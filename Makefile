@@ -5,8 +5,15 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PYTEST_ARGS ?=
 
+# Tests wait for processes more than they compute, so several run at a time, each as slowly as it then must.
+TESTS_AT_ONCE ?= $(shell expr 2 '*' $$(nproc))
+export HOTPORT_TEST_SLOWNESS ?= 2
+
 # Absolute, because workers are measured too and run in directories of their own.
 export COVERAGE_FILE := $(CURDIR)/build/coverage/data
+
+# Thousands of interpreters are started; images that forbid byte code would have each compile all of hotport.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test lint format bench bench-report clean debian
 
@@ -23,7 +30,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev debian lint
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
+	$(BIN)/coverage run -m pytest -n $(TESTS_AT_ONCE) --dist worksteal $(PYTEST_ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 	$(BIN)/coverage report --include='src/hotport/model/*,src/hotport/wire/*' --fail-under=100
@@ -45,6 +52,7 @@ bench: $(VENV)/.dev debian
 	$(BIN)/python benchmarks/rebind.py
 	$(BIN)/python benchmarks/timewait.py
 	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/power.py
 	$(MAKE) bench-report
 
 bench-report: $(VENV)/.dev

@@ -2,6 +2,9 @@
 
 Each is a process of its own that prints JSON, and small enough not to be what is measured: raw sockets, one epoll
 instance, requests and frames that were built before, replies whose size is known.
+
+`hotport churn` has none of these: its engine keeps to a schedule where `websocket` goes as fast as the server, sleeps
+where `paced` does not, and counts in buckets where `churn` has the microsecond of each connection.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ RESULTS: Final = ROOT / "benchmarks" / "results"
 README: Final = ROOT / "README.md"
 PAGE: Final = ROOT / "docs" / "discussion" / "why-the-port-stays-busy.md"
 PEERS_PAGE: Final = ROOT / "docs" / "discussion" / "what-restarts-cost-elsewhere.md"
+CHURN_PAGE: Final = ROOT / "docs" / "how-to" / "load-test-restarts.md"
 PICTURE: Final = RESULTS / "rebind.svg"
 
 #: Rows of http.py: what they are called, what is compared, and how many decimals that has.
@@ -66,6 +67,7 @@ def main() -> None:
     README.write_text(rendered(README.read_text()))
     PAGE.write_text(rendered_page(PAGE.read_text()))
     PEERS_PAGE.write_text(rendered_peers_page(PEERS_PAGE.read_text()))
+    CHURN_PAGE.write_text(rendered_churn_page(CHURN_PAGE.read_text()))
     if (results := results_of("rebind")) is not None:
         PICTURE.write_text(drawn(results))
 
@@ -97,6 +99,12 @@ def rendered_peers_page(page: str) -> str:
         return page
     page = _between(page, "peers", _peers_fates(results))
     return _between(page, "peers by client", _peers_by_client(results))
+
+
+def rendered_churn_page(page: str) -> str:
+    """The page on load-testing with what one engine can do."""
+    results = results_of("power")
+    return page if results is None else _between(page, "power", _power(results))
 
 
 def drawn(results: dict[str, Any]) -> str:
@@ -235,6 +243,42 @@ def _timewait(results: dict[str, Any]) -> str:
             )
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join([*lines, ""])
+
+
+#: Loads of power.py, what they are called, and the figure that says how much it was.
+POWERS: Final = {
+    "new connections": ("`--connect`, new connections/s", "attempts/s"),
+    "keep-alive requests": ("`--keepalive 1000 --think 48ms`, requests/s", "attempts/s"),
+    "held connections": ("`--keepalive 10000 --think 10s`, connections held", "connections"),
+}
+
+
+def _power(results: dict[str, Any]) -> str:
+    samples, machine, cpu = results["samples"], results["machine"], "engine's CPU us/attempt"
+    lines = [
+        "| one engine, one core | kept | own lag p99 in ms: best, median, worst | processor time of an attempt, us |",
+        "|---|---|---|---|",
+    ]
+    for name, (what, unit) in POWERS.items():
+        found = {key: samples[f"{name}: {key}"] for key in (unit, "lag p99 ms", cpu)}
+        lags = found["lag p99 ms"]
+        lines.append(
+            f"| {what} | {statistics.median(found[unit]):,.0f} | "
+            f"{min(lags):.2f}, {statistics.median(lags):.2f}, {max(lags):.2f} | "
+            f"{statistics.median(found[cpu]):.0f} |"
+        )
+    loads = [load for name in POWERS for load in samples[f"{name}: load average"]]
+    first = ", engine and target before all others (SCHED_FIFO)" if results["first"] else ""
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{len(lags)} rounds of {results['seconds']:g} s against HAProxy on the other core; load average\n"
+            f"{min(loads):.1f} to {max(loads):.1f} on {machine['cores']} cores{first}.",
+            "How: `benchmarks/power.py`, `benchmarks/results/power.json`.",
+            "",
+        ]
+    )
 
 
 def _peers(results: dict[str, Any]) -> str:

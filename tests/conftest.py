@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import gc
+import fcntl
 import os
 import signal
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import hypothesis
 import psutil
 import pytest
-import trio  # noqa: F401  it hands hypothesis its random source, which must happen before `frozen_imports`
+import trio  # noqa: F401  it hands hypothesis its random source, which must happen before `collect` freezes it
 import uvloop
+
+from tests.support import collect
 
 hypothesis.settings.register_profile("hotport", deadline=None)  # these machines are noisy
 hypothesis.settings.load_profile("hotport")
@@ -34,25 +36,36 @@ def pipe_of_libuv() -> None:
     uvloop.new_event_loop().close()
 
 
-@pytest.fixture(autouse=True, scope="session")
-def frozen_imports() -> None:
-    """What is imported by now is no garbage; collecting around each test need not look at it."""
-    gc.collect()
-    gc.freeze()
-
-
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than half a minute; leave it out with -m 'not slow'")
+    config.addinivalue_line("markers", "unmeasured: the processes that it starts run without coverage")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Measuring a process costs as much as its start; a test of what others measure anyway does without."""
+    with pytest.MonkeyPatch.context() as environment:
+        if item.get_closest_marker("unmeasured"):
+            environment.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        return (yield)
+
+
+@pytest.fixture
+def alone_with_accept_queues(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The kernel counts full accept queues of the whole machine: who fills one waits for who counts them."""
+    with (tmp_path_factory.getbasetemp().parent / "accept-queues.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails a test that leaks; set up first, so that everything else is gone when it looks."""
-    gc.collect()  # garbage of an earlier test must not be counted as ours
+    collect()  # garbage of an earlier test must not be counted as ours
     directory = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
     descriptors, handlers = _descriptors(), _handlers()
     yield
-    gc.collect()
+    collect()
     left = _processes_of(request.node.nodeid)
     _, alive = psutil.wait_procs(left, VANISH_S)
     told = [f"{process.pid} {' '.join(process.cmdline())}" for process in alive]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import select
@@ -272,6 +273,12 @@ def read_response(sock: socket.socket) -> tuple[int, bytes]:
         if key.lower() == b"content-length":
             length = int(value)
     return status, file.read() if length is None else file.read(length)
+
+
+def collect() -> None:
+    """Collect garbage; what is no garbage by now need not be looked at around every test to come."""
+    gc.collect()
+    gc.freeze()
 
 
 def eventually(claim: Callable[[], bool], what: str) -> None:

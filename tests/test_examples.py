@@ -14,6 +14,8 @@ import pytest
 
 from tests.support import DEADLINE_S, Service, http_get
 
+pytestmark = pytest.mark.unmeasured
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from tests.support import DEADLINE_S, need
 
+pytestmark = pytest.mark.unmeasured
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -21,19 +23,25 @@ SMALL = {
         *("--seconds", "0.2", "--servers", "hotport", "uvicorn"),
         *("--only", "websocket", "access-log", "latency", "memory"),
     ),
-    "rebind.py": ("--entries", "20", "--only", "inherit", "overlap steered", "rebind warm", "rebind cold", "plain"),
+    "rebind.py": (
+        *("--entries", "20", "--rate", "300", "--seconds", "1"),  # on a machine that is busy with other tests
+        *("--only", "inherit", "overlap steered", "rebind warm", "rebind cold", "plain"),
+    ),
     "timewait.py": ("--entries", "0", "20", "--seconds", "0.2"),
     "peers.py": ("--servers", "hotport", "--times", "1"),
+    "power.py": ("--seconds", "1"),
 }
 
 #: These have clients of their own; in a network namespace if that is permitted, and on loopback if not.
-UNLOADED = ("rebind.py", "timewait.py", "peers.py")
+UNLOADED = ("rebind.py", "timewait.py", "peers.py", "power.py")
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_one_small_round_ends_with_samples_and_goals(tmp_path: Path, name: str) -> None:
     if name not in UNLOADED:
         need("wrk")
+    if name == "power.py":
+        need("haproxy")
     output = tmp_path / "result.json"
     result = subprocess.run(
         [sys.executable, BENCHMARKS / name, "--rounds", "1", "--output", output, *SMALL[name]],

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from hotport.churn.plan import Armed, Begin, Plan, Summary, Tick
+from hotport.churn.plan import Armed, Begin, End, Plan, Summary, Tick
 from hotport.churn.result import Bucket, Incident
 
 
@@ -37,11 +37,15 @@ def main() -> None:
         sys.stdout.flush()
     if plan.path == "/stay":
         signal.pause()
+    end_ns = begin + int(plan.duration_ms * 1e6) + 1_000_000_000
     ticks = int(plan.duration_ms // plan.bucket_ms)
     for number in range(ticks):
         end = begin + (number + 1) * plan.bucket_ms * 1_000_000
-        # The end of stdin means: stop now.
         if select.select([stdin], [], [], max(0, end - time.monotonic_ns()) / 1e9)[0]:
+            if not (line := stdin.readline()):
+                break  # stop now
+            end_ns = msgspec.json.decode(line, type=End).at_ns
+        if time.monotonic_ns() >= end_ns:
             break
         at_ms = number * plan.bucket_ms
         if plan.path == "/die" and number == 1 and plan.seed % 2:

@@ -120,7 +120,8 @@ def clean() -> Result:
         at: {(Kind.KEEPALIVE, Event.TOLD_TO_CLOSE): count, (Kind.KEEPALIVE, Event.RECONNECTED): count}
         for at, count in ((2200, 14), (5200, 13), (8200, 13))
     }
-    report = {"generation": 2, "phases": [{"name": "ready", "ms": 210.0}]}
+    connections = {"told_to_close": 14, "moved": 1200, "of_which_nobody_knows_yet": 1, "cut_body": 0}
+    report = {"generation": 2, "phases": [{"name": "ready", "ms": 210.0}], "connections": connections}
     return build(
         restarts=[mark(1, 2040, 2700, report=report), mark(2, 5010.5, 5640), mark(3, 8030, 8710)],
         accept_gap_ms=[21.0, 18.5, 33.0],

@@ -75,12 +75,18 @@ class Seen:
 
     @property
     def fates(self) -> Counter[str]:
-        """By name, over all kinds."""
+        """By name, over all kinds; connections that were made are not among them."""
         counts: Counter[str] = Counter()
         for tick in self.ticks:
             for of_kind in tick.bucket.fates.values():
                 counts.update(of_kind)
+        del counts["connected"]
         return counts
+
+    @property
+    def connections(self) -> int:
+        """How many were made by clients that keep theirs."""
+        return sum(kind.get("connected", 0) for tick in self.ticks for kind in tick.bucket.fates.values())
 
     @property
     def incidents(self) -> list[Incident]:

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hotport.churn.engine import Engine
+from hotport.churn.histogram import Histogram
 from hotport.churn.plan import Armed, Plan, Said, Summary, Tick
 from hotport.churn.result import Bucket, Load, Target
 from hotport.churn.schedule import arrivals, gap_ns
@@ -89,6 +90,11 @@ def test_every_fate_of_a_request_is_counted_exactly(script: list[str]) -> None:
     assert losses == Counter({fate: count for fate, count in expected.items() if fate != "answered"})
     assert seen.ticks[-1].bucket.in_flight == seen.ticks[-1].bucket.connections == 0
     assert bool(seen.summary.connect_answers_ms) == bool(expected["answered"])
+    lag = Histogram()
+    for tick in seen.ticks:
+        lag.merge(tick.bucket.lag)
+    assert lag.counts == seen.summary.lag
+    assert len(lag) == expected.total()
 
 
 @pytest.mark.parametrize("kind", ["halfhead", "late", "slow", "upload"])
@@ -210,6 +216,8 @@ def test_kept_connection_is_kept_and_made_again_and_nothing_is_repeated(script: 
         what = plan(target(server.port), Load("keepalive", count=1, think_ms=1), duration_ms=60_000)
         seen = run(what, engines.append)
     assert seen.fates == expected
+    assert seen.connections == 1 + expected["reconnected"]
+    assert not seen.summary.connect_answers_ms  # where nobody tries to connect there is no accept gap
 
 
 def test_pool_keeps_rate_and_waits_for_a_free_connection_without_lag_of_its_own() -> None:

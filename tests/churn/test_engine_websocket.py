@@ -18,7 +18,7 @@ from websockets.sync.server import Server, ServerConnection, serve
 from hotport.churn.engine import Engine
 from hotport.churn.result import Load
 from tests.churn.scripted import Scripted, Seen, plan, read_head, reset, run, target
-from tests.support import DEADLINE_S
+from tests.support import DEADLINE_S, SLOWNESS
 from tests.tls_support import Pki
 
 
@@ -62,9 +62,26 @@ def test_restarting_server_is_told_from_one_that_just_leaves(code: int, event: s
 
     with _serving(handler) as port:
         # The pause between messages is so long that the end comes before the next one is sent.
-        seen = _run_until_stopped(port, engines, Load("websocket", rate=5, count=1))
+        seen = _run_until_stopped(port, engines, Load("websocket", rate=5 / SLOWNESS, count=1))
     assert seen.fates == {"answered": answered, event: 3, "reconnected": 3}
+    assert seen.connections == 4
     assert answered == 6
+
+
+def test_one_connection_lasts_as_long_as_the_server_lets_it() -> None:
+    answered = 0
+
+    def handler(connection: ServerConnection) -> None:
+        nonlocal answered
+        for message in connection:
+            connection.send(message)
+            answered += 1
+
+    with _serving(handler) as port:
+        seen = run(plan(target(port), Load("websocket", count=3, think_ms=1)))
+    assert seen.fates == {"answered": answered}
+    assert answered > 30
+    assert seen.connections == 3
 
 
 def test_messages_that_nobody_answers_are_lost_with_their_connection() -> None:
@@ -135,7 +152,7 @@ def test_requests_go_over_tls(load: Load, tmp_path: Path) -> None:
                 sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 70000\r\n\r\n" + bytes(70_000))
 
     with Scripted(serve_tls) as server:
-        seen = run(plan(target(server.port, tls=True), load, verify_tls=False))
+        seen = run(plan(target(server.port, tls=True), load, verify_tls=False, duration_ms=300 * SLOWNESS))
     assert set(seen.fates) == {"answered"}
     assert seen.fates["answered"] == asked
     assert (asked == connected) == (load.rate > 0)

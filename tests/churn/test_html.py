@@ -99,6 +99,11 @@ def test_run_without_any_attempt_is_a_page_as_well() -> None:
     assert "no restart, 0 attempts" in render(result)
 
 
+def test_whatever_hotport_says_of_connections_is_on_the_page() -> None:
+    page = render(results.clean())
+    assert "its connections: 1,200 moved, 1 of which nobody knows yet, 14 told to close" in page
+
+
 # -- in a browser -------------------------------------------------------------------------------------------
 
 

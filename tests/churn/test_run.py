@@ -99,7 +99,7 @@ async def test_an_allowed_loss_does_not_fail_a_run() -> None:
 async def test_a_run_whose_engine_dies_means_nothing_and_keeps_what_was_seen() -> None:
     result = await run(Experiment(plan("/die"), engines=2))
     assert result.verdict.exit_code == 2
-    assert result.verdict.why_invalid == ["engine 2: it killed by SIGKILL before its time"]
+    assert result.verdict.why_invalid == ["engine 2: killed by SIGKILL before its time"]
     assert [bucket.fates["connect"]["answered"] for bucket in result.buckets] == [4, 2, 2]
 
 
@@ -148,6 +148,16 @@ async def test_a_run_that_is_too_short_for_its_restarts_says_so() -> None:
     assert "before restart 2 of 2" in result.verdict.why_invalid[0]
 
 
+@pytest.mark.parametrize("command", ["true", "sleep 0.5"], ids=["shorter than its time", "longer"])
+async def test_the_load_ends_when_the_last_restart_has_had_its_time_and_settled(command: str) -> None:
+    restarts = Restarts(RunCommand(command), times=1, after_s=0.1, every_s=0.3)
+    result = await run(Experiment(plan(duration_ms=60_000), restarts=restarts, settle_s=0.2))
+    (mark,) = result.restarts
+    assert mark.ended_ms is not None
+    assert max(mark.began_ms + 300, mark.ended_ms) + 200 <= result.duration_ms < 60_000
+    assert result.verdict.exit_code == 0
+
+
 async def test_a_run_whose_restarts_failed_proves_nothing() -> None:
     restarts = Restarts(RunCommand("exit 3"), times=1, after_s=0.0)
     result = await run(Experiment(plan(), restarts=restarts))
@@ -155,10 +165,11 @@ async def test_a_run_whose_restarts_failed_proves_nothing() -> None:
     assert result.verdict.why_invalid == ["restart 1 failed: exited 3"]
 
 
-async def test_stopping_early_gives_a_partial_result() -> None:
+@pytest.mark.parametrize("settle_s", [None, 1.0])
+async def test_stopping_early_gives_a_partial_result(settle_s: float | None) -> None:
     stop = asyncio.Event()
     restarts = Restarts(RunCommand("sleep 1000"), times=1, after_s=0.0)
-    experiment = Experiment(plan(duration_ms=60_000), engines=2, restarts=restarts)
+    experiment = Experiment(plan(duration_ms=60_000), engines=2, restarts=restarts, settle_s=settle_s)
     result = await run(experiment, Observer(bucket=lambda _: stop.set()), stop)
     assert result.is_partial
     assert result.buckets

@@ -13,7 +13,7 @@ from rich.console import Console
 from hotport.churn.histogram import Histogram
 from hotport.churn.result import RestartMark, Result
 from hotport.churn.verdict import attempts_of, losses_of, sentences
-from hotport.cli._churn_screen import Screen, print_result, write_json
+from hotport.cli._screen import Screen, print_result, write_json
 from tests.churn import results
 
 EVERY = [results.clean, results.lossy, results.invalid, results.partial, results.quiet, results.hostile]
@@ -29,7 +29,7 @@ def terminal(width: int = 100, *, is_one: bool = True) -> tuple[Console, io.Stri
 
 def played(result: Result, words: Console) -> Screen:
     """A screen that has been told everything."""
-    screen = Screen(words, duration_ms=result.duration_ms, bucket_ms=result.bucket_ms)
+    screen = Screen(words, expected_s=result.duration_ms / 1000, bucket_ms=result.bucket_ms)
     for mark in result.restarts:
         screen.restart(RestartMark(mark.number, mark.how, mark.began_ms))
     for bucket in result.buckets:
@@ -73,9 +73,38 @@ def test_picture_warns_when_the_clients_are_late_themselves(lag_us: int, warns: 
     assert ("late themselves" in file.getvalue()) == warns
 
 
+def test_of_what_a_successful_command_has_said_the_end_is_told() -> None:
+    result = results.clean()
+    result.restarts[0].detail = "many\nwords\ndone: generation 2 serves"
+    result.restarts[1].detail, result.restarts[1].outcome = "cause\ntry", "failed"
+    words, file = terminal(200)
+    print_result(result, words)
+    assert "done in 660 ms: done: generation 2 serves" in file.getvalue()
+    assert "words" not in file.getvalue()
+    assert "cause" in file.getvalue()
+
+
+def test_whatever_hotport_says_of_connections_is_told() -> None:
+    words, file = terminal(200)
+    print_result(results.clean(), words)
+    assert "connections: 1,200 moved, 1 of which nobody knows yet, 14 told to close" in file.getvalue()
+
+
+def test_chart_has_a_colour_for_everybody_who_answers() -> None:
+    result = results.quiet()
+    for number, bucket in enumerate(result.buckets):
+        bucket.answered_by = {f"generation {1 + number // 20}": 5}
+    words = Console(file=io.StringIO(), width=100, force_terminal=True, color_system="standard")
+    words.print(played(result, words).picture())
+    said = words.file.getvalue()  # type: ignore[attr-defined]
+    assert "generation 2" in said
+    assert "\x1b[36m" in said  # cyan
+    assert "\x1b[35m" in said  # magenta
+
+
 def test_picture_of_nothing_yet_is_a_picture() -> None:
     words, file = terminal()
-    words.print(Screen(words, duration_ms=1000, bucket_ms=100).picture())
+    words.print(Screen(words, expected_s=1.0, bucket_ms=100).picture())
     assert "0 of 1 s" in file.getvalue()
 
 
@@ -111,7 +140,7 @@ def test_chart_stays_when_the_picture_goes() -> None:
         await asyncio.wait([drawing])
 
     asyncio.run(draw())
-    assert file.getvalue().rstrip().endswith("attempts that ended, red where some were lost")
+    assert file.getvalue().rstrip().endswith("attempts that ended, coloured by who answered, red where some were lost")
 
 
 @pytest.mark.parametrize("build", EVERY)

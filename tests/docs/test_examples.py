@@ -14,6 +14,8 @@ import pytest
 
 from tests.support import DEADLINE_S, HOTPORT, Service, http_get, need, read_response
 
+pytestmark = pytest.mark.unmeasured
+
 EXAMPLES = Path(__file__).parent.parent.parent / "docs" / "examples"
 
 

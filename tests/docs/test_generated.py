@@ -10,11 +10,13 @@ import msgspec
 import pytest
 
 from benchmarks.report import (
+    CHURN_PAGE,
     PAGE,
     PEERS_PAGE,
     PICTURE,
     drawn,
     rendered,
+    rendered_churn_page,
     rendered_page,
     rendered_peers_page,
     results_of,
@@ -72,6 +74,11 @@ def test_the_page_on_time_wait_is_what_the_results_say() -> None:
 def test_the_page_on_other_servers_is_what_the_results_say() -> None:
     page = PEERS_PAGE.read_text()
     assert page == rendered_peers_page(page), "run: make bench-report"
+
+
+def test_the_page_on_load_tests_is_what_the_results_say() -> None:
+    page = CHURN_PAGE.read_text()
+    assert page == rendered_churn_page(page), "run: make bench-report"
 
 
 def test_the_picture_of_the_gaps_is_what_the_results_say() -> None:

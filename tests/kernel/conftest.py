@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 from collections.abc import Iterator
 
@@ -10,11 +9,12 @@ import psutil
 import pytest
 
 from hotport.kernel.process import open_descriptors
+from tests.support import collect
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
-    gc.collect()  # garbage of an earlier test must not be counted as ours
+    collect()  # garbage of an earlier test must not be counted as ours
     descriptors = open_descriptors()
     handlers, children = _handlers(), set(psutil.Process().children())
     yield

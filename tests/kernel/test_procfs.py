@@ -27,6 +27,7 @@ def refuse_to_open(*_: object) -> None:
     raise FileNotFoundError
 
 
+@pytest.mark.usefixtures("alone_with_accept_queues")
 def test_full_accept_queue_is_counted() -> None:
     before = queue_overflows()
     if not before:

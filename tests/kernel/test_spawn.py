@@ -282,7 +282,7 @@ def test_signal_to_us_during_fork_is_handled_once_and_by_us(monkeypatch: pytest.
     fork = os.fork
 
     def terminate_and_fork() -> int:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # to this thread: a process of xdist has another
         return fork()
 
     monkeypatch.setattr(os, "fork", terminate_and_fork)
@@ -301,7 +301,7 @@ def test_exception_from_a_signal_handler_leaves_no_child(monkeypatch: pytest.Mon
     def fork_and_interrupt() -> int:
         if pid := fork():
             started.append(pid)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return pid
 
     monkeypatch.setattr(os, "fork", fork_and_interrupt)

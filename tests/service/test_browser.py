@@ -122,6 +122,7 @@ def report(tmp_path: Path) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.unmeasured
 def test_page_that_is_open_in_a_browser_notices_no_restart(tmp_path: Path) -> None:
     need("chromium")
     write_code(tmp_path / "app.py", APP.format(version="one"))

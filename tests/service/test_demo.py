@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import os
 import signal
-import struct
 import subprocess
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
-from socket import SO_LINGER, SOL_SOCKET
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
-from hotport.cli import _load, demo
-from hotport.cli._load import CROSSINGS, Load
+from hotport.churn.result import Result
+from hotport.churn.verdict import answered_by, attempts_of, losses_of
+from hotport.cli import demo
 from hotport.errors import ConfigError
 from tests.support import DEADLINE_S, HOTPORT
 
@@ -41,13 +38,12 @@ def test_no_request_is_lost_and_every_version_answers(temporary: Path) -> None:
         [*HOTPORT, *SMALL, "--json"], env=environment(temporary), capture_output=True, text=True, timeout=2 * DEADLINE_S
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    seen = json.loads(result.stdout)
-    assert seen["failed"] == 0
-    assert set(seen["failures"]) == set(_load.KINDS)
-    assert [(a["version"], a["generation"]) for a in seen["answers"]] == [("v1", 1), ("v2", 2)]
-    assert sum(answer["requests"] for answer in seen["answers"]) == seen["requests"]
-    assert seen["crossed"] == CROSSINGS
-    assert [report["outcome"] for report in seen["restarts"]] == ["done"]
+    seen = msgspec.json.decode(result.stdout, type=Result)
+    assert not losses_of(seen.totals)
+    assert set(seen.totals) == {"keepalive", "connect", "late", "halfhead", "slow"}
+    assert list(answered_by(seen.buckets)) == ["v1, generation 1", "v2, generation 2"]
+    assert sum(answered_by(seen.buckets).values()) == attempts_of(seen.totals)
+    assert [mark.outcome for mark in seen.restarts] == ["done"]
     assert not list(temporary.iterdir())
 
 
@@ -65,8 +61,9 @@ def test_a_terminal_gets_a_picture_and_a_verdict(temporary: Path) -> None:
     assert process.returncode == 0, words + out
     assert "answering" in words
     assert "█" in words
-    assert "restart 1" in words
-    assert "none lost; after each restart the new code answered." in out
+    assert "under way" in words
+    assert "nothing lost" in out
+    assert out.rstrip().endswith("After each restart the new code answered.")
 
 
 def read_terminal(fd: int) -> str:
@@ -101,90 +98,3 @@ def test_without_its_packages_it_names_the_extra(monkeypatch: pytest.MonkeyPatch
     assert isinstance(result.exception, ConfigError)
     assert "starlette and httptools" in str(result.exception)
     assert "pip install 'hotport[demo]'" in str(result.exception)
-
-
-# -- what the clients call a failure ------------------------------------------------------------------------
-
-
-async def close(writer: asyncio.StreamWriter) -> None:
-    writer.close()
-
-
-async def reset(writer: asyncio.StreamWriter) -> None:
-    writer.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
-    writer.close()
-
-
-async def truncate_head(writer: asyncio.StreamWriter) -> None:
-    writer.write(b"HTTP/1.1 200 OK\r\n")
-    writer.close()
-
-
-async def truncate_body(writer: asyncio.StreamWriter) -> None:
-    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhell")
-    writer.close()
-
-
-async def refuse_politely(writer: asyncio.StreamWriter) -> None:
-    writer.write(b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n")
-    writer.close()
-
-
-async def say_nothing(writer: asyncio.StreamWriter) -> None:
-    """Leave the connection open."""
-
-
-@pytest.mark.parametrize(
-    ("behave", "kind"),
-    [
-        (close, "closed unanswered"),
-        (reset, "reset"),
-        (truncate_head, "truncated"),
-        (truncate_body, "truncated"),
-        (refuse_politely, "wrong status"),
-        (say_nothing, "timed out"),
-    ],
-)
-@pytest.mark.parametrize("client", ["_keep_alive", "_reconnect_always"])
-def test_a_failure_is_called_what_it_was(
-    behave: Callable[[asyncio.StreamWriter], Awaitable[None]], kind: str, client: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_load, "REQUEST_TIMEOUT_S", 0.2 if behave is say_nothing else DEADLINE_S)
-
-    async def run() -> Load:
-        handled = asyncio.Event()
-
-        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await reader.readuntil(b"\r\n\r\n")
-            load.stop()
-            await behave(writer)
-            with suppress(ConnectionError):
-                await reader.read()  # until the client has closed
-                writer.close()
-                await writer.wait_closed()
-            handled.set()
-
-        async with await asyncio.start_server(handle, "127.0.0.1", 0) as server:
-            load = Load(server.sockets[0].getsockname()[1], connections=1)
-            await getattr(load, client)()
-            await handled.wait()
-        return load
-
-    seen = asyncio.run(run()).seen
-    assert {kind: number for kind, number in seen.failures.items() if number} == {kind: 1}
-    assert seen.requests == 1
-    assert not seen.answers
-
-
-def test_a_closed_port_is_called_refused() -> None:
-    async def run() -> Load:
-        server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
-        load = Load(server.sockets[0].getsockname()[1], connections=1)
-        server.close()
-        asyncio.get_running_loop().call_later(0.1, load.stop)
-        await load.run()
-        await load.finish(await load.place())
-        return load
-
-    seen = asyncio.run(run()).seen
-    assert seen.failures["refused"] == seen.requests > sum(CROSSINGS.values())

@@ -463,6 +463,7 @@ def test_stop_now_does_not_wait_for_connections(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.unmeasured
 @pytest.mark.timeout(300 * SLOWNESS)
 def test_200_restarts_leave_nothing_behind(tmp_path: Path) -> None:
     write_code(tmp_path / "app.py", LINE_APP.format(version="one"))

@@ -75,6 +75,7 @@ def parse(answer: http.client.HTTPResponse) -> Answer:
     return Answer(version, generation, int(pid))
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 def test_twenty_restarts_under_https_load_cost_no_request(tmp_path: Path, pki: Pki, loop: str) -> None:
     with serve(tmp_path, pki, "--workers", "2", "--loop", loop) as service:

@@ -15,8 +15,9 @@ import pytest
 from hotport.wire.messages import Report, RestartRequest
 from tests.support import DEADLINE_S, Service, eventually, http_get, need, read_response, write_code
 
+pytestmark = pytest.mark.unmeasured
+
 APP = """
-import asyncio
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
@@ -27,14 +28,16 @@ async def index(request):
     return PlainTextResponse(VERSION)
 
 async def slow(request):
-    await asyncio.sleep(2)
+    await request.scope["extensions"]["hotport"]["draining"].wait()
     return PlainTextResponse("slow " + VERSION)
 
 async def stream(request):
+    draining = request.scope["extensions"]["hotport"]["draining"]
     async def chunks():
         for n in range(20):
             yield f"{{n}}\\n"
-            await asyncio.sleep(0.1)
+            if n == 10:
+                await draining.wait()
     return StreamingResponse(chunks())
 
 async def events(request):
@@ -97,6 +100,7 @@ end
 """
 
 
+@pytest.mark.usefixtures("alone_with_accept_queues")
 @pytest.mark.parametrize("mode", ["keep-alive", "close"])
 def test_twenty_restarts_under_full_load_cost_no_request(tmp_path: Path, mode: str) -> None:
     wrk = need("wrk")

@@ -80,6 +80,7 @@ class Clients:
                 self.closes[type(error).__name__] += 1
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 def test_ten_restarts_on_each_loop_close_with_1012_only_and_lose_no_message(tmp_path: Path, loop: str) -> None:
     write_code(tmp_path / "app.py", APP.format(version="v0"))

@@ -10,7 +10,7 @@ import pytest
 
 from hotport.errors import ConfigError, RestartError
 from hotport.testing import FaultyApp, Service
-from tests.support import DEADLINE_S, assert_three_lines, http_get
+from tests.support import DEADLINE_S, SLOWNESS, assert_three_lines, http_get
 from tests.testing import apps
 
 
@@ -30,7 +30,7 @@ def test_without_faults_it_is_the_application_itself(tmp_path: Path) -> None:
 def test_a_generation_that_does_not_start_aborts_its_restart_and_the_next_one_is_done(
     tmp_path: Path, fault: str
 ) -> None:
-    with serve(tmp_path, fault, ready_timeout=2) as service:
+    with serve(tmp_path, fault, ready_timeout=3 * SLOWNESS) as service:
         port = service.wait_ready().port
         with pytest.raises(RestartError) as caught:
             service.restart()

@@ -11,9 +11,26 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-__all__ = ["Adapter", "Connection", "Connections", "Context", "Draining"]
+from hotport.wire.envelope import Envelope
+
+__all__ = [
+    "Adapter",
+    "Connection",
+    "Connections",
+    "Context",
+    "Draining",
+    "Handoff",
+    "NotAdopted",
+    "Offer",
+    "Ready",
+    "may_leave",
+]
+
+
+#: Stands for any number of connections.
+ROOM_MAX = 1 << 20
 
 
 class Draining:
@@ -47,8 +64,30 @@ class Draining:
         self._event.set()
 
 
+class Offer(NamedTuple):
+    """A connection at a safe point: its descriptor, which stays the connection's, and what has to travel with it."""
+
+    fd: int
+    envelope: Envelope
+
+
+class NotAdopted(Exception):
+    """Raised by an adapter that cannot go on with a connection; the text says why."""
+
+
 class Connection(Protocol):
-    """What the worker asks of every connection; the protocol objects implement it."""
+    """What the worker asks of every connection; the protocol objects implement it.
+
+    A worker that leaves says either `drain` or `prepare_handoff`, and may change its mind. After the latter a
+    connection calls what it was given whenever it comes to a *safe point*: the client waits for nothing, nothing that
+    was written is still in this process, and what was read and not consumed is known byte by byte. Then the worker
+    asks for an offer; the connection stands still from there to `keep`, `release` or `cut`.
+    """
+
+    #: The last word of the fate that is counted when it has moved: ``moved_http``.
+    kind: str
+    #: The peer's address and ours, if they are known.
+    endpoints: tuple[Any, Any] | None
 
     def drain(self) -> None:
         """The worker leaves: finish what was begun, and let the next answer be the last.
@@ -56,11 +95,63 @@ class Connection(Protocol):
         Must not close a connection on which the client may have begun to send.
         """
 
+    def prepare_handoff(self, ready: Ready) -> bool:
+        """The worker leaves, and others can go on with this connection: call `ready` at each safe point.
+
+        Returns:
+            False if it cannot move: nothing has changed. True also if it is ending by itself.
+        """
+
+    def offer(self) -> Offer | None:
+        """Stand still at a safe point: read nothing, write nothing, wait for nothing.
+
+        Returns:
+            None if this is none; then `ready` is called at the next one, and nothing is read from that moment on.
+        """
+
+    def keep(self) -> None:
+        """It was not taken: go on from the safe point."""
+
+    def release(self) -> None:
+        """It was taken: close the descriptor, and tell the application as far as it has to know."""
+
+    def why_here(self) -> str:
+        """What it is doing, or what it is, that it has not moved; a few words for the status."""
+
     def cut(self) -> str:
         """Close now, as politely as the protocol allows, and return the fate to count.
 
-        ``"idle_closed"`` if no request was lost by it, else ``"cut_"`` and the state it was in.
+        ``"idle_closed"`` if no request was lost by it, else ``"cut_"`` and the state it was in. One that stands still
+        writes nothing: ``"cut_offered"``, since another process may have taken it.
         """
+
+
+Ready = Callable[[Connection], None]
+
+
+class Handoff:
+    """How far one connection has come with being handed off; there is none before its worker leaves."""
+
+    __slots__ = ("is_offered", "is_parking", "is_wanted", "ready")
+
+    def __init__(self, ready: Ready) -> None:
+        self.ready = ready
+        #: It was asked for, and was at no safe point: the next one is to be held.
+        self.is_wanted = False
+        #: What the client sends is kept as it is, so that a safe point comes after the requests that it has sent.
+        self.is_parking = False
+        #: It stands still.
+        self.is_offered = False
+
+
+def may_leave(transport: asyncio.Transport) -> bool:
+    """Whether nothing that was written is still in this process; if not, ``resume_writing`` is called when so."""
+    if transport.is_closing():
+        return False
+    if transport.get_write_buffer_size():
+        transport.set_write_buffer_limits(high=0)
+        return False
+    return True
 
 
 class Connections:
@@ -70,10 +161,12 @@ class Connections:
     """
 
     def __init__(self, *, maximum: int = 0, requests_max: int = 0) -> None:
-        self.open: set[Connection] = set()
+        #: With the time at which each was taken in, by the event loop's clock.
+        self.open: dict[Connection, float] = {}
         self.draining = Draining()
         self.fates: Counter[str] = Counter()
         self.accepted = 0
+        self.adopted = 0
         self.requests = 0
         self.maximum = maximum
         self.requests_max = requests_max
@@ -83,32 +176,37 @@ class Connections:
         self._is_counting = False
         self._is_full = False
         self._is_draining = False
+        self._ready: Ready | None = None
         self._empty: asyncio.Event | None = None
+        self._now = asyncio.get_running_loop().time
 
     def opened(self, connection: Connection) -> None:
         """Take a connection into the registry; it is told at once if the worker is already leaving."""
-        self.open.add(connection)
+        self.open[connection] = self._now()
         self.accepted += 1
         if self._is_draining:
-            connection.drain()
+            self.tell(connection)
         if self.maximum and len(self.open) >= self.maximum and not self._is_full:
             self._is_full = True
             if self.on_full is not None:
                 self.on_full()
 
+    def count_adopted(self) -> None:
+        """The connection that was taken in last was not accepted here: another worker has handed it off."""
+        self.accepted -= 1
+        self.adopted += 1
+
     def replace(self, connection: Connection, successor: Connection) -> None:
         """A connection goes on as another object; it stays one connection, and is told if the worker is leaving."""
-        self.open.remove(connection)
-        self.open.add(successor)
+        self.open[successor] = self.open.pop(connection)
         if self._is_draining:
-            successor.drain()
+            self.tell(successor)
 
-    def closed(self, connection: Connection, fate: str = "finished") -> None:
-        """Let a connection go, and count its fate if the worker accepts no more."""
-        if connection not in self.open:
+    def closed(self, connection: Connection, fate: str | None = "finished") -> None:
+        """Let a connection go, and count its fate (None is none) if the worker accepts no more."""
+        if self.open.pop(connection, None) is None:
             return
-        self.open.discard(connection)
-        if self._is_counting:
+        if self._is_counting and fate is not None:
             self.fates[fate] += 1
         if self._is_full and len(self.open) < self.maximum:
             self._is_full = False
@@ -117,6 +215,13 @@ class Connections:
         if self._empty is not None and not self.open:
             self._empty.set()
             self._empty = None
+
+    @property
+    def room(self) -> int:
+        """How many more connections may come from other workers."""
+        if self._is_draining:
+            return 0
+        return max(0, self.maximum - len(self.open)) if self.maximum else ROOM_MAX
 
     def count_request(self) -> None:
         """One more request was taken up (for ``max_requests`` and the status)."""
@@ -139,7 +244,22 @@ class Connections:
         """Tell the application and every connection that the worker leaves in `timeout_s` seconds."""
         self._is_counting = self._is_draining = True
         self.draining._start(timeout_s)
-        for connection in list(self.open):
+        self.lead(self._ready)
+
+    def lead(self, ready: Ready | None) -> None:
+        """From now on connections can be handed off to somebody, or to nobody any more.
+
+        Args:
+            ready: Called with each connection that is at a safe point; None if nobody takes them.
+        """
+        self._ready = ready
+        if self._is_draining:
+            for connection in list(self.open):
+                self.tell(connection)
+
+    def tell(self, connection: Connection) -> None:
+        """The worker leaves: be handed off, or drain."""
+        if self._ready is None or not connection.prepare_handoff(self._ready):
             connection.drain()
 
     def cut(self) -> None:
@@ -192,6 +312,15 @@ class Adapter(Protocol):
 
         Before ``connection_made`` its attribute ``endpoints`` is set to the peer's address and our own, as they are or
         as a trusted proxy has told them; in the second case ``is_proxied`` to True.
+        """
+
+    def adopt(self, envelope: Envelope) -> asyncio.BaseProtocol:
+        """One protocol object that goes on with another worker's connection; otherwise as `connection`.
+
+        Whatever can fail, fails here: the other worker lets go of the connection next.
+
+        Raises:
+            NotAdopted: It cannot go on here; nothing is registered.
         """
 
     async def finish(self) -> None:

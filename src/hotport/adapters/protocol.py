@@ -7,12 +7,39 @@ event loop the application's bound methods and keeps only the two ends of the co
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
-from hotport.adapters.base import Context
+from hotport.adapters.base import Context, Handoff, NotAdopted, Offer, Ready, may_leave
+from hotport.wire.envelope import Envelope, ProtocolState, encode_state
 
-__all__ = ["ProtocolAdapter"]
+__all__ = ["ProtocolAdapter", "Transferable"]
+
+log = logging.getLogger("hotport.protocol")
+
+
+@runtime_checkable
+class Transferable(Protocol):
+    """An `asyncio.Protocol` whose connection can go on in the next generation has these two methods.
+
+    It may have a third, ``transfer_wanted(ask)``, called when its worker leaves: one that declines, and for reasons
+    other than what its client sends, calls ``ask()`` when it has become ready.
+    """
+
+    def export_state(self) -> Any:
+        """What the next process's protocol needs to go on: anything that JSON can hold, and bytes.
+
+        Called while the worker leaves, when everything that was written has left; nothing is read meanwhile. It must
+        change nothing: if nobody takes the connection, this protocol goes on. If somebody does, its
+        ``connection_lost(None)`` is called.
+
+        Returns:
+            None to decline now; it is asked again when the client has sent more.
+        """
+
+    def import_state(self, state: Any) -> None:
+        """Become what exported `state`; called before ``connection_made``, on a new object."""
 
 
 class ProtocolAdapter:
@@ -38,7 +65,27 @@ class ProtocolAdapter:
 
     def connection(self) -> asyncio.BaseProtocol:
         """One tracked protocol."""
+        return self._tracked(self._factory())
+
+    def adopt(self, envelope: Envelope) -> asyncio.BaseProtocol:
+        """One tracked protocol that has imported what another worker's has exported.
+
+        Raises:
+            NotAdopted: It cannot, or the connection is of another kind.
+        """
+        if not isinstance(envelope.state, ProtocolState):
+            raise NotAdopted("a protocol has no such connections")
         application = self._factory()
+        if not isinstance(application, Transferable):
+            raise NotAdopted(f"{type(application).__name__} has no import_state()")
+        try:
+            application.import_state(envelope.state.application)
+        except Exception as error:
+            log.exception("the application could not import the state of a connection")
+            raise NotAdopted(f"import_state() raised {error!r}") from None
+        return self._tracked(application)
+
+    def _tracked(self, application: Any) -> asyncio.BaseProtocol:
         if isinstance(application, asyncio.BufferedProtocol):
             return _TrackedBuffered(application, self._context)
         return _Tracked(application, self._context)
@@ -53,12 +100,17 @@ class ProtocolAdapter:
 class _TrackedBase(asyncio.BaseProtocol):
     """Stands between a transport and an application protocol; forwards what the loop asks for."""
 
+    kind = "protocol"
+
     def __init__(self, application: Any, context: Context) -> None:
         self.endpoints: tuple[Any, Any] | None = None
         self.is_proxied = False
         self._application = application
         self._connections = context.connections
         self._transport: asyncio.Transport | None = None
+        self._handoff: Handoff | None = None
+        self._was_reading = False
+        self._is_told = False
         # Instance attributes: event loops look these up on the protocol and then call the application directly.
         self.pause_writing = application.pause_writing  # type: ignore[method-assign]
         self.resume_writing = application.resume_writing  # type: ignore[method-assign]
@@ -72,7 +124,7 @@ class _TrackedBase(asyncio.BaseProtocol):
             notice(*self.endpoints)
         self._application.connection_made(transport)
         if self._connections.draining.is_set():
-            self.drain()
+            self._connections.tell(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._connections.closed(self)
@@ -80,15 +132,94 @@ class _TrackedBase(asyncio.BaseProtocol):
 
     def drain(self) -> None:
         """Tell the application, if it wants to know."""
+        if self._handoff is not None:
+            self.keep()
+            self._handoff = None
         notice = getattr(self._application, "drain_started", None)
-        if notice is not None and self._transport is not None:
+        if notice is not None and self._transport is not None and not self._is_told:
+            self._is_told = True
             notice(self._connections.draining)
 
     def cut(self) -> str:
         """Close; what the application has written is still sent as far as the peer takes it at once."""
         if self._transport is not None:
             self._transport.close()
-        return "cut_protocol"
+        return "cut_offered" if self._handoff is not None and self._handoff.is_offered else "cut_protocol"
+
+    # -- handing it off ------------------------------------------------------------------------------------
+
+    def prepare_handoff(self, ready: Ready) -> bool:
+        """A `Transferable` can move, but not over TLS, whose state cannot be had from OpenSSL."""
+        transport = self._transport
+        if transport is None:
+            return True  # connection_made will see to it
+        if not isinstance(self._application, Transferable) or transport.get_extra_info("ssl_object") is not None:
+            return False
+        if self._handoff is None:
+            self._handoff = Handoff(ready)
+            self._look_on()
+            transport.set_protocol(self)  # loops have looked its methods up before
+            if (notice := getattr(self._application, "transfer_wanted", None)) is not None:
+                notice(self._ask)
+        self._ask()
+        return True
+
+    def _look_on(self) -> None:
+        """From now on, see when the application has received or sent something."""
+        application = self._application
+
+        def resume_writing() -> None:
+            application.resume_writing()
+            self._ask()
+
+        self.resume_writing = resume_writing  # type: ignore[method-assign]
+
+    def _ask(self) -> None:
+        if self._handoff is not None and not self._handoff.is_offered:
+            self._handoff.ready(self)
+
+    def offer(self) -> Offer | None:
+        handoff, transport = self._handoff, self._transport
+        if handoff is None or handoff.is_offered or transport is None or not may_leave(transport):
+            return None
+        self._was_reading = transport.is_reading()
+        if self._was_reading:
+            transport.pause_reading()
+        handoff.is_offered = True
+        try:
+            state = self._application.export_state()
+            encode_state(state)
+        except Exception:
+            log.exception("the application could not export the state of a connection")
+            self.drain()
+            return None
+        if state is None:
+            self.keep()
+            return None
+        peer, own = self.endpoints or (None, None)
+        fd = transport.get_extra_info("socket").fileno()
+        return Offer(fd, Envelope(peer, own, self.is_proxied, b"", ProtocolState(state)))
+
+    def keep(self) -> None:
+        handoff, transport = self._handoff, self._transport
+        if handoff is None or transport is None:
+            return
+        transport.set_write_buffer_limits()
+        if handoff.is_offered and self._was_reading and not transport.is_closing():
+            transport.resume_reading()
+        handoff.is_offered = False
+
+    def release(self) -> None:
+        """The application is told ``connection_lost(None)``."""
+        assert self._transport is not None
+        self._transport.abort()  # closes the descriptor, and nothing else: the connection lives on
+
+    def why_here(self) -> str:
+        if not isinstance(self._application, Transferable):
+            return "its protocol has no export_state()"
+        if self._transport is not None and self._transport.get_extra_info("ssl_object") is not None:
+            return "TLS"
+        return "its protocol has declined to move, or its client is slow to read"
 
 
 class _Tracked(_TrackedBase, asyncio.Protocol):
@@ -96,9 +227,29 @@ class _Tracked(_TrackedBase, asyncio.Protocol):
         super().__init__(application, context)
         self.data_received = application.data_received  # type: ignore[method-assign]
 
+    def _look_on(self) -> None:
+        super()._look_on()
+        received = self._application.data_received
+
+        def data_received(data: bytes) -> None:
+            received(data)
+            self._ask()
+
+        self.data_received = data_received  # type: ignore[method-assign]
+
 
 class _TrackedBuffered(_TrackedBase, asyncio.BufferedProtocol):
     def __init__(self, application: asyncio.BufferedProtocol, context: Context) -> None:
         super().__init__(application, context)
         self.get_buffer = application.get_buffer  # type: ignore[method-assign]
         self.buffer_updated = application.buffer_updated  # type: ignore[method-assign]
+
+    def _look_on(self) -> None:
+        super()._look_on()
+        updated = self._application.buffer_updated
+
+        def buffer_updated(nbytes: int) -> None:
+            updated(nbytes)
+            self._ask()
+
+        self.buffer_updated = buffer_updated  # type: ignore[method-assign]

@@ -14,14 +14,16 @@ import struct
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from contextvars import Context as Variables
-from typing import Any, cast
+from contextvars import ContextVar
+from typing import Any, TypeVar, cast
 
 import anyio
 from anyio.abc import ByteStream, SocketAttribute
 
-from hotport.adapters.base import Context, Draining
+from hotport.adapters.base import Context, Draining, Handoff, NotAdopted, Offer, Ready, may_leave
+from hotport.wire.envelope import Envelope, StreamState, encode_state
 
-__all__ = ["Stream", "StreamAdapter", "StreamAttribute", "StreamHandler"]
+__all__ = ["Stream", "StreamAdapter", "StreamAttribute", "StreamHandler", "hand_off", "restartable"]
 
 log = logging.getLogger("hotport.stream")
 
@@ -40,6 +42,25 @@ class StreamAttribute(anyio.TypedAttributeSet):
 
 StreamHandler = Callable[["Stream"], Awaitable[None]]
 
+H = TypeVar("H", bound=StreamHandler)
+
+_current: ContextVar[Stream] = ContextVar("hotport.stream")
+
+
+def restartable(handler: H) -> H:
+    """Declare that a stream handler may be started anew, by the next generation, whenever it waits in ``receive()``.
+
+    What it has received it has dealt with by then, or noted in ``stream.state``. Its task is cancelled where it
+    waits; the next generation's handler gets the same connection, and finds ``stream.state`` as it was left.
+    """
+    handler.is_restartable = True  # type: ignore[attr-defined]
+    return handler
+
+
+async def hand_off(state: Any = None) -> None:
+    """Let the stream whose handler calls this go on in the next generation, if its worker leaves: `Stream.hand_off`."""
+    await _current.get().hand_off(state)
+
 
 class StreamAdapter:
     """Runs one task of the handler for each connection."""
@@ -55,6 +76,18 @@ class StreamAdapter:
         """One stream; its handler starts when the transport is there."""
         return Stream(self._handler, self._context)
 
+    def adopt(self, envelope: Envelope) -> asyncio.BaseProtocol:
+        """A stream on which another worker's handler has been; ours starts when the transport is there.
+
+        Raises:
+            NotAdopted: It is of another kind.
+        """
+        if not isinstance(envelope.state, StreamState):
+            raise NotAdopted("a stream handler has no such connections")
+        stream = Stream(self._handler, self._context)
+        stream.restore(envelope.state.application, envelope.unread)
+        return stream
+
     async def finish(self) -> None:
         """Nothing outlives its connection."""
 
@@ -65,11 +98,18 @@ class StreamAdapter:
 class Stream(ByteStream, asyncio.Protocol):
     """One connection, as its handler sees it.
 
+    Attributes:
+        state: What the handler wants to find again if the connection moves to another worker while it runs: anything
+            that JSON can hold, and bytes. None at first.
+
     When the handler returns the stream is closed after everything sent has left; when it raises, the error is
     logged and the connection is reset, so that the client does not take a torn answer for a whole one.
     """
 
+    kind = "stream"
+
     def __init__(self, handler: StreamHandler, context: Context) -> None:
+        self.state: Any = None
         self.endpoints: tuple[Any, Any] | None = None
         self.is_proxied = False
         self._handler = handler
@@ -85,6 +125,9 @@ class Stream(ByteStream, asyncio.Protocol):
         self._is_writable = asyncio.Event()
         self._is_writable.set()
         self._reader: asyncio.Future[None] | None = None
+        self._handoff: Handoff | None = None
+        #: While the handler is in `hand_off`: set if the connection stays.
+        self._stays: asyncio.Future[None] | None = None
         self._connections.opened(self)
         self._connections.count_request()
 
@@ -93,6 +136,8 @@ class Stream(ByteStream, asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop has classes of its own
         self._task = self._loop.create_task(self._run(), context=Variables())
+        if self._handoff is not None:  # the worker began to leave before there was a transport
+            self._connections.tell(self)
 
     def data_received(self, data: bytes) -> None:
         self._unread += data
@@ -120,11 +165,17 @@ class Stream(ByteStream, asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._is_writable.set()
+        self._come_to_rest()
 
     # -- Connection ----------------------------------------------------------------------------------------
 
     def drain(self) -> None:
         """The handler reads it from `StreamAttribute.draining`."""
+        if self._handoff is not None:
+            self.keep()
+            self._handoff = None
+        if self._stays is not None and not self._stays.done():
+            self._stays.set_result(None)
 
     def cut(self) -> str:
         """Cancel the handler and close."""
@@ -132,7 +183,112 @@ class Stream(ByteStream, asyncio.Protocol):
             self._task.cancel()
         if self._transport is not None:
             self._transport.close()
-        return "cut_stream"
+        return "cut_offered" if self._handoff is not None and self._handoff.is_offered else "cut_stream"
+
+    # -- handing it off ------------------------------------------------------------------------------------
+
+    @property
+    def _is_at_safe_point(self) -> bool:
+        """The handler waits in `hand_off`; or in `receive`, and has declared that it may be started anew there."""
+        if self._is_at_eof or self._is_lost or self._is_closed:
+            return False
+        if self._stays is not None:
+            return not self._stays.done()
+        is_waiting = self._reader is not None and not self._reader.done()
+        return is_waiting and getattr(self._handler, "is_restartable", False)
+
+    def prepare_handoff(self, ready: Ready) -> bool:
+        """A handler may agree at any time; not over TLS, whose state cannot be had from OpenSSL."""
+        if self._transport is not None and self._transport.get_extra_info("ssl_object") is not None:
+            return False
+        if self._handoff is None:
+            self._handoff = Handoff(ready)
+        self._come_to_rest()
+        return True
+
+    def _come_to_rest(self) -> None:
+        handoff = self._handoff
+        if handoff is not None and not handoff.is_offered and self._transport is not None and self._is_at_safe_point:
+            if handoff.is_wanted:
+                self._transport.pause_reading()
+            handoff.ready(self)
+
+    def offer(self) -> Offer | None:
+        handoff, transport = self._handoff, self._transport
+        if handoff is None or handoff.is_offered or transport is None:
+            return None
+        handoff.is_wanted = True
+        if not self._is_at_safe_point:
+            return None
+        transport.pause_reading()
+        if not may_leave(transport):
+            return None
+        try:
+            encode_state(self.state)
+        except TypeError:
+            log.exception("the state of a stream stays where it is, and so does the stream")
+            self.drain()
+            return None
+        handoff.is_offered = True
+        self._is_writable.clear()  # whoever sends, waits
+        peer, own = self.endpoints or (None, None)
+        fd = transport.get_extra_info("socket").fileno()
+        return Offer(fd, Envelope(peer, own, self.is_proxied, bytes(self._unread), StreamState(self.state)))
+
+    def keep(self) -> None:
+        handoff, transport = self._handoff, self._transport
+        if handoff is None or transport is None or self._is_lost:
+            return
+        handoff.is_offered = handoff.is_wanted = False
+        transport.set_write_buffer_limits()
+        self._is_writable.set()
+        if not self._is_paused and not transport.is_closing():
+            transport.resume_reading()
+
+    def release(self) -> None:
+        """The handler is cancelled where it waits."""
+        assert self._transport is not None
+        self._is_closed = True
+        self._is_writable.set()
+        if self._task is not None:
+            self._task.cancel()
+        self._transport.abort()  # closes the descriptor, and nothing else: the connection lives on
+
+    def why_here(self) -> str:
+        if self._transport is not None and self._transport.get_extra_info("ssl_object") is not None:
+            return "TLS"
+        if self._is_at_safe_point:
+            return "slow to read"
+        return "its handler has not agreed to move"
+
+    def restore(self, state: Any, unread: bytes) -> None:
+        """Be what another worker's stream was; before there is a transport."""
+        self.state = state
+        self._unread += unread
+
+    async def hand_off(self, state: Any = None) -> None:
+        """Let the connection go on in the next generation, if this worker leaves.
+
+        Call it where the handler has dealt with all that it has received. If the connection moves, the handler's task
+        is cancelled here, and the next generation's handler is started with it. Otherwise this returns: at once while
+        the worker stays, or when nobody can take the connection.
+
+        Args:
+            state: Becomes ``stream.state``, here and there.
+
+        Raises:
+            CancelledError: The connection has moved.
+        """
+        self.state = state
+        await anyio.lowlevel.checkpoint()
+        if self._handoff is None or self._stays is not None:
+            return
+        self._stays = self._loop.create_future()
+        self._come_to_rest()
+        try:
+            await self._stays
+        finally:
+            self._stays = None
 
     # -- anyio.abc.ByteStream ------------------------------------------------------------------------------
 
@@ -152,6 +308,7 @@ class Stream(ByteStream, asyncio.Protocol):
             raise anyio.BusyResourceError("receiving from")
         if not self._unread and not self._is_at_eof and not self._is_lost:
             self._reader = self._loop.create_future()
+            self._come_to_rest()
             try:
                 await self._reader
             finally:
@@ -178,6 +335,7 @@ class Stream(ByteStream, asyncio.Protocol):
             ClosedResourceError: The stream was closed here.
         """
         await anyio.lowlevel.checkpoint()
+        await self._is_writable.wait()
         if self._is_closed:
             raise anyio.ClosedResourceError
         if self._is_lost:
@@ -218,6 +376,7 @@ class Stream(ByteStream, asyncio.Protocol):
 
     async def _run(self) -> None:
         assert self._transport is not None
+        token = _current.set(self)
         try:
             await self._handler(self)
         except Exception as error:
@@ -228,6 +387,7 @@ class Stream(ByteStream, asyncio.Protocol):
             self._is_closed = True
             self._reset()
         finally:
+            _current.reset(token)  # else stream, task and context would keep each other until the collector comes by
             self._close()
             if self._is_lost:
                 self._connections.closed(self)

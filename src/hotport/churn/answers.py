@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Final, Protocol
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Final, NamedTuple, Protocol
 
 __all__ = ["AnswerError", "AnswerReader", "HttpReader", "LineReader"]
 
 HEAD_BYTES_MAX: Final = 65536
+
+#: Heads of one server differ in little but the date: most need not be read again.
+_HEADS_KEPT: Final = 256
 
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?")
 _LENGTH: Final = re.compile(rb"[0-9]{1,18}")
@@ -65,6 +70,57 @@ class LineReader:
         return False
 
 
+class _Head(NamedTuple):
+    """What the head of an answer says, but for its status nothing if that is an interim one.
+
+    Attributes:
+        body_bytes: None if the connection's end is the body's.
+    """
+
+    status: int
+    who: str = ""
+    keeps_open: bool = False
+    is_chunked: bool = False
+    body_bytes: int | None = 0
+
+
+@lru_cache(_HEADS_KEPT)
+def _read_head(head: bytes, generation_header: bytes) -> _Head:
+    first, *lines = head.split(b"\r\n")
+    match = _STATUS_LINE.fullmatch(first)
+    if match is None:
+        raise AnswerError("no HTTP answer")
+    status, is_http11 = int(match[2]), match[1] == b"1"
+    if status < 200 and status != 101:
+        return _Head(status)
+    who, coding, keeps_open = "", b"", is_http11
+    length: bytes | None = None
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        if not colon:
+            raise AnswerError("a header line without a colon")
+        name = name.lower()
+        if name == b"content-length":
+            value = value.strip()
+            if length not in (None, value) or not _LENGTH.fullmatch(value):
+                raise AnswerError("a Content-Length that is none")
+            length = value
+        elif name == b"transfer-encoding":
+            coding = value.rpartition(b",")[2].strip().lower()
+        elif name == b"connection":
+            tokens = {token.strip().lower() for token in value.split(b",")}
+            keeps_open = b"close" not in tokens and (is_http11 or b"keep-alive" in tokens)
+        elif name == generation_header:
+            who = value.strip().decode("latin-1")
+    if status in (101, 204, 304):
+        return _Head(status, who, keeps_open)
+    if coding == b"chunked":
+        return _Head(status, who, keeps_open, is_chunked=True)
+    if coding or length is None:
+        return _Head(status, who, body_bytes=None)
+    return _Head(status, who, keeps_open, body_bytes=int(length))
+
+
 class HttpReader:
     """HTTP/1.x answers to GET and POST (RFC 9112, 6.3): interim ones are skipped.
 
@@ -76,7 +132,6 @@ class HttpReader:
 
     def __init__(self, generation_header: bytes = b"") -> None:
         self._header = generation_header
-        self._part = self._read_head
         self.start()
 
     def start(self) -> None:
@@ -87,70 +142,46 @@ class HttpReader:
         self._buffer = b""
         self._left = 0
         self._is_chunked = False
-        self._part = self._read_head
+        #: No bound method, which would make a cycle.
+        self._part: Callable[[HttpReader], bool | None] = HttpReader._read_head
 
     def feed(self, data: bytes) -> bool:
         self.has_begun = True
         self._buffer = self._buffer + data if self._buffer else data
-        while (is_whole := self._part()) is None:
+        while (is_whole := self._part(self)) is None:
             pass
         if is_whole and self._buffer:
             self.keeps_open = False  # bytes that nobody has asked for
         return is_whole
 
     def end(self) -> bool:
-        return self._part == self._read_to_end
+        return self._part is HttpReader._read_to_end
 
     # Each part: True when the answer is whole, False if bytes are wanting, None to go on with the next part.
 
     def _read_head(self) -> bool | None:
-        end = self._buffer.find(b"\r\n\r\n")
+        buffer = self._buffer
+        end = buffer.find(b"\r\n\r\n")
         if end < 0:
-            if len(self._buffer) > HEAD_BYTES_MAX or not b"HTTP/1.".startswith(self._buffer[:7]):
+            if len(buffer) > HEAD_BYTES_MAX or not b"HTTP/1.".startswith(buffer[:7]):
                 raise AnswerError("no HTTP answer")
             return False
-        lines = self._buffer[:end].split(b"\r\n")
-        self._buffer = self._buffer[end + 4 :]
-        match = _STATUS_LINE.fullmatch(lines[0])
-        if match is None:
-            raise AnswerError("no HTTP answer")
-        self.status = int(match[2])
+        head = _read_head(buffer[:end], self._header)
+        self._buffer = buffer[end + 4 :]
+        self.status, self.who, self.keeps_open, self._is_chunked, body_bytes = head
         if self.status < 200 and self.status != 101:
             self.has_begun = bool(self._buffer)
             return None if self._buffer else False
-        return self._read_fields(lines[1:], match[1] == b"1")
-
-    def _read_fields(self, lines: list[bytes], is_http11: bool) -> bool | None:
-        length: bytes | None = None
-        coding = b""
-        self.keeps_open = is_http11
-        for line in lines:
-            name, colon, value = line.partition(b":")
-            if not colon:
-                raise AnswerError("a header line without a colon")
-            name = name.lower()
-            if name == b"content-length":
-                value = value.strip()
-                if length not in (None, value) or not _LENGTH.fullmatch(value):
-                    raise AnswerError("a Content-Length that is none")
-                length = value
-            elif name == b"transfer-encoding":
-                coding = value.rpartition(b",")[2].strip().lower()
-            elif name == b"connection":
-                tokens = {token.strip().lower() for token in value.split(b",")}
-                self.keeps_open = b"close" not in tokens and (is_http11 or b"keep-alive" in tokens)
-            elif name == self._header:
-                self.who = value.strip().decode("latin-1")
-        if self.status in (101, 204, 304):
+        if self._is_chunked:
+            self._part = HttpReader._read_chunk_size
+        elif body_bytes is None:
+            self._part = HttpReader._read_to_end
+        elif body_bytes == len(self._buffer):  # as nearly always
+            self._buffer = b""
             return True
-        if coding == b"chunked":
-            self._part = self._read_chunk_size
-        elif coding or length is None:
-            self.keeps_open = False
-            self._part = self._read_to_end
         else:
-            self._left = int(length)
-            self._part = self._read_body
+            self._left = body_bytes
+            self._part = HttpReader._read_body
         return None
 
     def _read_body(self) -> bool | None:
@@ -161,7 +192,7 @@ class HttpReader:
             return False
         if not self._is_chunked:
             return True
-        self._part = self._read_chunk_end
+        self._part = HttpReader._read_chunk_end
         return None
 
     def _read_to_end(self) -> bool | None:
@@ -185,8 +216,7 @@ class HttpReader:
         if match is None:
             raise AnswerError("a chunk without size")
         self._left = int(match[1], 16)
-        self._is_chunked = True
-        self._part = self._read_body if self._left else self._read_trailer
+        self._part = HttpReader._read_body if self._left else HttpReader._read_trailer
         return None
 
     def _read_chunk_end(self) -> bool | None:
@@ -195,7 +225,7 @@ class HttpReader:
             return False
         if line:
             raise AnswerError("a chunk longer than its size")
-        self._part = self._read_chunk_size
+        self._part = HttpReader._read_chunk_size
         return None
 
     def _read_trailer(self) -> bool | None:

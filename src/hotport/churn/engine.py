@@ -75,6 +75,7 @@ class Engine:
                     if line.endswith(b"\n"):
                         self._site.end_ns = min(self._site.end_ns, msgspec.json.decode(line, type=End).at_ns)
                         line = b""
+                        self._loop.interrupt()
             except BlockingIOError:
                 return
             self.stop()
@@ -90,6 +91,7 @@ class Engine:
     def stop(self) -> None:
         """End now: what is under way has no fate."""
         self._is_stopped = True
+        self._loop.interrupt()
 
     def run(self) -> Summary:
         """From the time to begin until the last attempt has its fate, or stdin ends."""
@@ -106,10 +108,11 @@ class Engine:
             has_begun_all = now >= self._site.end_ns and not self._loop.has_timer_by(self._site.end_ns)
             if has_begun_all and all(crowd.is_over() for crowd in self._crowds):
                 break
-            dues = [due for crowd in self._crowds if (due := crowd.due_ns) is not None]
-            if now < self._site.end_ns:
-                dues.append(self._site.end_ns)
-            self._loop.turn(min(self._recorder.over_ns, *dues) if dues else self._recorder.over_ns)
+            until_ns = min([self._recorder.over_ns, *(crowd.due_ns(now) for crowd in self._crowds)])
+            if has_begun_all:
+                self._loop.turn(until_ns)  # the next answer may be the last
+            else:
+                self._loop.run(max(now, min(until_ns, self._site.end_ns)))
         self._recorder.flush()
         return self._recorder.summary()
 
@@ -170,7 +173,8 @@ def resolve(plan: Plan) -> Address:
             tls.verify_mode = ssl.CERT_NONE
     if target.socket_path:
         path = target.socket_path
-        return Address(socket.AF_UNIX, "\0" + path[1:] if path.startswith("@") else path, tls, target.host)
+        path = "\0" + path[1:] if path.startswith("@") else path
+        return Address(socket.AF_UNIX, path, tls, target.host, is_tcp=False)
     try:
         found = socket.getaddrinfo(target.address or target.host, target.port, type=socket.SOCK_STREAM)
     except OSError as error:

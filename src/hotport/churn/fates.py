@@ -51,6 +51,7 @@ class Event(enum.Enum):
 
     IDLE_CLOSE = "idle close"
     TOLD_TO_CLOSE = "told to close"
+    CONNECTED = "connected"
     RECONNECTED = "reconnected"
 
 
@@ -72,6 +73,7 @@ MEANINGS: Final[Mapping[Fate | Event, str]] = {
     Fate.OUT_OF_ORDER: "a numbered message was answered after a later one",
     Event.IDLE_CLOSE: "the server closed a connection on which no request was under way",
     Event.TOLD_TO_CLOSE: "a whole answer said `Connection: close`, or a WebSocket was closed with 1001 or 1012",
+    Event.CONNECTED: "a connection was made by a client that keeps it; also each time that it had to make a new one",
     Event.RECONNECTED: "a client that keeps its connection had to make a new one",
 }
 

@@ -25,8 +25,9 @@ class Histogram:
 
     def add(self, us: int) -> None:
         """One more; negative values count as 0."""
-        index = _index(max(0, us))
-        self.counts[index] = self.counts.get(index, 0) + 1
+        index = _index(us) if us > 0 else 0
+        counts = self.counts
+        counts[index] = counts.get(index, 0) + 1
 
     def merge(self, other: Mapping[int, int]) -> None:
         """What somebody else has counted, as well."""

@@ -25,6 +25,7 @@ from hotport.churn.verdict import (
     losses_of,
     milliseconds,
     named,
+    named_connections,
     sentences,
     window,
 )
@@ -255,7 +256,8 @@ def _restarts(result: Result) -> str:
         outcome = escape(mark.outcome or "no outcome")
         if mark.outcome not in ("done", "sent"):
             outcome = f'<span class="bad">{outcome}</span>'
-        more = "".join(f"<small>{text}</small>" for text in (escape(mark.detail), _phases(mark)) if text)
+        notes = (escape(mark.detail), _phases(mark), _connections(mark))
+        more = "".join(f"<small>{note}</small>" for note in notes if note)
         gap_cell = "not measured" if gap is None else f"{gap:,.0f} ms"
         rows.append(
             [
@@ -284,6 +286,11 @@ def _phases(mark: RestartMark) -> str:
     """The steps of hotport's own report."""
     phases = (mark.report or {}).get("phases") or []
     return ", ".join(f"{escape(str(phase.get('name')))} {phase.get('ms', 0):,.0f} ms" for phase in phases)
+
+
+def _connections(mark: RestartMark) -> str:
+    told = named_connections(mark)
+    return f"its connections: {escape(told)}" if told else ""
 
 
 def _answered(result: Result) -> str:

@@ -14,7 +14,8 @@ from typing import Any, Final
 __all__ = ["Loop"]
 
 _BATCH: Final = 32
-_EVENTS: Final = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+_READABLE: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+_EVENTS: Final = _READABLE | select.EPOLLOUT
 _LEAVE_NS: Final = 1_000_000_000
 
 
@@ -33,12 +34,17 @@ class Loop:
         self._numbers = 0
         self._closing: list[socket.socket] = []
         self._leaving: OrderedDict[_Leaving, int] = OrderedDict()
+        self._until_ns = 0
         self.seen_ns = time.monotonic_ns()
 
-    def watch(self, fd: int, handler: Callable[[int], None]) -> None:
-        """Call with epoll's events from now on."""
+    def watch(self, fd: int, handler: Callable[[int], None], *, can_send: bool = False) -> None:
+        """Call with epoll's events from now on; if it can already send, only with what arrives."""
         self._handlers[fd] = handler
-        self._epoll.register(fd, _EVENTS)
+        self._epoll.register(fd, _READABLE if can_send else _EVENTS)
+
+    def watch_sending(self, fd: int) -> None:
+        """Call, too, when something can be sent again."""
+        self._epoll.modify(fd, _EVENTS)
 
     def rewatch(self, fd: int, handler: Callable[[int], None]) -> None:
         """Call somebody else."""
@@ -51,10 +57,12 @@ class Loop:
 
     def leave(self, sock: socket.socket) -> None:
         """Close a socket when the other side has, which then bears TIME_WAIT; or after a second."""
+        if _has_ended(sock):
+            self.close(sock)
+            return
         leaving = _Leaving(self, sock)
         self._leaving[leaving] = self.seen_ns + _LEAVE_NS
         self._handlers[sock.fileno()] = leaving.on_event
-        leaving.on_event(0)
 
     def left(self, leaving: _Leaving) -> None:
         """The other side has closed."""
@@ -70,8 +78,22 @@ class Loop:
         """Whether something is still to be called that is due by then."""
         return bool(self._timers) and self._timers[0][0] <= when_ns
 
-    def turn(self, until_ns: int) -> None:
-        """Handle what is there; wait for something until then if there is nothing."""
+    def run(self, until_ns: int) -> None:
+        """Handle what comes until then, or until `interrupt`."""
+        self._until_ns = until_ns
+        while self.turn(self._until_ns) < self._until_ns:
+            pass
+
+    def interrupt(self) -> None:
+        """Let `run` return after the turn at hand."""
+        self._until_ns = 0
+
+    def turn(self, until_ns: int) -> int:
+        """Handle what is there; wait for something until then if there is nothing.
+
+        Returns:
+            When it has looked.
+        """
         now = time.monotonic_ns()
         due = self._timers[0][0] if self._timers else until_ns
         wait_ns = min(due, until_ns) - now
@@ -92,12 +114,11 @@ class Loop:
         if len(events) < _BATCH:
             self.seen_ns = now
         self._call_timers()
-        while self._leaving:
-            leaving, deadline = next(iter(self._leaving.items()))
-            if deadline > now:
-                break
-            self.left(leaving)
-        self._close()
+        if self._leaving:
+            self._leave_overdue(now)
+        if self._closing:
+            self._close()
+        return now
 
     def end(self) -> None:
         """Close what has been given up, and stop watching."""
@@ -105,6 +126,13 @@ class Loop:
             self.left(leaving)
         self._close()
         self._epoll.close()
+
+    def _leave_overdue(self, now: int) -> None:
+        while self._leaving:
+            leaving, deadline = next(iter(self._leaving.items()))
+            if deadline > now:
+                break
+            self.left(leaving)
 
     def _close(self) -> None:
         for sock in self._closing:
@@ -131,11 +159,16 @@ class _Leaving:
         self.sock = sock
 
     def on_event(self, _: int) -> None:
-        try:
-            while self.sock.recv(65536):
-                pass
-        except (BlockingIOError, ssl.SSLWantReadError):
-            return
-        except OSError:
+        if _has_ended(self.sock):
+            self._loop.left(self)
+
+
+def _has_ended(sock: socket.socket) -> bool:
+    try:
+        while sock.recv(65536):
             pass
-        self._loop.left(self)
+    except (BlockingIOError, ssl.SSLWantReadError):
+        return False
+    except OSError:
+        pass
+    return True

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
-from hotport.churn.fates import Event, Fate, Kind
+from hotport.churn.fates import Event, Fate
 from hotport.churn.histogram import Histogram
 from hotport.churn.plan import Plan, Summary, Tick
 from hotport.churn.result import Bucket, Incident
 
 __all__ = ["Recorder"]
 
+#: An enum's `value` is looked up by Python code.
+_ANSWERED: Final = Fate.ANSWERED.value
+_LATE: Final = Fate.LATE.value
+
 
 class Recorder:
     """Counts fates and events into the bucket in which they became known, and hands over each bucket when it is over.
+
+    Kinds of client are told by their names.
 
     Args:
         tell: Takes each tick, in order, one for each bucket.
@@ -27,7 +34,7 @@ class Recorder:
         self._width_ns = plan.bucket_ms * 1_000_000
         self._late_us = plan.late_ms * 1000.0
         self._incidents_left = plan.incidents_max
-        self._lag = Histogram()
+        self._lag_before = Histogram()
         self._own_limits: dict[str, int] = {}
         self._connect_answers_ms: list[int] = []
         self._open(0)
@@ -41,6 +48,7 @@ class Recorder:
         self._answered_by: dict[str, int] = {}
         self._incidents: list[Incident] = []
         self._dropped = 0
+        self._lag = Histogram()
 
     def advance(self, now_ns: int) -> None:
         """Hand over every bucket that is over, also those in which nothing happened."""
@@ -52,23 +60,25 @@ class Recorder:
         """Hand over the bucket as it is."""
         in_flight, connections = self._load()
         latency = {kind: histogram.counts for kind, histogram in self._latency.items()}
-        bucket = Bucket(self._at_ms, self._fates, latency, self._answered_by, in_flight, connections)
+        lag = self._lag.counts
+        self._lag_before.merge(lag)
+        bucket = Bucket(self._at_ms, self._fates, latency, self._answered_by, in_flight, connections, lag)
         self._tell(Tick(bucket, self._incidents, self._dropped))
 
-    def answered(self, kind: Kind, intended_ns: int, waited_ns: int, now_ns: int, who: str, *, is_new: bool) -> None:
+    def answered(self, kind: str, intended_ns: int, waited_ns: int, now_ns: int, who: str, *, is_new: bool) -> None:
         """A whole answer.
 
         Args:
             waited_ns: By the client on purpose; no part of the latency.
             who: Who gave it, if that is known.
-            is_new: It was the first on its connection.
+            is_new: Its connection was made for it.
         """
-        self.advance(now_ns)
+        if now_ns >= self.over_ns:
+            self.advance(now_ns)
         us = (now_ns - intended_ns - waited_ns) // 1000
-        name = kind.value
-        histogram = self._latency.get(name)
+        histogram = self._latency.get(kind)
         if histogram is None:
-            histogram = self._latency[name] = Histogram()
+            histogram = self._latency[kind] = Histogram()
         histogram.add(us)
         if who:
             self._answered_by[who] = self._answered_by.get(who, 0) + 1
@@ -77,24 +87,26 @@ class Recorder:
             if not self._connect_answers_ms or self._connect_answers_ms[-1] != at_ms:
                 self._connect_answers_ms.append(at_ms)
         if self._late_us and us > self._late_us:
-            self._count(name, Fate.LATE)
-            self._incident(name, Fate.LATE, intended_ns, now_ns, f"{us / 1000:.1f} ms")
+            self._count(kind, _LATE)
+            self._incident(kind, _LATE, intended_ns, now_ns, f"{us / 1000:.1f} ms")
         else:
-            self._count(name, Fate.ANSWERED)
+            self._count(kind, _ANSWERED)
 
-    def lost(self, kind: Kind, fate: Fate, intended_ns: int, now_ns: int, detail: str) -> None:
+    def lost(self, kind: str, fate: Fate, intended_ns: int, now_ns: int, detail: str) -> None:
         """An attempt without a whole answer."""
         self.advance(now_ns)
-        self._count(kind.value, fate)
-        self._incident(kind.value, fate, intended_ns, now_ns, detail)
+        self._count(kind, fate.value)
+        self._incident(kind, fate.value, intended_ns, now_ns, detail)
 
-    def event(self, kind: Kind, event: Event, now_ns: int) -> None:
+    def event(self, kind: str, event: Event, now_ns: int) -> None:
         """Something happened to a connection."""
         self.advance(now_ns)
-        self._count(kind.value, event)
+        self._count(kind, event.value)
 
-    def lag(self, ns: int) -> None:
+    def lag(self, ns: int, now_ns: int) -> None:
         """An attempt began so much later than it should have."""
+        if now_ns >= self.over_ns:
+            self.advance(now_ns)
         self._lag.add(ns // 1000)
 
     def own_limit(self, name: str) -> None:
@@ -103,17 +115,19 @@ class Recorder:
 
     def summary(self, error: str = "") -> Summary:
         """The end."""
-        return Summary(self._lag.counts, self._own_limits, self._connect_answers_ms, error)
+        return Summary(self._lag_before.counts, self._own_limits, self._connect_answers_ms, error)
 
-    def _count(self, kind: str, what: Fate | Event) -> None:
-        counts = self._fates.setdefault(kind, {})
-        counts[what.value] = counts.get(what.value, 0) + 1
+    def _count(self, kind: str, what: str) -> None:
+        counts = self._fates.get(kind)
+        if counts is None:
+            counts = self._fates[kind] = {}
+        counts[what] = counts.get(what, 0) + 1
 
-    def _incident(self, kind: str, fate: Fate, intended_ns: int, now_ns: int, detail: str) -> None:
+    def _incident(self, kind: str, fate: str, intended_ns: int, now_ns: int, detail: str) -> None:
         if not self._incidents_left:
             self._dropped += 1
             return
         self._incidents_left -= 1
         begin_ns = self._plan.begin_ns
         intended_ms, ended_ms = ((at - begin_ns) / 1e6 for at in (intended_ns, now_ns))
-        self._incidents.append(Incident(kind, fate.value, round(intended_ms, 3), round(ended_ms, 3), detail))
+        self._incidents.append(Incident(kind, fate, round(intended_ms, 3), round(ended_ms, 3), detail))

@@ -108,8 +108,13 @@ class Restarts:
 
     @property
     def needs_s(self) -> float:
-        """How long a run must be so that each restart has its time."""
+        """How long a run is in which no restart delays the next."""
         return self.after_s + self.times * self.every_s
+
+    @property
+    def needs_s_max(self) -> float:
+        """How long a run can be in which each restart has its time."""
+        return self.after_s + self.times * max(self.every_s, self.timeout_s) + self.every_s
 
     async def perform(self, now_ms: Callable[[], float], end_ms: float, tell: Callable[[RestartMark], None]) -> None:
         """Restart again and again, and `tell` each mark twice: when it began and when it has an outcome.

@@ -58,7 +58,8 @@ class Experiment:
     Attributes:
         plan: Of all engines together.
         allowed: How many of which fate are no matter; None: any number.
-        settle_s: The load ends so long after the last restart, even if the plan's end is later; None: with the plan.
+        settle_s: The load ends so long after the last restart is over and its time between restarts has passed (of
+            a signal nobody says when it is over), even if the plan's end is later; None: with the plan.
         lag_p99_us_max: A run whose attempts began later than this means nothing.
     """
 
@@ -167,6 +168,7 @@ async def run(experiment: Experiment, observer: Observer | None = None, stop: as
         def now_ms() -> float:
             return (time.monotonic_ns() - begin_ns) / 1e6
 
+        end_ms = plan.duration_ms
         merger = _Merger(len(engines), observer.bucket)
         marks: dict[int, RestartMark] = {}
 
@@ -181,14 +183,18 @@ async def run(experiment: Experiment, observer: Observer | None = None, stop: as
             restarting.cancel()
 
         async def restart() -> None:
+            nonlocal end_ms
             if experiment.restarts is None:
                 return
             try:
                 await experiment.restarts.perform(now_ms, plan.duration_ms, tell)
             finally:  # also if an observer has raised
                 if experiment.settle_s is not None:
+                    began_ms = max((mark.began_ms for mark in marks.values()), default=0.0)
+                    over_ms = max(now_ms(), began_ms + experiment.restarts.every_s * 1000)
+                    end_ms = min(end_ms, over_ms + experiment.settle_s * 1000)
                     for engine in engines:
-                        engine.send(End(time.monotonic_ns() + round(experiment.settle_s * 1e9)))
+                        engine.send(End(begin_ns + round(end_ms * 1e6)))
 
         overdue_s = BEGIN_S + (plan.duration_ms + plan.timeout_ms + plan.slow_ms) / 1000 + OVERDUE_S
         restarting = asyncio.create_task(restart())
@@ -197,7 +203,7 @@ async def run(experiment: Experiment, observer: Observer | None = None, stop: as
             async with asyncio.TaskGroup() as tasks:
                 for engine in engines:
                     tasks.create_task(engine.listen(merger, overdue_s))
-            duration_ms = max(0.0, min(now_ms(), plan.duration_ms))
+            duration_ms = max(0.0, min(now_ms(), end_ms))
             await asyncio.wait([restarting])  # one that began in time has its time
             if not restarting.cancelled():
                 restarting.result()
@@ -352,7 +358,8 @@ class _Engine:
         self._stdin, self._stdout = process.stdin, process.stdout
 
     def send(self, message: msgspec.Struct) -> None:
-        self._stdin.write(msgspec.json.encode(message) + b"\n")
+        if not self._stdin.is_closing():  # as it is when it was told to stop, or has ended
+            self._stdin.write(msgspec.json.encode(message) + b"\n")
 
     def stop(self) -> None:
         self._stdin.close()
@@ -403,7 +410,7 @@ class _Engine:
         status = await self._process.wait()
         self._words.seek(0)
         said = self._words.read().decode(errors="replace").strip().splitlines()
-        return f"it {describe_exit(status)} before its time" + (f": {said[-1]}" if said else "")
+        return f"{describe_exit(status)} before its time" + (f": {said[-1]}" if said else "")
 
 
 _DECODER: Final = msgspec.json.Decoder(Said)

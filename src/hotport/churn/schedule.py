@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from math import log
 
 __all__ = ["arrivals", "gap_ns"]
 
@@ -19,13 +20,19 @@ def arrivals(rate: float, begin_ns: int, end_ns: int, how: str, rng: random.Rand
     """
     between = _NS_PER_S / rate
     number = 0
-    at = phase = begin_ns + (rng.random() * between if how == "even" else rng.expovariate(1.0) * between)
+    at = phase = begin_ns + between * (rng.random() if how == "even" else _exponential(rng))
     while at < end_ns:
         yield int(at)
         number += 1
-        at = phase + number * between if how == "even" else at + rng.expovariate(1.0) * between
+        at = phase + number * between if how == "even" else at + between * _exponential(rng)
 
 
 def gap_ns(mean_ms: float, rng: random.Random) -> int:
     """A time to think, exponential around its mean; at least a millisecond, so that nothing runs hot."""
-    return max(1_000_000, int(rng.expovariate(1.0) * mean_ms * 1e6))
+    gap = int(_exponential(rng) * mean_ms * 1e6)
+    return max(1000000, gap)
+
+
+def _exponential(rng: random.Random) -> float:
+    """As `random.Random.expovariate`, at half its price."""
+    return -log(1.0 - rng.random())

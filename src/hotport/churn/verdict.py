@@ -27,6 +27,7 @@ __all__ = [
     "losses_of",
     "milliseconds",
     "named",
+    "named_connections",
     "sentences",
     "window",
 ]
@@ -196,6 +197,15 @@ def named(number: int, what: str) -> str:
     """A count of a fate or an event: ``212 refused``, ``2 lost messages``."""
     plurals = {"message": "s", "status": "es"}
     return f"{number:,} {what}{plurals.get(what.rpartition(' ')[2], '') if number != 1 else ''}"
+
+
+def named_connections(mark: RestartMark) -> str:
+    """What hotport says of the old generation's connections, which clients cannot see: ``12 moved, 3 told to close``.
+
+    The fates are hotport's; whatever names it has for them are told.
+    """
+    connections = (mark.report or {}).get("connections") or {}
+    return ", ".join(f"{count:,} {fate.replace('_', ' ')}" for fate, count in sorted(connections.items()) if count)
 
 
 def milliseconds(us: float) -> str:

@@ -58,6 +58,10 @@ def main() -> None:
 
         console(stderr=True).out(error, highlight=False)
         code = error.exit_code
+    except OSError as error:
+        from hotport.cli.output import output_error
+
+        code = output_error(error)
     except click.exceptions.Abort:
         code = ExitCode.INTERRUPTED
     except click.ClickException as error:

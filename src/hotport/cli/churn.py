@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import os
 import random
@@ -16,29 +15,27 @@ from typing import Any, Final, NamedTuple
 
 import click
 import msgspec
-import uvloop
-from rich.console import Console
 
 from hotport.churn.fates import LOSSES, Event, Fate, Kind
 from hotport.churn.plan import Plan
 from hotport.churn.restarts import AskHotport, How, Restarts, RunCommand, SendSignal
-from hotport.churn.result import Load, Result
-from hotport.churn.run import Experiment, Observer, default_engines, descriptors_needed, run
+from hotport.churn.result import Load
+from hotport.churn.run import Experiment, default_engines, descriptors_needed
 from hotport.churn.target import BY_RATE, default_path, fitting, resolve
 from hotport.cli import HELP
-from hotport.cli._churn_screen import Screen, print_result
 from hotport.cli._reportfile import ReportFile
+from hotport.cli._screen import perform, print_result
 from hotport.cli.client import find_service
 from hotport.cli.output import console
 from hotport.errors import ConfigError, ExitCode, nearest
 from hotport.kernel.process import raise_descriptor_limit
 from hotport.options.values import format_duration, parse_duration
 
-__all__ = ["command"]
+__all__ = ["check_descriptors", "command"]
 
 DURATION_S: Final = 10.0
 
-#: Load after the last restart has had its time, so that what it left behind is seen.
+#: Load after the last restart is over, so that what it left behind is seen.
 SETTLE_S: Final = 2.0
 
 #: With no kind given. Kinds that need an application made for them (`slow`, `upload`) are not among them.
@@ -158,7 +155,7 @@ FILE: Final = click.Path(path_type=Path, allow_dash=True)
 @click.option("--every", type=TIME, default="5s", show_default=True, help="From one restart to the next.")
 @click.option("--times", type=click.IntRange(1, 10_000), default=3, show_default=True, help="How many restarts.")
 @click.option("--restart-timeout", type=TIME, default="60s", show_default=True, help="For each restart.")
-@click.option("--duration", type=TIME, help="Of the load.  [default: what the restarts need, else 10s]")
+@click.option("--duration", type=TIME, help="Of the load.  [default: until all restarts are over, else 10s]")
 @click.option("--think", type=TIME, default="50ms", show_default=True, help="Between requests on a held connection.")
 @click.option("--timeout", type=TIME, default="10s", show_default=True, help="After it an attempt is given up.")
 @click.option("--late-after", type=TIME, default="1s", show_default=True, help="After it an answer is late.")
@@ -167,6 +164,7 @@ FILE: Final = click.Path(path_type=Path, allow_dash=True)
 @click.option("--slow-path", help="For --slow.  [default: /slow]")
 @click.option("--upload-path", help="For --upload.  [default: /]")
 @click.option("--slow-time", type=TIME, default="1s", show_default=True, help="Of late, halfhead and upload.")
+@click.option("--who-header", default="x-generation", show_default=True, help="Of answers: says who has answered.")
 @click.option("--insecure", is_flag=True, help="Take any certificate.")
 @click.option("--engines", type=click.IntRange(1, 256), help="Processes that make load.  [default: what it needs]")
 @click.option("--seed", type=click.IntRange(0, 2**31), help="Of what is left to chance.  [default: another each time]")
@@ -188,14 +186,15 @@ def command(url: str, json_path: Path | None, html_path: Path | None, **options:
         words.print(f"the usual clients: {_shown(experiment.plan.loads)}", markup=False)
     with ExitStack() as stack:
         files = [stack.enter_context(ReportFile(path)) for path in (json_path, html_path) if path]
-        result = _run(experiment, words)
-        print_result(result, console(stderr=json_path == Path("-")))
-        if json_path:
-            files[0].write(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
-        if html_path:
-            from hotport.churn.html import render
+        result = perform(experiment, words)
+        with ExitStack() as reports:  # each is written whatever becomes of the others
+            if html_path:
+                from hotport.churn.html import render
 
-            files[-1].write(render(result).encode())
+                reports.callback(files[-1].write, render(result).encode())
+            if json_path:
+                reports.callback(files[0].write, msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+            print_result(result, console(stderr=json_path == Path("-")))
     return ExitCode.INTERRUPTED if result.is_partial else result.verdict.exit_code
 
 
@@ -215,7 +214,7 @@ def _experiment(url: str, options: Mapping[str, Any]) -> Experiment:
     """
     loads = _loads(url, options)
     restarts = _restarts(options)
-    duration_s = options["duration"] or (restarts.needs_s + SETTLE_S if restarts else DURATION_S)
+    duration_s = options["duration"] or (restarts.needs_s_max + SETTLE_S if restarts else DURATION_S)
     target = resolve(url, timeout_s=options["timeout"], verify_tls=not options["insecure"])
     plan = Plan(
         target=target,
@@ -231,10 +230,12 @@ def _experiment(url: str, options: Mapping[str, Any]) -> Experiment:
         upload_path=options["upload_path"] or "/",
         slow_ms=options["slow_time"] * 1000,
         verify_tls=target.is_tls and not options["insecure"],
+        generation_header=options["who_header"].lower(),
     )
     engines = options["engines"] or default_engines(loads, len(os.sched_getaffinity(0)))
-    _check_descriptors(plan, engines)
-    return Experiment(plan, engines, restarts, options["allowed"] or {})
+    check_descriptors(plan, engines)
+    settle_s = SETTLE_S if restarts and not options["duration"] else None
+    return Experiment(plan, engines, restarts, options["allowed"] or {}, settle_s)
 
 
 def _loads(url: str, options: Mapping[str, Any]) -> list[Load]:
@@ -282,7 +283,10 @@ def _restarts(options: Mapping[str, Any]) -> Restarts | None:
     return Restarts(how, options["times"], options["after"], options["every"], options["restart_timeout"])
 
 
-def _check_descriptors(plan: Plan, engines: int) -> None:
+def check_descriptors(plan: Plan, engines: int) -> None:
+    """Raises:
+    ConfigError: This machine does not let engines open as many connections as the plan needs (HP704).
+    """
     limit = raise_descriptor_limit()
     needed = descriptors_needed(plan, engines)
     if limit == resource.RLIM_INFINITY or needed <= limit:
@@ -301,22 +305,3 @@ def _check_descriptors(plan: Plan, engines: int) -> None:
 
 def _shown(loads: Sequence[Load]) -> str:
     return " ".join(f"--{load.kind} {f'{load.rate:g}/s' if load.rate else load.count}" for load in loads)
-
-
-def _run(experiment: Experiment, words: Console) -> Result:
-    async def main() -> Result:
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(signum, stop.set)
-        plan = experiment.plan
-        screen = Screen(words, duration_ms=plan.duration_ms, bucket_ms=plan.bucket_ms)
-        drawing = asyncio.create_task(screen.draw())
-        try:
-            return await run(experiment, Observer(screen.bucket, screen.restart), stop)
-        finally:
-            drawing.cancel()
-            await asyncio.wait([drawing])
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(main())

@@ -17,7 +17,7 @@ from hotport.options import runtime_root
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import Failure, Reply, decode, encode
 
-__all__ = ["ask", "find_service", "raise_failure"]
+__all__ = ["ask", "ask_service", "find_service", "raise_failure"]
 
 
 def ask(name: str | None, request: Any) -> Iterator[Any]:
@@ -27,7 +27,11 @@ def ask(name: str | None, request: Any) -> Iterator[Any]:
         ControlError: There is no such service (HP605, HP606), or it left in the middle (HP607).
         ConfigError: Several services run, and none was named (HP331).
     """
-    service = find_service(name)
+    yield from ask_service(find_service(name), request)
+
+
+def ask_service(service: Path, request: Any) -> Iterator[Any]:
+    """`ask`, of the service with this runtime directory."""
     with _connect(service) as sock:
         with suppress(BrokenPipeError):  # it refuses some before they have spoken; its answer is there to be read
             sock.sendall(encode_frame(encode(request)))

@@ -2,45 +2,38 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
+import math
 import os
+import random
 import select
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import click
-import msgspec
-import uvloop
 from rich.console import Console
 
-from hotport.churn.verdict import count_of
+from hotport.churn.fates import Kind
+from hotport.churn.plan import Plan
+from hotport.churn.restarts import AskHotport, Restarts
+from hotport.churn.result import Load, Result, Target
+from hotport.churn.run import Experiment
+from hotport.churn.verdict import answered_by, count_of
 from hotport.cli import HELP
-from hotport.cli._load import Load
-from hotport.cli._screen import Screen, print_summary
-from hotport.cli.output import console, write
+from hotport.cli._screen import perform, print_result, write_json
+from hotport.cli.churn import check_descriptors
+from hotport.cli.client import ask_service
+from hotport.cli.output import console
 from hotport.errors import ConfigError, ExitCode, StartError
-from hotport.wire.frames import FrameDecoder, encode_frame
-from hotport.wire.messages import (
-    Failure,
-    Progress,
-    Reply,
-    Report,
-    RestartRequest,
-    StatusRequest,
-    decode,
-    encode,
-)
+from hotport.wire.messages import StatusRequest
 
 __all__ = ["command"]
 
@@ -54,8 +47,11 @@ START_TIMEOUT_S: Final = 30.0
 RESTART_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 20.0
 
-#: Load without a restart, before the first and after each.
+#: Load before the first restart and after the last, and from the beginning of each to that of the next.
 STEADY_S: Final = 1.0
+EVERY_S: Final = 4.0
+
+CONNECT_RATE_MAX: Final = 500.0
 
 APP: Final = '''\
 """The application that `hotport demo` serves and edits."""
@@ -70,7 +66,8 @@ VERSION = "{version}"
 
 
 def headers(request):
-    return {{"x-version": VERSION, "x-generation": str(request.scope["extensions"]["hotport"]["generation"])}}
+    generation = request.scope["extensions"]["hotport"]["generation"]
+    return {{"x-generation": f"{{VERSION}}, generation {{generation}}"}}
 
 
 async def home(request):
@@ -97,8 +94,8 @@ app = Starlette(routes=[Route("/", home), Route("/slow", slow)])
 def command(restarts: int, connections: int, as_json: bool) -> int:
     """Restart an application under load; show what its clients saw.
 
-    In a temporary directory: writes a Starlette application, serves it with two workers, sends requests from this
-    process, edits the code on disk and restarts, again and again. Nothing is left behind.
+    In a temporary directory: writes a Starlette application, serves it with two workers, puts it under the load of
+    `hotport churn`, edits the code on disk and restarts, again and again. Nothing is left behind.
 
     Exit codes: 0 every request was answered; 1 some were not; 4 a restart was aborted.
     """
@@ -117,22 +114,27 @@ def command(restarts: int, connections: int, as_json: bool) -> int:
         tempfile.TemporaryDirectory(prefix="hotport-demo-", dir=place) as name,
         _serving(Path(name), words) as service,
     ):
-        demo = _Demo(service, restarts, connections, words)
-        try:
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(demo.run())
-        except (KeyboardInterrupt, asyncio.CancelledError):
+        (status,) = ask_service(service.runtime, StatusRequest())
+        address = status.addresses[0].removeprefix("tcp://")
+        experiment = _experiment(service, address, restarts, connections)
+        heading = (
+            f"hotport demo: a Starlette app on http://{address}, "
+            f"{count_of(WORKERS, 'worker')}, {count_of(connections, 'client')}"
+        )
+        result = perform(experiment, words, heading, lambda mark: None if mark.outcome else service.edit())
+        if result.is_partial:
             words.print("\ninterrupted; the service is stopped and its directory removed")
             return ExitCode.INTERRUPTED
         service.stop()
-        result = demo.result()
+        code, said = _outcome(result, service)
         if as_json:
-            write(json.dumps(result, indent=2))
+            write_json(result)
         else:
-            print_summary(result, demo.error)
-        if result["exit_code"] != ExitCode.DONE:
+            print_result(result, console())
+            console().print(said, markup=False, style="bold green" if code == ExitCode.DONE else "bold red")
+        if code != ExitCode.DONE:
             words.print(f"\nThe service's last words:\n{service.log_tail()}", markup=False)
-        return int(result["exit_code"])
+        return code
 
 
 # -- the service --------------------------------------------------------------------------------------------
@@ -143,6 +145,7 @@ class _Service:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self.runtime = directory / "run" / NAME
         self._log = directory / "service.log"
         self._dated_s = time.time() - 10_000
         self.version = 0
@@ -184,8 +187,8 @@ class _Service:
                 fix="hotport serve, with an application of your own, to see whether that starts",
             )
 
-    def edit(self) -> str:
-        """Write the next version of the code and return its name.
+    def edit(self) -> None:
+        """Write the next version of the code.
 
         Byte code is judged by size and modification time in whole seconds: each version is dated two seconds later.
         """
@@ -194,22 +197,9 @@ class _Service:
         path = self._directory / "app.py"
         path.write_text(APP.format(version=f"v{self.version}"))
         os.utime(path, (self._dated_s, self._dated_s))
-        return f"v{self.version}"
-
-    async def ask(self, request: msgspec.Struct) -> AsyncIterator[Any]:
-        """What ``hotport restart`` and ``hotport status`` say to the service, and its replies."""
-        reader, writer = await asyncio.open_unix_connection(self._directory / "run" / NAME / "control.sock")
-        decoder = FrameDecoder()
-        try:
-            writer.write(encode_frame(encode(request)))
-            while data := await reader.read(65536):
-                for payload in decoder.feed(data):
-                    yield decode(payload, Reply)
-        finally:
-            writer.close()
 
     def stop(self) -> None:
-        """Stop as ``hotport stop`` does; `exit_code` says afterwards whether a connection was cut."""
+        """Stop as ``hotport stop`` does; the exit code says afterwards whether a connection was cut."""
         self.process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(STOP_TIMEOUT_S)
@@ -242,126 +232,43 @@ def _serving(directory: Path, words: Console) -> Iterator[_Service]:
 # -- the run ------------------------------------------------------------------------------------------------
 
 
-class _Demo:
-    """Load, edits and restarts, one after the other.
+def _experiment(service: _Service, address: str, restarts: int, connections: int) -> Experiment:
+    """Clients in every state in which a restart can find one, most of them keeping their connection."""
+    host, _, port = address.rpartition(":")
+    keeping = -(-connections * 4 // 5)
+    loads = [
+        Load(Kind.KEEPALIVE.value, count=keeping, think_ms=20.0),
+        Load(Kind.CONNECT.value, rate=min(CONNECT_RATE_MAX, 2.0 * connections)),
+        Load(Kind.LATE.value, rate=8.0),
+        Load(Kind.HALFHEAD.value, rate=4.0),
+        Load(Kind.SLOW.value, rate=2.0),
+    ]
+    how = AskHotport(NAME, service.runtime / "control.sock")
+    schedule = Restarts(how, restarts, STEADY_S, EVERY_S, RESTART_TIMEOUT_S)
+    plan = Plan(
+        target=Target(f"http://{address}", host, int(port), is_http=True, is_tls=False, address=host),
+        loads=loads,
+        seed=random.randrange(2**31),
+        begin_ns=0,
+        duration_ms=(schedule.needs_s_max + STEADY_S) * 1000,
+    )
+    check_descriptors(plan, 1)
+    # How late these clients are themselves is told, and no matter: it is losses that are shown.
+    return Experiment(plan, restarts=schedule, settle_s=STEADY_S, lag_p99_us_max=math.inf)
 
-    Attributes:
-        error: Why a restart did not come to its end.
-    """
 
-    def __init__(self, service: _Service, restarts: int, clients: int, words: Console) -> None:
-        self.error = ""
-        self._service = service
-        self._restarts = restarts
-        self._clients = clients
-        self._words = words
-        self._reports: list[Report] = []
-        self._duration_s = 0.0
-        self._load: Load
-        self._screen: Screen
-
-    async def run(self) -> None:
-        """Everything between the service's start and its end."""
-        task = asyncio.current_task()
-        assert task is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        (status,) = [reply async for reply in self._service.ask(StatusRequest())]
-        address = status.addresses[0].removeprefix("tcp://")
-        self._load = Load(int(address.rpartition(":")[2]), connections=self._clients)
-        self._screen = Screen(self._words, self._load.seen, restarts=self._restarts)
-        self._words.print(
-            f"[bold]hotport demo[/]: a Starlette app on http://{address}, "
-            f"{count_of(WORKERS, 'worker')}, {count_of(self._clients, 'client')}"
-        )
-        began = time.monotonic()
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._load.run())
-            drawing = tasks.create_task(self._screen.draw())
-            await asyncio.sleep(STEADY_S)
-            for number in range(1, self._restarts + 1):
-                await self._restart(number)
-                if self.error:
-                    break
-                await asyncio.sleep(STEADY_S)
-            self._load.stop()
-            self._duration_s = time.monotonic() - began
-            drawing.cancel()
-
-    async def _restart(self, number: int) -> None:
-        failed_before = self._load.seen.failed
-        version = self._service.edit()
-        self._screen.restart_began(number, version)
-        crossing = await self._load.place()
-        finishing: asyncio.Task[None] | None = None
-        try:
-            async with asyncio.timeout(RESTART_TIMEOUT_S):
-                report = None
-                async for reply in self._service.ask(RestartRequest()):
-                    match reply:
-                        case Progress():
-                            self._screen.heard(reply)
-                            if reply.event == "restart.draining" and finishing is None:
-                                finishing = asyncio.create_task(self._load.finish(crossing))
-                        case Report():
-                            report = reply
-                        case Failure():
-                            self.error = f"{reply.code} {reply.what}: {reply.cause}"
-        except TimeoutError:
-            report, self.error = None, f"restart {number} had no outcome within {RESTART_TIMEOUT_S:g} s"
-        except OSError as error:
-            self.error = f"the supervisor cannot be reached: {error}"
-        await (finishing or self._load.finish(crossing))
-        if report is None:
-            self.error = self.error or f"the supervisor ended in restart {number}"
-        else:
-            self._reports.append(report)
-            self.error = report.error if report.outcome == "aborted" else ""
-        self._screen.restart_ended(number, version, report, self._load.seen.failed - failed_before)
-
-    def result(self) -> dict[str, Any]:
-        """What ``--json`` prints."""
-        seen = self._load.seen
-        code, verdict = self._verdict()
-        latencies = sorted(seen.latencies_ms) or [0.0]
-        return {
-            "verdict": verdict,
-            "error": self.error,
-            "exit_code": code,
-            "requests": seen.requests,
-            "failed": seen.failed,
-            "failures": dict(seen.failures),
-            "duration_s": round(self._duration_s, 3),
-            "latency_ms": {
-                "median": round(statistics.median(latencies), 2),
-                "p99": round(latencies[int(len(latencies) * 0.99)], 2),
-                "slowest": round(latencies[-1], 2),
-            },
-            "answers": [
-                {"version": version, "generation": generation, "requests": count}
-                for (version, generation), count in sorted(seen.answers.items(), key=lambda item: item[0][1])
-            ],
-            "asked_to_reconnect": seen.asked_to_reconnect,
-            "crossed": dict(seen.crossed),
-            "clients": self._clients,
-            "workers": WORKERS,
-            "restarts": [msgspec.to_builtins(report) for report in self._reports],
-        }
-
-    def _verdict(self) -> tuple[int, str]:
-        seen = self._load.seen
-        written = {f"v{number}" for number in range(1, self._service.version + 1)}
-        silent = written - {version for version, _ in seen.answers}
-        stopped = self._service.process.poll()
-        if seen.failed:
-            return ExitCode.BUG, f"{seen.failed:,} of {count_of(seen.requests, 'request')} failed."
-        if self.error:
-            code = ExitCode.ABORTED if self._reports and self._reports[-1].outcome == "aborted" else ExitCode.BUG
-            return code, "A restart did not come off; every request was answered all the same."
-        if silent:
-            return ExitCode.BUG, f"Every request was answered, but none by {', '.join(sorted(silent))}."
-        if stopped != 0:
-            return ExitCode.BUG, f"Every request was answered, but the service ended with exit code {stopped}."
-        restarts = count_of(len(self._reports), "restart")
-        return ExitCode.DONE, (
-            f"{restarts}, {count_of(seen.requests, 'request')}, none lost; after each restart the new code answered."
-        )
+def _outcome(result: Result, service: _Service) -> tuple[int, str]:
+    """The exit code, and what there is to say beside what clients saw."""
+    written = {f"v{number}" for number in range(1, service.version + 1)}
+    silent = written - {name.partition(",")[0] for name in answered_by(result.buckets)}
+    if not result.verdict.is_clean:
+        return ExitCode.BUG, ""
+    if any(mark.outcome == "aborted" for mark in result.restarts):
+        return ExitCode.ABORTED, "A restart was aborted; every request was answered all the same."
+    if not result.verdict.is_valid:
+        return ExitCode.BUG, ""
+    if silent:
+        return ExitCode.BUG, f"Every request was answered, but none by {', '.join(sorted(silent))}."
+    if status := service.process.poll():
+        return ExitCode.BUG, f"Every request was answered, but the service ended with exit code {status}."
+    return ExitCode.DONE, "After each restart the new code answered."

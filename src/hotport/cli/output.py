@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from typing import Final
 
@@ -14,13 +15,24 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from hotport.errors import ExitCode
+from hotport.errors import ConfigError, ExitCode, describe_errno
 from hotport.wire.messages import Report, Status, TlsReport
 
-__all__ = ["console", "print_json", "print_report", "print_status", "print_tls_report", "waiting", "write"]
+__all__ = [
+    "console",
+    "output_error",
+    "print_json",
+    "print_report",
+    "print_status",
+    "print_tls_report",
+    "waiting",
+    "write",
+]
 
 #: Columns for every table that is printed here.
 WIDE: Final = 200
+
+_TAKES_NO_MORE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 
 class _Console(Console):
@@ -38,6 +50,31 @@ def console(*, stderr: bool = False) -> Console:
     width = None if is_terminal else WIDE  # rich takes 80 where nobody says, and cuts tables
     plain = bool(os.environ.get("NO_COLOR"))
     return _Console(stderr=stderr, no_color=plain, highlight=False, soft_wrap=True, width=width)
+
+
+def output_error(error: OSError) -> int:
+    """Say that what was to be printed could not be (HP336), if it is that; the exit code.
+
+    Raises:
+        OSError: The same, if it is another.
+    """
+    if error.errno not in _TAKES_NO_MORE or error.filename is not None:
+        raise error
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())  # what is still buffered would fail again at the end
+    problem = ConfigError(
+        "HP336",
+        "cannot print what there is to say",
+        cause=f"stdout or stderr: {describe_errno(error.errno)}",
+        fix="df -h, and send the output elsewhere",
+    )
+    with suppress(OSError):  # stderr may be what takes no more
+        console(stderr=True).out(problem, highlight=False)
+    return problem.exit_code
 
 
 @contextmanager

@@ -46,6 +46,7 @@ NAME_CHARS_MAX: Final = 48
 Kind: TypeAlias = Literal["auto", "asgi", "stream", "protocol", "sockets"]
 Loop: TypeAlias = Literal["uvloop", "asyncio"]
 Ready: TypeAlias = Literal["notify", "exec"]
+HandoffChoice: TypeAlias = Literal["auto", "websocket", "off"]
 AccessLog: TypeAlias = Literal["off", "structured", "combined"]
 ClientAuth: TypeAlias = Literal["auto", "none", "optional", "required"]
 Lifespan: TypeAlias = Literal["auto", "on", "off"]
@@ -94,6 +95,12 @@ class Options:
     settle_s: float = _option(0.25, duration(), "How long a new worker must stay alive after it said ready.")
     drain_timeout_s: float = _option(30.0, duration(), "How long a leaving worker may finish what it began.")
     kill_timeout_s: float = _option(5.0, duration(), "From asking a worker to leave at once to SIGKILL.")
+    handoff: HandoffChoice = _option(
+        "auto",
+        choice("auto", "websocket", "off"),
+        "Which connections a leaving worker hands to its successors: those whose application agrees, WebSockets of any "
+        "application as well, or none.",
+    )
     orphan_timeout_s: float = _option(60.0, duration(), "How long workers serve on without a supervisor.")
     keep_alive_s: float = _option(5.0, duration(), "How long an idle HTTP connection stays open.")
     head_max_bytes: int = _option(65536, size(), "The largest HTTP request head; above it the answer is 431.")

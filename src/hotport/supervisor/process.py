@@ -34,6 +34,8 @@ class Process:
     Attributes:
         error: Why it could not start, in its own words, if it left any.
         status: Its last ``STATUS=``.
+        control_path: Where it listens for orders, and for connections of other workers.
+        successors: Whom it was told to hand its connections to, if it leaves.
         is_talking: Its control socket is connected, or being connected.
 
     Descriptors: owns ``child.pidfd`` and the control connection.
@@ -47,8 +49,9 @@ class Process:
         self.is_foreign = is_foreign
         self.error = ""
         self.status = ""
+        self.successors: tuple[str, ...] = ()
         self._pidfd = child.pidfd
-        self._control_path = control_path
+        self.control_path = control_path
         self._orders, self._pending = anyio.create_memory_object_stream[bytes](math.inf)
         self.is_talking = False
         self._has_said_all = anyio.Event()
@@ -76,7 +79,7 @@ class Process:
         """
         self.is_talking = True
         try:
-            async with await anyio.connect_unix(self._control_path) as stream, anyio.create_task_group() as tasks:
+            async with await anyio.connect_unix(self.control_path) as stream, anyio.create_task_group() as tasks:
                 tasks.start_soon(self._send_orders, stream)
                 await self._receive_words(stream, hear)
                 tasks.cancel_scope.cancel()
@@ -142,5 +145,5 @@ class Process:
         self._orders.close()
         self._pending.close()
         with suppress(OSError):  # a worker that was killed leaves its socket behind
-            os.unlink(self._control_path)
+            os.unlink(self.control_path)
         return describe_exit(status)

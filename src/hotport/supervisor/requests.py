@@ -235,6 +235,8 @@ def _describe_worker(process: Process, phase: Phase, seen: Inspection | None, no
         status=process.status,
         connections=seen.connections if seen else None,
         accepted=seen.accepted if seen else None,
+        adopted=seen.adopted if seen else None,
+        lingering=seen.lingering if seen else (),
         requests=seen.requests if seen else None,
         rss_bytes=seen.rss_bytes if seen else rss_bytes(process.pid),
     )

@@ -26,7 +26,7 @@ from hotport.kernel.notify import notify, receive_notification
 from hotport.kernel.procfs import queue_overflows
 from hotport.kernel.spawn import spawn
 from hotport.model import service as model
-from hotport.model.lifecycle import Event
+from hotport.model.lifecycle import Event, Phase
 from hotport.model.service import Announce, Clock, Exited, News, Said, Service
 from hotport.observe.logs import get_logger
 from hotport.options import Options, format_duration
@@ -43,6 +43,7 @@ from hotport.wire.messages import (
     Quiesced,
     QuiesceOrder,
     Report,
+    SuccessorsOrder,
     TlsReloaded,
     Word,
 )
@@ -139,6 +140,7 @@ class Supervisor:
                 is_finished = False
                 for effect in effects:
                     is_finished = self._carry_out(effect) or is_finished
+                self._redirect()
                 self._stepped.set()
                 self._stepped = anyio.Event()
                 if is_finished:
@@ -243,7 +245,30 @@ class Supervisor:
         if process.is_foreign or not process.is_talking:
             process.signal(signal.SIGTERM)  # ours drain on it, too
         else:
-            process.order(DrainOrder(timeout_s=self.options.drain_timeout_s, is_last=is_last))
+            process.successors = () if is_last else self._successors(worker)
+            process.order(
+                DrainOrder(timeout_s=self.options.drain_timeout_s, is_last=is_last, successors=process.successors)
+            )
+
+    def _successors(self, leaving: int) -> tuple[str, ...]:
+        """Control sockets of those that can go on with a worker's connections: the newest generation that serves."""
+        if self.service.is_stopping:
+            return ()
+        serving = [self.service.workers[number] for number in self.service.ids(Phase.SERVING) if number != leaving]
+        newest = max((worker.generation for worker in serving), default=0)
+        processes = [self.processes.get(worker.id) for worker in serving if worker.generation == newest]
+        return tuple(process.control_path for process in processes if process is not None and process.is_talking)
+
+    def _redirect(self) -> None:
+        """Tell workers that drain who can go on with their connections now, if that has changed."""
+        for number in self.service.ids(Phase.DRAINING):
+            process = self.processes.get(number)
+            if process is None or process.is_foreign or not process.is_talking:
+                continue
+            successors = self._successors(number)
+            if successors and successors != process.successors:
+                process.successors = successors
+                process.order(SuccessorsOrder(successors=successors))
 
     def _finish(self, has_failed: bool) -> None:
         if has_failed:

@@ -6,10 +6,11 @@ import asyncio
 import math
 import random
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from contextlib import suppress
+from inspect import signature
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, ParamSpec
 
 from hotport.churn.fates import Event, Fate, Kind
 from hotport.churn.plan import Plan
@@ -22,6 +23,8 @@ from hotport.errors import ConfigError, nearest
 from hotport.testing.service import Service
 
 __all__ = ["KINDS", "assert_invisible_restart", "assert_invisible_restart_async"]
+
+_Parameters = ParamSpec("_Parameters")
 
 #: Clients of an application that speaks HTTP: each is in another state when the restart comes.
 KINDS: Final = ("connect", "keepalive", "late", "halfhead")
@@ -41,76 +44,6 @@ _EVERY_S: Final = 0.5
 _SETTLE_S: Final = 0.5
 
 _INCIDENTS: Final = 5
-
-
-def assert_invisible_restart(
-    app: str | Callable[..., Any],
-    *,
-    kinds: Collection[str] | Mapping[str, float] = KINDS,
-    restarts: int = 2,
-    workers: int = 2,
-    timeout_s: float = 30.0,
-    edit: Callable[[int], object] | None = None,
-    env: Mapping[str, str] | None = None,
-    path: str = "/",
-    slow_path: str = "/slow",
-    upload_path: str = "/",
-    expected_status: int = 200,
-    **options: Any,
-) -> Result:
-    """Serve an application, restart it under load, and fail if a client lost anything by it. It takes about 4 s.
-
-    ::
-
-        def test_restarts_are_invisible() -> None:
-            assert_invisible_restart("shop.main:app")
-
-    How late answers are is no matter: the machines that run tests are busy.
-
-    Args:
-        app: A target (``"module:app"``, ``"path/file.py:app"``), or a function or class at the top level of a module.
-        kinds: Of client, as ``hotport churn`` has them; or how many of which: attempts a second, or connections
-            for keepalive, websocket and stream.
-        timeout_s: For the service to start, for one attempt and for one restart.
-        edit: Called before each restart with its number, from 1: to change the code, for example.
-        env: Variables for the service, beside those of this process.
-        path, slow_path, upload_path: What clients ask for; the last two those of the kinds slow and upload.
-        expected_status: Of every answer.
-        options: As ``hotport.run`` takes them, except ``bind``: it is a free port of the loopback interface.
-
-    Raises:
-        AssertionError: An attempt was lost, or a restart was not done; with what became of every attempt, and the
-            end of the service's log.
-        ConfigError: An option is wrong, `app` has no name by which a worker can import it (HP330), or there is no
-            such kind of client (HP723).
-        StartError: The service did not start (HP720).
-
-    Processes: the service and one engine; all have ended when this returns.
-    """
-    with suppress(RuntimeError):
-        asyncio.get_running_loop()
-        raise ConfigError(
-            "HP725",
-            "assert_invisible_restart cannot run in an event loop",
-            cause="it has one of its own, and would stop this one",
-            fix="await assert_invisible_restart_async(...)",
-        )
-    return asyncio.run(
-        assert_invisible_restart_async(
-            app,
-            kinds=kinds,
-            restarts=restarts,
-            workers=workers,
-            timeout_s=timeout_s,
-            edit=edit,
-            env=env,
-            path=path,
-            slow_path=slow_path,
-            upload_path=upload_path,
-            expected_status=expected_status,
-            **options,
-        )
-    )
 
 
 async def assert_invisible_restart_async(
@@ -174,6 +107,60 @@ async def assert_invisible_restart_async(
         if not (is_done and result.verdict.is_valid and result.verdict.is_clean):
             raise AssertionError(_told(result, service))
     return result
+
+
+def _with_parameters_of(
+    model: Callable[_Parameters, Coroutine[Any, Any, Result]],
+) -> Callable[[Callable[..., Result]], Callable[_Parameters, Result]]:
+    """One signature for two functions, for people, type checkers and documentation."""
+
+    def decorated(function: Callable[..., Result]) -> Callable[_Parameters, Result]:
+        function.__signature__ = signature(model)  # type: ignore[attr-defined]
+        return function
+
+    return decorated
+
+
+@_with_parameters_of(assert_invisible_restart_async)
+def assert_invisible_restart(*args: Any, **kwargs: Any) -> Result:
+    """Serve an application, restart it under load, and fail if a client lost anything by it. It takes about 4 s.
+
+    ::
+
+        def test_restarts_are_invisible() -> None:
+            assert_invisible_restart("shop.main:app")
+
+    How late answers are is no matter: the machines that run tests are busy.
+
+    Args:
+        app: A target (``"module:app"``, ``"path/file.py:app"``), or a function or class at the top level of a module.
+        kinds: Of client, as ``hotport churn`` has them; or how many of which: attempts a second, or connections
+            for keepalive, websocket and stream.
+        timeout_s: For the service to start, for one attempt and for one restart.
+        edit: Called before each restart with its number, from 1: to change the code, for example.
+        env: Variables for the service, beside those of this process.
+        path, slow_path, upload_path: What clients ask for; the last two those of the kinds slow and upload.
+        expected_status: Of every answer.
+        options: As ``hotport.run`` takes them, except ``bind``: it is a free port of the loopback interface.
+
+    Raises:
+        AssertionError: An attempt was lost, or a restart was not done; with what became of every attempt, and the
+            end of the service's log.
+        ConfigError: An option is wrong, `app` has no name by which a worker can import it (HP330), or there is no
+            such kind of client (HP723).
+        StartError: The service did not start (HP720).
+
+    Processes: the service and one engine; all have ended when this returns.
+    """
+    with suppress(RuntimeError):
+        asyncio.get_running_loop()
+        raise ConfigError(
+            "HP725",
+            "assert_invisible_restart cannot run in an event loop",
+            cause="it has one of its own, and would stop this one",
+            fix="await assert_invisible_restart_async(...)",
+        )
+    return asyncio.run(assert_invisible_restart_async(*args, **kwargs))
 
 
 def _loads(kinds: Collection[str] | Mapping[str, float]) -> list[Load]:

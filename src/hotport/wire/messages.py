@@ -45,10 +45,30 @@ class QuiesceOrder(msgspec.Struct, frozen=True, kw_only=True, tag="quiesce"):
 
 
 class DrainOrder(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
-    """Finish the connections within `timeout_s` and leave; if `is_last`, empty the accept queue first."""
+    """Finish the connections within `timeout_s` and leave; if `is_last`, empty the accept queue first.
+
+    Attributes:
+        successors: Control sockets of workers that can go on with connections.
+    """
 
     timeout_s: float
     is_last: bool = False
+    successors: tuple[str, ...] = ()
+
+
+class SuccessorsOrder(msgspec.Struct, frozen=True, kw_only=True, tag="successors"):
+    """To a worker that drains: these workers can go on with its connections now, in place of those named before."""
+
+    successors: tuple[str, ...]
+
+
+class OfferOrder(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
+    """From another worker, not from the supervisor: take my connections.
+
+    After the `Welcome` this connection carries `hotport.wire.envelope` frames, and no messages any more.
+    """
+
+    version: int
 
 
 class InspectOrder(msgspec.Struct, frozen=True, kw_only=True, tag="inspect"):
@@ -59,7 +79,7 @@ class ReloadTlsOrder(msgspec.Struct, frozen=True, kw_only=True, tag="reload_tls"
     """Read the certificates again, for connections from now on."""
 
 
-Order = AcceptOrder | QuiesceOrder | DrainOrder | InspectOrder | ReloadTlsOrder
+Order = AcceptOrder | QuiesceOrder | DrainOrder | SuccessorsOrder | OfferOrder | InspectOrder | ReloadTlsOrder
 
 
 # -- worker -> supervisor -----------------------------------------------------------------------------------
@@ -87,6 +107,14 @@ class Quiesced(msgspec.Struct, frozen=True, kw_only=True, tag="quiesced"):
     at_s: float
 
 
+class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
+    """The answer to an offer: how many connections may come, and how many there are; without room, why."""
+
+    room: int
+    connections: int = 0
+    why: str = ""
+
+
 class Expired(msgspec.Struct, frozen=True, kw_only=True, tag="expired"):
     """This worker has served long enough."""
 
@@ -99,11 +127,22 @@ class Drained(msgspec.Struct, frozen=True, kw_only=True, tag="drained"):
     fates: dict[str, int]
 
 
+class Lingering(msgspec.Struct, frozen=True, kw_only=True):
+    """A connection that a worker which drains waits for: whose, of which kind, how old, and why it is still here."""
+
+    peer: str
+    kind: str
+    age_s: float
+    why: str
+
+
 class Inspection(msgspec.Struct, frozen=True, kw_only=True, tag="inspection"):
-    """How a worker is."""
+    """How a worker is; `lingering` has the oldest connections of one that drains."""
 
     connections: int
     accepted: int
+    adopted: int = 0
+    lingering: tuple[Lingering, ...] = ()
     requests: int
     rss_bytes: int
     descriptors: int
@@ -115,7 +154,7 @@ class TlsReloaded(msgspec.Struct, frozen=True, kw_only=True, tag="tls_reloaded")
     error: str = ""
 
 
-Word = Hello | Accepting | Quiesced | Expired | Drained | Inspection | TlsReloaded
+Word = Hello | Accepting | Quiesced | Welcome | Expired | Drained | Inspection | TlsReloaded
 
 
 # -- command -> supervisor ----------------------------------------------------------------------------------
@@ -210,8 +249,10 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     status: str = ""
     connections: int | None = None
     accepted: int | None = None
+    adopted: int | None = None
     requests: int | None = None
     rss_bytes: int | None = None
+    lingering: tuple[Lingering, ...] = ()
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):

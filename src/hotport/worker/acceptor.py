@@ -20,7 +20,7 @@ from hotport.trust import Trusted
 from hotport.wire.proxyprotocol import HEADER_BYTES_MAX, ProxyHeader, ProxyHeaderError, parse_proxy_header
 from hotport.worker.tls import Tls
 
-__all__ = ["Acceptor"]
+__all__ = ["Acceptor", "attach"]
 
 log = logging.getLogger("hotport.acceptor")
 
@@ -75,6 +75,39 @@ class _Socket(socket.socket):
     def accept(self) -> tuple[_Socket, Any]:
         fd, address = self._accept()  # type: ignore[attr-defined]  # what socket.accept() is written with
         return _Socket(self.family, self.type, self.proto, fd), address
+
+
+def attach(
+    loop: asyncio.AbstractEventLoop, sock: socket.socket, protocol: asyncio.BaseProtocol, connections: Connections
+) -> None:
+    """Let a protocol that is registered have its transport, without TLS; `sock` belongs to the transport.
+
+    ``connect_accepted_socket`` makes the transport, waits once until ``connection_made`` has been called, and ends. A
+    task for that would be a fifth of what a connection costs; so it is stepped here, and once more when it can end.
+    """
+    attaching = loop.connect_accepted_socket(lambda: protocol, sock)
+    try:
+        waiter = attaching.send(None)
+    except OSError as error:
+        _not_attached(protocol, connections, error)
+        sock.close()
+    else:
+        waiter.add_done_callback(lambda _: _finish(attaching, protocol, connections))
+
+
+def _finish(attaching: Coroutine[Any, Any, object], protocol: asyncio.BaseProtocol, connections: Connections) -> None:
+    try:
+        attaching.send(None)
+    except StopIteration:
+        pass
+    except (Exception, asyncio.CancelledError) as error:  # connection_made raised, or the loop is ending
+        _not_attached(protocol, connections, error)
+
+
+def _not_attached(protocol: asyncio.BaseProtocol, connections: Connections, error: BaseException) -> None:
+    """A protocol without connection_made gets no connection_lost either."""
+    log.debug("connection not attached: %r", error)
+    connections.closed(protocol)  # type: ignore[arg-type]
 
 
 class Acceptor:
@@ -196,25 +229,17 @@ class Acceptor:
             self._attach(accepted, protocol)
 
     def _attach(self, accepted: socket.socket, protocol: asyncio.BaseProtocol) -> None:
+        if self._tls is None:
+            attach(self._loop, accepted, protocol, self._connections)
+            return
         attaching = self._loop.connect_accepted_socket(
             lambda: protocol,
             accepted,
-            ssl=self._tls.context if self._tls else None,
-            ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if self._tls else None,
-            ssl_shutdown_timeout=GOODBYE_TIMEOUT_S if self._tls else None,
+            ssl=self._tls.context,
+            ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
+            ssl_shutdown_timeout=GOODBYE_TIMEOUT_S,
         )
-        if self._tls is not None:
-            self._start_attaching(self._shake_hands(attaching, protocol))
-            return
-        # Without TLS it makes the transport, waits once until connection_made has been called, and ends. A task
-        # for that would be a fifth of what a connection costs; so it is stepped here, and once more when it can end.
-        try:
-            waiter = attaching.send(None)
-        except OSError as error:
-            self._not_attached(protocol, error)
-            accepted.close()
-        else:
-            waiter.add_done_callback(lambda _: self._finish(attaching, protocol))
+        self._start_attaching(self._shake_hands(attaching, protocol))
 
     def _start_attaching(self, steps: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(steps)
@@ -231,7 +256,7 @@ class Acceptor:
             if isinstance(error, ProxyHeaderError | TimeoutError):
                 why = str(error) or f"it has not come within {PROXY_HEADER_TIMEOUT_S:g} s"
                 log.info("no PROXY header from %s: %s; the connection is closed", peer or "a unix socket", why)
-            self._not_attached(protocol, error)
+            _not_attached(protocol, self._connections, error)
             accepted.close()
         else:
             if header.endpoints is not None:
@@ -271,24 +296,11 @@ class Acceptor:
         finally:
             self._loop.remove_reader(sock)
 
-    def _finish(self, attaching: Coroutine[Any, Any, object], protocol: asyncio.BaseProtocol) -> None:
-        try:
-            attaching.send(None)
-        except StopIteration:
-            pass
-        except (Exception, asyncio.CancelledError) as error:  # connection_made raised, or the loop is ending
-            self._not_attached(protocol, error)
-
     async def _shake_hands(self, attaching: Coroutine[Any, Any, object], protocol: asyncio.BaseProtocol) -> None:
         try:
             await attaching
         except OSError as error:  # ssl.SSLError is one: the peer left, or spoke no TLS
-            self._not_attached(protocol, error)
-
-    def _not_attached(self, protocol: asyncio.BaseProtocol, error: BaseException) -> None:
-        """A protocol without connection_made gets no connection_lost either."""
-        log.debug("connection not attached: %r", error)
-        self._connections.closed(protocol)  # type: ignore[arg-type]
+            _not_attached(protocol, self._connections, error)
 
     def _wait(self, error: OSError) -> None:
         log.error("cannot accept: %s; trying again in %g s", error, PAUSE_S)

@@ -15,6 +15,7 @@ from hotport.errors import StartError
 from hotport.options import Options
 from hotport.trust import Trusted
 from hotport.worker.acceptor import Acceptor
+from hotport.worker.handoff import Channel, Mover, take_connections
 from hotport.worker.tls import Tls
 
 __all__ = ["ConnectionServer", "Server", "SocketsServer", "make_server"]
@@ -41,12 +42,19 @@ class Server(Protocol):
             StartError: They cannot be used (HP507, HP513, HP514); those that were read before are kept.
         """
 
-    async def drain(self, timeout_s: float, *, is_last: bool = False) -> Counter[str]:
-        """Finish every connection, cut what is left after `timeout_s` seconds; return fates and counts.
+    async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[str]:
+        """Hand off or finish every connection, cut what is left after `timeout_s` seconds; return fates and counts.
 
         Args:
             is_last: Nobody else shares the listeners: serve what waits in the accept queue, too.
+            successors: Control sockets of the workers to hand connections to.
         """
+
+    async def follow(self, successors: Sequence[str]) -> None:
+        """While it drains: hand connections to these workers from now on."""
+
+    async def take(self, channel: Channel, version: int) -> None:
+        """Go on with the connections that another worker offers, in envelopes of `version`, until it has closed."""
 
     async def shutdown(self) -> None:
         """Let the application release what it holds."""
@@ -67,8 +75,11 @@ class ConnectionServer:
         tasks: int = 1,
         tls: Tls | None = None,
         proxies: Trusted | None = None,
+        hands_off: bool = True,
     ) -> None:
         self.connections = connections
+        self._hands_off = hands_off
+        self._mover: Mover | None = None
         self._adapter = adapter
         self._tls = tls
         self._acceptors = [
@@ -108,8 +119,18 @@ class ConnectionServer:
             for acceptor in self._acceptors:
                 acceptor.start()
 
-    async def drain(self, timeout_s: float, *, is_last: bool = False) -> Counter[str]:
+    async def follow(self, successors: Sequence[str]) -> None:
+        if self._hands_off and (successors or self._mover is not None):
+            if self._mover is None:
+                self._mover = Mover(self.connections)
+            await self._mover.follow(successors)
+
+    async def take(self, channel: Channel, version: int) -> None:
+        await take_connections(channel, version, self._adapter, self.connections)
+
+    async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[str]:
         self.quiesce()
+        await self.follow(successors)
         self.connections.drain(timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
@@ -123,11 +144,19 @@ class ConnectionServer:
                 await self._adapter.finish()
         except TimeoutError:
             self._count_unaccepted(is_last)
+            await self._stop_moving()
             self.connections.cut()
             for acceptor in self._acceptors:
                 acceptor.cut_attaching()
             await asyncio.sleep(0)  # transports close their sockets in the next turn of the loop
+        await self._stop_moving()
         return self.connections.fates
+
+    async def _stop_moving(self) -> None:
+        if self._mover is not None:
+            await self._mover.close()
+            self._mover = None
+            self._hands_off = False
 
     def _count_unaccepted(self, is_last: bool) -> None:
         """What could not be taken from the queue by the deadline is reset when the last listener closes."""
@@ -162,7 +191,14 @@ class SocketsServer:
     def reload_tls(self) -> None:
         """It has none of ours."""
 
-    async def drain(self, timeout_s: float, *, is_last: bool = False) -> Counter[str]:
+    async def follow(self, successors: Sequence[str]) -> None:
+        """Its connections are its own affair."""
+
+    async def take(self, channel: Channel, version: int) -> None:
+        """It has no way of going on with a connection."""
+        channel.close()
+
+    async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[str]:
         self.connections.drain(timeout_s)
         is_cut = await self._adapter.finish(timeout_s)
         for listener in self._listeners:
@@ -215,4 +251,5 @@ def make_server(
         tasks=options.tasks,
         tls=Tls(options, alpn=alpn) if options.tls_cert else None,
         proxies=Trusted(options.trusted_proxy) if options.proxy_protocol else None,
+        hands_off=options.handoff != "off",
     )

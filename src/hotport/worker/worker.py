@@ -20,8 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
+import msgspec
+
 import hotport
-from hotport.adapters.base import Connections, Context
+from hotport.adapters.base import Connection, Connections, Context
 from hotport.adapters.target import load_target
 from hotport.errors import ControlError, ExitCode, HotportError, StartError
 from hotport.kernel.notify import notify
@@ -39,16 +41,20 @@ from hotport.wire.messages import (
     Hello,
     Inspection,
     InspectOrder,
+    Lingering,
+    OfferOrder,
     Order,
     Quiesced,
     QuiesceOrder,
     ReloadTlsOrder,
+    SuccessorsOrder,
     TlsReloaded,
     WorkerSpec,
     decode,
     encode,
 )
 from hotport.wire.sdnotify import encode_notification
+from hotport.worker.handoff import Channel
 from hotport.worker.server import Server, make_server
 
 __all__ = ["Worker"]
@@ -58,6 +64,9 @@ ORDER_BYTES_MAX: Final = 64 * 1024
 
 #: Descriptors kept for the application itself when connections are limited by RLIMIT_NOFILE.
 RESERVED_DESCRIPTORS: Final = 128
+
+#: How many of the connections that are waited for are described.
+LINGERING_MAX: Final = 20
 
 #: How soon READY=1 is said again if the supervisor's queue was full.
 READY_REPEAT_S: Final = 0.25
@@ -96,6 +105,7 @@ class Worker:
         self._server: Server | None = None
         self._starting: asyncio.Task[Server] | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._taking: set[asyncio.Task[None]] = set()
         # A service manager may signal everybody at once: whoever leaves takes what waits in the accept queue along.
         self._drain_order = DrainOrder(timeout_s=self._options.drain_timeout_s, is_last=True)
         self._leaving = asyncio.Event()
@@ -218,7 +228,7 @@ class Worker:
     async def _drain(self, server: Server) -> None:
         order = self._drain_order
         self._log.info("drain.began", connections=len(server.connections.open))
-        fates = await server.drain(order.timeout_s, is_last=order.is_last)
+        fates = await server.drain(order.timeout_s, is_last=order.is_last, successors=order.successors)
         self._log.info("drain.ended", **fates)
         self._broadcast(Drained(fates=dict(fates)))
         try:
@@ -273,6 +283,12 @@ class Worker:
                 self._leave(order)
             case InspectOrder():
                 peer.say(self._inspect())
+            case SuccessorsOrder(successors=successors):
+                self._drain_order = msgspec.structs.replace(self._drain_order, successors=successors)
+                if self._server is not None and self._draining is not None:
+                    await self._server.follow(successors)
+            case OfferOrder(version=version):
+                self._take(version, peer)
             case ReloadTlsOrder():
                 peer.say(TlsReloaded(error=self._reload_tls()))
             case _ if self._server is None or self._leaving.is_set():
@@ -284,11 +300,23 @@ class Worker:
                 self._server.quiesce()
                 peer.say(Quiesced(at_s=time.monotonic()))
 
+    def _take(self, version: int, peer: _Peer) -> None:
+        """Another worker has connections for us; its control connection carries nothing else from here on."""
+        channel = Channel(peer.detach())
+        if self._server is None:
+            channel.close()
+            return
+        task = self._loop.create_task(self._server.take(channel, version))
+        self._taking.add(task)
+        task.add_done_callback(self._taking.discard)
+
     def _inspect(self) -> Inspection:
         connections = self._server.connections if self._server is not None else None
         return Inspection(
             connections=len(connections.open) if connections else 0,
             accepted=connections.accepted if connections else 0,
+            adopted=connections.adopted if connections else 0,
+            lingering=_lingering(connections) if connections and self._leaving.is_set() else (),
             requests=connections.requests if connections else 0,
             rss_bytes=rss_bytes(os.getpid()),
             descriptors=_descriptors(),
@@ -354,6 +382,15 @@ class _Peer(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
+    def detach(self) -> socket.socket:
+        """Go on with the connection as a socket: nothing is read or written here any more."""
+        assert self._transport is not None
+        sock = socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno()))
+        sock.setblocking(False)
+        self._transport.abort()
+        self._worker.peer_left(self)
+        return sock
+
     async def _obey(self) -> None:
         try:
             while True:
@@ -373,6 +410,23 @@ def _traceback(error: BaseException) -> str:
     first = ours.index(False) if False in ours else 0
     told.stack = traceback.StackSummary.from_list(told.stack[first:])
     return "".join(told.format()).rstrip()
+
+
+def _lingering(connections: Connections) -> tuple[Lingering, ...]:
+    """The oldest of the connections that are waited for."""
+    now = asyncio.get_running_loop().time()
+    oldest = sorted(connections.open.items(), key=lambda item: item[1])[:LINGERING_MAX]
+    return tuple(
+        Lingering(peer=_peer_name(each), kind=each.kind, age_s=round(now - since, 3), why=each.why_here())
+        for each, since in oldest
+    )
+
+
+def _peer_name(connection: Connection) -> str:
+    match connection.endpoints:
+        case ((str(host), int(port), *_), _):
+            return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return "a unix socket"
 
 
 def _descriptors() -> int:

@@ -14,8 +14,9 @@ from hotport.adapters.asgi.lifespan import Lifespan
 from hotport.adapters.asgi.shared import LINGER_S, Shared
 from hotport.adapters.asgi.spec import Application
 from hotport.adapters.asgi.states import State
-from hotport.adapters.base import Context
+from hotport.adapters.base import Context, NotAdopted
 from hotport.options import Options
+from hotport.wire.envelope import Envelope, HttpState, WebSocketState
 
 __all__ = ["AsgiAdapter", "ClientLeft", "State"]
 
@@ -52,6 +53,20 @@ class AsgiAdapter:
         """One HTTP connection, registered; `startup` must have returned."""
         assert self._shared is not None, "startup() comes first"
         return HttpConnection(self._shared)
+
+    def adopt(self, envelope: Envelope) -> HttpConnection:
+        """One HTTP connection, registered, that goes on with another process's; it may be a WebSocket.
+
+        Raises:
+            NotAdopted: It is of another kind, or a WebSocket that cannot be opened again as it was.
+        """
+        assert self._shared is not None, "startup() comes first"
+        match envelope.state:
+            case HttpState() as state:
+                return HttpConnection(self._shared, state, envelope.unread)
+            case WebSocketState() as state:
+                return HttpConnection(self._shared, self._shared.websockets.resume(state))
+        raise NotAdopted("an ASGI application has no such connections")
 
     async def finish(self) -> None:
         """Return when no application runs on after its answer, or after its client has left (background tasks)."""

@@ -62,6 +62,10 @@ class Deadlines(Generic[M]):
         """How many ticks from `now` are at least so many seconds."""
         return math.ceil(seconds / self._tick_s) + 1
 
+    def seconds(self, ticks: int) -> float:
+        """About how many seconds so many ticks are; more than 0."""
+        return max(1, ticks) * self._tick_s
+
     def add(self, member: M) -> None:
         """Look at `member` from now on."""
         self._members.add(member)

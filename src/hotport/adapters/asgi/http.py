@@ -9,6 +9,7 @@ import asyncio
 import fcntl
 import logging
 import os
+import random
 import re
 import socket
 import struct
@@ -27,7 +28,9 @@ from hotport.adapters.asgi.shared import ASGI, Shared
 from hotport.adapters.asgi.spec import Receive, Scope, Send
 from hotport.adapters.asgi.states import STATES, Manner, State
 from hotport.adapters.asgi.tls import tls_extension
-from hotport.adapters.asgi.websocket import WebSocketConnection, is_handshake
+from hotport.adapters.asgi.websocket import SPREAD, Resumption, WebSocketConnection, is_handshake
+from hotport.adapters.base import Handoff, Offer, Ready, may_leave
+from hotport.wire.envelope import Envelope, HttpState
 
 __all__ = ["HttpConnection"]
 
@@ -70,7 +73,14 @@ class _Refused(Exception):
 
 
 class HttpConnection(asyncio.Protocol):
-    """One accepted connection; implements `hotport.adapters.base.Connection`."""
+    """One accepted connection; implements `hotport.adapters.base.Connection`.
+
+    Args:
+        adopted: What another worker's connection was doing, if this one goes on with it.
+        unread: Bytes that were read there and not consumed.
+    """
+
+    kind = "http"
 
     __slots__ = (
         "_arriving",
@@ -79,6 +89,7 @@ class HttpConnection(asyncio.Protocol):
         "_current",
         "_extensions",
         "_fate",
+        "_handoff",
         "_has_announced_close",
         "_has_said_goodbye",
         "_has_served",
@@ -99,6 +110,7 @@ class HttpConnection(asyncio.Protocol):
         "_server",
         "_tail",
         "_url",
+        "adopted",
         "due",
         "endpoints",
         "has_eof",
@@ -109,8 +121,9 @@ class HttpConnection(asyncio.Protocol):
         "writable",
     )
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, shared: Shared, adopted: HttpState | Resumption | None = None, unread: bytes = b"") -> None:
         self.shared = shared
+        self.adopted = adopted
         self.transport: asyncio.Transport  # from connection_made on
         #: There while the transport's write buffer is too full; set when it is not.
         self.writable: asyncio.Event | None = None
@@ -126,7 +139,8 @@ class HttpConnection(asyncio.Protocol):
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._is_upgrade = False
-        self._head = b""  # of a request whose head has not arrived whole, raw
+        #: Of a request whose head has not arrived whole, raw; and everything behind it while that is parked.
+        self._head = unread
         self._tail = b""  # the last bytes of a chunked body that has not arrived whole
         self._between = 0  # how much of it has come since its last data: extensions, trailers
 
@@ -149,6 +163,7 @@ class HttpConnection(asyncio.Protocol):
         self._has_announced_close = False  # the head of the last answer is written
         self._has_said_goodbye = False  # all of the last answer is written
         self._is_flushed = False  # nothing was left to send when we last looked
+        self._handoff: Handoff | None = None
         self._fate = "finished"
         shared.registry.opened(self)
 
@@ -179,11 +194,15 @@ class HttpConnection(asyncio.Protocol):
 
     @property
     def unconsumed(self) -> bytes:
-        """The raw bytes of a request head that has not arrived whole; a parser that is fed them is where ours is."""
+        """The raw bytes of a request head that has not arrived whole; a parser that is fed them is where ours is.
+
+        While requests are parked, these too.
+        """
         return self._head
 
     def drain(self) -> None:
         """Let the next answer that has no request behind it be the last."""
+        self._end_handoff()
         self._is_draining = True
 
     def cut(self) -> str:
@@ -191,6 +210,9 @@ class HttpConnection(asyncio.Protocol):
         state = self.state
         if state is State.CLOSED:
             return self._fate
+        if self._handoff is not None and self._handoff.is_offered:
+            self._close()
+            return "cut_offered"
         if state in (State.FRESH, State.IDLE) and self._has_unread():
             state = State.HALF_HEAD
         manner, fate = STATES[state].manner, STATES[state].fate or self._fate
@@ -215,6 +237,118 @@ class HttpConnection(asyncio.Protocol):
             self._close()
         return fate
 
+    # -- handing it off ------------------------------------------------------------------------------------
+
+    @property
+    def _is_at_safe_point(self) -> bool:
+        """The client waits for nothing but the answer to a request of which at most a part has come.
+
+        What there is of it is known byte by byte. Whether all of the last answer has left is `may_leave`'s to say.
+        """
+        return (
+            self._current is None
+            and self._arriving is None
+            and not self._pipeline
+            and self._refusal is None
+            and not self._has_said_goodbye
+            and not self.has_eof
+        )
+
+    def prepare_handoff(self, ready: Ready) -> bool:
+        """Every plain connection can move. Its requests are answered first, without a word about closing.
+
+        What TLS knows of a connection cannot be had from OpenSSL. Those are drained from a random moment on, so that
+        not all clients shake hands at once.
+        """
+        if self._is_attached and self.is_tls:
+            if self._handoff is None and not self._is_draining:
+                self._handoff = Handoff(ready)
+                self.shared.loop.call_later(
+                    random.random() * SPREAD * self.shared.registry.draining.remaining_s(), self.drain
+                )
+            return True
+        self._is_draining = False
+        if self._handoff is None:
+            self._handoff = Handoff(ready)
+        if self._is_attached and self._is_at_safe_point:
+            ready(self)
+        return True
+
+    def offer(self) -> Offer | None:
+        handoff = self._handoff
+        if handoff is None or handoff.is_offered or self.is_closed or self._has_said_goodbye:
+            return None
+        handoff.is_wanted = True
+        if not self._is_at_safe_point:
+            if self._arriving is None:
+                self._park()
+            return None
+        self._pause_reading()
+        if not may_leave(self.transport):
+            return None
+        handoff.is_offered = True
+        peer, own = self.endpoints or (None, None)
+        wait_s = self.shared.deadlines.seconds(self.due - self.shared.deadlines.now) if self.due else 0.0
+        self.due = 0
+        return Offer(
+            self.transport.get_extra_info("socket").fileno(),
+            Envelope(peer, own, self.is_proxied, self.unconsumed, HttpState(self._has_served, wait_s)),
+        )
+
+    def keep(self) -> None:
+        handoff = self._handoff
+        if handoff is None or self.is_closed or not self._is_attached:
+            return
+        handoff.is_wanted = False
+        if handoff.is_offered:
+            handoff.is_offered = False
+            self._wait(self.shared.head_ticks if self._head else self.shared.keep_alive_ticks)
+        if handoff.is_parking:
+            self._unpark()
+        self.transport.set_write_buffer_limits()
+        self.resume_reading_if_room()
+
+    def release(self) -> None:
+        self.is_closed = True
+        self.transport.abort()  # closes the descriptor, and nothing else: the connection lives on
+
+    def why_here(self) -> str:
+        if self._is_attached and self.is_tls:
+            return f"{self.state.value}, TLS"
+        return f"{self.state.value}, slow to read" if self._is_at_safe_point else self.state.value
+
+    def _end_handoff(self) -> None:
+        handoff = self._handoff
+        if handoff is not None:
+            self.keep()
+            self._handoff = None
+
+    def _come_to_rest(self) -> None:
+        """At a safe point while the worker leaves: held there if it was asked for before."""
+        assert self._handoff is not None
+        if self._handoff.is_wanted:
+            self._pause_reading()
+        self._handoff.ready(self)
+
+    def _park(self) -> None:
+        """Parse nothing any more: requests that have not been parsed are the next process's."""
+        assert self._handoff is not None
+        if not self._is_deaf:
+            self._is_deaf = self._handoff.is_parking = True
+
+    def _unpark(self) -> None:
+        assert self._handoff is not None
+        self._is_deaf = self._handoff.is_parking = False
+        parked, self._head = self._head, b""
+        self._parser, self._url, self._headers = self._new_parser(), b"", []
+        if parked:
+            self.data_received(parked)
+
+    def _receive_parked(self, data: bytes) -> None:
+        self._head += data
+        if len(self._head) > BODY_HIGH_WATER_BYTES:
+            self._pause_reading()
+
     # -- what the transport says ---------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -234,6 +368,25 @@ class HttpConnection(asyncio.Protocol):
         self._client = _client_address(peer)
         self._server = _server_address(server)
         self._is_trusted = shared.trusted.peer(peer)
+        if self.adopted is not None:
+            self._go_on_adopted(self.adopted)
+        if self._handoff is not None:  # the worker began to leave before there was a transport
+            shared.registry.tell(self)
+
+    def _go_on_adopted(self, adopted: HttpState | Resumption) -> None:
+        """Take up what another worker's connection was doing."""
+        unread, self._head = self._head, b""
+        if isinstance(adopted, Resumption):
+            self._parse(adopted.handshake)
+            return
+        self.adopted = None
+        self._has_served = adopted.has_served
+        self._wait(self.shared.deadlines.ticks(adopted.wait_s) if adopted.wait_s else 0)
+        if unread:
+            due = self.due
+            self.data_received(unread)
+            if self._head:
+                self.due = due  # its time has begun there
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_closed = True
@@ -250,9 +403,13 @@ class HttpConnection(asyncio.Protocol):
         if self.writable is not None:
             self.writable.set()
             self.writable = None
+        if self._handoff is not None and self._is_at_safe_point:
+            self._come_to_rest()
 
     def eof_received(self) -> bool:
         """The client sends no more. It may still read (shutdown(2), SHUT_WR), so whole requests are answered."""
+        if self._handoff is not None:  # it ends here
+            self.drain()
         self.has_eof = True
         self._head = b""
         if self._pipeline and self._arriving is self._pipeline[-1]:
@@ -265,6 +422,8 @@ class HttpConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._is_deaf and self._arriving is None:
+            if self._handoff is not None and self._handoff.is_parking:
+                self._receive_parked(data)
             return
         # Nearly all requests come like this: one read, which ends where a head ends. Then nothing half-read can
         # be left behind it, so it may go through the parser in one piece.
@@ -285,6 +444,8 @@ class HttpConnection(asyncio.Protocol):
                 self._wait(self.shared.keep_alive_ticks)
             elif self._head and not had_begun:
                 self._wait(self.shared.head_ticks)
+        if self._handoff is not None and self._is_at_safe_point:
+            self._come_to_rest()
 
     def _go_on(self) -> None:
         """Let applications run, now that the parser is not in the midst of anything: they may answer at once."""
@@ -341,6 +502,8 @@ class HttpConnection(asyncio.Protocol):
                 end = min(size, start + arriving.length - arriving.received)
                 self._parse(view[start:end])
             start = end
+        if start < size and self._handoff is not None and self._handoff.is_parking:
+            self._receive_parked(data[start:])
 
     def _parse(self, piece: bytes | memoryview) -> None:
         behind = -1
@@ -480,6 +643,8 @@ class HttpConnection(asyncio.Protocol):
         exchange, self._arriving = self._arriving, None
         assert exchange is not None
         exchange.complete()
+        if self._handoff is not None and self._handoff.is_wanted:
+            self._park()
 
     # -- requests and answers ------------------------------------------------------------------------------
 
@@ -545,12 +710,20 @@ class HttpConnection(asyncio.Protocol):
             return
         else:
             self._wait(self.shared.head_ticks if self._head else self.shared.keep_alive_ticks)
+            if self._handoff is not None and self._arriving is None:
+                self._come_to_rest()
+                if self._handoff is not None and self._handoff.is_wanted:
+                    return
         if self._is_reading_paused:
             self.resume_reading_if_room()
 
     def _refuse(self, status: int, why: str) -> None:
         """Read no further; say why when everything before it is answered."""
         log.info("refused with %d: %s", status, why)
+        if self.adopted is not None:  # a handshake that was answered long ago: the client would not understand
+            self._is_deaf = True
+            self.transport.abort()
+            return
         self._is_deaf = True
         self._head = self._tail = b""
         broken, self._arriving = self._arriving, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hotport.adapters.asgi.exchange import STREAMING, WAITING, ClientLeft, Exchange
 from hotport.adapters.asgi.spec import Message, Scope
@@ -24,10 +24,13 @@ class Session:
     Args:
         request: The handshake, as an HTTP exchange that was not begun: if the application denies the WebSocket, it
             carries the answer.
+        state: What another process's application has exported.
     """
 
     __slots__ = (
+        "_held",
         "_is_told",
+        "_receiving",
         "_waiters",
         "connection",
         "denial",
@@ -38,10 +41,17 @@ class Session:
         "undelivered",
     )
 
-    def __init__(self, connection: WebSocketConnection, request: Exchange) -> None:
+    def __init__(self, connection: WebSocketConnection, request: Exchange, state: Any = None) -> None:
         self.connection = connection
         self.denial = request
         self.scope = _scope(request.scope)
+        hotport = self.scope["extensions"]["hotport"]
+        self.scope["extensions"]["hotport"] = {
+            **hotport,
+            "movable": connection.make_movable,
+            "resumed": connection.is_resumed,
+            "state": state,
+        }
         self.task: asyncio.Task[None] | None = None
         #: What has arrived whole and the application has not received, oldest first.
         self.undelivered: deque[Message] = deque([{"type": "websocket.connect"}])
@@ -51,9 +61,16 @@ class Session:
         self.has_finished = False
         self._is_told = False  # the application knows that the client has left
         self._waiters: list[asyncio.Future[None]] = []
+        self._receiving = 0
+        self._held: tuple[Message, ...] = ()
 
     def __str__(self) -> str:
         return f"WebSocket {self.scope['path']}"
+
+    @property
+    def is_receiving(self) -> bool:
+        """The application waits for a message, and has not begun with the next one."""
+        return self._receiving > 0
 
     # -- the connection's side -----------------------------------------------------------------------------
 
@@ -70,6 +87,18 @@ class Session:
             self.disconnect = {"type": "websocket.disconnect", "code": code, "reason": reason}
             self.denial.leave()
             self._wake()
+
+    def hold(self) -> tuple[Message, ...]:
+        """Take back what the application has not received: also if it has been woken for that, and not run yet."""
+        self._held = tuple(self.undelivered)
+        self.undelivered.clear()
+        return self._held
+
+    def let_go(self) -> None:
+        """Put back what `hold` has taken."""
+        self.undelivered.extend(self._held)
+        self._held = ()
+        self._wake()
 
     def _wake(self) -> None:
         waiters, self._waiters = self._waiters, []
@@ -132,12 +161,17 @@ class Session:
                 return dict(self.disconnect)
             waiter = self.connection.shared.loop.create_future()
             self._waiters.append(waiter)
+            self._receiving += 1
+            if self.connection.handoff is not None:
+                self.connection.come_to_rest()
             try:
                 await waiter
             except asyncio.CancelledError:
                 if waiter in self._waiters:
                     self._waiters.remove(waiter)
                 raise
+            finally:
+                self._receiving -= 1
 
     async def send(self, message: Message) -> None:
         """ASGI ``send``; waits while the client does not read what was sent before.
@@ -164,6 +198,9 @@ class Session:
         elif self.disconnect is not None or not connection.is_connecting:
             self._is_told = True
             raise ClientLeft
+        elif kind.startswith("websocket.http.response.") and connection.is_resumed:
+            connection.refuse(403, "")  # the client would not understand the rest of it
+            self._finish()
         elif kind in ("websocket.http.response.start", "websocket.http.response.body"):
             await self.denial.send({**message, "type": kind.removeprefix("websocket."), "trailers": False})
         elif self.denial.stage != WAITING:

@@ -14,14 +14,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from websockets.exceptions import ProtocolError
 from websockets.extensions.permessage_deflate import ServerPerMessageDeflateFactory
 from websockets.frames import Opcode
-from websockets.http11 import Request
+from websockets.http11 import Request, Response
 from websockets.protocol import State as ProtocolState
 from websockets.server import ServerProtocol
 from websockets.streams import StreamReader
@@ -32,13 +32,17 @@ from hotport.adapters.asgi.session import Session
 from hotport.adapters.asgi.spec import Message, Scope
 from hotport.adapters.asgi.states import WEBSOCKET_STATES, Manner
 from hotport.adapters.asgi.states import WebSocketState as State
+from hotport.adapters.base import Handoff, NotAdopted, Offer, Ready, may_leave
+from hotport.wire.envelope import Envelope, WebSocketState, encode_state
 
 if TYPE_CHECKING:
     from hotport.adapters.asgi.http import HttpConnection
     from hotport.adapters.asgi.shared import Shared
     from hotport.options import Options
 
-__all__ = ["WebSocketConnection", "WebSockets", "is_handshake"]
+__all__ = ["SPREAD", "Resumption", "WebSocketConnection", "WebSockets", "is_handshake"]
+
+log = logging.getLogger("hotport.error")
 
 #: From our close frame to giving up waiting for the client's, and for the end of the connection.
 CLOSE_TIMEOUT_S: Final = 10.0
@@ -77,6 +81,12 @@ RESERVED: Final = frozenset(
     }
 )
 
+#: Why a WebSocket is closed with 1012.
+RESTART: Final = "service restart"
+
+#: How a resumed WebSocket is closed whose application does not accept it, by the status that a new one would get.
+REFUSALS: Final = {403: (1008, "not resumed"), 503: (1012, RESTART)}
+
 CONNECTING: Final = ProtocolState.CONNECTING
 OPEN: Final = ProtocolState.OPEN
 TEXT: Final = Opcode.TEXT
@@ -102,23 +112,71 @@ class _Demoted(logging.LoggerAdapter[logging.Logger]):
 class WebSockets:
     """What all WebSockets of one adapter have in common."""
 
-    __slots__ = ("close_ticks", "extensions", "log", "ping_ticks", "pong_ticks")
+    __slots__ = ("all_movable", "close_ticks", "is_deflating", "log", "message_bytes_max", "ping_ticks", "pong_ticks")
 
     def __init__(self, options: Options, deadlines: Deadlines[Any]) -> None:
         self.log = _Demoted(logging.getLogger("hotport.websocket"), {})
-        # Small windows, as the library's own server has them: memory counts for connections that stay open.
-        self.extensions = (
-            [
-                ServerPerMessageDeflateFactory(
-                    server_max_window_bits=12, client_max_window_bits=12, compress_settings={"memLevel": 5}
-                )
-            ]
-            if options.ws_deflate
-            else None
-        )
+        self.all_movable = options.handoff == "websocket"
+        self.is_deflating = options.ws_deflate
+        self.message_bytes_max = options.ws_message_max_bytes
         self.ping_ticks = deadlines.ticks(options.ws_ping_interval_s) if options.ws_ping_interval_s else 0
         self.pong_ticks = deadlines.ticks(options.ws_ping_timeout_s)
         self.close_ticks = deadlines.ticks(CLOSE_TIMEOUT_S)
+
+    def shake_hands(self, handshake: bytes, *, is_movable: bool) -> tuple[ServerProtocol, Request | None]:
+        """A protocol that has read a handshake, and the request if the library found one in it.
+
+        What a compressed message needs of those before it does not leave zlib. So for WebSockets that may move it is
+        agreed that messages stand alone (RFC 7692 sections 7.1.1 and 7.2.1).
+        """
+        extensions = None
+        if self.is_deflating:
+            # Small windows, as the library's own server has them: memory counts for connections that stay open.
+            deflate = ServerPerMessageDeflateFactory(
+                server_no_context_takeover=is_movable,
+                client_no_context_takeover=is_movable,
+                server_max_window_bits=12,
+                client_max_window_bits=12,
+                compress_settings={"memLevel": 5},
+            )
+            extensions = [deflate]
+        protocol = ServerProtocol(extensions=extensions, max_size=self.message_bytes_max, logger=self.log)
+        protocol.receive_data(handshake)
+        requests = protocol.events_received()
+        if not requests:
+            return protocol, None
+        assert isinstance(requests[0], Request)
+        return protocol, requests[0]
+
+    def resume(self, state: WebSocketState) -> Resumption:
+        """Open a WebSocket as it was opened in another process.
+
+        Raises:
+            NotAdopted: Something else would be agreed upon today.
+        """
+        lines = b"".join(b"%b: %b\r\n" % field for field in state.headers)
+        judged = b"".join(b"%b: %b\r\n" % field for field in state.headers if field[0] in JUDGED)
+        protocol, request = self.shake_hands(b"GET / HTTP/1.1\r\n%b\r\n" % judged, is_movable=True)
+        if request is None:
+            raise NotAdopted("its handshake would not be understood")
+        answer = protocol.accept(request)
+        extensions = answer.headers.get("Sec-WebSocket-Extensions", "")
+        if answer.status_code != 101 or extensions != state.extensions:
+            raise NotAdopted(f"the extensions {state.extensions!r} were agreed upon, and would be {extensions!r}")
+        if state.subprotocol:
+            answer.headers["Sec-WebSocket-Protocol"] = state.subprotocol
+        protocol.send_response(answer)
+        protocol.data_to_send()  # the client had it long ago
+        return Resumption(state, protocol, answer, b"GET %b HTTP/1.1\r\n%b\r\n" % (state.target, lines))
+
+
+class Resumption(NamedTuple):
+    """A WebSocket of another process, open here as it was there; `handshake` is its request."""
+
+    state: WebSocketState
+    protocol: ServerProtocol
+    answer: Response
+    handshake: bytes
 
 
 def is_handshake(scope: Scope) -> bool:
@@ -141,10 +199,13 @@ class WebSocketConnection(asyncio.Protocol):
         early: What has come behind the request's head.
     """
 
+    kind = "websocket"
+
     __slots__ = (
         "_common",
         "_drain_timer",
         "_early",
+        "_export",
         "_fate",
         "_fragments",
         "_has_heard",
@@ -152,7 +213,10 @@ class WebSocketConnection(asyncio.Protocol):
         "_is_bounded",
         "_is_closed",
         "_is_draining",
+        "_is_movable",
+        "_is_proxied",
         "_is_reading_paused",
+        "_is_resuming",
         "_is_text",
         "_protocol",
         "_queue_low",
@@ -161,6 +225,8 @@ class WebSocketConnection(asyncio.Protocol):
         "_session",
         "_waits_for",
         "due",
+        "endpoints",
+        "handoff",
         "has_eof",
         "shared",
         "transport",
@@ -178,9 +244,6 @@ class WebSocketConnection(asyncio.Protocol):
         options = self.shared.options
         self._queue_max = options.ws_queue
         self._queue_low = options.ws_queue // 4
-        self._protocol = ServerProtocol(
-            extensions=common.extensions, max_size=options.ws_message_max_bytes, logger=common.log
-        )
         self._early = early  # there until the handshake is answered
         #: The frames of a message that has not arrived whole.
         self._fragments: list[bytes] = []
@@ -197,13 +260,25 @@ class WebSocketConnection(asyncio.Protocol):
         self.due = 0
         self._fate = "finished"
 
+        self.endpoints, self._is_proxied = before.endpoints, before.is_proxied
+        self._is_movable = common.all_movable
+        #: Asks the application what should travel.
+        self._export: Callable[[], Any] | None = None
+        self.handoff: Handoff | None = None
+        resumption = before.adopted if isinstance(before.adopted, Resumption) else None
+        #: The client has its answer from another process; the application has not accepted.
+        self._is_resuming = resumption is not None
+
         request.connection = self
-        self._session = Session(self, request)
+        self._session = Session(self, request, resumption.state.application if resumption is not None else None)
         self.transport.set_protocol(self)
         self.shared.deadlines.discard(before)
         self.shared.deadlines.add(self)
+        if resumption is None:
+            self._shake_hands()
+        else:
+            self._resume(resumption)
         self.shared.registry.replace(before, self)
-        self._shake_hands(request.scope)
 
     # -- what the worker asks, and what another process would have to know ---------------------------------
 
@@ -212,21 +287,26 @@ class WebSocketConnection(asyncio.Protocol):
         """What the connection is doing; read off the facts, so that it cannot disagree with them."""
         if self._is_closed:
             return State.CLOSED
-        if self.is_open:
+        if self._is_established:
             return State.OPEN
         if self._has_said_goodbye or self._protocol.state is not CONNECTING:
             return State.CLOSING
         return State.DENYING if self._session.denial.stage == STREAMING else State.CONNECTING
 
     @property
-    def is_open(self) -> bool:
-        """Messages may be sent."""
+    def _is_established(self) -> bool:
+        """The client has been told that this is a WebSocket, and may take messages."""
         return self._protocol.state is OPEN and not self._has_said_goodbye
 
     @property
+    def is_open(self) -> bool:
+        """Messages may be sent."""
+        return self._protocol.state is OPEN and not self._has_said_goodbye and not self._is_resuming
+
+    @property
     def is_connecting(self) -> bool:
-        """The handshake has no answer, or not all of one that denies it."""
-        return self._protocol.state is CONNECTING and not self._has_said_goodbye
+        """The application has not answered the handshake, or not all of a denial is sent."""
+        return (self._protocol.state is CONNECTING or self._is_resuming) and not self._has_said_goodbye
 
     @property
     def undelivered(self) -> tuple[Message, ...]:
@@ -237,6 +317,11 @@ class WebSocketConnection(asyncio.Protocol):
     def is_mid_message(self) -> bool:
         """A fragmented message has begun and not ended."""
         return bool(self._fragments)
+
+    @property
+    def is_resumed(self) -> bool:
+        """The handshake that the application is about to answer was answered in another process."""
+        return self._is_resuming
 
     @property
     def is_between_frames(self) -> bool:
@@ -253,8 +338,9 @@ class WebSocketConnection(asyncio.Protocol):
 
     def drain(self) -> None:
         """Close with 1012 at a random moment: clients reconnect when they are closed, and not all at once like this."""
+        self._end_handoff()
         self._is_draining = True
-        if self.is_open and self._drain_timer is None:
+        if self._is_established and self._drain_timer is None:
             delay_s = random.random() * SPREAD * self.shared.registry.draining.remaining_s()
             self._drain_timer = self.shared.loop.call_later(delay_s, self._tell_to_close)
 
@@ -263,6 +349,11 @@ class WebSocketConnection(asyncio.Protocol):
         row = WEBSOCKET_STATES[self.state]
         if row.manner is Manner.NOTHING:
             return self._fate
+        if self.handoff is not None and self.handoff.is_offered:
+            self._has_said_goodbye = True
+            self._session.end(1012, RESTART)
+            self.transport.abort()
+            return "cut_offered"
         if self._session.task is not None:
             self._session.task.cancel()
         self._stop_timers()
@@ -270,7 +361,7 @@ class WebSocketConnection(asyncio.Protocol):
         self._wait(_Wait.CLOSE, self.shared.linger_ticks)
         match row.manner:
             case Manner.GOODBYE:
-                self._protocol.fail(1012, "service restart")
+                self._protocol.fail(1012, RESTART)
                 self._flush()
                 return row.fate
             case Manner.REFUSE:
@@ -287,6 +378,139 @@ class WebSocketConnection(asyncio.Protocol):
         self._has_said_goodbye = True
         self.transport.close()
         return fate
+
+    # -- handing it off ------------------------------------------------------------------------------------
+
+    @property
+    def _is_at_safe_point(self) -> bool:
+        """Between two frames and two messages, with an application that has finished what it was told.
+
+        It is in ``receive()``, where the next process's application will come to as well. Messages that it has not
+        received travel. Whether everything has left that was sent is `may_leave`'s to say.
+        """
+        return self.is_open and not self.is_mid_message and self._session.is_receiving and self.is_between_frames
+
+    def make_movable(self, export: Callable[[], Any] | None = None) -> None:
+        """The application agrees: from its next ``receive()`` on, another process may go on with this WebSocket.
+
+        Args:
+            export: Called at a safe point; returns what the other process's application will find as ``state``, or
+                None to be asked again after another message.
+
+        Raises:
+            RuntimeError: It is too late: compressed messages depend on each other, as the client was told.
+        """
+        self._export = export
+        if self._is_movable:
+            return
+        if self._protocol.state is CONNECTING and not self._has_said_goodbye:
+            self._negotiate(is_movable=True)
+        elif self._protocol.extensions:
+            raise RuntimeError("a WebSocket is made movable before 'websocket.accept', or it is not compressed")
+        self._is_movable = True
+
+    def prepare_handoff(self, ready: Ready) -> bool:
+        """One whose application has agreed can move, unless it speaks TLS."""
+        if self._is_established and (not self._is_movable or self._is_tls):
+            return False
+        self._is_draining = False
+        self._stop_drain_timer()
+        if self.handoff is None:
+            self.handoff = Handoff(ready)
+        self.come_to_rest()
+        return True
+
+    def come_to_rest(self) -> None:
+        """This may be a safe point: the application waits, a message or what was sent is over."""
+        handoff = self.handoff
+        if handoff is not None and not handoff.is_offered and self._is_at_safe_point:
+            if handoff.is_wanted:
+                self._pause_reading()
+            handoff.ready(self)
+
+    def offer(self) -> Offer | None:
+        handoff = self.handoff
+        if handoff is None or handoff.is_offered or not self.is_open:
+            return None
+        handoff.is_wanted = True
+        if not self._is_at_safe_point:
+            return None
+        self._pause_reading()
+        if not may_leave(self.transport):
+            return None
+        exported = None
+        if self._export is not None:
+            try:
+                exported = self._export()
+                encode_state(exported)
+            except Exception:
+                log.exception("the application could not export its state: %s", self._session)
+                self.drain()
+                return None
+            if exported is None:
+                handoff.is_wanted = False
+                self.resume_reading_if_room()
+                return None
+        handoff.is_offered = True
+        self.writable = asyncio.Event()  # whoever sends, waits
+        peer, own = self.endpoints or (None, None)
+        deadlines = self.shared.deadlines
+        scope = self._session.denial.scope
+        query = scope["query_string"]
+        state = WebSocketState(
+            target=scope["raw_path"][len(self.shared.raw_root_path) :] + (b"?" + query if query else b""),
+            headers=scope["headers"],
+            subprotocol=self._response.headers.get("Sec-WebSocket-Protocol", ""),
+            extensions=self._response.headers.get("Sec-WebSocket-Extensions", ""),
+            undelivered=[m["text"] if "text" in m else m["bytes"] for m in self._session.hold()],
+            waits_for=self._waits_for.name,
+            wait_s=deadlines.seconds(self.due - deadlines.now) if self.due else 0.0,
+            has_heard=self._has_heard,
+            application=exported,
+        )
+        self.due = 0
+        fd = self.transport.get_extra_info("socket").fileno()
+        return Offer(fd, Envelope(peer, own, self._is_proxied, b"", state))
+
+    def keep(self) -> None:
+        handoff = self.handoff
+        if handoff is None or self._is_closed:
+            return
+        if handoff.is_offered:
+            self._wait(_Wait.PING, self._common.ping_ticks)
+            self._session.let_go()
+        handoff.is_offered = handoff.is_wanted = False
+        self.transport.set_write_buffer_limits()
+        self.resume_writing()
+        self.resume_reading_if_room()
+
+    def release(self) -> None:
+        """The application is told 1012; the client is not told anything."""
+        self._is_closed = self._has_said_goodbye = True
+        self._session.end(1012, RESTART)
+        self.resume_writing()
+        self._stop_timers()
+        self.transport.abort()  # closes the descriptor, and nothing else: the connection lives on
+
+    def why_here(self) -> str:
+        if not self._is_established:
+            return self.state.value
+        if self._is_tls:
+            return "open, TLS"
+        if not self._is_movable:
+            return "open, its application has not agreed to move"
+        if self._is_at_safe_point:
+            return "open, slow to read"
+        return "open, its application is busy" if self.is_between_frames else "open, half a message"
+
+    def _end_handoff(self) -> None:
+        if self.handoff is not None:
+            self.keep()
+            self.handoff = None
+
+    @property
+    def _is_tls(self) -> bool:
+        return bool(self._session.scope["scheme"] == "wss" and self.transport.get_extra_info("ssl_object"))
 
     # -- what the transport says ---------------------------------------------------------------------------
 
@@ -306,6 +530,8 @@ class WebSocketConnection(asyncio.Protocol):
         if self.writable is not None:
             self.writable.set()
             self.writable = None
+        if self.handoff is not None:
+            self.come_to_rest()
 
     def eof_received(self) -> bool:
         """The client sends no more. A WebSocket cannot go on like that, not even half."""
@@ -329,6 +555,8 @@ class WebSocketConnection(asyncio.Protocol):
             self._on_frame(frame)
         if protocol.writes:
             self._flush()
+        if self.handoff is not None:
+            self.come_to_rest()
 
     def _on_frame(self, frame: Any) -> None:
         opcode = frame.opcode
@@ -367,14 +595,26 @@ class WebSocketConnection(asyncio.Protocol):
 
     # -- the handshake -------------------------------------------------------------------------------------
 
-    def _shake_hands(self, scope: Scope) -> None:
+    def _shake_hands(self) -> None:
         """Let the library judge the request, and the application if it is a good one."""
+        protocol = self._negotiate(is_movable=self._is_movable)
+        if protocol is None:
+            return
+        shared = self.shared
+        if 0 < shared.options.concurrency_max <= len(shared.running):
+            self.refuse(503, "too many requests are under way")
+            return
+        self._run()
+
+    def _negotiate(self, *, is_movable: bool) -> ServerProtocol | None:
+        """Find out what would be agreed upon; None if the client has had an answer that says no."""
+        scope = self._session.denial.scope
         # Only what it is judged by: the library has limits of its own for the rest, which is within ours.
         fields = b"".join(b"%b: %b\r\n" % field for field in scope["headers"] if field[0] in JUDGED)
+        handshake = b"%b / HTTP/1.1\r\n%b\r\n" % (scope["method"].encode(), fields)
+        self._protocol, request = self._common.shake_hands(handshake, is_movable=is_movable)
         protocol = self._protocol
-        protocol.receive_data(b"%b / HTTP/1.1\r\n%b\r\n" % (scope["method"].encode(), fields))
-        requests = protocol.events_received()
-        if not requests:
+        if request is None:
             if any(protocol.writes):
                 self._log(400)
                 self._flush()
@@ -382,21 +622,33 @@ class WebSocketConnection(asyncio.Protocol):
                 error = protocol.handshake_exc
                 cause = error.__cause__ if error is not None and error.__cause__ is not None else error
                 self.refuse(400, f"Failed to open a WebSocket connection: {cause}.")
-            return
-        assert isinstance(requests[0], Request)
-        shared = self.shared
-        self._response = protocol.accept(requests[0])
+            return None
+        self._response = protocol.accept(request)
         if self._response.status_code != 101:
-            if shared.options.server_header:
+            if self.shared.options.server_header:
                 self._response.headers["Server"] = "hotport"
             protocol.send_response(self._response)
             self._log(self._response.status_code)
             self._flush()
-            return
-        session = self._session
-        if 0 < shared.options.concurrency_max <= len(shared.running):
-            self.refuse(503, "too many requests are under way")
-            return
+            return None
+        return protocol
+
+    def _resume(self, resumption: Resumption) -> None:
+        """Go on where another process's WebSocket was; the application is asked as if the client had just come."""
+        state = resumption.state
+        self._protocol, self._response = resumption.protocol, resumption.answer
+        self._is_movable = True
+        self._has_heard = state.has_heard
+        waits_for = _Wait[state.waits_for]
+        ticks = self.shared.deadlines.ticks(state.wait_s) if state.wait_s else 0
+        self._wait(waits_for, ticks or (self._common.ping_ticks if waits_for is _Wait.PING else 0))
+        for content in state.undelivered:
+            kind = "text" if isinstance(content, str) else "bytes"
+            self._session.deliver({"type": "websocket.receive", kind: content})
+        self._run()
+
+    def _run(self) -> None:
+        shared, session = self.shared, self._session
         shared.registry.count_request()
         shared.running.add(session)
         session.task = shared.run(session.run(), context=shared.variables.copy())
@@ -407,6 +659,9 @@ class WebSocketConnection(asyncio.Protocol):
         Raises:
             RuntimeError: The answer would be malformed, or the client would have to refuse it.
         """
+        if self._is_resuming:
+            self._is_resuming = False  # the client has its answer
+            return
         answer = self._response.headers
         fields: list[tuple[str, str]] = []
         for raw_name, raw_value in headers:
@@ -432,8 +687,8 @@ class WebSocketConnection(asyncio.Protocol):
         self._flush()
         self._log(101)
         self._wait(_Wait.PING, self._common.ping_ticks)
-        if self._is_draining:
-            self.drain()
+        if self._is_draining or self.handoff is not None:
+            self.shared.registry.tell(self)
         early, self._early = self._early, b""
         if early:
             self.data_received(early)
@@ -442,6 +697,10 @@ class WebSocketConnection(asyncio.Protocol):
     def refuse(self, status: int, why: str) -> None:
         """Answer the handshake with `status`; if another answer has begun, end so that it does not look whole."""
         session = self._session
+        if self._is_resuming:
+            self._is_resuming = False
+            self.close(*REFUSALS.get(status, (1011, "")))
+            return
         session.end(1006, "")
         if session.denial.stage == STREAMING:
             self.truncate()
@@ -556,7 +815,7 @@ class WebSocketConnection(asyncio.Protocol):
         Raises:
             RuntimeError: There is no such code, or the reason is too long for a close frame.
         """
-        if self.is_open:
+        if self._is_established:
             try:
                 self._protocol.send_close(code, reason)
             except ProtocolError as error:
@@ -566,7 +825,7 @@ class WebSocketConnection(asyncio.Protocol):
 
     def _tell_to_close(self) -> None:
         self._fate = "told_to_close"
-        self.close(1012, "service restart")
+        self.close(1012, RESTART)
 
     def _expire_closing(self) -> None:
         """The client has not finished the closing handshake, or not closed; it had the time."""
@@ -608,6 +867,9 @@ class WebSocketConnection(asyncio.Protocol):
 
     def _stop_timers(self) -> None:
         self._wait(_Wait.NOTHING, 0)
+        self._stop_drain_timer()
+
+    def _stop_drain_timer(self) -> None:
         if self._drain_timer is not None:
             self._drain_timer.cancel()
             self._drain_timer = None

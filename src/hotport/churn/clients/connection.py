@@ -16,8 +16,10 @@ from hotport.churn.fates import Event
 __all__ = ["Connection"]
 
 _READ: Final = 65536
+_TCP_ESTABLISHED: Final = b"\x01"  # the first byte of struct tcp_info (netinet/tcp.h)
 _GONE: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _BACKLOG_NS: Final = 2_000_000
+_MOMENT_NS: Final = 100_000  # what was looked at within it is not looked at again
 _FINE: Final = (0, errno.EINPROGRESS)
 _WAIT: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -38,7 +40,7 @@ class Connection:
         self.sock: socket.socket | None = None
         self.is_made = False
         self.rest = b""
-        self._broken: OSError | None = None
+        self._broken: tuple[Happening, str] | None = None
         self._has_been_made = False
         self._tries = 0
 
@@ -53,8 +55,14 @@ class Connection:
             return
         if number in _FINE:
             self.sock = sock
-            self.crowd.site.clients.add(self)
-            self.crowd.site.loop.watch(sock.fileno(), self._on_connecting)
+            site = self.crowd.site
+            site.clients.add(self)
+            if site.address.tls is None and (not number or _is_established(sock)):  # as on one machine
+                site.loop.watch(sock.fileno(), self._on_event, can_send=True)
+                self.is_made = True
+                self._made(0)
+            else:
+                site.loop.watch(sock.fileno(), self._on_connecting)
             return
         sock.close()
         if number == errno.EAGAIN:
@@ -65,22 +73,30 @@ class Connection:
 
     def send(self, data: bytes) -> None:
         """Send, and what is not taken now later; may end in `failed`."""
-        self.rest += data
+        self.rest = self.rest + data if self.rest else data
         while self.rest and self.sock is not None:
             try:
                 count = self.sock.send(self.rest)
             except _WAIT:
+                self.crowd.site.loop.watch_sending(self.sock.fileno())
                 return
             except OSError as error:
-                self._broken = error  # why, and perhaps an answer, is still to be read
+                self._broken = _happening(error), _detail(error)  # an answer may still be there to be read
                 self.receive(select.EPOLLERR)
                 return
             self.rest = self.rest[count:]
             self.sent(count)
 
+    def look(self) -> None:
+        """Learn that the connection has ended, if it has a moment ago: who knows that does not send on it."""
+        site = self.crowd.site
+        if self.sock is None or time.monotonic_ns() - site.loop.seen_ns < _MOMENT_NS:
+            return
+        if not (site.address.is_tcp and _is_established(self.sock)):
+            self.receive(_GONE)
+
     def receive(self, mask: int = 0) -> None:
         """Read what is there."""
-        is_tls = self.crowd.site.address.tls is not None
         while self.sock is not None:
             try:
                 data = self.sock.recv(_READ)
@@ -96,7 +112,7 @@ class Connection:
                 self._ended(is_clean=True)
                 return
             self.fed(data)
-            if len(data) < _READ and not mask & _GONE and not is_tls:
+            if len(data) < _READ and not mask & _GONE and self.crowd.site.address.tls is None:
                 return
 
     def close(self, *, politely: bool = False) -> None:
@@ -162,8 +178,10 @@ class Connection:
         self._made(mask)
 
     def _made(self, mask: int) -> None:
-        if self._has_been_made and self.crowd.keeps:
-            self.crowd.event(Event.RECONNECTED)
+        if self.crowd.keeps:
+            self.crowd.event(Event.CONNECTED)
+            if self._has_been_made:
+                self.crowd.event(Event.RECONNECTED)
         self._has_been_made = True
         if mask & _GONE:
             self.receive(mask)
@@ -180,7 +198,7 @@ class Connection:
         if is_clean and self.is_whole_at_end():
             return
         if self._broken is not None:
-            self.failed(_happening(self._broken), _detail(self._broken))
+            self.failed(*self._broken)
         else:
             self.failed(Happening.ENDED, "")
 
@@ -212,6 +230,10 @@ class Connection:
     def limited(self, limit: OwnLimit) -> None:
         """This machine did not let it begin."""
         raise NotImplementedError
+
+
+def _is_established(sock: socket.socket) -> bool:
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == _TCP_ESTABLISHED
 
 
 def _happening(error: OSError) -> Happening:

@@ -25,6 +25,9 @@ __all__ = ["POOL", "Address", "Attempt", "Client", "Crowd", "OwnLimit", "Site", 
 #: Held connections of a load that has a rate and no count.
 POOL = 64
 
+#: What IntEnums would have to work out for each socket.
+_STREAM = int(socket.SOCK_STREAM) | int(socket.SOCK_NONBLOCK)
+
 #: New held connections an engine makes in a second, at the beginning.
 RAMP_RATE = 2000.0
 
@@ -37,6 +40,7 @@ class Address:
     where: tuple[str, int] | tuple[str, int, int, int] | str
     tls: ssl.SSLContext | None = None
     tls_name: str = ""
+    is_tcp: bool = True
 
 
 @dataclass(slots=True)
@@ -90,7 +94,7 @@ class Crowd:
         self, site: Site, kind: Kind, load: Load, rng: random.Random, *, keeps: bool, waits_ms: float = 0.0
     ) -> None:
         self.site = site
-        self.kind = kind
+        self.name = kind.value
         self.load = load
         self.rng = rng
         self.keeps = keeps
@@ -110,7 +114,7 @@ class Crowd:
     def new_attempt(self, intended_ns: int) -> Attempt:
         """Begin one, as late as it is: through nobody's fault but the engine's."""
         now = time.monotonic_ns()
-        self.site.recorder.lag(now - intended_ns)
+        self.site.recorder.lag(now - intended_ns, now)
         attempt = Attempt(intended_ns, now + self._timeout_ns)
         self.under_way[attempt] = None
         return attempt
@@ -126,26 +130,25 @@ class Crowd:
             else:
                 attempt.client.give_up(attempt)
 
-    @property
-    def due_ns(self) -> int | None:
-        """When the oldest attempt will be overdue."""
-        return next(iter(self.under_way)).deadline_ns if self.under_way else None
+    def due_ns(self, now_ns: int) -> int:
+        """When the first attempt can be overdue, of those under way and those to come."""
+        return next(iter(self.under_way)).deadline_ns if self.under_way else now_ns + self._timeout_ns
 
-    def answered(self, attempt: Attempt, who: str = "", *, is_new: bool = False) -> None:
+    def answered(self, attempt: Attempt, who: str = "") -> None:
         """The attempt has its whole answer."""
         del self.under_way[attempt]
         now = time.monotonic_ns()
-        self.site.recorder.answered(self.kind, attempt.intended_ns, self._waits_ns, now, who, is_new=is_new)
+        self.site.recorder.answered(self.name, attempt.intended_ns, self._waits_ns, now, who, is_new=not self.keeps)
 
     def end(self, attempt: Attempt, fate: Fate, detail: str) -> None:
         """The attempt has another fate."""
         del self.under_way[attempt]
-        self.site.recorder.lost(self.kind, fate, attempt.intended_ns, time.monotonic_ns(), detail)
+        self.site.recorder.lost(self.name, fate, attempt.intended_ns, time.monotonic_ns(), detail)
 
     def extra(self, fate: Fate, detail: str) -> None:
         """An answer that no attempt was waiting for: a fate more than there are attempts."""
         now = time.monotonic_ns()
-        self.site.recorder.lost(self.kind, fate, now, now, detail)
+        self.site.recorder.lost(self.name, fate, now, now, detail)
 
     def happen(self, attempt: Attempt, stage: Stage, happening: Happening, detail: str) -> None:
         """The attempt has ended, other than by the right answer."""
@@ -160,7 +163,7 @@ class Crowd:
 
     def event(self, event: Event) -> None:
         """Something has become of a connection."""
-        self.site.recorder.event(self.kind, event, time.monotonic_ns())
+        self.site.recorder.event(self.name, event, time.monotonic_ns())
 
     def arrivals(self) -> Iterator[int]:
         """Intended starts, by rate."""
@@ -174,7 +177,7 @@ class Crowd:
         phase = self.rng.random()
         return (int(plan.begin_ns + (number + phase) * step) for number in range(count))
 
-    def open(self, kind: socket.SocketKind = socket.SOCK_STREAM) -> tuple[socket.socket, int]:
+    def open(self) -> tuple[socket.socket, int]:
         """A socket on its way to the target, and connect's errno (0 and EINPROGRESS are well).
 
         Raises:
@@ -182,13 +185,13 @@ class Crowd:
         """
         address = self.site.address
         try:
-            sock = socket.socket(address.family, kind | socket.SOCK_NONBLOCK)
+            sock = socket.socket(address.family, _STREAM)
         except OSError as error:
             raise OwnLimit(_name(error.errno)) from None
-        if address.family != socket.AF_UNIX:
+        if address.is_tcp:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         number = sock.connect_ex(address.where)
-        is_full = number == errno.EAGAIN and address.family == socket.AF_UNIX  # of the backlog: come again
+        is_full = number == errno.EAGAIN and not address.is_tcp  # of the backlog: come again
         if number in OWN_LIMITS and not is_full:
             sock.close()
             raise OwnLimit(_name(number))

@@ -42,11 +42,6 @@ class Messages:
         self._highest = 0
         self._given_up: set[int] = set()
 
-    @property
-    def is_fresh(self) -> bool:
-        """Nothing has been answered on this connection."""
-        return not self._highest
-
     def add(self, attempt: Attempt) -> int:
         """Number a new message."""
         attempt.number = self._next
@@ -66,12 +61,11 @@ class Messages:
         crowd = self._crowd
         if attempt is not None:
             is_late = self._is_ordered and number < self._highest
-            is_new = self.is_fresh
             self._highest = max(self._highest, number)
             if is_late:
                 crowd.end(attempt, Fate.OUT_OF_ORDER, f"message {number} after {self._highest}")
             else:
-                crowd.answered(attempt, who, is_new=is_new)
+                crowd.answered(attempt, who)
         elif number in self._given_up:
             self._given_up.remove(number)
         elif self._first <= number < self._next:
@@ -97,8 +91,8 @@ class Talker(Connection):
 
     def say(self, attempt: Attempt) -> None:
         """Send the next message; on the connection that is there, if it is."""
-        if self.sock is not None and self._is_ready:
-            self.receive()  # it may have ended a moment ago: who knows that does not send on it
+        if self._is_ready:
+            self.look()
         attempt.client = self
         number = self.messages.add(attempt)
         if self._is_ready:

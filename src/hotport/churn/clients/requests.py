@@ -29,27 +29,24 @@ Script = Sequence[tuple[int, bytes]]
 class Asker(Connection):
     """One connection, on which one request at a time is under way."""
 
-    __slots__ = ("_attempt", "_crowd", "_is_used", "_part", "_reader", "_sent")
+    __slots__ = ("_attempt", "_crowd", "_part", "_reader", "_sent")
 
     def __init__(self, crowd: AskerCrowd) -> None:
         super().__init__(crowd)
         self._crowd = crowd
         self._reader = crowd.new_reader()
         self._attempt: Attempt | None = None
-        #: The connection has carried an answer.
-        self._is_used = False
         self._sent = self._part = 0
 
     def begin(self, attempt: Attempt) -> None:
         """Ask; on the connection that is there, if it is."""
-        if self.sock is not None:
-            self.receive()  # it may have ended a moment ago: who knows that does not send on it
+        self.look()
         attempt.client = self
         self._attempt = attempt
         self._sent = self._part = 0
-        self._reader.start()
+        if self._reader.has_begun:
+            self._reader.start()
         if self.sock is None:
-            self._is_used = False
             self.connect()
         else:
             self._send_part(attempt)
@@ -116,8 +113,7 @@ class Asker(Connection):
             return
         can_go_on = reader.keeps_open and self._is_all_sent
         self._attempt = None
-        crowd.answered(attempt, reader.who, is_new=not self._is_used)
-        self._is_used = True
+        crowd.answered(attempt, reader.who)
         if crowd.keeps and not reader.keeps_open:
             crowd.event(Event.TOLD_TO_CLOSE)
         if not (crowd.keeps and can_go_on):

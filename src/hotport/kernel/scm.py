@@ -1,0 +1,69 @@
+"""Descriptors that travel between processes over a unix socket."""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from collections.abc import Sequence
+from typing import Final
+
+__all__ = ["DESCRIPTORS_MAX", "DescriptorsLostError", "receive_descriptors", "send_descriptors"]
+
+#: SCM_MAX_FD (include/net/scm.h): one more is EINVAL.
+DESCRIPTORS_MAX: Final = 253
+
+_INT_BYTES: Final = array.array("i").itemsize
+
+
+class DescriptorsLostError(OSError):
+    """The kernel could not install every descriptor of a message here; those that it could are closed again."""
+
+
+def send_descriptors(sock: socket.socket, data: bytes | memoryview, descriptors: Sequence[int]) -> int:
+    """Send bytes, and descriptors with the first of them.
+
+    Args:
+        sock: A connected stream socket of the unix family.
+        data: At least one byte: descriptors do not travel alone.
+        descriptors: At most `DESCRIPTORS_MAX`; they stay open here, the receiver gets duplicates.
+
+    Returns:
+        How many bytes were sent; if any, all of the descriptors.
+
+    Raises:
+        BlockingIOError: Nothing was sent: the receiver's queue is full.
+        OSError: ETOOMANYREFS: too many descriptors of this user are under way. EPIPE: nobody will receive.
+
+    Sources: unix(7) SCM_RIGHTS; sendmsg(2).
+    """
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+    return sock.sendmsg([data], ancillary)
+
+
+def receive_descriptors(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
+    """Receive up to `size` bytes, and the descriptors that came with them.
+
+    Returns:
+        No bytes at the end of the stream. The descriptors are close-on-exec, and the caller's to close.
+
+    Raises:
+        BlockingIOError: There is nothing yet.
+        DescriptorsLostError: MSG_CTRUNC: this process is out of descriptors; the sender has all of them still.
+
+    Sources: unix(7) SCM_RIGHTS: what does not fit is closed, without an error; recvmsg(2) MSG_CTRUNC,
+        MSG_CMSG_CLOEXEC. A stream never merges two messages that carry descriptors.
+    """
+    space = socket.CMSG_SPACE(DESCRIPTORS_MAX * _INT_BYTES)
+    data, ancillary, flags, _ = sock.recvmsg(size, space, socket.MSG_CMSG_CLOEXEC)
+    descriptors: list[int] = []
+    for level, kind, raw in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            received = array.array("i")
+            received.frombytes(raw[: len(raw) - len(raw) % _INT_BYTES])
+            descriptors.extend(received)
+    if flags & socket.MSG_CTRUNC:
+        for fd in descriptors:
+            os.close(fd)
+        raise DescriptorsLostError("out of descriptors: a message did not arrive whole")
+    return data, descriptors
