@@ -164,8 +164,12 @@ def inet(
     layout = _INET[4 if family == socket.AF_INET else 16]
     size, unpack, make = layout.size, layout.unpack_from, InetSocket._make
     for data in _dump_inet(protocol, family, port, states, with_info):
-        for start, end in _messages(data):
-            yield make((*unpack(data, start), data[start + size : end]))
+        at, end = 0, len(data)
+        while at < end:  # what `_messages` does; there may be very many
+            (length,) = _LENGTH.unpack_from(data, at)
+            start = at + _HEADER.size
+            yield make((*unpack(data, start), data[start + size : at + length]))
+            at += (length + 3) & ~3
 
 
 def lingering(family: int, port: int) -> dict[bytes, Lingering]:
