@@ -51,6 +51,7 @@ bench: $(VENV)/.dev debian
 	$(BIN)/python benchmarks/http.py
 	$(BIN)/python benchmarks/rebind.py
 	$(BIN)/python benchmarks/timewait.py
+	$(BIN)/python benchmarks/why.py
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/power.py
 	$(MAKE) bench-report

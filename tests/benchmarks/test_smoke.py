@@ -30,10 +30,11 @@ SMALL = {
     "timewait.py": ("--entries", "0", "20", "--seconds", "0.2"),
     "peers.py": ("--servers", "hotport", "--times", "1"),
     "power.py": ("--seconds", "1"),
+    "why.py": ("--established", "20", "--timewait", "20"),
 }
 
 #: These have clients of their own; in a network namespace if that is permitted, and on loopback if not.
-UNLOADED = ("rebind.py", "timewait.py", "peers.py", "power.py")
+UNLOADED = ("rebind.py", "timewait.py", "peers.py", "power.py", "why.py")
 
 
 @pytest.mark.parametrize("name", SMALL)
