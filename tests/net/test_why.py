@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def http_server() -> dict[str, Any]:
     return result
 
 
-def test_listener_that_leaked_into_sleep_is_isolated() -> None:
+def test_listener_that_leaked_into_sleep_is_told() -> None:
     code, found = isolated(leaked_listener)
     assert code == 1
     assert re.match(r"pid \d+ \(sleep 1000, user root.*\) is listening on", found["answers"]["none"]["who"])
@@ -273,6 +274,28 @@ def watched() -> tuple[int, str]:
             holder.kill()
             out, words = process.communicate(timeout=DEADLINE_S)
             return process.returncode, first + words + out
+
+
+def test_watch_at_a_terminal_is_one_line_and_ends_with_control_c() -> None:
+    code, text = isolated(interrupted)
+    assert code == 130
+    assert text.startswith("\r\x1b[K")
+    assert "is listening on 127.0.0.1:20000" in text
+    assert "\n" not in text
+
+
+def interrupted() -> tuple[int, str]:
+    terminal, theirs = os.openpty()
+    environment = {**os.environ, "COLUMNS": "200"}
+    with socket.create_server(("127.0.0.1", PORT)):
+        command = [*HOTPORT, "why", f"127.0.0.1:{PORT}", "--watch"]
+        with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as process:
+            text = os.read(terminal, 65536).decode()
+            process.send_signal(signal.SIGINT)
+            code = process.wait(DEADLINE_S)
+    os.close(theirs)
+    os.close(terminal)
+    return code, text
 
 
 # -- what is no port ------------------------------------------------------------------------------------------------
