@@ -35,7 +35,7 @@ from benchmarks.generation import bound
 from benchmarks.netns import fill, is_permitted, isolated, timewaits
 from benchmarks.timewait import RESET
 
-PORT: Final = 20_900
+PORT: Final = 9_900
 HELD_BY_ONE: Final = 9_000  # of connections; each is two descriptors, and a process may have 20,000 here
 CONNECTS: Final = 3_000
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ from hotport.kernel.procfs import (
     control_group,
     generation,
     has_capability,
+    has_timewaits,
     holders,
     owner,
     queue_overflows,
@@ -74,9 +76,9 @@ def test_search_beyond_the_first_descriptors_ends_in_time_and_says_so(monkeypatc
 @pytest.mark.parametrize(
     ("call", "error", "gap"),
     [
-        ("listdir", PermissionError, "forbidden"),
+        ("scandir", PermissionError, "forbidden"),
         ("readlink", PermissionError, "forbidden"),
-        ("listdir", FileNotFoundError, ""),
+        ("scandir", FileNotFoundError, ""),
         ("readlink", FileNotFoundError, ""),
     ],
 )
@@ -130,6 +132,18 @@ def test_capabilities_of_root_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_unit_is_the_innermost_name_that_a_person_knows(path: str, unit: str) -> None:
     assert procfs._unit(path) == unit
+
+
+def test_timewaits_are_looked_for_unless_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        with socket.create_connection(server.getsockname()) as client:
+            server.accept()[0].close()
+            assert client.recv(1) == b""
+        assert has_timewaits()
+    monkeypatch.setattr("builtins.open", lambda *_: io.StringIO("TCP: inuse 9 orphan 0 tw 0 alloc 9 mem 0\n"))
+    assert not has_timewaits()
+    monkeypatch.setattr("builtins.open", refuse_to_open)
+    assert has_timewaits()
 
 
 def test_unit_of_a_process_is_read_from_its_control_group() -> None:

@@ -283,7 +283,7 @@ def _processes(inodes: Sequence[int], holders: dict[int, list[tuple[int, int]]])
 
 
 def _lingering(port: int) -> Iterator[Sockets]:
-    for family in _FAMILIES:
+    for family in _FAMILIES if procfs.has_timewaits() else ():
         for host, left in sockdiag.lingering(family, port).items():
             yield Sockets(
                 State.TIME_WAIT,

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Collection
 from contextlib import suppress
+from itertools import islice
 from typing import Final
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "descriptor_use",
     "generation",
     "has_capability",
+    "has_timewaits",
     "holders",
     "owner",
     "queue_overflows",
@@ -61,6 +63,16 @@ def sysctl(name: str) -> str:
     with suppress(OSError), open(f"/proc/sys/{name.replace('.', '/')}") as file:
         return file.read().strip()
     return "?"
+
+
+def has_timewaits() -> bool:
+    """Whether any connection may be in TIME_WAIT in this network namespace; quicker than looking for them.
+
+    Sources: proc_pid_net(5) sockstat, ``tw``; before Linux 5.19 it counts those of all namespaces.
+    """
+    with suppress(OSError), open("/proc/net/sockstat") as file:
+        return " tw 0 " not in file.read()
+    return True
 
 
 def zombies(parent: int) -> list[int]:
@@ -110,25 +122,28 @@ def holders(inodes: Collection[int], *, cpu_s: float) -> tuple[dict[int, list[tu
     wanted = {f"socket:[{inode}]": inode for inode in inodes}
     found: dict[int, list[tuple[int, int]]] = {}
     gap = ""
-    later = []
+    later: list[int] = []
     deadline = time.process_time() + cpu_s
     for pid in _pids() if wanted else []:
         try:
-            names = os.listdir(f"/proc/{pid}/fd")
-            _look(pid, names[:_FIRST], wanted, found)
+            with os.scandir(f"/proc/{pid}/fd") as entries:  # it is the listing that takes long
+                names = [entry.name for entry in islice(entries, _FIRST + 1)]
+            _look(pid, names, wanted, found)
         except PermissionError:
             gap = "forbidden"
         except OSError:  # gone
             continue
         else:
-            later += [(pid, names[at : at + _FIRST]) for at in range(_FIRST, len(names), _FIRST)]
-    for pid, names in later:
-        if len(found) == len(wanted):
-            break
-        if time.process_time() > deadline:
-            return found, "late"
+            later += [pid] if len(names) > _FIRST else []
+    for pid in later:
         with suppress(OSError):
-            _look(pid, names, wanted, found)
+            names = os.listdir(f"/proc/{pid}/fd")
+            for at in range(_FIRST, len(names), _FIRST):
+                if len(found) == len(wanted):
+                    return found, gap
+                if time.process_time() > deadline:
+                    return found, "late"
+                _look(pid, names[at : at + _FIRST], wanted, found)
     return found, gap
 
 
