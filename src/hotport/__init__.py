@@ -15,8 +15,9 @@ from hotport.errors import (
 
 if TYPE_CHECKING:
     from hotport.adapters.base import Draining
+    from hotport.adapters.protocol import Transferable
     from hotport.adapters.sockets import Lifetime
-    from hotport.adapters.stream import Stream, StreamAttribute
+    from hotport.adapters.stream import Stream, StreamAttribute, hand_off, restartable
     from hotport.runner import Server, run, serve
 
 __version__ = "0.1.0"
@@ -33,7 +34,10 @@ __all__ = [
     "StartError",
     "Stream",
     "StreamAttribute",
+    "Transferable",
     "__version__",
+    "hand_off",
+    "restartable",
     "run",
     "serve",
 ]
@@ -45,6 +49,9 @@ _HOMES = {
     "Server": "hotport.runner",
     "Stream": "hotport.adapters.stream",
     "StreamAttribute": "hotport.adapters.stream",
+    "Transferable": "hotport.adapters.protocol",
+    "hand_off": "hotport.adapters.stream",
+    "restartable": "hotport.adapters.stream",
     "run": "hotport.runner",
     "serve": "hotport.runner",
 }

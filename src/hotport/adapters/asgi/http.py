@@ -323,12 +323,14 @@ class HttpConnection(asyncio.Protocol):
             self.keep()
             self._handoff = None
 
-    def _come_to_rest(self) -> None:
-        """At a safe point while the worker leaves: held there if it was asked for before."""
-        assert self._handoff is not None
-        if self._handoff.is_wanted:
+    def _come_to_rest(self) -> bool:
+        """At a safe point while the worker leaves; True if it is held there, because it was asked for before."""
+        handoff = self._handoff
+        assert handoff is not None
+        if handoff.is_wanted:
             self._pause_reading()
-        self._handoff.ready(self)
+        handoff.ready(self)
+        return handoff.is_wanted
 
     def _park(self) -> None:
         """Parse nothing any more: requests that have not been parsed are the next process's."""
@@ -711,8 +713,7 @@ class HttpConnection(asyncio.Protocol):
         else:
             self._wait(self.shared.head_ticks if self._head else self.shared.keep_alive_ticks)
             if self._handoff is not None and self._arriving is None:
-                self._come_to_rest()
-                if self._handoff is not None and self._handoff.is_wanted:
+                if self._come_to_rest():
                     return
         if self._is_reading_paused:
             self.resume_reading_if_room()
