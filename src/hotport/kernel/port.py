@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
+from itertools import chain, islice
 from typing import Any, Final, NamedTuple
 
 from hotport.address import TcpAddress, UdpAddress, UnixAddress
@@ -40,7 +41,7 @@ _FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
 _CAP_NET_BIND_SERVICE: Final = 10
 _TIMER_TO_THE_END: Final = 3
 
-#: So many sockets are looked at one by one; of the others only what the kernel says by itself is known.
+#: So many sockets of a kind are looked at one by one; of more only what the kernel says by itself is known.
 LOOKED_AT_MAX: Final = 500
 #: Beyond so many sockets on the port the rest is left out.
 SOCKETS_MAX: Final = 200_000
@@ -49,6 +50,8 @@ SAMPLE: Final = 8
 #: Seconds of processor time for the search through /proc for processes.
 SEARCH_CPU_S: Final = 0.2
 NAMED_MAX: Final = 8
+#: Among so many connections those are looked for that nobody has accepted.
+WAITING_MAX: Final = 10_000
 
 #: Why the processes of some sockets are not known, and what would help.
 _GAPS: Final = {
@@ -210,33 +213,29 @@ def options_of(pid: int, fd: int) -> Taken | None:
 
 
 def _count(protocol: int, port: int) -> tuple[list[_Alike], bool]:
+    """What is on the port, by kinds; and whether that is all of it."""
     groups: dict[object, _Alike] = {}
-    seen = kept = 0
-    for family in _FAMILIES:
-        for row in sockdiag.inet(protocol, family, port):  # one by one, so the less is done here the better
-            state, timer, _, host, _, interface, expires_ms, rqueue, wqueue, uid, inode, _ = row
-            seen += 1
-            if seen > SOCKETS_MAX:
-                return list(groups.values()), False
-            is_alone = kept < LOOKED_AT_MAX and state in _ALONE
-            key = inode if is_alone else (state, host, uid, not inode, timer, interface)
-            group = groups.get(key)
-            if group is None:
-                group = groups[key] = _Alike(row)
-            group.count += 1
-            group.rqueue += rqueue
-            group.wqueue += wqueue
-            if expires_ms > group.ends_ms:
-                group.ends_ms = expires_ms
-            if kept < LOOKED_AT_MAX and inode:
-                kept += 1
-                group.inodes.append(inode)
-            if group.count < 4 and row.peer_port:
-                group.peers.append(_text(row.peer, row.peer_port))
+    rows = chain.from_iterable(sockdiag.inet(protocol, family, port) for family in _FAMILIES)
+    for row in islice(rows, SOCKETS_MAX):  # the less is done here the better
+        state, timer, _, host, _, interface, expires_ms, rqueue, wqueue, uid, inode, _ = row
+        is_alone = state in _ALONE and len(groups) < LOOKED_AT_MAX
+        key = inode if is_alone else (state, host, uid, not inode, timer, interface)
+        group = groups.get(key)
+        if group is None:
+            group = groups[key] = _Alike(row)
+        group.count += 1
+        group.rqueue += rqueue
+        group.wqueue += wqueue
+        if expires_ms > group.ends_ms:
+            group.ends_ms = expires_ms
+        if inode and group.count <= LOOKED_AT_MAX:
+            group.inodes.append(inode)
+        if group.count < 4 and row.peer_port:
+            group.peers.append(_text(row.peer, row.peer_port))
     for group in groups.values():
         if group.count > len(group.inodes):
             group.inodes = sorted(group.inodes)[:SAMPLE]  # the oldest: their descriptors are looked at first
-    return list(groups.values()), True
+    return list(groups.values()), next(rows, None) is None
 
 
 def _described(group: _Alike, holders: dict[int, list[tuple[int, int]]]) -> Iterator[Sockets]:
@@ -303,7 +302,7 @@ def _with_queue(old: Sockets, port: int) -> Sockets:
     waited_ms = 0
     family = socket.AF_INET if old.local.host.version == 4 else socket.AF_INET6
     rows = sockdiag.inet(socket.IPPROTO_TCP, family, port, states=1 << 1, with_info=True)
-    for row in rows:
+    for row in islice(rows, WAITING_MAX):
         if not row.inode:
             waited_ms = max(waited_ms, row.waited_ms)
     return replace(old, waited_s=waited_ms / 1000)
