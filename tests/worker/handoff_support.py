@@ -38,6 +38,7 @@ class Generation:
         self.path = str(path / f"worker-{number}.sock")
         self._control: asyncio.AbstractServer | None = None
         self._taking: set[asyncio.Task[None]] = set()
+        self.channel_type = Channel
         self._successors: list[str] = []
         self._is_leaving = False
 
@@ -78,7 +79,7 @@ class Generation:
 
     async def obey(self, order: Any, peer: _Peer) -> None:
         assert isinstance(order, OfferOrder)
-        task = asyncio.get_running_loop().create_task(self.server.take(Channel(peer.detach()), order.version))
+        task = asyncio.get_running_loop().create_task(self.server.take(self.channel_type(peer.detach()), order.version))
         self._taking.add(task)
 
 

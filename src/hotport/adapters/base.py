@@ -192,9 +192,14 @@ class Connections:
                 self.on_full()
 
     def count_adopted(self) -> None:
-        """The connection that was taken in last was not accepted here: another worker has handed it off."""
+        """A connection that was taken in was not accepted here: another worker has handed it off."""
         self.accepted -= 1
         self.adopted += 1
+
+    def forget(self, connection: Connection) -> None:
+        """A connection was not accepted here, and is not handed off either: another worker keeps it."""
+        self.accepted -= 1
+        self._let_go(connection)
 
     def replace(self, connection: Connection, successor: Connection) -> None:
         """A connection goes on as another object; it stays one connection, and is told if the worker is leaving."""
@@ -202,12 +207,14 @@ class Connections:
         if self._is_draining:
             self.tell(successor)
 
-    def closed(self, connection: Connection, fate: str | None = "finished") -> None:
-        """Let a connection go, and count its fate (None is none) if the worker accepts no more."""
-        if self.open.pop(connection, None) is None:
-            return
-        if self._is_counting and fate is not None:
+    def closed(self, connection: Connection, fate: str = "finished") -> None:
+        """Let a connection go, and count its fate if the worker accepts no more."""
+        if self._let_go(connection) and self._is_counting:
             self.fates[fate] += 1
+
+    def _let_go(self, connection: Connection) -> bool:
+        if self.open.pop(connection, None) is None:
+            return False
         if self._is_full and len(self.open) < self.maximum:
             self._is_full = False
             if self.on_room is not None:
@@ -215,6 +222,7 @@ class Connections:
         if self._empty is not None and not self.open:
             self._empty.set()
             self._empty = None
+        return True
 
     @property
     def room(self) -> int:

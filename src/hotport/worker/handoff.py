@@ -21,6 +21,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from hotport.adapters.base import Adapter, Connection, Connections, NotAdopted, Offer
@@ -351,11 +352,12 @@ async def take_connections(channel: Channel, version: int, adapter: Adapter, con
         while welcome.room:
             kind, payload, descriptors = await channel.receive_frame()
             adopted, refused = _adopt(kind, payload, descriptors, adapter, connections)
-            try:
+            with suppress(OSError):  # if the other one has closed, what it said before that is still to be heard
                 await channel.send(encode_frame(Frame.ACK, Ack(refused, connections.room)))
+            try:
                 kind, _, _ = await channel.receive_frame()
             except (EOFError, OSError):
-                kind = Frame.GO  # the other one is gone: it cannot serve them any more
+                kind = Frame.GO  # it has ended without a word: it cannot serve them any more
             if kind is Frame.GO:
                 _go_on(adopted, connections)
                 adopted = []
@@ -400,7 +402,6 @@ def _adopt(
             if not connections.room:
                 raise NotAdopted("no room")
             protocol = adapter.adopt(envelope)
-            connections.count_adopted()
         except Exception as error:
             get_logger("hotport.handoff").warning("handoff.refused", why=str(error) or repr(error))
             sock.close()
@@ -415,10 +416,11 @@ def _adopt(
 def _go_on(adopted: Iterable[tuple[socket.socket, asyncio.BaseProtocol]], connections: Connections) -> None:
     loop = asyncio.get_running_loop()
     for sock, protocol in adopted:
+        connections.count_adopted()
         attach(loop, sock, protocol, connections)
 
 
 def _let_go(adopted: Iterable[tuple[socket.socket, asyncio.BaseProtocol]], connections: Connections) -> None:
     for sock, protocol in adopted:
-        connections.closed(protocol, None)  # type: ignore[arg-type]
+        connections.forget(protocol)  # type: ignore[arg-type]
         sock.close()

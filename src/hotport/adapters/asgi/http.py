@@ -712,9 +712,8 @@ class HttpConnection(asyncio.Protocol):
             return
         else:
             self._wait(self.shared.head_ticks if self._head else self.shared.keep_alive_ticks)
-            if self._handoff is not None and self._arriving is None:
-                if self._come_to_rest():
-                    return
+            if self._handoff is not None and self._arriving is None and self._come_to_rest():
+                return
         if self._is_reading_paused:
             self.resume_reading_if_room()
 
