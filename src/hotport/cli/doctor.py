@@ -24,9 +24,10 @@ __all__ = ["command"]
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(name: str | None, as_json: bool) -> int:
-    """Find what makes restarts lossy or fragile: on this machine, and in the service NAME if one runs.
+    """Find what makes restarts lossy or fragile.
 
-    Options are read from hotport.toml and the environment, as `hotport serve` reads them here. Nothing is changed.
+    Looks at this machine, and at the service NAME if one runs. Options are read from hotport.toml and the environment, as
+    `hotport serve` reads them here. Nothing is changed.
 
     Exits with 0 if nothing was found, with 1 otherwise.
     """
