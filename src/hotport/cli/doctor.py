@@ -26,8 +26,8 @@ __all__ = ["command"]
 def command(name: str | None, as_json: bool) -> int:
     """Find what makes restarts lossy or fragile.
 
-    Looks at this machine, and at the service NAME if one runs. Options are read from hotport.toml and the environment, as
-    `hotport serve` reads them here. Nothing is changed.
+    Looks at this machine, and at the service NAME if one runs. Options are read from hotport.toml and the environment,
+    as `hotport serve` reads them here. Nothing is changed.
 
     Exits with 0 if nothing was found, with 1 otherwise.
     """

@@ -40,10 +40,10 @@ TICK_S = 1.0
 @click.option("--explain", "topic", metavar="STATE", help="What a state, option or error means: TIME_WAIT, BUSY, ...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(address: str | None, user: str | None, watch: bool, probe: bool, topic: str | None, as_json: bool) -> int:
-    """Explain ADDRESS: who has the port, whether a server could bind to it, why not, and until when.
+    """Explain ADDRESS: who has it, until when, and what to do.
 
-    ADDRESS is like 8000, :8000, 127.0.0.1:8000, [::1]:8000, udp://:5353 or unix:run/app.sock. Nothing is bound and
-    nothing is sent.
+    Whether a server could bind to it, with which options, and by which rule not. ADDRESS is like 8000,
+    :8000, 127.0.0.1:8000, [::1]:8000, udp://:5353 or unix:run/app.sock. Nothing is bound and nothing is sent.
 
     Exits with 0 if a server could start there (it sets SO_REUSEADDR on TCP, as servers do), with 1 if not, with 3 if
     that depends on what cannot be read.
