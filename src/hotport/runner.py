@@ -35,7 +35,7 @@ from hotport.supervisor.requests import restart, scale
 from hotport.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:
-    from hotport.worker.server import ConnectionServer, SocketsServer
+    from hotport.worker.server import ConnectionServer, DatagramServer, SocketsServer
 
 __all__ = ["Server", "run", "serve", "supervise"]
 
@@ -234,7 +234,7 @@ class Server:
         connections: What is open, and the drain notice.
     """
 
-    def __init__(self, addresses: tuple[str, ...], inner: ConnectionServer | SocketsServer) -> None:
+    def __init__(self, addresses: tuple[str, ...], inner: ConnectionServer | DatagramServer | SocketsServer) -> None:
         self.addresses = addresses
         self.connections = inner.connections
         self._inner = inner

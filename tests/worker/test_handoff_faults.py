@@ -14,7 +14,7 @@ import pytest
 
 from hotport.adapters.base import NotAdopted
 from hotport.errors import ControlError
-from hotport.kernel.scm import DescriptorsLostError
+from hotport.kernel.scm import DescriptorsLostError, receive_descriptors
 from hotport.wire.envelope import ENVELOPE_VERSION, Ack, Envelope, Frame, HttpState, decode_batch, encode_frame
 from hotport.wire.frames import encode_frame as encode_message_frame
 from hotport.wire.messages import OfferOrder, Welcome, encode
@@ -350,10 +350,9 @@ async def test_successor_out_of_descriptors_takes_nothing(tmp_path: Path, monkey
         client = Client(await port.connect())
         await until(lambda: len(old.connections.open) == 1)
         new = await port.start(app)
-        received = handoff.receive_descriptors
 
         def lose(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
-            data, descriptors = received(sock, size)
+            data, descriptors = receive_descriptors(sock, size)
             if descriptors:
                 for fd in descriptors:
                     os.close(fd)

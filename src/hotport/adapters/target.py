@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hotport.adapters.base import Adapter, Context
+from hotport.adapters.datagram import DatagramAdapter
 from hotport.adapters.sockets import SocketsAdapter
 from hotport.errors import StartError, nearest
 from hotport.options import Options
@@ -132,7 +133,7 @@ def _load_file(path: str, attribute: str) -> Any:
 
 
 def detect_kind(application: Any, name: str = "app") -> str:
-    """``asgi``, ``protocol``, ``sockets`` or ``stream``, by what the application can be called with.
+    """``asgi``, ``protocol``, ``datagram``, ``sockets`` or ``stream``, by what the application can be called with.
 
     Args:
         name: What its module calls it, for the lines that would make an ASGI application of it.
@@ -154,7 +155,7 @@ def detect_kind(application: Any, name: str = "app") -> str:
     hint = ""
     match required:
         case [] if is_protocol:
-            return "protocol"
+            return "datagram" if issubclass(inner, asyncio.DatagramProtocol) else "protocol"
         case [*_] if is_protocol:
             hint = "; a protocol is made without arguments: functools.partial can carry them"
         case [_, _, _] if is_async or not is_class:
@@ -190,7 +191,7 @@ def detect_kind(application: Any, name: str = "app") -> str:
         "HP504",
         "cannot tell what kind of application this is",
         cause=f"it takes {len(required)} argument(s) and is {'' if is_async else 'not '}async{hint}",
-        fix="say it with --kind asgi, stream, protocol or sockets",
+        fix="say it with --kind asgi, stream, protocol, datagram or sockets",
     )
 
 
@@ -223,7 +224,7 @@ def kind_of(application: Any, options: Options) -> str:
     return detect_kind(application, name or "app") if options.kind == "auto" else options.kind
 
 
-def make_adapter(application: Any, context: Context, options: Options) -> Adapter | SocketsAdapter:
+def make_adapter(application: Any, context: Context, options: Options) -> Adapter | DatagramAdapter | SocketsAdapter:
     """The adapter for an application, after ``options.kind`` or by looking at it.
 
     Raises:
@@ -248,6 +249,8 @@ def make_adapter(application: Any, context: Context, options: Options) -> Adapte
             return StreamAdapter(application, context)
         case "sockets":
             return SocketsAdapter(application, context)
+        case "datagram":
+            return DatagramAdapter(application, context)
         case _:
             from hotport.adapters.protocol import ProtocolAdapter
 

@@ -43,7 +43,7 @@ ENVIRONMENT_PREFIX: Final = "HOTPORT_"
 NAME_CHARS_MAX: Final = 48
 """Leaves room in the 107 bytes of a unix path for the runtime directory and a worker's socket."""
 
-Kind: TypeAlias = Literal["auto", "asgi", "stream", "protocol", "sockets"]
+Kind: TypeAlias = Literal["auto", "asgi", "stream", "protocol", "datagram", "sockets"]
 Loop: TypeAlias = Literal["uvloop", "asyncio"]
 Ready: TypeAlias = Literal["notify", "exec"]
 HandoffChoice: TypeAlias = Literal["auto", "websocket", "off"]
@@ -75,7 +75,7 @@ class Options:
     name: str | None = _option(None, text("NAME"), "The name of the service; by default made from the target.")
     kind: Kind = _option(
         "auto",
-        choice("auto", "asgi", "stream", "protocol", "sockets"),
+        choice("auto", "asgi", "stream", "protocol", "datagram", "sockets"),
         "What the target is; auto looks at it.",
     )
     factory: bool = _option(False, switch(), "The target is a function that returns the application.")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from hotport.adapters.base import Adapter, Connections, Context
+from hotport.adapters.datagram import DatagramAdapter, Datagrams
 from hotport.adapters.sockets import SocketsAdapter
 from hotport.adapters.target import kind_of, make_adapter
 from hotport.errors import StartError
@@ -18,7 +19,7 @@ from hotport.worker.acceptor import Acceptor
 from hotport.worker.handoff import Channel, Mover, take_connections
 from hotport.worker.tls import Tls
 
-__all__ = ["ConnectionServer", "Server", "SocketsServer", "make_server"]
+__all__ = ["ConnectionServer", "DatagramServer", "Server", "SocketsServer", "make_server"]
 
 
 class Server(Protocol):
@@ -171,6 +172,61 @@ class ConnectionServer:
         await self._adapter.shutdown()
 
 
+class DatagramServer:
+    """Serves an application that gets datagrams, from sockets that all workers share.
+
+    Descriptors: owns `listeners`; their transports close them.
+    """
+
+    def __init__(self, adapter: DatagramAdapter, listeners: Sequence[socket.socket], connections: Connections) -> None:
+        self.connections = connections
+        self._adapter = adapter
+        self._listeners = listeners
+        self._transports: list[Datagrams] = []
+
+    async def startup(self) -> None:
+        self._transports = [self._adapter.open(listener) for listener in self._listeners]
+
+    async def accept(self) -> None:
+        for transport in self._transports:
+            transport.start()
+
+    def quiesce(self) -> None:
+        for transport in self._transports:
+            transport.stop()
+
+    def reload_tls(self) -> None:
+        """There is none."""
+
+    async def follow(self, successors: Sequence[str]) -> None:
+        """They share the sockets."""
+
+    async def take(self, channel: Channel, version: int) -> None:
+        """It has no connections."""
+        channel.close()
+
+    async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[str]:
+        self.quiesce()
+        self.connections.drain(timeout_s)
+        for transport in self._transports:
+            if is_last:
+                transport.empty()
+            transport.drain()
+        try:
+            async with asyncio.timeout(timeout_s):
+                for transport in self._transports:
+                    await transport.closed.wait()
+        except TimeoutError:
+            left = [transport for transport in self._transports if not transport.closed.is_set()]
+            for transport in left:
+                transport.abort()
+            return Counter({"cut_datagram": len(left)})
+        return Counter()
+
+    async def shutdown(self) -> None:
+        """Its transports are closed by now."""
+
+
 class SocketsServer:
     """Runs a server of somebody else's inside the worker; it has its own idea of connections."""
 
@@ -211,13 +267,13 @@ class SocketsServer:
 
 def make_server(
     application: Any, context: Context, options: Options, listeners: Sequence[socket.socket]
-) -> ConnectionServer | SocketsServer:
+) -> ConnectionServer | DatagramServer | SocketsServer:
     """The server for an application, after its kind.
 
     Raises:
         StartError: Its kind is unclear or an extra is missing (HP504, HP505), a listener is not for connections
-            (HP511), it cannot be served over TLS (HP512) or read a PROXY header (HP518), or a certificate cannot be
-            used (HP507, HP513, HP514).
+            (HP511) or not for datagrams (HP519), it cannot be served over TLS (HP512) or read a PROXY header (HP518),
+            or a certificate cannot be used (HP507, HP513, HP514).
     """
     adapter = make_adapter(application, context, options)
     if isinstance(adapter, SocketsAdapter):
@@ -236,12 +292,28 @@ def make_server(
                 fix="remove tls_cert, and give the certificate to its own server",
             )
         return SocketsServer(adapter, listeners, context.connections)
+    if isinstance(adapter, DatagramAdapter):
+        if any(listener.type != socket.SOCK_DGRAM for listener in listeners):
+            raise StartError(
+                "HP519",
+                "cannot serve this application from a socket for connections",
+                cause="it takes datagrams",
+                fix="bind a udp address: --bind udp://:5353",
+            )
+        if options.tls_cert:
+            raise StartError(
+                "HP512",
+                "cannot serve this application over TLS",
+                cause="TLS needs a connection, and datagrams have none",
+                fix="remove tls_cert",
+            )
+        return DatagramServer(adapter, listeners, context.connections)
     if any(listener.type != socket.SOCK_STREAM for listener in listeners):
         raise StartError(
             "HP511",
             "cannot serve this application from a datagram socket",
             cause="it takes connections, and udp has none",
-            fix="bind a tcp or unix address, or write it as a `sockets` application (--kind sockets)",
+            fix="bind a tcp or unix address, or write it as an asyncio.DatagramProtocol (--kind datagram)",
         )
     alpn = ["http/1.1"] if kind_of(application, options) == "asgi" else []
     return ConnectionServer(
