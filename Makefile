@@ -51,6 +51,7 @@ bench: $(VENV)/.dev debian
 	$(BIN)/python benchmarks/http.py
 	$(BIN)/python benchmarks/rebind.py
 	$(BIN)/python benchmarks/timewait.py
+	$(BIN)/python benchmarks/why.py
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/handoff.py
 	$(BIN)/python benchmarks/power.py
@@ -65,7 +66,7 @@ clean:
 
 # What pip cannot install, by command. Tests that need a missing program skip and say so. nginx is not among them: it
 # would begin to listen on port 80.
-DEBIAN := wrk chromium haproxy
+DEBIAN := wrk chromium haproxy strace lsof
 
 debian:
 	@missing=; for name in $(DEBIAN); do PATH="$$PATH:/usr/sbin" command -v $$name >/dev/null || missing="$$missing $$name"; done; \

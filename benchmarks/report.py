@@ -21,6 +21,7 @@ README: Final = ROOT / "README.md"
 PAGE: Final = ROOT / "docs" / "discussion" / "why-the-port-stays-busy.md"
 PEERS_PAGE: Final = ROOT / "docs" / "discussion" / "what-restarts-cost-elsewhere.md"
 CHURN_PAGE: Final = ROOT / "docs" / "how-to" / "load-test-restarts.md"
+WHY_PAGE: Final = ROOT / "docs" / "how-to" / "explain-a-busy-port.md"
 PICTURE: Final = RESULTS / "rebind.svg"
 
 #: Rows of http.py: what they are called, what is compared, and how many decimals that has.
@@ -71,6 +72,7 @@ def main() -> None:
     PAGE.write_text(rendered_page(PAGE.read_text()))
     PEERS_PAGE.write_text(rendered_peers_page(PEERS_PAGE.read_text()))
     CHURN_PAGE.write_text(rendered_churn_page(CHURN_PAGE.read_text()))
+    WHY_PAGE.write_text(rendered_why_page(WHY_PAGE.read_text()))
     if (results := results_of("rebind")) is not None:
         PICTURE.write_text(drawn(results))
 
@@ -108,6 +110,12 @@ def rendered_churn_page(page: str) -> str:
     return page if results is None else _between(page, "power", _power(results))
 
 
+def rendered_why_page(page: str) -> str:
+    """The page on busy ports with what each tool tells of one, and how long that takes."""
+    results = results_of("why")
+    return page if results is None else _between(page, "why", _why(results))
+
+
 def drawn(results: dict[str, Any]) -> str:
     """The gaps of rebind.py."""
     samples, interval_s = results["samples"], 1 / results["rate"]
@@ -142,6 +150,36 @@ def drawn(results: dict[str, Any]) -> str:
         note="lost clients a restart",
         low=1e-5,
         high=1e2,
+    )
+
+
+def _why(results: dict[str, Any]) -> str:
+    samples, machine, there = results["samples"], results["machine"], results["on_the_port"]
+    claims = list(results["told"]["crowded"]["hotport why"])[1:]
+    lines = [
+        f"| | ms, one listener | ms, crowded | lines, crowded | {' | '.join(claims)} |",
+        "|---|---|---|---|" + "---|" * len(claims),
+    ]
+    for tool, told in results["told"]["crowded"].items():
+        cells = []
+        for port in ("a listener", "crowded"):
+            wall, cpu = (samples[f"{port}: {tool}, ms{kind}"] for kind in ("", " of processor time"))
+            cells.append(f"{statistics.median(wall):,.0f} ({statistics.median(cpu):,.0f})")
+        cells += [f"{told['lines']:,}", *("yes" if told[claim] else "" for claim in claims)]
+        lines.append(f"| `{tool}` | {' | '.join(cells)} |")
+    alone, beside = (statistics.median(samples[f"connect p99 us, {name}"]) for name in ("alone", "beside hotport why"))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Medians from the shell's point of view (in brackets: of processor time). Crowded is",
+            f"{there['established']:,} connections established on the port, and {there['TIME_WAIT at the end']:,} in",
+            f"TIME_WAIT. A client's connect there took {alone:,.0f} us at p99, and {beside:,.0f} us while",
+            "`hotport why` ran over and over.",
+            f"Linux {machine['kernel']}, {machine['cores']} cores, load average {results['load_average']:.1f}:",
+            "`benchmarks/why.py`, `benchmarks/results/why.json`.",
+            "",
+        ]
     )
 
 

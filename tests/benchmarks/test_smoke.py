@@ -31,10 +31,11 @@ SMALL = {
     "peers.py": ("--servers", "hotport", "--times", "1"),
     "handoff.py": ("--counts", "20", "--seconds", "0.2"),
     "power.py": ("--seconds", "1"),
+    "why.py": ("--established", "20", "--timewait", "20"),
 }
 
 #: These have clients of their own; in a network namespace if that is permitted, and on loopback if not.
-UNLOADED = ("rebind.py", "timewait.py", "peers.py", "power.py")
+UNLOADED = ("rebind.py", "timewait.py", "peers.py", "power.py", "why.py")
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -14,11 +14,13 @@ from benchmarks.report import (
     PAGE,
     PEERS_PAGE,
     PICTURE,
+    WHY_PAGE,
     drawn,
     rendered,
     rendered_churn_page,
     rendered_page,
     rendered_peers_page,
+    rendered_why_page,
     results_of,
 )
 from docs.generate import PAGES, error_sites
@@ -79,6 +81,11 @@ def test_the_page_on_other_servers_is_what_the_results_say() -> None:
 def test_the_page_on_load_tests_is_what_the_results_say() -> None:
     page = CHURN_PAGE.read_text()
     assert page == rendered_churn_page(page), "run: make bench-report"
+
+
+def test_page_on_busy_ports_has_the_figures_of_the_results() -> None:
+    page = WHY_PAGE.read_text()
+    assert page == rendered_why_page(page), "run: make bench-report"
 
 
 def test_the_picture_of_the_gaps_is_what_the_results_say() -> None:

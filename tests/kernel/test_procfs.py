@@ -1,13 +1,32 @@
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
+from pathlib import Path
 
 import pytest
 
 from hotport.kernel import procfs
-from hotport.kernel.procfs import command, listening_process, queue_overflows, sysctl
+from hotport.kernel.procfs import (
+    command,
+    control_group,
+    generation,
+    has_capability,
+    has_timewaits,
+    holders,
+    owner,
+    queue_overflows,
+    sysctl,
+    unit_of,
+    user_name,
+)
+from tests.support import DEADLINE_S
+
+
+def refuse_to_open(*_: object) -> None:
+    raise FileNotFoundError
 
 
 @pytest.mark.usefixtures("alone_with_accept_queues")
@@ -28,10 +47,7 @@ def test_full_accept_queue_is_counted() -> None:
 
 
 def test_kernel_without_counters_has_no_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise FileNotFoundError
-
-    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("builtins.open", refuse_to_open)
     assert queue_overflows() == {}
     assert sysctl("net.core.somaxconn") == "?"
 
@@ -40,32 +56,111 @@ def test_sysctl_is_read() -> None:
     assert int(sysctl("net.core.somaxconn")) > 0
 
 
-@pytest.mark.parametrize("bound", ["127.0.0.1", "0.0.0.0", "::1", "::", "::ffff:127.0.0.1"])
-def test_listener_is_found_under_every_address_that_includes_it(bound: str) -> None:
-    family = socket.AF_INET6 if ":" in bound else socket.AF_INET
-    try:
-        server = socket.create_server((bound, 0), family=family, dualstack_ipv6=family == socket.AF_INET6)
-    except OSError:
-        pytest.skip(f"{bound} cannot be bound here")
-    with server:
-        port = server.getsockname()[1]
-        for wanted in {bound, "0.0.0.0" if family == socket.AF_INET else "::"}:
-            found = listening_process(socket.SOCK_STREAM, (wanted, port))
-            assert found == (os.getpid(), command(os.getpid()))
-        assert listening_process(socket.SOCK_DGRAM, (bound, port)) is None
-
-
-def test_listener_on_another_address_is_not_blamed() -> None:
-    with socket.create_server(("127.0.0.2", 0)) as server:
-        port = server.getsockname()[1]
-        assert listening_process(socket.SOCK_STREAM, ("127.0.0.1", port)) is None
-        assert listening_process(socket.SOCK_STREAM, ("fe80::1%lo", port, 0, 1)) is None
-
-
-def test_listener_of_a_process_that_we_may_not_look_at_is_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_holder_of_a_socket_is_found_with_its_descriptor() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setattr(procfs, "_pids", list)
-        assert listening_process(socket.SOCK_STREAM, server.getsockname()) is None
+        inode = os.fstat(server.fileno()).st_ino
+        assert holders([inode], cpu_s=DEADLINE_S)[0] == {inode: [(os.getpid(), server.fileno())]}
+    assert holders([inode], cpu_s=DEADLINE_S)[0] == {}
+    assert holders([], cpu_s=0) == ({}, "")
+
+
+def test_search_beyond_the_first_descriptors_ends_in_time_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(procfs, "_pids", lambda: [os.getpid()])
+    monkeypatch.setattr(procfs, "_FIRST", 1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        inode = os.fstat(server.fileno()).st_ino
+        assert holders([inode], cpu_s=-1) == ({}, "late")
+        assert holders([inode], cpu_s=DEADLINE_S) == ({inode: [(os.getpid(), server.fileno())]}, "")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "gap"),
+    [
+        ("scandir", PermissionError, "forbidden"),
+        ("readlink", PermissionError, "forbidden"),
+        ("scandir", FileNotFoundError, ""),
+        ("readlink", FileNotFoundError, ""),
+    ],
+)
+def test_process_that_we_may_not_look_into_is_a_gap_and_one_that_is_gone_is_not(
+    monkeypatch: pytest.MonkeyPatch, call: str, error: type[OSError], gap: str
+) -> None:
+    def refuse(_: str) -> list[str]:
+        raise error
+
+    monkeypatch.setattr(procfs, "_pids", lambda: [os.getpid()])
+    monkeypatch.setattr(os, call, refuse)
+    assert holders([1], cpu_s=DEADLINE_S) == ({}, gap)
+
+
+def test_user_without_a_name_is_a_number() -> None:
+    assert user_name(0) == "root"
+    assert user_name(4_000_000) == "4000000"
+    assert owner(os.getpid()) == user_name(os.geteuid())
+    assert owner(2**30) == "?"
+
+
+def test_generation_is_read_from_the_environment_of_a_worker() -> None:
+    assert generation(os.getpid()) == 0
+    assert generation(2**30) == 0
+    stdin, ours = socket.socketpair()
+    with stdin, ours:
+        actions = [(os.POSIX_SPAWN_DUP2, stdin.fileno(), fd) for fd in (0, 1)]
+        pid = os.posix_spawn("/bin/cat", ["cat"], {"HOTPORT_GENERATION": "7"}, file_actions=actions)
+        ours.send(b"running?")
+        assert ours.recv(100) == b"running?"
+        assert generation(pid) == 7
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_capabilities_of_root_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert has_capability(10) == (os.geteuid() == 0)
+    monkeypatch.setattr("builtins.open", refuse_to_open)
+    assert not has_capability(10)
+
+
+@pytest.mark.parametrize(
+    ("path", "unit"),
+    [
+        ("/system.slice/web.service", "web.service"),
+        ("/system.slice/web.service/payload", "web.service"),
+        ("/user.slice/user-1000.slice/session-3.scope", "session-3.scope"),
+        (f"/docker/{'0a' * 32}", "0a" * 32),
+        ("/", ""),
+    ],
+)
+def test_unit_is_the_innermost_name_that_a_person_knows(path: str, unit: str) -> None:
+    assert procfs._unit(path) == unit
+
+
+def test_timewaits_are_looked_for_unless_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        with socket.create_connection(server.getsockname()) as client:
+            server.accept()[0].close()
+            assert client.recv(1) == b""
+        assert has_timewaits()
+    monkeypatch.setattr("builtins.open", lambda *_: io.StringIO("TCP: inuse 9 orphan 0 tw 0 alloc 9 mem 0\n"))
+    assert not has_timewaits()
+    monkeypatch.setattr("builtins.open", refuse_to_open)
+    assert has_timewaits()
+
+
+def test_unit_of_a_process_is_read_from_its_control_group() -> None:
+    assert isinstance(unit_of(os.getpid()), str)
+    assert unit_of(2**30) == ""
+
+
+def test_control_group_is_found_by_its_inode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    group = tmp_path / "system.slice" / "web.service"
+    group.mkdir(parents=True)
+    monkeypatch.setattr(procfs, "_CGROUPS", str(tmp_path))
+    assert control_group(group.stat().st_ino) == "web.service"
+    assert control_group(tmp_path.stat().st_ino) == ""
+    assert control_group(0) == ""
+    assert control_group(2**40) == ""
+    monkeypatch.setattr(procfs, "_CGROUPS_MAX", 0)
+    assert control_group(group.stat().st_ino) == ""  # beyond what is searched
 
 
 def test_command_is_short_and_never_fails() -> None:

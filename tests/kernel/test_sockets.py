@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
 import stat
 import traceback
@@ -62,6 +63,15 @@ def refused(address: Address | str) -> KernelError:
     with pytest.raises(KernelError, match=r"^HP101 cannot bind ") as raised:
         bind_listener(parsed, backlog=16)
     return raised.value
+
+
+def refuse_bind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Say EADDRINUSE of a port on which nothing is any more."""
+
+    def bind(*_: object) -> None:
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+    monkeypatch.setattr(socket.socket, "bind", bind)
 
 
 def as_nobody(look: Callable[[], None]) -> int:
@@ -149,7 +159,7 @@ def test_taken_port_names_the_process_that_listens(stack: ExitStack, host: str) 
     error = refused(TcpAddress(host, port))
     assert error.errno == errno.EADDRINUSE
     assert error.cause.startswith(f"pid {os.getpid()} (")
-    assert error.cause.endswith(") is listening on it")
+    assert f") is listening on 127.0.0.1:{port}; a listener shares its port only if both" in error.cause
     assert f"--bind tcp://{host}:" in error.fix
 
 
@@ -162,10 +172,58 @@ def test_taken_ipv6_port_names_the_process_that_listens(stack: ExitStack) -> Non
 def test_port_that_is_bound_without_listening_is_not_blamed_on_a_listener(stack: ExitStack) -> None:
     sleeper = stack.enter_context(socket.socket())
     sleeper.bind(("127.0.0.1", 0))
-    error = refused(TcpAddress("127.0.0.1", sleeper.getsockname()[1]))
+    port = sleeper.getsockname()[1]
+    error = refused(TcpAddress("127.0.0.1", port))
     assert error.errno == errno.EADDRINUSE
-    assert "may not look at" in error.cause
-    assert "ss -lntp" in error.fix
+    assert f") is bound to 127.0.0.1:{port} without listening; it has set neither option" in error.cause
+    assert error.fix.endswith(f"or first: kill {os.getpid()}")
+
+
+@needs_root
+def test_port_of_a_process_that_we_may_not_look_at_is_said_to_be_that(stack: ExitStack) -> None:
+    "localhost".encode("idna")  # the codec must be loaded by a user who may read it
+    listener = bound(stack, "127.0.0.1:0")
+    port = listener.getsockname()[1]
+
+    def look() -> None:
+        listener.close()  # the child's copy of it
+        error = refused(TcpAddress("127.0.0.1", port))
+        assert error.cause.startswith(
+            f"a process of user root that we may not look at is listening on 127.0.0.1:{port}"
+        )
+        assert error.fix.endswith(f"sudo hotport why tcp://127.0.0.1:{port}")
+
+    assert as_nobody(look) == 0
+
+
+def test_leftovers_of_a_server_without_reuseaddr_are_blamed_with_the_seconds(stack: ExitStack) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            server.accept()[0].close()
+            assert client.recv(1) == b""
+    error = refused(TcpAddress("127.0.0.1", port))
+    assert "in TIME_WAIT" in error.cause
+    assert "the server that left it had not set SO_REUSEADDR" in error.cause
+    assert re.search(r"the last one is gone in [56]\d s$", error.cause)
+
+
+def test_port_that_is_free_again_is_not_blamed_on_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_bind(monkeypatch)
+    error = refused("127.0.0.1:1")
+    assert error.cause.startswith("whoever had it is gone by now")
+    monkeypatch.setattr("hotport.kernel.port._shows_bound", lambda: False)
+    assert "Linux 6.8 does" in refused("127.0.0.1:1").cause
+
+
+def test_taken_port_is_an_error_too_where_netlink_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_bind(monkeypatch)
+    monkeypatch.setattr("hotport.kernel.sockdiag.NETLINK_SOCK_DIAG", 99)
+    error = refused("127.0.0.1:1")
+    assert error.errno == errno.EADDRINUSE
+    assert "forbids netlink" in error.cause
 
 
 def test_address_of_another_machine_is_explained() -> None:

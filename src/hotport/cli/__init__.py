@@ -14,7 +14,7 @@ __all__ = ["HELP", "main"]
 #: For every command; a help option that only the group knew would not be in a command's own help text.
 HELP = {"help_option_names": ["-h", "--help"]}
 
-COMMANDS = ("serve", "restart", "reload-tls", "status", "scale", "stop", "demo", "churn")
+COMMANDS = ("serve", "restart", "reload-tls", "status", "scale", "stop", "why", "doctor", "demo", "churn")
 
 
 class _Commands(click.Group):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import socket
 import stat
 import struct
@@ -14,6 +13,8 @@ from typing import Any, Final
 from hotport.address import Address, FdAddress, SystemdAddress, TcpAddress, UdpAddress, UnixAddress
 from hotport.errors import ConfigError, KernelError
 from hotport.kernel import procfs
+from hotport.kernel.resolve import resolve
+from hotport.model.port import Process
 from hotport.wire.listenfds import parse_listen_environment
 
 __all__ = [
@@ -179,7 +180,7 @@ def unlink_if_ours(path: str, dev_ino: tuple[int, int]) -> bool:
 
 def _bind_inet(address: TcpAddress | UdpAddress, backlog: int) -> socket.socket:
     kind = socket.SOCK_STREAM if isinstance(address, TcpAddress) else socket.SOCK_DGRAM
-    family, protocol, sockaddr = _resolve(address, kind)
+    family, protocol, sockaddr = resolve(address, kind)
     sock: socket.socket | None = None
     try:
         sock = socket.socket(family, kind, protocol)
@@ -195,40 +196,17 @@ def _bind_inet(address: TcpAddress | UdpAddress, backlog: int) -> socket.socket:
     except OSError as error:
         if sock is not None:
             sock.close()
-        raise _refused(address, error, *_explain_inet(address, error, kind, sockaddr)) from error
+        raise _refused(address, error, *_explain_inet(address, error, sockaddr)) from error
     return sock
 
 
-def _resolve(
-    address: TcpAddress | UdpAddress, kind: socket.SocketKind
-) -> tuple[socket.AddressFamily, int, tuple[Any, ...]]:
-    try:
-        found = socket.getaddrinfo(address.host, address.port, type=kind, flags=socket.AI_PASSIVE)
-    except (socket.gaierror, UnicodeError) as error:
-        words = error.strerror if isinstance(error, socket.gaierror) else "it is not a host name"
-        raise ConfigError(
-            "HP102",
-            f"cannot bind {address}: unknown host {address.host!r}",
-            cause=f"getaddrinfo: {str(words).lower()}",
-            fix=f"getent ahosts {address.host}; or bind :{address.port} for all interfaces",
-        ) from error
-    family, _, protocol, _, sockaddr = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-    return family, protocol, sockaddr
-
-
-def _explain_inet(
-    address: TcpAddress | UdpAddress, error: OSError, kind: socket.SocketKind, sockaddr: tuple[Any, ...]
-) -> tuple[str, str]:
+def _explain_inet(address: TcpAddress | UdpAddress, error: OSError, sockaddr: tuple[Any, ...]) -> tuple[str, str]:
     """The cause, and what to try."""
     another = type(address)(address.host, address.port + 1 if 1023 < address.port < 65535 else 8000)
     match error.errno:
         case errno.EADDRINUSE:
-            if (holder := procfs.listening_process(kind, sockaddr)) is None:
-                cause = "a socket that we may not look at is bound to it or listens on it"
-                tool = "ss -lntp" if kind == socket.SOCK_STREAM else "ss -lnup"
-                return cause, f"sudo {tool} 'sport = :{address.port}'"
-            pid, command = holder
-            return f"pid {pid} ({command}) is listening on it", f"--bind {another}, or first: {_end(pid, command)}"
+            cause, fix = _explain_in_use(address, sockaddr)
+            return cause, f"--bind {another}, or first: {fix}"
         case errno.EACCES:
             sysctl = "net.ipv4.ip_unprivileged_port_start"
             start = procfs.sysctl(sysctl)
@@ -241,6 +219,24 @@ def _explain_inet(
             return "the kernel does not speak this address family", "ip -brief address"
         case _:
             return f"the kernel does not say more for {sockaddr[0]}", "ip -brief address"
+
+
+def _explain_in_use(address: TcpAddress | UdpAddress, sockaddr: tuple[Any, ...]) -> tuple[str, str]:
+    """Who has the port, by which rule that keeps us out, and what to do about it."""
+    from hotport.kernel.port import ourselves, read_port  # most binds succeed
+    from hotport.model.bind import Can, blame, remedies, usual
+
+    try:
+        port = read_port(address, sockaddr)
+    except KernelError as error:
+        return f"somebody has it, and we cannot see who: {error.cause}", error.fix
+    asker = ourselves()
+    answer = blame(port, asker, usual(port))
+    if answer.can == Can.YES:
+        unread = f" ({'; '.join(port.unread)})" if port.unread else ""
+        return f"whoever had it is gone by now, or cannot be seen{unread}", f"hotport why {address}"
+    until = f"; {answer.until}" if answer.ends_in_s is not None else ""
+    return f"{answer.because}{until}", next(remedies(port, asker, answer))
 
 
 def _bind_abstract(address: UnixAddress, path: str, backlog: int) -> socket.socket:
@@ -293,11 +289,8 @@ def _explain_unix(error: OSError, path: str, holder: int | None) -> tuple[str, s
     directory = os.path.dirname(path) or "."
     match error.errno:
         case errno.EADDRINUSE if holder:
-            command = procfs.command(holder)
-            return (
-                f"pid {holder} ({command}) is listening on it",
-                f"--bind another path, or first: {_end(holder, command)}",
-            )
+            process = Process(holder, procfs.command(holder), procfs.owner(holder))
+            return f"{process} is listening on it", f"--bind another path, or first: {process.ending}"
         case errno.EADDRINUSE:
             return "a process that we may not look at listens on it or is bound to it", "sudo ss -lxp"
         case errno.ENOENT:
@@ -306,11 +299,6 @@ def _explain_unix(error: OSError, path: str, holder: int | None) -> tuple[str, s
             return f"nothing can be made in {directory} by uid {os.geteuid()}", f"ls -ld {directory}"
         case _:
             return f"the kernel does not say more for {path}", f"ls -ld {directory} {path}"
-
-
-def _end(pid: int, command: str) -> str:
-    """What ends a process kindly."""
-    return "hotport stop" if re.search(r"\bhotport(\.worker| serve) ", command) else f"kill {pid}"
 
 
 def _answering(path: str) -> int | None:

@@ -1,0 +1,164 @@
+"""``hotport why``."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import sys
+from contextlib import ExitStack, suppress
+
+import click
+
+from hotport.address import TcpAddress, UdpAddress, UnixAddress, parse_address
+from hotport.cli import HELP
+from hotport.diagnose.diagnosis import Diagnosis, Subject, diagnose
+from hotport.errors import ConfigError, ExitCode
+from hotport.kernel.port import ourselves
+from hotport.kernel.procfs import user_name
+from hotport.model.bind import Can
+from hotport.model.port import Asker, Port
+
+__all__ = ["command"]
+
+#: 0 is free; 2 is usage, as everywhere.
+EXIT_CODES = {Can.YES: ExitCode.DONE, Can.NO: 1, Can.UNKNOWN: 3}
+
+#: Seconds between two looks of --watch, if nothing happens before.
+TICK_S = 1.0
+
+
+@click.command("why", context_settings=HELP)
+@click.argument("address", required=False)
+@click.option("--user", help="Whether this user could bind, instead of you; a name or a number.")
+@click.option("--watch", is_flag=True, help="Stay until the address is free, with the reason and what is left to wait.")
+@click.option(
+    "--probe",
+    is_flag=True,
+    help="Really bind, for a moment, with each choice of options; never listens. Without it nothing is bound.",
+)
+@click.option("--explain", "topic", metavar="STATE", help="What a state, option or error means: TIME_WAIT, BUSY, ...")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(address: str | None, user: str | None, watch: bool, probe: bool, topic: str | None, as_json: bool) -> int:
+    """Explain ADDRESS: who has it, until when, and what to do.
+
+    Whether a server could bind to it, with which options, and by which rule not. ADDRESS is like 8000,
+    :8000, 127.0.0.1:8000, [::1]:8000, udp://:5353 or unix:run/app.sock. Nothing is bound and nothing is sent.
+
+    Exits with 0 if a server could start there (it sets SO_REUSEADDR on TCP, as servers do), with 1 if not, with 3 if
+    that depends on what cannot be read.
+    """
+    if topic is not None:
+        from hotport.diagnose.explain import explain
+
+        click.echo(explain(topic))
+        return ExitCode.DONE
+    if address is None:
+        raise click.UsageError("Give an ADDRESS, or --explain STATE.")
+    if user is not None and probe:
+        raise click.UsageError("--probe binds as you; it cannot try for another --user.")
+    _require_linux()
+    subject, asker = _subject(address), _asker(user)
+    diagnosis = diagnose(subject, asker, probe=probe)
+    if watch:
+        return _watch(subject, asker, diagnosis, as_json=as_json)
+    _show(diagnosis, as_json=as_json)
+    return EXIT_CODES[diagnosis.free]
+
+
+def _require_linux() -> None:
+    if sys.platform != "linux":
+        raise ConfigError(
+            "HP131",
+            "cannot explain a port here",
+            cause=f"the rules and the tables that are read are those of Linux, and this is {sys.platform}",
+            fix="netstat -an, and the documentation of bind() on this system",
+        )
+
+
+def _subject(text: str) -> Subject:
+    try:
+        address = parse_address(f":{text}" if text.isascii() and text.isdigit() else text)
+    except ConfigError as error:
+        error.fix = error.fix.replace("--bind ", "hotport why ")
+        raise
+    if isinstance(address, UnixAddress):
+        return address
+    if not isinstance(address, TcpAddress | UdpAddress):
+        cause, fix = "it is a socket that somebody passes on, and not a port", "hotport why :8000"
+    elif address.port == 0:
+        cause, fix = "port 0 stands for any port that is free: a bind to it finds one", "hotport why :8000"
+    else:
+        return address
+    raise ConfigError("HP132", f"there is nothing to explain about {address}", cause=cause, fix=fix)
+
+
+def _asker(user: str | None) -> Asker:
+    if user is None:
+        return ourselves()
+    import pwd
+
+    try:
+        uid = int(user) if user.isascii() and user.isdigit() else pwd.getpwnam(user).pw_uid
+    except KeyError:
+        cause = "this machine knows no user of that name"
+        raise ConfigError("HP133", f"there is no user {user!r}", cause=cause, fix="getent passwd") from None
+    return Asker(uid, user_name(uid), may_bind_low=uid == 0)
+
+
+def _show(diagnosis: Diagnosis, *, as_json: bool) -> None:
+    if as_json:
+        import msgspec
+
+        value = msgspec.to_builtins(diagnosis, enc_hook=str)
+        for answer in value["answers"].values():
+            del answer["blockers"]  # they are among the facts
+        click.echo(msgspec.json.format(msgspec.json.encode(value)))
+        return
+    from hotport.diagnose.page import page
+
+    is_plain = bool(os.environ.get("NO_COLOR")) or not sys.stdout.isatty()
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
+    click.echo(
+        page(diagnosis, columns=columns, paint=lambda text, colour: text if is_plain else click.style(text, colour))
+    )
+
+
+def _watch(subject: Subject, asker: Asker, diagnosis: Diagnosis, *, as_json: bool) -> int:
+    """Look again whenever a holder ends, and every second."""
+    last = ""
+    try:
+        while diagnosis.free != Can.YES:
+            answer = diagnosis.answers[diagnosis.usual]
+            line = f"{answer.because}; {answer.until}" if answer.until else answer.because
+            if sys.stderr.isatty():
+                columns = shutil.get_terminal_size().columns
+                click.echo(f"\r\x1b[K{line[: columns - 1]}", nl=False, err=True)
+            elif line.rstrip("0123456789 s") != last:  # not for each second that has passed
+                click.echo(line, err=True)
+                last = line.rstrip("0123456789 s")
+            _wait(diagnosis)
+            diagnosis = diagnose(subject, asker)
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+    finally:
+        if sys.stderr.isatty():
+            click.echo("\r\x1b[K", nl=False, err=True)
+    _show(diagnosis, as_json=as_json)
+    return ExitCode.DONE
+
+
+def _wait(diagnosis: Diagnosis) -> None:
+    """Until the last TIME_WAIT ends, a process that is in the way ends, or a second has passed."""
+    answer = diagnosis.answers[diagnosis.usual]
+    pids = {holder.pid for old in answer.blockers for holder in old.holders}
+    if not isinstance(diagnosis.facts, Port):
+        pids = {holder.pid for holder in diagnosis.facts.holders}
+    with ExitStack() as stack:
+        ended = select.poll()
+        for pid in pids:
+            with suppress(OSError):
+                pidfd = os.pidfd_open(pid)
+                stack.callback(os.close, pidfd)
+                ended.register(pidfd, select.POLLIN)
+        ended.poll(min(TICK_S, answer.ends_in_s or TICK_S) * 1000)

@@ -1,0 +1,101 @@
+"""One address, read and judged; and, if wanted, really tried."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+from hotport.address import TcpAddress, UdpAddress, UnixAddress
+from hotport.diagnose.risks import risks_of
+from hotport.kernel.port import read_name, read_port
+from hotport.kernel.resolve import resolve
+from hotport.model.bind import CHOICES, Answer, Can, blame, judge, judge_name, remedies, remedies_of_name, usual
+from hotport.model.port import Asker, Options, Port, UnixName
+
+__all__ = ["Diagnosis", "Subject", "diagnose"]
+
+Subject: TypeAlias = TcpAddress | UdpAddress | UnixAddress
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What is known of an address.
+
+    Attributes:
+        free: The answer for the options that servers usually set: SO_REUSEADDR on TCP, none elsewhere.
+        usual: The name of that choice in `answers`.
+        answers: By the names in `hotport.model.bind.CHOICES`; of AF_UNIX only ``none``, as options change nothing.
+        remedies: What to do, the most promising first; empty if it is free.
+        facts: What was read.
+        is_probed: The answers are the kernel's own, by a bind.
+    """
+
+    address: str
+    asker: Asker
+    free: Can
+    usual: str
+    answers: dict[str, Answer]
+    remedies: tuple[str, ...]
+    risks: tuple[str, ...]
+    facts: Port | UnixName
+    is_probed: bool = False
+
+
+def diagnose(address: Subject, asker: Asker, *, probe: bool = False) -> Diagnosis:
+    """Read an address and judge it; without a bind and without a packet, unless it is to be probed.
+
+    Args:
+        probe: Bind with each choice of options, as ourselves, and let go at once; never listens. On a port with many
+            connections in TIME_WAIT that holds up new connections for milliseconds.
+
+    Raises:
+        ConfigError: If the host is unknown (HP102).
+        KernelError: If netlink is not to be had (HP130).
+    """
+    if isinstance(address, UnixAddress):
+        return _diagnose_name(address, asker)
+    kind = socket.SOCK_STREAM if isinstance(address, TcpAddress) else socket.SOCK_DGRAM
+    family, _, sockaddr = resolve(address, kind)
+    port = read_port(address, sockaddr)
+    answers = {name: judge(port, asker, options) for name, options in CHOICES.items()}
+    if probe:
+        for name, options in CHOICES.items():
+            number = _bind(family, kind, sockaddr, options)
+            answers[name] = _told(answers[name], blame(port, asker, options), number)
+    common = next(name for name, options in CHOICES.items() if options == usual(port))
+    answer = answers[common]
+    todo = () if answer.can == Can.YES else tuple(remedies(port, asker, answer))
+    return Diagnosis(str(address), asker, answer.can, common, answers, todo, risks_of(port), port, is_probed=probe)
+
+
+def _diagnose_name(address: UnixAddress, asker: Asker) -> Diagnosis:
+    name = read_name(address)
+    answer = judge_name(name)
+    todo = tuple(remedies_of_name(name, answer))
+    return Diagnosis(str(address), asker, answer.can, "none", {"none": answer}, todo, (), name)
+
+
+def _bind(family: int, kind: int, sockaddr: tuple[Any, ...], options: Options) -> int:
+    """The errno of a bind; 0 if it works."""
+    with socket.socket(family, kind) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, options.reuse_address)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, options.reuse_port)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        try:
+            sock.bind(sockaddr)
+        except OSError as error:
+            return error.errno or errno.EINVAL
+    return 0
+
+
+def _told(answer: Answer, blamed: Answer, number: int) -> Answer:
+    """An answer once the kernel has given its own."""
+    if not number:
+        return answer if answer.can == Can.YES else Answer(Can.YES, "the kernel has just taken it")
+    name = errno.errorcode.get(number, str(number))
+    if blamed.can == Can.NO:
+        return replace(blamed, error=name)
+    return Answer(Can.NO, "the kernel has just refused, and does not show who is in the way", error=name)

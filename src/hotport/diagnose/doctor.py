@@ -1,0 +1,309 @@
+"""What makes restarts lossy or fragile: on this machine, and in a running service."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from hotport.address import TcpAddress, parse_address
+from hotport.errors import ConfigError
+from hotport.kernel import procfs
+from hotport.kernel.port import read_port
+from hotport.kernel.resolve import resolve
+from hotport.model.port import Port, State
+from hotport.options import Options
+from hotport.wire.messages import Status
+
+__all__ = ["Finding", "Listener", "Machine", "Member", "examine", "examine_service", "read_machine", "read_service"]
+
+#: Descriptors that a worker needs beside those of connections: listeners, its event loop, files, libraries.
+SPARE: Final = 100
+NEARLY_FULL: Final = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something to repair.
+
+    Attributes:
+        what: How it is.
+        consequence: What comes of it.
+        fix: What to type or change.
+    """
+
+    what: str
+    consequence: str
+    fix: str
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the machine allows; None where it could not be read."""
+
+    kernel: tuple[int, int]
+    has_pidfd: bool
+    descriptors_max: int
+    runtime_root: str
+    runtime_obstacle: str
+    may_bind_low: bool
+    somaxconn: int | None
+    aborts_on_overflow: bool
+    low_end: int | None
+    ephemeral: tuple[int, int]
+    reserved: str
+    overflows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A TCP listener of the service.
+
+    Attributes:
+        strangers: Who holds the same socket and is not of the service.
+        joiners: Who listens on the port with another one.
+    """
+
+    address: str
+    nodelay: bool | None
+    strangers: tuple[str, ...]
+    joiners: tuple[str, ...]
+    is_shared: bool
+    migrates: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A process of the service.
+
+    Attributes:
+        inheritable: Descriptors of sockets that every program it starts gets as well.
+        descriptors: How many are open, and how many may be; None if that could not be read.
+    """
+
+    name: str
+    pid: int
+    inheritable: tuple[int, ...]
+    descriptors: tuple[int, int] | None
+
+
+def read_machine(root: Path) -> Machine:
+    """Look at this machine, as this user.
+
+    Args:
+        root: Where the runtime directories of services are.
+    """
+    low, _, high = procfs.sysctl("net.ipv4.ip_local_port_range").partition("\t")
+    return Machine(
+        kernel=_version(os.uname().release),
+        has_pidfd=_has_pidfd(),
+        descriptors_max=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
+        runtime_root=str(root),
+        runtime_obstacle=_obstacle(root),
+        may_bind_low=procfs.has_capability(10),  # CAP_NET_BIND_SERVICE
+        somaxconn=_number(procfs.sysctl("net.core.somaxconn")),
+        aborts_on_overflow=procfs.sysctl("net.ipv4.tcp_abort_on_overflow") == "1",
+        low_end=_number(procfs.sysctl("net.ipv4.ip_unprivileged_port_start")),
+        ephemeral=(_number(low) or 0, _number(high) or 0),
+        reserved=procfs.sysctl("net.ipv4.ip_local_reserved_ports"),
+        overflows=procfs.queue_overflows().get("ListenOverflows", 0),
+    )
+
+
+def read_service(status: Status) -> tuple[list[Listener], list[Member]]:
+    """Look at a running service; what may not be looked at is left out.
+
+    Raises:
+        KernelError: If netlink is not to be had (HP130).
+    """
+    names = {status.pid: "the supervisor"}
+    names |= {worker.pid: f"worker {worker.generation}.{worker.worker}" for worker in status.workers}
+    members = []
+    for pid, name in names.items():
+        inheritable = tuple(fd for fd, (_, is_inherited) in procfs.sockets_of(pid).items() if is_inherited)
+        members.append(Member(name, pid, inheritable, procfs.descriptor_use(pid)))
+    listeners = [found for text in status.addresses if (found := _listener(text, frozenset(names))) is not None]
+    return listeners, members
+
+
+def examine(machine: Machine, options: Options) -> Iterator[Finding]:
+    """What is wrong with a machine for a service with these options; a pure function."""
+    if machine.kernel < (5, 3) or not machine.has_pidfd:
+        yield Finding(
+            f"pidfd_open does not work (Linux {machine.kernel[0]}.{machine.kernel[1]})",
+            "hotport cannot run: it could not tell a process from another one that got its pid",
+            "Linux 5.3 or newer; in a container, a seccomp profile that permits pidfd_open",
+        )
+    if machine.somaxconn is not None and machine.somaxconn < options.backlog:
+        yield Finding(
+            f"net.core.somaxconn is {machine.somaxconn}, below the backlog of {options.backlog}",
+            "while nobody accepts for a moment, fewer connections than intended wait; the others are dropped",
+            f"sysctl -w net.core.somaxconn={options.backlog}, and start the service again",
+        )
+    if machine.aborts_on_overflow:
+        yield Finding(
+            "net.ipv4.tcp_abort_on_overflow is 1",
+            "a client that finds the accept queue full is reset, where it would try again and get in",
+            "sysctl -w net.ipv4.tcp_abort_on_overflow=0",
+        )
+    if machine.overflows:
+        yield Finding(
+            f"accept queues have overflowed {machine.overflows:,} times since this network was made (ListenOverflows)",
+            "each time a client had to wait for a second or more, and some gave up",
+            f"more workers, or a longer --backlog (now {options.backlog}) with a somaxconn to match",
+        )
+    if machine.descriptors_max < options.backlog + SPARE:
+        yield Finding(
+            f"a process may open {machine.descriptors_max:,} descriptors (hard limit)",
+            "connections beyond that stay in the accept queue until others end; two generations drain at once",
+            f"LimitNOFILE={2 * (options.backlog + SPARE)} in the unit, or ulimit -Hn",
+        )
+    if machine.runtime_obstacle:
+        yield Finding(
+            f"the runtime directory {machine.runtime_root} {machine.runtime_obstacle}",
+            "hotport restart, status and stop do not find the service, or it refuses to start (HP622)",
+            f"ls -ld {machine.runtime_root}; or HOTPORT_RUNTIME_DIR=/a/directory/of/yours",
+        )
+    for address in options.bind:
+        yield from _examine_address(machine, str(address))
+
+
+def examine_service(listeners: Sequence[Listener], members: Sequence[Member]) -> Iterator[Finding]:
+    """What is wrong with a running service; a pure function."""
+    for listener in listeners:
+        if listener.strangers:
+            yield Finding(
+                f"{listener.address} is also held by {', '.join(listener.strangers)}",
+                "the port stays busy after the service is stopped, and clients connect and hang",
+                "end that process; start programs with closed descriptors (close_fds=True, the default in Python)",
+            )
+        if listener.joiners:
+            yield Finding(
+                f"{', '.join(listener.joiners)} listens on the port of {listener.address}, too (SO_REUSEPORT)",
+                "it gets a share of the connections, and what is in its queue is reset when it ends",
+                "end it, or bind without SO_REUSEPORT; hotport's own listeners are shared without",
+            )
+        if listener.is_shared and not listener.migrates:
+            yield Finding(
+                f"{listener.address} has SO_REUSEPORT, and net.ipv4.tcp_migrate_req is 0",
+                "when one of the listeners closes, the connections in its queue are reset",
+                "sysctl -w net.ipv4.tcp_migrate_req=1 (Linux 5.14)",
+            )
+        if listener.nodelay is False:
+            yield Finding(
+                f"{listener.address} has TCP_NODELAY off",
+                "the last small piece of an answer waits for the client's delayed acknowledgement, up to 40 ms",
+                "whoever makes the socket sets it: NoDelay=true in a systemd socket unit",
+            )
+    for member in members:
+        if member.inheritable:
+            numbers = ", ".join(map(str, sorted(member.inheritable)[:8]))
+            yield Finding(
+                f"sockets of {member.name} (pid {member.pid}) are inheritable: descriptors {numbers}",
+                "every program that it starts holds them as well: ports stay busy and connections stay open",
+                "os.set_inheritable(fd, False) in the program; SOCK_CLOEXEC in C",
+            )
+        if member.descriptors is not None and member.descriptors[0] > NEARLY_FULL * member.descriptors[1]:
+            used, most = member.descriptors
+            yield Finding(
+                f"{member.name} (pid {member.pid}) has {used:,} of {most:,} descriptors open",
+                "soon it can neither accept nor open files, and a restart needs room for two generations",
+                "LimitNOFILE= in the unit; hotport why PORT shows connections that nobody closes",
+            )
+
+
+def _examine_address(machine: Machine, text: str) -> Iterator[Finding]:
+    try:
+        address = parse_address(text)
+    except ConfigError:  # serve says so, in its own words
+        return
+    if not isinstance(address, TcpAddress) or not address.port:
+        return
+    if machine.low_end is not None and address.port < machine.low_end and not machine.may_bind_low:
+        yield Finding(
+            f"{address} is below net.ipv4.ip_unprivileged_port_start ({machine.low_end}), and you may not bind there",
+            "the service does not start as this user",
+            f"AmbientCapabilities=CAP_NET_BIND_SERVICE, or {_sysctl('ip_unprivileged_port_start', address)}",
+        )
+    low, high = machine.ephemeral
+    if low <= address.port <= high and not _is_reserved(address.port, machine.reserved):
+        yield Finding(
+            f"{address} is one of the ports for outgoing connections ({low} to {high})",
+            "while the service is stopped, an outgoing connection can be given the port: the next start fails",
+            _sysctl("ip_local_reserved_ports", address),
+        )
+
+
+def _sysctl(name: str, address: TcpAddress) -> str:
+    return f"sysctl -w net.ipv4.{name}={address.port}"
+
+
+def _is_reserved(port: int, ranges: str) -> bool:
+    """Sources: ip-sysctl, ip_local_reserved_ports: ``8080,9148-9150``."""
+    for part in filter(None, ranges.split(",")):
+        low, _, high = part.partition("-")
+        if low.isdigit() and int(low) <= port <= int(high or low):
+            return True
+    return False
+
+
+def _listener(text: str, pids: frozenset[int]) -> Listener | None:
+    address = parse_address(text)
+    if not isinstance(address, TcpAddress):
+        return None
+    listeners = [old for old in _port(address).sockets if old.state == State.LISTEN]
+    mine = [old for old in listeners if not pids.isdisjoint(one.pid for one in old.holders)]
+    if not mine:
+        return None
+    return Listener(
+        text,
+        nodelay=mine[0].nodelay,
+        strangers=tuple(str(one) for old in mine for one in old.holders if one.pid not in pids),
+        joiners=tuple(str(one) for old in listeners if old not in mine for one in old.holders),
+        is_shared=any(old.options is not None and old.options.reuse_port for old in mine),
+        migrates=procfs.sysctl("net.ipv4.tcp_migrate_req") == "1",
+    )
+
+
+def _port(address: TcpAddress) -> Port:
+    return read_port(address, resolve(address, socket.SOCK_STREAM)[2])
+
+
+def _version(release: str) -> tuple[int, int]:
+    major, minor = release.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _has_pidfd() -> bool:
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:
+        return False
+    return True
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def _obstacle(root: Path) -> str:
+    """Why services cannot have their directories there; empty if they can."""
+    try:
+        found = root.lstat()
+    except FileNotFoundError:
+        is_possible = os.access(root.parent, os.W_OK | os.X_OK, effective_ids=True)
+        return "" if is_possible else f"cannot be made in {root.parent} by this user"
+    except OSError as error:
+        return f"cannot be looked at: {os.strerror(error.errno or 0).lower()}"
+    if not stat.S_ISDIR(found.st_mode):
+        return "is not a directory, or a symbolic link to one"
+    if found.st_uid != os.geteuid():
+        return f"belongs to {procfs.user_name(found.st_uid)}"
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        return f"may be entered by others (mode {stat.S_IMODE(found.st_mode):04o})"
+    return ""

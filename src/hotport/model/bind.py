@@ -1,0 +1,404 @@
+"""May a socket be bound: the kernel's rule, applied to a port as it was found.
+
+A new socket is compared with every socket on the port whose address overlaps. Each of them refuses it, unless
+
+- both have SO_REUSEADDR, and the old one does not listen (of UDP: both have it), or
+- both have SO_REUSEPORT and one uid (an old one in TIME_WAIT: any uid).
+
+``listen`` applies the same rule again, so whoever may bind may listen, unless somebody else does so in between.
+
+What the kernel remembers of sockets that are gone cannot be read: it lets in a socket with SO_REUSEPORT, without
+looking at the others, if the last one that was bound to the port had it, too, and the same uid and address. So a "no"
+to SO_REUSEPORT may be a "yes" where sockets with SO_REUSEADDR alone and with both have met; a "yes" never is a "no".
+
+Sources: socket(7); kernel ``net/ipv4/inet_connection_sock.c`` inet_csk_get_port, inet_bind_conflict,
+sk_reuseport_match; ``net/ipv4/udp.c`` udp_lib_lport_inuse; ``net/ipv6/af_inet6.c`` ipv6_rcv_saddr_equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Final
+
+from hotport.model.port import LEFT, Asker, Local, Options, Port, Process, Sockets, State, UnixName
+
+__all__ = [
+    "CHOICES",
+    "Answer",
+    "Can",
+    "blame",
+    "judge",
+    "judge_name",
+    "narrate",
+    "overlaps",
+    "remedies",
+    "remedies_of_name",
+    "usual",
+]
+
+#: What a socket may set before it is bound, by a short name.
+CHOICES: Final = {
+    "none": Options(),
+    "reuseaddr": Options(reuse_address=True),
+    "reuseport": Options(reuse_port=True),
+    "both": Options(reuse_address=True, reuse_port=True),
+}
+
+
+class Can(StrEnum):
+    """Three answers, because not every fact can be read."""
+
+    YES = "yes"
+    NO = "no"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Whether one can bind and listen with some options.
+
+    Attributes:
+        error: The errno that a bind would fail with, by its name; empty unless `can` is NO.
+        rule: The rule that decides, in one sentence; with `who` before it, if that is not empty.
+        who: Who is in the way, and how.
+        until: When that will change, in one sentence; empty if it need not.
+        ends_in_s: Seconds until it changes by itself; None if it does not, or nobody knows when.
+        blockers: Who refuses, or might; whoever stays longest first.
+    """
+
+    can: Can
+    rule: str
+    who: str = ""
+    error: str = ""
+    until: str = ""
+    ends_in_s: float | None = None
+    blockers: tuple[Sockets, ...] = ()
+
+    @property
+    def because(self) -> str:
+        """Who, and by which rule."""
+        return f"{self.who}; {self.rule}" if self.who else self.rule
+
+
+def usual(port: Port) -> Options:
+    """What servers set, hotport among them: SO_REUSEADDR on TCP, nothing on UDP."""
+    return CHOICES["reuseaddr" if port.protocol == "tcp" else "none"]
+
+
+def judge(port: Port, asker: Asker, options: Options) -> Answer:
+    """Whether `asker` can bind to the port, and listen, with `options`; as far as what was read decides it."""
+    if (denied := _denied(port, asker)) is not None:
+        return denied
+    refusing: list[Sockets] = []
+    perhaps: list[Sockets] = []
+    shared: list[Sockets] = []
+    for old in port.sockets:
+        match refuses(port, old, asker.uid, options):
+            case True:
+                refusing.append(old)
+            case None:
+                perhaps.append(old)
+            case False if options.reuse_port and _is_shared(port, old, asker.uid):
+                shared.append(old)
+    if refusing and shared:
+        refusing, perhaps = [], refusing
+    blockers = tuple(sorted(refusing or perhaps, key=_stays, reverse=True))
+    if not blockers:
+        return Answer(Can.YES, _why_not_refused(port))
+    timed = max(old.ends_in_s for old in blockers) if all(old.is_timed for old in blockers) else None
+    first = blockers[0]
+    told = Answer(
+        Can.NO, _rule(first, asker, options), narrate(first, port), "EADDRINUSE", _until(first), timed, blockers
+    )
+    if refusing:
+        return told
+    return replace(told, can=Can.UNKNOWN, rule=_doubt(port, first, options, is_shared=bool(shared)), error="")
+
+
+def blame(port: Port, asker: Asker, options: Options) -> Answer:
+    """As `judge`, once the kernel has refused: of what could not be read it is known then."""
+    answer = judge(port, asker, options)
+    if answer.can == Can.UNKNOWN:
+        return replace(answer, can=Can.NO, rule=_rule(answer.blockers[0], asker, options), error="EADDRINUSE")
+    return answer
+
+
+def judge_name(name: UnixName) -> Answer:
+    """Whether one can bind to a socket file or an abstract name; options make no difference there.
+
+    A file in the way refuses, whoever holds it and if nobody does: so servers remove it, or rename another over it.
+
+    Sources: unix(7), NOTES; bind(2).
+    """
+    if name.obstacle:
+        return Answer(Can.NO, f"nothing can be made at {name.path}", error=name.obstacle)
+    if name.found == "nothing":
+        return Answer(Can.YES, "nothing has that name")
+    rule, error = "bind takes no name that exists", "EADDRINUSE"
+    if name.found != "socket":
+        who = f"{name.path} is a file, a directory or a link, and no socket"
+        return Answer(Can.NO, rule, who, error, "when it is moved away")
+    if not name.is_held:
+        who = f"{name.path} is left from a server that is gone"
+        return Answer(Can.NO, rule, who, error, "when the file is removed; hotport serve replaces it by itself")
+    does = "is listening on" if name.is_listening else "is bound to"
+    who = f"{_seen(name.holders, name.user, '')} {does} {name.path}"
+    return Answer(Can.NO, rule, who, error, "when it ends, and the file is removed")
+
+
+def refuses(port: Port, old: Sockets, uid: int, new: Options) -> bool | None:
+    """Whether sockets on the port keep a new one out; None if a fact is missing."""
+    is_near = overlaps(port.local, old.local)
+    if is_near is False or old.state == State.SYN_RECV:  # not in the table of bound ports until the handshake is done
+        return False
+    address = port_ = None
+    if old.options is not None:
+        address, port_ = old.options.reuse_address, old.options.reuse_port
+    if port_ is None and _inherits_reuse_port(port, old):
+        port_ = True
+    by_address = _all(new.reuse_address, port.protocol == "udp" or old.state != State.LISTEN, address)
+    by_port = _all(new.reuse_port, port_, _is_timewait(old) or _equal(old.uid, uid))
+    return _all(is_near, _not(by_address), _not(by_port))
+
+
+def overlaps(new: Local, old: Local) -> bool | None:
+    """Whether two addresses have one in common; None if it depends on an IPV6_V6ONLY that could not be read.
+
+    A connection to a dual-stack listener over IPv6 stands in the way of 0.0.0.0, though it has no IPv4 address.
+    """
+    ours, theirs = new.plain, old.plain
+    if ours.version == 4 and theirs.version == 4:
+        return ours == theirs or _is_any(new) or _is_any(old)
+    if ours.version == 4:
+        reaches = theirs.is_unspecified or (new.host.version == 4 and _is_any(new))
+        return _all(reaches, _not(old.v6only))
+    if theirs.version == 4:
+        return _is_any(new) and not new.v6only
+    return ours == theirs or _is_any(new) or _is_any(old)
+
+
+def narrate(old: Sockets, port: Port) -> str:
+    """What sockets do there, as the beginning of a sentence."""
+    who, place, many = _seen(old.holders, old.user, old.unit), f"{old.local}:{port.number}", old.count != 1
+    connections = f"{old.count:,} connections" if many else "a connection"
+    match old.state:
+        case State.LISTEN:
+            return f"{who} is listening on {place}"
+        case State.BOUND:
+            return f"{who} is bound to {place}" + (" without listening" if port.protocol == "tcp" else "")
+        case _ if old.is_timed:
+            from_ = f" from {_listed(old.peers)}" if old.peers else ""
+            return f"{connections}{from_} that this side has closed {'are' if many else 'is'} in {old.state} on {place}"
+        case _ if old.state in LEFT and not old.is_held:
+            unsent = old.backlog - old.count  # the FIN behind them counts as one
+            waits = f", {unsent:,} bytes unsent: {_listed(old.peers)} does not read" if unsent > 0 else ""
+            return (
+                f"{connections} on {place} without a process (orphan) {'are' if many else 'is'} in {old.state}{waits}"
+            )
+        case _ if not old.is_held:
+            return f"{connections} on {place} {'wait' if many else 'waits'} to be accepted"
+        case State.CLOSE_WAIT:
+            return f"{who} has not closed {connections} on {place} that the peer has closed (CLOSE_WAIT)"
+        case _:
+            outgoing = "outgoing " if old.is_outgoing else ""
+            connections = f"{old.count:,} {outgoing}connections" if many else f"an {outgoing or 'open '}connection"
+            to = f" to {_listed(old.peers)}" if old.is_outgoing else ""
+            return f"{who} has {connections}{to} on {place} ({old.state})"
+
+
+def remedies(port: Port, asker: Asker, answer: Answer) -> Iterator[str]:
+    """What to do about an answer that is not yes: the one that is most likely right first."""
+    match answer.error:
+        case "EACCES":
+            yield f"as root: sysctl -w net.ipv4.ip_unprivileged_port_start={port.number}"
+            yield "give the program the capability: AmbientCapabilities=CAP_NET_BIND_SERVICE in its unit"
+            return
+        case "EADDRNOTAVAIL":
+            yield "ip -brief address"
+            return
+    if answer.can == Can.UNKNOWN:
+        yield f"hotport why {port.address} --probe, which binds for a moment"
+    for old in answer.blockers[:1]:
+        if old.is_outgoing or (old.state == State.ESTABLISHED and _may_be_outgoing(port)):
+            yield f"keep the port from outgoing connections: sysctl -w net.ipv4.ip_local_reserved_ports={port.number}"
+        if old.is_timed:
+            yield f"wait {answer.ends_in_s or old.ends_in_s:.0f} s"
+            yield "set SO_REUSEADDR before bind, in the old server as well as in the new one"
+        elif old.holders:
+            yield from dict.fromkeys(holder.ending for holder in old.holders)
+        elif not old.is_held:
+            state = _SS.get(old.state, "all")
+            yield f"as root, at the price of what is unsent: ss -K state {state} sport = :{port.number}"
+        elif old.unit:
+            yield f"systemctl status {old.unit}"
+        else:
+            yield f"sudo hotport why {port.address}"
+
+
+def remedies_of_name(name: UnixName, answer: Answer) -> Iterator[str]:
+    """Likewise, for a name of AF_UNIX."""
+    if answer.can == Can.YES:
+        return
+    if answer.error == "ENOENT":
+        yield f"mkdir -p {name.path.rpartition('/')[0]}"
+    elif name.found == "socket" and not name.is_held:
+        yield f"rm {name.path}"
+    elif name.holders:
+        yield from dict.fromkeys(holder.ending for holder in name.holders)
+    elif name.is_held:
+        yield f"sudo hotport why {name.address}"
+    else:
+        yield f"ls -ld {name.path.rpartition('/')[0] or '.'} {name.path}"
+
+
+#: As ss(8) calls them.
+_SS: Final = {State.FIN_WAIT1: "fin-wait-1", State.LAST_ACK: "last-ack", State.CLOSING: "closing"}
+
+
+def _denied(port: Port, asker: Asker) -> Answer | None:
+    """What the kernel looks at before it looks at other sockets; IPv6 asks first for the port, IPv4 for the address."""
+    low = absent = None
+    if 0 < port.number < port.low_end and not asker.may_bind_low:
+        because = f"ports below {port.low_end} need CAP_NET_BIND_SERVICE (net.ipv4.ip_unprivileged_port_start)"
+        low = Answer(Can.NO, f"user {asker.user} may not: {because}", error="EACCES")
+    if port.is_local is False:
+        because = f"no interface of this machine has the address {port.local.host}"
+        absent = Answer(Can.NO, because, error="EADDRNOTAVAIL")
+    return (low or absent) if port.local.host.version == 6 else (absent or low)
+
+
+def _is_any(local: Local) -> bool:
+    return local.plain.is_unspecified
+
+
+def _is_timewait(old: Sockets) -> bool:
+    """FIN_WAIT2 without a process is kept as a TIME_WAIT is (kernel tcp_time_wait)."""
+    return old.state == State.TIME_WAIT or (old.state == State.FIN_WAIT2 and old.is_timed)
+
+
+def _inherits_reuse_port(port: Port, old: Sockets) -> bool:
+    """Whether a listener proves that leftovers under it have SO_REUSEPORT.
+
+    What was there before it must have let it in, and what came later has its options from it.
+    """
+    return any(
+        listener.state == State.LISTEN
+        and listener.options is not None
+        and listener.options.reuse_port
+        and bool(overlaps(listener.local, old.local))
+        and (not listener.options.reuse_address or _covers(listener.local, port.local))
+        for listener in port.sockets
+    )
+
+
+def _covers(wide: Local, narrow: Local) -> bool:
+    return bool(overlaps(wide, narrow)) and (_is_any(wide) or wide.plain == narrow.plain)
+
+
+def _is_shared(port: Port, old: Sockets, uid: int) -> bool:
+    """Whether the kernel may let a socket with SO_REUSEPORT in because of `old`, before it has looked at the others."""
+    is_near = overlaps(port.local, old.local) if port.protocol == "udp" else _covers(old.local, port.local)
+    return bool(is_near) and old.options is not None and old.options.reuse_port and old.uid == uid
+
+
+def _all(*values: bool | None) -> bool | None:
+    if False in values:
+        return False
+    return None if None in values else True
+
+
+def _not(value: bool | None) -> bool | None:
+    return None if value is None else not value
+
+
+def _equal(one: int | None, other: int) -> bool | None:
+    return None if one is None else one == other
+
+
+_ORDER: Final = (State.LISTEN, State.BOUND, State.CLOSE_WAIT, State.ESTABLISHED)
+
+
+def _stays(old: Sockets) -> tuple[int, float]:
+    """How long sockets will stay, comparable."""
+    if old.is_timed:
+        return 0, old.ends_in_s
+    return len(_ORDER) - _ORDER.index(old.state) + 1 if old.state in _ORDER else 1, 0.0
+
+
+def _until(old: Sockets) -> str:
+    pids = " or ".join(str(pid) for pid in sorted({holder.pid for holder in old.holders}))
+    owner = f"pid {pids}" if pids else "its process"
+    if old.is_timed:
+        return f"by itself: the last one is gone in {old.ends_in_s:.0f} s"
+    if old.state == State.CLOSE_WAIT:
+        return f"never by itself: {owner} has to close them, or end"
+    if old.is_held:
+        return f"when {owner} closes {'it' if old.count == 1 else 'them'}, or ends"
+    if old.state in LEFT:
+        return "nobody can say when: the peer has to read, or to go away; the kernel gives up after many minutes"
+    return "when its listener accepts and ends it, or closes"
+
+
+def _seen(holders: tuple[Process, ...], user: str, unit: str) -> str:
+    """Who it is, as far as we may see."""
+    if holders:
+        others = f" with {len(holders) - 1} more" if len(holders) > 1 else ""
+        return f"{holders[0]}{others}"
+    user = f" of user {user}" if user else ""
+    unit = f" in {unit}" if unit else ""
+    return f"a process{user}{unit} that we may not look at"
+
+
+def _listed(peers: tuple[str, ...]) -> str:
+    return ", ".join(peers[:2]) + (", ..." if len(peers) > 2 else "")
+
+
+def _rule(old: Sockets, asker: Asker, new: Options) -> str:
+    """Why `old` refuses, as the end of a sentence."""
+    is_alien = old.uid is not None and old.uid != asker.uid
+    if new.reuse_port and is_alien and (old.options is None or old.options.reuse_port):
+        return f"SO_REUSEPORT is shared by the sockets of one user only, and it is user {old.user}'s"
+    if old.state == State.LISTEN:
+        if new.reuse_port:
+            return "it has not set SO_REUSEPORT, and both must have"
+        return "a listener shares its port only if both have set SO_REUSEPORT"
+    if not new.reuse_address and not new.reuse_port:
+        return "a socket without SO_REUSEADDR and SO_REUSEPORT gets no port on which anything is left"
+    either = str(new).replace(" and ", " or ")
+    if old.options is None:
+        return f"the server that left it had not set {either}, and both must have"
+    return f"it has set {old.options}, and both must have set {either}"
+
+
+def _doubt(port: Port, old: Sockets, new: Options, *, is_shared: bool) -> str:
+    """What is missing, as the end of a sentence."""
+    if is_shared:
+        return (
+            "it would refuse, but another socket of this user shares the port by SO_REUSEPORT, and the kernel does "
+            "not show which of them it asks first"
+        )
+    if overlaps(port.local, old.local) is None:
+        return "whether it is IPv6 only (IPV6_V6ONLY) cannot be read of such a socket"
+    if not old.is_held:
+        either = str(new).replace(" and ", " or ")
+        return f"yes if the server that left it had set {either}, too, which the kernel does not show"
+    return f"whether it has set {new} can be read by root or its own user only: sudo hotport why {port.address}"
+
+
+def _why_not_refused(port: Port) -> str:
+    near = [old for old in port.sockets if overlaps(port.local, old.local) is not False]
+    if not port.sockets:
+        return "nothing is on the port"
+    if not near:
+        return "what is on the port has other addresses"
+    listeners = [old for old in near if old.state == State.LISTEN]
+    if listeners:
+        return "the listener there has SO_REUSEPORT, too, and belongs to the same user: connections would be shared"
+    return "what is left on the port has set the same option, and does not listen"
+
+
+def _may_be_outgoing(port: Port) -> bool:
+    low, high = port.ephemeral
+    return low <= port.number <= high and not any(old.state == State.LISTEN for old in port.sockets)

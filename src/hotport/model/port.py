@@ -1,0 +1,200 @@
+"""A port as it was found: who is on it, in which state, and what could not be read. Values only."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv6Address
+from typing import Final, TypeAlias
+
+__all__ = ["LEFT", "Asker", "Host", "Local", "Options", "Port", "Process", "Sockets", "State", "UnixName"]
+
+Host: TypeAlias = IPv4Address | IPv6Address
+
+
+class State(StrEnum):
+    """What a socket is doing. `BOUND` is ours: bound, and neither listening nor connected."""
+
+    LISTEN = "LISTEN"
+    BOUND = "BOUND"
+    SYN_SENT = "SYN_SENT"
+    SYN_RECV = "SYN_RECV"
+    ESTABLISHED = "ESTABLISHED"
+    FIN_WAIT1 = "FIN_WAIT1"
+    FIN_WAIT2 = "FIN_WAIT2"
+    CLOSING = "CLOSING"
+    TIME_WAIT = "TIME_WAIT"
+    CLOSE_WAIT = "CLOSE_WAIT"
+    LAST_ACK = "LAST_ACK"
+
+
+#: The command line of a supervisor or a worker of hotport's.
+_OURS: Final = re.compile(r"\bhotport(\.worker| serve) ")
+
+#: Connections that this side has ended, or whose process has let go of them.
+LEFT: Final = frozenset({State.FIN_WAIT1, State.FIN_WAIT2, State.CLOSING, State.TIME_WAIT, State.LAST_ACK})
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """``SO_REUSEADDR`` and ``SO_REUSEPORT`` of a socket."""
+
+    reuse_address: bool = False
+    reuse_port: bool = False
+
+    def __str__(self) -> str:
+        names = ("SO_REUSEADDR",) * self.reuse_address + ("SO_REUSEPORT",) * self.reuse_port
+        return " and ".join(names) or "neither option"
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """Where a socket is, or would be, bound.
+
+    Attributes:
+        v6only: Of an IPv6 address, whether IPv4 is left alone (IPV6_V6ONLY); None if that could not be read.
+    """
+
+    host: Host
+    v6only: bool | None = False
+
+    @property
+    def plain(self) -> Host:
+        """An IPv4 address that is written as IPv6 (::ffff:127.0.0.1) is an IPv4 address."""
+        return getattr(self.host, "ipv4_mapped", None) or self.host
+
+    def __str__(self) -> str:
+        return f"[{self.host}]" if self.host.version == 6 else str(self.host)
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process that holds a socket.
+
+    Attributes:
+        command: How it was started, as far as it fits a line.
+        user: A name, or the number where it has none.
+        unit: The systemd unit or container that its control group is named after; empty if there is none.
+        generation: Of a worker of hotport's, the generation that it runs; 0 for others.
+    """
+
+    pid: int
+    command: str
+    user: str
+    unit: str = ""
+    generation: int = 0
+
+    @property
+    def ending(self) -> str:
+        """What ends it kindly."""
+        return "hotport stop" if _OURS.search(self.command) else f"kill {self.pid}"
+
+    def __str__(self) -> str:
+        generation = f", hotport generation {self.generation}" if self.generation else ""
+        unit = f", {self.unit}" if self.unit else ""
+        return f"pid {self.pid} ({self.command}, user {self.user}{unit}{generation})"
+
+
+@dataclass(frozen=True, slots=True)
+class Sockets:
+    """Sockets on the port that are alike in everything that decides about a bind.
+
+    Attributes:
+        uid: Whose they are; None if nobody says so (TIME_WAIT).
+        options: None where they could not be read.
+        is_held: A process has a descriptor of them, though perhaps of them we may not see which.
+        is_timed: The kernel ends them by itself, in at most `ends_in_s`.
+        holders: Those processes that we may see, and no more than a few.
+        unit: What the control group says where the process could not be seen.
+        peers: Some of the other ends.
+        queue: Of a listener, how many connections wait to be accepted; of others, bytes that nobody has read.
+        backlog: Of a listener, how long its queue may become; of others, bytes that their peers have not acknowledged.
+        waited_s: Of a listener, for how long at least somebody has been in its queue.
+        interface: The index of the interface that they are bound to; 0 for all.
+        is_outgoing: They are connections to a listener on this machine.
+        nodelay: Of a listener, whether it has TCP_NODELAY, which accepted connections inherit; None if not known.
+    """
+
+    state: State
+    local: Local
+    count: int = 1
+    uid: int | None = None
+    options: Options | None = None
+    is_held: bool = True
+    is_timed: bool = False
+    ends_in_s: float = 0.0
+    holders: tuple[Process, ...] = ()
+    user: str = ""
+    unit: str = ""
+    peers: tuple[str, ...] = ()
+    queue: int = 0
+    backlog: int = 0
+    waited_s: float = 0.0
+    interface: int = 0
+    is_outgoing: bool = False
+    nodelay: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who would bind.
+
+    Attributes:
+        may_bind_low: Has CAP_NET_BIND_SERVICE.
+    """
+
+    uid: int
+    user: str
+    may_bind_low: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """Everything that was read about a port.
+
+    Attributes:
+        address: What was asked for, in its canonical form.
+        protocol: ``tcp`` or ``udp``.
+        is_local: Whether the machine has this address; None if it could not be asked.
+        low_end: Ports below this one need a capability (``net.ipv4.ip_unprivileged_port_start``).
+        ephemeral: Ports that the kernel gives to outgoing connections.
+        overflows: How often the machine has turned connections away because a queue was full.
+        unread: What could not be read, and what would make it readable; a sentence each.
+    """
+
+    address: str
+    protocol: str
+    local: Local
+    number: int
+    is_local: bool | None = True
+    low_end: int = 1024
+    ephemeral: tuple[int, int] = (32768, 60999)
+    sockets: tuple[Sockets, ...] = ()
+    overflows: int = 0
+    unread: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class UnixName:
+    """A socket file, or an abstract name, as it was found.
+
+    Attributes:
+        found: What has the name: ``nothing``, a ``socket``, or ``something else``.
+        holders: Who has a socket under that name, as far as we may see.
+        is_held: Some process has one; a socket file without is a leftover.
+        is_listening: It takes connections.
+        obstacle: Why nothing could be made there, by the name of an errno; empty if something could.
+    """
+
+    address: str
+    path: str
+    found: str = "nothing"
+    holders: tuple[Process, ...] = ()
+    user: str = ""
+    is_held: bool = False
+    is_listening: bool = False
+    queue: int = 0
+    backlog: int = 0
+    obstacle: str = ""
+    unread: tuple[str, ...] = ()
