@@ -151,6 +151,8 @@ class _Successor:
         self.connections = welcome.connections
         #: At a safe point when they were put here.
         self.waiting: deque[Connection] = deque()
+        #: Served there, and not closed here yet.
+        self.moved: list[Connection] = []
         self.has_work = asyncio.Event()
         self.is_closing = False
         self.task: asyncio.Task[None] | None = None
@@ -241,13 +243,13 @@ class Mover:
                 successor.has_work.clear()
                 if batch := self._take(successor):
                     await self._move(successor, batch)
-                if successor.waiting:
-                    await asyncio.sleep(0)  # those that are not moved yet are served meanwhile
                 else:
+                    self._release(successor)
                     await successor.has_work.wait()
         except (OSError, EOFError, ControlError) as error:
             why = str(error) or type(error).__name__
             self._log.warning("handoff.broken", successor=os.path.basename(successor.path), why=why)
+        self._release(successor)
         successor.channel.close()
         self._release_successor(successor)
         self._waiting.difference_update(successor.waiting)
@@ -276,6 +278,7 @@ class Mover:
             async with asyncio.timeout(ACK_TIMEOUT_S):
                 await channel.send(frame, [offer.fd for _, offer in batch])
                 is_sent = True
+                self._release(successor)  # while the other one is busy with this batch
                 kind, payload, _ = await channel.receive_frame()
             if kind is not Frame.ACK:
                 raise EOFError(f"an acknowledgement was expected, not {kind.name}")
@@ -306,6 +309,13 @@ class Mover:
                 connection.keep()
                 connection.drain()
             else:
+                successor.moved.append(connection)
+
+    def _release(self, successor: _Successor) -> None:
+        """Let go of the connections of the last batch, which are served elsewhere by now."""
+        moved, successor.moved = successor.moved, []
+        for connection in moved:
+            if connection in self._connections.open:  # not cut meanwhile
                 self._connections.closed(connection, f"moved_{connection.kind}")
                 connection.release()
 
