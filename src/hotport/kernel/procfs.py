@@ -93,12 +93,14 @@ def zombies(parent: int) -> list[int]:
 def command(pid: int) -> str:
     """How a process was started, in one short line; ``?`` when it is gone.
 
+    Whoever started it has chosen the words: what would move the cursor of a terminal, or break the line, is left out.
+
     Sources: proc_pid_cmdline(5), which is empty for kernel threads and zombies; proc_pid_comm(5).
     """
     with suppress(OSError):
         for name in ("cmdline", "comm"):
             with open(f"/proc/{pid}/{name}", "rb") as file:
-                words = file.read().replace(b"\0", b" ").decode(errors="replace").strip()
+                words = _printable(file.read().decode(errors="replace"))
             if words:
                 return words if len(words) <= _COMMAND_CHARS_MAX else words[: _COMMAND_CHARS_MAX - 3] + "..."
     return "?"
@@ -262,8 +264,12 @@ def _unit(path: str) -> str:
     """The innermost name that means something to a person."""
     for name in reversed(path.split("/")):
         if re.search(r"\.(service|socket|scope)$|[0-9a-f]{64}", name):
-            return name
+            return _printable(name)
     return ""
+
+
+def _printable(text: str) -> str:
+    return " ".join("".join(each if each.isprintable() else " " for each in text).split())
 
 
 def _pids() -> list[int]:
