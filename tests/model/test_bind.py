@@ -217,6 +217,28 @@ def test_low_port_and_foreign_address_are_refused_before_sockets_are_looked_at()
     assert judge(six, ROOT, A).error == "EADDRNOTAVAIL"
 
 
+@pytest.mark.parametrize(
+    ("protocol", "host", "scope", "words", "todo"),
+    [
+        ("tcp", "fe80::1", 0, "its interface has to be named", "ip -brief address"),
+        ("udp", "ff02::1", 0, "its interface has to be named", "ip -brief address"),
+        ("tcp", "ff0e::1", 0, "TCP does not know multicast", "ip -brief address"),
+        ("tcp", "::ffff:127.0.0.1", 0, "does not take 127.0.0.1 written", "hotport why tcp://127.0.0.1:8000"),
+        ("tcp", "fe80::1", 2, "", ""),
+        ("udp", "ff0e::1", 0, "", ""),
+    ],
+    ids=["link", "group on a link", "group", "IPv4", "interface", "datagrams"],
+)
+def test_ipv6_address_that_no_socket_could_have_is_invalid(
+    protocol: str, host: str, scope: int, words: str, todo: str
+) -> None:
+    port = replace(on(local=Local(ip_address(host), True), protocol=protocol), scope=scope)
+    answer = judge(port, ROOT, A)
+    assert (answer.can, answer.error) == ((Can.NO, "EINVAL") if words else (Can.YES, ""))
+    assert words in answer.rule
+    assert list(remedies(port, ROOT, answer)) == [todo] * bool(todo)
+
+
 def test_reuseport_beside_both_kinds_is_unknown_because_the_kernel_remembers() -> None:
     mine = replace(LISTEN, options=AP)
     older = Sockets(State.CLOSE_WAIT, HERE, uid=0, options=A, holders=(NGINX,))

@@ -359,6 +359,39 @@ def test_explanation_needs_no_address() -> None:
     assert "twice the maximum segment lifetime" in text
 
 
+def test_network_without_an_interface_takes_any_address_as_the_kernel_does() -> None:
+    script = f"""
+import socket
+from hotport.address import TcpAddress
+from hotport.kernel.port import read_port
+with socket.socket() as sock:
+    sock.bind(("192.0.2.1", {PORT}))
+print(read_port(TcpAddress("192.0.2.1", {PORT}), ("192.0.2.1", {PORT})).is_local)
+"""
+    done = subprocess.run(
+        [need("unshare"), "-n", sys.executable, "-c", script], capture_output=True, timeout=DEADLINE_S, check=False
+    )
+    assert (done.stdout, done.stderr) == (b"True\n", b"")
+
+
+def link_local() -> Iterator[str]:
+    """Our own addresses that need an interface, with it."""
+    for line in Path("/proc/net/if_inet6").read_text().splitlines():
+        host, *_, name = line.split()
+        if host.startswith("fe80"):
+            yield f"{socket.inet_ntop(socket.AF_INET6, bytes.fromhex(host))}%{name}"
+
+
+def test_link_local_address_is_free_on_its_own_interface_only() -> None:
+    here = next(link_local(), None)
+    if here is None:
+        pytest.skip("no interface has a link-local address")
+    host = here.partition("%")[0]
+    for options in ((), ("--probe",)):
+        asked = [facts(f"[{text}]:{PORT}", *options)[1] for text in (here, f"{host}%lo", host)]
+        assert [found["answers"]["none"]["error"] for found in asked] == ["", "EADDRNOTAVAIL", "EINVAL"]
+
+
 def test_answer_for_another_user_is_judged_by_that_user() -> None:
     def look() -> list[str]:
         with socket.socket() as server:

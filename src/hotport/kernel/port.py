@@ -110,6 +110,7 @@ def read_port(address: TcpAddress | UdpAddress, sockaddr: tuple[Any, ...], *, v6
     host = ip_address(str(sockaddr[0]).partition("%")[0])
     local = Local(host, v6only if host.version == 6 else False)
     number = int(sockaddr[1])
+    scope = int(sockaddr[3]) if len(sockaddr) > 3 else 0
     unread = []
     alike, is_whole = _count(protocol, number)
     if not is_whole:
@@ -132,7 +133,8 @@ def read_port(address: TcpAddress | UdpAddress, sockaddr: tuple[Any, ...], *, v6
         "tcp" if is_tcp else "udp",
         local,
         number,
-        is_local=host.is_multicast or sockdiag.is_local(local.plain.packed),
+        scope=scope,
+        is_local=_is_local(local.plain, scope),
         low_end=_number(procfs.sysctl("net.ipv4.ip_unprivileged_port_start"), 1024),
         ephemeral=(_number(low, 32768), _number(high, 60999)),
         sockets=tuple(sockets),
@@ -313,6 +315,12 @@ def _listens(row: InetSocket) -> bool:
     family = socket.AF_INET if len(row.host) == 4 else socket.AF_INET6
     listeners = sockdiag.inet(socket.IPPROTO_TCP, family, row.peer_port, states=sockdiag.LISTEN)
     return any(not any(other.host) or other.host == row.peer for other in listeners)
+
+
+def _is_local(host: Host, scope: int) -> bool:
+    if host.is_multicast or sockdiag.is_local(host.packed, scope):
+        return True
+    return host.version == 4 and not procfs.has_routes()
 
 
 def is_foreign() -> bool:

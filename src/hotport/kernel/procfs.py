@@ -16,6 +16,7 @@ __all__ = [
     "descriptor_use",
     "generation",
     "has_capability",
+    "has_routes",
     "has_timewaits",
     "holders",
     "owner",
@@ -72,6 +73,16 @@ def has_timewaits() -> bool:
     """
     with suppress(OSError), open("/proc/net/sockstat") as file:
         return " tw 0 " not in file.read()
+    return True
+
+
+def has_routes() -> bool:
+    """Whether this network namespace has a table of IPv4 routes; a new one has none until an interface is up.
+
+    Sources: kernel ``net/ipv4/fib_frontend.c`` __inet_dev_addr_type: without one, any address may be bound.
+    """
+    with suppress(OSError), open("/proc/net/fib_trie") as file:
+        return bool(file.read(1))
     return True
 
 

@@ -215,7 +215,10 @@ def remedies(port: Port, asker: Asker, answer: Answer) -> Iterator[str]:
             yield f"as root: sysctl -w net.ipv4.ip_unprivileged_port_start={port.number}"
             yield "give the program the capability: AmbientCapabilities=CAP_NET_BIND_SERVICE in its unit"
             return
-        case "EADDRNOTAVAIL":
+        case "EINVAL" if port.local.plain.version == 4:
+            yield f"hotport why {port.protocol}://{port.local.plain}:{port.number}"
+            return
+        case "EADDRNOTAVAIL" | "EINVAL":
             yield "ip -brief address"
             return
     if answer.can == Can.UNKNOWN:
@@ -259,14 +262,31 @@ _SS: Final = {State.FIN_WAIT1: "fin-wait-1", State.LAST_ACK: "last-ack", State.C
 
 def _denied(port: Port, asker: Asker) -> Answer | None:
     """What the kernel looks at before it looks at other sockets; IPv6 asks first for the port, IPv4 for the address."""
-    low = absent = None
+    low = absent = invalid = None
+    host = port.local.host
     if 0 < port.number < port.low_end and not asker.may_bind_low:
         because = f"ports below {port.low_end} need CAP_NET_BIND_SERVICE (net.ipv4.ip_unprivileged_port_start)"
         low = Answer(Can.NO, f"user {asker.user} may not: {because}", error="EACCES")
     if port.is_local is False:
-        because = f"no interface of this machine has the address {port.local.host}"
-        absent = Answer(Can.NO, because, error="EADDRNOTAVAIL")
-    return (low or absent) if port.local.host.version == 6 else (absent or low)
+        absent = Answer(Can.NO, f"no interface of this machine has the address {host}", error="EADDRNOTAVAIL")
+    if (because := _nonsense(port)) is not None:
+        invalid = Answer(Can.NO, because, error="EINVAL")
+    return (low or invalid or absent) if host.version == 6 else (absent or low)
+
+
+def _nonsense(port: Port) -> str | None:
+    """Why no socket of this kind could ever have an address. Sources: kernel ``net/ipv6/af_inet6.c`` __inet6_bind."""
+    host = port.local.host
+    if host.version == 4:
+        return None
+    if host.is_multicast and port.protocol == "tcp":
+        return f"TCP does not know multicast, and {host} is such an address"
+    if host.ipv4_mapped and port.local.v6only:
+        return f"a socket that is IPv6 only, as hotport's are, does not take {host.ipv4_mapped} written as IPv6"
+    is_on_a_link = host.is_link_local or (host.is_multicast and host.packed[1] & 0xF == 2)
+    if is_on_a_link and not port.scope:
+        return f"many links have an address like {host}: its interface has to be named, as in fe80::1%eth0"
+    return None
 
 
 def _is_any(local: Local) -> bool:

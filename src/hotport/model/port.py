@@ -156,6 +156,7 @@ class Port:
     Attributes:
         address: What was asked for, in its canonical form.
         protocol: ``tcp`` or ``udp``.
+        scope: The index of the interface that an IPv6 address names, as in fe80::1%eth0; 0 if it names none.
         is_local: Whether the machine has this address; None if it could not be asked.
         low_end: Ports below this one need a capability (``net.ipv4.ip_unprivileged_port_start``).
         ephemeral: Ports that the kernel gives to outgoing connections.
@@ -167,6 +168,7 @@ class Port:
     protocol: str
     local: Local
     number: int
+    scope: int = 0
     is_local: bool | None = True
     low_end: int = 1024
     ephemeral: tuple[int, int] = (32768, 60999)
