@@ -307,6 +307,7 @@ NAME = UnixName("unix:run/a.sock", "run/a.sock", found="socket", holders=(NGINX,
         (NAME, "EADDRINUSE", "pid 7 (nginx, user root) is listening on run/a.sock", ["kill 7"]),
         (replace(NAME, is_listening=False), "EADDRINUSE", "is bound to run/a.sock", ["kill 7"]),
         (replace(NAME, holders=(), user="root"), "EADDRINUSE", "of user root", ["sudo hotport why unix:run/a.sock"]),
+        (replace(NAME, holders=()), "EADDRINUSE", "listening", ["grep -lF run/a.sock /proc/[0-9]*/net/unix"]),
         (replace(NAME, holders=(), is_held=False), "EADDRINUSE", "left from a server", ["rm run/a.sock"]),
         (
             UnixName("unix:run/a.sock", "run/a.sock", found="something else"),
@@ -314,18 +315,21 @@ NAME = UnixName("unix:run/a.sock", "run/a.sock", found="socket", holders=(NGINX,
             "no socket",
             ["ls -ld run run/a.sock"],
         ),
-        (replace(NAME, found="nothing", obstacle="ENOENT"), "ENOENT", "nothing can be made", ["mkdir -p run"]),
-        (
-            UnixName("unix:a", "a", obstacle="EACCES"),
-            "EACCES",
-            "nothing can be made",
-            ["ls -ld . a"],
-        ),
+        (replace(NAME, found="nothing", obstacle="ENOENT"), "ENOENT", "there is no directory run", ["mkdir -p run"]),
+        (UnixName("unix:a", "a", obstacle="EACCES"), "EACCES", "you may not make files in .", ["ls -ld . a"]),
+        (UnixName("unix:/a", "/a", obstacle="EROFS"), "EROFS", "system of / is read-only", ["ls -ld / /a"]),
+        (UnixName("unix:a/b", "a/b", obstacle="ENOTDIR"), "ENOTDIR", "nothing can be made", ["ls -ld a a/b"]),
+        (UnixName("unix:-rf x", "-rf x", found="socket"), "EADDRINUSE", "left from a server", ["rm './-rf x'"]),
+        (replace(NAME, address="unix:@a", path="@a"), "EADDRINUSE", "listening on @a", ["kill 7"]),
     ],
-    ids=["free", "listening", "bound", "hidden", "stale", "file", "no directory", "forbidden"],
+    ids=[
+        *("free", "listening", "bound", "another user's", "another network's", "stale", "file", "no directory"),
+        *("forbidden", "read-only", "no way", "quoted", "abstract"),
+    ],
 )
 def test_unix_name_is_judged(name: UnixName, error: str, words: str, todo: list[str]) -> None:
     answer: Answer = judge_name(name)
     assert (answer.can == Can.YES, answer.error) == (not error, error)
     assert words in answer.because
     assert list(remedies_of_name(name, answer)) == todo
+    assert "removed" not in answer.until or not name.is_abstract

@@ -252,6 +252,25 @@ def crowded() -> dict[str, Any]:
     return {"count": left["count"], "ends_in_s": left["ends_in_s"]}
 
 
+def test_unix_socket_of_another_network_is_not_called_a_leftover(tmp_path: Path) -> None:
+    path = tmp_path / "a.sock"
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET):
+        with socket.socket(socket.AF_UNIX, kind) as server:
+            server.bind(str(path))
+            if kind != socket.SOCK_DGRAM:
+                server.listen()
+                server.setblocking(False)
+            code, text = why(f"unix:{path}", prefix=(need("unshare"), "-n"))
+            assert code == 1
+            assert "is bound to" in text
+            assert "look outside of this container" in " ".join(text.split())
+            if kind != socket.SOCK_DGRAM:
+                with pytest.raises(BlockingIOError):
+                    server.accept()
+        assert "is left from a server that is gone" in " ".join(why(f"unix:{path}")[1].split())
+        path.unlink()
+
+
 # -- watching -------------------------------------------------------------------------------------------------------
 
 
@@ -311,7 +330,11 @@ def interrupted() -> tuple[int, str]:
         (("fd://3",), 2, "HP132 there is nothing to explain about fd://3"),
         (("192.0.2.1:80",), 1, "not free: EADDRNOTAVAIL"),
         (("80", "--user", "no-such-user"), 2, "HP133 there is no user 'no-such-user'"),
+        (("80", "--user", "4294967295"), 2, "HP133 there is no user '4294967295'"),
         (("80", "--user", "0", "--probe"), 2, "--probe binds as you"),
+        (("80", "--watch", "--probe"), 2, "--watch looks every second"),
+        (("unix:a.sock", "--user", "0"), 2, "are about ports"),
+        (("unix:a.sock", "--probe"), 2, "are about ports"),
         ((), 2, "Give an ADDRESS"),
         (("--explain", "nonsense"), 2, "HP135 there is no text about 'nonsense'"),
     ],

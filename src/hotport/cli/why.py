@@ -24,6 +24,9 @@ __all__ = ["command"]
 #: 0 is free; 2 is usage, as everywhere.
 EXIT_CODES = {Can.YES: ExitCode.DONE, Can.NO: 1, Can.UNKNOWN: 3}
 
+#: The last of 32 bits means nobody at all (chown(2)).
+UID_END = 0xFFFFFFFF
+
 #: Seconds between two looks of --watch, if nothing happens before.
 TICK_S = 1.0
 
@@ -57,8 +60,13 @@ def command(address: str | None, user: str | None, watch: bool, probe: bool, top
         raise click.UsageError("Give an ADDRESS, or --explain STATE.")
     if user is not None and probe:
         raise click.UsageError("--probe binds as you; it cannot try for another --user.")
+    if watch and probe:
+        raise click.UsageError("--watch looks every second, and a bind each time would hold up the port: no --probe.")
     _require_linux()
-    subject, asker = _subject(address), _asker(user)
+    subject = _subject(address)
+    if isinstance(subject, UnixAddress) and (user is not None or probe):
+        raise click.UsageError("--user and --probe are about ports; permissions of a unix socket are judged for you.")
+    asker = _asker(user)
     diagnosis = diagnose(subject, asker, probe=probe)
     if watch:
         return _watch(subject, asker, diagnosis, as_json=as_json)
@@ -100,6 +108,8 @@ def _asker(user: str | None) -> Asker:
 
     try:
         uid = int(user) if user.isascii() and user.isdigit() else pwd.getpwnam(user).pw_uid
+        if uid >= UID_END:
+            raise KeyError
     except KeyError:
         cause = "this machine knows no user of that name"
         raise ConfigError("HP133", f"there is no user {user!r}", cause=cause, fix="getent passwd") from None

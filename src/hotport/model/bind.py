@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from shlex import quote
 from typing import Final
 
 from hotport.model.port import LEFT, Asker, Local, Options, Port, Process, Sockets, State, UnixName
@@ -132,8 +133,18 @@ def judge_name(name: UnixName) -> Answer:
 
     Sources: unix(7), NOTES; bind(2).
     """
-    if name.obstacle:
-        return Answer(Can.NO, f"nothing can be made at {name.path}", error=name.obstacle)
+    directory = _directory(name.path)
+    match name.obstacle:
+        case "":
+            pass
+        case "ENOENT":
+            return Answer(Can.NO, f"there is no directory {directory}", error=name.obstacle)
+        case "EROFS":
+            return Answer(Can.NO, f"the file system of {directory} is read-only", error=name.obstacle)
+        case "EACCES":
+            return Answer(Can.NO, f"you may not make files in {directory}", error=name.obstacle)
+        case _:
+            return Answer(Can.NO, f"nothing can be made at {name.path}", error=name.obstacle)
     if name.found == "nothing":
         return Answer(Can.YES, "nothing has that name")
     rule, error = "bind takes no name that exists", "EADDRINUSE"
@@ -145,7 +156,7 @@ def judge_name(name: UnixName) -> Answer:
         return Answer(Can.NO, rule, who, error, "when the file is removed; hotport serve replaces it by itself")
     does = "is listening on" if name.is_listening else "is bound to"
     who = f"{_seen(name.holders, name.user, '')} {does} {name.path}"
-    return Answer(Can.NO, rule, who, error, "when it ends, and the file is removed")
+    return Answer(Can.NO, rule, who, error, "when it ends" + ", and the file is removed" * (not name.is_abstract))
 
 
 def refuses(port: Port, old: Sockets, uid: int, new: Options) -> bool | None:
@@ -244,16 +255,27 @@ def remedies_of_name(name: UnixName, answer: Answer) -> Iterator[str]:
     """Likewise, for a name of AF_UNIX."""
     if answer.can == Can.YES:
         return
+    path, directory = _pasteable(name.path), _pasteable(_directory(name.path))
     if answer.error == "ENOENT":
-        yield f"mkdir -p {name.path.rpartition('/')[0]}"
+        yield f"mkdir -p {directory}"
     elif name.found == "socket" and not name.is_held:
-        yield f"rm {name.path}"
+        yield f"rm {path}"
     elif name.holders:
         yield from dict.fromkeys(holder.ending for holder in name.holders)
-    elif name.is_held:
-        yield f"sudo hotport why {name.address}"
+    elif name.user:
+        yield f"sudo hotport why {quote(name.address)}"
+    elif name.is_held:  # in a network namespace that one of these processes is in
+        yield f"grep -lF {path} /proc/[0-9]*/net/unix"
     else:
-        yield f"ls -ld {name.path.rpartition('/')[0] or '.'} {name.path}"
+        yield f"ls -ld {directory} {path}"
+
+
+def _directory(path: str) -> str:
+    return path.rpartition("/")[0] or ("/" if path.startswith("/") else ".")
+
+
+def _pasteable(path: str) -> str:
+    return quote(f"./{path}" if path.startswith("-") else path)
 
 
 #: As ss(8) calls them.

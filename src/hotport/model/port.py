@@ -200,3 +200,8 @@ class UnixName:
     backlog: int = 0
     obstacle: str = ""
     unread: tuple[str, ...] = ()
+
+    @property
+    def is_abstract(self) -> bool:
+        """It has no file, and goes with its last socket."""
+        return self.path.startswith("@")
