@@ -52,6 +52,7 @@ bench: $(VENV)/.dev debian
 	$(BIN)/python benchmarks/rebind.py
 	$(BIN)/python benchmarks/timewait.py
 	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/handoff.py
 	$(BIN)/python benchmarks/power.py
 	$(MAKE) bench-report
 

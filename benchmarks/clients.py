@@ -16,6 +16,7 @@ import socket
 import struct
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -153,6 +154,70 @@ def paced(port: int, seconds: float, connections: int, rate: float) -> dict[str,
     }
 
 
+def held(port: int, connections: int) -> int:
+    """Open connections, and whenever stdin has a line, ask once on each of them and print the body of the answers.
+
+    Returns:
+        How many there were, when stdin has ended.
+    """
+    socks = [socket.create_connection(("127.0.0.1", port), TIMEOUT_S) for _ in range(connections)]
+    for _ in sys.stdin:
+        for sock in socks:
+            sock.sendall(REQUEST)
+        bodies = {sock.recv(65536).partition(b"\r\n\r\n")[2].decode() for sock in socks}
+        assert len(bodies) == 1, f"different answers: {bodies}"
+        print(json.dumps(*bodies), flush=True)
+    return len(socks)
+
+
+def kept(port: int, connections: int, rate: float) -> list[tuple[float, float]]:
+    """Send requests on kept connections when they are due, whatever became of the earlier ones, until stdin ends.
+
+    All connections take turns. A request for which none is free waits for one.
+
+    Returns:
+        Of each request: when it was due (CLOCK_MONOTONIC), and how many seconds later its answer had come.
+    """
+    clock = time.monotonic
+    poll = select.epoll()
+    socks: dict[int, socket.socket] = {}
+    for _ in range(connections):
+        sock, reply = connected(port, REQUEST, b"world!")
+        socks[sock.fileno()] = sock
+        poll.register(sock, select.EPOLLIN)
+    poll.register(0, select.EPOLLIN)
+    size = len(reply)
+    free = deque(socks)
+    received = dict.fromkeys(socks, 0)
+    dues: dict[int, float] = {}
+    latencies: list[tuple[float, float]] = []
+    began, count, is_over = clock(), 0, False
+    while dues or not is_over:
+        due = began + count / rate
+        if free and not is_over and clock() >= due:
+            fd = free.popleft()
+            socks[fd].send(REQUEST)
+            dues[fd] = due
+            count += 1
+            continue
+        # select has microseconds where epoll_wait has milliseconds
+        select.select([poll], [], [], max(0.0, due - clock()) if free and not is_over else TIMEOUT_S)
+        for fd, _ in poll.poll(0):
+            if fd == 0:
+                poll.unregister(0)
+                is_over = True
+                continue
+            data = socks[fd].recv(65536)
+            assert data, "the server closed a connection"
+            received[fd] += len(data)
+            if received[fd] == size:
+                received[fd] = 0
+                due = dues.pop(fd)
+                latencies.append((due, clock() - due))
+                free.append(fd)
+    return latencies
+
+
 def churn(port: int, rate: float) -> list[tuple[float, float, str]]:
     """Connect when it is due, whatever became of the others, until stdin ends; the server says one byte.
 
@@ -206,7 +271,13 @@ def _percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(len(values) * share))] * 1000
 
 
-CLIENTS: Final[dict[str, Callable[..., Any]]] = {"websocket": websocket, "paced": paced, "churn": churn}
+CLIENTS: Final[dict[str, Callable[..., Any]]] = {
+    "websocket": websocket,
+    "paced": paced,
+    "held": held,
+    "kept": kept,
+    "churn": churn,
+}
 
 
 if __name__ == "__main__":

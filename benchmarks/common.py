@@ -6,8 +6,10 @@ import argparse
 import json
 import os
 import re
+import select
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +22,21 @@ from tests.support import Service
 for variable in ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START"):
     os.environ.pop(variable, None)  # what is timed must not be traced
 
-__all__ = ["HELLO", "Goal", "Samples", "arguments", "cpu_s", "hotport", "machine", "pinned", "save", "show", "wrk"]
+__all__ = [
+    "HELLO",
+    "Goal",
+    "Samples",
+    "arguments",
+    "client",
+    "cpu_s",
+    "hotport",
+    "machine",
+    "pinned",
+    "save",
+    "script",
+    "show",
+    "wrk",
+]
 
 RESULTS: Final = Path(__file__).parent / "results"
 
@@ -118,12 +134,50 @@ def pinned(core: int) -> Iterator[None]:
 
 
 @contextmanager
-def hotport(directory: Path, name: str, *args: str) -> Iterator[Service]:
-    """One worker under a supervisor, in a directory of its own; its code is in `directory`."""
+def hotport(directory: Path, name: str, *args: str, src: Path | None = None) -> Iterator[Service]:
+    """One worker under a supervisor, in a directory of its own; its code is in `directory`.
+
+    Args:
+        src: Where hotport itself is, if it is another one.
+    """
     own = directory / name
     own.mkdir()
-    with Service(own, "--app-dir", str(directory), *args, name=name) as service:
+    env = {"PYTHONPATH": str(src.resolve())} if src else {}
+    with Service(own, "--app-dir", str(directory), *args, name=name, env=env) as service:
         yield service.wait_ready()
+
+
+@contextmanager
+def script(directory: Path, code: str, *args: str) -> Iterator[tuple[int, subprocess.Popen[str]]]:
+    """A server that prints its port and imports from `directory`; the port, and the process with what it says then."""
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", code, *args],
+        env={**os.environ, "PYTHONPATH": str(directory)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            ready, _, _ = select.select([process.stdout.fileno()], [], [], 30.0)
+            assert ready, "the server did not start"
+            yield int(process.stdout.readline()), process
+        finally:
+            process.kill()
+
+
+@contextmanager
+def client(name: str, **args: Any) -> Iterator[subprocess.Popen[str]]:
+    """One of `benchmarks.clients` on a core of its own; it prints JSON when its stdin has ended."""
+    command = (sys.executable, "-P", str(Path(__file__).with_name("clients.py")), name, json.dumps(args))
+    with (
+        pinned(1),
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def wrk(

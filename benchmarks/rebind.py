@@ -29,8 +29,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -38,7 +38,7 @@ from typing import Any, Final
 sys.path.pop(0)  # this directory: its http.py is not the library's
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.common import Goal, Samples, arguments, pinned, save, show
+from benchmarks.common import Goal, Samples, arguments, client, pinned, save, show
 from benchmarks.generation import OPTIONS, bound, rebound
 from benchmarks.netns import fill, is_permitted, isolated, sysctl, timers, timewaits
 from tests.support import eventually
@@ -137,7 +137,7 @@ def restarts(way: str, entries: int, rounds: int, rate: float, seconds: float) -
         processes = [_generation(way, port, directory, 0, listener)]
         listener.close()
         _wait_for(f"{directory}/0")
-        client = stack.enter_context(_client(port, rate))
+        clients = stack.enter_context(client("churn", port=port, rate=rate))
         heard: list[dict[str, float]] = []
         starts: list[float] = []
         time.sleep(3 * seconds)
@@ -151,7 +151,7 @@ def restarts(way: str, entries: int, rounds: int, rate: float, seconds: float) -
             _wait_for(f"{directory}/{number}")
             time.sleep(seconds)
         starts.append(time.monotonic())
-        fates = json.loads(client.communicate("")[0])
+        fates = json.loads(clients.communicate("")[0])
         after = timewaits()
         heard.append(_end(processes[-1], f"{directory}/{rounds}"))
 
@@ -246,21 +246,6 @@ def _end(process: subprocess.Popen[str], door: str) -> dict[str, float]:
 def _wait_for(door: str) -> None:
     """Wait until a generation listens, without asking it."""
     eventually(lambda: os.path.exists(door), "the generation listens")
-
-
-@contextmanager
-def _client(port: int, rate: float) -> Iterator[subprocess.Popen[str]]:
-    """Clients that connect until their stdin ends."""
-    arguments = json.dumps({"port": port, "rate": rate})
-    command = (sys.executable, "-P", str(Path(__file__).with_name("clients.py")), "churn", arguments)
-    with (
-        pinned(1),
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process,
-    ):
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 if __name__ == "__main__":

@@ -53,6 +53,9 @@ WAYS: Final = {
     "rebind cold": "`SO_REUSEADDR`, successor starts afterwards",
 }
 
+#: What handoff.py compares `--handoff auto` with.
+STEADILY: Final = {"off": " of those with `off`", "before": " of those of the code before connections could move"}
+
 BINDS: Final = {
     "SO_REUSEADDR, every address": "with `SO_REUSEADDR`, every address",
     "SO_REUSEADDR, the entries' address": "likewise, only the address that the entries have",
@@ -75,14 +78,12 @@ def main() -> None:
 def rendered(readme: str) -> str:
     """The README with its measured sections as the results have them."""
     readme = _between(readme, "measured", _section())
-    if (results := results_of("rebind")) is not None:
-        if "<!-- rebind -->" not in readme:
-            readme = readme.replace("<!-- /measured -->\n", "<!-- /measured -->\n\n<!-- rebind -->\n<!-- /rebind -->\n")
-        readme = _between(readme, "rebind", _rebind(results))
-    if (results := results_of("peers")) is not None:
-        if "<!-- peers -->" not in readme:
-            readme = readme.replace("<!-- /measured -->\n", "<!-- /measured -->\n\n<!-- peers -->\n<!-- /peers -->\n")
-        readme = _between(readme, "peers", _peers(results))
+    for name, section in {"rebind": _rebind, "peers": _peers, "handoff": _handoff}.items():
+        if (results := results_of(name)) is not None:
+            if f"<!-- {name} -->" not in readme:
+                after = "<!-- /measured -->\n"
+                readme = readme.replace(after, f"{after}\n<!-- {name} -->\n<!-- /{name} -->\n")
+            readme = _between(readme, name, section(results))
     return readme
 
 
@@ -198,6 +199,48 @@ def _rebind(results: dict[str, Any]) -> str:
         ", ".join(holes) + " in TIME_WAIT.",
         f"Load average {machine['load_average'][0]:.1f} on {machine['cores']} cores. How: `benchmarks/rebind.py`;",
         "samples in `benchmarks/results/rebind.json`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _handoff(results: dict[str, Any]) -> str:
+    samples, counts, machine = results["samples"], results["counts"], results["machine"]
+
+    def row(what: str, name: str, decimals: int) -> str:
+        cells = []
+        for count in counts:
+            found = samples[f"{count} idle: {name}"]
+            low, middle, high = (
+                f"{value:,.{decimals}f}" for value in (min(found), statistics.median(found), max(found))
+            )
+            cells.append(f"{middle} ({low} to {high})")
+        return f"| {what} | {' | '.join(cells)} |"
+
+    steadily = [
+        ", ".join(_ratio(samples[f"auto to {other}, {unit}"]) for unit in ("requests/s", "requests/CPU s")) + what
+        for other, what in STEADILY.items()
+        if f"auto to {other}, requests/s" in samples
+    ]
+    rounds = len(samples[f"{counts[0]} idle: moved ms"])
+    lines = [
+        "### Connections that move",
+        "",
+        "| idle keep-alive connections | " + " | ".join(f"{count:,}" for count in counts) + " |",
+        "|---|" + "---|" * len(counts),
+        row("a restart moves all of them in, ms", "moved ms", 0),
+        row("processor time of both workers for each, us", "both sides us", 1),
+        row("the same descriptors and transports without hotport, us", "floor us", 1),
+        row("p99.9 latency of requests meanwhile, longer than without a restart by, ms", "longer, p99.9 ms", 1),
+        row("the slowest of those at the move, likewise", "longer at the move, max ms", 1),
+        "",
+        f"Medians and ranges of {rounds} restarts. The requests are {results['rate']:,.0f} a second on "
+        f"{results['connections']} other kept connections, which",
+        "move, too. Every answer after a restart was the new generation's, on the same connection. While nothing is",
+        "restarted, requests/s with `--handoff auto`, and requests for each second of processor time, are",
+        ",\nand ".join(steadily) + ".",
+        f"Load average {machine['load_average'][0]:.1f} on {machine['cores']} cores. How: `benchmarks/handoff.py`;",
+        "samples in `benchmarks/results/handoff.json`.",
         "",
     ]
     return "\n".join(lines)

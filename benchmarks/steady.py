@@ -9,20 +9,16 @@ application beside uvicorn (without WebSockets) with the same one, after the sam
 
 from __future__ import annotations
 
-import os
-import select
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
 sys.path.pop(0)  # this directory: its http.py is not the library's
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.common import HELLO, Goal, Samples, arguments, cpu_s, hotport, pinned, save, show, wrk
+from benchmarks.common import HELLO, Goal, Samples, arguments, cpu_s, hotport, pinned, save, script, show, wrk
 from hotport.kernel.process import rss_bytes
 
 CONNECTIONS: Final = 64
@@ -90,11 +86,11 @@ def main() -> int:
         with pinned(0):
             raw = stack.enter_context(hotport(directory, "raw", "apps:Fixed", "--kind", "protocol", *quiet))
             asgi = stack.enter_context(hotport(directory, "asgi", "apps:hello", *quiet))
-            bare_port, bare_pid = stack.enter_context(_script(directory, BARE))
-            uvicorn_port, uvicorn_pid = stack.enter_context(_script(directory, UVICORN))
+            bare_port, bare = stack.enter_context(script(directory, BARE))
+            uvicorn_port, uvicorn = stack.enter_context(script(directory, UVICORN))
 
         samples: dict[str, Samples] = {}
-        servers = (("hotport", raw.port, raw.worker_pids()[0]), ("uvloop", bare_port, bare_pid))
+        servers = (("hotport", raw.port, raw.worker_pids()[0]), ("uvloop", bare_port, bare.pid))
         for kind, close in (("requests", False), ("connections", True)):
             for number in range(rounds + 1):
                 for name, port, pid in servers:
@@ -104,8 +100,8 @@ def main() -> int:
                         samples.setdefault(f"{name} {kind}/s", Samples()).append(rate)
                         samples.setdefault(f"{name} {kind}/CPU s", Samples()).append(count / (cpu_s(pid) - before))
             for unit in ("s", "CPU s"):
-                ours, bare = (samples[f"{name} {kind}/{unit}"] for name in ("hotport", "uvloop"))
-                samples[f"ratio {kind}/{unit}"] = ours.to(bare)
+                ours, theirs = (samples[f"{name} {kind}/{unit}"] for name in ("hotport", "uvloop"))
+                samples[f"ratio {kind}/{unit}"] = ours.to(theirs)
 
         rss: dict[str, float] = {}
         for port in (asgi.port, uvicorn_port):
@@ -115,7 +111,7 @@ def main() -> int:
             ("supervisor", asgi.process.pid),
             ("worker", asgi.worker_pids()[0]),
             ("raw worker", raw.worker_pids()[0]),
-            ("uvicorn", uvicorn_pid),
+            ("uvicorn", uvicorn.pid),
         ):
             rss[name] = rss_bytes(pid) / 2**20
 
@@ -143,22 +139,6 @@ def main() -> int:
 
 def _load(port: int, seconds: float, *, close: bool) -> tuple[float, int]:
     return wrk(port, seconds=seconds, connections=CONNECTIONS, close=close)
-
-
-@contextmanager
-def _script(directory: Path, code: str) -> Iterator[tuple[int, int]]:
-    """A server that prints its port; the port and its pid."""
-    environment = {**os.environ, "PYTHONPATH": str(directory)}
-    with subprocess.Popen(
-        [sys.executable, "-P", "-c", code], env=environment, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        try:
-            ready, _, _ = select.select([process.stdout.fileno()], [], [], 30.0)
-            assert ready, "the server did not start"
-            yield int(process.stdout.readline()), process.pid
-        finally:
-            process.kill()
 
 
 if __name__ == "__main__":

@@ -80,9 +80,11 @@ CONNECTIONS: Final = """
 ## The states of a connection
 
 What a connection of an ASGI application is doing decides what becomes of it when its worker leaves. Quiesce changes
-nothing in any state: it concerns the listeners. Drain closes no HTTP connection: a connection that is closed without
-notice may be one on which the client has just begun to send. Instead, the next answer that has no request behind it
-says `Connection: close`. At the deadline, `drain_timeout`, what is left is ended and counted under its fate.
+nothing in any state: it concerns the listeners. In the drain a connection moves to a worker that goes on with it, and
+the client sees nothing of that. If nobody can (no worker follows, `handoff = "off"`, TLS), no HTTP connection is closed
+either: a connection that is closed without notice may be one on which the client has just begun to send. Instead, the
+next answer that has no request behind it says `Connection: close`. At the deadline, `drain_timeout`, what is left is
+ended and counted under its fate.
 """
 
 WEBSOCKETS: Final = """
@@ -92,10 +94,19 @@ A WebSocket, from the moment at which its handshake request has been read:
 
 def _connections(states: Mapping[Any, Row]) -> str:
     rows = [
-        (f"`{state.value}`", row.client, row.drained.value, row.manner.value, f"`{row.fate}`" if row.fate else "")
+        (
+            f"`{state.value}`",
+            row.client,
+            row.moves.value,
+            row.drained.value,
+            row.manner.value,
+            f"`{row.fate}`" if row.fate else "",
+        )
         for state, row in states.items()
     ]
-    return _table(("state", "the client waits for", "in the drain it", "at the deadline it is", "fate"), rows)
+    return _table(
+        ("state", "the client waits for", "it moves", "if it cannot, it", "at the deadline it is", "fate"), rows
+    )
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -20,6 +20,7 @@ from hotport.adapters.asgi import http as http_module
 from hotport.adapters.asgi import shared as shared_module
 from hotport.adapters.asgi.http import HttpConnection
 from hotport.adapters.asgi.spec import Message, Receive, Scope, Send
+from hotport.adapters.asgi.states import STATES, Moves
 from tests.adapters.asgi_support import (
     DEADLINE_S,
     Client,
@@ -1029,6 +1030,19 @@ async def test_drained_connection_answers_what_comes_and_says_close_on_the_last(
         client.close()
         await rig.connections.wait_empty()
         assert rig.connections.fates == {"told_to_close": 1}
+
+
+@every_state
+async def test_connection_moves_at_once_exactly_in_the_states_of_which_the_table_says_it(state: State) -> None:
+    async with serving(app := Told()) as rig:
+        _, connection = await enter(rig, state)
+        ready: list[Any] = []
+        assert connection.prepare_handoff(ready.append)
+        moves_at_once = STATES[state].moves is Moves.AT_ONCE
+        assert bool(ready) is moves_at_once
+        assert (connection.offer() is not None) is moves_at_once
+        connection.drain()
+        app.gate.set()
 
 
 @every_state

@@ -29,6 +29,7 @@ SMALL = {
     ),
     "timewait.py": ("--entries", "0", "20", "--seconds", "0.2"),
     "peers.py": ("--servers", "hotport", "--times", "1"),
+    "handoff.py": ("--counts", "20", "--seconds", "0.2"),
     "power.py": ("--seconds", "1"),
 }
 

@@ -32,6 +32,9 @@ __all__ = [
 #: Stands for any number of connections.
 ROOM_MAX = 1 << 20
 
+#: Connections that are told in one turn of the event loop that the worker leaves; meanwhile the others are served.
+TOLD_AT_ONCE = 256
+
 
 class Draining:
     """Tells an application that its worker is leaving, and by when.
@@ -177,8 +180,10 @@ class Connections:
         self._is_full = False
         self._is_draining = False
         self._ready: Ready | None = None
+        self._untold: list[Connection] = []
         self._empty: asyncio.Event | None = None
-        self._now = asyncio.get_running_loop().time
+        self._loop = asyncio.get_running_loop()
+        self._now = self._loop.time
 
     def opened(self, connection: Connection) -> None:
         """Take a connection into the registry; it is told at once if the worker is already leaving."""
@@ -249,7 +254,7 @@ class Connections:
             self.fates.clear()
 
     def drain(self, timeout_s: float) -> None:
-        """Tell the application and every connection that the worker leaves in `timeout_s` seconds."""
+        """Tell the application, and every connection soon, that the worker leaves in `timeout_s` seconds."""
         self._is_counting = self._is_draining = True
         self.draining._start(timeout_s)
         self.lead(self._ready)
@@ -262,8 +267,16 @@ class Connections:
         """
         self._ready = ready
         if self._is_draining:
-            for connection in list(self.open):
+            self._untold = list(self.open)
+            self._tell_some()
+
+    def _tell_some(self) -> None:
+        some, self._untold = self._untold[:TOLD_AT_ONCE], self._untold[TOLD_AT_ONCE:]
+        for connection in some:
+            if connection in self.open:
                 self.tell(connection)
+        if self._untold:
+            self._loop.call_soon(self._tell_some)
 
     def tell(self, connection: Connection) -> None:
         """The worker leaves: be handed off, or drain."""

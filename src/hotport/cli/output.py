@@ -164,6 +164,12 @@ def print_status(status: Status) -> None:
             worker.status,
         )
     out.print(table)
+    for worker in status.workers:
+        for each in worker.lingering:
+            out.print(
+                f"worker {worker.worker} waits for {each.peer}: {each.kind}, {_age(each.age_s)} old, {each.why}",
+                markup=False,
+            )
 
 
 def print_tls_report(report: TlsReport) -> None:

@@ -20,7 +20,7 @@ from hotport.trust import Trusted
 from hotport.wire.proxyprotocol import HEADER_BYTES_MAX, ProxyHeader, ProxyHeaderError, parse_proxy_header
 from hotport.worker.tls import Tls
 
-__all__ = ["Acceptor", "attach"]
+__all__ = ["Acceptor", "PlainSocket", "attach"]
 
 log = logging.getLogger("hotport.acceptor")
 
@@ -60,7 +60,7 @@ GOODBYE_TIMEOUT_S: Final = 120.0
 PROXY_HEADER_TIMEOUT_S: Final = 5.0
 
 
-class _Socket(socket.socket):
+class PlainSocket(socket.socket):
     """A socket whose family and type are plain numbers.
 
     In `socket.socket` each look at them makes a member of an enumeration: together a tenth of what it takes to
@@ -72,9 +72,9 @@ class _Socket(socket.socket):
     family = socket.SocketType.family  # type: ignore[assignment]
     type = socket.SocketType.type  # type: ignore[assignment]
 
-    def accept(self) -> tuple[_Socket, Any]:
+    def accept(self) -> tuple[PlainSocket, Any]:
         fd, address = self._accept()  # type: ignore[attr-defined]  # what socket.accept() is written with
-        return _Socket(self.family, self.type, self.proto, fd), address
+        return PlainSocket(self.family, self.type, self.proto, fd), address
 
 
 def attach(
@@ -129,7 +129,7 @@ class Acceptor:
         tls: Tls | None = None,
         proxies: Trusted | None = None,
     ) -> None:
-        self._listener = _Socket(listener.family, listener.type, listener.proto, fileno=listener.detach())
+        self._listener = PlainSocket(listener.family, listener.type, listener.proto, fileno=listener.detach())
         self._adapter = adapter
         self._connections = connections
         self._tls = tls

@@ -41,7 +41,7 @@ from hotport.wire.envelope import (
 from hotport.wire.frames import FrameDecoder
 from hotport.wire.frames import encode_frame as encode_message_frame
 from hotport.wire.messages import OfferOrder, Welcome, Word, decode, encode
-from hotport.worker.acceptor import attach
+from hotport.worker.acceptor import PlainSocket, attach
 
 __all__ = ["Channel", "Mover", "take_connections"]
 
@@ -384,7 +384,7 @@ def _adopt(
     kind: Frame, payload: bytes, descriptors: list[int], adapter: Adapter, connections: Connections
 ) -> tuple[list[tuple[socket.socket, asyncio.BaseProtocol]], list[int]]:
     """Make connections of a batch, which are not attached yet; and the numbers of those that cannot be made here."""
-    sockets = [socket.socket(fileno=fd) for fd in descriptors]
+    sockets = [PlainSocket(fileno=fd) for fd in descriptors]
     adopted: list[tuple[socket.socket, asyncio.BaseProtocol]] = []
     refused: list[int] = []
     try:

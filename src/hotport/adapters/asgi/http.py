@@ -135,7 +135,8 @@ class HttpConnection(asyncio.Protocol):
         #: The tick at which it has waited too long for its client (`Deadlines`).
         self.due = 0
 
-        self._parser = self._new_parser()
+        #: Made when the first bytes come: an idle connection that is handed on needs none.
+        self._parser: Any = None
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._is_upgrade = False
@@ -342,7 +343,7 @@ class HttpConnection(asyncio.Protocol):
         assert self._handoff is not None
         self._is_deaf = self._handoff.is_parking = False
         parked, self._head = self._head, b""
-        self._parser, self._url, self._headers = self._new_parser(), b"", []
+        self._parser, self._url, self._headers = None, b"", []
         if parked:
             self.data_received(parked)
 
@@ -395,6 +396,7 @@ class HttpConnection(asyncio.Protocol):
         self.shared.deadlines.discard(self)
         self._forget_requests()
         self._parser = None  # it holds our methods, and a cycle would keep both until the collector comes by
+        self._handoff = None  # what is closed is at no safe point
         self.resume_writing()
         self.shared.registry.closed(self, self._fate)
 
@@ -509,6 +511,8 @@ class HttpConnection(asyncio.Protocol):
 
     def _parse(self, piece: bytes | memoryview) -> None:
         behind = -1
+        if self._parser is None:
+            self._parser = self._new_parser()
         try:
             self._parser.feed_data(piece)
         except httptools.HttpParserUpgrade as upgrade:
@@ -568,7 +572,7 @@ class HttpConnection(asyncio.Protocol):
 
     def end_body_only(self) -> None:
         """The body of a declined upgrade request has arrived."""
-        self._parser = self._new_parser()
+        self._parser = None
         self.on_message_complete()
 
     # -- what the parser says ------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """Every state in which a connection can be, and what becomes of it when its worker leaves.
 
-Drain closes nothing: a connection that is closed without notice may be one on which the client has just begun to
-send. Instead, the next head that is written *and has no request behind it* says ``Connection: close``, and the
-connection is closed after that answer (``told_to_close``). Pipelined requests are thus all answered, in order.
+Where others can go on with it (`hotport.worker.handoff`), a connection *moves* at its next safe point, and its client
+sees nothing of it. Where not, drain closes nothing either: a connection that is closed without notice may be one on
+which the client has just begun to send. Instead, the next head that is written *and has no request behind it* says
+``Connection: close``, and the connection is closed after that answer (``told_to_close``). Pipelined requests are thus
+all answered, in order.
 A WebSocket has no next answer: it is closed, with a code that says why, and in the order of chance, so that not all
 clients reconnect at once. Quiesce changes nothing in any state: it concerns the listeners.
 """
@@ -13,7 +15,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Final, NamedTuple
 
-__all__ = ["STATES", "WEBSOCKET_STATES", "Drained", "Manner", "Row", "State", "WebSocketState"]
+__all__ = ["STATES", "WEBSOCKET_STATES", "Drained", "Manner", "Moves", "Row", "State", "WebSocketState"]
 
 
 class State(Enum):
@@ -50,6 +52,17 @@ class Drained(Enum):
     NOTHING = "nothing"
 
 
+class Moves(Enum):
+    """When a connection moves to a worker that goes on with it; over TLS, never."""
+
+    AT_ONCE = "at once, with what has come of a head"
+    ANSWERED = "after its answer"
+    READ = "when the body is over"
+    OPENED = "once it is open"
+    WAITING = "if its application agrees: when it waits for the next message, and no half of one has come"
+    NEVER = ""
+
+
 class Manner(Enum):
     """How a connection is ended at the deadline: as politely as its state allows."""
 
@@ -65,35 +78,59 @@ class Row(NamedTuple):
 
     Attributes:
         client: What the client is waiting for.
-        drained: What the connection still does once its worker drains.
+        moves: When it moves, if somebody can go on with it.
+        drained: What the connection still does once its worker drains, if nobody can.
         manner: How it is ended at the drain deadline.
         fate: What is counted then; empty if that does not depend on this state.
     """
 
     client: str
+    moves: Moves
     drained: Drained
     manner: Manner
     fate: str = ""
 
 
 STATES: Final[Mapping[State, Row]] = {
-    State.FRESH: Row("nothing: it has not sent a byte", Drained.SERVES_ONE_MORE, Manner.CLOSE, "cut_fresh"),
-    State.HALF_HEAD: Row("the rest of its own request's head", Drained.ANSWERS, Manner.REFUSE, "cut_half_head"),
-    State.BODY: Row("the rest of its own body; the application runs", Drained.ANSWERS, Manner.REFUSE, "cut_body"),
-    State.IN_FLIGHT: Row("an answer, of which nothing is sent", Drained.ANSWERS, Manner.REFUSE, "cut_in_flight"),
-    State.STREAMING: Row("the rest of an answer", Drained.SERVES_ONE_MORE, Manner.TRUNCATE, "cut_streaming"),
-    State.SURPLUS: Row(
-        "nothing: it sends a body that nobody will read", Drained.SERVES_ONE_MORE, Manner.CLOSE, "idle_closed"
+    State.FRESH: Row(
+        "nothing: it has not sent a byte", Moves.AT_ONCE, Drained.SERVES_ONE_MORE, Manner.CLOSE, "cut_fresh"
     ),
-    State.IDLE: Row("nothing; its keep-alive time runs", Drained.SERVES_ONE_MORE, Manner.CLOSE, "idle_closed"),
-    State.CLOSING: Row("nothing: it has its last answer, and must close", Drained.NOTHING, Manner.NOTHING),
-    State.CLOSED: Row("nothing", Drained.NOTHING, Manner.NOTHING),
+    State.HALF_HEAD: Row(
+        "the rest of its own request's head", Moves.AT_ONCE, Drained.ANSWERS, Manner.REFUSE, "cut_half_head"
+    ),
+    State.BODY: Row(
+        "the rest of its own body; the application runs", Moves.ANSWERED, Drained.ANSWERS, Manner.REFUSE, "cut_body"
+    ),
+    State.IN_FLIGHT: Row(
+        "an answer, of which nothing is sent", Moves.ANSWERED, Drained.ANSWERS, Manner.REFUSE, "cut_in_flight"
+    ),
+    State.STREAMING: Row(
+        "the rest of an answer", Moves.ANSWERED, Drained.SERVES_ONE_MORE, Manner.TRUNCATE, "cut_streaming"
+    ),
+    State.SURPLUS: Row(
+        "nothing: it sends a body that nobody will read",
+        Moves.READ,
+        Drained.SERVES_ONE_MORE,
+        Manner.CLOSE,
+        "idle_closed",
+    ),
+    State.IDLE: Row(
+        "nothing; its keep-alive time runs", Moves.AT_ONCE, Drained.SERVES_ONE_MORE, Manner.CLOSE, "idle_closed"
+    ),
+    State.CLOSING: Row("nothing: it has its last answer, and must close", Moves.NEVER, Drained.NOTHING, Manner.NOTHING),
+    State.CLOSED: Row("nothing", Moves.NEVER, Drained.NOTHING, Manner.NOTHING),
 }
 
 WEBSOCKET_STATES: Final[Mapping[WebSocketState, Row]] = {
-    WebSocketState.CONNECTING: Row("an answer to its handshake", Drained.OPENS, Manner.REFUSE, "cut_in_flight"),
-    WebSocketState.DENYING: Row("the rest of an HTTP answer", Drained.ANSWERS, Manner.TRUNCATE, "cut_streaming"),
-    WebSocketState.OPEN: Row("messages", Drained.CLOSES, Manner.GOODBYE, "cut_websocket"),
-    WebSocketState.CLOSING: Row("our close frame, or the end of the connection", Drained.NOTHING, Manner.CLOSE),
-    WebSocketState.CLOSED: Row("nothing", Drained.NOTHING, Manner.NOTHING),
+    WebSocketState.CONNECTING: Row(
+        "an answer to its handshake", Moves.OPENED, Drained.OPENS, Manner.REFUSE, "cut_in_flight"
+    ),
+    WebSocketState.DENYING: Row(
+        "the rest of an HTTP answer", Moves.NEVER, Drained.ANSWERS, Manner.TRUNCATE, "cut_streaming"
+    ),
+    WebSocketState.OPEN: Row("messages", Moves.WAITING, Drained.CLOSES, Manner.GOODBYE, "cut_websocket"),
+    WebSocketState.CLOSING: Row(
+        "our close frame, or the end of the connection", Moves.NEVER, Drained.NOTHING, Manner.CLOSE
+    ),
+    WebSocketState.CLOSED: Row("nothing", Moves.NEVER, Drained.NOTHING, Manner.NOTHING),
 }
