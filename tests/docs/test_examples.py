@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from websockets.sync.client import connect as connect_websocket
 
 from tests.support import DEADLINE_S, HOTPORT, Service, http_get, need, read_response
 
@@ -76,6 +77,17 @@ def test_an_event_stream_says_goodbye_and_ends_whole(directory: Path) -> None:
         client.close()
         report, _ = restart.communicate(timeout=DEADLINE_S)
         assert json.loads(report)["connections"] == {"finished": 1}
+
+
+def test_a_websocket_goes_on_counting_in_the_new_generation(directory: Path) -> None:
+    with (
+        Service(directory, "websocket:app").wait_ready() as service,
+        connect_websocket(f"ws://127.0.0.1:{service.port}/") as client,
+    ):
+        for number in range(1, 4):
+            client.send("hello")
+            assert client.recv(DEADLINE_S) == f"{number} hello"
+            assert service.restart()["connections"] == {"moved_websocket": 1}
 
 
 def test_an_embedded_server_drains_on_sigterm(directory: Path) -> None:
