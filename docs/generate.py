@@ -69,7 +69,8 @@ OPTIONS_TAIL: Final = """
 - `HOTPORT_GENERATION`: set for each worker; the number of its generation.
 - `HOTPORT_WORKER`: set for hotport's own workers, and removed before the application is imported.
 - `HOTPORT_FAULTS`: read by `hotport.testing.FaultyApp` ([how to](../how-to/test-that-restarts-are-invisible.md)).
-- `HOTPORT_TEST_SLOWNESS`: scales the deadlines of hotport's own tests.
+- `HOTPORT_TEST_SLOWNESS`, `HOTPORT_TEST_RESTARTS`: of hotport's own tests; a factor for their deadlines, and how many
+  restarts those go through in which one restart is like the other.
 """
 
 

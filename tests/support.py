@@ -28,6 +28,9 @@ SLOWNESS = float(os.environ.get("HOTPORT_TEST_SLOWNESS", "1"))
 #: One deadline for everything a test waits for, in seconds.
 DEADLINE_S = 30.0 * SLOWNESS
 
+#: How many restarts a test goes through in which one is like the other; more of them for a long run.
+RESTARTS = int(os.environ.get("HOTPORT_TEST_RESTARTS", "3"))
+
 HOTPORT = (sys.executable, "-m", "hotport")
 
 
@@ -96,6 +99,10 @@ class Service(ServeProcess):
     def worker_pids(self) -> list[int]:
         """Every worker that the supervisor knows."""
         return [worker["pid"] for worker in self.status()["workers"]]
+
+    def accepted(self) -> int:
+        """How many connections the workers that are there have taken from the accept queue."""
+        return sum(worker["accepted"] or 0 for worker in self.status()["workers"])
 
     def descriptors(self) -> int:
         """How many descriptors the supervisor has open."""

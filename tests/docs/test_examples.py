@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from websockets.sync.client import connect as connect_websocket
 
 from tests.support import DEADLINE_S, HOTPORT, Service, http_get, need, read_response
 
@@ -73,9 +74,46 @@ def test_an_event_stream_says_goodbye_and_ends_whole(directory: Path) -> None:
             restart = service.start("restart", service.name, "--json")
             lines = list(iter(file.readline, b"0\r\n"))
             assert b"event: bye\n" in lines
-        client.close()
         report, _ = restart.communicate(timeout=DEADLINE_S)
-        assert json.loads(report)["connections"] == {"finished": 1}
+        assert json.loads(report)["connections"] == {"moved_http": 1}
+
+
+def test_a_websocket_goes_on_counting_in_the_new_generation(directory: Path) -> None:
+    with (
+        Service(directory, "websocket:app").wait_ready() as service,
+        connect_websocket(f"ws://127.0.0.1:{service.port}/") as client,
+    ):
+        for number in range(1, 4):
+            client.send("hello")
+            assert client.recv(DEADLINE_S) == f"{number} hello"
+            assert service.restart()["connections"] == {"moved_websocket": 1}
+
+
+@pytest.mark.parametrize("target", ["counting:handler", "counter:Counter"])
+def test_a_stream_and_a_protocol_go_on_counting_in_the_new_generation(directory: Path, target: str) -> None:
+    with (
+        Service(directory, target).wait_ready() as service,
+        socket.create_connection(("127.0.0.1", service.port), DEADLINE_S) as client,
+        client.makefile("r") as lines,
+    ):
+        for number in range(1, 4):
+            client.sendall(b"hello\n")
+            assert lines.readline() == f"{number} hello\n"
+            (fate,) = service.restart()["connections"]
+            assert fate.startswith("moved_")
+
+
+def test_datagrams_are_answered_through_a_restart(directory: Path) -> None:
+    with (
+        Service(directory, "datagrams:Echo", "--bind", "udp://127.0.0.1:0").wait_ready() as service,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
+    ):
+        client.connect(("127.0.0.1", service.port))
+        client.settimeout(DEADLINE_S)
+        for _ in range(2):
+            client.send(b"hello")
+            assert client.recv(100) == b"hello"
+            service.restart()
 
 
 def test_an_embedded_server_drains_on_sigterm(directory: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 import socket
 from collections.abc import Iterator
 
@@ -360,3 +361,67 @@ def test_restart_with_changed_code_fails_nobody(tmp_path_factory: pytest.TempPat
         assert (directory / "stopped-v0").exists() == (framework in WITH_LIFESPAN)
         status, body = http_get(service.port, "/hello/ann")
         assert (status, json.loads(body)) == (200, {"name": "ann"})
+
+
+def redeploy(service: Service, framework: str, version: str) -> None:
+    path = service.directory / f"{framework}_app.py"
+    write_code(path, re.sub('VERSION = "v.*"', f'VERSION = "{version}"', path.read_text()))
+
+
+#: Quart reads ahead, into a queue of its own: a WebSocket that moves would leave behind what is in it.
+RESUMING = ("starlette", "fastapi", "channels", "litestar")
+
+
+@pytest.mark.parametrize("path", ["/ws", "/ws/count"])
+@pytest.mark.parametrize("framework", RESUMING)
+def test_websocket_is_resumed_by_the_new_code(
+    tmp_path_factory: pytest.TempPathFactory, framework: str, path: str
+) -> None:
+    """An application that knows nothing of it is moved by the option; one that counts agrees, and goes on counting."""
+    directory = lay_out(tmp_path_factory.mktemp("resume"))
+    is_counting = path == "/ws/count"
+    options = ("--handoff", "auto" if is_counting else "websocket")
+
+    async def talk(service: Service) -> None:
+        async with (
+            aiohttp.ClientSession(f"http://127.0.0.1:{service.port}") as session,
+            session.ws_connect(path) as websocket,
+        ):
+            for number in range(1, 61):
+                await websocket.send_str(f"message {number}")
+                if number % 20 == 0:  # while these are under way
+                    redeploy(service, framework, f"v{number // 20}")
+                    restarting = asyncio.create_task(asyncio.to_thread(service.restart))
+                    for answered in range(number - 19, number + 1):
+                        answer = await websocket.receive_str()
+                        assert answer == (f"{answered} " if is_counting else "") + f"message {answered}"
+                    assert (await restarting)["connections"] == {"moved_websocket": 1}
+            assert ask_version(service.port).version == "v3"
+
+    with Service(directory, f"{framework}_app:app", *options).wait_ready() as service:
+        asyncio.run(talk(service))
+        assert unusual(service, 0) == []
+
+
+@pytest.mark.parametrize("framework", [*RESUMING, "quart"])
+def test_websocket_without_handoff_is_closed_with_1012(
+    tmp_path_factory: pytest.TempPathFactory, framework: str
+) -> None:
+    directory = lay_out(tmp_path_factory.mktemp("close"))
+
+    async def talk(service: Service) -> int | None:
+        async with (
+            aiohttp.ClientSession(f"http://127.0.0.1:{service.port}") as session,
+            session.ws_connect("/ws") as websocket,
+        ):
+            await websocket.send_str("hello")
+            assert await websocket.receive_str() == "hello"
+            restarting = asyncio.create_task(asyncio.to_thread(service.restart))
+            assert (await websocket.receive()).type == aiohttp.WSMsgType.CLOSE
+            assert (await restarting)["connections"] == {"told_to_close": 1}
+            return websocket.close_code
+
+    options = ("--handoff", "off", "--drain-timeout", "2s")
+    with Service(directory, f"{framework}_app:app", *options).wait_ready() as service:
+        assert asyncio.run(talk(service)) == 1012
+        assert unusual(service, 0) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ import asyncio, json, pathlib
 
 VERSION = "{version}"
 PAGE = """<!doctype html><meta charset="utf-8"><title>hotport</title><link rel="icon" href="data:,"><script>
-const told = {{answers: {{}}, failures: [], events: [], echoes: [], closes: []}};
+const told = {{answers: {{}}, failures: [], streams: 0, events: [], sockets: 0, echoes: [], closes: []}};
 async function ask(method) {{
   try {{
     const answer = await fetch("/version", {{method: method, body: method === "POST" ? "x".repeat(5000) : undefined}});
@@ -31,6 +32,7 @@ async function load(method) {{ while (await ask(method) !== "three"); }}
 function listen() {{
   return new Promise(resolve => {{
     const source = new EventSource("/events");
+    source.onopen = () => told.streams++;
     source.onmessage = message => {{
       told.events.push(message.data);
       if (message.data === "three") {{ source.close(); resolve(); }}
@@ -41,8 +43,10 @@ function echo() {{
   return new Promise(resolve => {{
     const socket = new WebSocket("ws://" + location.host + "/echo");
     let version = "";
+    told.sockets++;
     socket.onmessage = message => {{
       if (message.data === version) {{ setTimeout(() => socket.send(version), 5); return; }}
+      if (told.echoes.includes(message.data)) return; // was on its way while the socket moved
       version = message.data;
       told.echoes.push(version);
       if (version === "three") {{ socket.onclose = null; socket.close(); resolve(); }} else socket.send(version);
@@ -110,7 +114,7 @@ def browsing(tmp_path: Path, url: str) -> Iterator[None]:
         process.wait(DEADLINE_S)
 
 
-def report(tmp_path: Path) -> Any:
+def page_report(tmp_path: Path) -> Any:
     """What the page has to tell, when it has."""
     path = tmp_path / "report.json"
 
@@ -123,21 +127,34 @@ def report(tmp_path: Path) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.unmeasured
-def test_page_that_is_open_in_a_browser_notices_no_restart(tmp_path: Path) -> None:
+@pytest.mark.parametrize("handoff", ["auto", "websocket"])
+def test_page_that_is_open_in_a_browser_notices_no_restart(tmp_path: Path, handoff: str) -> None:
+    """Its WebSocket stays open if it may move; an EventSource has a request in flight, which the application ends."""
     need("chromium")
     write_code(tmp_path / "app.py", APP.format(version="one"))
-    with Service(tmp_path, "app:app", "--workers", "2", "--drain-timeout", "3s").wait_ready() as service:
+    options = ("--workers", "2", "--drain-timeout", "3s", "--handoff", handoff)
+    with Service(tmp_path, "app:app", *options).wait_ready() as service:
 
         def requests() -> int:
             return sum(worker["requests"] or 0 for worker in service.status()["workers"])
 
+        fates: Counter[str] = Counter()
         with browsing(tmp_path, f"http://127.0.0.1:{service.port}/"):
             for version in ("two", "three"):
                 eventually(lambda: requests() > 50, "the page asks")
                 write_code(tmp_path / "app.py", APP.format(version=version))
-                assert service.restart()["outcome"] == "done"
-            told = report(tmp_path)
+                report = service.restart()
+                assert report["outcome"] == "done"
+                fates.update(report["connections"])
+            told = page_report(tmp_path)
     assert told["failures"] == []
     assert set(told["answers"]) == {"one", "two", "three"}
     assert told["events"] == told["echoes"] == ["one", "two", "three"]
-    assert told["closes"] == [1012, 1012]
+    assert told["streams"] == 3
+    if handoff == "websocket":
+        assert (told["sockets"], told["closes"]) == (1, [])
+        assert fates["moved_websocket"] == 2
+    else:
+        assert (told["sockets"], told["closes"]) == (3, [1012, 1012])
+    assert fates["moved_http"] > 0
+    assert set(fates) <= {"moved_http", "moved_websocket", "told_to_close", "finished"}

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import re
+import signal
 import socket
 import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hotport.wire.messages import Report, RestartRequest
-from tests.support import DEADLINE_S, Service, eventually, http_get, need, read_response, write_code
+from tests.support import (
+    DEADLINE_S,
+    RESTARTS,
+    SLOWNESS,
+    Service,
+    eventually,
+    http_get,
+    need,
+    read_response,
+    write_code,
+)
 
 pytestmark = pytest.mark.unmeasured
 
@@ -100,33 +113,65 @@ end
 """
 
 
+#: wrk connects once, and closes, to find out whether anybody is there.
+WRK_PROBES = 1
+
+
+@contextmanager
+def wrk(tmp_path: Path, url: str, *, connections: int, lua: str = "", name: str = "wrk") -> Iterator[psutil.Popen]:
+    """wrk at full speed until the block ends; then it has lost nothing."""
+    script = tmp_path / f"{name}.lua"
+    script.write_text(lua + WRK_LUA)
+    arguments = ["-t1", f"-c{connections}", "-d3600s", "--timeout", "30s", "-s", str(script), url]
+    process = psutil.Popen([need("wrk"), *arguments], stdout=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGINT)  # it stops and prints its summary
+        out, _ = process.communicate(timeout=DEADLINE_S)
+    counts = {k: int(v) for k, v in re.findall(r"(\w+) (\d+)", out.splitlines()[-1])}
+    assert counts.pop("requests") > 100, name
+    assert counts == dict.fromkeys(["connect", "read", "write", "timeout", "status"], 0), f"{name}: {out}"
+
+
+def assert_nobody_was_cut(report: Report) -> None:
+    assert report.connections is not None
+    assert not any(fate.startswith(("cut_", "workers_")) for fate in report.connections), report
+    assert report.queue_overflows.get("ListenDrops", 0) == 0
+    assert report.accept_gap_ms == 0
+
+
 @pytest.mark.usefixtures("alone_with_accept_queues")
-@pytest.mark.parametrize("mode", ["keep-alive", "close"])
-def test_twenty_restarts_under_full_load_cost_no_request(tmp_path: Path, mode: str) -> None:
-    wrk = need("wrk")
-    script = tmp_path / "count.lua"
-    header = 'wrk.headers["Connection"] = "close"\n' if mode == "close" else ""
-    script.write_text(header + WRK_LUA)
+@pytest.mark.timeout(60 + 20 * RESTARTS * SLOWNESS)
+def test_restarts_under_full_load_cost_no_request_and_no_connection(tmp_path: Path) -> None:
     deploy(tmp_path, "v0")
-    with Service(tmp_path, "app:app", "--workers", "2") as service:
-        url = f"http://127.0.0.1:{service.wait_ready().port}/"
-        load = subprocess.Popen(
-            [wrk, "-t1", "-c64", "-d600s", "--timeout", "10s", "-s", script, url], stdout=subprocess.PIPE, text=True
-        )
-        try:
-            for number in range(1, 21):
+    with Service(tmp_path, "app:app", "--workers", "2").wait_ready() as service:
+        url = f"http://127.0.0.1:{service.port}/"
+        with wrk(tmp_path, url, connections=256) as load:
+
+            def its_ports() -> set[int]:
+                return {each.laddr.port for each in load.net_connections() if each.status == psutil.CONN_ESTABLISHED}
+
+            eventually(lambda: service.accepted() == 256 + WRK_PROBES, "every connection is accepted")
+            ports = its_ports()
+            assert len(ports) == 256
+            for number in range(1, RESTARTS + 1):
                 report = restart_into(service, f"v{number}")
-                assert report.connections is not None
-                assert not any(fate.startswith(("cut_", "workers_")) for fate in report.connections), report
-                assert report.queue_overflows.get("ListenDrops", 0) == 0
-                assert report.accept_gap_ms == 0
-        finally:
-            load.send_signal(2)  # SIGINT: wrk stops and prints its summary
-            out, _ = load.communicate(timeout=DEADLINE_S)
-        counts = {k: int(v) for k, v in re.findall(r"(\w+) (\d+)", out.splitlines()[-1])}
-        assert counts.pop("requests") > 1000
-        assert counts == dict.fromkeys(["connect", "read", "write", "timeout", "status"], 0), out
-        assert len(service.status()["workers"]) == 2
+                assert_nobody_was_cut(report)
+                assert report.connections == {"moved_http": 256}
+                assert service.accepted() == 1, "nobody has connected to this generation but `restart_into`"
+            assert its_ports() == ports
+
+
+@pytest.mark.usefixtures("alone_with_accept_queues")
+@pytest.mark.timeout(60 + 20 * RESTARTS * SLOWNESS)
+def test_restarts_under_full_load_of_new_connections_cost_no_request(tmp_path: Path) -> None:
+    deploy(tmp_path, "v0")
+    with Service(tmp_path, "app:app", "--workers", "2").wait_ready() as service:
+        url = f"http://127.0.0.1:{service.port}/"
+        with wrk(tmp_path, url, connections=64, lua='wrk.headers["Connection"] = "close"\n'):
+            for number in range(1, RESTARTS + 1):
+                assert_nobody_was_cut(restart_into(service, f"v{number}"))
 
 
 LOADS_APP = """
@@ -172,32 +217,20 @@ LOADS = {
 }
 
 
-def test_twenty_restarts_under_all_kinds_of_load_at_once_cost_no_request(tmp_path: Path) -> None:
-    wrk = need("wrk")
+@pytest.mark.timeout(60 + 20 * RESTARTS * SLOWNESS)
+def test_restarts_under_all_kinds_of_load_at_once_cost_no_request(tmp_path: Path) -> None:
     write_code(tmp_path / "app.py", LOADS_APP.format(version="v0"))
-    with Service(tmp_path, "app:app", "--workers", "2", "--access-log", "structured") as service:
-        url = f"http://127.0.0.1:{service.wait_ready().port}"
-        running: dict[str, subprocess.Popen[str]] = {}
-        for name, lua in LOADS.items():
-            script = tmp_path / f"{name}.lua"
-            script.write_text(lua + WRK_LUA)
-            arguments = ["-t1", "-c4", "-d600s", "--timeout", "30s", "-s", str(script), f"{url}/{name}"]
-            running[name] = subprocess.Popen([wrk, *arguments], stdout=subprocess.PIPE, text=True)
-        try:
-            for number in range(1, 21):
+    with Service(tmp_path, "app:app", "--workers", "2", "--access-log", "structured").wait_ready() as service:
+        with ExitStack() as running:
+            for name, lua in LOADS.items():
+                url = f"http://127.0.0.1:{service.port}/{name}"
+                running.enter_context(wrk(tmp_path, url, connections=4, lua=lua, name=name))
+            eventually(lambda: service.accepted() == len(LOADS) * (4 + WRK_PROBES), "every connection is accepted")
+            for number in range(1, RESTARTS + 1):
                 write_code(tmp_path / "app.py", LOADS_APP.format(version=f"v{number}"))
                 report = service.ask(RestartRequest())[-1]
-                assert report.outcome == "done"
-                assert not any(fate.startswith(("cut_", "workers_")) for fate in report.connections), report
+                assert report.connections == {"moved_http": 4 * len(LOADS)}
                 assert http_get(service.port) == (200, f"v{number}".encode())
-        finally:
-            for each in running.values():
-                each.send_signal(2)
-            told = {name: each.communicate(timeout=DEADLINE_S)[0] for name, each in running.items()}
-        for name, out in told.items():
-            counts = {k: int(v) for k, v in re.findall(r"(\w+) (\d+)", out.splitlines()[-1])}
-            assert counts.pop("requests") > 100, name
-            assert counts == dict.fromkeys(["connect", "read", "write", "timeout", "status"], 0), f"{name}: {out}"
         logged = service.log_events("request")
         assert {line["status"] for line in logged} == {200}
         assert {line["path"] for line in logged} == {"/", "/json", "/body", "/stream", "/upload"}
@@ -229,7 +262,7 @@ def test_connections_that_send_only_after_the_restart_are_answered(service: Serv
     assert len(answers) == 350
     assert {status for status, _ in answers} == {200}
     assert {body for _, body in answers} <= {b"v0", b"v1"}
-    assert not any(fate.startswith(("cut_", "workers_")) for fate in report["connections"]), report
+    assert report["connections"] == {"moved_http": 350}
 
 
 def test_what_is_in_flight_arrives_whole(service: Service) -> None:
@@ -281,8 +314,21 @@ def read_to_end(sock: socket.socket) -> bytes:
     return received
 
 
-def test_an_idle_keep_alive_connection_is_answered_once_more_and_told_to_close(service: Service) -> None:
+def test_an_idle_keep_alive_connection_is_answered_by_the_new_code(service: Service) -> None:
     with socket.create_connection(("127.0.0.1", service.port), DEADLINE_S) as client:
+        for number in range(RESTARTS + 1):
+            client.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+            assert read_response(client) == (200, f"v{number}".encode())
+            deploy(service, f"v{number + 1}")
+            assert service.restart()["connections"] == {"moved_http": 1}
+
+
+def test_without_handoff_an_idle_connection_is_answered_once_more_and_told_to_close(tmp_path: Path) -> None:
+    deploy(tmp_path, "v0")
+    with (
+        Service(tmp_path, "app:app", "--workers", "2", "--handoff", "off", "--keep-alive", "30") as service,
+        socket.create_connection(("127.0.0.1", service.wait_ready().port), DEADLINE_S) as client,
+    ):
         client.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
         assert read_response(client) == (200, b"v0")
         deploy(service, "v1")
@@ -300,7 +346,7 @@ def test_an_idle_keep_alive_connection_is_answered_once_more_and_told_to_close(s
     assert answers[0].startswith(b"HTTP/1.1 200")
     assert b"connection: close" in answers[0].lower()
     assert answers[0].endswith(b"v0")
-    assert report["connections"].get("told_to_close") == 1
+    assert report["connections"] == {"told_to_close": 1}
 
 
 @pytest.mark.parametrize("framework", ["fastapi", "starlette"])

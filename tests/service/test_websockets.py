@@ -1,10 +1,11 @@
-"""What WebSocket clients see of restarts: a 1012, each at a moment of its own, and then the new code."""
+"""What WebSocket clients see of restarts: nothing; or, without handoff, a 1012, each at a moment of its own."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ import websockets
 from websockets.asyncio.client import connect
 
 from hotport.wire.messages import Report, RestartRequest
-from tests.support import DEADLINE_S, Service, eventually, write_code
+from tests.support import DEADLINE_S, RESTARTS, Service, eventually, write_code
+
+pytestmark = pytest.mark.unmeasured
 
 APP = """
 async def app(scope, receive, send):
@@ -32,12 +35,14 @@ class Clients:
 
     Attributes:
         answers: How often each version has answered.
+        opened: How many connections were made.
         closes: How connections ended, by close code, and what else went wrong, by kind.
         unanswered: Messages that got no answer although their connection was not closed with 1012.
     """
 
     def __init__(self, port: int) -> None:
         self.answers: Counter[str] = Counter()
+        self.opened = 0
         self.closes: Counter[object] = Counter()
         self.unanswered = 0
         self._port = port
@@ -63,6 +68,7 @@ class Clients:
         while not self._is_over.is_set():
             try:
                 async with connect(f"ws://127.0.0.1:{self._port}/", open_timeout=DEADLINE_S) as client:
+                    self.opened += 1
                     while not self._is_over.is_set():
                         count += 1
                         is_answered = False
@@ -80,23 +86,48 @@ class Clients:
                 self.closes[type(error).__name__] += 1
 
 
-@pytest.mark.unmeasured
-@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-def test_ten_restarts_on_each_loop_close_with_1012_only_and_lose_no_message(tmp_path: Path, loop: str) -> None:
+@pytest.fixture(params=["uvloop", "asyncio"])
+def options(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, ...]:
     write_code(tmp_path / "app.py", APP.format(version="v0"))
-    options = ("--drain-timeout", "500ms", "--settle", "0s", "--workers", "2", "--loop", loop)
+    return ("--drain-timeout", "5s", "--settle", "0s", "--workers", "2", "--loop", request.param)
+
+
+def restart(service: Service, clients: Clients) -> Iterator[dict[str, int]]:
+    """`RESTARTS` times; gives what became of the connections, once the new code answers."""
+    eventually(lambda: clients.answers["v0"] > CLIENTS, "the first generation answers")
+    for number in range(1, RESTARTS + 1):
+        write_code(service.directory / "app.py", APP.format(version=f"v{number}"))
+        report = service.ask(RestartRequest())[-1]
+        assert isinstance(report, Report)
+        assert report.outcome == "done"
+        assert report.connections is not None
+        yield report.connections
+        eventually(lambda v=f"v{number}": clients.answers[v] > CLIENTS, "the new code answers")  # type: ignore[misc]
+
+
+def test_restarts_are_noticed_by_no_client_of_an_application_that_knows_nothing_of_them(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    with (
+        Service(tmp_path, "app:app", *options, "--handoff", "websocket") as service,
+        Clients(service.wait_ready().port) as clients,
+    ):
+        eventually(lambda: clients.opened == CLIENTS, "all are connected")
+        for fates in restart(service, clients):
+            assert fates == {"moved_websocket": CLIENTS}
+    assert (clients.opened, clients.unanswered, clients.closes) == (CLIENTS, 0, {})
+
+
+@pytest.mark.parametrize("handoff", ["auto", "off"])
+def test_restarts_close_with_1012_only_and_lose_no_message_where_nobody_has_agreed(
+    tmp_path: Path, options: tuple[str, ...], handoff: str
+) -> None:
+    options = (*options, "--drain-timeout", "500ms", "--handoff", handoff)
     with Service(tmp_path, "app:app", *options) as service, Clients(service.wait_ready().port) as clients:
-        eventually(lambda: clients.answers["v0"] > CLIENTS, "the first generation answers")
         told = 0
-        for number in range(1, 11):
-            write_code(tmp_path / "app.py", APP.format(version=f"v{number}"))
-            report = service.ask(RestartRequest())[-1]
-            assert isinstance(report, Report)
-            assert report.outcome == "done"
-            assert report.connections is not None
-            assert not any(fate.startswith(("cut_", "workers_")) for fate in report.connections), report
-            told += report.connections.get("told_to_close", 0)
-            eventually(lambda v=f"v{number}": clients.answers[v] > CLIENTS, "the new code answers")  # type: ignore[misc]
+        for fates in restart(service, clients):
+            assert not any(fate.startswith(("cut_", "workers_", "moved_")) for fate in fates), fates
+            told += fates.get("told_to_close", 0)
     assert clients.unanswered == 0
     assert set(clients.closes) == {1012}
     assert CLIENTS < clients.closes[1012] <= told

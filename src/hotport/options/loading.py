@@ -24,7 +24,14 @@ from hotport.options.definition import (
 __all__ = ["Loaded", "Row", "load", "meant_flag", "rows", "show"]
 
 ENVIRONMENT_OTHERS: Final = frozenset(
-    {"HOTPORT_FAULTS", "HOTPORT_GENERATION", "HOTPORT_RUNTIME_DIR", "HOTPORT_TEST_SLOWNESS", "HOTPORT_WORKER"}
+    {
+        "HOTPORT_FAULTS",
+        "HOTPORT_GENERATION",
+        "HOTPORT_RUNTIME_DIR",
+        "HOTPORT_TEST_RESTARTS",
+        "HOTPORT_TEST_SLOWNESS",
+        "HOTPORT_WORKER",
+    }
 )
 """Variables of ours that are no options."""
 

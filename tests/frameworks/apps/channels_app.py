@@ -55,6 +55,19 @@ class Echo(AsyncWebsocketConsumer):
         SEEN.append("websocket")
 
 
+class Count(AsyncWebsocketConsumer):
+    async def connect(self):
+        hotport = self.scope["extensions"]["hotport"]
+        self.number = hotport["state"] or 0
+        hotport["movable"](lambda: self.number)
+        await self.accept()
+
+    async def receive(self, text_data=None, bytes_data=None):
+        self.number += 1
+        await asyncio.sleep(0.02)
+        await self.send(text_data=f"{self.number} {text_data}")
+
+
 app = ProtocolTypeRouter(
     {
         "http": URLRouter(
@@ -65,6 +78,6 @@ app = ProtocolTypeRouter(
                 re_path("", django_app.app),
             ]
         ),
-        "websocket": URLRouter([path("ws", Echo.as_asgi())]),
+        "websocket": URLRouter([path("ws", Echo.as_asgi()), path("ws/count", Count.as_asgi())]),
     }
 )

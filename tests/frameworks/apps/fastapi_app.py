@@ -185,3 +185,15 @@ async def echo(websocket: WebSocket):
     async for text in websocket.iter_text():
         await websocket.send_text(text)
     SEEN.append("websocket")
+
+
+@app.websocket("/ws/count")
+async def count(websocket: WebSocket):
+    hotport = websocket.scope["extensions"]["hotport"]
+    number = hotport["state"] or 0
+    hotport["movable"](lambda: number)
+    await websocket.accept()
+    async for text in websocket.iter_text():
+        number += 1
+        await asyncio.sleep(0.02)
+        await websocket.send_text(f"{number} {text}")

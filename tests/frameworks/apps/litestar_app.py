@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
 from common import BIG, HERE, SEEN, STATIC, chunks, told, torn, who
@@ -188,6 +188,20 @@ async def echo(socket: WebSocket) -> None:
         SEEN.append("websocket")
 
 
+@websocket("/ws/count")
+async def count(socket: WebSocket) -> None:
+    hotport = socket.scope["extensions"]["hotport"]
+    number = hotport["state"] or 0
+    hotport["movable"](lambda: number)
+    await socket.accept()
+    with suppress(WebSocketDisconnect):
+        while True:
+            text = await socket.receive_text()
+            number += 1
+            await asyncio.sleep(0.02)
+            await socket.send_text(f"{number} {text}")
+
+
 app = Litestar(
     [
         version,
@@ -216,6 +230,7 @@ app = Litestar(
         seen,
         slash,
         echo,
+        count,
         create_static_files_router(path="/static", directories=[STATIC]),
     ],
     lifespan=[lifespan],

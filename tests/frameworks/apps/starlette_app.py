@@ -167,6 +167,17 @@ async def echo(websocket):
     SEEN.append("websocket")
 
 
+async def count(websocket):
+    hotport = websocket.scope["extensions"]["hotport"]
+    number = hotport["state"] or 0
+    hotport["movable"](lambda: number)
+    await websocket.accept()
+    async for text in websocket.iter_text():
+        number += 1
+        await asyncio.sleep(0.02)
+        await websocket.send_text(f"{number} {text}")
+
+
 STAMPED = [
     Route("/version", version),
     Route("/hello/{name}", hello, name="hello"),
@@ -207,6 +218,7 @@ app = Starlette(
         Route("/slow", slow),
         Mount("/static", StaticFiles(directory=STATIC)),
         WebSocketRoute("/ws", echo),
+        WebSocketRoute("/ws/count", count),
         Mount("/", middleware=[Middleware(Stamp)], routes=STAMPED),
     ],
 )
