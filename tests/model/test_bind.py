@@ -142,7 +142,7 @@ def test_socket_that_stays_longest_is_blamed_first() -> None:
     answer = judge(on(TIME_WAIT, orphan, leak), USER, NONE)
     assert [old.state for old in answer.blockers] == [State.CLOSE_WAIT, State.LAST_ACK, State.TIME_WAIT]
     assert answer.ends_in_s is None
-    assert answer.until == "never by itself: pid 7 or 8 has to close them, or end"
+    assert answer.until == "never by itself: each of pids 7, 8 has to close them, or end"
     assert answer.who.startswith("pid 7 (nginx, user root) with 1 more has not closed 3 connections")
 
 

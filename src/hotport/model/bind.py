@@ -370,8 +370,9 @@ def _stays(old: Sockets) -> tuple[int, float]:
 
 
 def _until(old: Sockets) -> str:
-    pids = " or ".join(str(pid) for pid in sorted({holder.pid for holder in old.holders}))
-    owner = f"pid {pids}" if pids else "its process"
+    pids = sorted({holder.pid for holder in old.holders})
+    one = f"pid {pids[0]}" if pids else "its process"
+    owner = f"each of pids {', '.join(map(str, pids))}" if len(pids) > 1 else one
     if old.is_timed:
         return f"by itself: the last one is gone in {old.ends_in_s:.0f} s"
     if old.state == State.CLOSE_WAIT:

@@ -86,9 +86,14 @@ class Process:
     generation: int = 0
 
     @property
+    def is_ours(self) -> bool:
+        """A supervisor of hotport's, or a worker."""
+        return _OURS.search(self.command) is not None
+
+    @property
     def ending(self) -> str:
         """What ends it kindly."""
-        return "hotport stop" if _OURS.search(self.command) else f"kill {self.pid}"
+        return "hotport stop" if self.is_ours else f"kill {self.pid}"
 
     def __str__(self) -> str:
         generation = f", hotport generation {self.generation}" if self.generation else ""
