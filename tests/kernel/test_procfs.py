@@ -175,16 +175,20 @@ def test_command_is_short_and_never_fails() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "told"),
-    [("x" * 500, f"cat - {'x' * 51}..."), ("\x1b[2J\nHP101 \x07 \u202e", "cat - [2J HP101")],
-    ids=["long", "escapes"],
+    ("name", "argument", "told"),
+    [
+        ("/usr/bin/cat", "x", "/usr/bin/cat - x"),
+        ("/usr/bin/cat", "x" * 500, f"cat - {'x' * 51}..."),
+        ("cat", "\x1b[2J\nHP101 \x07 \u202e", "cat - [2J HP101"),
+    ],
+    ids=["short", "long", "escapes"],
 )
-def test_command_is_cut_and_does_nothing_to_a_terminal(argument: str, told: str) -> None:
+def test_command_is_cut_and_does_nothing_to_a_terminal(name: str, argument: str, told: str) -> None:
     stdin, ours = socket.socketpair()
     with stdin, ours:
         pid = os.posix_spawn(
             "/bin/cat",
-            ["cat", "-", argument],
+            [name, "-", argument],
             os.environ,
             file_actions=[(os.POSIX_SPAWN_DUP2, stdin.fileno(), fd) for fd in (0, 1)],
         )

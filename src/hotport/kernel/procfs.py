@@ -111,7 +111,10 @@ def command(pid: int) -> str:
     with suppress(OSError):
         for name in ("cmdline", "comm"):
             with open(f"/proc/{pid}/{name}", "rb") as file:
-                words = _printable(file.read().decode(errors="replace"))
+                program, blank, rest = file.read().partition(b"\0")
+            words = _printable((program + blank + rest).decode(errors="replace"))
+            if len(words) > _COMMAND_CHARS_MAX:  # what it runs says more than where its interpreter lies
+                words = _printable((os.path.basename(program) + blank + rest).decode(errors="replace"))
             if words:
                 return words if len(words) <= _COMMAND_CHARS_MAX else words[: _COMMAND_CHARS_MAX - 3] + "..."
     return "?"
