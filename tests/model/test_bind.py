@@ -75,7 +75,7 @@ def test_listener_that_cannot_be_looked_at_is_unknown_to_reuseport_and_certain_t
     assert "sudo hotport why tcp://127.0.0.1:8000" in answer.rule
     todo = list(remedies(port, USER, answer))
     assert todo == [
-        "hotport why tcp://127.0.0.1:8000 --probe, which binds for a moment",
+        "hotport why tcp://127.0.0.1:8000 --probe  # binds for a moment",
         "systemctl status web.service",
     ]
     nameless = on(replace(LISTEN, options=None, holders=(), user=""))
@@ -99,7 +99,7 @@ def test_time_wait_depends_on_what_the_old_server_had_set() -> None:
     assert "yes if the server that left it had set SO_REUSEADDR or SO_REUSEPORT, too" in answer.rule
     assert list(remedies(port, USER, answer))[1:] == [
         "wait 42 s",
-        "set SO_REUSEADDR before bind, in the old server as well as in the new one",
+        "set SO_REUSEADDR before bind, in the old server and in the new one",
     ]
 
 
@@ -152,7 +152,7 @@ def test_orphan_has_no_end_that_anybody_could_name() -> None:
     assert "without a process (orphan) is in FIN_WAIT1, 99 bytes unsent: 192.0.2.1:9 does not read" in answer.who
     assert answer.until.startswith("nobody can say when")
     todo = list(remedies(on(orphan), USER, answer))
-    assert todo == ["as root, at the price of what is unsent: ss -K state fin-wait-1 sport = :8000"]
+    assert todo == ["ss -K state fin-wait-1 sport = :8000  # as root; what is unsent is lost"]
     sent = replace(orphan, backlog=1, count=2)
     assert narrate(sent, on()).endswith("2 connections on 127.0.0.1:8000 without a process (orphan) are in FIN_WAIT1")
 

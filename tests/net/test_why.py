@@ -271,6 +271,32 @@ def test_unix_socket_of_another_network_is_not_called_a_leftover(tmp_path: Path)
         path.unlink()
 
 
+# -- where it is printed ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("closing", [">&-", ">&- 2>&-", "| true"])
+def test_verdict_outlives_its_reader(closing: str) -> None:
+    script = f'set -o pipefail; "$@" {closing}'
+    for args in (("why", "127.0.0.1:80"), ("why", "127.0.0.1:80", "--json"), ("why", "--explain", "TIME_WAIT")):
+        done = subprocess.run(
+            ["bash", "-c", script, "bash", *HOTPORT, *args], capture_output=True, timeout=DEADLINE_S, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, b""), args
+
+
+def test_page_at_a_terminal_is_coloured_unless_somebody_minds() -> None:
+    pages = []
+    for environment in ({}, {"NO_COLOR": "1"}, {"TERM": "dumb"}):
+        terminal, theirs = os.openpty()
+        command = [*HOTPORT, "why", "127.0.0.1:80"]
+        inherited = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+        subprocess.run(command, stdout=theirs, timeout=DEADLINE_S, check=True, env={**inherited, **environment})
+        pages.append(os.read(terminal, 65536).splitlines()[0])
+        os.close(theirs)
+        os.close(terminal)
+    assert pages == [b"tcp://127.0.0.1:80 is \x1b[32mfree\x1b[0m", *[b"tcp://127.0.0.1:80 is free"] * 2]
+
+
 # -- watching -------------------------------------------------------------------------------------------------------
 
 

@@ -223,7 +223,7 @@ def remedies(port: Port, asker: Asker, answer: Answer) -> Iterator[str]:
     """What to do about an answer that is not yes: the one that is most likely right first."""
     match answer.error:
         case "EACCES":
-            yield f"as root: sysctl -w net.ipv4.ip_unprivileged_port_start={port.number}"
+            yield f"sysctl -w net.ipv4.ip_unprivileged_port_start={port.number}  # as root"
             yield "give the program the capability: AmbientCapabilities=CAP_NET_BIND_SERVICE in its unit"
             return
         case "EINVAL" if port.local.plain.version == 4:
@@ -233,18 +233,18 @@ def remedies(port: Port, asker: Asker, answer: Answer) -> Iterator[str]:
             yield "ip -brief address"
             return
     if answer.can == Can.UNKNOWN:
-        yield f"hotport why {port.address} --probe, which binds for a moment"
+        yield f"hotport why {port.address} --probe  # binds for a moment"
     for old in answer.blockers[:1]:
         if old.is_outgoing or (old.state == State.ESTABLISHED and _may_be_outgoing(port)):
             yield f"keep the port from outgoing connections: sysctl -w net.ipv4.ip_local_reserved_ports={port.number}"
         if old.is_timed:
             yield f"wait {answer.ends_in_s or old.ends_in_s:.0f} s"
-            yield "set SO_REUSEADDR before bind, in the old server as well as in the new one"
+            yield "set SO_REUSEADDR before bind, in the old server and in the new one"
         elif old.holders:
             yield from dict.fromkeys(holder.ending for holder in old.holders)
         elif not old.is_held:
             state = _SS.get(old.state, "all")
-            yield f"as root, at the price of what is unsent: ss -K state {state} sport = :{port.number}"
+            yield f"ss -K state {state} sport = :{port.number}  # as root; what is unsent is lost"
         elif old.unit:
             yield f"systemctl status {old.unit}"
         else:
