@@ -175,7 +175,7 @@ def test_outgoing_connection_is_told_from_others_and_kept_away() -> None:
     )
     todo = list(remedies(on(client), USER, answer))
     assert todo == [
-        "keep the port from outgoing connections: sysctl -w net.ipv4.ip_local_reserved_ports=8000",
+        "sysctl -w net.ipv4.ip_local_reserved_ports=8000  # keeps it from outgoing connections",
         "kill 7",
     ]
     perhaps = replace(client, is_outgoing=False, count=2)

@@ -119,11 +119,10 @@ def _gap(port: Port, listeners: list[Sockets]) -> Iterator[str]:
                 "in a restart that closes the port, any user with SO_REUSEADDR can take it in the gap; a listener that "
                 f"is handed on (hotport restart) leaves none, and ports below {port.low_end} are not for every user"
             )
-        low, high = port.ephemeral
-        if low <= port.number <= high:
+        if port.ephemeral.gives(port.number):
             yield (
-                f"while nobody listens an outgoing connection can be given the port, which is one of {low} to {high}: "
-                f"sysctl -w net.ipv4.ip_local_reserved_ports={port.number}"
+                "while nobody listens an outgoing connection can be given the port, which is one of "
+                f"{port.ephemeral.low} to {port.ephemeral.high}: {port.ephemeral.keeping(port.number)}"
             )
 
 

@@ -110,12 +110,13 @@ def read_port(address: TcpAddress | UdpAddress, sockaddr: tuple[Any, ...], *, v6
     host = ip_address(str(sockaddr[0]).partition("%")[0])
     local = Local(host, v6only if host.version == 6 else False)
     number = int(sockaddr[1])
+    low_end = procfs.sysctl("net.ipv4.ip_unprivileged_port_start")
     scope = int(sockaddr[3]) if len(sockaddr) > 3 else 0
     unread = []
     alike, is_whole = _count(protocol, number)
     if not is_whole:
         unread.append(f"more than {SOCKETS_MAX:,} sockets are on the port; the rest was left out")
-    if is_tcp and not _shows_bound():
+    if is_tcp and procfs.kernel_version() < (6, 8):
         unread.append("a socket that is bound and does not listen is not shown by this kernel; Linux 6.8 does")
     inodes = [inode for group in alike for inode in group.inodes]
     holders, gap = procfs.holders(inodes, cpu_s=SEARCH_CPU_S)
@@ -127,7 +128,6 @@ def read_port(address: TcpAddress | UdpAddress, sockaddr: tuple[Any, ...], *, v6
     if is_tcp:
         sockets += _lingering(number)
         sockets = [_with_queue(old, number) for old in sockets]
-    low, _, high = procfs.sysctl("net.ipv4.ip_local_port_range").partition("\t")
     return Port(
         str(address),
         "tcp" if is_tcp else "udp",
@@ -135,8 +135,8 @@ def read_port(address: TcpAddress | UdpAddress, sockaddr: tuple[Any, ...], *, v6
         number,
         scope=scope,
         is_local=_is_local(local.plain, scope),
-        low_end=_number(procfs.sysctl("net.ipv4.ip_unprivileged_port_start"), 1024),
-        ephemeral=(_number(low, 32768), _number(high, 60999)),
+        low_end=int(low_end) if low_end.isdigit() else 1024,
+        ephemeral=procfs.ephemeral_ports(),
         sockets=tuple(sockets),
         overflows=procfs.queue_overflows().get("ListenOverflows", 0),
         unread=tuple(unread),
@@ -347,15 +347,6 @@ def is_foreign() -> bool:
     return False
 
 
-def _shows_bound() -> bool:
-    major, minor = (int(part) for part in os.uname().release.split(".")[:2])
-    return (major, minor) >= (6, 8)
-
-
 def _text(host: bytes, port: int) -> str:
     address: Host = ip_address(host)
     return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
-
-
-def _number(text: str, default: int) -> int:
-    return int(text) if text.strip().isdigit() else default

@@ -10,15 +10,19 @@ from contextlib import suppress
 from itertools import islice
 from typing import Final
 
+from hotport.model.port import Ephemeral
+
 __all__ = [
     "command",
     "control_group",
     "descriptor_use",
+    "ephemeral_ports",
     "generation",
     "has_capability",
     "has_routes",
     "has_timewaits",
     "holders",
+    "kernel_version",
     "owner",
     "queue_overflows",
     "sockets_of",
@@ -64,6 +68,20 @@ def sysctl(name: str) -> str:
     with suppress(OSError), open(f"/proc/sys/{name.replace('.', '/')}") as file:
         return file.read().strip()
     return "?"
+
+
+def ephemeral_ports() -> Ephemeral:
+    """The ports for outgoing connections; from 0 to 0 where they cannot be read."""
+    low, _, high = sysctl("net.ipv4.ip_local_port_range").partition("\t")
+    if not high:
+        return Ephemeral(0, 0)
+    return Ephemeral(int(low), int(high), sysctl("net.ipv4.ip_local_reserved_ports").removeprefix("?"))
+
+
+def kernel_version() -> tuple[int, int]:
+    """The first two numbers of the running kernel's. Sources: uname(2)."""
+    major, minor = os.uname().release.split(".")[:2]
+    return int(major), int(minor)
 
 
 def has_timewaits() -> bool:

@@ -236,7 +236,7 @@ def remedies(port: Port, asker: Asker, answer: Answer) -> Iterator[str]:
         yield f"hotport why {port.address} --probe  # binds for a moment"
     for old in answer.blockers[:1]:
         if old.is_outgoing or (old.state == State.ESTABLISHED and _may_be_outgoing(port)):
-            yield f"keep the port from outgoing connections: sysctl -w net.ipv4.ip_local_reserved_ports={port.number}"
+            yield f"{port.ephemeral.keeping(port.number)}  # keeps it from outgoing connections"
         if old.is_timed:
             yield f"wait {answer.ends_in_s or old.ends_in_s:.0f} s"
             yield "set SO_REUSEADDR before bind, in the old server and in the new one"
@@ -443,5 +443,4 @@ def _why_not_refused(port: Port) -> str:
 
 
 def _may_be_outgoing(port: Port) -> bool:
-    low, high = port.ephemeral
-    return low <= port.number <= high and not any(old.state == State.LISTEN for old in port.sockets)
+    return port.ephemeral.gives(port.number) and not any(old.state == State.LISTEN for old in port.sockets)
