@@ -291,8 +291,8 @@ def _denied(port: Port, asker: Asker) -> Answer | None:
         low = Answer(Can.NO, f"user {asker.user} may not: {because}", error="EACCES")
     if port.is_local is False:
         absent = Answer(Can.NO, f"no interface of this machine has the address {host}", error="EADDRNOTAVAIL")
-    if (because := _nonsense(port)) is not None:
-        invalid = Answer(Can.NO, because, error="EINVAL")
+    if (nonsense := _nonsense(port)) is not None:
+        invalid = Answer(Can.NO, nonsense, error="EINVAL")
     return (low or invalid or absent) if host.version == 6 else (absent or low)
 
 
