@@ -214,6 +214,18 @@ def test_low_port_is_refused_to_a_stranger_by_the_capability_and_not_by_the_list
     assert "ip_unprivileged_port_start" in text
 
 
+def test_root_of_a_user_namespace_alone_may_not_bind_low_ports() -> None:
+    unshare = need("unshare")
+    if subprocess.run([unshare, "-Ur", "true"], stderr=subprocess.DEVNULL, check=False).returncode:
+        pytest.skip("no user namespaces here")
+    bind = "import socket; socket.socket().bind(('127.0.0.1', 80))"
+    for networks, code in (("-Ur", 1), ("-Urn", 0)):
+        tried = subprocess.run(
+            [unshare, networks, sys.executable, "-c", bind], stderr=subprocess.DEVNULL, timeout=DEADLINE_S, check=False
+        )
+        assert (tried.returncode, why("127.0.0.1:80", prefix=(unshare, networks))[0]) == (code, code)
+
+
 # -- nothing is touched ---------------------------------------------------------------------------------------------
 
 

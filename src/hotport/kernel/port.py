@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 import stat
@@ -60,6 +61,7 @@ _GAPS: Final = {
     "": "some sockets are held by no process that is seen here: look outside of this container",
 }
 
+_NS_GET_USERNS: Final = 0xB701
 _GETFD: Final = 438  # pidfd_getfd, the same number on every architecture
 
 
@@ -87,7 +89,8 @@ class _Alike:
 def ourselves() -> Asker:
     """This process, as one that would bind."""
     uid = os.geteuid()
-    return Asker(uid, procfs.user_name(uid), procfs.has_capability(_CAP_NET_BIND_SERVICE))
+    may_bind_low = procfs.has_capability(_CAP_NET_BIND_SERVICE) and _owns_network()
+    return Asker(uid, procfs.user_name(uid), may_bind_low)
 
 
 def read_port(address: TcpAddress | UdpAddress, sockaddr: tuple[Any, ...], *, v6only: bool = True) -> Port:
@@ -335,6 +338,21 @@ def _is_local(host: Host, scope: int) -> bool:
     if host.is_multicast or sockdiag.is_local(host.packed, scope):
         return True
     return host.version == 4 and not procfs.has_routes()
+
+
+def _owns_network() -> bool:
+    """Whether our capabilities count in our network: not if it belongs to a user namespace above ours.
+
+    Sources: ioctl_ns(2) NS_GET_USERNS, EPERM; network_namespaces(7).
+    """
+    try:
+        with open("/proc/self/ns/net") as network:
+            os.close(fcntl.ioctl(network, _NS_GET_USERNS))
+    except PermissionError:
+        return False
+    except OSError:  # some sandboxes have no such files
+        pass
+    return True
 
 
 def is_foreign() -> bool:
