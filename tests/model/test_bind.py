@@ -88,7 +88,7 @@ def test_time_wait_refuses_for_so_many_seconds_whoever_sets_nothing() -> None:
     answer = judge(on(TIME_WAIT), USER, NONE)
     assert (answer.can, answer.ends_in_s) == (Can.NO, 42.0)
     assert answer.until == "by itself: the last one is gone in 42 s"
-    assert "gets no port on which anything is left" in answer.rule
+    assert "gets no port on which there is anything" in answer.rule
 
 
 def test_time_wait_depends_on_what_the_old_server_had_set() -> None:

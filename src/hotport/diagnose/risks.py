@@ -51,7 +51,7 @@ def _queues(port: Port, listeners: list[Sockets]) -> Iterator[str]:
                 f"{old.waited_s:.0f} s, and clients hang{leaked}"
             )
         if len(programs) > 1 and not _is_handed_on(old):
-            names = " and ".join(sorted(f"{holder}" for holder in old.holders)[:3])
+            names = " and ".join(sorted(map(str, old.holders))[:3])
             yield f"several programs hold one listener, {names}: it stays until the last one has closed it"
 
 

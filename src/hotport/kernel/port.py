@@ -20,7 +20,7 @@ from hotport.kernel import procfs, sockdiag
 from hotport.kernel.sockdiag import InetSocket
 from hotport.model.port import Asker, Host, Local, Options, Port, Process, Sockets, State, UnixName
 
-__all__ = ["Taken", "is_foreign", "options_of", "ourselves", "read_name", "read_port"]
+__all__ = ["Taken", "options_of", "ourselves", "read_name", "read_port"]
 
 _STATES: Final = {
     1: State.ESTABLISHED,
@@ -125,7 +125,7 @@ def read_port(address: TcpAddress | UdpAddress, sockaddr: tuple[Any, ...], *, v6
     holders, gap = procfs.holders(inodes, cpu_s=SEARCH_CPU_S)
     if any(inode not in holders for inode in inodes):
         unread.append(_GAPS[gap])
-    if is_foreign():
+    if _is_foreign():
         unread.append("this is a network of its own (a container?); ports of other networks are not seen here")
     sockets = [sockets for group in alike for sockets in _described(group, holders)]
     if is_tcp:
@@ -355,7 +355,7 @@ def _owns_network() -> bool:
     return True
 
 
-def is_foreign() -> bool:
+def _is_foreign() -> bool:
     """Whether this process is in another network namespace than pid 1; false where that may not be seen.
 
     Sources: network_namespaces(7); proc_pid_ns(5).

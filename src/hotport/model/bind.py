@@ -408,7 +408,7 @@ def _rule(old: Sockets, asker: Asker, new: Options) -> str:
             return "it has not set SO_REUSEPORT, and both must have"
         return "a listener shares its port only if both have set SO_REUSEPORT"
     if not new.reuse_address and not new.reuse_port:
-        return "a socket without SO_REUSEADDR and SO_REUSEPORT gets no port on which anything is left"
+        return "a socket without SO_REUSEADDR and SO_REUSEPORT gets no port on which there is anything"
     either = str(new).replace(" and ", " or ")
     if old.options is None:
         return f"the server that left it had not set {either}, and both must have"
