@@ -283,6 +283,19 @@ def test_unix_socket_of_another_network_is_not_called_a_leftover(tmp_path: Path)
         path.unlink()
 
 
+def test_stranger_who_may_not_ask_for_a_socket_is_told_so() -> None:
+    need("setpriv")
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        path = Path(directory, "a.sock")
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+        path.chmod(0o755)
+        found = [facts(f"unix:{path}", prefix=prefix)[1]["facts"] for prefix in ((), AS_STRANGER)]
+    assert [one["is_held"] for one in found] == [False, False]
+    assert [len(one["unread"]) for one in found] == [0, 1]
+
+
 # -- where it is printed ---------------------------------------------------------------------------------------------
 
 

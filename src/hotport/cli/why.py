@@ -133,7 +133,7 @@ def _show(diagnosis: Diagnosis, *, as_json: bool) -> None:
 
 
 def _say(text: str) -> None:
-    """As `hotport.cli.output.write`, sooner: rich takes longer to load than the whole answer takes."""
+    """As `hotport.cli.output.write`, without rich, which takes a third of the whole time to load."""
     try:
         click.echo(text)
     except BrokenPipeError:  # the exit code tells all the same

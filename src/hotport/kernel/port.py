@@ -176,31 +176,35 @@ def read_name(address: UnixAddress) -> UnixName:
     held, gap = procfs.holders([row.inode for row in rows], cpu_s=SEARCH_CPU_S)
     listening = [row for row in rows if row.state == 10]
     first = next(iter(listening or rows), None)
-    is_hidden = found == "socket" and not rows and _is_answered(path)
+    is_hidden = _is_answered(path) if found == "socket" and not rows else False
+    if is_hidden is not False:
+        gap = "" if is_hidden else "forbidden"
     return UnixName(
         str(address),
         path,
         found,
         holders=_processes([row.inode for row in rows], held),
         user=procfs.user_name(first.uid) if first and first.uid is not None else "",
-        is_held=bool(rows) or is_hidden,
+        is_held=bool(rows or is_hidden),
         is_listening=bool(listening),
         queue=first.rqueue if first else 0,
         backlog=first.wqueue if first else 0,
         obstacle=obstacle,
-        unread=() if len(held) == len(rows) and not is_hidden else (_GAPS["" if is_hidden else gap],),
+        unread=() if len(held) == len(rows) and is_hidden is False else (_GAPS[gap],),
     )
 
 
-def _is_answered(path: str) -> bool:
+def _is_answered(path: str) -> bool | None:
     """Whether a socket file has a socket, maybe in another network namespace: of those there is no list.
 
-    Nobody is connected: to a datagram socket a connect says nothing, and of other sockets it is refused as such.
+    Nobody is connected: to a datagram socket a connect says nothing, and of other sockets it is refused as such. None
+    where we may not ask.
 
     Sources: connect(2) ECONNREFUSED, EPROTOTYPE; kernel ``net/unix/af_unix.c`` unix_find_bsd.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as asking:
-        return asking.connect_ex(path) not in {errno.ECONNREFUSED, errno.ENOENT}
+        error = asking.connect_ex(path)
+    return None if error == errno.EACCES else error not in {errno.ECONNREFUSED, errno.ENOENT}
 
 
 def options_of(pid: int, fd: int) -> Taken | None:
