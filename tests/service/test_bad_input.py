@@ -450,9 +450,8 @@ def test_many_silent_clients_do_not_keep_others_waiting_for_ever(line_app: Path)
 def test_garbage_on_a_workers_control_socket(line_app: Path, kind: str) -> None:
     with Service(line_app, "app:app").wait_ready() as service, Hammer(service.port, clients=1) as hammer:
         talk(service.runtime / "worker-1.1.sock", GARBAGE[kind])
-        (worker,) = service.status()["workers"]
-        assert worker["rss_bytes"] > 0  # the supervisor's own connection to it still works
-        assert worker["connections"] is not None
+        # The supervisor's own connection to it still works. A busy worker is shown without figures.
+        eventually(lambda: service.status()["workers"][0]["connections"] is not None, "it says how it is")
         hammer.wait_answers()
         assert service.restart()["outcome"] == "done"
         hammer.wait_answers()

@@ -173,7 +173,7 @@ def test_late_end_of_an_aborted_restart_leaves_the_options_of_a_later_one(tmp_pa
     write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
     options.write_text("kill_timeout = '1h'\nready_timeout = '60s'\nworkers = 1\n")
     with Service(tmp_path, "app:app").wait_ready() as service:
-        options.write_text("kill_timeout = '1h'\nready_timeout = '500ms'\nworkers = 1\n")
+        options.write_text("kill_timeout = '1h'\nready_timeout = '3s'\nworkers = 1\n")
         write_code(tmp_path / "app.py", STUBBORN + Gate.LINE + "raise SystemExit(1)\n")
         with service.start("restart") as first:
             eventually(lambda: bool(service.log_events("restart.aborted")), "it is aborted")

@@ -259,6 +259,8 @@ def test_connections_that_send_only_after_the_restart_are_answered(service: Serv
     speaker.start()
     report = service.restart()
     speaker.join(DEADLINE_S)
+    for each in early + halves:
+        each.close()
     assert len(answers) == 350
     assert {status for status, _ in answers} == {200}
     assert {body for _, body in answers} <= {b"v0", b"v1"}

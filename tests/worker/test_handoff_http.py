@@ -451,10 +451,11 @@ async def test_over_tls_the_last_answer_comes_at_a_random_moment_of_the_drain(
         await until(lambda: sum(each._is_draining for each in old.connections.open) == 1)  # type: ignore[attr-defined]
         assert all(each.why_here() == "idle, TLS" for each in old.connections.open)
         assert [await ask(0), await ask(1)] == [False, True]
+        assert [await ask(0), await ask(0)] == [False, False]
         for _, writer in clients:
             writer.close()
-        assert (await leaving).total() == 2
-        assert old.connections.fates["told_to_close"] == 1
+        assert await leaving == {"told_to_close": 1, "finished": 1}
+        assert new.connections.adopted == 0
         for _, writer in clients:
             with contextlib.suppress(OSError):
                 await writer.wait_closed()

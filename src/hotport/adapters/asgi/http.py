@@ -262,11 +262,10 @@ class HttpConnection(asyncio.Protocol):
         not all clients shake hands at once.
         """
         if self._is_attached and self.is_tls:
-            if self._handoff is None and not self._is_draining:
-                self._handoff = Handoff(ready)
-                self.shared.loop.call_later(
-                    random.random() * SPREAD * self.shared.registry.draining.remaining_s(), self.drain
-                )
+            self._handoff = None  # there may be one from before anybody knew that it speaks TLS
+            if not self._is_draining:
+                delay_s = random.random() * SPREAD * self.shared.registry.draining.remaining_s()
+                self.shared.loop.call_later(delay_s, self.drain)
             return True
         self._is_draining = False
         if self._handoff is None:
