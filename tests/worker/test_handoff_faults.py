@@ -323,7 +323,7 @@ async def test_connection_for_which_one_successor_has_lost_its_room_goes_to_anot
 async def test_connections_under_way_count_when_the_next_one_is_assigned(tmp_path: Path) -> None:
     """The room of a successor was known from its last answer only, and so was given away twice."""
     app = App()
-    async with facing(tmp_path, app) as (old, successor, client):
+    async with facing(tmp_path, app) as (old, successor, _):
         task = start_leaving(old, successor.path)
         await successor.welcome(room=1)
         _, descriptors = await successor.batch()
