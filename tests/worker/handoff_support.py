@@ -13,7 +13,9 @@ from typing import Any
 
 from hotport.adapters.base import Connections, Context
 from hotport.options import Options
-from hotport.wire.messages import Hello, OfferOrder
+from hotport.wire.envelope import ENVELOPE_VERSION, Envelope, Frame, decode_batch
+from hotport.wire.frames import encode_frame
+from hotport.wire.messages import Hello, OfferOrder, Welcome, encode
 from hotport.worker.handoff import Channel
 from hotport.worker.server import ConnectionServer, make_server
 from hotport.worker.worker import _Peer
@@ -113,6 +115,34 @@ class Service:
         sock.setblocking(False)
         await asyncio.get_running_loop().sock_connect(sock, self.address)
         return sock
+
+
+class Successor:
+    """A worker that misbehaves: it welcomes, and what it does then is the test's."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path / "successor.sock")
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.setblocking(False)
+        self._listener.bind(self.path)
+        self._listener.listen()
+        self.channel: Channel
+        self.sock: socket.socket
+
+    async def welcome(self, *, room: int = 100, connections: int = 0) -> None:
+        self.sock, _ = await asyncio.get_running_loop().sock_accept(self._listener)
+        self.channel = Channel(self.sock)
+        await self.channel._receive(len(encode_frame(encode(OfferOrder(version=ENVELOPE_VERSION)))))
+        await self.channel.send(encode_frame(encode(Welcome(room=room, connections=connections))))
+
+    async def batch(self) -> tuple[list[Envelope], list[int]]:
+        kind, payload, descriptors = await self.channel.receive_frame()
+        assert kind is Frame.BATCH
+        return [each for each in decode_batch(payload) if each is not None], descriptors
+
+    def close(self) -> None:
+        self._listener.close()
+        os.unlink(self.path)
 
 
 @contextlib.asynccontextmanager

@@ -21,38 +21,10 @@ from hotport.wire.messages import OfferOrder, Welcome, encode
 from hotport.worker import handoff
 from hotport.worker.handoff import Channel
 from tests.adapters.asgi_support import Client, until
-from tests.worker.handoff_support import DEADLINE_S, Generation, service
+from tests.worker.handoff_support import DEADLINE_S, Generation, Successor, service
 from tests.worker.test_handoff_http import App, get, only
 
 pytestmark = pytest.mark.anyio
-
-
-class Successor:
-    """A worker that misbehaves: it welcomes, and what it does then is the test's."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path / "successor.sock")
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.setblocking(False)
-        self._listener.bind(self.path)
-        self._listener.listen()
-        self.channel: Channel
-        self.sock: socket.socket
-
-    async def welcome(self, *, room: int = 100, connections: int = 0) -> None:
-        self.sock, _ = await asyncio.get_running_loop().sock_accept(self._listener)
-        self.channel = Channel(self.sock)
-        await self.channel._receive(len(encode_message_frame(encode(OfferOrder(version=ENVELOPE_VERSION)))))
-        await self.channel.send(encode_message_frame(encode(Welcome(room=room, connections=connections))))
-
-    async def batch(self) -> tuple[list[Envelope], list[int]]:
-        kind, payload, descriptors = await self.channel.receive_frame()
-        assert kind is Frame.BATCH
-        return [each for each in decode_batch(payload) if each is not None], descriptors
-
-    def close(self) -> None:
-        self._listener.close()
-        os.unlink(self.path)
 
 
 @contextlib.asynccontextmanager

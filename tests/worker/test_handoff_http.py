@@ -7,12 +7,14 @@ import contextlib
 import itertools
 import os
 import socket
+import ssl
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 import uvloop
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -529,3 +531,42 @@ async def test_requests_that_are_parked_behind_a_last_answer_are_not_begun(tmp_p
         client.close()
         assert await leaving == {"finished": 1}
         assert [path for _, path, _ in app.requests] == ["/a"]
+
+
+async def test_over_tls_the_last_answer_comes_at_a_random_moment_of_the_drain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not all clients shake hands again at once; and a request at any moment is answered."""
+    authority = trustme.CA()
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "cert.pem"))
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    moments = iter([1.0, 0.0])
+    monkeypatch.setattr("hotport.adapters.asgi.http.random.random", lambda: next(moments))
+    app = App()
+    async with service(tmp_path) as port:
+        old = await port.start(app, tls_cert=(str(tmp_path / "cert.pem"),))
+        await old.server.accept()
+        clients = [await asyncio.open_connection(*port.address, ssl=context, server_hostname="localhost") for _ in "ab"]
+
+        async def ask(number: int) -> bool:
+            reader, writer = clients[number]
+            writer.write(get("/a"))
+            async with asyncio.timeout(DEADLINE_S):
+                head = await reader.readuntil(b"\r\n\r\n")
+                assert await reader.readexactly(5) == b"1 /a "
+            return b"connection: close" in head
+
+        assert [await ask(0), await ask(1)] == [False, False]
+        new = await port.start(app, tls_cert=(str(tmp_path / "cert.pem"),))
+        leaving = asyncio.ensure_future(old.leave(new))
+        await until(lambda: sum(each._is_draining for each in old.connections.open) == 1)  # type: ignore[attr-defined]
+        assert all(each.why_here() == "idle, TLS" for each in old.connections.open)
+        assert [await ask(0), await ask(1)] == [False, True]
+        for _, writer in clients:
+            writer.close()
+        assert (await leaving).total() == 2
+        assert old.connections.fates["told_to_close"] == 1
+        for _, writer in clients:
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from websockets.uri import parse_uri
 from hotport.adapters.asgi.websocket import WebSocketConnection
 from hotport.observe import logs
 from tests.adapters.asgi_support import until
-from tests.worker.handoff_support import DEADLINE_S, Generation, Service, service
+from tests.worker.handoff_support import DEADLINE_S, Generation, Service, Successor, service
 
 pytestmark = pytest.mark.anyio
 
@@ -456,3 +457,25 @@ async def test_websocket_that_stays_keeps_waiting_for_a_client_that_reads_slowly
             await asyncio.sleep(0)
         connection.drain()
         assert connection.writable is not None
+
+
+async def test_websocket_that_nobody_takes_is_in_service_here_and_closed_at_its_random_moment(tmp_path: Path) -> None:
+    """Going on it says that it is ready, and is told that nobody takes it: once, not again and again."""
+    app = Echo()
+    async with opened(tmp_path, app, handoff="websocket") as (_, old, client):
+        await until(lambda: only(old)._session.is_receiving)
+        successor = Successor(tmp_path)
+        task = asyncio.ensure_future(old.server.drain(DEADLINE_S, successors=[successor.path]))
+        await successor.welcome()
+        _, descriptors = await successor.batch()
+        for fd in descriptors:
+            os.close(fd)
+        successor.channel.close()
+        await until(lambda: only(old)._drain_timer is not None)
+        await client.send("here")
+        assert await client.receive() == "1 1 here"
+        only(old)._tell_to_close()
+        assert await client.closed() == 1012
+        client.sock.close()
+        assert await task == {"told_to_close": 1}
+        successor.close()

@@ -26,7 +26,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from hotport.adapters.base import Adapter, Connection, Connections, NotAdopted
+from hotport.adapters.base import Adapter, Connection, Connections, NotAdopted, Offer
 from hotport.errors import ControlError
 from hotport.kernel.scm import DESCRIPTORS_MAX, receive_descriptors, send_descriptors
 from hotport.observe.logs import get_logger
@@ -49,10 +49,10 @@ from hotport.worker.acceptor import PlainSocket, attach
 __all__ = ["Channel", "Mover", "take_connections"]
 
 #: From an offer to its acknowledgement. Clients wait that long if the worker that should take them hangs.
-ACK_TIMEOUT_S: Final = 1.0
+ACK_TIMEOUT_S: Final = 2.0
 
-#: From calling a successor to its welcome.
-WELCOME_TIMEOUT_S: Final = 1.0
+#: From calling a successor to its welcome; connections are served meanwhile.
+WELCOME_TIMEOUT_S: Final = 5.0
 
 #: How much of a frame is read at once.
 PIECE_BYTES: Final = 256 * 1024
@@ -212,7 +212,10 @@ class Mover:
                     self._connections.lead(self._ready if self._successors else None)
 
     async def close(self) -> None:
-        """Move nothing any more; return when what was under way has arrived, or has been taken back."""
+        """Move nothing any more; return when what was under way has arrived, or has been taken back.
+
+        That is bounded by the timeouts of a batch; a task that is stuck all the same is not waited for any longer.
+        """
         self._is_closed = True
         tasks = []
         for successor in list(self._successors.values()):
@@ -220,7 +223,9 @@ class Mover:
             if successor.task is not None:
                 tasks.append(successor.task)
         if tasks:
-            await asyncio.wait(tasks)
+            _, stuck = await asyncio.wait(tasks, timeout=3 * ACK_TIMEOUT_S)
+            for task in stuck:
+                task.cancel()
 
     async def _call(self, path: str) -> _Successor | None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -271,6 +276,8 @@ class Mover:
         except (OSError, EOFError, ControlError) as error:
             why = str(error) or type(error).__name__
             self._log.warning("handoff.broken", successor=os.path.basename(successor.path), why=why)
+        except Exception:  # a bug of ours must not leave connections standing still
+            self._log.exception("handoff.failed", successor=os.path.basename(successor.path))
         self._release(successor)
         successor.channel.close()
         self._release_successor(successor)
@@ -289,7 +296,7 @@ class Mover:
         while successor.waiting and len(batch) < DESCRIPTORS_MAX and size < BATCH_BYTES_MAX:
             connection = successor.waiting.popleft()
             self._waiting.discard(connection)
-            if connection not in self._connections.open or (offer := connection.offer()) is None:
+            if connection not in self._connections.open or (offer := self._offer(connection)) is None:
                 continue
             try:
                 envelope = pack(offer.envelope)
@@ -303,6 +310,14 @@ class Mover:
             successor.room -= 1
             successor.connections += 1
         return batch
+
+    def _offer(self, connection: Connection) -> Offer | None:
+        try:
+            return connection.offer()
+        except Exception:
+            self._log.exception("handoff.offer_failed")
+            connection.drain()  # the others of the batch can still move
+            return None
 
     async def _move(self, successor: _Successor, batch: list[_Packed]) -> None:
         channel = successor.channel

@@ -297,15 +297,19 @@ class HttpConnection(asyncio.Protocol):
         )
 
     def keep(self) -> None:
-        handoff = self._handoff
-        if handoff is None or self.is_closed or not self._is_attached:
+        if self._handoff is not None:
+            self._go_on_from(self._handoff)
+
+    def _go_on_from(self, handoff: Handoff) -> None:
+        if self.is_closed or not self._is_attached:
             return
         handoff.is_wanted = False
         if handoff.is_offered:
             handoff.is_offered = False
             self._wait(self.shared.head_ticks if self._head else self.shared.keep_alive_ticks)
         if handoff.is_parking:
-            self._unpark()
+            self._is_deaf = handoff.is_parking = False
+            self._parse_parked()
         self.transport.set_write_buffer_limits()
         self.resume_reading_if_room()
 
@@ -319,10 +323,9 @@ class HttpConnection(asyncio.Protocol):
         return f"{self.state.value}, slow to read" if self._is_at_safe_point else self.state.value
 
     def _end_handoff(self) -> None:
-        handoff = self._handoff
+        handoff, self._handoff = self._handoff, None  # first: what goes on says that it is ready, while there is one
         if handoff is not None:
-            self.keep()
-            self._handoff = None
+            self._go_on_from(handoff)
 
     def _come_to_rest(self) -> bool:
         """At a safe point while the worker leaves; True if it is held there, because it was asked for before."""
@@ -339,9 +342,8 @@ class HttpConnection(asyncio.Protocol):
         if not self._is_deaf:
             self._is_deaf = self._handoff.is_parking = True
 
-    def _unpark(self) -> None:
-        assert self._handoff is not None
-        self._is_deaf = self._handoff.is_parking = False
+    def _parse_parked(self) -> None:
+        """Parse what was kept as it was, after all."""
         parked, self._head = self._head, b""
         self._parser, self._url, self._headers = None, b"", []
         if parked:

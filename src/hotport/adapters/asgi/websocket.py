@@ -473,8 +473,11 @@ class WebSocketConnection(asyncio.Protocol):
         return Offer(fd, Envelope(peer, own, self._is_proxied, b"", state))
 
     def keep(self) -> None:
-        handoff = self.handoff
-        if handoff is None or self._is_closed:
+        if self.handoff is not None:
+            self._go_on_from(self.handoff)
+
+    def _go_on_from(self, handoff: Handoff) -> None:
+        if self._is_closed:
             return
         if handoff.is_offered:
             self._wait(_Wait.PING, self._common.ping_ticks)
@@ -506,9 +509,9 @@ class WebSocketConnection(asyncio.Protocol):
         return "open, its application is busy" if self.is_between_frames else "open, half a message"
 
     def _end_handoff(self) -> None:
-        if self.handoff is not None:
-            self.keep()
-            self.handoff = None
+        handoff, self.handoff = self.handoff, None  # first: what goes on says that it is ready, while there is one
+        if handoff is not None:
+            self._go_on_from(handoff)
 
     @property
     def _is_tls(self) -> bool:
