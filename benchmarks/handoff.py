@@ -186,10 +186,9 @@ def moving(options: Any) -> tuple[dict[str, Samples], list[Goal]]:
     goals = []
     for count in options.counts:
         with ExitStack() as stack:
-            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hotport-bench-")))
-            service = stack.enter_context(_service(directory))
+            service = stack.enter_context(_service())
             asked = stack.enter_context(_held(service.port, count))
-            floor = stack.enter_context(_floor(directory, count))
+            floor = stack.enter_context(_floor(service.directory, count))
             asked()
             found: dict[str, Samples] = {}
             for number in range(options.rounds + 1):
@@ -217,11 +216,12 @@ def moving(options: Any) -> tuple[dict[str, Samples], list[Goal]]:
 
 
 @contextmanager
-def _service(directory: Path) -> Iterator[Service]:
-    (directory / "app.py").write_text(APPLICATION)
+def _service() -> Iterator[Service]:
     quiet = ("--log-level", "warning", "--settle", "0", "--keep-alive", "1h", "--head-timeout", "0")
-    with hotport(directory, "moving", "app:hello", *quiet) as service:
-        yield service
+    with tempfile.TemporaryDirectory(prefix="hotport-bench-") as directory:
+        Path(directory, "app.py").write_text(APPLICATION)
+        with hotport(Path(directory), "moving", "app:hello", *quiet) as service:
+            yield service
 
 
 @contextmanager
@@ -269,8 +269,7 @@ def waiting(options: Any) -> tuple[dict[str, Samples], list[Goal]]:
     goals = []
     for count in options.counts:
         with ExitStack() as stack:
-            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hotport-bench-")))
-            service = stack.enter_context(_service(directory))
+            service = stack.enter_context(_service())
             asked = stack.enter_context(_held(service.port, count))
             asked()
             load = stack.enter_context(client("kept", port=service.port, connections=CONNECTIONS, rate=options.rate))

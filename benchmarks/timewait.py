@@ -107,16 +107,8 @@ def busy(entries: int, rounds: int) -> dict[str, list[float]]:
     fill(listener, entries)
     found: dict[str, list[float]] = {"connections/s": [], "connect median us": [], "connect p99 us": []}
     for _ in range(rounds):
-        took = []
         began = time.perf_counter()
-        for _ in range(CONNECTIONS):
-            with socket.socket() as client:
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-                connecting = time.perf_counter()
-                client.connect(("127.0.0.1", port))
-                took.append((time.perf_counter() - connecting) * 1e6)
-                accepted = listener.accept()[0]
-            accepted.close()
+        took = [connect_us(listener) for _ in range(CONNECTIONS)]
         found["connections/s"].append(round(CONNECTIONS / (time.perf_counter() - began)))
         found["connect median us"].append(round(statistics.median(took), 1))
         found["connect p99 us"].append(round(statistics.quantiles(took, n=100)[98], 1))
@@ -124,6 +116,19 @@ def busy(entries: int, rounds: int) -> dict[str, list[float]]:
     for name, (option, address) in BINDS.items():
         found[f"bind us: {name}"] = [_bind_us(port, option, address) for _ in range(rounds)]
     return found
+
+
+def connect_us(listener: socket.socket) -> float:
+    """Of one new connection, which is reset when it is accepted."""
+    address = listener.getsockname()
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        began = time.perf_counter()
+        client.connect(address)
+        took = time.perf_counter() - began
+        accepted = listener.accept()[0]
+    accepted.close()
+    return took * 1e6
 
 
 def shared(entries: int, rounds: int) -> list[float]:

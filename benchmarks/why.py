@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.common import Goal, Samples, arguments, pinned, save, show
 from benchmarks.generation import bound
 from benchmarks.netns import fill, is_permitted, isolated, timewaits
-from benchmarks.timewait import RESET
+from benchmarks.timewait import connect_us
 
 PORT: Final = 9_900
 HELD_BY_ONE: Final = 9_000  # of connections; each is two descriptors, and a process may have 20,000 here
@@ -201,17 +201,9 @@ def asking_all_the_time() -> Iterator[None]:
 
 
 def connect_p99_us(listener: socket.socket) -> float:
-    """Of new connections, one after the other, each of them reset."""
-    took = []
+    """Of new connections, one after the other."""
     with pinned(1):
-        for _ in range(CONNECTS):
-            with socket.socket() as client:
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-                began = time.perf_counter()
-                client.connect(("127.0.0.1", PORT))
-                took.append((time.perf_counter() - began) * 1e6)
-                accepted = listener.accept()[0]
-            accepted.close()
+        took = [connect_us(listener) for _ in range(CONNECTS)]
     return round(statistics.quantiles(took, n=100)[98], 1)
 
 

@@ -72,7 +72,7 @@ def test_probe_tells_what_the_old_server_had_set(options: tuple[int, ...], expec
     found = diagnose(address, ourselves(), probe=True)
     assert {name: answer.can.value for name, answer in found.answers.items()} == expected
     assert found.is_probed
-    assert "the kernel has just taken it" in {answer.rule for answer in found.answers.values()} or not options
+    assert "a bind has just worked" in {answer.rule for answer in found.answers.values()} or not options
     refused = found.answers["none"]
     assert (refused.error, refused.ends_in_s is not None) == ("EADDRINUSE", True)
 
@@ -88,7 +88,9 @@ def test_probe_of_an_ipv6_address_leaves_ipv4_alone(stack: ExitStack) -> None:
     if not socket.has_dualstack_ipv6():
         pytest.skip("no IPv6 here")
     port = stack.enter_context(socket.create_server(("0.0.0.0", 0))).getsockname()[1]
-    assert diagnose(TcpAddress("::", port), ourselves(), probe=True).free == Can.YES
+    found = diagnose(TcpAddress("::", port), ourselves(), probe=True)
+    assert found.free == Can.YES
+    assert "for one that takes IPv4 as well (dual stack) it is no: pid" in found.risks[0]
 
 
 def test_unix_socket_in_every_condition(stack: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

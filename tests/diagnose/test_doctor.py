@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from hotport.diagnose import doctor
 from hotport.diagnose.doctor import (
     Listener,
     Machine,
@@ -19,6 +18,7 @@ from hotport.diagnose.doctor import (
     read_machine,
     read_service,
 )
+from hotport.model.port import Ephemeral
 from hotport.options import Options
 from hotport.wire.messages import Status, WorkerStatus
 from tests.support import HOTPORT, LINE_APP, Service, write_code
@@ -33,8 +33,7 @@ SOUND = Machine(
     somaxconn=4096,
     aborts_on_overflow=False,
     low_end=1024,
-    ephemeral=(32768, 60999),
-    reserved="40000,50000-50010",
+    ephemeral=Ephemeral(32768, 60999, "40000,50000-50010"),
     overflows=0,
 )
 LISTENER = Listener("tcp://127.0.0.1:8000", nodelay=True, strangers=(), joiners=(), is_shared=False, migrates=False)
@@ -194,10 +193,3 @@ def test_machine_is_examined_where_no_service_runs(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "below the backlog of 1000000" in done.stdout
     assert "no service runs here" in done.stderr
-
-
-def test_ranges_of_reserved_ports_are_understood() -> None:
-    assert doctor._is_reserved(8080, "8080,9148-9150")
-    assert doctor._is_reserved(9149, "8080,9148-9150")
-    assert not doctor._is_reserved(9151, "8080,9148-9150")
-    assert not doctor._is_reserved(8080, "?")

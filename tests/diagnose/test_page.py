@@ -47,8 +47,9 @@ def test_busy_port_is_a_page_from_the_answer_to_the_details() -> None:
     assert "pid 3 (nginx, user www); 2 more; queue 3 of 128" in " ".join(found.split())
     assert any("1,234  127.0.0.1" in line and "the last one ends in 42 s; peers 10.0.0.9:5" in line for line in lines)
     assert any("user eve, web.service, pid not permitted" in line for line in lines)
-    assert "LISTEN 1 (3 to be accepted) -> ESTABLISHED 0 -+- closed here first" in found
-    assert "TIME_WAIT 1,234 -> gone" in found
+    assert "  LISTEN 1 (3 to be accepted) -> ESTABLISHED 0 -+" in lines
+    assert "   +- closed here first -> FIN_WAIT1 0 -> FIN_WAIT2 0 -> TIME_WAIT 1,234 -> gone" in lines
+    assert "   +- by the peer first -> CLOSE_WAIT 1 -> LAST_ACK 0 -> gone" in lines
     assert lines[-5:] == ["risks", "  - fire", "", "not read", "  - half of it"]
 
 
@@ -57,6 +58,14 @@ def test_lines_are_folded_and_many_rows_are_cut() -> None:
     found = page(diagnosed(*bound), columns=70)
     assert max(map(len, found.splitlines()[:20])) <= 120
     assert "and 10 more such lines" in found
+
+
+def test_page_fits_the_usual_terminal_and_what_is_to_be_pasted_is_in_one_piece() -> None:
+    left = Sockets(State.TIME_WAIT, HERE, count=1234, is_held=False, is_timed=True, ends_in_s=42, peers=("10.0.0.9:5",))
+    lines = page(diagnosed(left), columns=80).splitlines()
+    assert max(map(len, lines)) <= 80
+    todo = diagnosed(left).remedies
+    assert f"  try      {todo[0]}" in page(diagnosed(left), columns=30).splitlines()
 
 
 def test_verdicts_are_painted() -> None:

@@ -52,6 +52,18 @@ def test_listener_that_several_programs_hold_stays_until_the_last_one_ends() -> 
     assert "leaked" not in waiting[0]
 
 
+def test_listener_that_hotport_hands_on_has_several_holders_and_no_gap() -> None:
+    supervisor, worker = (
+        Process(9, "python -m hotport serve app:app", "www"),
+        Process(10, "-m hotport.worker app/1.1", ""),
+    )
+    ours = replace(LISTEN, holders=(supervisor, worker), options=A)
+    assert risks(ours, number=40_000) == ()
+    leaked = risks(replace(ours, holders=(supervisor, worker, SLEEP)))
+    assert "pid 8 (sleep 1000, user www) and pid 9" in leaked[0]
+    assert "take it in the gap" in leaked[1]
+
+
 def test_sleeper_is_shown_that_netstat_hides() -> None:
     found = only(Sockets(State.BOUND, HERE, uid=1000, options=A, user="eve", holders=()))
     assert found.startswith("a sleeper: a process of user eve that we may not look at is bound to 127.0.0.1:8000")

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -134,3 +135,12 @@ def test_options_of_what_is_gone_or_no_socket_are_none() -> None:
 def test_address_of_another_machine_is_not_local() -> None:
     assert read(1, "192.0.2.1").is_local is False
     assert read(1, "224.0.0.1").is_local is True
+
+
+def test_sandbox_without_namespace_files_takes_capabilities_at_their_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hotport.kernel.procfs.has_capability", lambda _: True)
+    monkeypatch.setattr("fcntl.ioctl", lambda *_: os.dup(0))
+    assert ourselves().may_bind_low
+    for error, may in ((OSError(25, ""), True), (PermissionError(1, ""), False)):
+        monkeypatch.setattr("fcntl.ioctl", Mock(side_effect=error))
+        assert ourselves().may_bind_low is may

@@ -127,8 +127,10 @@ def test_capabilities_of_root_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         ("/system.slice/web.service/payload", "web.service"),
         ("/user.slice/user-1000.slice/session-3.scope", "session-3.scope"),
         (f"/docker/{'0a' * 32}", "0a" * 32),
+        ("/user.slice/\x1b[2Ja.service", "[2Ja.service"),
         ("/", ""),
     ],
+    ids=["service", "below", "session", "container", "escape", "root"],
 )
 def test_unit_is_the_innermost_name_that_a_person_knows(path: str, unit: str) -> None:
     assert procfs._unit(path) == unit
@@ -172,17 +174,26 @@ def test_command_is_short_and_never_fails() -> None:
     os.waitpid(pid, 0)
 
 
-def test_long_command_is_cut() -> None:
+@pytest.mark.parametrize(
+    ("name", "argument", "told"),
+    [
+        ("/usr/bin/cat", "x", "/usr/bin/cat - x"),
+        ("/usr/bin/cat", "x" * 500, f"cat - {'x' * 51}..."),
+        ("cat", "\x1b[2J\nHP101 \x07 \u202e", "cat - [2J HP101"),
+    ],
+    ids=["short", "long", "escapes"],
+)
+def test_command_is_cut_and_does_nothing_to_a_terminal(name: str, argument: str, told: str) -> None:
     stdin, ours = socket.socketpair()
     with stdin, ours:
         pid = os.posix_spawn(
             "/bin/cat",
-            ["cat", "-", "x" * 500],
+            [name, "-", argument],
             os.environ,
             file_actions=[(os.POSIX_SPAWN_DUP2, stdin.fileno(), fd) for fd in (0, 1)],
         )
         ours.send(b"running?")  # posix_spawn returns before the kernel has replaced the command line
         assert ours.recv(100) == b"running?"
-        assert command(pid) == f"cat - {'x' * 51}..."
+        assert command(pid) == told
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

@@ -75,7 +75,7 @@ def test_listener_that_cannot_be_looked_at_is_unknown_to_reuseport_and_certain_t
     assert "sudo hotport why tcp://127.0.0.1:8000" in answer.rule
     todo = list(remedies(port, USER, answer))
     assert todo == [
-        "hotport why tcp://127.0.0.1:8000 --probe, which binds for a moment",
+        "hotport why tcp://127.0.0.1:8000 --probe  # binds for a moment",
         "systemctl status web.service",
     ]
     nameless = on(replace(LISTEN, options=None, holders=(), user=""))
@@ -88,7 +88,7 @@ def test_time_wait_refuses_for_so_many_seconds_whoever_sets_nothing() -> None:
     answer = judge(on(TIME_WAIT), USER, NONE)
     assert (answer.can, answer.ends_in_s) == (Can.NO, 42.0)
     assert answer.until == "by itself: the last one is gone in 42 s"
-    assert "gets no port on which anything is left" in answer.rule
+    assert "gets no port on which there is anything" in answer.rule
 
 
 def test_time_wait_depends_on_what_the_old_server_had_set() -> None:
@@ -99,7 +99,7 @@ def test_time_wait_depends_on_what_the_old_server_had_set() -> None:
     assert "yes if the server that left it had set SO_REUSEADDR or SO_REUSEPORT, too" in answer.rule
     assert list(remedies(port, USER, answer))[1:] == [
         "wait 42 s",
-        "set SO_REUSEADDR before bind, in the old server as well as in the new one",
+        "set SO_REUSEADDR before bind, in the old server and in the new one",
     ]
 
 
@@ -142,7 +142,7 @@ def test_socket_that_stays_longest_is_blamed_first() -> None:
     answer = judge(on(TIME_WAIT, orphan, leak), USER, NONE)
     assert [old.state for old in answer.blockers] == [State.CLOSE_WAIT, State.LAST_ACK, State.TIME_WAIT]
     assert answer.ends_in_s is None
-    assert answer.until == "never by itself: pid 7 or 8 has to close them, or end"
+    assert answer.until == "never by itself: each of pids 7, 8 has to close them, or end"
     assert answer.who.startswith("pid 7 (nginx, user root) with 1 more has not closed 3 connections")
 
 
@@ -152,7 +152,7 @@ def test_orphan_has_no_end_that_anybody_could_name() -> None:
     assert "without a process (orphan) is in FIN_WAIT1, 99 bytes unsent: 192.0.2.1:9 does not read" in answer.who
     assert answer.until.startswith("nobody can say when")
     todo = list(remedies(on(orphan), USER, answer))
-    assert todo == ["as root, at the price of what is unsent: ss -K state fin-wait-1 sport = :8000"]
+    assert todo == ["ss -K state fin-wait-1 sport = :8000  # as root; what is unsent is lost"]
     sent = replace(orphan, backlog=1, count=2)
     assert narrate(sent, on()).endswith("2 connections on 127.0.0.1:8000 without a process (orphan) are in FIN_WAIT1")
 
@@ -175,7 +175,7 @@ def test_outgoing_connection_is_told_from_others_and_kept_away() -> None:
     )
     todo = list(remedies(on(client), USER, answer))
     assert todo == [
-        "keep the port from outgoing connections: sysctl -w net.ipv4.ip_local_reserved_ports=8000",
+        "sysctl -w net.ipv4.ip_local_reserved_ports=8000  # keeps it from outgoing connections",
         "kill 7",
     ]
     perhaps = replace(client, is_outgoing=False, count=2)
@@ -215,6 +215,28 @@ def test_low_port_and_foreign_address_are_refused_before_sockets_are_looked_at()
     six = replace(away, local=Local(ip_address("2001:db8::1"), True))
     assert judge(six, USER, A).error == "EACCES"  # which IPv6 asks for first
     assert judge(six, ROOT, A).error == "EADDRNOTAVAIL"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "host", "scope", "words", "todo"),
+    [
+        ("tcp", "fe80::1", 0, "its interface has to be named", "ip -brief address"),
+        ("udp", "ff02::1", 0, "its interface has to be named", "ip -brief address"),
+        ("tcp", "ff0e::1", 0, "TCP does not know multicast", "ip -brief address"),
+        ("tcp", "::ffff:127.0.0.1", 0, "does not take 127.0.0.1 written", "hotport why tcp://127.0.0.1:8000"),
+        ("tcp", "fe80::1", 2, "", ""),
+        ("udp", "ff0e::1", 0, "", ""),
+    ],
+    ids=["link", "group on a link", "group", "IPv4", "interface", "datagrams"],
+)
+def test_ipv6_address_that_no_socket_could_have_is_invalid(
+    protocol: str, host: str, scope: int, words: str, todo: str
+) -> None:
+    port = replace(on(local=Local(ip_address(host), True), protocol=protocol), scope=scope)
+    answer = judge(port, ROOT, A)
+    assert (answer.can, answer.error) == ((Can.NO, "EINVAL") if words else (Can.YES, ""))
+    assert words in answer.rule
+    assert list(remedies(port, ROOT, answer)) == [todo] * bool(todo)
 
 
 def test_reuseport_beside_both_kinds_is_unknown_because_the_kernel_remembers() -> None:
@@ -285,6 +307,7 @@ NAME = UnixName("unix:run/a.sock", "run/a.sock", found="socket", holders=(NGINX,
         (NAME, "EADDRINUSE", "pid 7 (nginx, user root) is listening on run/a.sock", ["kill 7"]),
         (replace(NAME, is_listening=False), "EADDRINUSE", "is bound to run/a.sock", ["kill 7"]),
         (replace(NAME, holders=(), user="root"), "EADDRINUSE", "of user root", ["sudo hotport why unix:run/a.sock"]),
+        (replace(NAME, holders=()), "EADDRINUSE", "listening", ["grep -lF run/a.sock /proc/[0-9]*/net/unix"]),
         (replace(NAME, holders=(), is_held=False), "EADDRINUSE", "left from a server", ["rm run/a.sock"]),
         (
             UnixName("unix:run/a.sock", "run/a.sock", found="something else"),
@@ -292,18 +315,21 @@ NAME = UnixName("unix:run/a.sock", "run/a.sock", found="socket", holders=(NGINX,
             "no socket",
             ["ls -ld run run/a.sock"],
         ),
-        (replace(NAME, found="nothing", obstacle="ENOENT"), "ENOENT", "nothing can be made", ["mkdir -p run"]),
-        (
-            UnixName("unix:a", "a", obstacle="EACCES"),
-            "EACCES",
-            "nothing can be made",
-            ["ls -ld . a"],
-        ),
+        (replace(NAME, found="nothing", obstacle="ENOENT"), "ENOENT", "there is no directory run", ["mkdir -p run"]),
+        (UnixName("unix:a", "a", obstacle="EACCES"), "EACCES", "you may not make files in .", ["ls -ld . a"]),
+        (UnixName("unix:/a", "/a", obstacle="EROFS"), "EROFS", "system of / is read-only", ["ls -ld / /a"]),
+        (UnixName("unix:a/b", "a/b", obstacle="ENOTDIR"), "ENOTDIR", "nothing can be made", ["ls -ld a a/b"]),
+        (UnixName("unix:-rf x", "-rf x", found="socket"), "EADDRINUSE", "left from a server", ["rm './-rf x'"]),
+        (replace(NAME, address="unix:@a", path="@a"), "EADDRINUSE", "listening on @a", ["kill 7"]),
     ],
-    ids=["free", "listening", "bound", "hidden", "stale", "file", "no directory", "forbidden"],
+    ids=[
+        *("free", "listening", "bound", "another user's", "another network's", "stale", "file", "no directory"),
+        *("forbidden", "read-only", "no way", "quoted", "abstract"),
+    ],
 )
 def test_unix_name_is_judged(name: UnixName, error: str, words: str, todo: list[str]) -> None:
     answer: Answer = judge_name(name)
     assert (answer.can == Can.YES, answer.error) == (not error, error)
     assert words in answer.because
     assert list(remedies_of_name(name, answer)) == todo
+    assert "removed" not in answer.until or not name.is_abstract

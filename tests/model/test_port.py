@@ -4,7 +4,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from hotport.model.port import Local, Options, Process
+from hotport.model.port import Ephemeral, Local, Options, Process
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,14 @@ from hotport.model.port import Local, Options, Process
 )
 def test_options_are_named_as_in_the_manual(options: Options, text: str) -> None:
     assert str(options) == text
+
+
+def test_ranges_of_reserved_ports_are_understood_and_none_is_lost_when_another_is_reserved() -> None:
+    ports = Ephemeral(8000, 10_000, "8080,9148-9150")
+    assert [port for port in (7999, 8000, 8080, 9148, 9149, 9150, 9151, 10_001) if ports.gives(port)] == [8000, 9151]
+    assert ports.keeping(8000) == "sysctl -w net.ipv4.ip_local_reserved_ports=8080,9148-9150,8000"
+    assert Ephemeral().keeping(40_000) == "sysctl -w net.ipv4.ip_local_reserved_ports=40000"
+    assert not Ephemeral(0, 0).gives(8000)
 
 
 def test_ipv4_address_in_ipv6_clothes_is_an_ipv4_address() -> None:

@@ -214,6 +214,18 @@ def test_low_port_is_refused_to_a_stranger_by_the_capability_and_not_by_the_list
     assert "ip_unprivileged_port_start" in text
 
 
+def test_root_of_a_user_namespace_alone_may_not_bind_low_ports() -> None:
+    unshare = need("unshare")
+    if subprocess.run([unshare, "-Ur", "true"], stderr=subprocess.DEVNULL, check=False).returncode:
+        pytest.skip("no user namespaces here")
+    bind = "import socket; socket.socket().bind(('127.0.0.1', 80))"
+    for networks, code in (("-Ur", 1), ("-Urn", 0)):
+        tried = subprocess.run(
+            [unshare, networks, sys.executable, "-c", bind], stderr=subprocess.DEVNULL, timeout=DEADLINE_S, check=False
+        )
+        assert (tried.returncode, why("127.0.0.1:80", prefix=(unshare, networks))[0]) == (code, code)
+
+
 # -- nothing is touched ---------------------------------------------------------------------------------------------
 
 
@@ -250,6 +262,64 @@ def crowded() -> dict[str, Any]:
     _, found = facts(str(PORT))
     (left,) = found["facts"]["sockets"]
     return {"count": left["count"], "ends_in_s": left["ends_in_s"]}
+
+
+def test_unix_socket_of_another_network_is_not_called_a_leftover(tmp_path: Path) -> None:
+    path = tmp_path / "a.sock"
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET):
+        with socket.socket(socket.AF_UNIX, kind) as server:
+            server.bind(str(path))
+            if kind != socket.SOCK_DGRAM:
+                server.listen()
+                server.setblocking(False)
+            code, text = why(f"unix:{path}", prefix=(need("unshare"), "-n"))
+            assert code == 1
+            assert "is bound to" in text
+            assert "look outside of this container" in " ".join(text.split())
+            if kind != socket.SOCK_DGRAM:
+                with pytest.raises(BlockingIOError):
+                    server.accept()
+        assert "is left from a server that is gone" in " ".join(why(f"unix:{path}")[1].split())
+        path.unlink()
+
+
+def test_stranger_who_may_not_ask_for_a_socket_is_told_so() -> None:
+    need("setpriv")
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        path = Path(directory, "a.sock")
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+        path.chmod(0o755)
+        found = [facts(f"unix:{path}", prefix=prefix)[1]["facts"] for prefix in ((), AS_STRANGER)]
+    assert [one["is_held"] for one in found] == [False, False]
+    assert [len(one["unread"]) for one in found] == [0, 1]
+
+
+# -- where it is printed ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("closing", [">&-", ">&- 2>&-", "| true"])
+def test_verdict_outlives_its_reader(closing: str) -> None:
+    script = f'set -o pipefail; "$@" {closing}'
+    for args in (("why", "127.0.0.1:80"), ("why", "127.0.0.1:80", "--json"), ("why", "--explain", "TIME_WAIT")):
+        done = subprocess.run(
+            ["bash", "-c", script, "bash", *HOTPORT, *args], capture_output=True, timeout=DEADLINE_S, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, b""), args
+
+
+def test_page_at_a_terminal_is_coloured_unless_somebody_minds() -> None:
+    pages = []
+    for environment in ({}, {"NO_COLOR": "1"}, {"TERM": "dumb"}):
+        terminal, theirs = os.openpty()
+        command = [*HOTPORT, "why", "127.0.0.1:80"]
+        inherited = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+        subprocess.run(command, stdout=theirs, timeout=DEADLINE_S, check=True, env={**inherited, **environment})
+        pages.append(os.read(terminal, 65536).splitlines()[0])
+        os.close(theirs)
+        os.close(terminal)
+    assert pages == [b"tcp://127.0.0.1:80 is \x1b[32mfree\x1b[0m", *[b"tcp://127.0.0.1:80 is free"] * 2]
 
 
 # -- watching -------------------------------------------------------------------------------------------------------
@@ -311,7 +381,11 @@ def interrupted() -> tuple[int, str]:
         (("fd://3",), 2, "HP132 there is nothing to explain about fd://3"),
         (("192.0.2.1:80",), 1, "not free: EADDRNOTAVAIL"),
         (("80", "--user", "no-such-user"), 2, "HP133 there is no user 'no-such-user'"),
+        (("80", "--user", "4294967295"), 2, "HP133 there is no user '4294967295'"),
         (("80", "--user", "0", "--probe"), 2, "--probe binds as you"),
+        (("80", "--watch", "--probe"), 2, "--watch looks every second"),
+        (("unix:a.sock", "--user", "0"), 2, "are about ports"),
+        (("unix:a.sock", "--probe"), 2, "are about ports"),
         ((), 2, "Give an ADDRESS"),
         (("--explain", "nonsense"), 2, "HP135 there is no text about 'nonsense'"),
     ],
@@ -357,6 +431,39 @@ def test_explanation_needs_no_address() -> None:
     code, text = why("--explain", "time_wait")
     assert code == 0
     assert "twice the maximum segment lifetime" in text
+
+
+def test_network_without_an_interface_takes_any_address_as_the_kernel_does() -> None:
+    script = f"""
+import socket
+from hotport.address import TcpAddress
+from hotport.kernel.port import read_port
+with socket.socket() as sock:
+    sock.bind(("192.0.2.1", {PORT}))
+print(read_port(TcpAddress("192.0.2.1", {PORT}), ("192.0.2.1", {PORT})).is_local)
+"""
+    done = subprocess.run(
+        [need("unshare"), "-n", sys.executable, "-c", script], capture_output=True, timeout=DEADLINE_S, check=False
+    )
+    assert (done.stdout, done.stderr) == (b"True\n", b"")
+
+
+def link_local() -> Iterator[str]:
+    """Our own addresses that need an interface, with it."""
+    for line in Path("/proc/net/if_inet6").read_text().splitlines():
+        host, *_, name = line.split()
+        if host.startswith("fe80"):
+            yield f"{socket.inet_ntop(socket.AF_INET6, bytes.fromhex(host))}%{name}"
+
+
+def test_link_local_address_is_free_on_its_own_interface_only() -> None:
+    here = next(link_local(), None)
+    if here is None:
+        pytest.skip("no interface has a link-local address")
+    host = here.partition("%")[0]
+    for options in ((), ("--probe",)):
+        asked = [facts(f"[{text}]:{PORT}", *options)[1] for text in (here, f"{host}%lo", host)]
+        assert [found["answers"]["none"]["error"] for found in asked] == ["", "EADDRNOTAVAIL", "EINVAL"]
 
 
 def test_answer_for_another_user_is_judged_by_that_user() -> None:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from typing import TextIO
 
 import click
 
 from hotport.errors import ExitCode, HotportError, nearest
 
-__all__ = ["HELP", "main"]
+__all__ = ["HELP", "is_terminal", "main"]
 
 #: For every command; a help option that only the group knew would not be in a command's own help text.
 HELP = {"help_option_names": ["-h", "--help"]}
 
 COMMANDS = ("serve", "restart", "reload-tls", "status", "scale", "stop", "why", "doctor", "demo", "churn")
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether somebody looks; a stream that was closed before we started is None."""
+    return stream is not None and stream.isatty()
 
 
 class _Commands(click.Group):

@@ -7,10 +7,10 @@ import tempfile
 from pathlib import Path
 
 import click
-import msgspec
 
 from hotport.cli import HELP
 from hotport.cli.client import ask, raise_failure
+from hotport.cli.output import print_json, write
 from hotport.diagnose.doctor import Finding, examine, examine_service, read_machine, read_service
 from hotport.errors import ControlError, ExitCode
 from hotport.options import runtime_root
@@ -38,10 +38,10 @@ def command(name: str | None, as_json: bool) -> int:
     if service is not None:
         findings += service
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(findings)))
+        print_json(findings)
     else:
         for finding in findings:
-            click.echo(f"{finding.what}\n  so:    {finding.consequence}\n  try:   {finding.fix}")
+            write(f"{finding.what}\n  so:    {finding.consequence}\n  try:   {finding.fix}")
         looked = "the machine and the service" if service is not None else "the machine; no service runs here"
         click.echo(f"{len(findings) or 'nothing'} found; looked at {looked}", err=True)
     return 1 if findings else ExitCode.DONE

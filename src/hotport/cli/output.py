@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import groupby
-from typing import Final
+from typing import IO, Any, Final
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from hotport.cli import is_terminal
 from hotport.errors import ConfigError, ExitCode, describe_errno
 from hotport.wire.messages import Report, Status, TlsReport
 
@@ -25,6 +26,7 @@ __all__ = [
     "print_report",
     "print_status",
     "print_tls_report",
+    "swallow",
     "waiting",
     "write",
 ]
@@ -39,15 +41,19 @@ class _Console(Console):
     """A console whose readers may leave: ``hotport restart | head -1`` has the restart's outcome all the same."""
 
     def on_broken_pipe(self) -> None:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), self.file.fileno())  # also for what is still buffered at the end
+        swallow(self.file)
+
+
+def swallow(stream: IO[str]) -> None:
+    """Let a stream lead nowhere; what is still buffered would fail again at the end."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def console(*, stderr: bool = False) -> Console:
     """A rich console that keeps to ``NO_COLOR`` and to what is a terminal."""
     stream = sys.stderr if stderr else sys.stdout
-    is_terminal = stream is not None and stream.isatty()
-    width = None if is_terminal else WIDE  # rich takes 80 where nobody says, and cuts tables
+    width = None if is_terminal(stream) else WIDE  # rich takes 80 where nobody says, and cuts tables
     plain = bool(os.environ.get("NO_COLOR"))
     return _Console(stderr=stderr, no_color=plain, highlight=False, soft_wrap=True, width=width)
 
@@ -60,12 +66,11 @@ def output_error(error: OSError) -> int:
     """
     if error.errno not in _TAKES_NO_MORE or error.filename is not None:
         raise error
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
         except OSError:
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), stream.fileno())  # what is still buffered would fail again at the end
+            swallow(stream)
     problem = ConfigError(
         "HP336",
         "cannot print what there is to say",
@@ -92,9 +97,9 @@ def write(text: str) -> None:
     console().out(text, highlight=False)
 
 
-def print_json(message: msgspec.Struct) -> None:
-    """One message as JSON on stdout."""
-    write(msgspec.json.format(msgspec.json.encode(message)).decode())
+def print_json(value: Any) -> None:
+    """A message, or whatever msgspec encodes, as JSON on stdout."""
+    write(msgspec.json.format(msgspec.json.encode(value)).decode())
 
 
 def print_report(report: Report) -> None:

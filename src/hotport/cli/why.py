@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 import click
 
 from hotport.address import TcpAddress, UdpAddress, UnixAddress, parse_address
-from hotport.cli import HELP
+from hotport.cli import HELP, is_terminal
 from hotport.diagnose.diagnosis import Diagnosis, Subject, diagnose
 from hotport.errors import ConfigError, ExitCode
 from hotport.kernel.port import ourselves
@@ -23,6 +23,9 @@ __all__ = ["command"]
 
 #: 0 is free; 2 is usage, as everywhere.
 EXIT_CODES = {Can.YES: ExitCode.DONE, Can.NO: 1, Can.UNKNOWN: 3}
+
+#: The last of 32 bits means nobody at all (chown(2)).
+UID_END = 0xFFFFFFFF
 
 #: Seconds between two looks of --watch, if nothing happens before.
 TICK_S = 1.0
@@ -51,14 +54,19 @@ def command(address: str | None, user: str | None, watch: bool, probe: bool, top
     if topic is not None:
         from hotport.diagnose.explain import explain
 
-        click.echo(explain(topic))
+        _say(explain(topic))
         return ExitCode.DONE
     if address is None:
         raise click.UsageError("Give an ADDRESS, or --explain STATE.")
     if user is not None and probe:
         raise click.UsageError("--probe binds as you; it cannot try for another --user.")
+    if watch and probe:
+        raise click.UsageError("--watch looks every second, and a bind each time would hold up the port: no --probe.")
     _require_linux()
-    subject, asker = _subject(address), _asker(user)
+    subject = _subject(address)
+    if isinstance(subject, UnixAddress) and (user is not None or probe):
+        raise click.UsageError("--user and --probe are about ports; permissions of a unix socket are judged for you.")
+    asker = _asker(user)
     diagnosis = diagnose(subject, asker, probe=probe)
     if watch:
         return _watch(subject, asker, diagnosis, as_json=as_json)
@@ -100,6 +108,8 @@ def _asker(user: str | None) -> Asker:
 
     try:
         uid = int(user) if user.isascii() and user.isdigit() else pwd.getpwnam(user).pw_uid
+        if uid >= UID_END:
+            raise KeyError
     except KeyError:
         cause = "this machine knows no user of that name"
         raise ConfigError("HP133", f"there is no user {user!r}", cause=cause, fix="getent passwd") from None
@@ -113,15 +123,23 @@ def _show(diagnosis: Diagnosis, *, as_json: bool) -> None:
         value = msgspec.to_builtins(diagnosis, enc_hook=str)
         for answer in value["answers"].values():
             del answer["blockers"]  # they are among the facts
-        click.echo(msgspec.json.format(msgspec.json.encode(value)))
+        _say(msgspec.json.format(msgspec.json.encode(value)).decode())
         return
     from hotport.diagnose.page import page
 
-    is_plain = bool(os.environ.get("NO_COLOR")) or not sys.stdout.isatty()
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
-    click.echo(
-        page(diagnosis, columns=columns, paint=lambda text, colour: text if is_plain else click.style(text, colour))
-    )
+    is_plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb" or not is_terminal(sys.stdout)
+    columns = shutil.get_terminal_size().columns if is_terminal(sys.stdout) else 120
+    _say(page(diagnosis, columns=columns, paint=lambda text, colour: text if is_plain else click.style(text, colour)))
+
+
+def _say(text: str) -> None:
+    """As `hotport.cli.output.write`, without rich, which takes a third of the whole time to load."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:  # the exit code tells all the same
+        from hotport.cli.output import swallow
+
+        swallow(sys.stdout)
 
 
 def _watch(subject: Subject, asker: Asker, diagnosis: Diagnosis, *, as_json: bool) -> int:
@@ -131,7 +149,7 @@ def _watch(subject: Subject, asker: Asker, diagnosis: Diagnosis, *, as_json: boo
         while diagnosis.free != Can.YES:
             answer = diagnosis.answers[diagnosis.usual]
             line = f"{answer.because}; {answer.until}" if answer.until else answer.because
-            if sys.stderr.isatty():
+            if is_terminal(sys.stderr):
                 columns = shutil.get_terminal_size().columns
                 click.echo(f"\r\x1b[K{line[: columns - 1]}", nl=False, err=True)
             elif line.rstrip("0123456789 s") != last:  # not for each second that has passed
@@ -142,7 +160,7 @@ def _watch(subject: Subject, asker: Asker, diagnosis: Diagnosis, *, as_json: boo
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     finally:
-        if sys.stderr.isatty():
+        if is_terminal(sys.stderr):
             click.echo("\r\x1b[K", nl=False, err=True)
     _show(diagnosis, as_json=as_json)
     return ExitCode.DONE

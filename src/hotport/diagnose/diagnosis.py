@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -12,7 +13,7 @@ from hotport.diagnose.risks import risks_of
 from hotport.kernel.port import read_name, read_port
 from hotport.kernel.resolve import resolve
 from hotport.model.bind import CHOICES, Answer, Can, blame, judge, judge_name, remedies, remedies_of_name, usual
-from hotport.model.port import Asker, Options, Port, UnixName
+from hotport.model.port import Asker, Local, Options, Port, UnixName
 
 __all__ = ["Diagnosis", "Subject", "diagnose"]
 
@@ -67,7 +68,19 @@ def diagnose(address: Subject, asker: Asker, *, probe: bool = False) -> Diagnosi
     common = next(name for name, options in CHOICES.items() if options == usual(port))
     answer = answers[common]
     todo = () if answer.can == Can.YES else tuple(remedies(port, asker, answer))
-    return Diagnosis(str(address), asker, answer.can, common, answers, todo, risks_of(port), port, is_probed=probe)
+    risks = *_dual_stack(port, asker, answer), *risks_of(port)
+    return Diagnosis(str(address), asker, answer.can, common, answers, todo, risks, port, is_probed=probe)
+
+
+def _dual_stack(port: Port, asker: Asker, answer: Answer) -> Iterator[str]:
+    """What a server that takes IPv4 by its IPv6 socket, as many do, would be told instead."""
+    if port.local.host.version == 6 and port.local.host.is_unspecified:
+        dual = judge(replace(port, local=Local(port.local.host, v6only=False)), asker, usual(port))
+        if dual.can != answer.can:
+            yield (
+                "this is said of a socket that is IPv6 only (IPV6_V6ONLY), as hotport's are; for one that takes IPv4 "
+                f"as well (dual stack) it is {dual.can}: {dual.because}"
+            )
 
 
 def _diagnose_name(address: UnixAddress, asker: Asker) -> Diagnosis:
@@ -94,8 +107,8 @@ def _bind(family: int, kind: int, sockaddr: tuple[Any, ...], options: Options) -
 def _told(answer: Answer, blamed: Answer, number: int) -> Answer:
     """An answer once the kernel has given its own."""
     if not number:
-        return answer if answer.can == Can.YES else Answer(Can.YES, "the kernel has just taken it")
+        return answer if answer.can == Can.YES else Answer(Can.YES, "a bind has just worked")
     name = errno.errorcode.get(number, str(number))
     if blamed.can == Can.NO:
         return replace(blamed, error=name)
-    return Answer(Can.NO, "the kernel has just refused, and does not show who is in the way", error=name)
+    return Answer(Can.NO, "a bind was just refused, and the kernel does not show who is in the way", error=name)

@@ -14,9 +14,9 @@ from typing import Final
 from hotport.address import TcpAddress, parse_address
 from hotport.errors import ConfigError
 from hotport.kernel import procfs
-from hotport.kernel.port import read_port
+from hotport.kernel.port import ourselves, read_port
 from hotport.kernel.resolve import resolve
-from hotport.model.port import Port, State
+from hotport.model.port import Ephemeral, State
 from hotport.options import Options
 from hotport.wire.messages import Status
 
@@ -55,8 +55,7 @@ class Machine:
     somaxconn: int | None
     aborts_on_overflow: bool
     low_end: int | None
-    ephemeral: tuple[int, int]
-    reserved: str
+    ephemeral: Ephemeral
     overflows: int
 
 
@@ -98,19 +97,17 @@ def read_machine(root: Path) -> Machine:
     Args:
         root: Where the runtime directories of services are.
     """
-    low, _, high = procfs.sysctl("net.ipv4.ip_local_port_range").partition("\t")
     return Machine(
-        kernel=_version(os.uname().release),
+        kernel=procfs.kernel_version(),
         has_pidfd=_has_pidfd(),
         descriptors_max=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
         runtime_root=str(root),
         runtime_obstacle=_obstacle(root),
-        may_bind_low=procfs.has_capability(10),  # CAP_NET_BIND_SERVICE
+        may_bind_low=ourselves().may_bind_low,
         somaxconn=_number(procfs.sysctl("net.core.somaxconn")),
         aborts_on_overflow=procfs.sysctl("net.ipv4.tcp_abort_on_overflow") == "1",
         low_end=_number(procfs.sysctl("net.ipv4.ip_unprivileged_port_start")),
-        ephemeral=(_number(low) or 0, _number(high) or 0),
-        reserved=procfs.sysctl("net.ipv4.ip_local_reserved_ports"),
+        ephemeral=procfs.ephemeral_ports(),
         overflows=procfs.queue_overflows().get("ListenOverflows", 0),
     )
 
@@ -224,39 +221,28 @@ def _examine_address(machine: Machine, text: str) -> Iterator[Finding]:
         return
     if not isinstance(address, TcpAddress) or not address.port:
         return
+    sysctl = "net.ipv4.ip_unprivileged_port_start"
     if machine.low_end is not None and address.port < machine.low_end and not machine.may_bind_low:
         yield Finding(
-            f"{address} is below net.ipv4.ip_unprivileged_port_start ({machine.low_end}), and you may not bind there",
+            f"{address} is below {sysctl} ({machine.low_end}), and you may not bind there",
             "the service does not start as this user",
-            f"AmbientCapabilities=CAP_NET_BIND_SERVICE, or {_sysctl('ip_unprivileged_port_start', address)}",
+            f"AmbientCapabilities=CAP_NET_BIND_SERVICE, or sysctl -w {sysctl}={address.port}",
         )
-    low, high = machine.ephemeral
-    if low <= address.port <= high and not _is_reserved(address.port, machine.reserved):
+    if machine.ephemeral.gives(address.port):
         yield Finding(
-            f"{address} is one of the ports for outgoing connections ({low} to {high})",
+            f"{address} is one of the ports for outgoing connections "
+            f"({machine.ephemeral.low} to {machine.ephemeral.high})",
             "while the service is stopped, an outgoing connection can be given the port: the next start fails",
-            _sysctl("ip_local_reserved_ports", address),
+            machine.ephemeral.keeping(address.port),
         )
-
-
-def _sysctl(name: str, address: TcpAddress) -> str:
-    return f"sysctl -w net.ipv4.{name}={address.port}"
-
-
-def _is_reserved(port: int, ranges: str) -> bool:
-    """Sources: ip-sysctl, ip_local_reserved_ports: ``8080,9148-9150``."""
-    for part in filter(None, ranges.split(",")):
-        low, _, high = part.partition("-")
-        if low.isdigit() and int(low) <= port <= int(high or low):
-            return True
-    return False
 
 
 def _listener(text: str, pids: frozenset[int]) -> Listener | None:
     address = parse_address(text)
     if not isinstance(address, TcpAddress):
         return None
-    listeners = [old for old in _port(address).sockets if old.state == State.LISTEN]
+    port = read_port(address, resolve(address, socket.SOCK_STREAM)[2])
+    listeners = [old for old in port.sockets if old.state == State.LISTEN]
     mine = [old for old in listeners if not pids.isdisjoint(one.pid for one in old.holders)]
     if not mine:
         return None
@@ -268,15 +254,6 @@ def _listener(text: str, pids: frozenset[int]) -> Listener | None:
         is_shared=any(old.options is not None and old.options.reuse_port for old in mine),
         migrates=procfs.sysctl("net.ipv4.tcp_migrate_req") == "1",
     )
-
-
-def _port(address: TcpAddress) -> Port:
-    return read_port(address, resolve(address, socket.SOCK_STREAM)[2])
-
-
-def _version(release: str) -> tuple[int, int]:
-    major, minor = release.split(".")[:2]
-    return int(major), int(minor)
 
 
 def _has_pidfd() -> bool:

@@ -85,6 +85,11 @@ each has an accept queue of its own, and the kernel spreads connections over the
 one that closes is reset, unless net.ipv4.tcp_migrate_req is 1 (Linux 5.14). Connections in TIME_WAIT do not ask for
 the user. A bind with it takes 10 us, however many those are.
 Sources: socket(7); the kernel's Documentation/networking/ip-sysctl.rst.""",
+    "IPV6_V6ONLY": """\
+A socket on :: takes connections over IPv4 as well (dual stack), unless it has set this, or net.ipv6.bindv6only is 1.
+A dual-stack one needs the port of 0.0.0.0, too: it finds EADDRINUSE where a server listens there, and an IPv6 only
+one beside it does not. hotport and asyncio set it; many others, python -m http.server among them, do not.
+Sources: ipv6(7).""",
     "EADDRINUSE": """\
 Somebody has the port, or has left something on it: bind(2) and listen(2) compare the new socket with every one whose
 address overlaps: 0.0.0.0 with every IPv4 address; :: with everything, unless it is IPv6 only (IPV6_V6ONLY); a

@@ -42,7 +42,7 @@ def _lines(diagnosis: Diagnosis, columns: int, paint: Callable[[str, str], str])
     if answer.until:
         yield from _labelled("until", answer.until, columns)
     for index, remedy in enumerate(diagnosis.remedies):
-        yield from _labelled("" if index else "try", remedy, columns)
+        yield f"  {'' if index else 'try':{LABEL_COLUMNS}}{remedy}"  # in one piece, to be pasted
     if isinstance(diagnosis.facts, Port):
         yield ""
         yield from _answers(diagnosis, columns, paint)
@@ -105,9 +105,9 @@ def _picture(port: Port) -> Iterator[str]:
     def chain(*states: State) -> str:
         return " -> ".join(f"{state} {counts[state]:,}" for state in states)
 
-    begin = f"{chain(State.LISTEN)} ({waiting:,} to be accepted) -> {chain(State.ESTABLISHED)} "
-    yield f"{begin}-+- closed here first -> {chain(State.FIN_WAIT1, State.FIN_WAIT2, State.TIME_WAIT)} -> gone"
-    yield f"{'':{len(begin)}} +- by the peer first -> {chain(State.CLOSE_WAIT, State.LAST_ACK)} -> gone"
+    yield f"{chain(State.LISTEN)} ({waiting:,} to be accepted) -> {chain(State.ESTABLISHED)} -+"
+    yield f" +- closed here first -> {chain(State.FIN_WAIT1, State.FIN_WAIT2, State.TIME_WAIT)} -> gone"
+    yield f" +- by the peer first -> {chain(State.CLOSE_WAIT, State.LAST_ACK)} -> gone"
 
 
 def _detail(old: Sockets) -> str:

@@ -42,17 +42,22 @@ def _queues(port: Port, listeners: list[Sockets]) -> Iterator[str]:
                 f"the accept queue of {old.local}:{port.number} is full ({old.queue:,} of {old.backlog:,}): new "
                 f"connections are dropped, and tried again by the client after a second{counted}"
             )
+        programs = {holder.command for holder in old.holders}
         if old.waited_s >= PATIENCE_S:
-            commands = {holder.command for holder in old.holders}
-            leaked = "; perhaps it was leaked into a process that knows nothing of it" if len(commands) <= 1 else ""
+            leaked = "; perhaps it was leaked into a process that knows nothing of it" if len(programs) <= 1 else ""
+            wait = "1 waits" if old.queue == 1 else f"{old.queue:,} wait"
             yield (
-                f"nobody accepts: {narrate(old, port)}, {old.queue:,} wait in its queue, the first for at least "
+                f"nobody accepts: {narrate(old, port)}, {wait} in its queue, the first for at least "
                 f"{old.waited_s:.0f} s, and clients hang{leaked}"
             )
-        programs = {holder.command for holder in old.holders}
-        if len(programs) > 1:
-            names = " and ".join(sorted(f"{holder}" for holder in old.holders)[:3])
+        if len(programs) > 1 and not _is_handed_on(old):
+            names = " and ".join(sorted(map(str, old.holders))[:3])
             yield f"several programs hold one listener, {names}: it stays until the last one has closed it"
+
+
+def _is_handed_on(listener: Sockets) -> bool:
+    """Whether it is one of hotport's: its holders are meant to be several, and none of them lets go of the port."""
+    return bool(listener.holders) and all(holder.is_ours for holder in listener.holders)
 
 
 def _sleepers(port: Port) -> Iterator[str]:
@@ -107,16 +112,17 @@ def _stolen(port: Port, listeners: list[Sockets]) -> Iterator[str]:
 def _gap(port: Port, listeners: list[Sockets]) -> Iterator[str]:
     """Between the close of a server and its next bind."""
     for old in listeners[:1]:
+        if _is_handed_on(old):
+            continue
         if old.options is not None and old.options.reuse_address and port.number >= port.low_end:
             yield (
-                "in a restart that closes the port, any user with SO_REUSEADDR can take it in the gap; ports below "
-                f"{port.low_end}, and a listener that is handed on (hotport restart), have no such gap"
+                "in a restart that closes the port, any user with SO_REUSEADDR can take it in the gap; a listener that "
+                f"is handed on (hotport restart) leaves none, and ports below {port.low_end} are not for every user"
             )
-        low, high = port.ephemeral
-        if low <= port.number <= high:
+        if port.ephemeral.gives(port.number):
             yield (
-                f"in such a gap an outgoing connection can be given the port, which is one of {low} to {high}: "
-                f"sysctl -w net.ipv4.ip_local_reserved_ports={port.number}"
+                "while nobody listens an outgoing connection can be given the port, which is one of "
+                f"{port.ephemeral.low} to {port.ephemeral.high}: {port.ephemeral.keeping(port.number)}"
             )
 
 

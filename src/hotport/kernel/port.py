@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 import stat
@@ -19,7 +20,7 @@ from hotport.kernel import procfs, sockdiag
 from hotport.kernel.sockdiag import InetSocket
 from hotport.model.port import Asker, Host, Local, Options, Port, Process, Sockets, State, UnixName
 
-__all__ = ["Taken", "is_foreign", "options_of", "ourselves", "read_name", "read_port"]
+__all__ = ["Taken", "options_of", "ourselves", "read_name", "read_port"]
 
 _STATES: Final = {
     1: State.ESTABLISHED,
@@ -60,6 +61,7 @@ _GAPS: Final = {
     "": "some sockets are held by no process that is seen here: look outside of this container",
 }
 
+_NS_GET_USERNS: Final = 0xB701
 _GETFD: Final = 438  # pidfd_getfd, the same number on every architecture
 
 
@@ -87,7 +89,8 @@ class _Alike:
 def ourselves() -> Asker:
     """This process, as one that would bind."""
     uid = os.geteuid()
-    return Asker(uid, procfs.user_name(uid), procfs.has_capability(_CAP_NET_BIND_SERVICE))
+    may_bind_low = procfs.has_capability(_CAP_NET_BIND_SERVICE) and _owns_network()
+    return Asker(uid, procfs.user_name(uid), may_bind_low)
 
 
 def read_port(address: TcpAddress | UdpAddress, sockaddr: tuple[Any, ...], *, v6only: bool = True) -> Port:
@@ -110,31 +113,33 @@ def read_port(address: TcpAddress | UdpAddress, sockaddr: tuple[Any, ...], *, v6
     host = ip_address(str(sockaddr[0]).partition("%")[0])
     local = Local(host, v6only if host.version == 6 else False)
     number = int(sockaddr[1])
+    low_end = procfs.sysctl("net.ipv4.ip_unprivileged_port_start")
+    scope = int(sockaddr[3]) if len(sockaddr) > 3 else 0
     unread = []
     alike, is_whole = _count(protocol, number)
     if not is_whole:
         unread.append(f"more than {SOCKETS_MAX:,} sockets are on the port; the rest was left out")
-    if is_tcp and not _shows_bound():
+    if is_tcp and procfs.kernel_version() < (6, 8):
         unread.append("a socket that is bound and does not listen is not shown by this kernel; Linux 6.8 does")
     inodes = [inode for group in alike for inode in group.inodes]
     holders, gap = procfs.holders(inodes, cpu_s=SEARCH_CPU_S)
     if any(inode not in holders for inode in inodes):
         unread.append(_GAPS[gap])
-    if is_foreign():
+    if _is_foreign():
         unread.append("this is a network of its own (a container?); ports of other networks are not seen here")
     sockets = [sockets for group in alike for sockets in _described(group, holders)]
     if is_tcp:
         sockets += _lingering(number)
         sockets = [_with_queue(old, number) for old in sockets]
-    low, _, high = procfs.sysctl("net.ipv4.ip_local_port_range").partition("\t")
     return Port(
         str(address),
         "tcp" if is_tcp else "udp",
         local,
         number,
-        is_local=host.is_multicast or sockdiag.is_local(local.plain.packed),
-        low_end=_number(procfs.sysctl("net.ipv4.ip_unprivileged_port_start"), 1024),
-        ephemeral=(_number(low, 32768), _number(high, 60999)),
+        scope=scope,
+        is_local=_is_local(local.plain, scope),
+        low_end=int(low_end) if low_end.isdigit() else 1024,
+        ephemeral=procfs.ephemeral_ports(),
         sockets=tuple(sockets),
         overflows=procfs.queue_overflows().get("ListenOverflows", 0),
         unread=tuple(unread),
@@ -156,6 +161,8 @@ def read_name(address: UnixAddress) -> UnixName:
             directory = os.path.dirname(path) or "."
             if not os.path.isdir(directory):
                 obstacle = "ENOENT"
+            elif os.statvfs(directory).f_flag & os.ST_RDONLY:
+                obstacle = "EROFS"
             elif not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
                 obstacle = "EACCES"
         except OSError as error:
@@ -169,19 +176,35 @@ def read_name(address: UnixAddress) -> UnixName:
     held, gap = procfs.holders([row.inode for row in rows], cpu_s=SEARCH_CPU_S)
     listening = [row for row in rows if row.state == 10]
     first = next(iter(listening or rows), None)
+    is_hidden = _is_answered(path) if found == "socket" and not rows else False
+    if is_hidden is not False:
+        gap = "" if is_hidden else "forbidden"
     return UnixName(
         str(address),
         path,
         found,
         holders=_processes([row.inode for row in rows], held),
         user=procfs.user_name(first.uid) if first and first.uid is not None else "",
-        is_held=bool(rows),
+        is_held=bool(rows or is_hidden),
         is_listening=bool(listening),
         queue=first.rqueue if first else 0,
         backlog=first.wqueue if first else 0,
         obstacle=obstacle,
-        unread=() if len(held) == len(rows) else (_GAPS[gap],),
+        unread=() if len(held) == len(rows) and is_hidden is False else (_GAPS[gap],),
     )
+
+
+def _is_answered(path: str) -> bool | None:
+    """Whether a socket file has a socket, maybe in another network namespace: of those there is no list.
+
+    Nobody is connected: to a datagram socket a connect says nothing, and of other sockets it is refused as such. None
+    where we may not ask.
+
+    Sources: connect(2) ECONNREFUSED, EPROTOTYPE; kernel ``net/unix/af_unix.c`` unix_find_bsd.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as asking:
+        error = asking.connect_ex(path)
+    return None if error == errno.EACCES else error not in {errno.ECONNREFUSED, errno.ENOENT}
 
 
 def options_of(pid: int, fd: int) -> Taken | None:
@@ -315,7 +338,28 @@ def _listens(row: InetSocket) -> bool:
     return any(not any(other.host) or other.host == row.peer for other in listeners)
 
 
-def is_foreign() -> bool:
+def _is_local(host: Host, scope: int) -> bool:
+    if host.is_multicast or sockdiag.is_local(host.packed, scope):
+        return True
+    return host.version == 4 and not procfs.has_routes()
+
+
+def _owns_network() -> bool:
+    """Whether our capabilities count in our network: not if it belongs to a user namespace above ours.
+
+    Sources: ioctl_ns(2) NS_GET_USERNS, EPERM; network_namespaces(7).
+    """
+    try:
+        with open("/proc/self/ns/net") as network:
+            os.close(fcntl.ioctl(network, _NS_GET_USERNS))
+    except PermissionError:
+        return False
+    except OSError:  # some sandboxes have no such files
+        pass
+    return True
+
+
+def _is_foreign() -> bool:
     """Whether this process is in another network namespace than pid 1; false where that may not be seen.
 
     Sources: network_namespaces(7); proc_pid_ns(5).
@@ -325,15 +369,6 @@ def is_foreign() -> bool:
     return False
 
 
-def _shows_bound() -> bool:
-    major, minor = (int(part) for part in os.uname().release.split(".")[:2])
-    return (major, minor) >= (6, 8)
-
-
 def _text(host: bytes, port: int) -> str:
     address: Host = ip_address(host)
     return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
-
-
-def _number(text: str, default: int) -> int:
-    return int(text) if text.strip().isdigit() else default

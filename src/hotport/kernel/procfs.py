@@ -10,14 +10,19 @@ from contextlib import suppress
 from itertools import islice
 from typing import Final
 
+from hotport.model.port import Ephemeral
+
 __all__ = [
     "command",
     "control_group",
     "descriptor_use",
+    "ephemeral_ports",
     "generation",
     "has_capability",
+    "has_routes",
     "has_timewaits",
     "holders",
+    "kernel_version",
     "owner",
     "queue_overflows",
     "sockets_of",
@@ -65,6 +70,20 @@ def sysctl(name: str) -> str:
     return "?"
 
 
+def ephemeral_ports() -> Ephemeral:
+    """The ports for outgoing connections; from 0 to 0 where they cannot be read."""
+    low, _, high = sysctl("net.ipv4.ip_local_port_range").partition("\t")
+    if not high:
+        return Ephemeral(0, 0)
+    return Ephemeral(int(low), int(high), sysctl("net.ipv4.ip_local_reserved_ports").removeprefix("?"))
+
+
+def kernel_version() -> tuple[int, int]:
+    """The first two numbers of the running kernel's. Sources: uname(2)."""
+    major, minor = os.uname().release.split(".")[:2]
+    return int(major), int(minor)
+
+
 def has_timewaits() -> bool:
     """Whether any connection may be in TIME_WAIT in this network namespace; quicker than looking for them.
 
@@ -72,6 +91,16 @@ def has_timewaits() -> bool:
     """
     with suppress(OSError), open("/proc/net/sockstat") as file:
         return " tw 0 " not in file.read()
+    return True
+
+
+def has_routes() -> bool:
+    """Whether this network namespace has a table of IPv4 routes; a new one has none until an interface is up.
+
+    Sources: kernel ``net/ipv4/fib_frontend.c`` __inet_dev_addr_type: without one, any address may be bound.
+    """
+    with suppress(OSError), open("/proc/net/fib_trie") as file:
+        return bool(file.read(1))
     return True
 
 
@@ -93,12 +122,17 @@ def zombies(parent: int) -> list[int]:
 def command(pid: int) -> str:
     """How a process was started, in one short line; ``?`` when it is gone.
 
+    Whoever started it has chosen the words: what would move the cursor of a terminal, or break the line, is left out.
+
     Sources: proc_pid_cmdline(5), which is empty for kernel threads and zombies; proc_pid_comm(5).
     """
     with suppress(OSError):
         for name in ("cmdline", "comm"):
             with open(f"/proc/{pid}/{name}", "rb") as file:
-                words = file.read().replace(b"\0", b" ").decode(errors="replace").strip()
+                program, blank, rest = file.read().partition(b"\0")
+            words = _printable((program + blank + rest).decode(errors="replace"))
+            if len(words) > _COMMAND_CHARS_MAX:  # what it runs says more than where its interpreter lies
+                words = _printable((os.path.basename(program) + blank + rest).decode(errors="replace"))
             if words:
                 return words if len(words) <= _COMMAND_CHARS_MAX else words[: _COMMAND_CHARS_MAX - 3] + "..."
     return "?"
@@ -262,8 +296,12 @@ def _unit(path: str) -> str:
     """The innermost name that means something to a person."""
     for name in reversed(path.split("/")):
         if re.search(r"\.(service|socket|scope)$|[0-9a-f]{64}", name):
-            return name
+            return _printable(name)
     return ""
+
+
+def _printable(text: str) -> str:
+    return " ".join("".join(each if each.isprintable() else " " for each in text).split())
 
 
 def _pids() -> list[int]:

@@ -225,11 +225,12 @@ def unix() -> Iterator[UnixSocket]:
             yield UnixSocket(state, inode, text, file, rqueue, wqueue, uid)
 
 
-def is_local(host: bytes) -> bool:
+def is_local(host: bytes, interface: int = 0) -> bool:
     """Whether a socket could be bound to an address: it is one of ours, or a broadcast or multicast one.
 
     Args:
         host: As 4 or 16 bytes.
+        interface: The index of the one that has to have it; 0 for any.
 
     Raises:
         KernelError: As `inet`.
@@ -241,6 +242,8 @@ def is_local(host: bytes) -> bool:
     family = socket.AF_INET if len(host) == 4 else socket.AF_INET6
     request = struct.pack("=BBBBBBBBI", family, len(host) * 8, 0, 0, 0, 0, 0, 0, 0)
     request += _ATTRIBUTE.pack(4 + len(host), 1) + host  # RTA_DST
+    if interface:
+        request += _ATTRIBUTE.pack(8, 4) + struct.pack("=I", interface)  # RTA_OIF
     try:
         for data in _ask(NETLINK_ROUTE, _GETROUTE, _REQUEST, request):
             return data[_HEADER.size + 7] in {2, 3, 5}  # RTN_LOCAL, RTN_BROADCAST, RTN_MULTICAST
@@ -280,7 +283,7 @@ def _ask(protocol: int, kind: int, flags: int, request: bytes) -> Iterator[bytes
             "cannot ask the kernel for its sockets",
             errno=error.errno or 0,
             cause="a sandbox (seccomp, a container, a user namespace) or the kernel's configuration forbids netlink",
-            fix="ask outside of the sandbox; under systemd: RestrictAddressFamilies=AF_NETLINK, likewise",
+            fix="ask outside of the sandbox; under systemd: RestrictAddressFamilies=AF_NETLINK in its unit",
         ) from error
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from shlex import quote
 from typing import Final
 
 from hotport.model.port import LEFT, Asker, Local, Options, Port, Process, Sockets, State, UnixName
@@ -132,8 +133,18 @@ def judge_name(name: UnixName) -> Answer:
 
     Sources: unix(7), NOTES; bind(2).
     """
-    if name.obstacle:
-        return Answer(Can.NO, f"nothing can be made at {name.path}", error=name.obstacle)
+    directory = _directory(name.path)
+    match name.obstacle:
+        case "":
+            pass
+        case "ENOENT":
+            return Answer(Can.NO, f"there is no directory {directory}", error=name.obstacle)
+        case "EROFS":
+            return Answer(Can.NO, f"the file system of {directory} is read-only", error=name.obstacle)
+        case "EACCES":
+            return Answer(Can.NO, f"you may not make files in {directory}", error=name.obstacle)
+        case _:
+            return Answer(Can.NO, f"nothing can be made at {name.path}", error=name.obstacle)
     if name.found == "nothing":
         return Answer(Can.YES, "nothing has that name")
     rule, error = "bind takes no name that exists", "EADDRINUSE"
@@ -145,7 +156,7 @@ def judge_name(name: UnixName) -> Answer:
         return Answer(Can.NO, rule, who, error, "when the file is removed; hotport serve replaces it by itself")
     does = "is listening on" if name.is_listening else "is bound to"
     who = f"{_seen(name.holders, name.user, '')} {does} {name.path}"
-    return Answer(Can.NO, rule, who, error, "when it ends, and the file is removed")
+    return Answer(Can.NO, rule, who, error, "when it ends" + ", and the file is removed" * (not name.is_abstract))
 
 
 def refuses(port: Port, old: Sockets, uid: int, new: Options) -> bool | None:
@@ -212,25 +223,28 @@ def remedies(port: Port, asker: Asker, answer: Answer) -> Iterator[str]:
     """What to do about an answer that is not yes: the one that is most likely right first."""
     match answer.error:
         case "EACCES":
-            yield f"as root: sysctl -w net.ipv4.ip_unprivileged_port_start={port.number}"
+            yield f"sysctl -w net.ipv4.ip_unprivileged_port_start={port.number}  # as root"
             yield "give the program the capability: AmbientCapabilities=CAP_NET_BIND_SERVICE in its unit"
             return
-        case "EADDRNOTAVAIL":
+        case "EINVAL" if port.local.plain.version == 4:
+            yield f"hotport why {port.protocol}://{port.local.plain}:{port.number}"
+            return
+        case "EADDRNOTAVAIL" | "EINVAL":
             yield "ip -brief address"
             return
     if answer.can == Can.UNKNOWN:
-        yield f"hotport why {port.address} --probe, which binds for a moment"
+        yield f"hotport why {port.address} --probe  # binds for a moment"
     for old in answer.blockers[:1]:
         if old.is_outgoing or (old.state == State.ESTABLISHED and _may_be_outgoing(port)):
-            yield f"keep the port from outgoing connections: sysctl -w net.ipv4.ip_local_reserved_ports={port.number}"
+            yield f"{port.ephemeral.keeping(port.number)}  # keeps it from outgoing connections"
         if old.is_timed:
             yield f"wait {answer.ends_in_s or old.ends_in_s:.0f} s"
-            yield "set SO_REUSEADDR before bind, in the old server as well as in the new one"
+            yield "set SO_REUSEADDR before bind, in the old server and in the new one"
         elif old.holders:
             yield from dict.fromkeys(holder.ending for holder in old.holders)
         elif not old.is_held:
             state = _SS.get(old.state, "all")
-            yield f"as root, at the price of what is unsent: ss -K state {state} sport = :{port.number}"
+            yield f"ss -K state {state} sport = :{port.number}  # as root; what is unsent is lost"
         elif old.unit:
             yield f"systemctl status {old.unit}"
         else:
@@ -241,16 +255,27 @@ def remedies_of_name(name: UnixName, answer: Answer) -> Iterator[str]:
     """Likewise, for a name of AF_UNIX."""
     if answer.can == Can.YES:
         return
+    path, directory = _pasteable(name.path), _pasteable(_directory(name.path))
     if answer.error == "ENOENT":
-        yield f"mkdir -p {name.path.rpartition('/')[0]}"
+        yield f"mkdir -p {directory}"
     elif name.found == "socket" and not name.is_held:
-        yield f"rm {name.path}"
+        yield f"rm {path}"
     elif name.holders:
         yield from dict.fromkeys(holder.ending for holder in name.holders)
-    elif name.is_held:
-        yield f"sudo hotport why {name.address}"
+    elif name.user:
+        yield f"sudo hotport why {quote(name.address)}"
+    elif name.is_held:  # in a network namespace that one of these processes is in
+        yield f"grep -lF {path} /proc/[0-9]*/net/unix"
     else:
-        yield f"ls -ld {name.path.rpartition('/')[0] or '.'} {name.path}"
+        yield f"ls -ld {directory} {path}"
+
+
+def _directory(path: str) -> str:
+    return path.rpartition("/")[0] or ("/" if path.startswith("/") else ".")
+
+
+def _pasteable(path: str) -> str:
+    return quote(f"./{path}" if path.startswith("-") else path)
 
 
 #: As ss(8) calls them.
@@ -259,14 +284,31 @@ _SS: Final = {State.FIN_WAIT1: "fin-wait-1", State.LAST_ACK: "last-ack", State.C
 
 def _denied(port: Port, asker: Asker) -> Answer | None:
     """What the kernel looks at before it looks at other sockets; IPv6 asks first for the port, IPv4 for the address."""
-    low = absent = None
+    low = absent = invalid = None
+    host = port.local.host
     if 0 < port.number < port.low_end and not asker.may_bind_low:
         because = f"ports below {port.low_end} need CAP_NET_BIND_SERVICE (net.ipv4.ip_unprivileged_port_start)"
         low = Answer(Can.NO, f"user {asker.user} may not: {because}", error="EACCES")
     if port.is_local is False:
-        because = f"no interface of this machine has the address {port.local.host}"
-        absent = Answer(Can.NO, because, error="EADDRNOTAVAIL")
-    return (low or absent) if port.local.host.version == 6 else (absent or low)
+        absent = Answer(Can.NO, f"no interface of this machine has the address {host}", error="EADDRNOTAVAIL")
+    if (nonsense := _nonsense(port)) is not None:
+        invalid = Answer(Can.NO, nonsense, error="EINVAL")
+    return (low or invalid or absent) if host.version == 6 else (absent or low)
+
+
+def _nonsense(port: Port) -> str | None:
+    """Why no socket of this kind could ever have an address. Sources: kernel ``net/ipv6/af_inet6.c`` __inet6_bind."""
+    host = port.local.host
+    if host.version == 4:
+        return None
+    if host.is_multicast and port.protocol == "tcp":
+        return f"TCP does not know multicast, and {host} is such an address"
+    if host.ipv4_mapped and port.local.v6only:
+        return f"a socket that is IPv6 only, as hotport's are, does not take {host.ipv4_mapped} written as IPv6"
+    is_on_a_link = host.is_link_local or (host.is_multicast and host.packed[1] & 0xF == 2)
+    if is_on_a_link and not port.scope:
+        return f"many links have an address like {host}: its interface has to be named, as in fe80::1%eth0"
+    return None
 
 
 def _is_any(local: Local) -> bool:
@@ -328,8 +370,9 @@ def _stays(old: Sockets) -> tuple[int, float]:
 
 
 def _until(old: Sockets) -> str:
-    pids = " or ".join(str(pid) for pid in sorted({holder.pid for holder in old.holders}))
-    owner = f"pid {pids}" if pids else "its process"
+    pids = sorted({holder.pid for holder in old.holders})
+    one = f"pid {pids[0]}" if pids else "its process"
+    owner = f"each of pids {', '.join(map(str, pids))}" if len(pids) > 1 else one
     if old.is_timed:
         return f"by itself: the last one is gone in {old.ends_in_s:.0f} s"
     if old.state == State.CLOSE_WAIT:
@@ -365,7 +408,7 @@ def _rule(old: Sockets, asker: Asker, new: Options) -> str:
             return "it has not set SO_REUSEPORT, and both must have"
         return "a listener shares its port only if both have set SO_REUSEPORT"
     if not new.reuse_address and not new.reuse_port:
-        return "a socket without SO_REUSEADDR and SO_REUSEPORT gets no port on which anything is left"
+        return "a socket without SO_REUSEADDR and SO_REUSEPORT gets no port on which there is anything"
     either = str(new).replace(" and ", " or ")
     if old.options is None:
         return f"the server that left it had not set {either}, and both must have"
@@ -400,5 +443,4 @@ def _why_not_refused(port: Port) -> str:
 
 
 def _may_be_outgoing(port: Port) -> bool:
-    low, high = port.ephemeral
-    return low <= port.number <= high and not any(old.state == State.LISTEN for old in port.sockets)
+    return port.ephemeral.gives(port.number) and not any(old.state == State.LISTEN for old in port.sockets)

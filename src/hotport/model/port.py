@@ -8,7 +8,7 @@ from enum import StrEnum
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final, TypeAlias
 
-__all__ = ["LEFT", "Asker", "Host", "Local", "Options", "Port", "Process", "Sockets", "State", "UnixName"]
+__all__ = ["LEFT", "Asker", "Ephemeral", "Host", "Local", "Options", "Port", "Process", "Sockets", "State", "UnixName"]
 
 Host: TypeAlias = IPv4Address | IPv6Address
 
@@ -86,9 +86,14 @@ class Process:
     generation: int = 0
 
     @property
+    def is_ours(self) -> bool:
+        """A supervisor of hotport's, or a worker."""
+        return _OURS.search(self.command) is not None
+
+    @property
     def ending(self) -> str:
         """What ends it kindly."""
-        return "hotport stop" if _OURS.search(self.command) else f"kill {self.pid}"
+        return "hotport stop" if self.is_ours else f"kill {self.pid}"
 
     def __str__(self) -> str:
         generation = f", hotport generation {self.generation}" if self.generation else ""
@@ -150,15 +155,40 @@ class Asker:
 
 
 @dataclass(frozen=True, slots=True)
+class Ephemeral:
+    """Ports that the kernel gives to outgoing connections, from `low` to `high`.
+
+    Attributes:
+        reserved: Those among them that it keeps back, as in ``8080,9148-9150``.
+
+    Sources: ip-sysctl, ip_local_port_range and ip_local_reserved_ports.
+    """
+
+    low: int = 32768
+    high: int = 60999
+    reserved: str = ""
+
+    def gives(self, port: int) -> bool:
+        """Whether an outgoing connection can be given a port."""
+        ranges = (part.partition("-") for part in self.reserved.split(","))
+        kept = any(low.isdigit() and int(low) <= port <= int(high or low) for low, _, high in ranges)
+        return self.low <= port <= self.high and not kept
+
+    def keeping(self, port: int) -> str:
+        """What to type so that it is kept back, too: who sets the list replaces it."""
+        return f"sysctl -w net.ipv4.ip_local_reserved_ports={self.reserved}{',' * bool(self.reserved)}{port}"
+
+
+@dataclass(frozen=True, slots=True)
 class Port:
     """Everything that was read about a port.
 
     Attributes:
         address: What was asked for, in its canonical form.
         protocol: ``tcp`` or ``udp``.
+        scope: The index of the interface that an IPv6 address names, as in fe80::1%eth0; 0 if it names none.
         is_local: Whether the machine has this address; None if it could not be asked.
         low_end: Ports below this one need a capability (``net.ipv4.ip_unprivileged_port_start``).
-        ephemeral: Ports that the kernel gives to outgoing connections.
         overflows: How often the machine has turned connections away because a queue was full.
         unread: What could not be read, and what would make it readable; a sentence each.
     """
@@ -167,9 +197,10 @@ class Port:
     protocol: str
     local: Local
     number: int
+    scope: int = 0
     is_local: bool | None = True
     low_end: int = 1024
-    ephemeral: tuple[int, int] = (32768, 60999)
+    ephemeral: Ephemeral = Ephemeral()
     sockets: tuple[Sockets, ...] = ()
     overflows: int = 0
     unread: tuple[str, ...] = ()
@@ -198,3 +229,8 @@ class UnixName:
     backlog: int = 0
     obstacle: str = ""
     unread: tuple[str, ...] = ()
+
+    @property
+    def is_abstract(self) -> bool:
+        """It has no file, and goes with its last socket."""
+        return self.path.startswith("@")
