@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import psutil
 import pytest
 
 from hotport.wire.messages import RestartRequest, ScaleRequest
-from tests.support import LINE_APP, Hammer, Service, ask_line, eventually, watching_pid, write_code
+from tests.support import DEADLINE_S, LINE_APP, Hammer, Service, ask_line, eventually, watching_pid, write_code
 
 
 @pytest.fixture
@@ -99,6 +100,44 @@ def test_worker_that_is_terminated_by_hand_drains_and_is_replaced(directory: Pat
         victim = service.worker_pids()[0]
         os.kill(victim, signal.SIGTERM)
         hammer.wait(lambda: len(hammer.pids - {victim}) >= 2, "a replacement answers")
+
+
+MOVABLE_APP = """
+import asyncio, os
+
+class app(asyncio.Protocol):
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        self.transport.write(b"%d\\n" % os.getpid())
+
+    def drain_started(self, draining):
+        self.transport.write(b"told\\n")
+
+    def export_state(self):
+        return True
+
+    def import_state(self, state):
+        pass
+"""
+
+
+def test_connections_of_a_worker_that_is_terminated_by_hand_go_to_the_others(tmp_path: Path) -> None:
+    """It had told them to end before it knew of any others."""
+    write_code(tmp_path / "app.py", MOVABLE_APP)
+    with (
+        Service(tmp_path, "app:app", "--workers", "2").wait_ready() as service,
+        socket.create_connection(("127.0.0.1", service.port), DEADLINE_S) as client,
+        client.makefile("r") as lines,
+    ):
+        client.sendall(b"?")
+        victim = int(lines.readline())
+        with watching_pid(victim) as wait_ended:
+            os.kill(victim, signal.SIGTERM)
+            wait_ended()
+        client.sendall(b"?")
+        assert int(lines.readline()) in service.worker_pids()
 
 
 # -- workers that have served long enough -------------------------------------------------------------------

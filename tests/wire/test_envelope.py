@@ -23,6 +23,7 @@ from hotport.wire.envelope import (
     decode_batch,
     encode_frame,
     encode_state,
+    pack,
     parse_header,
 )
 
@@ -64,7 +65,8 @@ def test_batch_comes_out_as_it_went_in(batch: list[Envelope]) -> None:
     frame = encode_frame(Frame.BATCH, batch)
     kind, size = parse_header(frame[:HEADER_BYTES])
     assert (kind, size) == (Frame.BATCH, len(frame) - HEADER_BYTES)
-    out = decode_batch(frame[HEADER_BYTES:])
+    out = [each for each in decode_batch(frame[HEADER_BYTES:]) if each is not None]
+    assert len(out) == len(batch)
     assert [each.state for each in out] == [each.state for each in batch]
     assert [(each.unread, each.is_proxied) for each in out] == [(each.unread, each.is_proxied) for each in batch]
     assert [each.endpoints for each in out] == [(each.peer, each.own) for each in batch]
@@ -102,3 +104,13 @@ def test_state_that_refers_to_itself_is_refused() -> None:
     state.append(state)
     with pytest.raises(TypeError, match="cannot travel"):
         encode_state(state)
+
+
+def test_envelope_that_cannot_travel_is_refused_before_it_does() -> None:
+    with pytest.raises(TypeError, match="cannot travel"):
+        pack(Envelope("/run/caf\udce9", "", False, b"", StreamState(None)))
+
+
+def test_envelope_that_is_none_leaves_the_others_alone() -> None:
+    good, bad = (Envelope("", "", False, unread, StreamState(None)) for unread in (b"good", "bad"))  # type: ignore[arg-type]
+    assert decode_batch(encode_frame(Frame.BATCH, [good, pack(bad), pack(good)])[HEADER_BYTES:]) == [good, None, good]

@@ -129,16 +129,16 @@ class Successor:
         self.channel: Channel
         self.sock: socket.socket
 
-    async def welcome(self, *, room: int = 100) -> None:
+    async def welcome(self, *, room: int = 100, connections: int = 0) -> None:
         self.sock, _ = await asyncio.get_running_loop().sock_accept(self._listener)
         self.channel = Channel(self.sock)
         await self.channel._receive(len(encode_frame(encode(OfferOrder(version=ENVELOPE_VERSION)))))
-        await self.channel.send(encode_frame(encode(Welcome(room=room))))
+        await self.channel.send(encode_frame(encode(Welcome(room=room, connections=connections))))
 
     async def batch(self) -> tuple[list[Envelope], list[int]]:
         kind, payload, descriptors = await self.channel.receive_frame()
         assert kind is Frame.BATCH
-        return decode_batch(payload), descriptors
+        return [each for each in decode_batch(payload) if each is not None], descriptors
 
     def close(self) -> None:
         self._listener.close()

@@ -242,6 +242,72 @@ async def test_connection_that_the_successor_refuses_stays_and_the_others_move(
         assert await task == {"moved_http": 2, "told_to_close": 1}
 
 
+async def test_connection_whose_envelope_cannot_travel_stays_and_the_others_move(tmp_path: Path) -> None:
+    """A unix client's own address need not be UTF-8. All connections stood still until the drain deadline."""
+    app = App()
+    async with service(tmp_path, socket.AF_UNIX) as port, contextlib.AsyncExitStack() as stack:
+        old = await port.start(app)
+        await old.server.accept()
+        odd = socket.socket(socket.AF_UNIX)
+        odd.setblocking(False)
+        odd.bind(own := os.fsencode(tmp_path) + b"/caf\xe9")
+        await asyncio.get_running_loop().sock_connect(odd, port.address)
+        clients = [Client(odd), Client(await port.connect())]
+        for client in clients:
+            stack.callback(client.close)
+        await until(lambda: len(old.connections.open) == 2)
+        new = await port.start(app)
+        task = asyncio.ensure_future(old.leave(new))
+        await until(lambda: len(new.connections.open) == 1)
+        for client in clients:
+            await client.send(get("/a"))
+        answers = [await client.answer() for client in clients]
+        assert [(answer.body, answer.says_close) for answer in answers] == [(b"1 /a ", True), (b"2 /a ", False)]
+        clients[0].close()
+        assert await task == {"moved_http": 1, "told_to_close": 1}
+        os.unlink(own)
+
+
+async def test_connection_for_which_one_successor_has_lost_its_room_goes_to_another(tmp_path: Path) -> None:
+    """It was told to close, as if nobody could go on with it."""
+    app = App()
+    async with service(tmp_path) as port:
+        old = await port.start(app)
+        await old.server.accept()
+        client = Client(await port.connect())
+        await until(lambda: len(old.connections.open) == 1)
+        successor, other = Successor(tmp_path), await port.start(app)
+        task = start_leaving(old, successor.path, other.path)
+        await successor.welcome(connections=-1)  # fewer than the other one: it is asked first
+        _, descriptors = await successor.batch()
+        await successor.channel.send(encode_frame(Frame.ACK, Ack([0], 0)))
+        assert await task == {"moved_http": 1}
+        await client.send(get("/a"))
+        answer = await client.answer()
+        assert (answer.body, answer.says_close) == (b"2 /a ", False)
+        client.close()
+        for fd in descriptors:
+            os.close(fd)
+        successor.channel.close()
+        successor.close()
+
+
+async def test_connections_under_way_count_when_the_next_one_is_assigned(tmp_path: Path) -> None:
+    """The room of a successor was known from its last answer only, and so was given away twice."""
+    app = App()
+    async with facing(tmp_path, app) as (old, successor, _):
+        task = start_leaving(old, successor.path)
+        await successor.welcome(room=1)
+        _, descriptors = await successor.batch()
+        (found,) = old.server._mover._successors.values()  # type: ignore[union-attr]
+        assert (found.room, found.connections) == (0, 1)
+        await successor.channel.send(encode_frame(Frame.ACK, Ack([], 0)))
+        assert await task == {"moved_http": 1}
+        for fd in descriptors:
+            os.close(fd)
+        successor.channel.close()
+
+
 async def test_sender_that_ends_after_the_acknowledgement_leaves_its_connections_to_the_successor(
     tmp_path: Path,
 ) -> None:

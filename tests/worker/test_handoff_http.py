@@ -63,9 +63,9 @@ class App:
             await self.go.wait()
             await send({"type": "http.response.body", "body": b"%d" % generation})
             return
-        if path == "/held":
+        if path.startswith("/held"):
             await self.go.wait()
-        if path == "/large":
+        if path.endswith("/large"):
             await respond(send, b"x" * (8 << 20))
             return
         await respond(send, b"%d %b %b" % (generation, path.encode(), body))
@@ -419,6 +419,118 @@ async def test_handoff_strikes_at_every_byte_of_a_conversation(tmp_path: Path) -
     size = sum(len(request) for request, _ in requests)
     for place in range(1, size, 3):
         await _converse(requests, {place}, {1})
+
+
+# -- what goes wrong meanwhile ------------------------------------------------------------------------------
+
+
+async def test_second_restart_on_the_heels_of_the_first_tells_nobody_to_close(tmp_path: Path) -> None:
+    """Between two sets of successors there seemed to be none: an answer in that moment said ``Connection: close``."""
+    app = App()
+    async with old_and_client(tmp_path, app) as (port, old, client):
+        await client.send(get("/held"))
+        await until(lambda: bool(app.requests))
+        second = await port.start(app)
+        leaving = asyncio.ensure_future(old.leave(second))
+        await until(old.connections.draining.is_set)
+        third = await port.start(app)
+        greet, third.peer_joined = third.peer_joined, lambda peer: None  # type: ignore[method-assign]
+        may_take = asyncio.Event()
+        obey = third.obey
+
+        async def obey_later(order: Any, peer: Any) -> None:
+            await may_take.wait()
+            greet(peer)
+            await obey(order, peer)
+
+        third.obey = obey_later  # type: ignore[method-assign]
+        redirected = asyncio.ensure_future(old.redirect(third))
+        await until(lambda: len(second._taking) == 1 and all(each.done() for each in second._taking))
+        app.go.set()
+        answer = await client.answer()
+        assert (answer.body, answer.says_close) == (b"1 /held ", False)
+        may_take.set()
+        await redirected
+        assert await leaving == {"moved_http": 1}
+        assert len(third.connections.open) == 1
+
+
+async def test_request_that_was_parked_before_half_a_head_takes_as_long_as_it_takes(tmp_path: Path) -> None:
+    """The time that the client has for the rest of the head behind it ended the request that was being answered."""
+    app = App()
+    async with old_and_client(tmp_path, app) as (port, old, client):
+        await client.send(get("/held"))
+        await until(lambda: bool(app.requests))
+        new = await port.start(app)
+        leaving = asyncio.ensure_future(old.leave(new))
+        await until(lambda: only(old)._handoff is not None)
+        only(old).offer()  # as the mover does when it is its turn
+        await client.send(get("/held") + get("/half")[:9])
+        await until(lambda: only(old).unconsumed.endswith(get("/half")[:9]))
+        app.go.set()
+        assert (await client.answer()).body == b"1 /held "
+        app.go.clear()
+        assert await leaving == {"moved_http": 1}
+        await until(lambda: len(app.requests) == 2)
+        assert only(new).state is State.IN_FLIGHT
+        assert not only(new).due
+        app.go.set()
+        assert (await client.answer()).body == b"2 /held "
+        assert only(new).state is State.HALF_HEAD
+        assert only(new).due
+
+
+async def test_requests_that_are_parked_behind_a_client_that_reads_slowly_do_not_expire(tmp_path: Path) -> None:
+    """They had arrived whole, and got a 408 for not having arrived in time."""
+    app = App()
+    async with old_and_client(tmp_path, app) as (port, old, client):
+        await client.send(get("/held/large"))
+        await until(lambda: bool(app.requests))
+        new = await port.start(app)
+        leaving = asyncio.ensure_future(old.leave(new))
+        await until(lambda: only(old)._handoff is not None)
+        connection = only(old)
+        connection.offer()  # as the mover does when it is its turn
+        await client.send(get("/behind"))
+        await until(lambda: bool(connection.unconsumed))
+        app.go.set()
+        await until(lambda: connection.transport.get_write_buffer_size() > 0 and bool(connection.due))
+        connection.due = 0
+        connection.expire()
+        assert connection.due
+        assert [len((await client.answer()).body) for _ in range(2)] == [8 << 20, len(b"2 /behind ")]
+        assert await leaving == {"moved_http": 1}
+
+
+async def test_requests_that_are_parked_behind_a_last_answer_are_not_begun(tmp_path: Path) -> None:
+    """When nobody took the connection any more, they were: and answered behind the end of the connection."""
+
+    class Closing(App):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            self.requests.append((1, scope["path"], b""))
+            await self.go.wait()
+            await respond(send, b"the last", (b"connection", b"close"))
+
+    app = Closing()
+    async with old_and_client(tmp_path, app) as (port, old, client):
+        await client.send(get("/a"))
+        await until(lambda: bool(app.requests))
+        new = await port.start(app)
+        leaving = asyncio.ensure_future(old.leave(new))
+        await until(lambda: only(old)._handoff is not None)
+        connection = only(old)
+        connection.offer()  # as the mover does when it is its turn
+        await client.send(get("/b"))
+        await until(lambda: bool(connection.unconsumed))
+        app.go.set()
+        answer = await client.answer()
+        assert (answer.body, answer.says_close) == (b"the last", True)
+        await client.send(get("/c"))
+        await until(lambda: not connection._has_unread())
+        connection.drain()
+        client.close()
+        assert await leaving == {"finished": 1}
+        assert [path for _, path, _ in app.requests] == ["/a"]
 
 
 async def test_over_tls_the_last_answer_comes_at_a_random_moment_of_the_drain(

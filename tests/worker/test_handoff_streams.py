@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 
 import hotport
 from hotport.adapters.protocol import Transferable
-from tests.adapters.asgi_support import until
+from tests.adapters.asgi_support import turns, until
 from tests.worker.handoff_support import DEADLINE_S, Generation, Service, service
 
 pytestmark = pytest.mark.anyio
@@ -393,3 +394,121 @@ async def test_over_tls_nothing_moves_and_nothing_is_lost(tmp_path: Path, app: A
         with contextlib.suppress(ssl.SSLError, ConnectionError):
             await writer.wait_closed()
         assert await task == {"finished": 1}
+
+
+# -- what goes wrong meanwhile ------------------------------------------------------------------------------
+
+
+async def test_handler_that_fails_when_its_connection_moves_does_not_reset_it(tmp_path: Path) -> None:
+    """A reset is an option of the socket, which the next process shares: its last bytes would never arrive."""
+
+    @hotport.restartable
+    async def failing(stream: hotport.Stream) -> None:
+        try:
+            await stream.receive()
+        except asyncio.CancelledError:
+            raise RuntimeError("it does not like to be cancelled") from None
+
+    @hotport.restartable
+    async def closing(stream: hotport.Stream) -> None:
+        sock = stream.extra(anyio.abc.SocketAttribute.raw_socket)
+        linger = sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)
+        await stream.send(b"%d\n" % any(linger))
+
+    async with connected(tmp_path, failing) as (port, old, peer):
+        _, fates = await port.replace(old, closing)
+        assert fates == {"moved_stream": 1}
+        assert await peer.line() == "0"
+
+
+async def test_end_of_our_side_waits_while_the_connection_stands_still(tmp_path: Path) -> None:
+    """It ends the connection for every process that has it, and the next one would not know."""
+    async with connected(tmp_path, counting) as (_, old, peer):
+        (stream,) = old.connections.open
+        assert isinstance(stream, hotport.Stream)
+        await until(lambda: stream._reader is not None)
+        assert stream.prepare_handoff(lambda _: None)
+        assert stream.offer() is not None
+        ending = asyncio.ensure_future(stream.send_eof())
+        await turns()
+        assert not ending.done()
+        stream.keep()
+        await ending
+        assert await peer.line() == ""
+
+
+async def test_worker_waits_until_a_handler_has_cleaned_up_whose_connection_has_moved(tmp_path: Path) -> None:
+    """The worker ended at once, and cancelled it in the middle of that."""
+    is_clean = False
+    may_clean = asyncio.Event()
+
+    @hotport.restartable
+    async def tidy(stream: hotport.Stream) -> None:
+        nonlocal is_clean
+        try:
+            await stream.receive()
+        finally:
+            await may_clean.wait()
+            is_clean = True
+
+    async with connected(tmp_path, tidy) as (port, old, _):
+        new, task = await leave(port, old, counting)
+        await until(lambda: len(new.connections.open) == 1 and not old.connections.open)
+        await turns()
+        assert not task.done()
+        may_clean.set()
+        assert await task == {"moved_stream": 1}
+        assert is_clean
+
+
+async def test_stream_that_stays_keeps_waiting_for_a_client_that_reads_slowly(tmp_path: Path) -> None:
+    """When nobody took it any more, its handler could send without end into a buffer."""
+    sent = 0
+
+    async def sending(stream: hotport.Stream) -> None:
+        nonlocal sent
+        while True:
+            await stream.send(bytes(1 << 20))
+            sent += 1
+
+    async with connected(tmp_path, sending) as (_, old, _peer):
+        (stream,) = old.connections.open
+        assert isinstance(stream, hotport.Stream)
+        await until(lambda: not stream._is_writable.is_set())
+        assert stream.prepare_handoff(lambda _: None)
+        before = sent
+        stream.drain()
+        await turns()
+        assert sent == before
+        assert not stream._is_writable.is_set()
+
+
+@pytest.mark.parametrize("notice", ["drain_started", "transfer_wanted"])
+async def test_protocol_that_fails_when_it_is_told_costs_nobody_else(
+    tmp_path: Path, notice: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The worker ended with an exception, and with all of its connections."""
+
+    class Failing(Counter):
+        def __getattr__(self, name: str) -> Any:
+            if name != notice:
+                raise AttributeError(name)
+
+            def fail(_: object) -> None:
+                raise RuntimeError("told")
+
+            return fail
+
+    if notice == "transfer_wanted":
+        Failing.transfer_wanted = property(lambda self: self.__getattr__("transfer_wanted"))  # type: ignore[assignment]
+    async with connected(tmp_path, Failing) as (port, old, peer):
+        if notice == "drain_started":
+            task = asyncio.ensure_future(old.leave())
+            await until(lambda: "the application failed" in caplog.text)
+            assert await peer.ask("x") == "1 x"
+            peer.writer.close()
+            assert await task == {"finished": 1}
+        else:
+            _, fates = await port.replace(old, Counter)
+            assert fates == {"moved_protocol": 1}
+            assert "the application failed" in caplog.text

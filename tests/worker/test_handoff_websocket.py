@@ -17,6 +17,7 @@ from websockets.frames import Frame, Opcode
 from websockets.uri import parse_uri
 
 from hotport.adapters.asgi.websocket import WebSocketConnection
+from hotport.observe import logs
 from tests.adapters.asgi_support import until
 from tests.worker.handoff_support import DEADLINE_S, Generation, Service, Successor, service
 
@@ -424,6 +425,38 @@ async def test_sender_beside_the_receiver_waits_while_the_connection_stands_stil
         assert received == sorted(received)
         assert received.count("1") == sent.count(1)
         assert len(left) == 1
+
+
+async def test_access_log_has_one_line_for_a_websocket_however_often_it_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process that it had been moved to wrote another one, 499, at its end there."""
+    written: list[str] = []
+    monkeypatch.setattr(logs, "write", written.append)
+    app = Echo()
+    async with opened(tmp_path, app, handoff="websocket", access_log="combined") as (port, serving, client):
+        for _ in range(2):
+            await client.send("a")
+            await client.receive()
+            serving, _ = await port.replace(serving, app, handoff="websocket", access_log="combined")
+        client.sock.close()
+        await until(lambda: not serving.connections.open)
+    lines = "".join(written).splitlines()
+    assert [line.split('"')[2].split()[0] for line in lines] == ["101"]
+
+
+async def test_websocket_that_stays_keeps_waiting_for_a_client_that_reads_slowly(tmp_path: Path) -> None:
+    """When nobody took it any more, its application could send without end into a buffer."""
+    app = Echo()
+    async with opened(tmp_path, app, deflate=False, handoff="websocket") as (_, old, _client):
+        connection = only(old)
+        await until(lambda: connection.is_open)
+        assert connection.prepare_handoff(lambda _: None)
+        while connection.writable is None:
+            connection.send_message(None, bytes(1 << 20))
+            await asyncio.sleep(0)
+        connection.drain()
+        assert connection.writable is not None
 
 
 async def test_websocket_that_nobody_takes_is_in_service_here_and_closed_at_its_random_moment(tmp_path: Path) -> None:

@@ -98,7 +98,11 @@ class Datagrams(asyncio.DatagramTransport):
         if notice is None:
             self.close()
         else:
-            notice(self._connections.draining)
+            try:
+                notice(self._connections.draining)
+            except Exception:
+                log.exception("the application failed in drain_started()")
+                self.close()
 
     def _receive(self) -> None:
         for _ in range(BATCH):

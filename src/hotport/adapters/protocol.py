@@ -138,7 +138,7 @@ class _TrackedBase(asyncio.BaseProtocol):
         notice = getattr(self._application, "drain_started", None)
         if notice is not None and self._transport is not None and not self._is_told:
             self._is_told = True
-            notice(self._connections.draining)
+            self._tell_application(notice, self._connections.draining)
 
     def cut(self) -> str:
         """Close; what the application has written is still sent as far as the peer takes it at once."""
@@ -160,9 +160,16 @@ class _TrackedBase(asyncio.BaseProtocol):
             self._look_on()
             transport.set_protocol(self)  # loops have looked its methods up before
             if (notice := getattr(self._application, "transfer_wanted", None)) is not None:
-                notice(self._ask)
+                self._tell_application(notice, self._ask)
         self._ask()
         return True
+
+    def _tell_application(self, notice: Callable[[Any], object], what: object) -> None:
+        """The worker leaves; what an application makes of it must not keep others from being told."""
+        try:
+            notice(what)
+        except Exception:
+            log.exception("the application failed in %s", getattr(notice, "__qualname__", notice))
 
     def _look_on(self) -> None:
         """From now on, see when the application has received or sent something."""

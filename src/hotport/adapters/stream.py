@@ -68,13 +68,14 @@ class StreamAdapter:
     def __init__(self, handler: StreamHandler, context: Context) -> None:
         self._handler = handler
         self._context = context
+        self._moved: set[asyncio.Task[None]] = set()
 
     async def startup(self) -> None:
         """Nothing to do: the handler was imported."""
 
     def connection(self) -> asyncio.BaseProtocol:
         """One stream; its handler starts when the transport is there."""
-        return Stream(self._handler, self._context)
+        return Stream(self._handler, self._context, self._moved)
 
     def adopt(self, envelope: Envelope) -> asyncio.BaseProtocol:
         """A stream on which another worker's handler has been; ours starts when the transport is there.
@@ -84,12 +85,14 @@ class StreamAdapter:
         """
         if not isinstance(envelope.state, StreamState):
             raise NotAdopted("a stream handler has no such connections")
-        stream = Stream(self._handler, self._context)
+        stream = Stream(self._handler, self._context, self._moved)
         stream.restore(envelope.state.application, envelope.unread)
         return stream
 
     async def finish(self) -> None:
-        """Nothing outlives its connection."""
+        """Return when the handlers whose connections have moved have cleaned up; others end before theirs."""
+        while self._moved:
+            await asyncio.wait(self._moved)
 
     async def shutdown(self) -> None:
         """Nothing to do."""
@@ -108,11 +111,12 @@ class Stream(ByteStream, asyncio.Protocol):
 
     kind = "stream"
 
-    def __init__(self, handler: StreamHandler, context: Context) -> None:
+    def __init__(self, handler: StreamHandler, context: Context, moved: set[asyncio.Task[None]]) -> None:
         self.state: Any = None
         self.endpoints: tuple[Any, Any] | None = None
         self.is_proxied = False
         self._handler = handler
+        self._moved = moved
         self._connections = context.connections
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
@@ -183,7 +187,10 @@ class Stream(ByteStream, asyncio.Protocol):
             self._task.cancel()
         if self._transport is not None:
             self._transport.close()
-        return "cut_offered" if self._handoff is not None and self._handoff.is_offered else "cut_stream"
+        if self._handoff is not None and self._handoff.is_offered:
+            self._is_lost = True  # here: what is done to the socket now would be done to another process's
+            return "cut_offered"
+        return "cut_stream"
 
     # -- handing it off ------------------------------------------------------------------------------------
 
@@ -239,18 +246,21 @@ class Stream(ByteStream, asyncio.Protocol):
         handoff, transport = self._handoff, self._transport
         if handoff is None or transport is None or self._is_lost:
             return
+        if handoff.is_offered:
+            self._is_writable.set()
         handoff.is_offered = handoff.is_wanted = False
         transport.set_write_buffer_limits()
-        self._is_writable.set()
         if not self._is_paused and not transport.is_closing():
             transport.resume_reading()
 
     def release(self) -> None:
         """The handler is cancelled where it waits."""
         assert self._transport is not None
-        self._is_closed = True
+        self._is_closed = self._is_lost = True
         self._is_writable.set()
-        if self._task is not None:
+        if self._task is not None and not self._task.done():
+            self._moved.add(self._task)
+            self._task.add_done_callback(self._moved.discard)
             self._task.cancel()
         self._transport.abort()  # closes the descriptor, and nothing else: the connection lives on
 
@@ -335,7 +345,7 @@ class Stream(ByteStream, asyncio.Protocol):
             ClosedResourceError: The stream was closed here.
         """
         await anyio.lowlevel.checkpoint()
-        await self._is_writable.wait()
+        await self._wait_writable()
         if self._is_closed:
             raise anyio.ClosedResourceError
         if self._is_lost:
@@ -344,9 +354,16 @@ class Stream(ByteStream, asyncio.Protocol):
         self._transport.write(item)
         await self._is_writable.wait()
 
+    async def _wait_writable(self) -> None:
+        while not self._is_writable.is_set():  # it may stand still again before we run
+            await self._is_writable.wait()
+
     async def send_eof(self) -> None:
         """Send everything, then the end; receiving goes on. Over TLS this closes both directions."""
         assert self._transport is not None
+        await self._wait_writable()
+        if self._is_lost:
+            return  # it is another process's to end
         if self._transport.can_write_eof():
             self._transport.write_eof()
         else:
@@ -385,7 +402,8 @@ class Stream(ByteStream, asyncio.Protocol):
             else:
                 log.exception("stream handler failed")
             self._is_closed = True
-            self._reset()
+            if not self._is_lost:
+                self._reset()
         finally:
             _current.reset(token)  # else stream, task and context would keep each other until the collector comes by
             self._close()

@@ -37,6 +37,7 @@ __all__ = [
     "decode_batch",
     "encode_frame",
     "encode_state",
+    "pack",
     "parse_header",
 ]
 
@@ -147,11 +148,12 @@ class Ack(msgspec.Struct, frozen=True, array_like=True):
 
 
 _encoder: Final = msgspec.msgpack.Encoder()
-_batches: Final = msgspec.msgpack.Decoder(list[Envelope])
+_batches: Final = msgspec.msgpack.Decoder(list[msgspec.Raw])
+_envelopes: Final = msgspec.msgpack.Decoder(Envelope)
 _acks: Final = msgspec.msgpack.Decoder(Ack)
 
 
-def encode_frame(frame: Frame, content: Sequence[Envelope] | Ack | None = None) -> bytes:
+def encode_frame(frame: Frame, content: Sequence[msgspec.Raw | Envelope] | Ack | None = None) -> bytes:
     """One frame, whole."""
     payload = b"" if content is None else _encoder.encode(content)
     return _HEADER.pack(frame, len(payload)) + payload
@@ -169,6 +171,15 @@ def encode_state(state: object) -> bytes:
         raise TypeError(f"cannot travel to another process: {error}") from None
 
 
+def pack(envelope: Envelope) -> msgspec.Raw:
+    """An envelope as it travels in a batch.
+
+    Raises:
+        TypeError: It holds something that cannot travel: a path that is no UTF-8, for one.
+    """
+    return msgspec.Raw(encode_state(envelope))
+
+
 def parse_header(header: bytes) -> tuple[Frame, int]:
     """The kind of a frame, and how many bytes follow.
 
@@ -181,13 +192,20 @@ def parse_header(header: bytes) -> tuple[Frame, int]:
     return Frame(kind), size
 
 
-def decode_batch(payload: bytes) -> list[Envelope]:
-    """The envelopes of a batch.
+def decode_batch(payload: bytes) -> list[Envelope | None]:
+    """The envelopes of a batch; None for one that is none: the others are not to suffer from it.
 
     Raises:
-        ControlError: It is not one (HP220).
+        ControlError: It is no batch (HP220).
     """
-    return _decode(_batches, payload)  # type: ignore[no-any-return]
+    return [_unpack(packed) for packed in _decode(_batches, payload)]
+
+
+def _unpack(packed: msgspec.Raw) -> Envelope | None:
+    try:
+        return _envelopes.decode(packed)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def decode_ack(payload: bytes) -> Ack:

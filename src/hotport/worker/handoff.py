@@ -22,7 +22,9 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
+
+import msgspec
 
 from hotport.adapters.base import Adapter, Connection, Connections, NotAdopted, Offer
 from hotport.errors import ControlError
@@ -36,6 +38,7 @@ from hotport.wire.envelope import (
     decode_ack,
     decode_batch,
     encode_frame,
+    pack,
     parse_header,
 )
 from hotport.wire.frames import FrameDecoder
@@ -53,6 +56,9 @@ WELCOME_TIMEOUT_S: Final = 5.0
 
 #: How much of a frame is read at once.
 PIECE_BYTES: Final = 256 * 1024
+
+#: Envelopes as large as that in all make a batch: a larger one would take too much of `ACK_TIMEOUT_S`.
+BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
 
 
 class Channel:
@@ -141,6 +147,14 @@ class Channel:
 # -- the worker that leaves ---------------------------------------------------------------------------------
 
 
+class _Packed(NamedTuple):
+    """A connection that stands still, and what goes to the successor."""
+
+    connection: Connection
+    fd: int
+    envelope: msgspec.Raw
+
+
 class _Successor:
     """A worker that takes connections."""
 
@@ -168,6 +182,8 @@ class Mover:
         self._waiting: set[Connection] = set()
         self._is_closed = False
         self._following = asyncio.Lock()
+        #: Some successors may be gone, and others not there yet: nobody is told that there is none.
+        self._is_between = False
         self._log = get_logger("hotport.handoff")
 
     async def follow(self, paths: Sequence[str]) -> None:
@@ -177,18 +193,23 @@ class Mover:
         are told to close, as if there had never been one.
         """
         async with self._following:
+            self._is_between = True
             for path in self._successors.keys() - set(paths):
                 self._release_successor(self._successors[path])
-            for found in await asyncio.gather(*(self._call(path) for path in paths if path not in self._successors)):
-                if found is None:
-                    continue
-                if self._is_closed:
-                    found.channel.close()
-                    continue
-                self._successors[found.path] = found
-                found.task = self._loop.create_task(self._serve(found))
-            if not self._is_closed:
-                self._connections.lead(self._ready if self._successors else None)
+            new = [path for path in paths if path not in self._successors]
+            try:
+                for found in await asyncio.gather(*map(self._call, new)):
+                    if found is None:
+                        continue
+                    if self._is_closed:
+                        found.channel.close()
+                        continue
+                    self._successors[found.path] = found
+                    found.task = self._loop.create_task(self._serve(found))
+            finally:
+                self._is_between = False
+                if not self._is_closed:
+                    self._connections.lead(self._ready if self._successors else None)
 
     async def close(self) -> None:
         """Move nothing any more; return when what was under way has arrived, or has been taken back.
@@ -235,7 +256,8 @@ class Mover:
             return
         open_to = [each for each in self._successors.values() if each.room > len(each.waiting)]
         if not open_to:
-            connection.drain()
+            if not self._is_between:
+                connection.drain()
             return
         successor = min(open_to, key=lambda each: each.connections + len(each.waiting))
         self._waiting.add(connection)
@@ -262,19 +284,31 @@ class Mover:
         self._waiting.difference_update(successor.waiting)
         if self._is_closed:
             return
-        if not self._successors:
+        if not self._successors and not self._is_between:
             self._connections.lead(None)
         for connection in list(successor.waiting):  # to others, if there are any
             self._ready(connection)
 
-    def _take(self, successor: _Successor) -> list[tuple[Connection, Offer]]:
+    def _take(self, successor: _Successor) -> list[_Packed]:
         """The next ones that are at a safe point still; the others say so when they are again."""
-        batch: list[tuple[Connection, Offer]] = []
-        while successor.waiting and len(batch) < DESCRIPTORS_MAX:
+        batch: list[_Packed] = []
+        size = 0
+        while successor.waiting and len(batch) < DESCRIPTORS_MAX and size < BATCH_BYTES_MAX:
             connection = successor.waiting.popleft()
             self._waiting.discard(connection)
-            if connection in self._connections.open and (offer := self._offer(connection)) is not None:
-                batch.append((connection, offer))
+            if connection not in self._connections.open or (offer := self._offer(connection)) is None:
+                continue
+            try:
+                envelope = pack(offer.envelope)
+            except TypeError as error:
+                self._log.warning("handoff.kept", why=str(error))
+                connection.keep()
+                connection.drain()
+                continue
+            batch.append(_Packed(connection, offer.fd, envelope))
+            size += len(memoryview(envelope))
+            successor.room -= 1
+            successor.connections += 1
         return batch
 
     def _offer(self, connection: Connection) -> Offer | None:
@@ -285,13 +319,13 @@ class Mover:
             connection.drain()  # the others of the batch can still move
             return None
 
-    async def _move(self, successor: _Successor, batch: list[tuple[Connection, Offer]]) -> None:
+    async def _move(self, successor: _Successor, batch: list[_Packed]) -> None:
         channel = successor.channel
-        frame = encode_frame(Frame.BATCH, [offer.envelope for _, offer in batch])
+        frame = encode_frame(Frame.BATCH, [each.envelope for each in batch])
         is_sent = False
         try:
             async with asyncio.timeout(ACK_TIMEOUT_S):
-                await channel.send(frame, [offer.fd for _, offer in batch])
+                await channel.send(frame, [each.fd for each in batch])
                 is_sent = True
                 self._release(successor)  # while the other one is busy with this batch
                 kind, payload, _ = await channel.receive_frame()
@@ -303,7 +337,7 @@ class Mover:
             is_taken_back = True
             if is_sent and isinstance(error, TimeoutError):
                 is_taken_back = await self._withdraw(channel)
-            for connection, _ in batch:
+            for connection, *_ in batch:
                 if connection not in self._connections.open:
                     continue
                 if is_taken_back:
@@ -316,13 +350,16 @@ class Mover:
             raise
         refused = set(ack.refused)
         successor.room = ack.room
-        successor.connections += len(batch) - len(refused)
-        for number, (connection, _) in enumerate(batch):
+        successor.connections -= len(refused)
+        for number, (connection, *_) in enumerate(batch):
             if connection not in self._connections.open:
                 continue  # cut while it stood still
             if number in refused:
                 connection.keep()
-                connection.drain()
+                if ack.room:
+                    connection.drain()
+                else:  # it is not the connection's fault: others may have room
+                    self._ready(connection)
             else:
                 successor.moved.append(connection)
 
@@ -424,6 +461,8 @@ def _adopt(
         raise
     for number, (sock, envelope) in enumerate(zip(sockets, envelopes, strict=True)):
         try:
+            if envelope is None:
+                raise NotAdopted("its envelope cannot be understood")
             if not connections.room:
                 raise NotAdopted("no room")
             protocol = adapter.adopt(envelope)

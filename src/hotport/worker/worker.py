@@ -68,6 +68,9 @@ RESERVED_DESCRIPTORS: Final = 128
 #: How many of the connections that are waited for are described.
 LINGERING_MAX: Final = 20
 
+#: How long a worker that is told to go by a signal serves on, to be told who can have its connections.
+SUCCESSORS_TIMEOUT_S: Final = 0.25
+
 #: How soon READY=1 is said again if the supervisor's queue was full.
 READY_REPEAT_S: Final = 0.25
 
@@ -109,6 +112,7 @@ class Worker:
         # A service manager may signal everybody at once: whoever leaves takes what waits in the accept queue along.
         self._drain_order = DrainOrder(timeout_s=self._options.drain_timeout_s, is_last=True)
         self._leaving = asyncio.Event()
+        self._is_asking = False  # who goes on with the connections, by having said that this worker leaves
         self._orphan_timer: asyncio.TimerHandle | None = None
         self._has_expired = False
 
@@ -214,11 +218,16 @@ class Worker:
     # -- leave ---------------------------------------------------------------------------------------------
 
     def _on_sigterm(self) -> None:
-        """Leave as if drained; a second one cuts what is left."""
-        if not self._leaving.is_set():
+        """Leave as if drained, once the supervisor has said who goes on; a second one cuts what is left."""
+        if not self._leaving.is_set() and not self._is_asking:
+            self._is_asking = True
             self._tell(stopping=True, status="draining")
-            self._leave(self._drain_order)
+            if self._server is not None and self._peers:
+                self._loop.call_later(SUCCESSORS_TIMEOUT_S, self._leaving.set)
+            else:
+                self._leaving.set()
         elif self._server is not None:
+            self._leaving.set()
             self._server.connections.cut()
 
     def _leave(self, order: DrainOrder) -> None:
@@ -287,6 +296,8 @@ class Worker:
                 self._drain_order = msgspec.structs.replace(self._drain_order, successors=successors)
                 if self._server is not None and self._draining is not None:
                     await self._server.follow(successors)
+                elif self._is_asking:
+                    self._leaving.set()
             case OfferOrder(version=version):
                 self._take(version, peer)
             case ReloadTlsOrder():

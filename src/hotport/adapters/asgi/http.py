@@ -389,7 +389,7 @@ class HttpConnection(asyncio.Protocol):
         if unread:
             due = self.due
             self.data_received(unread)
-            if self._head:
+            if self._head and self._current is None:
                 self.due = due  # its time has begun there
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -690,6 +690,8 @@ class HttpConnection(asyncio.Protocol):
         ):
             return False
         self._has_announced_close = self._is_deaf = True
+        if self._handoff is not None:
+            self._handoff.is_parking = False  # nobody will answer what is parked
         return True
 
     def _has_request_behind(self, exchange: Exchange) -> bool:
@@ -813,7 +815,10 @@ class HttpConnection(asyncio.Protocol):
         """The client has had its time; but not while an answer is on its way, or something has come just now."""
         state = self.state
         if state is State.HALF_HEAD:
-            self._refuse(408, "the request head did not arrive in time")
+            if self._handoff is not None and self._handoff.is_parking:  # it may be here whole: nobody has looked
+                self._wait(self.shared.head_ticks)
+            else:
+                self._refuse(408, "the request head did not arrive in time")
         elif self.transport.get_write_buffer_size():
             self._wait(self.shared.linger_ticks)
         elif state is State.CLOSING:

@@ -181,7 +181,7 @@ class Session:
             RuntimeError: The message does not fit here.
         """
         connection = self.connection
-        if connection.writable is not None:
+        while connection.writable is not None:  # it may stand still again before we run
             await connection.writable.wait()
         kind = message["type"]
         if connection.is_open:

@@ -482,9 +482,11 @@ class WebSocketConnection(asyncio.Protocol):
         if handoff.is_offered:
             self._wait(_Wait.PING, self._common.ping_ticks)
             self._session.let_go()
+        was_offered = handoff.is_offered
         handoff.is_offered = handoff.is_wanted = False
         self.transport.set_write_buffer_limits()
-        self.resume_writing()
+        if was_offered:  # else the transport says when there is room
+            self.resume_writing()
         self.resume_reading_if_room()
 
     def release(self) -> None:
@@ -644,6 +646,7 @@ class WebSocketConnection(asyncio.Protocol):
         self._has_heard = state.has_heard
         waits_for = _Wait[state.waits_for]
         ticks = self.shared.deadlines.ticks(state.wait_s) if state.wait_s else 0
+        self._session.denial.request = None  # the access log has its line from where it was answered
         self._wait(waits_for, ticks or (self._common.ping_ticks if waits_for is _Wait.PING else 0))
         for content in state.undelivered:
             kind = "text" if isinstance(content, str) else "bytes"
