@@ -78,7 +78,8 @@ def parse(answer: http.client.HTTPResponse) -> Answer:
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 def test_twenty_restarts_under_https_load_cost_no_request(tmp_path: Path, pki: Pki, loop: str) -> None:
-    with serve(tmp_path, pki, "--workers", "2", "--loop", loop) as service:
+    # Their last answers are spread over the drain: it is short here.
+    with serve(tmp_path, pki, "--workers", "2", "--loop", loop, "--drain-timeout", "2s") as service:
         port = service.wait_ready().port
         context = pki.client()
         kept: dict[object, http.client.HTTPSConnection] = {}
