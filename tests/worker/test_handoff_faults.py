@@ -461,3 +461,36 @@ async def test_frame_that_is_larger_than_the_sockets_buffer_arrives_whole() -> N
 def test_an_unknown_frame_is_a_control_error() -> None:
     with pytest.raises(ControlError, match="HP220 cannot understand another worker's connections"):
         decode_batch(b"\xc1")
+
+
+async def test_connection_that_stands_still_is_told_nothing_until_its_batch_is_over(tmp_path: Path) -> None:
+    """New successors are named and none of them takes anything: the batch that is under way is not theirs."""
+    app = App()
+    async with facing(tmp_path, app) as (old, successor, client):
+        task = start_leaving(old, successor.path)
+        await successor.welcome()
+        _, (fd,) = await successor.batch()
+        await old.server.follow(["nobody.sock"])
+        assert only(old)._handoff is not None
+        assert not only(old).transport.is_reading()
+        await client.send(get("/a"))
+        await successor.channel.send(encode_frame(Frame.ACK, Ack([], 100)))
+        assert (await successor.channel.receive_frame())[0] is Frame.GO
+        with socket.socket(fileno=fd) as sock:
+            sock.setblocking(False)
+            assert await asyncio.get_running_loop().sock_recv(sock, 100) == get("/a")
+        assert await task == {"moved_http": 1}
+        successor.channel.close()
+
+
+async def test_connection_that_stood_still_is_told_to_close_if_it_comes_back_to_nobody(tmp_path: Path) -> None:
+    app = App()
+    async with facing(tmp_path, app) as (old, successor, client):
+        task = start_leaving(old, successor.path)
+        await successor.welcome()
+        _, (fd,) = await successor.batch()
+        await old.server.follow(["nobody.sock"])
+        os.close(fd)
+        successor.channel.close()
+        await answers_here(client)
+        assert await task == {"told_to_close": 1}

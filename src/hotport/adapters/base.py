@@ -26,6 +26,7 @@ __all__ = [
     "Offer",
     "Ready",
     "may_leave",
+    "stands_still",
 ]
 
 
@@ -95,7 +96,8 @@ class Connection(Protocol):
     def drain(self) -> None:
         """The worker leaves: finish what was begun, and let the next answer be the last.
 
-        Must not close a connection on which the client may have begun to send.
+        Must not close a connection on which the client may have begun to send. One that stands still stands on: it
+        may be served elsewhere, and is told again if it is kept.
         """
 
     def prepare_handoff(self, ready: Ready) -> bool:
@@ -132,6 +134,11 @@ class Connection(Protocol):
 Ready = Callable[[Connection], None]
 
 
+def stands_still(handoff: Handoff | None) -> bool:
+    """Whether a connection is offered, so that nothing may be read from it or written to it here."""
+    return handoff is not None and handoff.is_offered
+
+
 class Handoff:
     """How far one connection has come with being handed off; there is none before its worker leaves."""
 
@@ -143,7 +150,7 @@ class Handoff:
         self.is_wanted = False
         #: What the client sends is kept as it is, so that a safe point comes after the requests that it has sent.
         self.is_parking = False
-        #: It stands still.
+        #: It stands still: it may be served elsewhere at any moment. Only `keep`, `release` and `cut` end that.
         self.is_offered = False
 
 

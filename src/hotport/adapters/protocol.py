@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, Protocol, cast, runtime_checkable
 
-from hotport.adapters.base import Context, Handoff, NotAdopted, Offer, Ready, may_leave
+from hotport.adapters.base import Context, Handoff, NotAdopted, Offer, Ready, may_leave, stands_still
 from hotport.wire.envelope import Envelope, ProtocolState, encode_state
 
 __all__ = ["ProtocolAdapter", "Transferable"]
@@ -30,9 +30,9 @@ class Transferable(Protocol):
     def export_state(self) -> Any:
         """What the next process's protocol needs to go on: anything that JSON can hold, and bytes.
 
-        Called while the worker leaves, when everything that was written has left; nothing is read meanwhile. It must
-        change nothing: if nobody takes the connection, this protocol goes on. If somebody does, its
-        ``connection_lost(None)`` is called.
+        Called while the worker leaves, when everything that was written has left; nothing is read, and nothing may be
+        written after the ``pause_writing()`` that comes before. It must change nothing: if nobody takes the connection,
+        this protocol goes on, with a ``resume_writing()``. If somebody does, its ``connection_lost(None)`` is called.
 
         Returns:
             None to decline now; it is asked again when the client has sent more.
@@ -132,6 +132,8 @@ class _TrackedBase(asyncio.BaseProtocol):
 
     def drain(self) -> None:
         """Tell the application, if it wants to know."""
+        if stands_still(self._handoff):
+            return
         if self._handoff is not None:
             self.keep()
             self._handoff = None
@@ -144,7 +146,7 @@ class _TrackedBase(asyncio.BaseProtocol):
         """Close; what the application has written is still sent as far as the peer takes it at once."""
         if self._transport is not None:
             self._transport.close()
-        return "cut_offered" if self._handoff is not None and self._handoff.is_offered else "cut_protocol"
+        return "cut_offered" if stands_still(self._handoff) else "cut_protocol"
 
     # -- handing it off ------------------------------------------------------------------------------------
 
@@ -194,10 +196,12 @@ class _TrackedBase(asyncio.BaseProtocol):
             transport.pause_reading()
         handoff.is_offered = True
         try:
+            self._application.pause_writing()  # what it wrote now could be overtaken by the next process
             state = self._application.export_state()
             encode_state(state)
         except Exception:
             log.exception("the application could not export the state of a connection")
+            self.keep()
             self.drain()
             return None
         if state is None:
@@ -212,9 +216,11 @@ class _TrackedBase(asyncio.BaseProtocol):
         if handoff is None or transport is None:
             return
         transport.set_write_buffer_limits()
-        if handoff.is_offered and self._was_reading and not transport.is_closing():
-            transport.resume_reading()
-        handoff.is_offered = False
+        was_offered, handoff.is_offered = handoff.is_offered, False
+        if was_offered and not transport.is_closing():
+            self._application.resume_writing()
+            if self._was_reading:
+                transport.resume_reading()
 
     def release(self) -> None:
         """The application is told ``connection_lost(None)``."""

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 import anyio
 from anyio.abc import ByteStream, SocketAttribute
 
-from hotport.adapters.base import Context, Draining, Handoff, NotAdopted, Offer, Ready, may_leave
+from hotport.adapters.base import Context, Draining, Handoff, NotAdopted, Offer, Ready, may_leave, stands_still
 from hotport.wire.envelope import Envelope, StreamState, encode_state
 
 __all__ = ["Stream", "StreamAdapter", "StreamAttribute", "StreamHandler", "hand_off", "restartable"]
@@ -175,6 +175,8 @@ class Stream(ByteStream, asyncio.Protocol):
 
     def drain(self) -> None:
         """The handler reads it from `StreamAttribute.draining`."""
+        if stands_still(self._handoff):
+            return
         if self._handoff is not None:
             self.keep()
             self._handoff = None
@@ -187,7 +189,7 @@ class Stream(ByteStream, asyncio.Protocol):
             self._task.cancel()
         if self._transport is not None:
             self._transport.close()
-        if self._handoff is not None and self._handoff.is_offered:
+        if stands_still(self._handoff):
             self._is_lost = True  # here: what is done to the socket now would be done to another process's
             return "cut_offered"
         return "cut_stream"

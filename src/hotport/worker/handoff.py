@@ -195,7 +195,7 @@ class Mover:
         async with self._following:
             self._is_between = True
             for path in self._successors.keys() - set(paths):
-                self._release_successor(self._successors[path])
+                self._dismiss(self._successors[path])
             new = [path for path in paths if path not in self._successors]
             try:
                 for found in await asyncio.gather(*map(self._call, new)):
@@ -219,7 +219,7 @@ class Mover:
         self._is_closed = True
         tasks = []
         for successor in list(self._successors.values()):
-            self._release_successor(successor)
+            self._dismiss(successor)
             if successor.task is not None:
                 tasks.append(successor.task)
         if tasks:
@@ -280,7 +280,7 @@ class Mover:
             self._log.exception("handoff.failed", successor=os.path.basename(successor.path))
         self._release(successor)
         successor.channel.close()
-        self._release_successor(successor)
+        self._dismiss(successor)
         self._waiting.difference_update(successor.waiting)
         if self._is_closed:
             return
@@ -316,7 +316,8 @@ class Mover:
             return connection.offer()
         except Exception:
             self._log.exception("handoff.offer_failed")
-            connection.drain()  # the others of the batch can still move
+            connection.keep()  # the others of the batch can still move
+            connection.drain()
             return None
 
     async def _move(self, successor: _Successor, batch: list[_Packed]) -> None:
@@ -361,15 +362,14 @@ class Mover:
                 else:  # it is not the connection's fault: others may have room
                     self._ready(connection)
             else:
+                self._connections.closed(connection, f"moved_{connection.kind}")
                 successor.moved.append(connection)
 
     def _release(self, successor: _Successor) -> None:
-        """Let go of the connections of the last batch, which are served elsewhere by now."""
+        """Close the descriptors of the last batch, which is served elsewhere by now."""
         moved, successor.moved = successor.moved, []
         for connection in moved:
-            if connection in self._connections.open:  # not cut meanwhile
-                self._connections.closed(connection, f"moved_{connection.kind}")
-                connection.release()
+            connection.release()
 
     async def _withdraw(self, channel: Channel) -> bool:
         """Tell one that has not acknowledged in time that it must not serve what it may still receive.
@@ -386,7 +386,7 @@ class Mover:
             pass
         return True
 
-    def _release_successor(self, successor: _Successor) -> None:
+    def _dismiss(self, successor: _Successor) -> None:
         """Send it nothing any more, once it has answered."""
         successor.is_closing = True
         successor.has_work.set()

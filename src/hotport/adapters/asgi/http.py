@@ -29,7 +29,7 @@ from hotport.adapters.asgi.spec import Receive, Scope, Send
 from hotport.adapters.asgi.states import STATES, Manner, State
 from hotport.adapters.asgi.tls import tls_extension
 from hotport.adapters.asgi.websocket import SPREAD, Resumption, WebSocketConnection, is_handshake
-from hotport.adapters.base import Handoff, Offer, Ready, may_leave
+from hotport.adapters.base import Handoff, Offer, Ready, may_leave, stands_still
 from hotport.wire.envelope import Envelope, HttpState
 
 __all__ = ["HttpConnection"]
@@ -203,6 +203,8 @@ class HttpConnection(asyncio.Protocol):
 
     def drain(self) -> None:
         """Let the next answer that has no request behind it be the last."""
+        if stands_still(self._handoff):
+            return
         self._end_handoff()
         self._is_draining = True
 
@@ -211,7 +213,7 @@ class HttpConnection(asyncio.Protocol):
         state = self.state
         if state is State.CLOSED:
             return self._fate
-        if self._handoff is not None and self._handoff.is_offered:
+        if stands_still(self._handoff):
             self._close()
             return "cut_offered"
         if state in (State.FRESH, State.IDLE) and self._has_unread():

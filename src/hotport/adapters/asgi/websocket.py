@@ -32,7 +32,7 @@ from hotport.adapters.asgi.session import Session
 from hotport.adapters.asgi.spec import Message, Scope
 from hotport.adapters.asgi.states import WEBSOCKET_STATES, Manner
 from hotport.adapters.asgi.states import WebSocketState as State
-from hotport.adapters.base import Handoff, NotAdopted, Offer, Ready, may_leave
+from hotport.adapters.base import Handoff, NotAdopted, Offer, Ready, may_leave, stands_still
 from hotport.wire.envelope import Envelope, WebSocketState, encode_state
 
 if TYPE_CHECKING:
@@ -338,6 +338,8 @@ class WebSocketConnection(asyncio.Protocol):
 
     def drain(self) -> None:
         """Close with 1012 at a random moment: clients reconnect when they are closed, and not all at once like this."""
+        if stands_still(self.handoff):
+            return
         self._end_handoff()
         self._is_draining = True
         if self._is_established and self._drain_timer is None:
@@ -349,7 +351,7 @@ class WebSocketConnection(asyncio.Protocol):
         row = WEBSOCKET_STATES[self.state]
         if row.manner is Manner.NOTHING:
             return self._fate
-        if self.handoff is not None and self.handoff.is_offered:
+        if stands_still(self.handoff):
             self._has_said_goodbye = True
             self._session.end(1012, RESTART)
             self.transport.abort()
