@@ -251,9 +251,7 @@ def test_connections_that_send_only_after_the_restart_are_answered(service: Serv
             each.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
         for each in halves:
             each.sendall(b"st: test\r\n\r\n")
-        for each in early + halves:
-            answers.append(read_response(each))
-            each.close()
+        answers.extend(read_response(each) for each in early + halves)
 
     speaker = threading.Thread(target=speak_when_committed)
     speaker.start()
