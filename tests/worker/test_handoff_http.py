@@ -280,11 +280,11 @@ async def test_time_that_a_client_has_left_travels(tmp_path: Path) -> None:
         await client.send(get("/a")[:10])
         await until(lambda: only(old).state is State.HALF_HEAD)
         deadlines = only(old).shared.deadlines
-        before = deadlines.seconds(only(old).due - deadlines.now)
+        before = deadlines.left_s(only(old))
         new, _ = await port.replace(old, app, head_timeout_s=3600.0)
         await until(lambda: bool(only(new).due))
         deadlines = only(new).shared.deadlines
-        assert deadlines.seconds(only(new).due - deadlines.now) <= before + 2
+        assert deadlines.left_s(only(new)) <= before + 2
 
 
 async def test_connection_is_cut_at_the_deadline_if_it_never_comes_to_a_safe_point(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from hotport.wire.envelope import Envelope
+from hotport.wire.envelope import Envelope, State
 
 __all__ = [
     "Adapter",
@@ -25,6 +25,7 @@ __all__ = [
     "NotAdopted",
     "Offer",
     "Ready",
+    "make_offer",
     "may_leave",
     "stands_still",
 ]
@@ -132,6 +133,14 @@ class Connection(Protocol):
 
 
 Ready = Callable[[Connection], None]
+
+
+def make_offer(
+    transport: asyncio.Transport, endpoints: tuple[Any, Any] | None, is_proxied: bool, state: State, unread: bytes = b""
+) -> Offer:
+    """What a connection offers that stands still; see `Envelope`."""
+    peer, own = endpoints or (None, None)
+    return Offer(transport.get_extra_info("socket").fileno(), Envelope(peer, own, is_proxied, unread, state))
 
 
 def stands_still(handoff: Handoff | None) -> bool:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, Protocol, cast, runtime_checkable
 
-from hotport.adapters.base import Context, Handoff, NotAdopted, Offer, Ready, may_leave, stands_still
+from hotport.adapters.base import Context, Handoff, NotAdopted, Offer, Ready, make_offer, may_leave, stands_still
 from hotport.wire.envelope import Envelope, ProtocolState, encode_state
 
 __all__ = ["ProtocolAdapter", "Transferable"]
@@ -207,9 +207,7 @@ class _TrackedBase(asyncio.BaseProtocol):
         if state is None:
             self.keep()
             return None
-        peer, own = self.endpoints or (None, None)
-        fd = transport.get_extra_info("socket").fileno()
-        return Offer(fd, Envelope(peer, own, self.is_proxied, b"", ProtocolState(state)))
+        return make_offer(transport, self.endpoints, self.is_proxied, ProtocolState(state))
 
     def keep(self) -> None:
         handoff, transport = self._handoff, self._transport

@@ -20,7 +20,17 @@ from typing import Any, TypeVar, cast
 import anyio
 from anyio.abc import ByteStream, SocketAttribute
 
-from hotport.adapters.base import Context, Draining, Handoff, NotAdopted, Offer, Ready, may_leave, stands_still
+from hotport.adapters.base import (
+    Context,
+    Draining,
+    Handoff,
+    NotAdopted,
+    Offer,
+    Ready,
+    make_offer,
+    may_leave,
+    stands_still,
+)
 from hotport.wire.envelope import Envelope, StreamState, encode_state
 
 __all__ = ["Stream", "StreamAdapter", "StreamAttribute", "StreamHandler", "hand_off", "restartable"]
@@ -240,9 +250,7 @@ class Stream(ByteStream, asyncio.Protocol):
             return None
         handoff.is_offered = True
         self._is_writable.clear()  # whoever sends, waits
-        peer, own = self.endpoints or (None, None)
-        fd = transport.get_extra_info("socket").fileno()
-        return Offer(fd, Envelope(peer, own, self.is_proxied, bytes(self._unread), StreamState(self.state)))
+        return make_offer(transport, self.endpoints, self.is_proxied, StreamState(self.state), bytes(self._unread))
 
     def keep(self) -> None:
         handoff, transport = self._handoff, self._transport

@@ -62,9 +62,9 @@ class Deadlines(Generic[M]):
         """How many ticks from `now` are at least so many seconds."""
         return math.ceil(seconds / self._tick_s) + 1
 
-    def seconds(self, ticks: int) -> float:
-        """About how many seconds so many ticks are; more than 0."""
-        return max(1, ticks) * self._tick_s
+    def left_s(self, member: M) -> float:
+        """About how many seconds `member` may still wait, more than 0; 0 if it waits for nothing."""
+        return max(1, member.due - self.now) * self._tick_s if member.due else 0.0
 
     def add(self, member: M) -> None:
         """Look at `member` from now on."""

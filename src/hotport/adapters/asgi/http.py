@@ -29,8 +29,8 @@ from hotport.adapters.asgi.spec import Receive, Scope, Send
 from hotport.adapters.asgi.states import STATES, Manner, State
 from hotport.adapters.asgi.tls import tls_extension
 from hotport.adapters.asgi.websocket import SPREAD, Resumption, WebSocketConnection, is_handshake
-from hotport.adapters.base import Handoff, Offer, Ready, may_leave, stands_still
-from hotport.wire.envelope import Envelope, HttpState
+from hotport.adapters.base import Handoff, Offer, Ready, make_offer, may_leave, stands_still
+from hotport.wire.envelope import HttpState
 
 __all__ = ["HttpConnection"]
 
@@ -289,13 +289,9 @@ class HttpConnection(asyncio.Protocol):
         if not may_leave(self.transport):
             return None
         handoff.is_offered = True
-        peer, own = self.endpoints or (None, None)
-        wait_s = self.shared.deadlines.seconds(self.due - self.shared.deadlines.now) if self.due else 0.0
+        state = HttpState(self._has_served, self.shared.deadlines.left_s(self))
         self.due = 0
-        return Offer(
-            self.transport.get_extra_info("socket").fileno(),
-            Envelope(peer, own, self.is_proxied, self.unconsumed, HttpState(self._has_served, wait_s)),
-        )
+        return make_offer(self.transport, self.endpoints, self.is_proxied, state, self.unconsumed)
 
     def keep(self) -> None:
         if self._handoff is not None:

@@ -32,8 +32,8 @@ from hotport.adapters.asgi.session import Session
 from hotport.adapters.asgi.spec import Message, Scope
 from hotport.adapters.asgi.states import WEBSOCKET_STATES, Manner
 from hotport.adapters.asgi.states import WebSocketState as State
-from hotport.adapters.base import Handoff, NotAdopted, Offer, Ready, may_leave, stands_still
-from hotport.wire.envelope import Envelope, WebSocketState, encode_state
+from hotport.adapters.base import Handoff, NotAdopted, Offer, Ready, make_offer, may_leave, stands_still
+from hotport.wire.envelope import WebSocketState, encode_state
 
 if TYPE_CHECKING:
     from hotport.adapters.asgi.http import HttpConnection
@@ -455,8 +455,6 @@ class WebSocketConnection(asyncio.Protocol):
                 return None
         handoff.is_offered = True
         self.writable = asyncio.Event()  # whoever sends, waits
-        peer, own = self.endpoints or (None, None)
-        deadlines = self.shared.deadlines
         scope = self._session.denial.scope
         query = scope["query_string"]
         state = WebSocketState(
@@ -466,13 +464,12 @@ class WebSocketConnection(asyncio.Protocol):
             extensions=self._response.headers.get("Sec-WebSocket-Extensions", ""),
             undelivered=[m["text"] if "text" in m else m["bytes"] for m in self._session.hold()],
             waits_for=self._waits_for.name,
-            wait_s=deadlines.seconds(self.due - deadlines.now) if self.due else 0.0,
+            wait_s=self.shared.deadlines.left_s(self),
             has_heard=self._has_heard,
             application=exported,
         )
         self.due = 0
-        fd = self.transport.get_extra_info("socket").fileno()
-        return Offer(fd, Envelope(peer, own, self._is_proxied, b"", state))
+        return make_offer(self.transport, self.endpoints, self._is_proxied, state)
 
     def keep(self) -> None:
         if self.handoff is not None:
