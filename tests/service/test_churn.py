@@ -262,7 +262,7 @@ def test_long_restart_has_its_time_without_a_duration(url: str) -> None:
     (mark,) = found["restarts"]
     assert mark["outcome"] == "done"
     assert mark["ended_ms"] + 2000 <= found["duration_ms"] < 60_000
-    assert found["buckets"][0]["lag"]
+    assert sum(sum(bucket["lag"].values()) for bucket in found["buckets"]) > 0
 
 
 def test_reports_keep_what_was_there_until_they_are_whole(url: str, tmp_path: Path) -> None:
