@@ -20,6 +20,7 @@ with the last batch; until then whatever is started outside of the restart is of
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -38,6 +39,7 @@ __all__ = [
     "Step",
     "Worker",
     "step",
+    "surviving",
 ]
 
 BACKOFF_FIRST_S: Final = 0.5
@@ -143,6 +145,24 @@ class Boot:
 
 
 @dataclass(frozen=True, slots=True)
+class Adopt:
+    """Go on with the workers of a supervisor that is gone, or was this process before its exec.
+
+    Attributes:
+        workers: Those that are alive, each in its phase by its own word: never OPENING nor QUIESCING, which are orders
+            under way, and those died with whoever gave them.
+        wanted: How many should serve.
+        generations: How many generation numbers have been given out, as far as anybody remembers.
+        spawned: How many worker numbers.
+    """
+
+    workers: tuple[Worker, ...]
+    wanted: int
+    generations: int
+    spawned: int
+
+
+@dataclass(frozen=True, slots=True)
 class RequestRestart:
     """Somebody asks for a restart; `request` is given back with the answer.
 
@@ -165,9 +185,14 @@ class RequestScale:
 
 @dataclass(frozen=True, slots=True)
 class RequestStop:
-    """End the service; a second request, or `now`, ends it without waiting for connections."""
+    """End the service; a second request, or `now`, ends it without waiting for connections.
+
+    Attributes:
+        is_succeeded: Another supervisor's workers accept already: nobody has to empty the accept queue.
+    """
 
     now: bool = False
+    is_succeeded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +254,7 @@ class Elapsed:
     timer: Timer
 
 
-Input = Boot | RequestRestart | RequestScale | RequestStop | Said | Exited | Expired | MoreTime | Elapsed
+Input = Boot | Adopt | RequestRestart | RequestScale | RequestStop | Said | Exited | Expired | MoreTime | Elapsed
 
 
 # -- effects ------------------------------------------------------------------------------------------------
@@ -337,6 +362,7 @@ class News(enum.Enum):
     """What is told to operators, logs and reports."""
 
     STARTED = "service.started"
+    ADOPTED = "service.adopted"
     RESTART_BEGAN = "restart.began"
     READY = "restart.ready"
     COMMITTED = "restart.committed"
@@ -390,6 +416,13 @@ INVERSE: Final[Mapping[type[Effect], type[Effect]]] = {
     Spawn: Terminate,
     Open: Drain,
     Quiesce: Open,
+}
+
+#: What bounds each phase of a worker in which something is awaited of it.
+_BOUNDS: Final[Mapping[Phase, Clock]] = {
+    Phase.STARTING: Clock.READY,
+    Phase.DRAINING: Clock.DRAIN,
+    Phase.STOPPING: Clock.KILL,
 }
 
 #: Phases of workers that accept, or have been told to.
@@ -465,12 +498,14 @@ def step(service: Service, event: Input) -> tuple[Service, tuple[Effect, ...]]:
     match event:
         case Boot():
             _boot(draft)
+        case Adopt():
+            _adopt(draft, event)
         case RequestRestart():
             _request_restart(draft, event)
         case RequestScale():
             _request_scale(draft, event)
         case RequestStop():
-            _request_stop(draft, now=event.now)
+            _request_stop(draft, now=event.now, is_succeeded=event.is_succeeded)
         case Said():
             _said(draft, event)
         case Exited():
@@ -486,9 +521,57 @@ def step(service: Service, event: Input) -> tuple[Service, tuple[Effect, ...]]:
 
 
 def _boot(draft: _Draft) -> None:
-    draft.set(generations=1)
+    generation = draft.service.generations + 1
+    draft.set(generations=generation)
     for _ in range(draft.service.wanted):
-        draft.spawn(1)
+        draft.spawn(generation)
+
+
+def _adopt(draft: _Draft, event: Adopt) -> None:
+    """Everything that a restart can be broken off at ends in one of two ways: its commit was reached, or it was not."""
+    workers = MappingProxyType({worker.id: worker for worker in sorted(event.workers, key=lambda w: w.id)})
+    generation = surviving(event.workers, event.wanted)
+    draft.set(
+        workers=workers,
+        wanted=event.wanted,
+        generation=generation,
+        generations=max([event.generations, *(worker.generation for worker in event.workers)]),
+        spawned=max([event.spawned, *workers]),
+    )
+    if workers:
+        draft.emit(Announce(News.ADOPTED, generation=generation, workers=tuple(workers)))
+    for worker in event.workers:
+        if clock := _BOUNDS.get(worker.phase):
+            draft.emit(StartTimer(Timer(clock, worker.id)))
+    # Before the first commit there is nothing to go back to: the newest that starts goes on with it.
+    kept = generation or max((w.generation for w in draft.service.current), default=0)
+    accepting = 0
+    for worker in [w for w in draft.service.current if w.generation == kept]:
+        if worker.phase is Phase.SERVING:
+            draft.emit(Open(worker.id))  # an order of its last supervisor to cease may have been under way
+        elif worker.phase is not Phase.STARTING:
+            draft.open(worker.id)
+        accepting += worker.phase is not Phase.STARTING
+    for worker in [w for w in draft.service.current if w.generation != kept]:
+        if worker.phase is Phase.SERVING and accepting < event.wanted:
+            draft.put(replace(worker, is_expired=True))  # it is missed until another serves in its place
+        else:
+            draft.release(worker.id)
+    if not draft.service.current:
+        _boot(draft)
+
+
+def surviving(workers: Iterable[Worker], wanted: int) -> int:
+    """The generation that a service is of whose supervisor is gone: the newest that serves whole, else what is left.
+
+    A generation serves whole only after its commit, or before the next one's. 0 if none has begun to serve.
+    """
+    workers = tuple(workers)
+    serving = Counter(w.generation for w in workers if w.phase is Phase.SERVING)
+    if whole := [generation for generation, count in serving.items() if count >= wanted]:
+        return max(whole)
+    left = Counter(w.generation for w in workers if w.phase in (Phase.SERVING, Phase.QUIESCED))
+    return max(left, key=lambda generation: (left[generation], -generation), default=0)
 
 
 def _request_restart(draft: _Draft, event: RequestRestart) -> None:
@@ -524,15 +607,15 @@ def _is_refused(draft: _Draft, event: RequestRestart | RequestScale) -> bool:
     return True
 
 
-def _request_stop(draft: _Draft, *, now: bool) -> None:
+def _request_stop(draft: _Draft, *, now: bool, is_succeeded: bool) -> None:
     before = draft.service
     draft.set(is_stopping=True)
     if not before.is_stopping:
         draft.emit(Announce(News.STOPPING), CloseListeners())
     for worker, was in before.workers.items():
         is_at_once = now or before.is_stopping
-        if is_at_once or was.phase not in _ACCEPTING:
-            draft.release(worker, is_last=True)
+        if is_at_once or is_succeeded or was.phase not in _ACCEPTING:
+            draft.release(worker, is_last=not is_succeeded)
         if is_at_once:
             draft.emit(Kill(worker))
     _drain_last(draft)

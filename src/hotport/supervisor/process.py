@@ -18,7 +18,7 @@ from hotport.kernel.process import describe_exit, kill_group, reap, send_signal
 from hotport.kernel.spawn import Child
 from hotport.observe.logs import get_logger
 from hotport.wire.frames import FrameDecoder, encode_frame
-from hotport.wire.messages import Inspection, TlsReloaded, Word, decode, encode
+from hotport.wire.messages import Inspection, Memory, TlsReloaded, Word, decode, encode
 
 __all__ = ["Process"]
 
@@ -29,7 +29,7 @@ LAST_WORDS_S = 1.0
 
 
 class Process:
-    """A worker that was started here.
+    """A worker that was started here, or was adopted.
 
     Attributes:
         error: Why it could not start, in its own words, if it left any.
@@ -37,19 +37,30 @@ class Process:
         control_path: Where it listens for orders, and for connections of other workers.
         successors: Whom it was told to hand its connections to, if it leaves.
         is_talking: Its control socket is connected, or being connected.
+        memory: What was left with it last, for a next supervisor.
 
     Descriptors: owns ``child.pidfd`` and the control connection.
     """
 
-    def __init__(self, worker: int, generation: int, child: Child, control_path: str, *, is_foreign: bool) -> None:
+    def __init__(
+        self,
+        worker: int,
+        generation: int,
+        child: Child,
+        control_path: str,
+        *,
+        is_foreign: bool,
+        age_s: float = 0.0,
+    ) -> None:
         self.worker = worker
         self.generation = generation
         self.pid = child.pid
-        self.started_at = time.monotonic()
+        self.started_at = time.monotonic() - age_s
         self.is_foreign = is_foreign
         self.error = ""
         self.status = ""
         self.successors: tuple[str, ...] = ()
+        self.memory: Memory | None = None
         self._pidfd = child.pidfd
         self.control_path = control_path
         self._orders, self._pending = anyio.create_memory_object_stream[bytes](math.inf)

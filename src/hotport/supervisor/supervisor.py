@@ -23,8 +23,9 @@ import anyio.abc
 from hotport.address import listener_name, parse_address
 from hotport.errors import ExitCode, HotportError, RestartError, StartError
 from hotport.kernel.notify import notify, receive_notification
-from hotport.kernel.procfs import queue_overflows
-from hotport.kernel.spawn import spawn
+from hotport.kernel.process import send_signal
+from hotport.kernel.procfs import age_s, environment, queue_overflows
+from hotport.kernel.spawn import Child, spawn
 from hotport.model import service as model
 from hotport.model.lifecycle import Event, Phase
 from hotport.model.service import Announce, Clock, Exited, News, Said, Service
@@ -32,6 +33,7 @@ from hotport.observe.logs import get_logger
 from hotport.options import Options, format_duration
 from hotport.supervisor.launch import Launch, Surroundings
 from hotport.supervisor.process import Process
+from hotport.supervisor.recovery import Found
 from hotport.supervisor.reports import Reports
 from hotport.supervisor.timers import Timers
 from hotport.wire.messages import (
@@ -40,8 +42,11 @@ from hotport.wire.messages import (
     Drained,
     DrainOrder,
     Expired,
+    Hello,
+    Memory,
     Quiesced,
     QuiesceOrder,
+    RememberOrder,
     Report,
     SuccessorsOrder,
     TlsReloaded,
@@ -78,6 +83,12 @@ class Supervisor:
         notify_socket: Bound in `directory`; owned from here on.
         read_options: Reads the options again for each restart, from a directory; may raise ConfigError.
         own_notify_path: The service manager's ``NOTIFY_SOCKET``, if this supervisor is itself supervised.
+        found: What is left of the service's last supervisor; its listeners are `listeners`.
+
+    Attributes:
+        is_departing: It ends without its workers: this process becomes another supervisor of them.
+        is_succeeded: Another process has the listeners, and the paths in `directory`.
+        heirs: Control sockets of that process's workers.
     """
 
     def __init__(
@@ -91,6 +102,7 @@ class Supervisor:
         *,
         read_options: Callable[[Path], Options],
         own_notify_path: str | None = None,
+        found: Found | None = None,
     ) -> None:
         self.name = name
         self.directory = directory
@@ -102,10 +114,14 @@ class Supervisor:
         self.exit_code: int = ExitCode.DONE
         self.failure: HotportError | str | None = None
         self._names = [listener_name(parse_address(address)) for address in listeners]
-        self._notify_socket = notify_socket
+        self.notify_socket = notify_socket
         self.surroundings = surroundings
         self.read_options = read_options
         self._own_notify_path = own_notify_path
+        self._found = found or Found()
+        self.is_departing = False
+        self.is_succeeded = False
+        self.heirs: tuple[str, ...] = ()
         self._launches: dict[int, Launch] = {}
         self._errors: dict[int, str] = {}
         self._loss = ""
@@ -115,7 +131,7 @@ class Supervisor:
         self._stepped = anyio.Event()
         self._has_cut = False
         self.finished = anyio.Event()
-        self._put, self._inputs = anyio.create_memory_object_stream[model.Input](math.inf)
+        self._put, self._inputs = anyio.create_memory_object_stream[model.Input | None](math.inf)
         self._log = get_logger("hotport.supervisor")
         self.started_at = time.monotonic()
         self._tasks: anyio.abc.TaskGroup
@@ -124,9 +140,9 @@ class Supervisor:
     # -- life ----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Boot, serve, and return when the last worker is gone; then look at `exit_code` and `failure`."""
+        """Boot or adopt, serve, and return when the last worker is gone; then look at `exit_code` and `failure`."""
         try:
-            self._launches[1] = Launch.resolve(self.options, self.surroundings)
+            self._prepare_launches()
         except StartError as error:  # raised from here, task groups would wrap it
             self.failure, self.exit_code = error, error.exit_code
             self.finished.set()
@@ -134,13 +150,16 @@ class Supervisor:
         async with anyio.create_task_group() as self._tasks:
             self._timers = Timers(self._tasks, lambda timer: self.input(model.Elapsed(timer)))
             self._tasks.start_soon(self._receive_notifications)
-            self._put.send_nowait(model.Boot())
+            self._adopt()
             async for event in self._inputs:
+                if event is None:
+                    break
                 self.service, effects = model.step(self.service, event)
                 is_finished = False
                 for effect in effects:
                     is_finished = self._carry_out(effect) or is_finished
                 self._redirect()
+                self._deposit()
                 self._stepped.set()
                 self._stepped = anyio.Event()
                 if is_finished:
@@ -148,9 +167,63 @@ class Supervisor:
             self._tasks.cancel_scope.cancel()
         self.finished.set()
 
+    def listen_on(self, notify_socket: socket.socket) -> None:
+        """Hear workers on this socket from now on, bound to the path that they know; owned from here on."""
+        before, self.notify_socket = self.notify_socket, notify_socket
+        anyio.notify_closing(before)
+        before.close()
+
+    def _prepare_launches(self) -> None:
+        found = self._found
+        for survivor in found.survivors:
+            if survivor.launch is not None:
+                self._launches.setdefault(survivor.generation, survivor.launch)
+        is_left = any(survivor.phase is not Phase.DRAINING for survivor in found.survivors)
+        generation = found.generation or max((each.generation for each in found.survivors), default=0)
+        generation = generation if is_left else found.generations + 1
+        if generation not in self._launches:
+            self._launches[generation] = Launch.resolve(self.options, self.surroundings)
+        self.options = self._launches[generation].options
+
+    def _adopt(self) -> None:
+        """Begin: with the first generation, or with what is left of the last supervisor's."""
+        found, here = self._found, []
+        for survivor in found.survivors:
+            try:
+                child = Child(survivor.pid, os.pidfd_open(survivor.pid))
+            except ProcessLookupError:
+                continue
+            here.append(survivor.worker)
+            process = Process(
+                survivor.worker,
+                survivor.generation,
+                child,
+                survivor.control_path,
+                is_foreign=survivor.is_foreign,
+                age_s=age_s(survivor.pid),
+            )
+            self.processes[survivor.worker] = process
+            self._tasks.start_soon(self._watch, process)
+            if not process.is_foreign and os.path.exists(process.control_path):
+                self._tasks.start_soon(process.converse, self._hear_word)
+        workers = tuple(worker for worker in found.workers if worker.id in here)
+        wanted = found.wanted or self.options.workers
+        self.input(model.Adopt(workers, wanted, found.generations, found.spawned))
+
+    @property
+    def memory(self) -> Memory:
+        """What a next supervisor could not learn from the workers otherwise."""
+        service = self.service
+        return Memory(wanted=service.wanted, generations=service.generations, spawned=service.spawned)
+
+    def depart(self) -> None:
+        """End `run` as soon as everything that has happened is dealt with; the workers serve on."""
+        self.is_departing = True
+        self._put.send_nowait(None)
+
     def close(self) -> None:
         """Close what `run` was given; unlinking paths is the caller's affair."""
-        self._notify_socket.close()
+        self.notify_socket.close()
         for listener in self.listeners.values():
             listener.close()
 
@@ -253,7 +326,7 @@ class Supervisor:
     def _successors(self, leaving: int) -> tuple[str, ...]:
         """Control sockets of those that can go on with a worker's connections: the newest generation that serves."""
         if self.service.is_stopping:
-            return ()
+            return self.heirs
         serving = [self.service.workers[number] for number in self.service.ids(Phase.SERVING) if number != leaving]
         newest = max((worker.generation for worker in serving), default=0)
         processes = [self.processes.get(worker.id) for worker in serving if worker.generation == newest]
@@ -269,6 +342,13 @@ class Supervisor:
             if successors and successors != process.successors:
                 process.successors = successors
                 process.order(SuccessorsOrder(successors=successors))
+
+    def _deposit(self) -> None:
+        memory = self.memory
+        for process in self.processes.values():
+            if process.is_talking and process.memory != memory:
+                process.memory = memory
+                process.order(RememberOrder(memory=memory))
 
     def _finish(self, has_failed: bool) -> None:
         if has_failed:
@@ -303,15 +383,29 @@ class Supervisor:
 
     async def _receive_notifications(self) -> None:
         while True:
-            await anyio.wait_readable(self._notify_socket)
-            self._read_notifications()
+            with suppress(anyio.ClosedResourceError):  # replaced by another one
+                await anyio.wait_readable(self.notify_socket)
+                self._read_notifications()
 
     def _read_notifications(self) -> None:
-        while (received := receive_notification(self._notify_socket)) is not None:
+        while (received := receive_notification(self.notify_socket)) is not None:
             pid, _, payload = received
-            process = self._process_of(pid)
+            process, said = self._process_of(pid), Notification.parse(payload)
             if process is not None:
-                self._hear_notification(process, Notification.parse(payload))
+                self._hear_notification(process, said)
+            elif said.ready:
+                self._dismiss(pid)
+
+    def _dismiss(self, pid: int) -> None:
+        """End a worker that a supervisor has started in its last moment, so that nobody knew of it."""
+        with suppress(OSError):
+            pidfd = os.pidfd_open(pid)
+            try:
+                if "HOTPORT_WORKER" in environment(pid):
+                    send_signal(pidfd, signal.SIGTERM)
+                    self._log.warning("worker.dismissed", worker_pid=pid)
+            finally:
+                os.close(pidfd)
 
     def _process_of(self, pid: int) -> Process | None:
         """The worker that sent a notification: itself, or the leader of the sender's process group."""
@@ -338,6 +432,8 @@ class Supervisor:
 
     def _hear_word(self, worker: int, word: Word) -> None:
         match word:
+            case Hello(phase=phase) if phase != "starting":  # what it has said before it could not reach us
+                self.input(Said(worker, Event.READY))
             case Accepting(at_s=at_s):
                 self.reports.note(self.service.restart, worker, Event.ACCEPTING, at_s)
                 self.input(Said(worker, Event.ACCEPTING))
@@ -380,7 +476,7 @@ class Supervisor:
         # A failure to boot is told once, at the end; but one that hangs may be a while in coming to it.
         if self.service.generation or not is_bad or is_stuck:
             (self._log.warning if is_bad else self._log.info)(news.value, **shown)
-        if news is News.STARTED:
+        if news is News.STARTED or (news is News.ADOPTED and announcement.generation):
             self._tell_manager(ready=True, status=f"generation {announcement.generation} serves")
         elif news is News.ABORTED:
             self.options = self._launches[self.service.generation].options
@@ -441,6 +537,15 @@ class Supervisor:
 
     async def ask(self, asked: Asked, make: Callable[[int], model.Input]) -> None:
         """Put a request to the model and wait for its answer; raise RestartError if it is refused."""
+        if self.is_succeeded or self.is_departing:
+            raise RestartError(
+                "HP410",
+                f"{self.name} does not take this request now",
+                cause=f"another supervisor is taking over; generation {self.service.generation} serves",
+                fix=f"hotport status {self.name}, and try again",
+                phase="refused",
+                serving=self.service.generation,
+            )
         self._requests += 1
         self._asked[self._requests] = asked
         self.input(make(self._requests))

@@ -79,20 +79,61 @@ class ReloadTlsOrder(msgspec.Struct, frozen=True, kw_only=True, tag="reload_tls"
     """Read the certificates again, for connections from now on."""
 
 
-Order = AcceptOrder | QuiesceOrder | DrainOrder | SuccessorsOrder | OfferOrder | InspectOrder | ReloadTlsOrder
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
+    """What a supervisor could not learn from workers, if it did not leave it with them.
+
+    Attributes:
+        wanted: How many workers should serve.
+        generations: How many generation numbers have been given out.
+        spawned: How many worker numbers.
+    """
+
+    wanted: int
+    generations: int
+    spawned: int
+
+
+class RememberOrder(msgspec.Struct, frozen=True, kw_only=True, tag="remember"):
+    """Keep this for the next supervisor."""
+
+    memory: Memory
+
+
+class ListenersOrder(msgspec.Struct, frozen=True, kw_only=True, tag="listeners"):
+    """Send back duplicates of your listeners, with `Listening`; this connection ends with it."""
+
+
+Order = (
+    AcceptOrder
+    | QuiesceOrder
+    | DrainOrder
+    | SuccessorsOrder
+    | OfferOrder
+    | InspectOrder
+    | ReloadTlsOrder
+    | RememberOrder
+    | ListenersOrder
+)
 
 
 # -- worker -> supervisor -----------------------------------------------------------------------------------
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
-    """The first word on every connection to a worker."""
+    """The first word on every connection to a worker.
+
+    Attributes:
+        phase: ``starting``, ``ready``, ``serving``, ``quiesced`` or ``draining``.
+        memory: What its supervisor left with it.
+    """
 
     protocol: int = PROTOCOL
     pid: int
     service: str
     generation: int
     worker: int
+    phase: str = "starting"
+    memory: Memory | None = None
 
 
 class Accepting(msgspec.Struct, frozen=True, kw_only=True, tag="accepting"):
@@ -154,7 +195,13 @@ class TlsReloaded(msgspec.Struct, frozen=True, kw_only=True, tag="tls_reloaded")
     error: str = ""
 
 
-Word = Hello | Accepting | Quiesced | Welcome | Expired | Drained | Inspection | TlsReloaded
+class Listening(msgspec.Struct, frozen=True, kw_only=True, tag="listening"):
+    """Duplicates of these listeners come with this word, in the order of the addresses in the worker's options."""
+
+    count: int
+
+
+Word = Hello | Accepting | Quiesced | Welcome | Expired | Drained | Inspection | TlsReloaded | Listening
 
 
 # -- command -> supervisor ----------------------------------------------------------------------------------
@@ -186,7 +233,32 @@ class ReloadTlsRequest(msgspec.Struct, frozen=True, kw_only=True, tag="reload_tl
     """Let every worker read its certificates again."""
 
 
-Request = RestartRequest | StatusRequest | StopRequest | ScaleRequest | ReloadTlsRequest
+class UpgradeRequest(msgspec.Struct, frozen=True, kw_only=True, tag="upgrade"):
+    """Become another supervisor of the same workers: by another interpreter, or by this one with new code."""
+
+    python: str | None = None
+
+
+class TakeOverRequest(msgspec.Struct, frozen=True, kw_only=True, tag="take_over"):
+    """From another supervisor: give me your listeners. `Estate` comes back, and `Committed` is awaited."""
+
+    protocol: int = PROTOCOL
+    version: str
+
+
+Request = (
+    RestartRequest | StatusRequest | StopRequest | ScaleRequest | ReloadTlsRequest | UpgradeRequest | TakeOverRequest
+)
+
+
+class Committed(msgspec.Struct, frozen=True, kw_only=True, tag="committed"):
+    """The workers of the supervisor that takes over accept.
+
+    Attributes:
+        workers: Names of their control sockets in the service's runtime directory.
+    """
+
+    workers: tuple[str, ...]
 
 
 # -- supervisor -> command ----------------------------------------------------------------------------------
@@ -310,8 +382,29 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, tag="failure"):
     fix: str
     exit_code: int
 
+    def error(self) -> ControlError:
+        """The error, for whoever has asked; its exit code is the service's verdict."""
+        error = ControlError(self.code, self.what, cause=self.cause, fix=self.fix)
+        error.exit_code = self.exit_code  # type: ignore[misc]
+        return error
 
-Reply = Progress | Report | Status | TlsReport | Done | Failure
+
+class Estate(msgspec.Struct, frozen=True, kw_only=True, tag="estate"):
+    """To a supervisor that takes over. With it come the lock of the runtime directory and the listeners.
+
+    Attributes:
+        bind: The addresses as the options name them.
+        addresses: What they are, in the order of the descriptors.
+    """
+
+    pid: int
+    version: str
+    memory: Memory
+    bind: tuple[str, ...]
+    addresses: tuple[str, ...]
+
+
+Reply = Progress | Report | Status | TlsReport | Done | Failure | Estate
 
 T = TypeVar("T")
 

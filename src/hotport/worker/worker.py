@@ -17,6 +17,7 @@ import socket
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -28,6 +29,7 @@ from hotport.adapters.target import load_target
 from hotport.errors import ControlError, ExitCode, HotportError, StartError
 from hotport.kernel.notify import notify
 from hotport.kernel.process import open_descriptors, raise_descriptor_limit, rss_bytes
+from hotport.kernel.scm import send_descriptors
 from hotport.kernel.sockets import peer_credentials, unlink_if_ours
 from hotport.observe.logs import get_logger, revive
 from hotport.options import Options
@@ -42,11 +44,15 @@ from hotport.wire.messages import (
     Inspection,
     InspectOrder,
     Lingering,
+    ListenersOrder,
+    Listening,
+    Memory,
     OfferOrder,
     Order,
     Quiesced,
     QuiesceOrder,
     ReloadTlsOrder,
+    RememberOrder,
     SuccessorsOrder,
     TlsReloaded,
     WorkerSpec,
@@ -115,6 +121,8 @@ class Worker:
         self._is_asking = False  # who goes on with the connections, by having said that this worker leaves
         self._orphan_timer: asyncio.TimerHandle | None = None
         self._has_expired = False
+        self._is_accepting: bool | None = None  # None before the first order to accept
+        self._memory: Memory | None = None
 
     async def run(self) -> int:
         """Start up, serve until told to leave, drain; return the process's exit code."""
@@ -274,10 +282,19 @@ class Worker:
                 service=spec.service,
                 generation=spec.generation,
                 worker=spec.worker,
+                phase=self._phase(),
+                memory=self._memory,
             )
         )
         if self._has_expired:
             peer.say(Expired(why="expired before"))
+
+    def _phase(self) -> str:
+        if self._leaving.is_set():
+            return "draining"
+        if self._server is None:
+            return "starting"
+        return {None: "ready", True: "serving", False: "quiesced"}[self._is_accepting]
 
     def peer_left(self, peer: _Peer) -> None:
         """A control connection has ended."""
@@ -302,13 +319,19 @@ class Worker:
                 self._take(version, peer)
             case ReloadTlsOrder():
                 peer.say(TlsReloaded(error=self._reload_tls()))
+            case RememberOrder(memory=memory):
+                self._memory = memory
+            case ListenersOrder():
+                self._pass_listeners(peer)
             case _ if self._server is None or self._leaving.is_set():
                 self._log.warning("control.too_early_or_late", order=type(order).__name__)
             case AcceptOrder():
                 await self._server.accept()
+                self._is_accepting = True
                 peer.say(Accepting(at_s=time.monotonic()))
             case QuiesceOrder():
                 self._server.quiesce()
+                self._is_accepting = False
                 peer.say(Quiesced(at_s=time.monotonic()))
 
     def _take(self, version: int, peer: _Peer) -> None:
@@ -320,6 +343,14 @@ class Worker:
         task = self._loop.create_task(self._server.take(channel, version))
         self._taking.add(task)
         task.add_done_callback(self._taking.discard)
+
+    def _pass_listeners(self, peer: _Peer) -> None:
+        """To whoever supervises from now on: duplicates of the listeners that are still open."""
+        listeners = [listener.fileno() for listener in self._listeners if listener.fileno() >= 0]
+        word = encode_frame(encode(Listening(count=len(listeners))))
+        # Nothing but a Hello has gone this way: it is not full. Whoever is gone does not need them any more.
+        with peer.detach() as sock, suppress(OSError):
+            send_descriptors(sock, word, listeners)
 
     def _inspect(self) -> Inspection:
         connections = self._server.connections if self._server is not None else None
