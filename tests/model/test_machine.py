@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from hotport.model.lifecycle import Event
+from hotport.model.lifecycle import Event, Phase
 from hotport.model.service import Clock, Elapsed, Expired, MoreTime, StartTimer, Timer
 from tests.model.world import World
 
@@ -69,6 +69,21 @@ class Chaos(RuleBasedStateMachine):
     @rule()
     def everybody_does(self) -> None:
         self.world.run()
+
+    # the supervisor
+
+    @precondition(lambda self: not self.is_over)
+    @rule(forgets_orders=st.booleans())
+    def the_supervisor_is_replaced(self, forgets_orders: bool) -> None:
+        self.world.crash(forgets_orders=forgets_orders)
+
+    @precondition(lambda self: not self.is_over)
+    @rule(forgets_orders=st.booleans())
+    def the_supervisor_is_replaced_and_everybody_obeys_the_next(self, forgets_orders: bool) -> None:
+        self.world.crash(forgets_orders=forgets_orders)
+        self.world.run()
+        if self.world.service.generation and not self.is_over:
+            assert self.world.service.ids(Phase.SERVING, Phase.OPENING)
 
     # people
 

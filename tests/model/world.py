@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hotport.model.lifecycle import CURRENT, Event, Phase
 from hotport.model.service import (
     Accept,
+    Adopt,
     Announce,
     Boot,
     Clock,
@@ -41,6 +42,7 @@ from hotport.model.service import (
     StopTimer,
     Terminate,
     Timer,
+    Worker,
     step,
 )
 
@@ -62,6 +64,16 @@ class Process:
     orders: deque[Open | Quiesce | Drain | Terminate] = field(default_factory=deque)
     has_said_ready: bool = False
     was_killed: bool = False
+    accepts: bool | None = None
+
+    @property
+    def phase(self) -> Phase:
+        """How far it is, by its own word."""
+        if self.orders and isinstance(self.orders[0], Drain | Terminate):
+            return Phase.DRAINING
+        if not self.has_said_ready:
+            return Phase.STARTING
+        return {None: Phase.READY, True: Phase.SERVING, False: Phase.QUIESCED}[self.accepts]
 
 
 class World:
@@ -109,6 +121,29 @@ class World:
         del self.processes[worker]
         self.queue.append(Exited(worker, why))
 
+    def crash(self, *, forgets_orders: bool) -> None:
+        """The supervisor dies, and another one adopts what is left.
+
+        Args:
+            forgets_orders: What workers were told and have not carried out never reached them.
+        """
+        service = self.service
+        self.queue.clear()
+        self.timers.clear()
+        self._emitted = []
+        for number, process in list(self.processes.items()):
+            if process.was_killed:
+                del self.processes[number]
+            elif forgets_orders:
+                process.orders.clear()
+            if process.accepts:
+                self._accepting.add(number)
+        workers = tuple(Worker(number, each.generation, each.phase) for number, each in self.processes.items())
+        self.queue.append(Adopt(workers, service.wanted, service.generations, service.spawned))
+        self.service = Service(wanted=service.wanted)
+        self.take()
+        self._generations = [self.service.generations]
+
     def elapse(self, clock: Clock, worker: int = 0) -> None:
         timer = Timer(clock, worker)
         self.timers.remove(timer)
@@ -126,6 +161,7 @@ class World:
             self.say(worker, Event.READY)
         elif process.orders:
             order = process.orders.popleft()
+            process.accepts = isinstance(order, Open)
             self.say(worker, Event.ACCEPTING if isinstance(order, Open) else Event.QUIESCED)
         else:
             return False
@@ -147,8 +183,24 @@ class World:
             self._accepting.add(event.worker)
         for effect in effects:
             self._carry_out(effect)
+        if isinstance(event, Adopt):
+            workers = {worker.id: worker for worker in event.workers}
+            before = replace(before, workers=workers, spawned=event.spawned, generations=event.generations)
+            self._check_adoption(event, effects)
         self._check(before, event, effects)
         return effects
+
+    def _check_adoption(self, event: Adopt, effects: tuple[Effect, ...]) -> None:
+        """One generation goes on, whole or to become so; whoever is not of it leaves, now or when it is not missed."""
+        after = self.service
+        assert after.restart is None
+        kept = after.generation
+        for worker in after.current:
+            assert worker.generation == kept or worker.is_expired or kept == 0
+            if worker.generation == kept and worker.phase is Phase.SERVING:
+                assert Open(worker.id) in effects  # an order to cease may be on its way
+        if any(worker.phase in (Phase.SERVING, Phase.QUIESCED) for worker in event.workers):
+            assert kept
 
     # -- what the supervisor does --------------------------------------------------------------------------
 
