@@ -152,9 +152,6 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
     configure(format=options.log_format, level=options.log_level, service=name, role="supervisor")
     with ExitStack() as stack:
         place = _move_in(name, options, stack, takes_over=takes_over)
-        if options.command:
-            for listener in place.listeners.values():
-                listener.setblocking(True)  # as systemd passes them: a plain accept loop expects nothing else
         supervisor = Supervisor(
             name,
             place.house.directory,
@@ -431,6 +428,8 @@ def _listen(
         address = parse_address(text)
         listener = bind_listener(address, backlog=options.backlog)
         stack.callback(listener.close)
+        if options.command:
+            listener.setblocking(True)  # as systemd passes them: a plain accept loop expects nothing else
         listeners[str(bound_address(address, listener))] = listener
         house.own(listeners)
     return listeners

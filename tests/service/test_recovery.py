@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from hotport.kernel import procfs
 from hotport.wire.messages import Report, RestartRequest
-from tests.support import LINE_APP, Hammer, Service, ask_line, assert_three_lines, eventually, watching_pid, write_code
 from tests.service.test_handoff_faults import APP as HTTP_APP
 from tests.service.test_handoff_faults import Kept
+from tests.support import LINE_APP, Gate, Hammer, Service, ask_line, eventually, watching_pid, write_code
 
 #: Imported by every interpreter that has its directory on its path: the supervisor kills itself before the effect of
 #: that number, counted from the beginning of a restart. Timers are its own affair: nobody else can see them.
@@ -42,6 +42,36 @@ if at and "serve" in sys.orig_argv:
     Supervisor._carry_out = crash
 """
 
+#: In workers: the first word on their control sockets is of a later version.
+OTHER_PROTOCOL = """
+import sys
+if "hotport.worker" in sys.orig_argv:
+    import msgspec
+    import hotport.wire.messages as messages
+    encode = messages.encode
+    def encode_later(message):
+        if isinstance(message, messages.Hello):
+            message = msgspec.structs.replace(message, protocol=messages.PROTOCOL + 1)
+        return encode(message)
+    messages.encode = encode_later
+"""
+
+#: What a program that knows nothing of hotport does with its descriptor, as sd_listen_fds(3) says.
+FOREIGN = """
+import os, signal, socket
+signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+notify.connect(os.environ["NOTIFY_SOCKET"])
+notify.send(b"READY=1")
+notify.close()
+listener = socket.socket(fileno=3)
+while True:
+    client, _ = listener.accept()
+    with client:
+        client.recv(100)
+        client.send(f"v1 {os.environ['HOTPORT_GENERATION']} {os.getpid()}\\n".encode())
+"""
+
 BROKEN = "raise RuntimeError('broken')\n"
 
 
@@ -61,6 +91,8 @@ def ending(directory: Path) -> Iterator[None]:
             with watching_pid(pid) as gone:
                 os.kill(pid, signal.SIGKILL)
                 gone()
+        for path in (directory / "run" / "svc").glob("*.sock"):
+            path.unlink()
 
 
 def started(directory: Path) -> list[int]:
@@ -118,3 +150,125 @@ def test_supervisor_is_killed_at_every_effect_of_a_restart(tmp_path: Path, kind:
                 hammer.wait_answers(2)
         assert crashes >= 8
         Service(tmp_path, *args, env=env).wait_ready().end()
+
+
+def test_connections_stay_open_while_the_supervisor_is_killed_and_replaced(tmp_path: Path) -> None:
+    with ending(tmp_path):
+        write_code(tmp_path / "app.py", HTTP_APP.format(fault=""))
+        args = ("app:app", "--lifespan", "off", "--keep-alive", "60", "--workers", "2")
+        first = Service(tmp_path, *args).wait_ready()
+        before = first.status()
+        kept = [Kept(first.port) for _ in range(20)]
+        assert [each.ask() for each in kept] == [(1, False)] * 20
+        die(first)
+        first.end()
+        assert [each.ask() for each in kept] == [(1, False)] * 20
+        with Service(tmp_path, *args) as second:
+            after = assert_healthy(second.wait_ready(), workers=2)
+            assert after["addresses"] == before["addresses"]
+            assert {each["pid"] for each in after["workers"]} == {each["pid"] for each in before["workers"]}
+            assert all(
+                new["age_s"] > old["age_s"] for new, old in zip(after["workers"], before["workers"], strict=True)
+            )
+            assert second.restart()["connections"] == {"moved_http": 20}
+            assert [each.ask() for each in kept] == [(2, False)] * 20
+            for each in kept:
+                each.sock.close()
+
+
+def test_next_supervisor_remembers_how_many_workers_were_wanted(tmp_path: Path) -> None:
+    with ending(tmp_path):
+        write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))
+        first = Service(tmp_path, "app:app", "--workers", "1").wait_ready()
+        assert first.run("scale", "2", "svc").returncode == 0
+        victim = first.worker_pids()[0]
+        die(first)
+        first.end()
+        with watching_pid(victim) as gone:
+            os.kill(victim, signal.SIGKILL)
+            gone()
+        with Service(tmp_path, "app:app", "--workers", "1") as second:
+            status = assert_healthy(second.wait_ready(), workers=2)
+            assert [each["worker"] for each in status["workers"]] == [2, 3]
+
+
+def test_worker_that_was_still_starting_is_found_and_goes_on(tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    with ending(tmp_path):
+        write_code(tmp_path / "app.py", Gate.LINE + LINE_APP.format(version="v1"))
+        first = Service(tmp_path, "app:app")
+        first.wait_until(lambda: bool(started(tmp_path)), "the worker is started")
+        (pid,) = started(tmp_path)
+        die(first)
+        first.end()
+        with Service(tmp_path, "app:app") as second:
+            second.wait_until(lambda: bool(second.log_events("service.adopted")), "it is adopted")
+            gate.open()
+            status = assert_healthy(second.wait_ready(), workers=1)
+            assert status["workers"][0]["pid"] == pid
+            assert ask_line(second.port).pid == pid
+
+
+def test_program_of_somebody_else_is_adopted_by_its_descriptors(tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(FOREIGN)
+    args = ("--ready", "notify", "--", sys.executable, "server.py")
+    with ending(tmp_path):
+        first = Service(tmp_path, *args).wait_ready()
+        port, before = first.port, ask_line(first.port)
+        die(first)
+        first.end()
+        with Hammer(port) as hammer:
+            hammer.wait_answers(2)
+            with Service(tmp_path, *args) as second:
+                second.wait_ready()
+                assert second.port == port
+                assert second.worker_pids() == [before.pid]
+                assert second.restart()["outcome"] == "done"
+                assert ask_line(port).generation == "2"
+                hammer.wait_answers(2)
+                assert not hammer.failures
+
+
+def test_socket_file_is_kept_and_removed_by_whoever_is_last(tmp_path: Path) -> None:
+    path = tmp_path / "app.sock"
+    with ending(tmp_path):
+        write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))
+        first = Service(tmp_path, "app:app", "--bind", f"unix:{path}").wait_ready()
+        inode = path.stat().st_ino
+        die(first)
+        first.end()
+        with Service(tmp_path, "app:app", "--bind", f"unix:{path}") as second:
+            second.wait_ready()
+            assert path.stat().st_ino == inode
+            third = Service(tmp_path, "app:app", "--bind", f"unix:{path}", "--take-over")
+            assert second.wait() == 0
+            with third:
+                assert_healthy(third, workers=1)
+                assert path.stat().st_ino == inode
+        assert not path.exists()
+
+
+def test_orphans_leave_when_nobody_comes(tmp_path: Path) -> None:
+    with ending(tmp_path):
+        write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))
+        first = Service(tmp_path, "app:app", "--orphan-timeout", "300ms").wait_ready()
+        (pid,) = first.worker_pids()
+        with watching_pid(pid) as gone:
+            die(first)
+            gone()
+        first.end()
+
+
+def test_workers_of_another_protocol_are_refused_and_serve_on(tmp_path: Path) -> None:
+    with ending(tmp_path):
+        write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))
+        (tmp_path / "sitecustomize.py").write_text(OTHER_PROTOCOL)
+        first = Service(tmp_path, "app:app", env={"PYTHONPATH": str(tmp_path)}).wait_ready()
+        port = first.port
+        die(first)
+        first.end()
+        second = Service(tmp_path, "app:app")
+        assert second.wait() == 6
+        assert "HP650 cannot supervise worker 1" in second.log()
+        assert ask_line(port).version == "v1"
+        second.end()

@@ -74,16 +74,19 @@ def bind_listener(address: Address, *, backlog: int) -> socket.socket:
             return _with_nodelay(inherited_listener(_systemd_descriptor(name)))
 
 
-def inherited_listener(fd: int) -> socket.socket:
+def inherited_listener(fd: int, *, is_in_use: bool = False) -> socket.socket:
     """Take over a listening stream or a datagram socket that this process was started with.
 
+    Args:
+        is_in_use: Another process accepts from it, and has chosen whether that blocks: the choice is the socket's.
+
     Returns:
-        The socket that owns `fd` from now on: non-blocking and close-on-exec.
+        The socket that owns `fd` from now on: close-on-exec, and non-blocking unless it is in use.
 
     Raises:
         ConfigError: If `fd` is not open, or is something else (HP104); it is left as it was.
 
-    Sources: socket(7) SO_TYPE, SO_ACCEPTCONN.
+    Sources: socket(7) SO_TYPE, SO_ACCEPTCONN; fcntl(2): O_NONBLOCK belongs to the open file description.
     """
     try:
         sock = socket.socket(fileno=fd)
@@ -94,7 +97,8 @@ def inherited_listener(fd: int) -> socket.socket:
     if not (sock.type == socket.SOCK_STREAM and listening) and sock.type != socket.SOCK_DGRAM:
         sock.detach()
         raise _not_a_listener(fd, "it is a socket that does not listen")
-    sock.setblocking(False)
+    if not is_in_use:
+        sock.setblocking(False)
     sock.set_inheritable(False)
     return sock
 

@@ -231,7 +231,7 @@ async def _ask(survivor: Survivor) -> None:
         while True:
             await anyio.wait_readable(sock)
             data, descriptors = receive_descriptors(sock, 65536)
-            survivor.listeners += [inherited_listener(fd) for fd in descriptors]
+            survivor.listeners += [inherited_listener(fd, is_in_use=True) for fd in descriptors]
             words = [decode(payload, Word) for payload in decoder.feed(data)]
             for word in words:
                 if isinstance(word, Hello):
@@ -260,7 +260,7 @@ def _take(survivor: Survivor) -> None:
         pidfd = os.pidfd_open(survivor.pid)
         try:
             for fd in range(FIRST_FD, FIRST_FD + len(names)):
-                survivor.listeners.append(inherited_listener(duplicate_descriptor(pidfd, fd)))
+                survivor.listeners.append(inherited_listener(duplicate_descriptor(pidfd, fd), is_in_use=True))
         finally:
             os.close(pidfd)
 

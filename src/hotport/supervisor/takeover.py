@@ -204,7 +204,9 @@ def ask_predecessor(directory: str, name: str) -> Predecessor:
         assert isinstance(reply, Estate), reply
         connection.setblocking(False)
         lock, *fds = descriptors
-        listeners = {address: inherited_listener(fd) for address, fd in zip(reply.addresses, fds, strict=True)}
+        listeners = {
+            address: inherited_listener(fd, is_in_use=True) for address, fd in zip(reply.addresses, fds, strict=True)
+        }
         stack.pop_all()
     return Predecessor(connection, reply.pid, reply.version, reply.memory, lock, reply.bind, listeners)
 

@@ -210,7 +210,7 @@ def sockets_of(baggage: Baggage) -> tuple[socket.socket, socket.socket]:
 
 def listeners_of(baggage: Baggage) -> dict[str, socket.socket]:
     """The listeners that were carried, owned by the caller."""
-    return {address: inherited_listener(fd) for address, fd in baggage.listeners.items()}
+    return {address: inherited_listener(fd, is_in_use=True) for address, fd in baggage.listeners.items()}
 
 
 def report(baggage: Baggage, supervisor: Supervisor) -> str:
