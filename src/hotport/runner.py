@@ -205,6 +205,9 @@ def _move_in(name: str, options: Options, stack: ExitStack, *, takes_over: bool)
         house = House(directory, baggage.lock, *sockets_of(baggage))
         stack.callback(house.leave)
         found = anyio.run(survey, directory, baggage.memory, baggage.numbers)
+        reap_orphans(
+            {survivor.pid for survivor in found.survivors}
+        )  # what has ended during the exec is known to nobody
         for listener in found.listeners.values():
             listener.close()  # ours are the same
         listeners = listeners_of(baggage)
