@@ -233,26 +233,33 @@ async def retire(predecessor: Predecessor, supervisor: Supervisor) -> None:
                 said += data
                 if not data:
                     break
-    _drain_orphans(supervisor, predecessor.memory.generations, workers)
     log.info("take_over.done", predecessor=predecessor.version, has_retired=bool(said))
+    await _drain_orphans(supervisor, predecessor.memory.generations, workers)
 
 
-def _drain_orphans(supervisor: Supervisor, generations: int, successors: Sequence[str]) -> None:
-    """Tell what is left of generations up to this number to hand its connections over and to leave."""
+async def _drain_orphans(supervisor: Supervisor, generations: int, successors: Sequence[str]) -> None:
+    """Tell what is left of generations up to this number to hand its connections over, and wait until it has left."""
+    options = supervisor.options
     paths = tuple(os.path.join(supervisor.directory, name) for name in successors)
-    order = DrainOrder(timeout_s=supervisor.options.drain_timeout_s, successors=paths)
-    for file in os.listdir(supervisor.directory):
-        numbers = _WORKER_SOCKET.fullmatch(file)
-        if numbers is None or int(numbers.group(1)) > generations:
-            continue
-        path = os.path.join(supervisor.directory, file)
-        with socket.socket(socket.AF_UNIX) as sock:
+    order = encode_frame(encode(DrainOrder(timeout_s=options.drain_timeout_s, successors=paths)))
+
+    async def drain(path: str) -> None:
+        with socket.socket(socket.AF_UNIX) as sock, anyio.move_on_after(options.drain_timeout_s + ANSWER_TIMEOUT_S):
             sock.setblocking(False)
             try:
                 sock.connect(path)
-                sock.send(encode_frame(encode(order)))
-                log.info("take_over.drained", worker=file)
+                sock.send(order)
+                log.info("take_over.draining", worker=os.path.basename(path))
+                await anyio.wait_readable(sock)
+                while sock.recv(65536):
+                    await anyio.wait_readable(sock)
             except ConnectionRefusedError:
                 os.unlink(path)
             except OSError as error:
-                log.warning("take_over.unreachable", worker=file, error=str(error))
+                log.warning("take_over.unreachable", worker=os.path.basename(path), error=str(error))
+
+    async with anyio.create_task_group() as tasks:
+        for file in os.listdir(supervisor.directory):
+            numbers = _WORKER_SOCKET.fullmatch(file)
+            if numbers is not None and int(numbers.group(1)) <= generations:
+                tasks.start_soon(drain, os.path.join(supervisor.directory, file))
