@@ -125,6 +125,6 @@ def _connect(service: Path) -> socket.socket:
             "HP606",
             f"cannot reach the supervisor of {service.name}",
             cause=cause,
-            fix="run the command as the service's user, or start it again with hotport serve",
+            fix="run the command as the service's user, or hotport serve again, which adopts the workers that are left",
         ) from None
     return sock

@@ -111,15 +111,15 @@ async def _wait_committed(stream: SocketStream) -> tuple[str, ...]:
 
 def _check(supervisor: Supervisor, request: TakeOverRequest) -> None:
     service = supervisor.service
-    code, cause, fix = "HP655", "", f"hotport status {supervisor.name}, and try again"
     if request.protocol != PROTOCOL:
-        code = "HP654"
         cause = (
             f"the other supervisor (hotport {request.version}) speaks version {request.protocol} of the control "
             f"protocol, and this one (hotport {__version__}) version {PROTOCOL}"
         )
-        fix = f"hotport upgrade {supervisor.name} first, or stop it and serve again"
-    elif supervisor.is_succeeded:
+        raise _refused(
+            "HP654", supervisor, cause, f"hotport upgrade {supervisor.name} first, or stop it and serve again"
+        )
+    if supervisor.is_succeeded:
         cause = "another supervisor is taking it over"
     elif service.is_stopping:
         cause = "it is stopping"
@@ -127,15 +127,20 @@ def _check(supervisor: Supervisor, request: TakeOverRequest) -> None:
         cause = f"a restart is in progress (generation {service.restart.generation})"
     elif service.generation == 0:
         cause = "it is still starting"
-    if cause:
-        raise RestartError(
-            code,
-            f"{supervisor.name} is not given to another supervisor",
-            cause=cause,
-            fix=fix,
-            phase="refused",
-            serving=service.generation,
-        )
+    else:
+        return
+    raise _refused("HP655", supervisor, cause, f"hotport status {supervisor.name}, and try again")
+
+
+def _refused(code: str, supervisor: Supervisor, cause: str, fix: str) -> RestartError:
+    return RestartError(
+        code,
+        f"{supervisor.name} is not given to another supervisor",
+        cause=cause,
+        fix=fix,
+        phase="refused",
+        serving=supervisor.service.generation,
+    )
 
 
 # -- the new supervisor -------------------------------------------------------------------------------------
