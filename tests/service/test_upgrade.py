@@ -48,7 +48,7 @@ def other_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     python = place / "bin" / "python"
     try:
         subprocess.run([found, "-m", "venv", place], check=True, capture_output=True, timeout=120)
-        pip = [python, "-m", "pip", "install", "--quiet", "--no-compile", *NEEDED]
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", *NEEDED]
         subprocess.run(pip, check=True, capture_output=True, timeout=300)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         pytest.skip(f"no environment for {found}: {error}")
@@ -67,6 +67,10 @@ def upgrade(service: Service, *args: str) -> str:
     result = service.run("upgrade", "svc", *args)
     assert result.returncode == 0, f"{result.stdout}{result.stderr}{service.log_tail()}"
     return result.stdout
+
+
+def wait_upgraded(service: Service, times: int) -> None:
+    service.wait_until(lambda: len(service.log_events("supervisor.upgraded")) == times, "it is upgraded")
 
 
 def test_supervisor_is_upgraded_to_another_interpreter_and_back_without_a_loss(
@@ -101,9 +105,7 @@ def test_connections_and_signals_survive_the_exec(tmp_path: Path) -> None:
         assert [each.ask() for each in kept] == [(1, False)] * 10
         for number in range(2, 2 + RESTARTS):
             service.process.send_signal(signal.SIGUSR2)
-            service.wait_until(
-                lambda number=number: len(service.log_events("supervisor.upgraded")) == number - 1, "it is upgraded"
-            )
+            wait_upgraded(service, number - 1)
             assert [each.ask() for each in kept] == [(number - 1, False)] * 10
             assert service.restart()["connections"] == {"moved_http": 10}
             assert [each.ask() for each in kept] == [(number, False)] * 10

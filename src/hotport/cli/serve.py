@@ -14,6 +14,7 @@ from hotport.errors import ConfigError, ExitCode
 from hotport.options import OPTIONS, Option
 from hotport.options.loading import Loaded, load, meant_flag, rows, show
 from hotport.runner import supervise
+from hotport.supervisor.upgrade import CHECK
 
 __all__ = ["command"]
 
@@ -88,7 +89,7 @@ def command(
 
         write(_as_json(loaded) if as_json else show(loaded))
         return ExitCode.DONE
-    if not loaded.options.watch:
+    if not loaded.options.watch or CHECK in os.environ:  # a supervisor asks whom it would become
         return supervise(read, takes_over=take_over)
     from hotport.cli.watch import watching
 
