@@ -27,10 +27,11 @@ from hotport.kernel.sockets import (
 )
 from hotport.model.service import RequestStop
 from hotport.observe.logs import configure, get_logger
-from hotport.options import runtime_root, service_name
+from hotport.options import Options, runtime_root, service_name
 from hotport.options.loading import Loaded, load
 from hotport.supervisor.control import serve_control
 from hotport.supervisor.launch import Surroundings
+from hotport.supervisor.listeners import shares_port
 from hotport.supervisor.requests import restart, scale
 from hotport.supervisor.supervisor import Supervisor
 
@@ -135,7 +136,7 @@ def supervise(read: Callable[[Path], Loaded]) -> int:
     configure(format=options.log_format, level=options.log_level, service=name, role="supervisor")
     with ExitStack() as stack:
         directory = _claim(name, stack)
-        listeners = dict(_bind(text, options.backlog, stack) for text in options.bind)
+        listeners = dict(_bind(text, options, stack) for text in options.bind)
         if options.command:
             for listener in listeners.values():
                 listener.setblocking(True)  # as systemd passes them: a plain accept loop expects nothing else
@@ -154,6 +155,7 @@ def supervise(read: Callable[[Path], Loaded]) -> int:
             own_notify_path=os.environ.get("NOTIFY_SOCKET"),
         )
         stack.callback(supervisor.close)
+        supervisor.owned.guard(options)
         anyio.run(_supervise, supervisor, control)
     if isinstance(supervisor.failure, HotportError):
         raise supervisor.failure
@@ -292,7 +294,7 @@ async def serve(
     flags = {**options, "bind": texts, "target": "embedded:app"}
     settings = load(file=None, environ={}, flags=flags, cwd=Path(os.devnull)).options
     with ExitStack() as stack:
-        listeners = dict(_bind(text, settings.backlog, stack) for text in texts)
+        listeners = dict(_bind(text, settings, stack) for text in texts)
         connections = Connections(maximum=settings.connections_max)
         inner = make_server(app, Context(connections), settings, list(listeners.values()))
         await inner.startup()
@@ -328,10 +330,10 @@ def _claim(name: str, stack: ExitStack) -> str:
     return directory
 
 
-def _bind(text: str, backlog: int, stack: ExitStack) -> tuple[str, socket.socket]:
+def _bind(text: str, options: Options, stack: ExitStack) -> tuple[str, socket.socket]:
     """Bind one address until `stack` ends; return it as it really is, and its listener."""
     address = parse_address(text)
-    listener = bind_listener(address, backlog=backlog)
+    listener = bind_listener(address, backlog=options.backlog, shares_port=shares_port(options))
     stack.callback(listener.close)
     if isinstance(address, UnixAddress) and not address.is_abstract:
         found = os.stat(address.path)
