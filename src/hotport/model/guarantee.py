@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["BEST_FIRST", "GUARANTEES", "Choice", "Facts", "Guarantee", "Strategy", "choose", "obstacle"]
+__all__ = ["GUARANTEES", "Choice", "Facts", "Guarantee", "Row", "Strategy", "choose", "obstacle", "table"]
 
 
 class Strategy(enum.Enum):
-    """The ways in which a listener reaches the next generation."""
+    """The ways in which a listener reaches the next generation, the best first."""
 
     INHERIT = "inherit"
     TRANSFER = "transfer"
@@ -89,9 +89,6 @@ GUARANTEES: Final[Mapping[Strategy, Guarantee]] = {
     ),
 }
 
-#: In this order `auto` tries them.
-BEST_FIRST: Final = (Strategy.INHERIT, Strategy.TRANSFER, Strategy.OVERLAP, Strategy.REBIND)
-
 
 @dataclass(frozen=True, slots=True)
 class Facts:
@@ -151,7 +148,21 @@ def choose(wanted: str, facts: Facts) -> Choice:
     """The strategy for what the option says: ``auto``, or the name of one."""
     if wanted != "auto":
         why = obstacle(Strategy(wanted), facts)
-        return Choice(None, why) if why else Choice(Strategy(wanted), f"--strategy {wanted}")
+        return Choice(None, why) if why else Choice(Strategy(wanted), "asked for")
     # The best one always can: to be handed on to a child a descriptor needs nobody's consent.
-    best = next(strategy for strategy in BEST_FIRST if not obstacle(strategy, facts))
-    return Choice(best, f"auto: the best that can work here; {GUARANTEES[best].needs}")
+    best = next(strategy for strategy in Strategy if not obstacle(strategy, facts))
+    return Choice(best, "auto: the best there is, and it can always work within one supervisor")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One strategy for one service: what it promises, and why the service cannot have it, if it cannot."""
+
+    strategy: Strategy
+    guarantee: Guarantee
+    obstacle: str
+
+
+def table(facts: Facts) -> tuple[Row, ...]:
+    """Every strategy, the best first."""
+    return tuple(Row(strategy, GUARANTEES[strategy], obstacle(strategy, facts)) for strategy in Strategy)
