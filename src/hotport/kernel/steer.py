@@ -12,9 +12,10 @@ import array
 import socket
 import struct
 from contextlib import suppress
+from functools import cache
 from typing import Final
 
-__all__ = ["deafen", "share_port", "steer", "unsteer"]
+__all__ = ["can_steer", "deafen", "share_port", "steer", "unsteer"]
 
 #: asm-generic/socket.h; Python has no names for these.
 SO_ATTACH_FILTER: Final = 26
@@ -53,6 +54,21 @@ def unsteer(listener: socket.socket) -> None:
     """
     with suppress(FileNotFoundError):
         listener.setsockopt(socket.SOL_SOCKET, SO_DETACH_REUSEPORT_BPF, 0)
+
+
+@cache
+def can_steer() -> bool:
+    """Whether this kernel does what `steer` asks for: tried once, on a port of the loopback interface that is free."""
+    with socket.socket() as sock:
+        try:
+            share_port(sock)
+            sock.bind(("127.0.0.1", 0))
+            sock.listen(1)
+            steer(sock, 0)
+            unsteer(sock)
+        except OSError:
+            return False
+    return True
 
 
 def deafen(listener: socket.socket) -> None:

@@ -81,7 +81,8 @@ GUARANTEES: Final[Mapping[Strategy, Guarantee]] = {
         clients_see="a gap: connects are refused in it, and those of the last microseconds before it are late by the "
         "second after which TCP sends a SYN again",
         refused="those that come in the gap; counted in the report",
-        reset="those whose handshake was not over; counted in the report",
+        reset="those that wait and can be given to nobody, counted in the report; and those whose handshake is half "
+        "done when the port is closed, not counted",
         gap="10 us with nothing in TIME_WAIT on the port, 0.2 ms with 10,000, 5 to 15 ms with 100,000; with --guard "
         "10 us at any number",
         needs="as overlap. Without --guard any user can take a port above 1023 in the gap",
@@ -100,6 +101,7 @@ class Facts:
         kind: The option of that name: ``auto`` is found out by workers.
         is_phased: One worker after the other is replaced.
         lingering: Workers of older generations that still have a socket of an address open.
+        can_steer: The kernel lets a socket of a SO_REUSEPORT group be chosen.
     """
 
     schemes: tuple[str, ...] = ("tcp",)
@@ -107,6 +109,7 @@ class Facts:
     kind: str = "auto"
     is_phased: bool = False
     lingering: tuple[int, ...] = ()
+    can_steer: bool = True
 
 
 def obstacle(strategy: Strategy, facts: Facts) -> str:
@@ -130,6 +133,8 @@ def obstacle(strategy: Strategy, facts: Facts) -> str:
         return why[foreign[0]]
     if facts.is_phased:
         return "a phased restart has workers of both generations on one socket, for as long as it takes"
+    if strategy is Strategy.OVERLAP and not facts.can_steer:
+        return "this kernel does not steer connections between sockets (SO_ATTACH_REUSEPORT_CBPF, Linux 4.5)"
     if facts.lingering:
         workers = ", ".join(map(str, facts.lingering))
         return f"worker {workers} of an older generation still has the socket open; it drains or hangs"

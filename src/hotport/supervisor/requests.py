@@ -12,7 +12,8 @@ import anyio
 from hotport import __version__
 from hotport.errors import HotportError, RestartError, StartError
 from hotport.kernel.process import rss_bytes
-from hotport.model.guarantee import Facts, choose
+from hotport.kernel.steer import can_steer
+from hotport.model.guarantee import Facts, choose, table
 from hotport.model.lifecycle import CURRENT, Phase
 from hotport.model.service import Announce, Refusal, RequestRestart, RequestScale
 from hotport.options import Options
@@ -119,6 +120,7 @@ def facts(supervisor: Supervisor, options: Options, *, is_phased: bool) -> Facts
         kind=options.kind,
         is_phased=is_phased,
         lingering=supervisor.owned.lingering(leaving, supervisor.service.generation) if leaving else (),
+        can_steer=can_steer(),
     )
 
 
@@ -237,7 +239,8 @@ async def describe(supervisor: Supervisor) -> Status:
         for process in supervisor.processes.values():
             tasks.start_soon(inspect, process)
     service, options, now = supervisor.service, supervisor.options, time.monotonic()
-    chosen = choose(options.strategy, facts(supervisor, options, is_phased=options.phased))
+    known = facts(supervisor, options, is_phased=options.phased)
+    chosen = choose(options.strategy, known)
     return Status(
         service=supervisor.name,
         pid=os.getpid(),
@@ -257,6 +260,7 @@ async def describe(supervisor: Supervisor) -> Status:
         last_restart=supervisor.reports.last,
         strategy=chosen.strategy.value if chosen.strategy else options.strategy,
         strategy_why=chosen.why,
+        strategies={row.strategy.value: row.obstacle for row in table(known)},
         lost=supervisor.owned.lost,
     )
 

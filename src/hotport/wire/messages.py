@@ -322,6 +322,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
 
     Attributes:
         strategy: How listeners reach the next generation, and why in this way.
+        strategies: Every strategy, and why it cannot work here; empty if it can.
         lost: Addresses that somebody else has taken, and who; they are tried again.
     """
 
@@ -339,6 +340,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     last_restart: Report | None = None
     strategy: str = "inherit"
     strategy_why: str = ""
+    strategies: dict[str, str] = {}
     lost: dict[str, str] = {}
 
 
