@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,6 +27,7 @@ from hotport.options.loading import Loaded, load
 from hotport.supervisor.control import serve_control
 from hotport.supervisor.house import House
 from hotport.supervisor.launch import Surroundings
+from hotport.supervisor.listeners import shares_port
 from hotport.supervisor.recovery import Found, survey
 from hotport.supervisor.requests import restart, scale
 from hotport.supervisor.supervisor import Supervisor
@@ -156,17 +157,15 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
             name,
             place.house.directory,
             options,
-            place.listeners,
             place.house.notify,
             surroundings,
+            found=place.found,
             read_options=lambda directory: read(directory).options,
             own_notify_path=os.environ.get("NOTIFY_SOCKET"),
-            found=place.found,
         )
         stack.callback(supervisor.close)
+        supervisor.owned.guard(options)
         anyio.run(_supervise, supervisor, place)
-        if supervisor.is_succeeded:
-            place.house.give_listeners()
         if supervisor.is_departing:
             house = place.house
             baggage = pack(
@@ -185,15 +184,13 @@ class _Place:
     """What a supervisor starts with.
 
     Attributes:
-        listeners: By canonical address.
-        found: What is left of the last supervisor.
+        found: What is left of the last supervisor, and the listeners.
         baggage: What this process carries from the supervisor that it was.
         predecessor: The supervisor that leaves when ours serves.
     """
 
     house: House
-    listeners: dict[str, socket.socket]
-    found: Found = field(default_factory=Found)
+    found: Found
     baggage: Baggage | None = None
     predecessor: Predecessor | None = None
 
@@ -204,25 +201,17 @@ def _move_in(name: str, options: Options, stack: ExitStack, *, takes_over: bool)
     if (baggage := carried(os.environ, os.getpid())) is not None:
         house = House(directory, baggage.lock, *sockets_of(baggage))
         stack.callback(house.leave)
-        found = anyio.run(survey, directory, baggage.memory, baggage.numbers)
-        reap_orphans(
-            {survivor.pid for survivor in found.survivors}
-        )  # what has ended during the exec is known to nobody
-        for listener in found.listeners.values():
-            listener.close()  # ours are the same
-        listeners = listeners_of(baggage)
-        house.own(listeners)
-        return _Place(house, listeners, found, baggage)
+        found = anyio.run(survey, directory, baggage.memory, baggage.numbers, listeners_of(baggage))
+        reap_orphans({survivor.pid for survivor in found.survivors})  # nobody knows what has ended during the exec
+        return _Place(house, found, baggage)
     lock = lock_file(os.path.join(directory, "lock"))
     if lock is not None:
         house = House.enter(directory, lock, stack)
         stack.callback(house.leave)
         found = anyio.run(survey, directory)
-        listeners = dict(found.listeners)
-        house.own(listeners)
-        if not listeners:
-            listeners = _listen(options, house, stack)
-        return _Place(house, listeners, found)
+        if found.going not in found.listeners:
+            found.listeners[found.going] = _listen(options)
+        return _Place(house, found)
     if not takes_over:
         raise ConfigError(
             "HP630",
@@ -234,14 +223,13 @@ def _move_in(name: str, options: Options, stack: ExitStack, *, takes_over: bool)
     stack.callback(predecessor.connection.close)
     house = House.enter(directory, predecessor.lock, stack)
     stack.callback(house.leave)
-    house.own(predecessor.listeners)
-    listeners = _listen(options, house, stack, predecessor)
+    memory = predecessor.memory
+    found = Found(generations=memory.generations, spawned=memory.spawned)
+    listeners = found.listeners[found.going] = _listen(options, predecessor)
     for address, listener in predecessor.listeners.items():
         if address not in listeners:
             listener.close()
-    memory = predecessor.memory
-    found = Found(generations=memory.generations, spawned=memory.spawned)
-    return _Place(house, listeners, found, predecessor=predecessor)
+    return _Place(house, found, predecessor=predecessor)
 
 
 async def _supervise(supervisor: Supervisor, place: _Place) -> None:
@@ -392,7 +380,7 @@ async def serve(
     flags = {**options, "bind": texts, "target": "embedded:app"}
     settings = load(file=None, environ={}, flags=flags, cwd=Path(os.devnull)).options
     with ExitStack() as stack:
-        listeners = dict(_bind(text, settings.backlog, stack) for text in texts)
+        listeners = dict(_bind(text, settings, stack) for text in texts)
         connections = Connections(maximum=settings.connections_max)
         inner = make_server(app, Context(connections), settings, list(listeners.values()))
         await inner.startup()
@@ -419,29 +407,26 @@ def _directory(name: str) -> str:
     return directory
 
 
-def _listen(
-    options: Options, house: House, stack: ExitStack, predecessor: Predecessor | None = None
-) -> dict[str, socket.socket]:
-    """The listeners of a service: the predecessor's where it has them, else bound now; closed when `stack` ends."""
+def _listen(options: Options, predecessor: Predecessor | None = None) -> dict[str, socket.socket]:
+    """The listeners of a service: the predecessor's where it has them, else bound now. The caller owns them."""
     listeners: dict[str, socket.socket] = {}
-    for text in options.bind:
-        if predecessor is not None and (kept := predecessor.listener(text)) is not None:
-            listeners.update([kept])
-            continue
-        address = parse_address(text)
-        listener = bind_listener(address, backlog=options.backlog)
-        stack.callback(listener.close)
-        if options.command:
-            listener.setblocking(True)  # as systemd passes them: a plain accept loop expects nothing else
-        listeners[str(bound_address(address, listener))] = listener
-        house.own(listeners)
+    with ExitStack() as unless_all_can_be_bound:
+        for text in options.bind:
+            if predecessor is not None and (kept := predecessor.listener(text)) is not None:
+                listeners.update([kept])
+                continue
+            address, listener = _bind(text, options, unless_all_can_be_bound)
+            if options.command:
+                listener.setblocking(True)  # as systemd passes them: a plain accept loop expects nothing else
+            listeners[address] = listener
+        unless_all_can_be_bound.pop_all()
     return listeners
 
 
-def _bind(text: str, backlog: int, stack: ExitStack) -> tuple[str, socket.socket]:
+def _bind(text: str, options: Options, stack: ExitStack) -> tuple[str, socket.socket]:
     """Bind one address until `stack` ends; return it as it really is, and its listener."""
     address = parse_address(text)
-    listener = bind_listener(address, backlog=backlog)
+    listener = bind_listener(address, backlog=options.backlog, shares_port=shares_port(options))
     stack.callback(listener.close)
     if isinstance(address, UnixAddress) and not address.is_abstract:
         found = os.stat(address.path)
