@@ -49,8 +49,8 @@ from hotport.model.service import (
     StopTimer,
     Terminate,
     Timer,
-    Worker,
     Unsteer,
+    Worker,
     step,
 )
 
@@ -143,6 +143,7 @@ class World:
             forgets_orders: What workers were told and have not carried out never reached them.
         """
         service = self.service
+        self.thief, self.is_lost = "", False  # the next one cannot begin before it has every address
         self.queue.clear()
         self.timers.clear()
         self._emitted = []

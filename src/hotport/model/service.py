@@ -282,7 +282,9 @@ class Elapsed:
     timer: Timer
 
 
-Input = Boot | Adopt | RequestRestart | RequestScale | RequestStop | Said | Exited | Expired | MoreTime | Elapsed | Bound
+Input = (
+    Boot | Adopt | RequestRestart | RequestScale | RequestStop | Said | Exited | Expired | MoreTime | Elapsed | Bound
+)
 
 
 # -- effects ------------------------------------------------------------------------------------------------

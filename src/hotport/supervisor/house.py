@@ -8,6 +8,7 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Final
+
 from hotport.errors import RestartError
 from hotport.kernel.sockets import bind_control, bind_notify, unlink_if_ours
 from hotport.supervisor.supervisor import Supervisor

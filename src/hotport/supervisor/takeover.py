@@ -233,7 +233,9 @@ async def retire(predecessor: Predecessor, supervisor: Supervisor) -> None:
     with predecessor.connection as connection:
         said = b""
         with suppress(OSError):
-            connection.send(encode_frame(encode(Committed(workers=tuple(workers), addresses=tuple(supervisor.listeners)))))
+            connection.send(
+                encode_frame(encode(Committed(workers=tuple(workers), addresses=tuple(supervisor.listeners))))
+            )
             while True:
                 await anyio.wait_readable(connection)
                 data = connection.recv(65536)
