@@ -9,12 +9,13 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from hotport.address import UnixAddress, parse_address
+from hotport.address import FdAddress, SystemdAddress, UnixAddress, parse_address
 from hotport.errors import ConfigError, ExitCode, HotportError
 from hotport.kernel.fds import lock_file, private_directory
 from hotport.kernel.process import has_terminal, reap_orphans
@@ -23,15 +24,18 @@ from hotport.kernel.sockets import (
     bind_listener,
     bind_notify,
     bound_address,
+    passed_addresses,
     unlink_if_ours,
 )
 from hotport.model.service import RequestStop
 from hotport.observe.logs import configure, get_logger
-from hotport.options import runtime_root, service_name
+from hotport.options import Options, runtime_root, service_name
 from hotport.options.loading import Loaded, load
 from hotport.supervisor.control import serve_control
 from hotport.supervisor.launch import Surroundings
+from hotport.supervisor.manager import Manager
 from hotport.supervisor.requests import restart, scale
+from hotport.supervisor.store import take_back
 from hotport.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -135,7 +139,9 @@ def supervise(read: Callable[[Path], Loaded]) -> int:
     configure(format=options.log_format, level=options.log_level, service=name, role="supervisor")
     with ExitStack() as stack:
         directory = _claim(name, stack)
-        listeners = dict(_bind(text, options.backlog, stack) for text in options.bind)
+        manager = Manager(os.environ, os.getpid())
+        stack.callback(manager.close)
+        listeners = _take_back_or_bind(options, manager, stack)
         if options.command:
             for listener in listeners.values():
                 listener.setblocking(True)  # as systemd passes them: a plain accept loop expects nothing else
@@ -151,7 +157,7 @@ def supervise(read: Callable[[Path], Loaded]) -> int:
             notify_socket,
             surroundings,
             read_options=lambda directory: read(directory).options,
-            own_notify_path=os.environ.get("NOTIFY_SOCKET"),
+            manager=manager,
         )
         stack.callback(supervisor.close)
         anyio.run(_supervise, supervisor, control)
@@ -191,11 +197,12 @@ async def _handle_signals(supervisor: Supervisor, tasks: anyio.abc.TaskGroup) ->
     if os.getpid() == 1:  # every orphan of the container is our child
         handled.append(signal.SIGCHLD)
 
-    async def answer(what: Callable[[], Any]) -> None:
+    async def answer(what: Callable[[], Any], refused: Callable[[str], None] = lambda why: None) -> None:
         try:
             await what()
         except HotportError as error:  # nobody waits for an answer: the log has to tell
             log.warning("request.failed", error=str(error))
+            refused(str(error))
 
     with anyio.open_signal_receiver(*handled) as signals:
         async for number in signals:
@@ -208,7 +215,7 @@ async def _handle_signals(supervisor: Supervisor, tasks: anyio.abc.TaskGroup) ->
                             supervisor.input(RequestStop())
                     has_hung_up = True
                 case signal.SIGHUP:
-                    tasks.start_soon(answer, lambda: restart(supervisor))
+                    tasks.start_soon(answer, lambda: restart(supervisor), supervisor.manager.refused)
                 case signal.SIGTERM | signal.SIGINT:
                     supervisor.input(RequestStop())
                 case signal.SIGQUIT:
@@ -292,7 +299,9 @@ async def serve(
     flags = {**options, "bind": texts, "target": "embedded:app"}
     settings = load(file=None, environ={}, flags=flags, cwd=Path(os.devnull)).options
     with ExitStack() as stack:
-        listeners = dict(_bind(text, settings.backlog, stack) for text in texts)
+        listeners: dict[str, socket.socket] = {}
+        for text in texts:
+            listeners.update(_bind(text, settings.backlog, stack))
         connections = Connections(maximum=settings.connections_max)
         inner = make_server(app, Context(connections), settings, list(listeners.values()))
         await inner.startup()
@@ -328,16 +337,57 @@ def _claim(name: str, stack: ExitStack) -> str:
     return directory
 
 
-def _bind(text: str, backlog: int, stack: ExitStack) -> tuple[str, socket.socket]:
-    """Bind one address until `stack` ends; return it as it really is, and its listener."""
-    address = parse_address(text)
-    listener = bind_listener(address, backlog=backlog)
-    stack.callback(listener.close)
-    if isinstance(address, UnixAddress) and not address.is_abstract:
-        found = os.stat(address.path)
-        path = os.path.abspath(address.path)
-        stack.callback(unlink_if_ours, path, (found.st_dev, found.st_ino))
-    return str(bound_address(address, listener)), listener
+def _take_back_or_bind(options: Options, manager: Manager, stack: ExitStack) -> dict[str, socket.socket]:
+    """The listeners until `stack` ends, by canonical address: as the service manager has kept them, or new ones."""
+    taken = take_back(options.bind, os.environ, backlog=options.backlog)
+    for listener in taken.listeners.values():
+        stack.callback(listener.close)
+    manager.forget(taken.unfit)
+    listeners: dict[str, socket.socket] = {}
+    passed: set[str] = set()
+    for text in options.bind:
+        bound = _bind(text, options.backlog, stack, taken.listeners.get(text), keeps=manager.keeps)
+        listeners.update(bound)
+        if isinstance(parse_address(text), FdAddress | SystemdAddress):
+            passed.update(bound)
+    manager.park(listeners, held=passed)
+    if taken.listeners:
+        get_logger("hotport.supervisor").info("listeners.taken_back", addresses=list(taken.listeners))
+    return listeners
+
+
+def _bind(
+    text: str,
+    backlog: int,
+    stack: ExitStack,
+    taken: socket.socket | None = None,
+    *,
+    keeps: Callable[[str], bool] = lambda address: False,
+) -> dict[str, socket.socket]:
+    """Bind one address until `stack` ends; return its listeners by where they really are.
+
+    Args:
+        taken: The listener of this address, if there is one already; the caller closes it.
+        keeps: Whether somebody else keeps the listener of a canonical address when we end; then its file stays, too.
+    """
+    listeners = {}
+    for address in passed_addresses(parse_address(text)):
+        listener = taken
+        if listener is None:
+            listener = bind_listener(address, backlog=backlog)
+            stack.callback(listener.close)
+        where = str(bound_address(address, listener))
+        listeners[where] = listener
+        if isinstance(address, UnixAddress) and not address.is_abstract:
+            found = os.stat(address.path)
+            path = os.path.abspath(address.path)
+            stack.callback(_unlink_listener, path, (found.st_dev, found.st_ino), partial(keeps, where))
+    return listeners
+
+
+def _unlink_listener(path: str, dev_ino: tuple[int, int], is_kept: Callable[[], bool]) -> None:
+    if not is_kept():
+        unlink_if_ours(path, dev_ino)
 
 
 def _unlink(path: str) -> None:

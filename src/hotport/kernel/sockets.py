@@ -24,6 +24,7 @@ __all__ = [
     "bind_notify",
     "bound_address",
     "inherited_listener",
+    "passed_addresses",
     "peer_credentials",
     "unlink_if_ours",
 ]
@@ -45,7 +46,8 @@ def bind_listener(address: Address, *, backlog: int) -> socket.socket:
     - UDP: no SO_REUSEADDR, which would let a stranger share the port; nothing to wait for without TIME_WAIT.
     - A socket file is bound under another name and renamed, so that no client finds it missing; what is found
       there is replaced only if it is a socket on which nobody listens.
-    - ``fd://`` and ``systemd:`` sockets keep their backlog and options; TCP_NODELAY is added.
+    - ``fd://`` sockets keep their backlog and options; TCP_NODELAY is added. ``systemd:`` stands for several of them
+      (`passed_addresses`), and is refused here.
 
     Args:
         backlog: Length of the accept queue; the kernel caps it at ``net.core.somaxconn``.
@@ -56,8 +58,7 @@ def bind_listener(address: Address, *, backlog: int) -> socket.socket:
     Raises:
         KernelError: If the kernel refuses (HP101); ``errno`` says why, and the cause who.
         ConfigError: If a host is unknown (HP102), a path is too long or taken by something that is no
-            socket (HP103), a descriptor is no listener (HP104), or systemd passed no or several such
-            sockets (HP105).
+            socket (HP103), a descriptor is no listener (HP104), or systemd passed no such socket (HP105).
 
     Sources: socket(7) SO_REUSEADDR, SO_ACCEPTCONN; tcp(7); ipv6(7) IPV6_V6ONLY; unix(7); rename(2).
     """
@@ -71,7 +72,23 @@ def bind_listener(address: Address, *, backlog: int) -> socket.socket:
         case FdAddress(fd=fd):
             return _with_nodelay(inherited_listener(fd))
         case SystemdAddress(name=name):
-            return _with_nodelay(inherited_listener(_systemd_descriptor(name)))
+            raise _not_passed(name)
+
+
+def passed_addresses(address: Address) -> tuple[Address, ...]:
+    """The descriptors of an address under which the service manager has passed several sockets; others stay one.
+
+    A name may stand for many: all sockets of a unit have its ``FileDescriptorName=``.
+
+    Raises:
+        ConfigError: The variables by which they are passed contradict each other (HP320).
+
+    Sources: systemd.socket(5) FileDescriptorName; sd_listen_fds_with_names(3).
+    """
+    if not isinstance(address, SystemdAddress):
+        return (address,)
+    passed = parse_listen_environment(os.environ, os.getpid())
+    return tuple(FdAddress(fd) for fd, name in passed if name == address.name) or (address,)
 
 
 def inherited_listener(fd: int) -> socket.socket:
@@ -364,18 +381,12 @@ def _place(sock: socket.socket, path: str, *, backlog: int | None = None) -> Non
         raise
 
 
-def _systemd_descriptor(name: str) -> int:
-    passed = parse_listen_environment(os.environ, os.getpid())
-    fds = [fd for fd, called in passed if called == name]
-    if len(fds) == 1:
-        return fds[0]
-    if fds:
-        cause = f"{len(fds)} sockets have that name, and one address is one socket"
-    elif passed:
+def _not_passed(name: str) -> ConfigError:
+    if passed := parse_listen_environment(os.environ, os.getpid()):
         cause = f"the service manager passed {', '.join(sorted({called for _, called in passed}))}"
     else:
         cause = "no service manager passed a socket to this process (LISTEN_FDS is not set for it)"
-    raise ConfigError(
+    return ConfigError(
         "HP105",
         f"cannot take systemd:{name}",
         cause=cause,

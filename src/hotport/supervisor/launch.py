@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 
 from hotport.errors import StartError
 from hotport.options import Options
+from hotport.supervisor.manager import MANAGER_VARIABLES
 from hotport.wire.listenfds import LISTEN_VARIABLES
 from hotport.wire.messages import WorkerSpec, encode
 
 __all__ = ["Launch", "Surroundings"]
 
 #: Meant for this process or set anew for each worker; never handed on as they are.
-PRIVATE_VARIABLES = (*LISTEN_VARIABLES, "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "HOTPORT_WORKER")
+PRIVATE_VARIABLES = (*LISTEN_VARIABLES, *MANAGER_VARIABLES, "HOTPORT_WORKER")
 
 
 @dataclass(frozen=True, slots=True)

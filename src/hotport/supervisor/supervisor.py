@@ -22,7 +22,7 @@ import anyio.abc
 
 from hotport.address import listener_name, parse_address
 from hotport.errors import ExitCode, HotportError, RestartError, StartError
-from hotport.kernel.notify import notify, receive_notification
+from hotport.kernel.notify import receive_notification
 from hotport.kernel.procfs import queue_overflows
 from hotport.kernel.spawn import spawn
 from hotport.model import service as model
@@ -31,6 +31,7 @@ from hotport.model.service import Announce, Clock, Exited, News, Said, Service
 from hotport.observe.logs import get_logger
 from hotport.options import Options, format_duration
 from hotport.supervisor.launch import Launch, Surroundings
+from hotport.supervisor.manager import Manager
 from hotport.supervisor.process import Process
 from hotport.supervisor.reports import Reports
 from hotport.supervisor.timers import Timers
@@ -47,7 +48,7 @@ from hotport.wire.messages import (
     TlsReloaded,
     Word,
 )
-from hotport.wire.sdnotify import Notification, encode_notification
+from hotport.wire.sdnotify import Notification
 
 __all__ = ["Supervisor"]
 
@@ -77,7 +78,7 @@ class Supervisor:
         listeners: Bound listeners by canonical address; owned from here on.
         notify_socket: Bound in `directory`; owned from here on.
         read_options: Reads the options again for each restart, from a directory; may raise ConfigError.
-        own_notify_path: The service manager's ``NOTIFY_SOCKET``, if this supervisor is itself supervised.
+        manager: Hears of it, if this supervisor is itself supervised; the caller closes it.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Supervisor:
         surroundings: Surroundings,
         *,
         read_options: Callable[[Path], Options],
-        own_notify_path: str | None = None,
+        manager: Manager,
     ) -> None:
         self.name = name
         self.directory = directory
@@ -105,7 +106,7 @@ class Supervisor:
         self._notify_socket = notify_socket
         self.surroundings = surroundings
         self.read_options = read_options
-        self._own_notify_path = own_notify_path
+        self.manager = manager
         self._launches: dict[int, Launch] = {}
         self._errors: dict[int, str] = {}
         self._loss = ""
@@ -134,6 +135,7 @@ class Supervisor:
         async with anyio.create_task_group() as self._tasks:
             self._timers = Timers(self._tasks, lambda timer: self.input(model.Elapsed(timer)))
             self._tasks.start_soon(self._receive_notifications)
+            self._tasks.start_soon(self.manager.run)
             self._put.send_nowait(model.Boot())
             async for event in self._inputs:
                 self.service, effects = model.step(self.service, event)
@@ -141,6 +143,7 @@ class Supervisor:
                 for effect in effects:
                     is_finished = self._carry_out(effect) or is_finished
                 self._redirect()
+                self.manager.extend(self._timers)
                 self._stepped.set()
                 self._stepped = anyio.Event()
                 if is_finished:
@@ -186,7 +189,6 @@ class Supervisor:
             case model.StopTimer(timer):
                 self._timers.stop(timer)
             case model.CloseListeners():
-                self._tell_manager(stopping=True)
                 for listener in self.listeners.values():
                     listener.close()
             case model.Accept() | model.Refuse():
@@ -280,6 +282,7 @@ class Supervisor:
                 cause=self._loss or "no worker said READY=1",
                 fix="hotport serve --log-level debug, or raise --ready-timeout",
             )
+            self.manager.failed(str(self.failure))
         elif self._has_cut:
             self.exit_code = ExitCode.CUT
 
@@ -348,12 +351,17 @@ class Supervisor:
                 self.input(model.Expired(worker))
             case Drained(fates=fates):
                 if self.service.is_stopping:
-                    self._has_cut = self._has_cut or any(fate.startswith("cut_") for fate in fates)
+                    self._has_cut = self._has_cut or any(self._is_cut(fate) for fate in fates)
                 self.reports.drained(worker, fates)
             case TlsReloaded(error=error) if error:  # nobody waits: it was told while it started
                 self._log.warning("tls.kept", worker=worker, error=error)
             case _:
                 pass
+
+    def _is_cut(self, fate: str) -> bool:
+        """Who waits in an accept queue that the service manager keeps is served by the next supervisor."""
+        is_kept = fate == "cut_unaccepted" and all(map(self.manager.keeps, self.listeners))
+        return fate.startswith("cut_") and not is_kept
 
     # -- news ----------------------------------------------------------------------------------------------
 
@@ -380,15 +388,13 @@ class Supervisor:
         # A failure to boot is told once, at the end; but one that hangs may be a while in coming to it.
         if self.service.generation or not is_bad or is_stuck:
             (self._log.warning if is_bad else self._log.info)(news.value, **shown)
-        if news is News.STARTED:
-            self._tell_manager(ready=True, status=f"generation {announcement.generation} serves")
-        elif news is News.ABORTED:
+        if news is News.ABORTED:
             self.options = self._launches[self.service.generation].options
-        elif news is News.DONE:
-            self._tell_manager(status=f"generation {announcement.generation} serves")
         elif news is News.RESTART_BEGAN and self.service.restart is not None:
             is_tracked = not self.options.command
             self.reports.begin(self.service.restart, self.service.generation, is_tracked=is_tracked)
+        why = self._errors.get(announcement.worker, "")
+        self.manager.hear(announcement, serving=self.service.generation, why=why)
         self._tell_subscribers(announcement)
         ended = self.reports.hear(
             announcement,
@@ -417,12 +423,6 @@ class Supervisor:
         self._launches = {number: launch for number, launch in self._launches.items() if number in wanted}
         if self.service.generation and not self.reports.generations:
             self._errors.clear()
-
-    def _tell_manager(self, *, ready: bool = False, stopping: bool = False, status: str | None = None) -> None:
-        """Notify the service manager; only READY=1 is worth waiting for one that does not read."""
-        if self._own_notify_path is not None:
-            said = encode_notification(ready=ready, stopping=stopping, status=status)
-            notify(self._own_notify_path, said, timeout_s=1.0 if ready else 0.0)
 
     # -- requests ------------------------------------------------------------------------------------------
 
