@@ -71,6 +71,7 @@ class FakeManager(Service):
         watchdog_s: ``WatchdogSec=``.
 
     Attributes:
+        args: Of ``hotport serve``, from the next start on.
         store: What is kept, by name.
         heard: Every datagram since the last start.
     """
@@ -92,7 +93,7 @@ class FakeManager(Service):
         self.env = {**os.environ, "HOTPORT_RUNTIME_DIR": str(directory / "run"), **(env or {})}
         self.store: dict[str, list[int]] = {}
         self.heard: list[Heard] = []
-        self._args = args
+        self.args = args
         self._store_max = store_max
         self._passed = passed
         self._watchdog_s = watchdog_s
@@ -130,7 +131,7 @@ class FakeManager(Service):
             env["FDSTORE"] = str(self._store_max)
         if self._watchdog_s is not None:
             env["WATCHDOG_USEC"] = str(round(self._watchdog_s * 1e6))
-        serve = [*HOTPORT, "serve", "--name", self.name, "--log-format", "json", *self._args]
+        serve = [*HOTPORT, "serve", "--name", self.name, "--log-format", "json", *self.args]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", ACTIVATE, ",".join(map(str, fds)), *serve],
@@ -191,6 +192,11 @@ class FakeManager(Service):
                 assert ready, f"not within {DEADLINE_S:g} s: {what}\n{self.heard}\n{self.log_tail()}"
         finally:
             os.close(pidfd)
+
+    def is_heard_within(self, seconds: float) -> bool:
+        """Whether anything is said in so many seconds from now."""
+        ready, _, _ = select.select([self._notify.fileno()], [], [], seconds)
+        return bool(ready)
 
     def hear_now(self) -> None:
         """Take what has been said already."""

@@ -76,16 +76,19 @@ def notify(path: str, payload: bytes, *, timeout_s: float = 1.0) -> bool:
 
 
 def open_notify(path: str) -> socket.socket | None:
-    """A non-blocking socket for many notifications, that the caller closes; None if nobody listens on `path`.
+    """A non-blocking socket for many notifications, that the caller closes; None if nobody listens on `path`,
+    or no descriptor is left.
 
     It is connected: another one polls writable even while the receiver's queue is full.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock = None
     try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         sock.setblocking(False)
         sock.connect("\0" + path[1:] if path.startswith("@") else path)
     except (OSError, ValueError):  # ValueError: a path with a NUL
-        sock.close()
+        if sock is not None:
+            sock.close()
         return None
     return sock
 

@@ -110,7 +110,7 @@ def inherited_listener(fd: int) -> socket.socket:
     listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     if not (sock.type == socket.SOCK_STREAM and listening) and sock.type != socket.SOCK_DGRAM:
         sock.detach()
-        raise _not_a_listener(fd, "it is a socket that does not listen")
+        raise _not_a_listener(fd, "it is a socket that does not listen; a socket unit must have Accept=no")
     sock.setblocking(False)
     sock.set_inheritable(False)
     return sock

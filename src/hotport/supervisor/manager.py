@@ -161,7 +161,7 @@ class Manager:
             case News.DONE:
                 self._wait_no_more(serves)
             case News.ABORTED if self._waits is _Waits.RELOADED:
-                reason = (why or announcement.why).partition("\n")[0]
+                reason = _in_one_line(why or announcement.why)
                 self._wait_no_more(f"{serves}, the restart to generation {generation} was aborted: {reason}")
             case News.STOPPING:
                 self._wait_for(_Waits.STOPPED)
@@ -178,7 +178,7 @@ class Manager:
         match self._waits:
             case None:
                 self._reload(None)
-                self._wait_no_more(why.partition("\n")[0])
+                self._wait_no_more(_in_one_line(why))
             case _Waits.RELOADED:
                 self._reload(None)
             case _:
@@ -186,7 +186,7 @@ class Manager:
 
     def failed(self, why: str) -> None:
         """The service ends without having served."""
-        self._say(encode_notification(status=why.partition("\n")[0]))
+        self._say(encode_notification(status=_in_one_line(why)))
 
     def extend(self, timers: Timers) -> None:
         """Have it wait as long as what goes on is bounded by `timers`; call it whenever they have changed."""
@@ -257,8 +257,15 @@ class Manager:
 
     async def _keep_watchdog(self, watchdog_s: float) -> None:
         while True:
-            self._try(WATCHDOG)
+            if not self._late:  # else it does not read, and would not hear it in time anyway
+                self._try(WATCHDOG)
             await anyio.sleep(watchdog_s / 2)
+
+
+def _in_one_line(error: str) -> str:
+    """What happened: the first line of our own errors, the last one of a traceback."""
+    lines = error.strip().splitlines() or [""]
+    return lines[0 if lines[0].startswith("HP") else -1].strip()
 
 
 def _number(environ: Mapping[str, str], variable: str, default: int) -> int:
