@@ -33,14 +33,6 @@ StandardOutput=append:{directory}/shop.log
 StandardError=append:{directory}/shop.log
 """
 
-#: What the page says of systemd before version 254.
-OLD = """\
-[Service]
-Type=notify
-ExecReload={serve} restart shop
-Environment=FDSTORE=16
-"""
-
 #: Clients, each time on a new connection, from the first answer until they are told to stop; what came of them.
 CLIENTS = """
 import collections, json, socket, sys, threading
@@ -76,7 +68,8 @@ def system(tmp_path: Path) -> Iterator[Booted]:
         "shop.service.d/here.conf": HERE.format(directory=tmp_path, serve=serve),
     }
     if version() < 254:
-        units["shop.service.d/old.conf"] = OLD.format(serve=serve)
+        old = (UNITS / "before-254.conf").read_text()
+        units["shop.service.d/old.conf"] = old.replace("/srv/shop/venv/bin/hotport", serve)
     with Booted(tmp_path, units) as system:
         system.run("systemctl", "start", "shop")
         yield system
