@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from hotport.address import FdAddress, SystemdAddress, UnixAddress, parse_address
+from hotport.address import Address, FdAddress, UnixAddress, parse_address
 from hotport.errors import ConfigError, ExitCode, HotportError
 from hotport.kernel.fds import lock_file, private_directory
 from hotport.kernel.process import has_terminal, reap_orphans
@@ -299,9 +299,7 @@ async def serve(
     flags = {**options, "bind": texts, "target": "embedded:app"}
     settings = load(file=None, environ={}, flags=flags, cwd=Path(os.devnull)).options
     with ExitStack() as stack:
-        listeners: dict[str, socket.socket] = {}
-        for text in texts:
-            listeners.update(_bind(text, settings.backlog, stack))
+        listeners = dict(_bind(address, settings.backlog, stack) for address in _expand(texts))
         connections = Connections(maximum=settings.connections_max)
         inner = make_server(app, Context(connections), settings, list(listeners.values()))
         await inner.startup()
@@ -344,45 +342,62 @@ def _take_back_or_bind(options: Options, manager: Manager, stack: ExitStack) -> 
         stack.callback(listener.close)
     manager.forget(taken.unfit)
     listeners: dict[str, socket.socket] = {}
-    passed: set[str] = set()
-    for text in options.bind:
-        bound = _bind(text, options.backlog, stack, taken.listeners.get(text), keeps=manager.keeps)
-        listeners.update(bound)
-        if isinstance(parse_address(text), FdAddress | SystemdAddress):
-            passed.update(bound)
-    manager.park(listeners, held=passed)
+    held = set()
+    for address, text in _expand(options.bind).items():
+        where, listener = _bind(address, options.backlog, stack, taken.listeners.get(text), keeps=manager.keeps)
+        listeners[where] = listener
+        if isinstance(address, FdAddress):
+            held.add(where)
+    manager.park(listeners, held=held)
     if taken.listeners:
         get_logger("hotport.supervisor").info("listeners.taken_back", addresses=list(taken.listeners))
     return listeners
 
 
+def _expand(texts: Sequence[str]) -> dict[Address, str]:
+    """Every address that is to be bound or adopted, and the text that stands for it; a ``systemd:`` may be several.
+
+    Raises:
+        ConfigError: A descriptor is named twice (HP106), or no service manager has passed what is named (HP105).
+    """
+    found: dict[Address, str] = {}
+    for text in texts:
+        for address in passed_addresses(parse_address(text)):
+            if address in found:
+                raise ConfigError(
+                    "HP106",
+                    f"cannot listen on {text} and on {found[address]}",
+                    cause=f"both are {address}, and a socket has one owner",
+                    fix=f"leave one of them out: --bind {text}",
+                )
+            found[address] = text
+    return found
+
+
 def _bind(
-    text: str,
+    address: Address,
     backlog: int,
     stack: ExitStack,
     taken: socket.socket | None = None,
     *,
-    keeps: Callable[[str], bool] = lambda address: False,
-) -> dict[str, socket.socket]:
-    """Bind one address until `stack` ends; return its listeners by where they really are.
+    keeps: Callable[[str], bool] = lambda where: False,
+) -> tuple[str, socket.socket]:
+    """Bind one address until `stack` ends; return it as it really is, and its listener.
 
     Args:
         taken: The listener of this address, if there is one already; the caller closes it.
-        keeps: Whether somebody else keeps the listener of a canonical address when we end; then its file stays, too.
+        keeps: Whether somebody else keeps the listener that is there when we end; then its file stays, too.
     """
-    listeners = {}
-    for address in passed_addresses(parse_address(text)):
-        listener = taken
-        if listener is None:
-            listener = bind_listener(address, backlog=backlog)
-            stack.callback(listener.close)
-        where = str(bound_address(address, listener))
-        listeners[where] = listener
-        if isinstance(address, UnixAddress) and not address.is_abstract:
-            found = os.stat(address.path)
-            path = os.path.abspath(address.path)
-            stack.callback(_unlink_listener, path, (found.st_dev, found.st_ino), partial(keeps, where))
-    return listeners
+    listener = taken
+    if listener is None:
+        listener = bind_listener(address, backlog=backlog)
+        stack.callback(listener.close)
+    where = str(bound_address(address, listener))
+    if isinstance(address, UnixAddress) and not address.is_abstract:
+        found = os.stat(address.path)
+        path = os.path.abspath(address.path)
+        stack.callback(_unlink_listener, path, (found.st_dev, found.st_ino), partial(keeps, where))
+    return where, listener
 
 
 def _unlink_listener(path: str, dev_ino: tuple[int, int], is_kept: Callable[[], bool]) -> None:

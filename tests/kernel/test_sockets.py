@@ -490,16 +490,15 @@ def test_systemd_name_stands_for_every_socket_that_has_it(activated: None) -> No
 
 
 def test_systemd_name_that_was_not_passed_is_explained(activated: None) -> None:
-    (address,) = passed_addresses(SystemdAddress("other"))
     with pytest.raises(ConfigError, match="HP105") as raised:
-        bind_listener(address, backlog=16)
+        passed_addresses(SystemdAddress("other"))
     assert "passed twice, web" in raised.value.cause
 
 
 def test_systemd_without_activation_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LISTEN_FDS", raising=False)
     with pytest.raises(ConfigError, match=r"HP105(.|\n)*LISTEN_FDS is not set"):
-        bind_listener(SystemdAddress("web"), backlog=16)
+        passed_addresses(SystemdAddress("web"))
 
 
 def test_bound_address_is_where_clients_connect(stack: ExitStack, run_dir: Path) -> None:

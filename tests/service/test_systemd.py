@@ -385,3 +385,12 @@ def test_a_unit_that_accepts_by_itself_is_explained(directory: Path) -> None:
         assert manager.wait() == 2
         assert_three_lines(manager.log(), "HP104")
         assert "Accept=no" in manager.log()
+
+
+def test_one_socket_by_two_names_is_refused(directory: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as passed:
+        binds = ("--bind", "systemd:web", "--bind", "fd://3")
+        with FakeManager(directory, "app:app", *binds, passed=[("web", passed)]) as manager:
+            manager.launch()
+            assert manager.wait() == 2
+            assert_three_lines(manager.log(), "HP106")

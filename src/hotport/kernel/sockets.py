@@ -8,6 +8,7 @@ import socket
 import stat
 import struct
 import sys
+from collections.abc import Sequence
 from typing import Any, Final
 
 from hotport.address import Address, FdAddress, SystemdAddress, TcpAddress, UdpAddress, UnixAddress
@@ -46,10 +47,10 @@ def bind_listener(address: Address, *, backlog: int) -> socket.socket:
     - UDP: no SO_REUSEADDR, which would let a stranger share the port; nothing to wait for without TIME_WAIT.
     - A socket file is bound under another name and renamed, so that no client finds it missing; what is found
       there is replaced only if it is a socket on which nobody listens.
-    - ``fd://`` sockets keep their backlog and options; TCP_NODELAY is added. ``systemd:`` stands for several of them
-      (`passed_addresses`), and is refused here.
+    - ``fd://`` sockets keep their backlog and options; TCP_NODELAY is added.
 
     Args:
+        address: Not a ``systemd:`` one, which stands for several (`passed_addresses`).
         backlog: Length of the accept queue; the kernel caps it at ``net.core.somaxconn``.
 
     Returns:
@@ -58,7 +59,7 @@ def bind_listener(address: Address, *, backlog: int) -> socket.socket:
     Raises:
         KernelError: If the kernel refuses (HP101); ``errno`` says why, and the cause who.
         ConfigError: If a host is unknown (HP102), a path is too long or taken by something that is no
-            socket (HP103), a descriptor is no listener (HP104), or systemd passed no such socket (HP105).
+            socket (HP103), or a descriptor is no listener (HP104).
 
     Sources: socket(7) SO_REUSEADDR, SO_ACCEPTCONN; tcp(7); ipv6(7) IPV6_V6ONLY; unix(7); rename(2).
     """
@@ -71,8 +72,8 @@ def bind_listener(address: Address, *, backlog: int) -> socket.socket:
             return _bind_unix(address, path, backlog)
         case FdAddress(fd=fd):
             return _with_nodelay(inherited_listener(fd))
-        case SystemdAddress(name=name):
-            raise _not_passed(name)
+        case SystemdAddress():
+            raise AssertionError(f"{address} stands for several")
 
 
 def passed_addresses(address: Address) -> tuple[Address, ...]:
@@ -81,14 +82,17 @@ def passed_addresses(address: Address) -> tuple[Address, ...]:
     A name may stand for many: all sockets of a unit have its ``FileDescriptorName=``.
 
     Raises:
-        ConfigError: The variables by which they are passed contradict each other (HP320).
+        ConfigError: There is none (HP105), or the variables by which they are passed contradict each other (HP320).
 
     Sources: systemd.socket(5) FileDescriptorName; sd_listen_fds_with_names(3).
     """
     if not isinstance(address, SystemdAddress):
         return (address,)
     passed = parse_listen_environment(os.environ, os.getpid())
-    return tuple(FdAddress(fd) for fd, name in passed if name == address.name) or (address,)
+    found = tuple(FdAddress(fd) for fd, name in passed if name == address.name)
+    if not found:
+        raise _not_passed(address, [name for _, name in passed])
+    return found
 
 
 def inherited_listener(fd: int) -> socket.socket:
@@ -381,14 +385,14 @@ def _place(sock: socket.socket, path: str, *, backlog: int | None = None) -> Non
         raise
 
 
-def _not_passed(name: str) -> ConfigError:
-    if passed := parse_listen_environment(os.environ, os.getpid()):
-        cause = f"the service manager passed {', '.join(sorted({called for _, called in passed}))}"
+def _not_passed(address: SystemdAddress, passed: Sequence[str]) -> ConfigError:
+    if passed:
+        cause = f"the service manager passed {', '.join(sorted(set(passed)))}"
     else:
         cause = "no service manager passed a socket to this process (LISTEN_FDS is not set for it)"
     return ConfigError(
         "HP105",
-        f"cannot take systemd:{name}",
+        f"cannot take {address}",
         cause=cause,
         fix="systemctl show --property=Listen,FileDescriptorName NAME.socket",
     )
