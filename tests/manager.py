@@ -14,6 +14,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from tests.support import DEADLINE_S, HOTPORT, Service
+
+#: From ``FDSTOREREMOVE=1`` to the end of what was kept.
+RELEASE_S = 0.2
 
 #: What systemd does between fork and exec: descriptors from 3 up, and the pid that only the child knows.
 ACTIVATE = """
@@ -93,6 +97,7 @@ class FakeManager(Service):
         self.env = {**os.environ, "HOTPORT_RUNTIME_DIR": str(directory / "run"), **(env or {})}
         self.store: dict[str, list[int]] = {}
         self.heard: list[Heard] = []
+        self._releases: list[threading.Timer] = []
         self.args = args
         self._store_max = store_max
         self._passed = passed
@@ -108,6 +113,8 @@ class FakeManager(Service):
             for fd in fds:
                 os.close(fd)
         self.store.clear()
+        for release in self._releases:
+            release.join()
         super().__exit__(kind, error, tb)
 
     # -- systemctl -------------------------------------------------------------------------------------------
@@ -221,8 +228,7 @@ class FakeManager(Service):
         heard = Heard(time.monotonic(), pid, payload.decode())
         lines = heard.lines
         if lines.get("FDSTOREREMOVE") == "1":
-            for fd in self.store.pop(lines["FDNAME"], []):
-                os.close(fd)
+            self._release(self.store.pop(lines["FDNAME"], []))
         if lines.get("FDSTORE") == "1":
             self._store(lines["FDNAME"], list(fds))
             fds = array.array("i")
@@ -230,6 +236,16 @@ class FakeManager(Service):
             os.close(fd)
         self.heard.append(heard)
         return heard
+
+    def _release(self, fds: list[int]) -> None:
+        """Close them in a moment, and not before the barrier ends: systemd does it in a thread (asynchronous_close)."""
+
+        def close() -> None:
+            for fd in fds:
+                os.close(fd)
+
+        self._releases.append(threading.Timer(RELEASE_S, close))
+        self._releases[-1].start()
 
     def _store(self, name: str, fds: list[int]) -> None:
         for fd in fds:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
 from hotport.address import Address, FdAddress, UnixAddress, parse_address
-from hotport.errors import ConfigError, ExitCode, HotportError
+from hotport.errors import ConfigError, ExitCode, HotportError, KernelError
 from hotport.kernel.fds import lock_file, private_directory
 from hotport.kernel.process import has_terminal, reap_orphans
 from hotport.kernel.sockets import (
@@ -42,6 +44,10 @@ if TYPE_CHECKING:
     from hotport.worker.server import ConnectionServer, DatagramServer, SocketsServer
 
 __all__ = ["Server", "run", "serve", "supervise"]
+
+#: How long the service manager may take to close a listener that is not wanted any more.
+RELEASE_S: Final = 5.0
+RELEASE_PAUSE_S: Final = 0.01
 
 
 # -- under a supervisor -------------------------------------------------------------------------------------
@@ -343,8 +349,10 @@ def _take_back_or_bind(options: Options, manager: Manager, stack: ExitStack) -> 
     manager.forget(taken.unfit)
     listeners: dict[str, socket.socket] = {}
     held = set()
+    free_by = time.monotonic() + (RELEASE_S if taken.unfit else 0.0)
     for address, text in _expand(options.bind).items():
-        where, listener = _bind(address, options.backlog, stack, taken.listeners.get(text), keeps=manager.keeps)
+        bind = partial(_bind, address, options.backlog, stack, taken.listeners.get(text), keeps=manager.keeps)
+        where, listener = _bind_by(free_by, bind)
         listeners[where] = listener
         if isinstance(address, FdAddress):
             held.add(where)
@@ -352,6 +360,21 @@ def _take_back_or_bind(options: Options, manager: Manager, stack: ExitStack) -> 
     if taken.listeners:
         get_logger("hotport.supervisor").info("listeners.taken_back", addresses=list(taken.listeners))
     return listeners
+
+
+def _bind_by(free_by_s: float, bind: Callable[[], tuple[str, socket.socket]]) -> tuple[str, socket.socket]:
+    """Bind, and until `free_by_s` (on the monotonic clock) try again if the address is taken.
+
+    systemd closes what it removes from its store in a thread of its own, and nobody tells when that has happened
+    (``asynchronous_close`` in its source).
+    """
+    while True:
+        try:
+            return bind()
+        except KernelError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() >= free_by_s:
+                raise
+            time.sleep(RELEASE_PAUSE_S)
 
 
 def _expand(texts: Sequence[str]) -> dict[Address, str]:
