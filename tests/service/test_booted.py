@@ -99,6 +99,10 @@ def test_restart_refuses_nobody(system: Booted, tmp_path: Path) -> None:
             system.run("systemctl", "restart", "shop")
     assert fates.keys() <= {"one", "v0", "v1"}, fates
     assert fates["v1"]
+    system.run("sed", "-i", "s/127.0.0.1:8000/0.0.0.0:8000/", "/etc/systemd/system/shop.service.d/here.conf")
+    system.run("systemctl", "daemon-reload")
+    system.run("systemctl", "restart", "shop")
+    assert system.show("shop")["NFileDescriptorStore"] == "1", "the new listener, in place of the old one"
     system.run("systemctl", "stop", "shop")
     assert system.show("shop")["NFileDescriptorStore"] == "0"
 
