@@ -185,7 +185,7 @@ async def test_timeouts_are_extended_as_long_as_timers_bound_the_wait(receiver: 
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("pid", [None, US])
+@pytest.mark.parametrize("pid", [None, US], ids=["anybody", "us"])
 async def test_watchdog_is_fed_twice_as_often_as_it_asks(receiver: Receiver, pid: int | None) -> None:
     environ = {"WATCHDOG_USEC": "3000000"} | ({} if pid is None else {"WATCHDOG_PID": str(pid)})
     manager = receiver.manager(**environ)
