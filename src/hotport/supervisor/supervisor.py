@@ -330,6 +330,8 @@ class Supervisor:
     async def _watch(self, process: Process) -> None:
         why = await process.wait_ended(self._read_notifications)
         del self.processes[process.worker]
+        if process.released is not None:
+            process.released.set()
         if process.error:
             self._errors[process.worker] = process.error
         self.input(Exited(process.worker, why))
@@ -362,7 +364,7 @@ class Supervisor:
             process.held |= set(missing.values())
             if missing or accepted:
                 await process.transfer(missing, accepted)
-        except OSError as error:
+        except (OSError, anyio.BrokenResourceError) as error:
             process.held -= set(missing.values())
             self._log.warning("transfer.failed", worker=process.worker, error=str(error) or type(error).__name__)
             self.reports.lost(len(accepted))

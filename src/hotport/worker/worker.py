@@ -82,6 +82,9 @@ LINGERING_MAX: Final = 20
 #: How long a worker that is told to go by a signal serves on, to be told who can have its connections.
 SUCCESSORS_TIMEOUT_S: Final = 0.25
 
+#: How long a worker that is out of descriptors tries to take what waits for it.
+EMPTY_TIMEOUT_S: Final = 1.0
+
 #: From a welcome to the last of the listeners.
 TRANSFER_TIMEOUT_S: Final = 5.0
 
@@ -343,7 +346,7 @@ class Worker:
                 self._server.quiesce()
                 self._is_accepting = False
                 if empties:
-                    await self._server.empty()
+                    await self._server.empty(EMPTY_TIMEOUT_S)
                 peer.say(Quiesced(at_s=time.monotonic()))
             case ReleaseOrder(addresses=addresses, timeout_s=timeout_s):
                 await self._server.release(addresses, timeout_s)
