@@ -364,7 +364,7 @@ class Supervisor:
             process.held |= set(missing.values())
             if missing or accepted:
                 await process.transfer(missing, accepted)
-        except (OSError, anyio.BrokenResourceError) as error:
+        except OSError as error:
             process.held -= set(missing.values())
             self._log.warning("transfer.failed", worker=process.worker, error=str(error) or type(error).__name__)
             self.reports.lost(len(accepted))
