@@ -29,7 +29,7 @@ def first(*texts: str) -> Listeners:
         address = parse_address(text)
         sock = bind_listener(address, backlog=16)
         bound[str(bound_address(address, sock))] = sock
-    return Listeners(bound, texts or (HERE,))
+    return Listeners({1: bound}, {1: texts or (HERE,)})
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_socket_file_that_somebody_has_removed_is_no_concern(tmp_path: Path) -> 
     path = tmp_path / "a.sock"
     with bind_listener(parse_address(f"unix:{path}"), backlog=16) as sock:
         path.unlink()
-        listeners = Listeners({f"unix:{path}": sock}, ())
+        listeners = Listeners({1: {f"unix:{path}": sock}}, {})
         assert [each.asked for each in listeners.of(1)] == [f"unix:{path}"]
         listeners.close()
 

@@ -162,6 +162,11 @@ class ConnectionServer:
         self.connections.count_fates(True)
         self._stop_acceptors()
 
+    def held(self) -> dict[str, int]:
+        """The descriptors of the listeners that are open here, by address."""
+        named = zip(self._names, self._acceptors, strict=False)
+        return {name: acceptor.fileno() for name, acceptor in named if acceptor.fileno() >= 0}
+
     def reload_tls(self) -> None:
         if self._tls is not None:
             self._tls.reload()
