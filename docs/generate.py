@@ -321,7 +321,7 @@ users: in the gap of a `rebind` any user can take a port above 1023. With `guard
 bound to each TCP address, which never listens and has `SO_REUSEPORT` alone. The kernel lets nobody bind beside it but
 the same user with `SO_REUSEPORT`; the listeners of the service have that, too. It also keeps the gap short: with
 `SO_REUSEPORT` the kernel does not look at every connection in TIME_WAIT. Its price: processes of the same user can
-join the port silently (`hotport why` names them).
+join the port silently (`hotport why` names them). A guard is kept until the service ends, or its address is dropped.
 
 ## When somebody takes the port
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from hotport.address import TcpAddress, UnixAddress, parse_address
 from hotport.errors import HotportError
-from hotport.kernel.procfs import resets_sent, sockets_of
+from hotport.kernel.procfs import has_socket, resets_sent
 from hotport.kernel.sockets import (
     accept_queue_length,
     bind_guard,
@@ -120,7 +120,7 @@ class Listeners:
         """Which of these processes (a pid by worker) have a TCP listener open that a generation listens on, or did."""
         sockets = [each.sock for each in (*self.of(generation), *self._abandoned) if each.sock is not None]
         inodes = {os.fstat(sock.fileno()).st_ino for sock in sockets if sock.family != socket.AF_UNIX}
-        return tuple(worker for worker, pid in pids.items() if inodes & sockets_of(pid).keys())
+        return tuple(worker for worker, pid in pids.items() if has_socket(pid, inodes))
 
     # -- a restart -------------------------------------------------------------------------------------------
 
@@ -178,6 +178,8 @@ class Listeners:
             with suppress(OSError):  # EINVAL: the only socket of its address, that never had company
                 steer(each.before.sock, 0)
             each.sock.listen(backlog)
+            with suppress(OSError):  # what goes to the new one all the same waits there
+                steer(each.sock, 0)
 
     def steer(self, generation: int, index: int) -> None:
         """Send newcomers to the sockets of a generation (index 1), or to those that it takes over from (index 0).

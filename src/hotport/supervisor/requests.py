@@ -16,6 +16,7 @@ from hotport.kernel.steer import can_steer
 from hotport.model.guarantee import Facts, choose, table
 from hotport.model.lifecycle import CURRENT, Phase
 from hotport.model.service import Announce, Refusal, RequestRestart, RequestScale
+from hotport.observe.logs import get_logger
 from hotport.options import Options
 from hotport.supervisor.launch import Launch
 from hotport.supervisor.process import Process
@@ -85,6 +86,7 @@ async def restart(
         plan = supervisor.owned.prepare(options, wants, supervisor.service.generation)
     except HotportError as error:
         raise _refused(error.code, error.what, supervisor, cause=error.cause, fix=error.fix) from error
+    get_logger("hotport.supervisor").info("restart.strategy", strategy=wants.value, why=chosen.why)
     asked = Asked(launch, plan)
     done = anyio.Event()
     result: list[Report] = []

@@ -333,6 +333,8 @@ class Supervisor:
     async def _watch(self, process: Process) -> None:
         why = await process.wait_ended(self._read_notifications)
         del self.processes[process.worker]
+        if process.released is not None:
+            process.released.set()
         if process.error:
             self._errors[process.worker] = process.error
         self.input(Exited(process.worker, why))

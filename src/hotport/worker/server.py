@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from hotport.adapters.base import Adapter, Connections, Context
@@ -36,8 +37,8 @@ class Server(Protocol):
     def quiesce(self) -> None:
         """Stop accepting; every connection goes on."""
 
-    async def empty(self) -> None:
-        """Take what waits in the accept queue: nobody else will. Listeners stay open."""
+    async def empty(self, timeout_s: float) -> None:
+        """Take what waits in the accept queue, within `timeout_s`: nobody else will. Listeners stay open."""
 
     async def adopt(self, listeners: Mapping[str, socket.socket], accepted: Sequence[socket.socket] = ()) -> None:
         """Have listeners more, by address, and connections that were accepted elsewhere; all are owned from here on.
@@ -126,9 +127,8 @@ class ConnectionServer:
             else:
                 sock.close()
 
-    async def empty(self) -> None:
-        for acceptor in self._acceptors:
-            await acceptor.empty()
+    async def empty(self, timeout_s: float) -> None:
+        await _empty(self._acceptors, timeout_s)
 
     async def release(self, addresses: Collection[str], timeout_s: float) -> None:
         named = list(zip(self._acceptors, self._names, strict=True))
@@ -138,12 +138,7 @@ class ConnectionServer:
         self._names = [name for _, name in named if name not in addresses]
         for acceptor in leaving:
             acceptor.stop()
-        try:
-            async with asyncio.timeout(timeout_s):
-                for acceptor in leaving:
-                    await acceptor.empty()
-        except TimeoutError:
-            pass  # whoever has the last descriptor counts what is left
+        await _empty(leaving, timeout_s)
         for acceptor in leaving:
             acceptor.close()
         self._released += leaving
@@ -166,6 +161,11 @@ class ConnectionServer:
         self._is_accepting = False
         self.connections.count_fates(True)
         self._stop_acceptors()
+
+    def held(self) -> dict[str, int]:
+        """The descriptors of the listeners that are open here, by address."""
+        named = zip(self._names, self._acceptors, strict=False)
+        return {name: acceptor.fileno() for name, acceptor in named if acceptor.fileno() >= 0}
 
     def reload_tls(self) -> None:
         if self._tls is not None:
@@ -255,7 +255,7 @@ class DatagramServer:
         for transport in self._transports:
             transport.stop()
 
-    async def empty(self) -> None:
+    async def empty(self, timeout_s: float) -> None:
         """Both generations read from the same sockets."""
 
     async def adopt(self, listeners: Mapping[str, socket.socket], accepted: Sequence[socket.socket] = ()) -> None:
@@ -314,7 +314,7 @@ class SocketsServer:
     def quiesce(self) -> None:
         """It cannot stop accepting without leaving; sharing the listener until it drains loses nothing."""
 
-    async def empty(self) -> None:
+    async def empty(self, timeout_s: float) -> None:
         """It accepts until it leaves."""
 
     async def adopt(self, listeners: Mapping[str, socket.socket], accepted: Sequence[socket.socket] = ()) -> None:
@@ -343,6 +343,14 @@ class SocketsServer:
 
     async def shutdown(self) -> None:
         """Its own affair."""
+
+
+async def _empty(acceptors: Sequence[Acceptor], timeout_s: float) -> None:
+    """Out of descriptors it may take for ever; whoever closes the last one takes or counts what is left."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            for acceptor in acceptors:
+                await acceptor.empty()
 
 
 def _refuse(listeners: Mapping[str, socket.socket], accepted: Sequence[socket.socket]) -> None:

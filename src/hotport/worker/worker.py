@@ -66,7 +66,7 @@ from hotport.wire.messages import (
 )
 from hotport.wire.sdnotify import encode_notification
 from hotport.worker.handoff import Channel
-from hotport.worker.server import Server, make_server
+from hotport.worker.server import ConnectionServer, Server, make_server
 
 __all__ = ["Worker"]
 
@@ -81,6 +81,9 @@ LINGERING_MAX: Final = 20
 
 #: How long a worker that is told to go by a signal serves on, to be told who can have its connections.
 SUCCESSORS_TIMEOUT_S: Final = 0.25
+
+#: How long a worker that is out of descriptors tries to take what waits for it.
+EMPTY_TIMEOUT_S: Final = 1.0
 
 #: From a welcome to the last of the listeners.
 TRANSFER_TIMEOUT_S: Final = 5.0
@@ -343,7 +346,7 @@ class Worker:
                 self._server.quiesce()
                 self._is_accepting = False
                 if empties:
-                    await self._server.empty()
+                    await self._server.empty(EMPTY_TIMEOUT_S)
                 peer.say(Quiesced(at_s=time.monotonic()))
             case ReleaseOrder(addresses=addresses, timeout_s=timeout_s):
                 await self._server.release(addresses, timeout_s)
@@ -361,7 +364,10 @@ class Worker:
 
     def _pass_listeners(self, peer: _Peer) -> None:
         """To whoever supervises from now on: duplicates of the listeners that are still open."""
-        listeners = {name: listener.fileno() for name, listener in self._listeners.items() if listener.fileno() >= 0}
+        if isinstance(self._server, ConnectionServer):
+            listeners = self._server.held()
+        else:
+            listeners = {name: sock.fileno() for name, sock in self._listeners.items() if sock.fileno() >= 0}
         word = encode_frame(encode(Listening(addresses=tuple(listeners))))
         # Nothing but a Hello has gone this way: it is not full. Whoever is gone does not need them any more.
         with peer.detach() as sock, suppress(OSError):
@@ -384,7 +390,6 @@ class Worker:
             for sock in sockets:
                 sock.setblocking(False)
             listeners = dict(zip(order.addresses, sockets, strict=False))
-            self._listeners |= listeners
             await self._server.adopt(listeners, sockets[len(listeners) :])
             await channel.send(encode_frame(encode(Transferred(count=count))))
         except (OSError, EOFError) as error:  # who sends has all of them still
