@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from hotport.address import TcpAddress, UnixAddress, parse_address
-from hotport.errors import HotportError
+from hotport.address import FdAddress, SystemdAddress, TcpAddress, UnixAddress, parse_address
+from hotport.errors import ConfigError, HotportError
 from hotport.kernel.procfs import has_socket, resets_sent
 from hotport.kernel.sockets import (
     accept_queue_length,
@@ -92,8 +92,7 @@ class Listeners:
         known: dict[socket.socket, Listener] = {}
         self._of: dict[int, list[Listener]] = {}
         for generation, listeners in bound.items():
-            texts = [str(parse_address(text)) for text in asked.get(generation, ())]
-            names = texts if len(texts) == len(listeners) else list(listeners)
+            names = _asked_for(asked.get(generation, ()), listeners)
             self._of[generation] = [
                 known.setdefault(sock, Listener(name, address, sock, file=_file(address)))
                 for name, (address, sock) in zip(names, listeners.items(), strict=True)
@@ -140,8 +139,13 @@ class Listeners:
         try:
             for text in options.bind:
                 asked = str(parse_address(text))
-                found = (each for each in old if asked in (each.asked, each.address) and each not in taken)
-                kept = next(found, None)
+                found = [each for each in old if asked in (each.asked, each.address) and each not in taken]
+                if isinstance(parse_address(asked), SystemdAddress):  # one name for all of them
+                    taken.update(found)
+                    plan += found
+                    if found:
+                        continue
+                kept = next(iter(found), None)
                 taken.add(kept)
                 if kept is not None and strategy is not Strategy.OVERLAP:
                     plan.append(kept)
@@ -305,6 +309,20 @@ class Listeners:
             self._guards.pop(address).close()
 
 
+def _asked_for(texts: Collection[str], listeners: Collection[str]) -> list[str]:
+    """What the options say of each listener, in canonical form: one ``systemd:`` name may stand for several.
+
+    Listeners that cannot be told apart by their number are asked for by their own addresses.
+    """
+    asked = [str(parse_address(text)) for text in texts]
+    more = len(listeners) - len(asked)
+    names = [text for text in asked if text.startswith("systemd:")]
+    if more > 0 and len(names) == 1:
+        at = asked.index(names[0])
+        asked[at:at] = names * more
+    return asked if len(asked) == len(listeners) else list(listeners)
+
+
 def shares_port(options: Options) -> bool:
     """Whether TCP listeners have SO_REUSEPORT from their start."""
     return options.guard or options.strategy == "overlap"
@@ -313,6 +331,13 @@ def shares_port(options: Options) -> bool:
 def _bind(asked: str, options: Options) -> Listener:
     """A listener for an address that is new."""
     address = parse_address(asked)
+    if isinstance(address, FdAddress | SystemdAddress):
+        raise ConfigError(
+            "HP107",
+            f"cannot take {asked} in a restart",
+            cause="sockets are passed to a process when it starts",
+            fix="systemctl restart the service, or stop it and serve again",
+        )
     sock = bind_listener(address, backlog=options.backlog, shares_port=shares_port(options))
     if options.command:
         sock.setblocking(True)  # as systemd passes them

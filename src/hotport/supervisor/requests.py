@@ -117,6 +117,7 @@ def facts(supervisor: Supervisor, options: Options, *, is_phased: bool) -> Facts
     }
     asked = [each.asked for each in supervisor.owned.of(supervisor.service.generation)]
     return Facts(
+        is_stored=any(map(supervisor.manager.keeps, supervisor.listeners)),
         schemes=tuple(text.partition(":")[0] for text in dict.fromkeys((*asked, *map(str, options.bind)))),
         command=options.command[0] if options.command else "",
         kind=options.kind,

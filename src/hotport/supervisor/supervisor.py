@@ -625,6 +625,8 @@ class Supervisor:
             is_tracked = not self.options.command
             self.reports.begin(self.service.restart, self.service.generation, is_tracked=is_tracked)
         why = self._errors.get(announcement.worker, "")
+        if news is News.DONE:
+            self.manager.follow(self.listeners)
         self.manager.hear(announcement, serving=self.service.generation, why=why)
         self._tell_subscribers(announcement)
         ended = self.reports.hear(
