@@ -94,7 +94,7 @@ class Listeners:
         for generation, listeners in bound.items():
             names = _asked_for(asked.get(generation, ()), listeners)
             self._of[generation] = [
-                known.setdefault(sock, Listener(name, address, sock, file=_file(address)))
+                known.setdefault(sock, Listener(name, address, sock, file=None if _is_passed(name) else _file(address)))
                 for name, (address, sock) in zip(names, listeners.items(), strict=True)
             ]
         self._guards: dict[str, socket.socket] = {}
@@ -307,6 +307,11 @@ class Listeners:
     def _unguard(self, address: str) -> None:
         if address in self._guards and not any(each.address == address for each in self._each()):
             self._guards.pop(address).close()
+
+
+def _is_passed(asked: str) -> bool:
+    """Whether a service manager has made the socket, and its file."""
+    return isinstance(parse_address(asked), FdAddress | SystemdAddress)
 
 
 def _asked_for(texts: Collection[str], listeners: Collection[str]) -> list[str]:
