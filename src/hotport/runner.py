@@ -29,6 +29,7 @@ from hotport.supervisor.house import House
 from hotport.supervisor.launch import Surroundings
 from hotport.supervisor.recovery import Found, survey
 from hotport.supervisor.requests import restart, scale
+from hotport.supervisor.statusport import serve_status_port
 from hotport.supervisor.supervisor import Supervisor
 from hotport.supervisor.takeover import Predecessor, ask_predecessor, retire
 from hotport.supervisor.upgrade import (
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
     from hotport.worker.server import ConnectionServer, DatagramServer, SocketsServer
 
 __all__ = ["Server", "run", "serve", "supervise"]
+
+#: Probes that may wait to be accepted.
+STATUS_BACKLOG: Final = 128
 
 
 # -- under a supervisor -------------------------------------------------------------------------------------
@@ -164,7 +168,8 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
             found=place.found,
         )
         stack.callback(supervisor.close)
-        anyio.run(_supervise, supervisor, place)
+        status = bind_status(options, supervisor, stack)
+        anyio.run(_supervise, supervisor, place, status)
         if supervisor.is_succeeded:
             place.house.give_listeners()
         if supervisor.is_departing:
@@ -244,14 +249,29 @@ def _move_in(name: str, options: Options, stack: ExitStack, *, takes_over: bool)
     return _Place(house, listeners, found, predecessor=predecessor)
 
 
-async def _supervise(supervisor: Supervisor, place: _Place) -> None:
+def bind_status(options: Options, supervisor: Supervisor, stack: ExitStack) -> socket.socket | None:
+    """Bind the status port until `stack` ends, if there is to be one, and tell the supervisor where it is.
+
+    Raises:
+        KernelError, ConfigError: As for any other address.
+    """
+    if options.status_bind is None:
+        return None
+    supervisor.status_address, sock = _bind(options.status_bind, STATUS_BACKLOG, stack)
+    return sock
+
+
+async def _supervise(supervisor: Supervisor, place: _Place, status: socket.socket | None) -> None:
     log = get_logger("hotport.supervisor")
-    log.info("service.starting", addresses=list(supervisor.listeners))
+    at = {"status_address": supervisor.status_address} if status else {}
+    log.info("service.starting", addresses=list(supervisor.listeners), **at)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(serve_control, supervisor, place.house.control.dup(), place.house)
         async with anyio.create_task_group() as until_the_end:
             until_the_end.start_soon(_handle_signals, supervisor, place.house, until_the_end)
             until_the_end.start_soon(_succeed, supervisor, place)
+            if status is not None:
+                until_the_end.start_soon(serve_status_port, supervisor, status)
             await supervisor.run()
             if supervisor.is_departing:  # signals wait for the handlers of the next supervisor
                 signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -309,7 +329,9 @@ async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc
                     has_hung_up = True
                 case signal.SIGHUP:
                     tasks.start_soon(answer, lambda: restart(supervisor))
-                case signal.SIGTERM | signal.SIGINT:
+                case signal.SIGTERM:
+                    supervisor.stop()
+                case signal.SIGINT:  # of a person at a terminal, whom no load balancer follows
                     supervisor.input(RequestStop())
                 case signal.SIGQUIT:
                     supervisor.input(RequestStop(now=True))

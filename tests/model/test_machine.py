@@ -109,6 +109,12 @@ class Chaos(RuleBasedStateMachine):
         if dice == 20:  # seldom, or there would be little else
             self.world.stop(now=now)
 
+    @precondition(lambda self: not self.is_over)
+    @rule(dice=st.integers(0, 10), now=st.booleans())
+    def somebody_stops_later(self, dice: int, now: bool) -> None:
+        if dice == 10:
+            self.world.stop(now=now, lame_duck_s=10.0)
+
     # time
 
     @precondition(lambda self: self.world.queue and not self.is_over)
@@ -145,6 +151,8 @@ class Chaos(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         world = self.world
+        if not world.service.is_lame_duck:
+            world.stop(lame_duck_s=10.0)
         world.stop()
         for _ in range(10):
             while world.queue and not world.is_finished:

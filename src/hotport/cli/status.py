@@ -8,6 +8,7 @@ from hotport.cli import HELP
 from hotport.cli.client import ask, raise_failure
 from hotport.cli.output import print_json, print_status
 from hotport.errors import ExitCode
+from hotport.model.service import Stage
 from hotport.wire.messages import StatusRequest
 
 __all__ = ["command"]
@@ -15,10 +16,17 @@ __all__ = ["command"]
 
 @click.command("status", context_settings=HELP)
 @click.argument("name", required=False)
+@click.option("--ready", "must_be_ready", is_flag=True, help="Fail unless clients should be sent there now.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(name: str | None, as_json: bool) -> int:
-    """Show the service NAME: generations, workers, connections."""
+def command(name: str | None, must_be_ready: bool, as_json: bool) -> int:
+    """Show the service NAME: generations, workers, connections.
+
+    Exit codes: 0 shown; 6 no supervisor there; 7 with --ready: it starts, stops, is a lame duck, or no worker serves.
+    """
+    code = ExitCode.DONE
     for reply in ask(name, StatusRequest()):
         raise_failure(reply)
         print_json(reply) if as_json else print_status(reply)
-    return ExitCode.DONE
+        if must_be_ready and reply.stage != Stage.READY.value:
+            code = ExitCode.NOT_READY
+    return code

@@ -69,6 +69,14 @@ async def restart(
             cause=f"it listens on {', '.join(before.bind)}; the options now say {', '.join(options.bind)}",
             fix=f"hotport stop {supervisor.name}, then serve again",
         )
+    if options.status_bind != before.status_bind:
+        raise _refused(
+            "HP411",
+            "the address of its status port has changed",
+            supervisor,
+            cause=f"it is {before.status_bind}; the options now say {options.status_bind}",
+            fix=f"hotport stop {supervisor.name}, then serve again",
+        )
     asked = Asked(launch)
     done = anyio.Event()
     result: list[Report] = []
@@ -222,6 +230,9 @@ async def describe(supervisor: Supervisor) -> Status:
             if number in service.workers
         ),
         last_restart=supervisor.reports.last,
+        stage=service.stage.value,
+        lame_duck_left_s=None if (left := supervisor.lame_duck_left_s) is None else round(left, 3),
+        status_address=supervisor.status_address,
     )
 
 

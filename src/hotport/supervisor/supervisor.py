@@ -28,7 +28,7 @@ from hotport.kernel.procfs import age_s, environment, queue_overflows
 from hotport.kernel.spawn import Child, spawn
 from hotport.model import service as model
 from hotport.model.lifecycle import Event, Phase
-from hotport.model.service import Announce, Clock, Exited, News, Said, Service
+from hotport.model.service import Announce, Clock, Exited, News, Said, Service, Timer
 from hotport.observe.logs import get_logger
 from hotport.options import Options, format_duration
 from hotport.supervisor.launch import Launch, Surroundings
@@ -111,6 +111,7 @@ class Supervisor:
         self.service = Service(wanted=options.workers)
         self.processes: dict[int, Process] = {}
         self.reports = Reports(name, overflows=queue_overflows)
+        self.status_address = ""
         self.exit_code: int = ExitCode.DONE
         self.failure: HotportError | str | None = None
         self._names = [listener_name(parse_address(address)) for address in listeners]
@@ -230,6 +231,16 @@ class Supervisor:
     def input(self, event: model.Input) -> None:
         """Put an input at the end of the queue."""
         self._put.send_nowait(event)
+
+    def stop(self, *, now: bool = False, lame_duck_s: float | None = None) -> None:
+        """Ask for the end of the service; `lame_duck_s` None leaves that time to the options."""
+        seconds = self.options.lame_duck_s if lame_duck_s is None else lame_duck_s
+        self.input(model.RequestStop(now=now, lame_duck_s=seconds))
+
+    @property
+    def lame_duck_left_s(self) -> float | None:
+        """Seconds for which a lame duck serves on; None if the service is none."""
+        return self._timers.left_s(Timer(Clock.LAME_DUCK)) if self.service.is_lame_duck else None
 
     # -- effects -------------------------------------------------------------------------------------------
 
@@ -478,6 +489,8 @@ class Supervisor:
             (self._log.warning if is_bad else self._log.info)(news.value, **shown)
         if news is News.STARTED or (news is News.ADOPTED and announcement.generation):
             self._tell_manager(ready=True, status=f"generation {announcement.generation} serves")
+        elif news is News.LAME_DUCK:
+            self._tell_manager(status=f"lame duck: serves on for {announcement.why}, then stops")
         elif news is News.ABORTED:
             self.options = self._launches[self.service.generation].options
         elif news is News.DONE:

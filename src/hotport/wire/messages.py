@@ -218,9 +218,14 @@ class StatusRequest(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
 
 
 class StopRequest(msgspec.Struct, frozen=True, kw_only=True, tag="stop"):
-    """End the service, at once or after draining."""
+    """End the service, at once or after draining.
+
+    Attributes:
+        lame_duck_s: Seconds to serve on before it drains; None leaves it to the service's own option.
+    """
 
     now: bool = False
+    lame_duck_s: float | None = None
 
 
 class ScaleRequest(msgspec.Struct, frozen=True, kw_only=True, tag="scale"):
@@ -328,7 +333,13 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
-    """The service as it is."""
+    """The service as it is.
+
+    Attributes:
+        stage: ``"starting"``, ``"ready"``, ``"unserved"``, ``"lame duck"`` or ``"stopping"``.
+        lame_duck_left_s: How long a lame duck serves on.
+        status_address: Where the status port is; empty without one.
+    """
 
     service: str
     pid: int
@@ -342,6 +353,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     rss_bytes: int
     workers: tuple[WorkerStatus, ...]
     last_restart: Report | None = None
+    stage: str = ""
+    lame_duck_left_s: float | None = None
+    status_address: str = ""
 
 
 class WorkerTls(msgspec.Struct, frozen=True, kw_only=True):
