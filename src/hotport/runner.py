@@ -20,6 +20,7 @@ from hotport.errors import ConfigError, ExitCode, HotportError
 from hotport.kernel.fds import lock_file, private_directory
 from hotport.kernel.process import has_terminal, reap_orphans
 from hotport.kernel.sockets import bind_listener, bound_address, unlink_if_ours
+from hotport.model.lifecycle import Phase
 from hotport.model.service import RequestStop
 from hotport.observe.logs import configure, get_logger
 from hotport.options import Options, runtime_root, service_name
@@ -30,7 +31,7 @@ from hotport.supervisor.launch import Surroundings
 from hotport.supervisor.recovery import Found, survey
 from hotport.supervisor.requests import restart, scale
 from hotport.supervisor.statusport import serve_status_port
-from hotport.supervisor.supervisor import Supervisor
+from hotport.supervisor.supervisor import StatusPort, Supervisor
 from hotport.supervisor.takeover import Predecessor, ask_predecessor, retire
 from hotport.supervisor.upgrade import (
     CHECK,
@@ -42,6 +43,7 @@ from hotport.supervisor.upgrade import (
     pack,
     report,
     sockets_of,
+    status_port_of,
 )
 from hotport.wire.messages import encode
 
@@ -168,8 +170,8 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
             found=place.found,
         )
         stack.callback(supervisor.close)
-        status = bind_status(options, supervisor, stack)
-        anyio.run(_supervise, supervisor, place, status)
+        supervisor.status_port = _status_port(options, place, stack)
+        anyio.run(_supervise, supervisor, place)
         if supervisor.is_succeeded:
             place.house.give_listeners()
         if supervisor.is_departing:
@@ -249,29 +251,50 @@ def _move_in(name: str, options: Options, stack: ExitStack, *, takes_over: bool)
     return _Place(house, listeners, found, predecessor=predecessor)
 
 
-def bind_status(options: Options, supervisor: Supervisor, stack: ExitStack) -> socket.socket | None:
-    """Bind the status port until `stack` ends, if there is to be one, and tell the supervisor where it is.
-
-    Raises:
-        KernelError, ConfigError: As for any other address.
-    """
+def _status_port(options: Options, place: _Place, stack: ExitStack) -> StatusPort | None:
+    """The status port, if there is to be one, until `stack` ends: the one that there is already, or bound now."""
+    port = status_port_of(place.baggage) if place.baggage else None
+    port = place.predecessor.status_port if place.predecessor else port
+    if port is not None:
+        stack.callback(port.listener.close)
     if options.status_bind is None:
         return None
-    supervisor.status_address, sock = _bind(options.status_bind, STATUS_BACKLOG, stack)
-    return sock
+    if port is None or port.bind != options.status_bind:
+        address = parse_address(options.status_bind)
+        listener = bind_listener(address, backlog=STATUS_BACKLOG)
+        stack.callback(listener.close)
+        port = StatusPort(options.status_bind, str(bound_address(address, listener)), listener)
+    place.house.own([port.address])
+    return port
 
 
-async def _supervise(supervisor: Supervisor, place: _Place, status: socket.socket | None) -> None:
+async def _answer_probes(supervisor: Supervisor, place: _Place) -> None:
+    """Answer on the status port for as long as it is ours to answer: two supervisors may have it."""
+    if supervisor.status_port is None:
+        return
+    if place.baggage is not None or place.found.survivors:
+        await supervisor.wait_stepped()  # before that we know of no worker
+    if place.predecessor is not None and place.predecessor.status_port is supervisor.status_port:
+        while len(supervisor.service.ids(Phase.SERVING)) < supervisor.service.wanted:
+            await supervisor.wait_stepped()  # until then the other one answers
+    is_over = anyio.Event()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(serve_status_port, supervisor, supervisor.status_port.listener.dup(), is_over)
+        while not (supervisor.is_succeeded and supervisor.service.is_stopping):
+            await supervisor.wait_stepped()
+        is_over.set()
+
+
+async def _supervise(supervisor: Supervisor, place: _Place) -> None:
     log = get_logger("hotport.supervisor")
-    at = {"status_address": supervisor.status_address} if status else {}
+    at = {"status_address": supervisor.status_port.address} if supervisor.status_port else {}
     log.info("service.starting", addresses=list(supervisor.listeners), **at)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(serve_control, supervisor, place.house.control.dup(), place.house)
         async with anyio.create_task_group() as until_the_end:
             until_the_end.start_soon(_handle_signals, supervisor, place.house, until_the_end)
             until_the_end.start_soon(_succeed, supervisor, place)
-            if status is not None:
-                until_the_end.start_soon(serve_status_port, supervisor, status)
+            until_the_end.start_soon(_answer_probes, supervisor, place)
             await supervisor.run()
             if supervisor.is_departing:  # signals wait for the handlers of the next supervisor
                 signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)

@@ -13,7 +13,18 @@ import psutil
 import pytest
 
 from hotport.supervisor.statusport import CLIENTS_MAX
-from tests.support import DEADLINE_S, LINE_APP, Gate, Service, assert_three_lines, eventually, write_code
+from tests.support import (
+    DEADLINE_S,
+    LINE_APP,
+    Answer,
+    Gate,
+    Hammer,
+    Service,
+    assert_three_lines,
+    eventually,
+    http_get,
+    write_code,
+)
 
 CUT = (b"", b"(reset)")
 
@@ -175,6 +186,9 @@ def test_a_lame_duck_serves_on_and_says_that_it_leaves(tmp_path: Path) -> None:
         assert refused.returncode == 4
         assert_three_lines(refused.stderr, "HP410")
         assert "lame duck" in refused.stderr
+        refused = service.run("upgrade", "svc")
+        assert refused.returncode == 4
+        assert_three_lines(refused.stderr, "HP657")
         with socket.create_connection(("127.0.0.1", service.port), DEADLINE_S) as client:
             client.sendall(b"who\n")
             assert client.recv(100).endswith(f"{worker}\n".encode())
@@ -249,6 +263,48 @@ def test_a_status_port_that_cannot_be_bound_stops_the_start(tmp_path: Path) -> N
         with Service(tmp_path, "app:app", "--status-bind", address) as service:
             assert service.wait() == 3
         assert_three_lines(service.log(), "HP101")
+
+
+def probe(port: int) -> Answer:
+    """A health check that fails unless the service is ready."""
+    status, body = http_get(port, "/ready")
+    if status != 200:
+        raise ValueError(f"{status} {body!r}")
+    return Answer("ready", "", 0)
+
+
+def test_probes_notice_neither_a_restart_nor_an_upgrade(tmp_path: Path) -> None:
+    write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))
+    with Service(tmp_path, "app:app", "--status-bind", "127.0.0.1:0") as service:
+        address = service.wait_ready().status()["status_address"]
+        with Hammer(int(address.rpartition(":")[2]), ask=probe) as hammer:
+            hammer.wait_answers()
+            service.restart()
+            hammer.wait_answers()
+            assert service.run("upgrade", "svc").returncode == 0
+            hammer.wait_answers()
+        assert service.status()["status_address"] == address
+    assert set(hammer.failures) <= {"ConnectionResetError", "IndexError"}, "an exec cuts who is being answered, once"
+    assert hammer.failures.total() <= 2
+
+
+def test_a_status_port_is_taken_over_with_the_service(tmp_path: Path) -> None:
+    write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))
+    where = f"unix:{tmp_path}/status.sock"
+    with ExitStack() as stack:
+        old = stack.enter_context(Service(tmp_path, "app:app", "--status-bind", where)).wait_ready()
+        port = StatusPort(old)
+        args = ("app:app", "--status-bind", where, "--take-over")
+        new = stack.enter_context(Service(tmp_path, *args))
+        eventually(lambda: b'"take_over.began"' in old.log().encode(), "the new one has the listeners")
+        while old.process.poll() is None:  # each answers in its time, and both mean the same service
+            assert port.get("/ready")[::2] == (200, b"ready\n")
+        new.wait_ready()
+        assert port.get("/ready")[0] == 200
+        assert json.loads(port.get("/status")[2])["generation"] == 2
+        assert new.run("stop", "svc").returncode == 0
+        assert new.wait() == 0
+    assert not (tmp_path / "status.sock").exists()
 
 
 def test_a_restart_does_not_move_the_status_port(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ async def describe(supervisor: Supervisor) -> Status:
         last_restart=supervisor.reports.last,
         stage=service.stage.value,
         lame_duck_left_s=None if (left := supervisor.lame_duck_left_s) is None else round(left, 3),
-        status_address=supervisor.status_address,
+        status_address=supervisor.status_port.address if supervisor.status_port else "",
     )
 
 

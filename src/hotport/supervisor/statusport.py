@@ -50,8 +50,8 @@ AGENT: Final = {
 log = get_logger("hotport.status")
 
 
-async def serve_status_port(supervisor: Supervisor, sock: socket.socket) -> None:
-    """Answer on a status port until cancelled.
+async def serve_status_port(supervisor: Supervisor, sock: socket.socket, is_over: anyio.Event) -> None:
+    """Answer on a status port until `is_over`, and then to the end of what is being asked.
 
     ``/ready`` is 200 while clients should be sent here, else 503; ``/live`` is 200; ``/status`` is what
     ``hotport status --json`` says, without what an application, its command line or its clients may have told.
@@ -61,35 +61,46 @@ async def serve_status_port(supervisor: Supervisor, sock: socket.socket) -> None
 
     Cancellation: safe; what is being answered is cut. Descriptors: owns `sock`.
     """
-    listener = await anyio.abc.SocketListener.from_socket(sock)
-    clients: dict[ByteStream, anyio.CancelScope] = {}
+    clients: dict[socket.socket, anyio.CancelScope] = {}
 
-    async def converse(stream: ByteStream, scope: anyio.CancelScope) -> None:
+    async def converse(connection: socket.socket, scope: anyio.CancelScope) -> None:
         try:
             with scope, suppress(anyio.BrokenResourceError, anyio.EndOfStream, OSError):
-                question = await _read_question(stream)
-                await stream.send(await _answer(supervisor, question))
-                await stream.send_eof()
-                while await stream.receive():  # closing on what was not read would reset the connection
-                    pass
+                connection.getpeername()  # fails if the client has left already
+                async with await anyio.abc.SocketStream.from_socket(connection) as stream:
+                    await stream.send(await _answer(supervisor, await _read_question(stream)))
+                    await stream.send_eof()
+                    while await stream.receive():  # closing on what was not read would reset the connection
+                        pass
         except Exception:
             log.exception("status_port.failed")  # a bug of ours must not cost the service its supervisor
         finally:
-            del clients[stream]
-            await anyio.aclose_forcefully(stream)
+            del clients[connection]
+            connection.close()
 
-    async with listener, anyio.create_task_group() as conversations:
+    async def accept() -> None:
         while True:
+            await anyio.wait_readable(sock)  # and nothing is awaited with a connection in hand
             try:
-                stream = await listener.accept()
-            except (OSError, anyio.BrokenResourceError) as error:
-                log.error("status_port.accept_failed", error=str(error.__cause__ or error))
+                connection, _ = sock.accept()
+            except BlockingIOError:  # another supervisor has it, or its client has left
+                continue
+            except OSError as error:
+                log.error("status_port.accept_failed", error=str(error))
                 await anyio.sleep(ACCEPT_PAUSE_S)
                 continue
             if len(clients) >= CLIENTS_MAX:
                 next(iter(clients.values())).cancel()
-            clients[stream] = anyio.CancelScope(deadline=anyio.current_time() + EXCHANGE_TIMEOUT_S)
-            conversations.start_soon(converse, stream, clients[stream])
+            clients[connection] = anyio.CancelScope(deadline=anyio.current_time() + EXCHANGE_TIMEOUT_S)
+            conversations.start_soon(converse, connection, clients[connection])
+
+    with sock:
+        async with anyio.create_task_group() as conversations:
+            async with anyio.create_task_group() as accepting:
+                accepting.start_soon(accept)
+                await is_over.wait()
+                accepting.cancel_scope.cancel()
+            sock.close()  # before the last answer, so that nobody waits in our queue for nothing
 
 
 async def _read_question(stream: ByteStream) -> bytes:
@@ -113,6 +124,8 @@ def _is_http(line: bytes) -> bool:
 async def _answer(supervisor: Supervisor, question: bytes) -> bytes:
     line = question.partition(b"\n")[0].rstrip(b"\r")
     stage = supervisor.service.stage
+    if stage is Stage.STOPPING and supervisor.is_succeeded:
+        stage = Stage.READY  # another supervisor has the service, and serves
     if line == b"agent":
         return f"{AGENT[stage]}\n".encode()
     words = line.decode("latin-1").split(" ")

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import anyio
 import anyio.abc
@@ -54,7 +54,7 @@ from hotport.wire.messages import (
 )
 from hotport.wire.sdnotify import Notification, encode_notification
 
-__all__ = ["Supervisor"]
+__all__ = ["StatusPort", "Supervisor"]
 
 #: Bounds the answer to an order that a worker can carry out at once.
 ANSWER_TIMEOUT_S: Final = 5.0
@@ -73,6 +73,14 @@ class Asked:
         self.refusal: model.Refusal | None = None
 
 
+class StatusPort(NamedTuple):
+    """Where health checks are answered: as the options name it, as it is, and its listener."""
+
+    bind: str
+    address: str
+    listener: socket.socket
+
+
 class Supervisor:
     """One service, from its listeners to its end.
 
@@ -89,6 +97,7 @@ class Supervisor:
         is_departing: It ends without its workers: this process becomes another supervisor of them.
         is_succeeded: Another process has the listeners, and the paths in `directory`.
         heirs: Control sockets of that process's workers.
+        status_port: Owned by whoever has set it.
     """
 
     def __init__(
@@ -111,7 +120,7 @@ class Supervisor:
         self.service = Service(wanted=options.workers)
         self.processes: dict[int, Process] = {}
         self.reports = Reports(name, overflows=queue_overflows)
-        self.status_address = ""
+        self.status_port: StatusPort | None = None
         self.exit_code: int = ExitCode.DONE
         self.failure: HotportError | str | None = None
         self._names = [listener_name(parse_address(address)) for address in listeners]

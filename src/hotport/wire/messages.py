@@ -409,6 +409,8 @@ class Estate(msgspec.Struct, frozen=True, kw_only=True, tag="estate"):
     Attributes:
         bind: The addresses as the options name them.
         addresses: What they are, in the order of the descriptors.
+        status_bind: Of the status port, if there is one: its descriptor is the last.
+        status_address: What that is.
     """
 
     pid: int
@@ -416,6 +418,8 @@ class Estate(msgspec.Struct, frozen=True, kw_only=True, tag="estate"):
     memory: Memory
     bind: tuple[str, ...]
     addresses: tuple[str, ...]
+    status_bind: str = ""
+    status_address: str = ""
 
 
 Reply = Progress | Report | Status | TlsReport | Done | Failure | Estate
