@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
-from hotport.address import UnixAddress, parse_address
-from hotport.errors import ConfigError, ExitCode, HotportError
+from hotport.address import Address, FdAddress, UnixAddress, parse_address
+from hotport.errors import ConfigError, ExitCode, HotportError, KernelError
 from hotport.kernel.fds import lock_file, private_directory
 from hotport.kernel.process import has_terminal, reap_orphans
-from hotport.kernel.sockets import bind_listener, bound_address, unlink_if_ours
+from hotport.kernel.sockets import bind_listener, bound_address, passed_addresses, unlink_if_ours
 from hotport.model.lifecycle import Phase
 from hotport.model.service import RequestStop
 from hotport.observe.logs import configure, get_logger
@@ -28,9 +31,12 @@ from hotport.options.loading import Loaded, load
 from hotport.supervisor.control import serve_control
 from hotport.supervisor.house import House
 from hotport.supervisor.launch import Surroundings
+from hotport.supervisor.listeners import shares_port
+from hotport.supervisor.manager import Manager
 from hotport.supervisor.recovery import Found, survey
 from hotport.supervisor.requests import restart, scale
 from hotport.supervisor.statusport import serve_status_port
+from hotport.supervisor.store import take_back
 from hotport.supervisor.supervisor import StatusPort, Supervisor
 from hotport.supervisor.takeover import Predecessor, ask_predecessor, retire
 from hotport.supervisor.upgrade import (
@@ -54,6 +60,9 @@ __all__ = ["Server", "run", "serve", "supervise"]
 
 #: Probes that may wait to be accepted.
 STATUS_BACKLOG: Final = 128
+#: How long the service manager may take to close a listener that is not wanted any more.
+RELEASE_S: Final = 5.0
+RELEASE_PAUSE_S: Final = 0.01
 
 
 # -- under a supervisor -------------------------------------------------------------------------------------
@@ -157,23 +166,23 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
     name = service_name(options)
     configure(format=options.log_format, level=options.log_level, service=name, role="supervisor")
     with ExitStack() as stack:
-        place = _move_in(name, options, stack, takes_over=takes_over)
+        manager = Manager(os.environ, os.getpid())
+        stack.callback(manager.close)
+        place = _move_in(name, options, manager, stack, takes_over=takes_over)
         supervisor = Supervisor(
             name,
             place.house.directory,
             options,
-            place.listeners,
             place.house.notify,
             surroundings,
-            read_options=lambda directory: read(directory).options,
-            own_notify_path=os.environ.get("NOTIFY_SOCKET"),
             found=place.found,
+            read_options=lambda directory: read(directory).options,
+            manager=manager,
         )
         stack.callback(supervisor.close)
-        supervisor.status_port = _status_port(options, place, stack)
+        _open_status_port(supervisor, place, stack)
+        supervisor.owned.guard(options)
         anyio.run(_supervise, supervisor, place)
-        if supervisor.is_succeeded:
-            place.house.give_listeners()
         if supervisor.is_departing:
             house = place.house
             baggage = pack(
@@ -192,44 +201,37 @@ class _Place:
     """What a supervisor starts with.
 
     Attributes:
-        listeners: By canonical address.
-        found: What is left of the last supervisor.
+        found: What is left of the last supervisor, and the listeners.
         baggage: What this process carries from the supervisor that it was.
         predecessor: The supervisor that leaves when ours serves.
     """
 
     house: House
-    listeners: dict[str, socket.socket]
-    found: Found = field(default_factory=Found)
+    found: Found
     baggage: Baggage | None = None
     predecessor: Predecessor | None = None
 
 
-def _move_in(name: str, options: Options, stack: ExitStack, *, takes_over: bool) -> _Place:
+def _move_in(name: str, options: Options, manager: Manager, stack: ExitStack, *, takes_over: bool) -> _Place:
     """Become the one supervisor of a service until `stack` ends: from nothing, or from what there is of it."""
     directory = _directory(name)
     if (baggage := carried(os.environ, os.getpid())) is not None:
         house = House(directory, baggage.lock, *sockets_of(baggage))
         stack.callback(house.leave)
-        found = anyio.run(survey, directory, baggage.memory, baggage.numbers)
-        reap_orphans(
-            {survivor.pid for survivor in found.survivors}
-        )  # what has ended during the exec is known to nobody
-        for listener in found.listeners.values():
-            listener.close()  # ours are the same
-        listeners = listeners_of(baggage)
-        house.own(listeners)
-        return _Place(house, listeners, found, baggage)
+        found = anyio.run(survey, directory, baggage.memory, baggage.numbers, listeners_of(baggage))
+        reap_orphans({survivor.pid for survivor in found.survivors})  # nobody knows what has ended during the exec
+        _park(found.listeners[found.going], options, manager)
+        return _Place(house, found, baggage)
     lock = lock_file(os.path.join(directory, "lock"))
     if lock is not None:
         house = House.enter(directory, lock, stack)
         stack.callback(house.leave)
         found = anyio.run(survey, directory)
-        listeners = dict(found.listeners)
-        house.own(listeners)
-        if not listeners:
-            listeners = _listen(options, house, stack)
-        return _Place(house, listeners, found)
+        if found.going in found.listeners:
+            _park(found.listeners[found.going], options, manager)
+        else:
+            found.listeners[found.going] = _listen(options, manager)
+        return _Place(house, found)
     if not takes_over:
         raise ConfigError(
             "HP630",
@@ -241,31 +243,35 @@ def _move_in(name: str, options: Options, stack: ExitStack, *, takes_over: bool)
     stack.callback(predecessor.connection.close)
     house = House.enter(directory, predecessor.lock, stack)
     stack.callback(house.leave)
-    house.own(predecessor.listeners)
-    listeners = _listen(options, house, stack, predecessor)
+    memory = predecessor.memory
+    found = Found(generations=memory.generations, spawned=memory.spawned)
+    listeners = found.listeners[found.going] = _listen(options, manager, predecessor)
     for address, listener in predecessor.listeners.items():
         if address not in listeners:
             listener.close()
-    memory = predecessor.memory
-    found = Found(generations=memory.generations, spawned=memory.spawned)
-    return _Place(house, listeners, found, predecessor=predecessor)
+    return _Place(house, found, predecessor=predecessor)
 
 
-def _status_port(options: Options, place: _Place, stack: ExitStack) -> StatusPort | None:
-    """The status port, if there is to be one, until `stack` ends: the one that there is already, or bound now."""
+def _open_status_port(supervisor: Supervisor, place: _Place, stack: ExitStack) -> None:
+    """Have a status port until `stack` ends, if there is to be one: the one that there is already, or bound now."""
+    bind = supervisor.options.status_bind
     port = status_port_of(place.baggage) if place.baggage else None
     port = place.predecessor.status_port if place.predecessor else port
     if port is not None:
         stack.callback(port.listener.close)
-    if options.status_bind is None:
-        return None
-    if port is None or port.bind != options.status_bind:
-        address = parse_address(options.status_bind)
-        listener = bind_listener(address, backlog=STATUS_BACKLOG)
+    if bind is None:
+        return
+    if port is None or port.bind != bind:
+        listener = bind_listener(parse_address(bind), backlog=STATUS_BACKLOG)
         stack.callback(listener.close)
-        port = StatusPort(options.status_bind, str(bound_address(address, listener)), listener)
-    place.house.own([port.address])
-    return port
+        port = StatusPort(bind, str(bound_address(parse_address(bind), listener)), listener)
+    supervisor.status_port = port
+    address = parse_address(port.address)
+    if isinstance(address, UnixAddress) and not address.is_abstract:
+        path = os.path.abspath(address.path)
+        with suppress(FileNotFoundError):  # somebody has removed it
+            found = os.stat(path)
+            stack.callback(lambda: supervisor.is_succeeded or unlink_if_ours(path, (found.st_dev, found.st_ino)))
 
 
 async def _answer_probes(supervisor: Supervisor, place: _Place) -> None:
@@ -333,11 +339,12 @@ async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc
     if os.getpid() == 1:  # every orphan of the container is our child
         handled.append(signal.SIGCHLD)
 
-    async def answer(what: Callable[[], Any]) -> None:
+    async def answer(what: Callable[[], Any], refused: Callable[[str], None] = lambda why: None) -> None:
         try:
             await what()
         except HotportError as error:  # nobody waits for an answer: the log has to tell
             log.warning("request.failed", error=str(error))
+            refused(str(error))
 
     with anyio.open_signal_receiver(*handled) as signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # blocked by the supervisor that this process was
@@ -351,7 +358,7 @@ async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc
                             supervisor.input(RequestStop())
                     has_hung_up = True
                 case signal.SIGHUP:
-                    tasks.start_soon(answer, lambda: restart(supervisor))
+                    tasks.start_soon(answer, lambda: restart(supervisor), supervisor.manager.refused)
                 case signal.SIGTERM:
                     supervisor.stop()
                 case signal.SIGINT:  # of a person at a terminal, whom no load balancer follows
@@ -437,7 +444,7 @@ async def serve(
     flags = {**options, "bind": texts, "target": "embedded:app"}
     settings = load(file=None, environ={}, flags=flags, cwd=Path(os.devnull)).options
     with ExitStack() as stack:
-        listeners = dict(_bind(text, settings.backlog, stack) for text in texts)
+        listeners = dict(_bind(address, settings, stack) for address in _expand(texts))
         connections = Connections(maximum=settings.connections_max)
         inner = make_server(app, Context(connections), settings, list(listeners.values()))
         await inner.startup()
@@ -464,30 +471,94 @@ def _directory(name: str) -> str:
     return directory
 
 
-def _listen(
-    options: Options, house: House, stack: ExitStack, predecessor: Predecessor | None = None
-) -> dict[str, socket.socket]:
-    """The listeners of a service: the predecessor's where it has them, else bound now; closed when `stack` ends."""
+def _listen(options: Options, manager: Manager, predecessor: Predecessor | None = None) -> dict[str, socket.socket]:
+    """The listeners of a service, by canonical address; the caller owns them.
+
+    They are the predecessor's or those that the service manager has kept, else new ones.
+    """
+    taken = take_back(options.bind, os.environ, backlog=options.backlog)
+    manager.forget(taken.unfit)
+    free_by = time.monotonic() + (RELEASE_S if taken.unfit else 0.0)
     listeners: dict[str, socket.socket] = {}
-    for text in options.bind:
-        if predecessor is not None and (kept := predecessor.listener(text)) is not None:
-            listeners.update([kept])
-            continue
-        address = parse_address(text)
-        listener = bind_listener(address, backlog=options.backlog)
-        stack.callback(listener.close)
-        if options.command:
-            listener.setblocking(True)  # as systemd passes them: a plain accept loop expects nothing else
-        listeners[str(bound_address(address, listener))] = listener
-        house.own(listeners)
+    held = set()
+    with ExitStack() as unless_all_can_be_bound:
+        for listener in taken.listeners.values():
+            unless_all_can_be_bound.callback(listener.close)
+        for address, text in _expand(options.bind).items():
+            if predecessor is not None and (kept := predecessor.listener(text)) is not None:
+                listeners.update([kept])
+                continue
+            bind = partial(_bind, address, options, unless_all_can_be_bound, taken.listeners.get(text))
+            where, listener = _bind_by(free_by, bind)
+            if options.command:
+                listener.setblocking(True)  # as systemd passes them: a plain accept loop expects nothing else
+            listeners[where] = listener
+            if isinstance(address, FdAddress):
+                held.add(where)
+        unless_all_can_be_bound.pop_all()
+    manager.park(listeners, held=held)
+    if taken.listeners:
+        get_logger("hotport.supervisor").info("listeners.taken_back", addresses=list(taken.listeners))
     return listeners
 
 
-def _bind(text: str, backlog: int, stack: ExitStack) -> tuple[str, socket.socket]:
-    """Bind one address until `stack` ends; return it as it really is, and its listener."""
-    address = parse_address(text)
-    listener = bind_listener(address, backlog=backlog)
-    stack.callback(listener.close)
+def _park(listeners: Mapping[str, socket.socket], options: Options, manager: Manager) -> None:
+    """Have the service manager keep listeners that we have from elsewhere; what it has passed again is the same."""
+    taken = take_back(options.bind, os.environ, backlog=options.backlog)
+    for listener in taken.listeners.values():
+        listener.close()
+    manager.forget(taken.unfit)
+    is_held = any(text.startswith(("fd:", "systemd:")) for text in options.bind)
+    manager.park(listeners, held=listeners if is_held else ())
+
+
+def _bind_by(free_by_s: float, bind: Callable[[], tuple[str, socket.socket]]) -> tuple[str, socket.socket]:
+    """Bind, and until `free_by_s` (on the monotonic clock) try again if the address is taken.
+
+    systemd closes what it removes from its store in a thread of its own, and nobody tells when that has happened
+    (``asynchronous_close`` in its source).
+    """
+    while True:
+        try:
+            return bind()
+        except KernelError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() >= free_by_s:
+                raise
+            time.sleep(RELEASE_PAUSE_S)
+
+
+def _expand(texts: Sequence[str]) -> dict[Address, str]:
+    """Every address that is to be bound or adopted, and the text that stands for it; a ``systemd:`` may be several.
+
+    Raises:
+        ConfigError: A descriptor is named twice (HP106), or no service manager has passed what is named (HP105).
+    """
+    found: dict[Address, str] = {}
+    for text in texts:
+        for address in passed_addresses(parse_address(text)):
+            if address in found:
+                raise ConfigError(
+                    "HP106",
+                    f"cannot listen on {text} and on {found[address]}",
+                    cause=f"both are {address}, and a socket has one owner",
+                    fix=f"leave one of them out: --bind {text}",
+                )
+            found[address] = text
+    return found
+
+
+def _bind(
+    address: Address, options: Options, stack: ExitStack, taken: socket.socket | None = None
+) -> tuple[str, socket.socket]:
+    """Bind one address until `stack` ends; return it as it really is, and its listener.
+
+    Args:
+        taken: The listener of this address, if there is one already; the caller closes it.
+    """
+    listener = taken
+    if listener is None:
+        listener = bind_listener(address, backlog=options.backlog, shares_port=shares_port(options))
+        stack.callback(listener.close)
     if isinstance(address, UnixAddress) and not address.is_abstract:
         found = os.stat(address.path)
         path = os.path.abspath(address.path)

@@ -6,12 +6,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from hotport.model.guarantee import Strategy
 from hotport.model.lifecycle import Event, Phase
 from hotport.model.service import Clock, Elapsed, Expired, MoreTime, StartTimer, Timer
 from tests.model.world import World
 
 FACTS = (Event.READY, Event.ACCEPTING, Event.QUIESCED, Event.LEAVING)
 COUNTS = st.integers(1, 4)
+#: Phased or not, and how the listeners are passed on; a phased one has its choice of two.
+KINDS = st.tuples(st.booleans(), st.sampled_from((Strategy.INHERIT, Strategy.TRANSFER))) | st.tuples(
+    st.just(False), st.sampled_from((Strategy.OVERLAP, Strategy.REBIND))
+)
 
 
 class Chaos(RuleBasedStateMachine):
@@ -88,14 +93,14 @@ class Chaos(RuleBasedStateMachine):
     # people
 
     @precondition(lambda self: not self.is_over)
-    @rule(is_phased=st.booleans(), wanted=st.none() | COUNTS)
-    def somebody_restarts(self, is_phased: bool, wanted: int | None) -> None:
-        self.world.restart(is_phased=is_phased, wanted=wanted)
+    @rule(kind=KINDS, wanted=st.none() | COUNTS)
+    def somebody_restarts(self, kind: tuple[bool, Strategy], wanted: int | None) -> None:
+        self.world.restart(is_phased=kind[0], wanted=wanted, strategy=kind[1])
 
     @precondition(lambda self: not self.is_over)
-    @rule(is_phased=st.booleans(), wanted=st.none() | COUNTS)
-    def a_restart_gets_as_far_as_it_can(self, is_phased: bool, wanted: int | None) -> None:
-        self.world.restart(is_phased=is_phased, wanted=wanted)
+    @rule(kind=KINDS, wanted=st.none() | COUNTS)
+    def a_restart_gets_as_far_as_it_can(self, kind: tuple[bool, Strategy], wanted: int | None) -> None:
+        self.world.restart(is_phased=kind[0], wanted=wanted, strategy=kind[1])
         self.world.run()
 
     @precondition(lambda self: not self.is_over)
@@ -114,6 +119,11 @@ class Chaos(RuleBasedStateMachine):
     def somebody_stops_later(self, dice: int, now: bool) -> None:
         if dice == 10:
             self.world.stop(now=now, lame_duck_s=10.0)
+
+    @precondition(lambda self: not self.is_over)
+    @rule(is_there=st.booleans())
+    def a_thief_comes_or_goes(self, is_there: bool) -> None:
+        self.world.thief = "pid 4 has it" if is_there else ""
 
     # time
 

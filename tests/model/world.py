@@ -11,12 +11,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from hotport.model.guarantee import Strategy
 from hotport.model.lifecycle import CURRENT, Event, Phase
 from hotport.model.service import (
     Accept,
     Adopt,
     Announce,
     Boot,
+    Bound,
     Clock,
     CloseListeners,
     Drain,
@@ -29,19 +31,25 @@ from hotport.model.service import (
     News,
     Open,
     Quiesce,
+    Rebind,
     Refusal,
     Refuse,
+    Regain,
+    Release,
     RequestRestart,
     RequestScale,
     RequestStop,
     Said,
     Service,
+    Share,
     Spawn,
     StartTimer,
+    Steer,
     Step,
     StopTimer,
     Terminate,
     Timer,
+    Unsteer,
     Worker,
     step,
 )
@@ -61,10 +69,11 @@ class Process:
     """A worker process: what it was told, and what it has said."""
 
     generation: int
-    orders: deque[Open | Quiesce | Drain | Terminate] = field(default_factory=deque)
+    orders: deque[Open | Quiesce | Release | Drain | Terminate] = field(default_factory=deque)
     has_said_ready: bool = False
     was_killed: bool = False
     accepts: bool | None = None
+    has_listeners: bool = True
 
     @property
     def phase(self) -> Phase:
@@ -83,6 +92,8 @@ class World:
         processes: Those that run; one leaves when its end is put into the queue.
         timers: Those that run.
         effects: Everything that was ever emitted.
+        thief: Somebody else who takes an address whenever nobody has it; empty if there is none.
+        is_lost: The supervisor has no listener.
     """
 
     def __init__(self, wanted: int) -> None:
@@ -92,6 +103,8 @@ class World:
         self.timers: set[Timer] = set()
         self.effects: list[Effect] = []
         self.is_finished = False
+        self.thief = ""
+        self.is_lost = False
         self._requests = 0
         self._accepting: set[int] = set()
         self._emitted: list[Effect] = []  # by the current batch of a restart
@@ -105,8 +118,10 @@ class World:
         self.queue.append(make(self._requests))
         return self._requests
 
-    def restart(self, *, is_phased: bool = False, wanted: int | None = None) -> int:
-        return self.request(lambda n: RequestRestart(n, is_phased, wanted))
+    def restart(
+        self, *, is_phased: bool = False, wanted: int | None = None, strategy: Strategy = Strategy.INHERIT
+    ) -> int:
+        return self.request(lambda n: RequestRestart(n, is_phased, wanted, strategy))
 
     def scale(self, wanted: int) -> int:
         return self.request(lambda n: RequestScale(n, wanted))
@@ -128,6 +143,7 @@ class World:
             forgets_orders: What workers were told and have not carried out never reached them.
         """
         service = self.service
+        self.thief, self.is_lost = "", False  # the next one cannot begin before it has every address
         self.queue.clear()
         self.timers.clear()
         self._emitted = []
@@ -208,8 +224,10 @@ class World:
         match effect:
             case Spawn(worker, generation):
                 self.processes[worker] = Process(generation)
-            case Open(worker) | Quiesce(worker) | Drain(worker) | Terminate(worker) if worker in self.processes:
-                assert isinstance(effect, Open | Quiesce | Drain | Terminate)
+            case Open(worker) | Quiesce(worker) | Release(worker) | Drain(worker) | Terminate(worker) if (
+                worker in self.processes
+            ):
+                assert isinstance(effect, Open | Quiesce | Release | Drain | Terminate)
                 process = self.processes[worker]
                 if isinstance(effect, Drain | Terminate):
                     process.orders.clear()  # whatever it was told before, it leaves now
@@ -220,6 +238,18 @@ class World:
                 self.timers.add(timer)
             case StopTimer(timer):
                 self.timers.discard(timer)
+            case Rebind():
+                # Who has been told to drain has closed its listeners first.
+                holding = (Phase.STARTING, Phase.READY, Phase.OPENING, Phase.SERVING, Phase.QUIESCING, Phase.STOPPING)
+                restart = self.service.restart
+                assert restart is not None
+                assert restart.old.isdisjoint(self.service.ids(*holding))
+                self.is_lost = bool(self.thief)
+                self.queue.append(Bound(self.thief))
+            case Regain():
+                assert self.service.regains
+                self.is_lost = bool(self.thief)
+                self.queue.append(Bound(self.thief))
             case Finish():
                 self.is_finished = True
             case _:
@@ -235,6 +265,7 @@ class World:
         self._check_restart(before, event, effects)
         self._check_numbers(after)
         self._check_port(before, event, after)
+        self._check_listeners(before, event, effects)
         finishes = [e for e in effects if isinstance(e, Finish)]
         is_over = not after.workers and (after.is_stopping or after.generation == 0)
         assert len(finishes) == is_over
@@ -254,7 +285,15 @@ class World:
                 case Spawn(worker):
                     assert worker == before.spawned + 1 + len(there - before.workers.keys())
                     there.add(worker)
-                case Open(worker) | Quiesce(worker) | Drain(worker) | Terminate(worker) | Kill(worker):
+                case (
+                    Open(worker)
+                    | Quiesce(worker)
+                    | Release(worker)
+                    | Share(worker)
+                    | Drain(worker)
+                    | Terminate(worker)
+                    | Kill(worker)
+                ):
                     assert worker in there
                 case StartTimer(timer):
                     assert timer.worker == 0 or timer.worker in self.service.workers
@@ -280,6 +319,8 @@ class World:
             assert answer == Refuse(event.request, Refusal.STOPPING)
         elif before.is_lame_duck:
             assert answer == Refuse(event.request, Refusal.LAME_DUCK)
+        elif before.regains and before.restart is None and isinstance(event, RequestRestart):
+            assert answer == Refuse(event.request, Refusal.PORT_LOST) or before.generation == 0 or before.ids(*LEAVING)
         elif before.restart is not None:
             assert answer == Refuse(event.request, Refusal.IN_PROGRESS, before.restart.generation)
         elif isinstance(event, RequestRestart) and isinstance(answer, Accept):
@@ -293,8 +334,12 @@ class World:
             if (clock := BOUNDS.get(worker.phase)) and Timer(clock, worker.id) not in running:
                 process = self.processes.get(worker.id)
                 assert process is None or process.was_killed
-        if after.restart is not None and after.restart.step is Step.QUIESCING:
+        if after.restart is not None and after.restart.step in (Step.QUIESCING, Step.RELEASING):
             assert Timer(Clock.QUIESCE) in running
+        if after.restart is not None and after.restart.step is Step.REBINDING:
+            assert any(isinstance(event, Bound) for event in self.queue)
+        if after.regains:
+            assert Timer(Clock.REGAIN) in running or any(isinstance(event, Bound) for event in self.queue)
         if after.restart is not None and after.restart.step is Step.SETTLING:
             assert Timer(Clock.SETTLE) in running
         if after.is_backing_off:
@@ -321,14 +366,18 @@ class World:
         if not before.is_stopping and not after.is_stopping and News.DRAINING not in news:
             relieved = {w.replaces for w in after.workers.values()} | {w.replaces for w in before.workers.values()}
             for worker in old:
-                assert worker.id in relieved or after.workers[worker.id].phase in CURRENT
-                assert Terminate(worker.id) not in effects
+                is_useless = restart.strategy is Strategy.REBIND and after.workers[worker.id].phase is Phase.STOPPING
+                assert worker.id in relieved or after.workers[worker.id].phase in CURRENT or is_useless
+                is_useless = restart.strategy is Strategy.REBIND and worker.phase in (Phase.STARTING, Phase.READY)
+                assert Terminate(worker.id) not in effects or is_useless
         if News.ABORTED in news and not after.is_stopping:
             self._check_inverses(before, event, effects)
         if News.DRAINING in news:
             self._emitted = []
         batch = after.restart.new | after.restart.old if after.restart else frozenset()
-        self._emitted += [e for e in effects if isinstance(e, Spawn | Open | Quiesce) and e.worker in batch]
+        self._emitted += [e for e in effects if isinstance(e, Spawn | Open | Quiesce | Release) and e.worker in batch]
+        if News.DRAINING not in news:
+            self._emitted += [e for e in effects if isinstance(e, Steer)]
 
     def _check_inverses(self, before: Service, event: Input, effects: tuple[Effect, ...]) -> None:
         """An abort takes back what the batch has done: each effect, where its worker is still there to be told."""
@@ -340,13 +389,16 @@ class World:
             w.phase in (Phase.OPENING, Phase.SERVING) and w.generation != restart.generation for w in after.current
         )
         for effect in self._emitted:
-            assert isinstance(effect, Spawn | Open | Quiesce)
+            if isinstance(effect, Steer):
+                assert Unsteer(effect.generation) in effects
+                continue
+            assert isinstance(effect, Spawn | Open | Quiesce | Release)
             worker = before.workers.get(effect.worker)
             if worker is None or effect.worker not in after.workers or worker.phase in LEAVING:
                 continue
             if worker.id == _subject(event) and not isinstance(event, Elapsed):
                 continue  # it left by itself
-            if isinstance(effect, Quiesce):
+            if isinstance(effect, Quiesce | Release):
                 assert Open(worker.id) in effects
             elif worker.phase is Phase.SERVING and not others_serve:
                 assert after.workers[worker.id].is_expired  # leaves when another serves
@@ -374,12 +426,26 @@ class World:
         assert not expired or relieved or after.is_backing_off
 
     def _check_port(self, before: Service, event: Input, after: Service) -> None:
-        """No decision of ours, only a worker's own failure, leaves the port to nobody."""
-        if after.is_stopping:
+        """No decision of ours but a rebind, only a worker's own failure, leaves the port to nobody."""
+        if after.is_stopping or (after.restart and after.restart.step in (Step.RELEASING, Step.REBINDING)):
             return
         serving = [w.id for w in before.workers.values() if w.phase is Phase.SERVING and w.id != _subject(event)]
         if serving:
             assert after.ids(Phase.SERVING, Phase.OPENING)
+
+    def _check_listeners(self, before: Service, event: Input, effects: tuple[Effect, ...]) -> None:
+        """Who is told to serve has listeners, or is given them when they are there; a steered restart is one with its
+        own sockets."""
+        for effect in effects:
+            if isinstance(effect, Steer | Unsteer):
+                restart = before.restart
+                assert restart is not None
+                assert restart.strategy is Strategy.OVERLAP
+                assert effect.generation == restart.generation
+        if isinstance(event, Bound) and event.why == "" and before.regains and not before.is_stopping:
+            assert {e.worker for e in effects if isinstance(e, Share)} == set(before.ids(Phase.OPENING, Phase.SERVING))
+        if self.is_lost and not self.service.is_stopping and not any(isinstance(e, Bound) for e in self.queue):
+            assert self.service.regains
 
 
 def _subject(event: Input) -> int:

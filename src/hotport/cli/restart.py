@@ -26,8 +26,13 @@ WORDS = {
 @click.command("restart", context_settings=HELP)
 @click.argument("name", required=False)
 @click.option("--phased/--all-at-once", default=None, help="Replace workers one by one, or all together.")
+@click.option(
+    "--strategy",
+    type=click.Choice(["auto", "inherit", "transfer", "overlap", "rebind"]),
+    help="How listeners reach the new workers, this time.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def command(name: str | None, phased: bool | None, as_json: bool) -> int:
+def command(name: str | None, phased: bool | None, strategy: str | None, as_json: bool) -> int:
     """Restart the service NAME and wait for the outcome.
 
     Exit codes: 0 done; 4 aborted or refused, and the old generation serves; 6 no supervisor there.
@@ -35,7 +40,7 @@ def command(name: str | None, phased: bool | None, as_json: bool) -> int:
     words = console(stderr=True)
     report: Report | None = None
     with waiting("restart"), words.status("asking the supervisor") as shown:
-        for reply in ask(name, RestartRequest(phased=phased)):
+        for reply in ask(name, RestartRequest(phased=phased, strategy=strategy)):
             raise_failure(reply)
             if isinstance(reply, Progress) and reply.event in WORDS:
                 said = WORDS[reply.event].format(generation=reply.generation, detail=reply.detail)

@@ -8,6 +8,8 @@ import socket
 import stat
 import struct
 import sys
+import time
+from collections.abc import Sequence
 from typing import Any, Final
 
 from hotport.address import Address, FdAddress, SystemdAddress, TcpAddress, UdpAddress, UnixAddress
@@ -20,20 +22,33 @@ from hotport.wire.listenfds import parse_listen_environment
 __all__ = [
     "accept_queue_length",
     "bind_control",
+    "bind_guard",
     "bind_listener",
     "bind_notify",
     "bound_address",
     "inherited_listener",
+    "passed_addresses",
     "peer_credentials",
+    "rebind",
     "unlink_if_ours",
 ]
 
 _CONTROL_BACKLOG: Final = 64
 _UNIX_PATH_BYTES_MAX: Final = 107  # sun_path is 108 bytes with its NUL
+
+#: What a TCP listener of ours has that its successor needs before it is bound.
+_KEPT: Final[dict[int, tuple[tuple[int, int], ...]]] = {
+    socket.AF_INET: (
+        (socket.SOL_SOCKET, socket.SO_REUSEADDR),
+        (socket.SOL_SOCKET, socket.SO_REUSEPORT),
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY),
+    ),
+}
+_KEPT[socket.AF_INET6] = (*_KEPT[socket.AF_INET], (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
 _UCRED: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
 
-def bind_listener(address: Address, *, backlog: int) -> socket.socket:
+def bind_listener(address: Address, *, backlog: int, shares_port: bool = False, listens: bool = True) -> socket.socket:
     """Make, or adopt, the one socket of an address; from now on it accepts.
 
     ``listen`` is called exactly once. Whoever calls it again replaces the backlog, and asyncio's
@@ -45,10 +60,13 @@ def bind_listener(address: Address, *, backlog: int) -> socket.socket:
     - UDP: no SO_REUSEADDR, which would let a stranger share the port; nothing to wait for without TIME_WAIT.
     - A socket file is bound under another name and renamed, so that no client finds it missing; what is found
       there is replaced only if it is a socket on which nobody listens.
-    - ``fd://`` and ``systemd:`` sockets keep their backlog and options; TCP_NODELAY is added.
+    - ``fd://`` sockets keep their backlog and options; TCP_NODELAY is added.
 
     Args:
+        address: Not a ``systemd:`` one, which stands for several (`passed_addresses`).
         backlog: Length of the accept queue; the kernel caps it at ``net.core.somaxconn``.
+        shares_port: TCP: SO_REUSEPORT as well, so that other sockets of this user can listen on the same address.
+        listens: False leaves ``listen`` of a TCP socket to the caller: until then nobody can connect to it.
 
     Returns:
         A non-blocking, close-on-exec socket, that the caller closes.
@@ -56,22 +74,40 @@ def bind_listener(address: Address, *, backlog: int) -> socket.socket:
     Raises:
         KernelError: If the kernel refuses (HP101); ``errno`` says why, and the cause who.
         ConfigError: If a host is unknown (HP102), a path is too long or taken by something that is no
-            socket (HP103), a descriptor is no listener (HP104), or systemd passed no or several such
-            sockets (HP105).
+            socket (HP103), or a descriptor is no listener (HP104).
 
     Sources: socket(7) SO_REUSEADDR, SO_ACCEPTCONN; tcp(7); ipv6(7) IPV6_V6ONLY; unix(7); rename(2).
     """
     match address:
         case TcpAddress() | UdpAddress():
-            return _bind_inet(address, backlog)
+            return _bind_inet(address, backlog, shares_port=shares_port, listens=listens)
         case UnixAddress(path=path) if address.is_abstract:
             return _bind_abstract(address, path, backlog)
         case UnixAddress(path=path):
             return _bind_unix(address, path, backlog)
         case FdAddress(fd=fd):
             return _with_nodelay(inherited_listener(fd))
-        case SystemdAddress(name=name):
-            return _with_nodelay(inherited_listener(_systemd_descriptor(name)))
+        case SystemdAddress():
+            raise AssertionError(f"{address} stands for several")
+
+
+def passed_addresses(address: Address) -> tuple[Address, ...]:
+    """The descriptors of an address under which the service manager has passed several sockets; others stay one.
+
+    A name may stand for many: all sockets of a unit have its ``FileDescriptorName=``.
+
+    Raises:
+        ConfigError: There is none (HP105), or the variables by which they are passed contradict each other (HP320).
+
+    Sources: systemd.socket(5) FileDescriptorName; sd_listen_fds_with_names(3).
+    """
+    if not isinstance(address, SystemdAddress):
+        return (address,)
+    passed = parse_listen_environment(os.environ, os.getpid())
+    found = tuple(FdAddress(fd) for fd, name in passed if name == address.name)
+    if not found:
+        raise _not_passed(address, [name for _, name in passed])
+    return found
 
 
 def inherited_listener(fd: int, *, is_in_use: bool = False) -> socket.socket:
@@ -96,7 +132,7 @@ def inherited_listener(fd: int, *, is_in_use: bool = False) -> socket.socket:
     listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     if not (sock.type == socket.SOCK_STREAM and listening) and sock.type != socket.SOCK_DGRAM:
         sock.detach()
-        raise _not_a_listener(fd, "it is a socket that does not listen")
+        raise _not_a_listener(fd, "it is a socket that does not listen; a socket unit must have Accept=no")
     if not is_in_use:
         sock.setblocking(False)
     sock.set_inheritable(False)
@@ -182,7 +218,66 @@ def unlink_if_ours(path: str, dev_ino: tuple[int, int]) -> bool:
     return True
 
 
-def _bind_inet(address: TcpAddress | UdpAddress, backlog: int) -> socket.socket:
+def bind_guard(address: TcpAddress) -> socket.socket:
+    """Hold a TCP port without listening: other users cannot bind it, whatever options they set.
+
+    Sockets of our user with SO_REUSEPORT can be bound beside it. It must not have SO_REUSEADDR, which has no rule
+    about users. No connection ever comes to it.
+
+    Raises:
+        KernelError: If the kernel refuses (HP101), for example as long as there are connections in TIME_WAIT whose
+            listener had no SO_REUSEPORT.
+
+    Sources: socket(7) SO_REUSEPORT; kernel ``inet_bind_conflict``.
+    """
+    family, protocol, sockaddr = resolve(address, socket.SOCK_STREAM)
+    sock = socket.socket(family, socket.SOCK_STREAM, protocol)
+    try:
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(sockaddr)
+    except OSError as error:
+        sock.close()
+        raise _refused(address, error, *_explain_inet(address, error, sockaddr)) from error
+    return sock
+
+
+def rebind(listener: socket.socket, *, backlog: int) -> tuple[socket.socket, float]:
+    """Close a TCP listener and listen on its address again, with the same options, as soon as that is possible.
+
+    Args:
+        listener: The last descriptor of it, or the address is still taken; it is closed, whatever happens.
+
+    Returns:
+        The new listener, and how long nobody listened, in seconds.
+
+    Raises:
+        KernelError: Somebody was quicker, or the kernel refuses for another reason (HP101).
+
+    Sources: socket(7) SO_REUSEADDR; kernel ``inet_csk_get_port``.
+    """
+    name = listener.getsockname()
+    address = TcpAddress(name[0], name[1])
+    sock = socket.socket(listener.family, listener.type, listener.proto)
+    try:
+        sock.setblocking(False)
+        for level, option in _KEPT[listener.family]:
+            sock.setsockopt(level, option, listener.getsockopt(level, option))
+        began = time.monotonic()
+        listener.close()
+        sock.bind(name)
+        sock.listen(backlog)
+        return sock, time.monotonic() - began
+    except OSError as error:
+        listener.close()
+        sock.close()
+        raise _refused(address, error, *_explain_inet(address, error, name)) from error
+
+
+def _bind_inet(
+    address: TcpAddress | UdpAddress, backlog: int, *, shares_port: bool = False, listens: bool = True
+) -> socket.socket:
     kind = socket.SOCK_STREAM if isinstance(address, TcpAddress) else socket.SOCK_DGRAM
     family, protocol, sockaddr = resolve(address, kind)
     sock: socket.socket | None = None
@@ -193,9 +288,11 @@ def _bind_inet(address: TcpAddress | UdpAddress, backlog: int) -> socket.socket:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if kind == socket.SOCK_STREAM:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if shares_port:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             _with_nodelay(sock)
         sock.bind(sockaddr)
-        if kind == socket.SOCK_STREAM:
+        if kind == socket.SOCK_STREAM and listens:
             sock.listen(backlog)  # may say EADDRINUSE too: another socket listened between bind and here
     except OSError as error:
         if sock is not None:
@@ -368,20 +465,14 @@ def _place(sock: socket.socket, path: str, *, backlog: int | None = None) -> Non
         raise
 
 
-def _systemd_descriptor(name: str) -> int:
-    passed = parse_listen_environment(os.environ, os.getpid())
-    fds = [fd for fd, called in passed if called == name]
-    if len(fds) == 1:
-        return fds[0]
-    if fds:
-        cause = f"{len(fds)} sockets have that name, and one address is one socket"
-    elif passed:
-        cause = f"the service manager passed {', '.join(sorted({called for _, called in passed}))}"
+def _not_passed(address: SystemdAddress, passed: Sequence[str]) -> ConfigError:
+    if passed:
+        cause = f"the service manager passed {', '.join(sorted(set(passed)))}"
     else:
         cause = "no service manager passed a socket to this process (LISTEN_FDS is not set for it)"
-    raise ConfigError(
+    return ConfigError(
         "HP105",
-        f"cannot take systemd:{name}",
+        f"cannot take {address}",
         cause=cause,
         fix="systemctl show --property=Listen,FileDescriptorName NAME.socket",
     )

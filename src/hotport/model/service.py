@@ -12,7 +12,15 @@ holds all of them; a phased restart is a series of batches of one. For each batc
     SETTLING    watch the new ones for a moment; the old ones can still be taken back
     (done)      drain the old ones; only this has no inverse
 
-Before that last line anything that goes wrong with a new worker aborts the restart by the inverses in
+How the listeners reach the new ones is the restart's `Strategy`. For *inherit* and *transfer* nothing changes here.
+*overlap* gives the new generation sockets of its own: at the commit newcomers are steered to them. *rebind* has two
+steps more before OPENING, and none of the old ones is left to be quiesced after it::
+
+    RELEASING   tell the old ones to empty the accept queue and to close the listeners, wait for the acknowledgements
+    REBINDING   close the last descriptor and bind again; if somebody else was quicker, the restart aborts, and the
+                address is tried again and again
+
+Before the line *(done)* anything that goes wrong with a new worker aborts the restart by the inverses in
 `INVERSE`, and the old generation serves on. The restart's number and the wanted count become the service's own only
 with the last batch; until then whatever is started outside of the restart is of the old generation.
 """
@@ -26,6 +34,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final
 
+from hotport.model.guarantee import Strategy
 from hotport.model.lifecycle import CURRENT, TRANSITIONS, Event, Phase, advance
 
 __all__ = [
@@ -45,6 +54,11 @@ __all__ = [
 
 BACKOFF_FIRST_S: Final = 0.5
 BACKOFF_MAX_S: Final = 30.0
+
+#: Between attempts to bind an address that somebody has taken. Seldom in the end: a bind that fails slows the port
+#: down, with many connections in TIME_WAIT by milliseconds.
+REGAIN_FIRST_S: Final = 0.1
+REGAIN_MAX_S: Final = 5.0
 
 #: A restart is refused while this many older generations still drain: each of them holds memory.
 GENERATIONS_DRAINING_MAX: Final = 8
@@ -74,6 +88,8 @@ class Step(enum.Enum):
     """How far the current batch of a restart has come."""
 
     STARTING = "starting"
+    RELEASING = "releasing"
+    REBINDING = "rebinding"
     OPENING = "opening"
     QUIESCING = "quiescing"
     SETTLING = "settling"
@@ -97,6 +113,7 @@ class Restart:
     step: Step = Step.STARTING
     new: frozenset[int] = frozenset()
     old: frozenset[int] = frozenset()
+    strategy: Strategy = Strategy.INHERIT
 
 
 class Stage(enum.Enum):
@@ -120,6 +137,7 @@ class Service:
         failures: Times that workers were lost without a quiet spell between them.
         is_backing_off: No replacement is started before the back-off timer ends.
         is_lame_duck: It serves on for a while, and then stops: load balancers are to take it out until then.
+        regains: Since somebody else has taken one of the addresses: how often it was tried to be had; 0: nobody has.
     """
 
     wanted: int
@@ -132,6 +150,7 @@ class Service:
     failures: int = 0
     is_backing_off: bool = False
     is_lame_duck: bool = False
+    regains: int = 0
 
     def ids(self, *phases: Phase) -> tuple[int, ...]:
         """Workers in one of `phases`, oldest first."""
@@ -197,6 +216,7 @@ class RequestRestart:
     request: int
     is_phased: bool = False
     wanted: int | None = None
+    strategy: Strategy = Strategy.INHERIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +272,13 @@ class MoreTime:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """`Rebind` or `Regain` has been carried out; with a `why`, somebody else has an address."""
+
+    why: str = ""
+
+
 class Clock(enum.Enum):
     """The kinds of timer; those of one worker are the first four."""
 
@@ -264,6 +291,7 @@ class Clock(enum.Enum):
     BACKOFF = "backoff"
     STABLE = "stable"
     LAME_DUCK = "lame_duck"
+    REGAIN = "regain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +309,9 @@ class Elapsed:
     timer: Timer
 
 
-Input = Boot | Adopt | RequestRestart | RequestScale | RequestStop | Said | Exited | Expired | MoreTime | Elapsed
+Input = (
+    Boot | Adopt | RequestRestart | RequestScale | RequestStop | Said | Exited | Expired | MoreTime | Elapsed | Bound
+)
 
 
 # -- effects ------------------------------------------------------------------------------------------------
@@ -297,16 +327,57 @@ class Spawn:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Tell a worker to accept."""
+    """Tell a worker to accept; it is given the listeners that it has not got."""
 
     worker: int
 
 
 @dataclass(frozen=True, slots=True)
 class Quiesce:
-    """Tell a worker to stop accepting and to keep its connections."""
+    """Tell a worker to stop accepting and to keep its connections; nobody else serves what waits if `empties`."""
 
     worker: int
+    empties: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Tell a worker to empty the accept queue, to close its listeners, and to keep its connections."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rebind:
+    """Close the listeners and bind their addresses again; `Bound` says what came of it."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Regain:
+    """Try again to bind the addresses that somebody else has; `Bound` says what came of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Give a worker that accepts the listeners that it has not got."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Steer:
+    """Let every new connection come to the sockets of this generation, and none to those of the one before it."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unsteer:
+    """Let every new connection come to the sockets of the generation before this one again."""
+
+    generation: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,6 +438,7 @@ class Refusal(enum.Enum):
     STOPPING = "the service is stopping"
     TOO_MANY_DRAINING = "too many older generations are still draining"
     LAME_DUCK = "the service is a lame duck, and stops soon"
+    PORT_LOST = "somebody else has one of its addresses, and it is tried to get that back first"
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,6 +475,8 @@ class News(enum.Enum):
     BACKING_OFF = "worker.backing_off"
     STOPPING = "service.stopping"
     LAME_DUCK = "service.lame_duck"
+    PORT_LOST = "port.lost"
+    PORT_REGAINED = "port.regained"
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,13 +512,22 @@ Effect = (
     | Accept
     | Announce
     | Finish
+    | Release
+    | Rebind
+    | Regain
+    | Share
+    | Steer
+    | Unsteer
 )
 
-#: Every effect before the point of no return, and what takes it back.
+#: Every effect before the point of no return, and what takes it back. What was bound again, the old ones are given.
 INVERSE: Final[Mapping[type[Effect], type[Effect]]] = {
     Spawn: Terminate,
     Open: Drain,
     Quiesce: Open,
+    Release: Open,
+    Rebind: Open,
+    Steer: Unsteer,
 }
 
 #: What bounds each phase of a worker in which something is awaited of it.
@@ -503,9 +586,13 @@ class _Draft:
         self.move(worker, Event.OPEN)
         self.emit(Open(worker), StartTimer(Timer(Clock.OPEN, worker)))
 
-    def quiesce(self, worker: int) -> None:
+    def quiesce(self, worker: int, restart: Restart) -> None:
+        """By the kind of the restart; the answer is the same."""
         self.move(worker, Event.QUIESCE)
-        self.emit(Quiesce(worker))
+        if restart.step is Step.RELEASING:
+            self.emit(Release(worker))
+        else:
+            self.emit(Quiesce(worker, restart.strategy is Strategy.OVERLAP))
 
     def drain(self, worker: int, *, is_last: bool = False) -> None:
         self.move(worker, Event.DRAIN)
@@ -546,6 +633,8 @@ def step(service: Service, event: Input) -> tuple[Service, tuple[Effect, ...]]:
             _expired(draft, event.worker)
         case MoreTime():
             _more_time(draft, event)
+        case Bound():
+            _bound(draft, event.why)
         case _:
             _elapsed(draft, event.timer)
     _go_on(draft)
@@ -613,7 +702,7 @@ def _request_restart(draft: _Draft, event: RequestRestart) -> None:
     wanted = draft.service.wanted if event.wanted is None else event.wanted
     draft.set(generations=generation)
     draft.emit(Accept(event.request, generation), Announce(News.RESTART_BEGAN, generation=generation))
-    _begin_batch(draft, Restart(generation, wanted, remaining=wanted, is_phased=event.is_phased))
+    _begin_batch(draft, Restart(generation, wanted, wanted, event.is_phased, strategy=event.strategy))
 
 
 def _request_scale(draft: _Draft, event: RequestScale) -> None:
@@ -635,6 +724,8 @@ def _is_refused(draft: _Draft, event: RequestRestart | RequestScale) -> bool:
         why = Refusal.STARTING
     elif isinstance(event, RequestRestart) and service.draining_generations >= GENERATIONS_DRAINING_MAX:
         why = Refusal.TOO_MANY_DRAINING
+    elif isinstance(event, RequestRestart) and service.regains:
+        why = Refusal.PORT_LOST
     else:
         return False
     draft.emit(Refuse(event.request, why, generation))
@@ -654,6 +745,9 @@ def _request_stop(draft: _Draft, event: RequestStop) -> None:
         draft.emit(StopTimer(Timer(Clock.LAME_DUCK)))
     if not before.is_stopping:
         draft.emit(Announce(News.STOPPING), CloseListeners())
+        if before.regains:
+            draft.set(regains=0)
+            draft.emit(StopTimer(Timer(Clock.REGAIN)))
     for worker, was in before.workers.items():
         is_at_once = event.now or before.is_stopping
         if is_at_once or event.is_succeeded or was.phase not in _ACCEPTING:
@@ -766,6 +860,8 @@ def _elapsed(draft: _Draft, timer: Timer) -> None:
             draft.emit(Kill(timer.worker))
         case Clock.QUIESCE, _ if restart is not None and restart.step is Step.QUIESCING:
             _settle(draft, restart, why="not every old worker has answered")  # such a one is drained as it is
+        case Clock.QUIESCE, _ if restart is not None and restart.step is Step.RELEASING:
+            _abort(draft, restart, "not every old worker has let go of the listeners")  # so they cannot be bound again
         case Clock.SETTLE, _ if restart is not None and restart.step is Step.SETTLING:
             _finish_batch(draft, restart)
         case Clock.BACKOFF, _:
@@ -774,6 +870,8 @@ def _elapsed(draft: _Draft, timer: Timer) -> None:
             draft.set(failures=0)
         case Clock.LAME_DUCK, _ if service.is_lame_duck:
             _request_stop(draft, RequestStop())
+        case Clock.REGAIN, _ if service.regains:
+            draft.emit(Regain())
 
 
 # -- the restart --------------------------------------------------------------------------------------------
@@ -786,12 +884,14 @@ def _begin_batch(draft: _Draft, restart: Restart) -> None:
     draft.set(restart=replace(restart, remaining=remaining, step=Step.STARTING, new=new, old=frozenset()))
 
 
-def _abort(draft: _Draft, restart: Restart, why: str, culprit: int) -> None:
+def _abort(draft: _Draft, restart: Restart, why: str, culprit: int = 0) -> None:
     """Take back what the restart has done: the old ones accept again, the new ones go.
 
     New ones on whom the port depends wait for a replacement of the old code first: those of earlier batches,
     and every one that serves if no old one is left.
     """
+    if restart.strategy is Strategy.OVERLAP and restart.step in (Step.QUIESCING, Step.SETTLING):
+        draft.emit(Unsteer(restart.generation))
     for old in _alive(draft, restart.old):
         if (draft.service.workers[old].phase, Event.OPEN) in TRANSITIONS:
             draft.open(old)
@@ -840,14 +940,14 @@ def _go_on_restarting(draft: _Draft, restart: Restart) -> None:
     match restart.step:
         case Step.STARTING if phases == {Phase.READY}:
             draft.emit(Announce(News.READY, generation=restart.generation))
-            for worker in sorted(restart.new):
-                draft.open(worker)
-            draft.set(restart=replace(restart, step=Step.OPENING))
+            (_release if restart.strategy is Strategy.REBIND else _open)(draft, restart)
+        case Step.RELEASING:
+            _go_on_releasing(draft, restart)
         case Step.OPENING if phases == {Phase.SERVING}:
             _commit(draft, restart)
         case Step.QUIESCING | Step.SETTLING:
             for worker in sorted(restart.old.intersection(draft.service.ids(Phase.SERVING))):
-                draft.quiesce(worker)  # one that was being opened at the commit as soon as it has answered
+                draft.quiesce(worker, restart)  # one that was being opened at the commit as soon as it has answered
             if restart.step is Step.QUIESCING and restart.old.isdisjoint(
                 draft.service.ids(Phase.OPENING, Phase.QUIESCING)
             ):
@@ -860,8 +960,58 @@ def _alive(draft: _Draft, workers: Iterable[int]) -> list[int]:
     return sorted(i for i in workers if i in draft.service.workers)
 
 
+def _open(draft: _Draft, restart: Restart) -> None:
+    for worker in sorted(restart.new):
+        draft.open(worker)
+    draft.set(restart=replace(restart, step=Step.OPENING))
+
+
+def _release(draft: _Draft, restart: Restart) -> None:
+    """Begin to close the listeners. A worker that is only starting would keep them open, and is not wanted any more."""
+    draft.emit(StartTimer(Timer(Clock.QUIESCE)))
+    old = [w for w in draft.service.current if w.generation != restart.generation]
+    for worker in old:
+        if worker.phase in (Phase.STARTING, Phase.READY):
+            draft.terminate(worker.id)
+    restart = replace(restart, step=Step.RELEASING, old=frozenset(w.id for w in old))
+    draft.set(restart=restart)
+    _go_on_releasing(draft, restart)
+
+
+def _go_on_releasing(draft: _Draft, restart: Restart) -> None:
+    for worker in sorted(restart.old.intersection(draft.service.ids(Phase.SERVING))):
+        draft.quiesce(worker, restart)
+    holding = draft.service.ids(Phase.OPENING, Phase.SERVING, Phase.QUIESCING, Phase.STOPPING)
+    if restart.old.isdisjoint(holding):
+        draft.emit(StopTimer(Timer(Clock.QUIESCE)), Rebind(restart.generation))
+        draft.set(restart=replace(restart, step=Step.REBINDING))
+
+
+def _bound(draft: _Draft, why: str) -> None:
+    """The addresses have been bound again, or somebody was quicker."""
+    restart, regains = draft.service.restart, draft.service.regains
+    if draft.service.is_stopping:
+        return
+    if why:
+        draft.set(regains=regains + 1)
+        if restart is not None and restart.step is Step.REBINDING:
+            _abort(draft, restart, why)
+        if not regains:
+            draft.emit(Announce(News.PORT_LOST, generation=draft.service.generation, why=why))
+        seconds = min(REGAIN_MAX_S, REGAIN_FIRST_S * 2.0 ** min(regains, 16))
+        draft.emit(StartTimer(Timer(Clock.REGAIN), seconds))
+    elif regains:
+        draft.set(regains=0)
+        draft.emit(*(Share(worker) for worker in draft.service.ids(Phase.OPENING, Phase.SERVING)))
+        draft.emit(Announce(News.PORT_REGAINED, generation=draft.service.generation))
+    elif restart is not None and restart.step is Step.REBINDING:
+        _open(draft, restart)
+
+
 def _commit(draft: _Draft, restart: Restart) -> None:
     draft.emit(Announce(News.COMMITTED, generation=restart.generation), StartTimer(Timer(Clock.QUIESCE)))
+    if restart.strategy is Strategy.OVERLAP:
+        draft.emit(Steer(restart.generation))
     old = [w.id for w in draft.service.current if w.generation != restart.generation]
     if restart.remaining:  # a phased restart takes the oldest, one for one
         old = old[: len(restart.new)]

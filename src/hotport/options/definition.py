@@ -49,6 +49,7 @@ Loop: TypeAlias = Literal["uvloop", "asyncio"]
 Ready: TypeAlias = Literal["notify", "exec"]
 HandoffChoice: TypeAlias = Literal["auto", "websocket", "off"]
 AccessLog: TypeAlias = Literal["off", "structured", "combined"]
+StrategyChoice: TypeAlias = Literal["auto", "inherit", "transfer", "overlap", "rebind"]
 ClientAuth: TypeAlias = Literal["auto", "none", "optional", "required"]
 Lifespan: TypeAlias = Literal["auto", "on", "off"]
 LogFormat: TypeAlias = Literal["auto", "console", "json"]
@@ -182,6 +183,12 @@ class Options:
     status_bind: str | None = _option(
         None, address(), "Where to answer health checks: /ready, /live, /status, and HAProxy's agent-check."
     )
+    strategy: StrategyChoice = _option(
+        "auto",
+        choice("auto", "inherit", "transfer", "overlap", "rebind"),
+        "How listeners reach the next generation; auto: the best way that can work.",
+    )
+    guard: bool = _option(False, switch(), "Keep TCP ports from other users even while nothing listens on them.")
 
 
 @dataclass(frozen=True, slots=True)

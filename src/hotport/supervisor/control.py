@@ -138,8 +138,8 @@ async def _carry_out(supervisor: Supervisor, request: Any, stream: SocketStream,
     match request:
         case StatusRequest():
             return await describe(supervisor)
-        case RestartRequest(phased=phased):
-            return await _restart(supervisor, phased, stream)
+        case RestartRequest():
+            return await _restart(supervisor, request, stream)
         case ScaleRequest(workers=workers):
             if workers < 1:
                 raise ConfigError(
@@ -168,7 +168,7 @@ async def _carry_out(supervisor: Supervisor, request: Any, stream: SocketStream,
     raise AssertionError(request)
 
 
-async def _restart(supervisor: Supervisor, phased: bool | None, stream: SocketStream) -> Any:
+async def _restart(supervisor: Supervisor, request: RestartRequest, stream: SocketStream) -> Any:
     """Run a restart; its progress goes to the client, but does not wait for a client that does not read."""
     send, receive = anyio.create_memory_object_stream[Progress](256)
 
@@ -192,7 +192,7 @@ async def _restart(supervisor: Supervisor, phased: bool | None, stream: SocketSt
     async with anyio.create_task_group() as tasks, send:
         tasks.start_soon(forward)
         try:
-            report = await restart(supervisor, is_phased=phased, hear=hear)
+            report = await restart(supervisor, is_phased=request.phased, strategy=request.strategy, hear=hear)
         except HotportError as error:
             refused: HotportError | None = error
         else:

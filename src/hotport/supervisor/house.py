@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
-from hotport.address import UnixAddress, parse_address
 from hotport.errors import RestartError
 from hotport.kernel.sockets import bind_control, bind_notify, unlink_if_ours
 from hotport.supervisor.supervisor import Supervisor
@@ -42,7 +40,6 @@ class House:
     client: socket.socket | None = None
     departed_s: float = 0.0
     _made: dict[str, tuple[int, int]] = field(default_factory=dict)
-    _listening: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         for name in _PATHS:
@@ -73,17 +70,6 @@ class House:
         if self.client is not None:
             self.client.close()
         os.close(self.lock)
-
-    def own(self, addresses: Iterable[str]) -> None:
-        """Remove the socket files of these addresses at the end, too."""
-        for address in map(parse_address, addresses):
-            if isinstance(address, UnixAddress) and not address.is_abstract:
-                self._listening.add(self._note(os.path.abspath(address.path)))
-
-    def give_listeners(self) -> None:
-        """Leave the listeners' socket files: they are another process's now."""
-        for path in self._listening:
-            self._made.pop(path, None)
 
     def _note(self, name: str) -> str:
         path = os.path.join(self.directory, name)

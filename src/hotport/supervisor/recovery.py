@@ -9,25 +9,25 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import anyio
 import msgspec
 
-from hotport.address import Address, parse_address, parse_listener_name
-from hotport.errors import ConfigError, ControlError, HotportError
+from hotport.address import parse_listener_name
+from hotport.errors import ControlError, HotportError
 from hotport.kernel import procfs
 from hotport.kernel.process import duplicate_descriptor
 from hotport.kernel.scm import receive_descriptors
-from hotport.kernel.sockets import bound_address, inherited_listener, peer_credentials
+from hotport.kernel.sockets import inherited_listener, peer_credentials
 from hotport.model import service as model
 from hotport.model.lifecycle import Phase
 from hotport.supervisor.launch import PRIVATE_VARIABLES, Launch
 from hotport.wire.frames import FrameDecoder, encode_frame
-from hotport.wire.listenfds import FIRST_FD, parse_listen_environment
+from hotport.wire.listenfds import parse_listen_environment
 from hotport.wire.messages import PROTOCOL, Hello, ListenersOrder, Listening, Memory, Word, WorkerSpec, decode, encode
 
 __all__ = ["Found", "Survivor", "survey"]
@@ -48,8 +48,8 @@ class Survivor:
     Attributes:
         phase: By its own word. A program of somebody else's is taken to serve.
         launch: How it was started; None if that cannot be read.
-        bind: The addresses of its listeners, in the order in which it got them.
-        listeners: Duplicates of them.
+        listeners: Duplicates of its own, by canonical address.
+        has_answered: It has said which these are; if none, it has none.
     """
 
     worker: int
@@ -59,15 +59,9 @@ class Survivor:
     is_foreign: bool = False
     phase: Phase = Phase.STARTING
     launch: Launch | None = None
-    bind: tuple[Address, ...] = ()
     memory: Memory | None = None
-    listeners: list[socket.socket] = field(default_factory=list)
-
-    @property
-    def addresses(self) -> dict[str, socket.socket]:
-        """Its listeners by canonical address."""
-        pairs = zip(self.bind, self.listeners, strict=False)
-        return {str(bound_address(address, listener)): listener for address, listener in pairs}
+    listeners: dict[str, socket.socket] = field(default_factory=dict)
+    has_answered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +74,7 @@ class Found:
         generations: How many generation numbers were given out, as far as anybody remembers.
         spawned: How many worker numbers.
         generation: The one that serves; 0 if none has begun to.
-        listeners: Those of that generation by canonical address, of the newest one otherwise; whoever asked owns them.
+        listeners: By generation and canonical address; sockets of the survivors are the same objects.
     """
 
     survivors: tuple[Survivor, ...] = ()
@@ -88,15 +82,26 @@ class Found:
     generations: int = 0
     spawned: int = 0
     generation: int = 0
-    listeners: Mapping[str, socket.socket] = field(default_factory=dict)
+    listeners: dict[int, dict[str, socket.socket]] = field(default_factory=dict)
 
     @property
     def workers(self) -> tuple[model.Worker, ...]:
         """The survivors, as the model knows workers."""
         return tuple(model.Worker(each.worker, each.generation, each.phase) for each in self.survivors)
 
+    @property
+    def going(self) -> int:
+        """The generation that goes on, or the next one if none can."""
+        current = (each.generation for each in self.survivors if each.phase is not Phase.DRAINING)
+        return self.generation or max(current, default=self.generations + 1)
 
-async def survey(directory: str, memory: Memory | None = None, numbers: Mapping[int, int] | None = None) -> Found:
+
+async def survey(
+    directory: str,
+    memory: Memory | None = None,
+    numbers: Mapping[int, int] | None = None,
+    carried: Mapping[str, socket.socket] | None = None,
+) -> Found:
     """Find and ask whatever is left of the service with this runtime directory; its lock is ours already.
 
     Sockets that nobody answers on any more are removed.
@@ -104,6 +109,7 @@ async def survey(directory: str, memory: Memory | None = None, numbers: Mapping[
     Args:
         memory: What its last supervisor remembered, if that was asked; workers have it otherwise.
         numbers: Its workers by pid: programs of somebody else's do not know theirs.
+        carried: Listeners of the generation that goes on which this process has already.
 
     Raises:
         ControlError: A worker speaks another protocol (HP650), or workers hold the port and none gives a duplicate of
@@ -133,50 +139,64 @@ async def survey(directory: str, memory: Memory | None = None, numbers: Mapping[
             if not survivor.is_foreign:
                 tasks.start_soon(ask, survivor)
     alive = [survivor for survivor in asked if survivor.pid]
-    if not alive and memory is None:
-        return Found()
     for survivor in alive:
-        if not survivor.listeners and survivor.phase is not Phase.DRAINING:
+        if not survivor.has_answered:
             _take(survivor)
     try:
         if errors:
             raise errors[0]
-        return _sum_up(alive, directory, memory, numbers or {})
+        found = _number(alive, memory, numbers or {})
+        _gather(found, carried or {}, directory)
     except HotportError:
         for survivor in alive:
-            _close(survivor.listeners)
+            for listener in survivor.listeners.values():
+                listener.close()
         raise
+    return found
 
 
-def _sum_up(survivors: Sequence[Survivor], directory: str, memory: Memory | None, numbers: Mapping[int, int]) -> Found:
+def _number(survivors: Sequence[Survivor], memory: Memory | None, numbers: Mapping[int, int]) -> Found:
+    """Which generation and how many workers there should be, and the highest numbers that were given out."""
     memories = [each for each in (memory, *(survivor.memory for survivor in survivors)) if each is not None]
     latest = max(memories, key=lambda memory: (memory.generations, memory.spawned), default=None)
-    generations = max([latest.generations if latest else 0, *(each.generation for each in survivors)], default=0)
-    spawned = max([latest.spawned if latest else 0, *(each.worker for each in survivors)], default=0)
+    generations = max([latest.generations if latest else 0, *(each.generation for each in survivors)])
+    spawned = max([latest.spawned if latest else 0, *(each.worker for each in survivors)])
     for survivor in survivors:
         if not survivor.worker and (number := numbers.get(survivor.pid)):
             survivor.worker = number
         elif not survivor.worker:
             spawned += 1
             survivor.worker = spawned
-    survivors = sorted(survivors, key=lambda each: each.worker)
-    found = Found(tuple(survivors), latest.wanted if latest else 0, generations, spawned)
-    wanted = found.wanted or max(1, *(each.launch.options.workers for each in survivors if each.launch), 1)
-    generation = model.surviving(found.workers, wanted)
-    current = [each for each in survivors if each.phase is not Phase.DRAINING]
-    best = max(current, key=lambda each: (each.generation == generation, len(each.addresses)), default=None)
-    listeners = best.addresses if best is not None else {}
-    if best is not None and not listeners:
-        pids = " ".join(str(each.pid) for each in current)
+    ordered = tuple(sorted(survivors, key=lambda each: each.worker))
+    options = [each.launch.options.workers for each in ordered if each.launch]
+    wanted = latest.wanted if latest else max(options, default=0)
+    found = Found(ordered, wanted, generations, spawned)
+    return replace(found, generation=model.surviving(found.workers, max(1, wanted)))
+
+
+def _gather(found: Found, carried: Mapping[str, socket.socket], directory: str) -> None:
+    """One socket for each listener, however many duplicates of it there are."""
+    known = {os.fstat(listener.fileno()).st_ino: listener for listener in carried.values()}
+    if carried:
+        found.listeners[found.going] = dict(carried)
+    for survivor in found.survivors:
+        for address, listener in survivor.listeners.items():
+            kept = known.setdefault(os.fstat(listener.fileno()).st_ino, listener)
+            if kept is not listener:
+                listener.close()
+            survivor.listeners[address] = kept
+            found.listeners.setdefault(survivor.generation, {}).setdefault(address, kept)
+    silent = [each for each in found.survivors if each.phase is not Phase.DRAINING and not each.has_answered]
+    if silent and not found.listeners:
+        pids = " ".join(str(each.pid) for each in silent)
         raise ControlError(
             "HP651",
             f"cannot take over what is left of {os.path.basename(directory)}",
-            cause=f"its workers (pid {pids.replace(' ', ', ')}) serve on, and none of them gives its listeners back",
+            cause=f"its workers (pid {pids.replace(' ', ', ')}) may have listeners, and give none of them back",
             fix=f"kill {pids}, and start it again",
         )
-    for survivor in survivors:
-        _close(listener for listener in survivor.listeners if listener not in listeners.values())
-    return Found(tuple(survivors), wanted, generations, spawned, generation, listeners)
+    if found.listeners and found.going not in found.listeners:  # it has let go of them, for others to have them
+        found.listeners[found.going] = dict(found.listeners[max(found.listeners)])
 
 
 def _started(directory: str) -> dict[tuple[int, int], Survivor]:
@@ -185,22 +205,18 @@ def _started(directory: str) -> dict[tuple[int, int], Survivor]:
     for pid in procfs.leaders_with("NOTIFY_SOCKET", os.path.join(directory, "notify.sock")):
         environment = procfs.environment(pid)
         launch = worker = None
-        bind: tuple[Address, ...] = ()
         generation = int(environment.get("HOTPORT_GENERATION", "0"))
         if text := environment.get("HOTPORT_WORKER"):
             with suppress(msgspec.MsgspecError):  # another version's: then it has to say itself who it is
                 spec = msgspec.json.decode(text, type=WorkerSpec)
                 worker = spec.worker
                 launch = _launch(pid, spec, environment)
-                bind = tuple(map(parse_address, spec.options.bind))
             if worker is None:
                 continue
-        with suppress(ConfigError):
-            bind = tuple(parse_listener_name(name) for _, name in parse_listen_environment(environment, pid)) or bind
         key = (generation, worker or -pid)
         path = os.path.join(directory, f"worker-{generation}.{worker}.sock") if worker else ""
         phase = Phase.STARTING if worker else Phase.SERVING
-        found.setdefault(key, Survivor(worker or 0, generation, pid, path, not worker, phase, launch, bind))
+        found.setdefault(key, Survivor(worker or 0, generation, pid, path, not worker, phase, launch))
     return found
 
 
@@ -227,16 +243,19 @@ async def _ask(survivor: Survivor) -> None:
             return
         survivor.pid = survivor.pid or peer_credentials(sock)[0]
         sock.send(encode_frame(encode(ListenersOrder())))
-        decoder = FrameDecoder()
+        decoder, received = FrameDecoder(), list[socket.socket]()
         while True:
             await anyio.wait_readable(sock)
             data, descriptors = receive_descriptors(sock, 65536)
-            survivor.listeners += [inherited_listener(fd, is_in_use=True) for fd in descriptors]
+            received += [inherited_listener(fd, is_in_use=True) for fd in descriptors]
             words = [decode(payload, Word) for payload in decoder.feed(data)]
             for word in words:
                 if isinstance(word, Hello):
                     _believe(survivor, word)
-            if not data or any(isinstance(word, Listening) for word in words):
+                elif isinstance(word, Listening):
+                    survivor.listeners = dict(zip(word.addresses, received, strict=True))
+                    survivor.has_answered = True
+            if not data or survivor.has_answered:
                 return
 
 
@@ -256,15 +275,10 @@ def _take(survivor: Survivor) -> None:
     """Listeners of a process that does not answer, or has no way to: straight from its table of descriptors."""
     environment = procfs.environment(survivor.pid)
     with suppress(OSError, HotportError):  # not permitted, or gone
-        names = parse_listen_environment(environment, survivor.pid)
         pidfd = os.pidfd_open(survivor.pid)
         try:
-            for fd in range(FIRST_FD, FIRST_FD + len(names)):
-                survivor.listeners.append(inherited_listener(duplicate_descriptor(pidfd, fd), is_in_use=True))
+            for fd, name in parse_listen_environment(environment, survivor.pid):
+                listener = inherited_listener(duplicate_descriptor(pidfd, fd), is_in_use=True)
+                survivor.listeners[str(parse_listener_name(name))] = listener
         finally:
             os.close(pidfd)
-
-
-def _close(listeners: Iterable[socket.socket]) -> None:
-    for listener in listeners:
-        listener.close()

@@ -12,8 +12,11 @@ import anyio
 from hotport import __version__
 from hotport.errors import HotportError, RestartError, StartError
 from hotport.kernel.process import rss_bytes
+from hotport.kernel.steer import can_steer
+from hotport.model.guarantee import Facts, choose, table
 from hotport.model.lifecycle import CURRENT, Phase
-from hotport.model.service import Announce, RequestRestart, RequestScale
+from hotport.model.service import Announce, Refusal, RequestRestart, RequestScale
+from hotport.options import Options
 from hotport.supervisor.launch import Launch
 from hotport.supervisor.process import Process
 from hotport.supervisor.supervisor import Asked, Supervisor
@@ -42,18 +45,20 @@ async def restart(
     supervisor: Supervisor,
     *,
     is_phased: bool | None = None,
+    strategy: str | None = None,
     hear: Callable[[Announce, float], None] = lambda news, ms: None,
 ) -> Report:
     """Restart and wait until the outcome is known and the losers are gone.
 
     Args:
         is_phased: Replace workers one by one; None leaves it to the options.
+        strategy: How listeners reach the new generation; None leaves it to the options.
         hear: Called with each piece of news about it, and the milliseconds since it began.
 
     Raises:
         RestartError: It was refused: another one is in progress, or the service is starting or stopping
-            (HP410), the listeners would change (HP411), or the options (HP3xx) or the surroundings (HP401, HP402,
-            HP404, HP405) cannot be used. Nothing was begun.
+            (HP410), the strategy cannot work (HP420), a new address cannot be bound (HP1xx), or the options (HP3xx) or
+            the surroundings (HP401, HP402, HP404, HP405) cannot be used. Nothing was begun.
     """
     before = supervisor.options
     try:
@@ -61,13 +66,19 @@ async def restart(
         launch = Launch.resolve(options, supervisor.surroundings)
     except HotportError as error:
         raise _refused(error.code, error.what, supervisor, cause=error.cause, fix=error.fix) from error
-    if options.bind != before.bind:
+    phased = options.phased if is_phased is None else is_phased
+    if supervisor.service.restart is not None:  # two must not bind at the same time
+        raise supervisor.refused(Refusal.IN_PROGRESS, supervisor.service.restart.generation)
+    if supervisor.owned.lost:
+        raise supervisor.refused(Refusal.PORT_LOST)
+    chosen = choose(strategy or options.strategy, facts(supervisor, options, is_phased=phased))
+    if chosen.strategy is None:
         raise _refused(
-            "HP411",
-            "its addresses have changed",
+            "HP420",
+            f"the strategy {strategy or options.strategy} cannot work",
             supervisor,
-            cause=f"it listens on {', '.join(before.bind)}; the options now say {', '.join(options.bind)}",
-            fix=f"hotport stop {supervisor.name}, then serve again",
+            cause=chosen.why,
+            fix=f"hotport restart {supervisor.name} --strategy auto",
         )
     if options.status_bind != before.status_bind:
         raise _refused(
@@ -77,7 +88,12 @@ async def restart(
             cause=f"it is {before.status_bind}; the options now say {options.status_bind}",
             fix=f"hotport stop {supervisor.name}, then serve again",
         )
-    asked = Asked(launch)
+    wants = chosen.strategy
+    try:
+        plan = supervisor.owned.prepare(options, wants, supervisor.service.generation)
+    except HotportError as error:
+        raise _refused(error.code, error.what, supervisor, cause=error.cause, fix=error.fix) from error
+    asked = Asked(launch, plan)
     done = anyio.Event()
     result: list[Report] = []
 
@@ -91,11 +107,29 @@ async def restart(
             hear(news, supervisor.reports.elapsed_ms(asked.generation))
 
     wanted = options.workers if options.workers != before.workers else None
-    phased = options.phased if is_phased is None else is_phased
     with supervisor.subscribed(listen):
-        await supervisor.ask(asked, lambda request: RequestRestart(request, phased, wanted))
+        await supervisor.ask(asked, lambda request: RequestRestart(request, phased, wanted, wants))
         await done.wait()
     return result[0]
+
+
+def facts(supervisor: Supervisor, options: Options, *, is_phased: bool) -> Facts:
+    """What there is to know of a service before a strategy is chosen."""
+    workers = supervisor.service.workers
+    leaving = {
+        number: process.pid
+        for number, process in supervisor.processes.items()
+        if number not in workers or workers[number].phase not in CURRENT
+    }
+    asked = [each.asked for each in supervisor.owned.of(supervisor.service.generation)]
+    return Facts(
+        schemes=tuple(text.partition(":")[0] for text in dict.fromkeys((*asked, *map(str, options.bind)))),
+        command=options.command[0] if options.command else "",
+        kind=options.kind,
+        is_phased=is_phased,
+        lingering=supervisor.owned.lingering(leaving, supervisor.service.generation) if leaving else (),
+        can_steer=can_steer(),
+    )
 
 
 def _refused(code: str, what: str, supervisor: Supervisor, *, cause: str, fix: str) -> RestartError:
@@ -213,6 +247,8 @@ async def describe(supervisor: Supervisor) -> Status:
         for process in supervisor.processes.values():
             tasks.start_soon(inspect, process)
     service, options, now = supervisor.service, supervisor.options, time.monotonic()
+    known = facts(supervisor, options, is_phased=options.phased)
+    chosen = choose(options.strategy, known)
     return Status(
         service=supervisor.name,
         pid=os.getpid(),
@@ -233,6 +269,10 @@ async def describe(supervisor: Supervisor) -> Status:
         stage=service.stage.value,
         lame_duck_left_s=None if (left := supervisor.lame_duck_left_s) is None else round(left, 3),
         status_address=supervisor.status_port.address if supervisor.status_port else "",
+        strategy=chosen.strategy.value if chosen.strategy else options.strategy,
+        strategy_why=chosen.why,
+        strategies={row.strategy.value: row.obstacle for row in table(known)},
+        lost=supervisor.owned.lost,
     )
 
 

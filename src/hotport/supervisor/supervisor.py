@@ -22,16 +22,19 @@ import anyio.abc
 
 from hotport.address import listener_name, parse_address
 from hotport.errors import ExitCode, HotportError, RestartError, StartError
-from hotport.kernel.notify import notify, receive_notification
+from hotport.kernel.notify import receive_notification
 from hotport.kernel.process import send_signal
 from hotport.kernel.procfs import age_s, environment, queue_overflows
 from hotport.kernel.spawn import Child, spawn
 from hotport.model import service as model
+from hotport.model.guarantee import Strategy
 from hotport.model.lifecycle import Event, Phase
 from hotport.model.service import Announce, Clock, Exited, News, Said, Service, Timer
 from hotport.observe.logs import get_logger
 from hotport.options import Options, format_duration
 from hotport.supervisor.launch import Launch, Surroundings
+from hotport.supervisor.listeners import Listener, Listeners
+from hotport.supervisor.manager import Manager
 from hotport.supervisor.process import Process
 from hotport.supervisor.recovery import Found
 from hotport.supervisor.reports import Reports
@@ -46,13 +49,15 @@ from hotport.wire.messages import (
     Memory,
     Quiesced,
     QuiesceOrder,
+    Released,
+    ReleaseOrder,
     RememberOrder,
     Report,
     SuccessorsOrder,
     TlsReloaded,
     Word,
 )
-from hotport.wire.sdnotify import Notification, encode_notification
+from hotport.wire.sdnotify import Notification
 
 __all__ = ["StatusPort", "Supervisor"]
 
@@ -64,10 +69,16 @@ STABLE_S: Final = 10.0
 
 
 class Asked:
-    """A request on its way through the model, and its answer."""
+    """A request on its way through the model, and its answer.
 
-    def __init__(self, launch: Launch | None = None) -> None:
+    Args:
+        launch: Of a restart: what the next generation is started from.
+        plan: Of a restart: the listeners of the next generation.
+    """
+
+    def __init__(self, launch: Launch | None = None, plan: list[Listener] | None = None) -> None:
         self.launch = launch
+        self.plan = plan or []
         self.is_answered = anyio.Event()
         self.generation = 0
         self.refusal: model.Refusal | None = None
@@ -87,11 +98,10 @@ class Supervisor:
     Args:
         name: The service's name.
         directory: Its runtime directory, private, existing.
-        listeners: Bound listeners by canonical address; owned from here on.
         notify_socket: Bound in `directory`; owned from here on.
         read_options: Reads the options again for each restart, from a directory; may raise ConfigError.
-        own_notify_path: The service manager's ``NOTIFY_SOCKET``, if this supervisor is itself supervised.
-        found: What is left of the service's last supervisor; its listeners are `listeners`.
+        manager: Hears of it, if this supervisor is itself supervised; the caller closes it.
+        found: What is left of the service's last supervisor, and the listeners; these are owned from here on.
 
     Attributes:
         is_departing: It ends without its workers: this process becomes another supervisor of them.
@@ -105,30 +115,28 @@ class Supervisor:
         name: str,
         directory: str,
         options: Options,
-        listeners: Mapping[str, socket.socket],
         notify_socket: socket.socket,
         surroundings: Surroundings,
         *,
+        found: Found,
         read_options: Callable[[Path], Options],
-        own_notify_path: str | None = None,
-        found: Found | None = None,
+        manager: Manager,
     ) -> None:
         self.name = name
         self.directory = directory
         self.options = options
-        self.listeners = listeners
+        self.owned = Listeners(found.listeners, self._asked_of(found))
         self.service = Service(wanted=options.workers)
         self.processes: dict[int, Process] = {}
         self.reports = Reports(name, overflows=queue_overflows)
         self.status_port: StatusPort | None = None
         self.exit_code: int = ExitCode.DONE
         self.failure: HotportError | str | None = None
-        self._names = [listener_name(parse_address(address)) for address in listeners]
         self.notify_socket = notify_socket
         self.surroundings = surroundings
         self.read_options = read_options
-        self._own_notify_path = own_notify_path
-        self._found = found or Found()
+        self.manager = manager
+        self._found = found
         self.is_departing = False
         self.is_succeeded = False
         self.heirs: tuple[str, ...] = ()
@@ -140,12 +148,18 @@ class Supervisor:
         self._subscribers: list[Callable[[Announce | Report], None]] = []
         self._stepped = anyio.Event()
         self._has_cut = False
+        self._left: list[socket.socket] = []  # connections that were taken from a queue, for the next who accepts
         self.finished = anyio.Event()
         self._put, self._inputs = anyio.create_memory_object_stream[model.Input | None](math.inf)
         self._log = get_logger("hotport.supervisor")
         self.started_at = time.monotonic()
         self._tasks: anyio.abc.TaskGroup
         self._timers: Timers
+
+    @property
+    def listeners(self) -> Mapping[str, socket.socket]:
+        """The listeners of the generation that serves, by canonical address."""
+        return self.owned.sockets(self.service.generation)
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -160,6 +174,7 @@ class Supervisor:
         async with anyio.create_task_group() as self._tasks:
             self._timers = Timers(self._tasks, lambda timer: self.input(model.Elapsed(timer)))
             self._tasks.start_soon(self._receive_notifications)
+            self._tasks.start_soon(self.manager.run)
             self._adopt()
             async for event in self._inputs:
                 if event is None:
@@ -170,12 +185,19 @@ class Supervisor:
                     is_finished = self._carry_out(effect) or is_finished
                 self._redirect()
                 self._deposit()
+                self._close_listeners()
+                self.manager.extend(self._timers)
                 self._stepped.set()
                 self._stepped = anyio.Event()
                 if is_finished:
                     break
             self._tasks.cancel_scope.cancel()
         self.finished.set()
+
+    def _asked_of(self, found: Found) -> dict[int, tuple[str, ...]]:
+        """The addresses of each generation as its options name them."""
+        asked = {each.generation: each.launch.options.bind for each in found.survivors if each.launch is not None}
+        return {found.going: self.options.bind, **asked}
 
     def listen_on(self, notify_socket: socket.socket) -> None:
         """Hear workers on this socket from now on, bound to the path that they know; owned from here on."""
@@ -188,12 +210,9 @@ class Supervisor:
         for survivor in found.survivors:
             if survivor.launch is not None:
                 self._launches.setdefault(survivor.generation, survivor.launch)
-        is_left = any(survivor.phase is not Phase.DRAINING for survivor in found.survivors)
-        generation = found.generation or max((each.generation for each in found.survivors), default=0)
-        generation = generation if is_left else found.generations + 1
-        if generation not in self._launches:
-            self._launches[generation] = Launch.resolve(self.options, self.surroundings)
-        self.options = self._launches[generation].options
+        if found.going not in self._launches:
+            self._launches[found.going] = Launch.resolve(self.options, self.surroundings)
+        self.options = self._launches[found.going].options
 
     def _adopt(self) -> None:
         """Begin: with the first generation, or with what is left of the last supervisor's."""
@@ -212,6 +231,7 @@ class Supervisor:
                 is_foreign=survivor.is_foreign,
                 age_s=age_s(survivor.pid),
             )
+            process.held = set(survivor.listeners.values())
             self.processes[survivor.worker] = process
             self._tasks.start_soon(self._watch, process)
             if not process.is_foreign and os.path.exists(process.control_path):
@@ -234,8 +254,9 @@ class Supervisor:
     def close(self) -> None:
         """Close what `run` was given; unlinking paths is the caller's affair."""
         self.notify_socket.close()
-        for listener in self.listeners.values():
-            listener.close()
+        self.owned.close()
+        for sock in self._left:
+            sock.close()
 
     def input(self, event: model.Input) -> None:
         """Put an input at the end of the queue."""
@@ -259,9 +280,20 @@ class Supervisor:
             case model.Spawn():
                 self._spawn(effect.worker, effect.generation)
             case model.Open(worker):
-                self._order(worker, AcceptOrder(), Event.ACCEPTING)
-            case model.Quiesce(worker):
-                self._order(worker, QuiesceOrder(), Event.QUIESCED)
+                self._open(worker)
+            case model.Quiesce(worker, empties):
+                self._order(worker, QuiesceOrder(empties=empties), Event.QUIESCED)
+            case model.Release(worker):
+                self._release(worker)
+            case model.Rebind(generation):
+                self._rebind(generation)
+            case model.Regain():
+                self.input(model.Bound(self.owned.regain(self.options)))
+            case model.Share(worker):
+                if process := self.processes.get(worker):
+                    self._tasks.start_soon(self._give, process)
+            case model.Steer(generation) | model.Unsteer(generation):
+                self._steer(generation, 1 if isinstance(effect, model.Steer) else 0)
             case model.Drain(worker, is_last):
                 self._drain(worker, is_last)
             case model.Terminate(worker):
@@ -279,9 +311,8 @@ class Supervisor:
             case model.StopTimer(timer):
                 self._timers.stop(timer)
             case model.CloseListeners():
-                self._tell_manager(stopping=True)
-                for listener in self.listeners.values():
-                    listener.close()
+                self.owned.give_away([address for address in self.listeners if self.manager.keeps(address)])
+                self.owned.close()
             case model.Accept() | model.Refuse():
                 self._answer(effect)
             case Announce():
@@ -293,13 +324,17 @@ class Supervisor:
 
     def _spawn(self, worker: int, generation: int) -> None:
         launch = self._launches[generation]
+        restart = self.service.restart
+        # Others than inherit give them later.
+        is_given = restart is not None and restart.generation == generation and restart.strategy is not Strategy.INHERIT
+        listeners = {} if is_given else self.owned.sockets(generation)
         try:
             child = spawn(
                 launch.argv(self.name, generation, worker),
                 environment=launch.worker_environment(self.name, self.directory, generation, worker),
                 cwd=launch.directory,
-                listeners=[listener.fileno() for listener in self.listeners.values()],
-                listen_names=self._names,
+                listeners=[listener.fileno() for listener in listeners.values()],
+                listen_names=[listener_name(parse_address(address)) for address in listeners],
             )
         except (HotportError, OSError, ValueError) as error:
             self._errors[worker] = str(error)
@@ -308,6 +343,7 @@ class Supervisor:
         path = os.path.join(self.directory, f"worker-{generation}.{worker}.sock")
         is_foreign = bool(launch.options.command)
         process = Process(worker, generation, child, path, is_foreign=is_foreign)
+        process.held = set(listeners.values())
         self.processes[worker] = process
         self._log.info("worker.spawned", worker=worker, generation=generation, worker_pid=child.pid)
         self._tasks.start_soon(self._watch, process)
@@ -320,6 +356,87 @@ class Supervisor:
         if process.error:
             self._errors[process.worker] = process.error
         self.input(Exited(process.worker, why))
+
+    def _open(self, worker: int) -> None:
+        process = self.processes.get(worker)
+        if process is None or process.is_foreign or (not self._missing(process) and process.released is None):
+            self._order(worker, AcceptOrder(), Event.ACCEPTING)
+        else:
+            self._tasks.start_soon(self._give, process, AcceptOrder())
+
+    def _missing(self, process: Process) -> dict[str, socket.socket]:
+        """The listeners of a worker's generation that it has not got."""
+        sockets = self.owned.sockets(process.generation)
+        return {address: sock for address, sock in sockets.items() if sock not in process.held}
+
+    async def _give(self, process: Process, then: AcceptOrder | None = None) -> None:
+        """Give a worker the listeners that it lacks, and connections that nobody has taken; then an order.
+
+        If that fails there is no order, and the timer that bounds its answer decides.
+        """
+        if process.released is not None:  # it must not close what it is given now
+            await process.released.wait()
+            process.released = None
+        accepted, self._left = self._left, []
+        missing: dict[str, socket.socket] = {}
+        try:
+            self.owned.join(process.generation, self.options.backlog)
+            missing = self._missing(process)
+            process.held |= set(missing.values())
+            if missing or accepted:
+                await process.transfer(missing, accepted)
+        except OSError as error:
+            process.held -= set(missing.values())
+            self._log.warning("transfer.failed", worker=process.worker, error=str(error) or type(error).__name__)
+            self.reports.lost(len(accepted))
+        else:
+            if then is not None:
+                process.order(then)
+        finally:
+            for sock in accepted:
+                sock.close()
+
+    def _release(self, worker: int) -> None:
+        process, restart = self.processes.get(worker), self.service.restart
+        if process is None or restart is None:
+            return
+        common = set(self.owned.of(restart.generation)) & set(self.owned.of(process.generation))
+        sockets = {each.address: each.sock for each in common if each.sock is not None}
+        process.held -= set(sockets.values())
+        process.released = anyio.Event()
+        process.order(ReleaseOrder(addresses=tuple(sockets)))
+
+    def _rebind(self, generation: int) -> None:
+        old = self.service.generation
+        leaving = {number: process.pid for number, process in self.processes.items() if process.generation <= old}
+        if lingering := self.owned.lingering(leaving, old):  # then to close ours would not free the port
+            self.input(model.Bound(f"worker {lingering[0]} still has a listener open"))
+            return
+        result = self.owned.rebind(old, generation, self.options.backlog)
+        self._left += result.accepted
+        self.reports.rebound(generation, gap_s=result.gap_s, refused=result.refused, reset=result.reset)
+        self._log.info("port.rebound", gap_us=round(result.gap_s * 1e6, 1), taken=len(result.accepted))
+        self.input(model.Bound(result.why))
+
+    def _steer(self, generation: int, index: int) -> None:
+        try:
+            self.owned.steer(generation, index)
+        except OSError as error:  # what goes on coming to the old sockets is emptied before they are closed
+            self._log.warning("port.not_steered", error=str(error))
+
+    def _close_listeners(self) -> None:
+        """Close what no generation needs any more; what waited there is for somebody who accepts."""
+        if self.service.is_stopping or not self.service.generation:
+            return
+        wanted = {self.service.generation}
+        if self.service.restart is not None:
+            wanted.add(self.service.restart.generation)
+        held = {sock for process in self.processes.values() for sock in process.held}
+        self._left += self.owned.keep(wanted, held)
+        if self._left and not (self.service.restart and self.service.restart.step is model.Step.REBINDING):
+            serving = (self.processes.get(number) for number in reversed(self.service.ids(Phase.SERVING)))
+            if process := next((each for each in serving if each is not None and each.is_talking), None):
+                self._tasks.start_soon(self._give, process)
 
     def _order(self, worker: int, order: AcceptOrder | QuiesceOrder, answer: Event) -> None:
         process = self.processes.get(worker)
@@ -339,9 +456,19 @@ class Supervisor:
             process.signal(signal.SIGTERM)  # ours drain on it, too
         else:
             process.successors = () if is_last else self._successors(worker)
+            if abandoned := self._abandoned(process):
+                process.order(ReleaseOrder(addresses=abandoned))
             process.order(
                 DrainOrder(timeout_s=self.options.drain_timeout_s, is_last=is_last, successors=process.successors)
             )
+
+    def _abandoned(self, process: Process) -> tuple[str, ...]:
+        """Listeners of a worker that leaves which nobody serves after it."""
+        restart = self.service.restart
+        generations = {self.service.generation, restart.generation if restart else 0} - {0}
+        served = {sock for number in generations for sock in self.owned.sockets(number).values()}
+        sockets = self.owned.sockets(process.generation)
+        return tuple(address for address, sock in sockets.items() if sock in process.held - served)
 
     def _successors(self, leaving: int) -> tuple[str, ...]:
         """Control sockets of those that can go on with a worker's connections: the newest generation that serves."""
@@ -380,6 +507,7 @@ class Supervisor:
                 cause=self._loss or "no worker said READY=1",
                 fix="hotport serve --log-level debug, or raise --ready-timeout",
             )
+            self.manager.failed(str(self.failure))
         elif self._has_cut:
             self.exit_code = ExitCode.CUT
 
@@ -460,16 +588,29 @@ class Supervisor:
             case Quiesced(at_s=at_s):
                 self.reports.note(self.service.restart, worker, Event.QUIESCED, at_s)
                 self.input(Said(worker, Event.QUIESCED))
+            case Released(addresses=addresses, at_s=at_s):
+                if process := self.processes.get(worker):
+                    named = self.owned.sockets(process.generation)
+                    process.held -= {named[address] for address in addresses if address in named}
+                    if process.released is not None:
+                        process.released.set()
+                self.reports.note(self.service.restart, worker, Event.QUIESCED, at_s)
+                self.input(Said(worker, Event.QUIESCED))
             case Expired():
                 self.input(model.Expired(worker))
             case Drained(fates=fates):
                 if self.service.is_stopping:
-                    self._has_cut = self._has_cut or any(fate.startswith("cut_") for fate in fates)
+                    self._has_cut = self._has_cut or any(self._is_cut(fate) for fate in fates)
                 self.reports.drained(worker, fates)
             case TlsReloaded(error=error) if error:  # nobody waits: it was told while it started
                 self._log.warning("tls.kept", worker=worker, error=error)
             case _:
                 pass
+
+    def _is_cut(self, fate: str) -> bool:
+        """Who waits in an accept queue that the service manager keeps is served by the next supervisor."""
+        is_kept = fate == "cut_unaccepted" and all(map(self.manager.keeps, self.listeners))
+        return fate.startswith("cut_") and not is_kept
 
     # -- news ----------------------------------------------------------------------------------------------
 
@@ -496,17 +637,13 @@ class Supervisor:
         # A failure to boot is told once, at the end; but one that hangs may be a while in coming to it.
         if self.service.generation or not is_bad or is_stuck:
             (self._log.warning if is_bad else self._log.info)(news.value, **shown)
-        if news is News.STARTED or (news is News.ADOPTED and announcement.generation):
-            self._tell_manager(ready=True, status=f"generation {announcement.generation} serves")
-        elif news is News.LAME_DUCK:
-            self._tell_manager(status=f"lame duck: serves on for {announcement.why}, then stops")
-        elif news is News.ABORTED:
+        if news is News.ABORTED:
             self.options = self._launches[self.service.generation].options
-        elif news is News.DONE:
-            self._tell_manager(status=f"generation {announcement.generation} serves")
         elif news is News.RESTART_BEGAN and self.service.restart is not None:
             is_tracked = not self.options.command
             self.reports.begin(self.service.restart, self.service.generation, is_tracked=is_tracked)
+        why = self._errors.get(announcement.worker, "")
+        self.manager.hear(announcement, serving=self.service.generation, why=why)
         self._tell_subscribers(announcement)
         ended = self.reports.hear(
             announcement,
@@ -535,12 +672,6 @@ class Supervisor:
         self._launches = {number: launch for number, launch in self._launches.items() if number in wanted}
         if self.service.generation and not self.reports.generations:
             self._errors.clear()
-
-    def _tell_manager(self, *, ready: bool = False, stopping: bool = False, status: str | None = None) -> None:
-        """Notify the service manager; only READY=1 is worth waiting for one that does not read."""
-        if self._own_notify_path is not None:
-            said = encode_notification(ready=ready, stopping=stopping, status=status)
-            notify(self._own_notify_path, said, timeout_s=1.0 if ready else 0.0)
 
     # -- requests ------------------------------------------------------------------------------------------
 
@@ -573,15 +704,20 @@ class Supervisor:
         self.input(make(self._requests))
         await asked.is_answered.wait()
         if asked.refusal is not None:
-            number = f" (generation {asked.generation})" if asked.generation else ""
-            raise RestartError(
-                "HP410",
-                f"{self.name} does not take this request now",
-                cause=f"{asked.refusal.value}{number}; generation {self.service.generation} serves",
-                fix=f"hotport status {self.name}",
-                phase="refused",
-                serving=self.service.generation,
-            )
+            self.owned.discard(asked.plan)
+            raise self.refused(asked.refusal, asked.generation)
+
+    def refused(self, refusal: model.Refusal, generation: int = 0) -> RestartError:
+        """The error for a request that is not carried out."""
+        number = f" (generation {generation})" if generation else ""
+        return RestartError(
+            "HP410",
+            f"{self.name} does not take this request now",
+            cause=f"{refusal.value}{number}; generation {self.service.generation} serves",
+            fix=f"hotport status {self.name}",
+            phase="refused",
+            serving=self.service.generation,
+        )
 
     def _answer(self, answer: model.Accept | model.Refuse) -> None:
         asked = self._asked.pop(answer.request)
@@ -589,6 +725,7 @@ class Supervisor:
         if isinstance(answer, model.Refuse):
             asked.refusal = answer.why
         elif asked.launch is not None:
+            self.owned.add(answer.generation, asked.plan)
             self._launches[answer.generation] = asked.launch
             self.options = asked.launch.options  # before the first of its timers starts
         asked.is_answered.set()

@@ -86,31 +86,33 @@ async def hand_over(
         status_address=status.address if status else "",
     )
     log.info("take_over.began", version=request.version)
-    workers: tuple[str, ...] = ()
+    committed: Committed | None = None
     try:
         listeners = [*supervisor.listeners.values(), *([status.listener] if status else [])]
         descriptors = [lock, *(listener.fileno() for listener in listeners)]
         send_descriptors(stream.extra(SocketAttribute.raw_socket), encode_frame(encode(estate)), descriptors)
-        workers = await _wait_committed(stream)
+        committed = await _wait_committed(stream)
     except (OSError, ControlError, anyio.BrokenResourceError, anyio.EndOfStream) as error:
         log.warning("take_over.failed", error=str(error) or "the other supervisor is gone")
-    if not workers:
+    if committed is None:
         supervisor.is_succeeded = False
         await reclaim()
         return None
-    supervisor.heirs = tuple(os.path.join(supervisor.directory, name) for name in workers)
-    log.info("take_over.committed", workers=list(workers))
+    names = tuple(filter(_WORKER_SOCKET.fullmatch, committed.workers))
+    supervisor.heirs = tuple(os.path.join(supervisor.directory, name) for name in names)
+    supervisor.owned.give_away(committed.addresses)
+    log.info("take_over.committed", workers=names)
     supervisor.input(RequestStop(is_succeeded=True))
     await supervisor.finished.wait()
     return Done(detail="retired", exit_code=supervisor.exit_code)
 
 
-async def _wait_committed(stream: SocketStream) -> tuple[str, ...]:
+async def _wait_committed(stream: SocketStream) -> Committed:
     decoder = FrameDecoder()
     while True:
         if payloads := decoder.feed(await stream.receive()):
             committed: Committed = decode(payloads[0], Committed)
-            return tuple(filter(_WORKER_SOCKET.fullmatch, committed.workers))
+            return committed
 
 
 def _check(supervisor: Supervisor, request: TakeOverRequest) -> None:
@@ -240,7 +242,9 @@ async def retire(predecessor: Predecessor, supervisor: Supervisor) -> None:
     with predecessor.connection as connection:
         said = b""
         with suppress(OSError):
-            connection.send(encode_frame(encode(Committed(workers=tuple(workers)))))
+            connection.send(
+                encode_frame(encode(Committed(workers=tuple(workers), addresses=tuple(supervisor.listeners))))
+            )
             while True:
                 await anyio.wait_readable(connection)
                 data = connection.recv(65536)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import anyio
 import anyio.abc
 
-from hotport.model.service import Timer
+from hotport.model.service import Clock, Timer
 
 __all__ = ["Timers"]
 
@@ -42,6 +42,14 @@ class Timers:
     def left_s(self, timer: Timer) -> float | None:
         """Seconds until a timer ends; None if it does not run."""
         return max(0.0, self._ends[timer] - anyio.current_time()) if timer in self._running else None
+
+    def latest(self, ignored: Container[Clock] = ()) -> float | None:
+        """When the last of those that run ends, on the event loop's clock; None if none does.
+
+        Args:
+            ignored: Kinds of timer that do not count.
+        """
+        return max((self._ends[timer] for timer in self._running if timer.clock not in ignored), default=None)
 
     async def _run(self, timer: Timer, seconds: float, scope: anyio.CancelScope) -> None:
         with scope:

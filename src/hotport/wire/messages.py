@@ -41,7 +41,9 @@ class AcceptOrder(msgspec.Struct, frozen=True, kw_only=True, tag="accept"):
 
 
 class QuiesceOrder(msgspec.Struct, frozen=True, kw_only=True, tag="quiesce"):
-    """Stop accepting; keep every connection."""
+    """Stop accepting; keep every connection; if `empties`, take what waits in the accept queue first."""
+
+    empties: bool = False
 
 
 class DrainOrder(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
@@ -103,6 +105,32 @@ class ListenersOrder(msgspec.Struct, frozen=True, kw_only=True, tag="listeners")
     """Send back duplicates of your listeners, with `Listening`; this connection ends with it."""
 
 
+class TransferOrder(msgspec.Struct, frozen=True, kw_only=True, tag="transfer"):
+    """Take listeners, and connections that were accepted from the queue of older ones.
+
+    After the `Welcome` they come as descriptors, in this order, and nothing else comes on this connection any more. The
+    answer is `Transferred`. A worker that accepts already accepts from them at once.
+
+    Attributes:
+        addresses: One for each listener.
+        connections: How many connections come after the listeners.
+    """
+
+    addresses: tuple[str, ...]
+    connections: int = 0
+
+
+class ReleaseOrder(msgspec.Struct, frozen=True, kw_only=True, tag="release"):
+    """Take what waits in the accept queue of these addresses, and close their listeners; keep every connection.
+
+    Attributes:
+        timeout_s: When to close a listener whose queue cannot be emptied: a worker may be out of descriptors.
+    """
+
+    addresses: tuple[str, ...]
+    timeout_s: float = 1.0
+
+
 Order = (
     AcceptOrder
     | QuiesceOrder
@@ -113,6 +141,8 @@ Order = (
     | ReloadTlsOrder
     | RememberOrder
     | ListenersOrder
+    | TransferOrder
+    | ReleaseOrder
 )
 
 
@@ -196,21 +226,47 @@ class TlsReloaded(msgspec.Struct, frozen=True, kw_only=True, tag="tls_reloaded")
 
 
 class Listening(msgspec.Struct, frozen=True, kw_only=True, tag="listening"):
-    """Duplicates of these listeners come with this word, in the order of the addresses in the worker's options."""
+    """Duplicates of the listeners of these addresses come with this word."""
+
+    addresses: tuple[str, ...]
+
+
+class Released(msgspec.Struct, frozen=True, kw_only=True, tag="released"):
+    """No listener of these addresses is open here any more, since `at_s` (CLOCK_MONOTONIC, seconds)."""
+
+    addresses: tuple[str, ...]
+    at_s: float
+
+
+class Transferred(msgspec.Struct, frozen=True, kw_only=True, tag="transferred"):
+    """So many descriptors have arrived."""
 
     count: int
 
 
-Word = Hello | Accepting | Quiesced | Welcome | Expired | Drained | Inspection | TlsReloaded | Listening
+Word = (
+    Hello
+    | Accepting
+    | Quiesced
+    | Welcome
+    | Expired
+    | Drained
+    | Inspection
+    | TlsReloaded
+    | Listening
+    | Released
+    | Transferred
+)
 
 
 # -- command -> supervisor ----------------------------------------------------------------------------------
 
 
 class RestartRequest(msgspec.Struct, frozen=True, kw_only=True, tag="restart"):
-    """Restart; `phased` overrides the service's own option."""
+    """Restart; `phased` and `strategy` override the service's own options."""
 
     phased: bool | None = None
+    strategy: str | None = None
 
 
 class StatusRequest(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
@@ -261,9 +317,11 @@ class Committed(msgspec.Struct, frozen=True, kw_only=True, tag="committed"):
 
     Attributes:
         workers: Names of their control sockets in the service's runtime directory.
+        addresses: What they listen on.
     """
 
     workers: tuple[str, ...]
+    addresses: tuple[str, ...]
 
 
 # -- supervisor -> command ----------------------------------------------------------------------------------
@@ -299,6 +357,12 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
         connections: What became of the old generation's connections once it accepted no more, by fate; None for a
             foreign program, which keeps its own.
         queue_overflows: What the kernel counted meanwhile (``/proc/net/netstat``, whole network namespace).
+        strategy: How the listeners reached the new generation.
+        rebind_gap_us: With *rebind*: microseconds in which nobody listened; None with the others.
+        refused: With *rebind*: connections that were refused in the gap: the segments with RST that the kernel sent
+            meanwhile (``OutRsts`` in ``/proc/net/snmp``, whole network namespace), less `reset`.
+        reset: With *rebind*: connections that waited in the accept queue when it was closed, or that nobody could be
+            given.
     """
 
     service: str
@@ -313,6 +377,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     accept_gap_ms: float = 0.0
     connections: dict[str, int] | None = None
     queue_overflows: dict[str, int] = {}
+    strategy: str = "inherit"
+    rebind_gap_us: float | None = None
+    refused: int | None = None
+    reset: int | None = None
 
 
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -339,6 +407,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
         stage: ``"starting"``, ``"ready"``, ``"unserved"``, ``"lame duck"`` or ``"stopping"``.
         lame_duck_left_s: How long a lame duck serves on.
         status_address: Where the status port is; empty without one.
+        strategy: How listeners reach the next generation, and why in this way.
+        strategies: Every strategy, and why it cannot work here; empty if it can.
+        lost: Addresses that somebody else has taken, and who; they are tried again.
     """
 
     service: str
@@ -356,6 +427,10 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     stage: str = ""
     lame_duck_left_s: float | None = None
     status_address: str = ""
+    strategy: str = "inherit"
+    strategy_why: str = ""
+    strategies: dict[str, str] = {}
+    lost: dict[str, str] = {}
 
 
 class WorkerTls(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,7 +16,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, cast
@@ -51,10 +51,15 @@ from hotport.wire.messages import (
     Order,
     Quiesced,
     QuiesceOrder,
+    Released,
+    ReleaseOrder,
     ReloadTlsOrder,
     RememberOrder,
     SuccessorsOrder,
     TlsReloaded,
+    TransferOrder,
+    Transferred,
+    Welcome,
     WorkerSpec,
     decode,
     encode,
@@ -77,6 +82,9 @@ LINGERING_MAX: Final = 20
 #: How long a worker that is told to go by a signal serves on, to be told who can have its connections.
 SUCCESSORS_TIMEOUT_S: Final = 0.25
 
+#: From a welcome to the last of the listeners.
+TRANSFER_TIMEOUT_S: Final = 5.0
+
 #: How soon READY=1 is said again if the supervisor's queue was full.
 READY_REPEAT_S: Final = 0.25
 
@@ -88,7 +96,7 @@ class Worker:
     """One worker, from its first moment in the event loop to its last.
 
     Args:
-        listeners: Inherited, non-blocking; owned from here on.
+        listeners: Inherited, by address, non-blocking; owned from here on. With none, they come later: `TransferOrder`.
         control: Bound and listening on `control_path`; both are owned from here on.
         notify_path: Where ``READY=1`` goes; nobody is told if it is None.
     """
@@ -96,7 +104,7 @@ class Worker:
     def __init__(
         self,
         spec: WorkerSpec,
-        listeners: Sequence[socket.socket],
+        listeners: Mapping[str, socket.socket],
         control: socket.socket,
         control_path: str,
         *,
@@ -104,7 +112,7 @@ class Worker:
     ) -> None:
         self._spec = spec
         self._options: Options = spec.options
-        self._listeners = listeners
+        self._listeners = dict(listeners)
         self._control = control
         self._control_path = control_path
         self._notify_path = notify_path
@@ -187,7 +195,7 @@ class Worker:
                 cause=f"it called sys.exit({error.code!r})",
                 fix="guard the call: if __name__ == '__main__':",
             ) from error
-        server = make_server(application, context, options, self._listeners)
+        server = make_server(application, context, options, list(self._listeners.values()), list(self._listeners))
         await server.startup()
         revive()
         gc.collect()
@@ -323,16 +331,23 @@ class Worker:
                 self._memory = memory
             case ListenersOrder():
                 self._pass_listeners(peer)
+            case TransferOrder():
+                self._take_listeners(order, peer)
             case _ if self._server is None or self._leaving.is_set():
                 self._log.warning("control.too_early_or_late", order=type(order).__name__)
             case AcceptOrder():
                 await self._server.accept()
                 self._is_accepting = True
                 peer.say(Accepting(at_s=time.monotonic()))
-            case QuiesceOrder():
+            case QuiesceOrder(empties=empties):
                 self._server.quiesce()
                 self._is_accepting = False
+                if empties:
+                    await self._server.empty()
                 peer.say(Quiesced(at_s=time.monotonic()))
+            case ReleaseOrder(addresses=addresses, timeout_s=timeout_s):
+                await self._server.release(addresses, timeout_s)
+                peer.say(Released(addresses=addresses, at_s=time.monotonic()))
 
     def _take(self, version: int, peer: _Peer) -> None:
         """Another worker has connections for us; its control connection carries nothing else from here on."""
@@ -346,11 +361,36 @@ class Worker:
 
     def _pass_listeners(self, peer: _Peer) -> None:
         """To whoever supervises from now on: duplicates of the listeners that are still open."""
-        listeners = [listener.fileno() for listener in self._listeners if listener.fileno() >= 0]
-        word = encode_frame(encode(Listening(count=len(listeners))))
+        listeners = {name: listener.fileno() for name, listener in self._listeners.items() if listener.fileno() >= 0}
+        word = encode_frame(encode(Listening(addresses=tuple(listeners))))
         # Nothing but a Hello has gone this way: it is not full. Whoever is gone does not need them any more.
         with peer.detach() as sock, suppress(OSError):
-            send_descriptors(sock, word, listeners)
+            send_descriptors(sock, word, list(listeners.values()))
+
+    def _take_listeners(self, order: TransferOrder, peer: _Peer) -> None:
+        """Listeners come, on a control connection that carries nothing else from here on."""
+        task = self._loop.create_task(self._receive_listeners(order, Channel(peer.detach())))
+        self._taking.add(task)
+        task.add_done_callback(self._taking.discard)
+
+    async def _receive_listeners(self, order: TransferOrder, channel: Channel) -> None:
+        count = len(order.addresses) + order.connections
+        try:
+            if self._server is None or self._leaving.is_set():
+                return
+            await channel.send(encode_frame(encode(Welcome(room=count))))
+            async with asyncio.timeout(TRANSFER_TIMEOUT_S):
+                sockets = [socket.socket(fileno=fd) for fd in await channel.receive_descriptors(count)]
+            for sock in sockets:
+                sock.setblocking(False)
+            listeners = dict(zip(order.addresses, sockets, strict=False))
+            self._listeners |= listeners
+            await self._server.adopt(listeners, sockets[len(listeners) :])
+            await channel.send(encode_frame(encode(Transferred(count=count))))
+        except (OSError, EOFError) as error:  # who sends has all of them still
+            self._log.warning("transfer.failed", error=str(error) or type(error).__name__)
+        finally:
+            channel.close()
 
     def _inspect(self) -> Inspection:
         connections = self._server.connections if self._server is not None else None
