@@ -119,6 +119,7 @@ def test_both_colours_find_each_other(services: Any) -> None:
     (volume,) = arguments("VOLUME")
     for colour in ("blue", "green"):
         assert services[colour]["volumes"] == [f"run:{volume}"]
+        assert_parses([*json.loads(arguments("ENTRYPOINT")[0]), *services[colour]["command"]])
         assert "--take-over" in services[colour]["command"]
         assert services[colour]["restart"] == "on-failure"  # one that was taken over has ended well
         assert services[colour]["profiles"] == [colour]  # never both at once
