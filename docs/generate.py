@@ -139,6 +139,7 @@ EXIT_CODES: Final = {
     "ABORTED": "A restart was aborted or refused; the old generation serves.",
     "CUT": "Stopped, and connections were cut at the drain deadline.",
     "NO_SUPERVISOR": "No supervisor answered.",
+    "NOT_READY": "`hotport status --ready`: clients should not be sent to the service now.",
     "INTERRUPTED": "Interrupted at the terminal.",
 }
 

@@ -131,9 +131,9 @@ class Answer(NamedTuple):
     pid: int
 
 
-def ask_line(port: int) -> Answer:
+def ask_line(port: int, host: str = "127.0.0.1") -> Answer:
     """Ask `LINE_APP` on a connection of its own; raises OSError or ValueError if it is refused, reset or cut."""
-    with socket.create_connection(("127.0.0.1", port), DEADLINE_S) as sock:
+    with socket.create_connection((host, port), DEADLINE_S) as sock:
         sock.settimeout(DEADLINE_S)
         sock.sendall(b"who\n")
         text = b""

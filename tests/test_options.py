@@ -446,6 +446,13 @@ def test_bad_address_keeps_its_own_error_and_says_where_it_stands(tmp_path: Path
     assert error.what.startswith("bind in hotport.toml: '8000' is not an address")
 
 
+def test_the_status_port_has_one_address_of_connections(tmp_path: Path) -> None:
+    assert read(tmp_path, status_bind=":9000").options.status_bind == "tcp://0.0.0.0:9000"
+    assert "UDP has none" in refused(tmp_path, status_bind="udp://:9000").cause
+    assert refused(tmp_path, status_bind="127.0.0.1:http").code == "HP112"
+    assert refused(tmp_path, 'status_bind = ["127.0.0.1:9000"]\n').fix == 'status_bind = "127.0.0.1:9000"'
+
+
 @pytest.mark.parametrize(
     ("content", "what", "cause"),
     [

@@ -42,6 +42,7 @@ class ExitCode:
     ABORTED: Final = 4
     CUT: Final = 5
     NO_SUPERVISOR: Final = 6
+    NOT_READY: Final = 7
     INTERRUPTED: Final = 130
 
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from hotport.errors import ConfigError, ExitCode, HotportError, KernelError
 from hotport.kernel.fds import lock_file, private_directory
 from hotport.kernel.process import has_terminal, reap_orphans
 from hotport.kernel.sockets import bind_listener, bound_address, passed_addresses, unlink_if_ours
+from hotport.model.lifecycle import Phase
 from hotport.model.service import RequestStop
 from hotport.observe.logs import configure, get_logger
 from hotport.options import Options, runtime_root, service_name
@@ -34,8 +35,9 @@ from hotport.supervisor.listeners import shares_port
 from hotport.supervisor.manager import Manager
 from hotport.supervisor.recovery import Found, survey
 from hotport.supervisor.requests import restart, scale
+from hotport.supervisor.statusport import serve_status_port
 from hotport.supervisor.store import take_back
-from hotport.supervisor.supervisor import Supervisor
+from hotport.supervisor.supervisor import StatusPort, Supervisor
 from hotport.supervisor.takeover import Predecessor, ask_predecessor, retire
 from hotport.supervisor.upgrade import (
     CHECK,
@@ -47,6 +49,7 @@ from hotport.supervisor.upgrade import (
     pack,
     report,
     sockets_of,
+    status_port_of,
 )
 from hotport.wire.messages import encode
 
@@ -55,6 +58,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Server", "run", "serve", "supervise"]
 
+#: Probes that may wait to be accepted.
+STATUS_BACKLOG: Final = 128
 #: How long the service manager may take to close a listener that is not wanted any more.
 RELEASE_S: Final = 5.0
 RELEASE_PAUSE_S: Final = 0.01
@@ -175,6 +180,7 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
             manager=manager,
         )
         stack.callback(supervisor.close)
+        _open_status_port(supervisor, place, stack)
         supervisor.owned.guard(options)
         anyio.run(_supervise, supervisor, place)
         if supervisor.is_departing:
@@ -246,14 +252,55 @@ def _move_in(name: str, options: Options, manager: Manager, stack: ExitStack, *,
     return _Place(house, found, predecessor=predecessor)
 
 
+def _open_status_port(supervisor: Supervisor, place: _Place, stack: ExitStack) -> None:
+    """Have a status port until `stack` ends, if there is to be one: the one that there is already, or bound now."""
+    bind = supervisor.options.status_bind
+    port = status_port_of(place.baggage) if place.baggage else None
+    port = place.predecessor.status_port if place.predecessor else port
+    if port is not None:
+        stack.callback(port.listener.close)
+    if bind is None:
+        return
+    if port is None or port.bind != bind:
+        listener = bind_listener(parse_address(bind), backlog=STATUS_BACKLOG)
+        stack.callback(listener.close)
+        port = StatusPort(bind, str(bound_address(parse_address(bind), listener)), listener)
+    supervisor.status_port = port
+    address = parse_address(port.address)
+    if isinstance(address, UnixAddress) and not address.is_abstract:
+        path = os.path.abspath(address.path)
+        with suppress(FileNotFoundError):  # somebody has removed it
+            found = os.stat(path)
+            stack.callback(lambda: supervisor.is_succeeded or unlink_if_ours(path, (found.st_dev, found.st_ino)))
+
+
+async def _answer_probes(supervisor: Supervisor, place: _Place) -> None:
+    """Answer on the status port for as long as it is ours to answer: two supervisors may have it."""
+    if supervisor.status_port is None:
+        return
+    if place.baggage is not None or place.found.survivors:
+        await supervisor.wait_stepped()  # before that we know of no worker
+    if place.predecessor is not None and place.predecessor.status_port is supervisor.status_port:
+        while len(supervisor.service.ids(Phase.SERVING)) < supervisor.service.wanted:
+            await supervisor.wait_stepped()  # until then the other one answers
+    is_over = anyio.Event()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(serve_status_port, supervisor, supervisor.status_port.listener.dup(), is_over)
+        while not (supervisor.is_succeeded and supervisor.service.is_stopping):
+            await supervisor.wait_stepped()
+        is_over.set()
+
+
 async def _supervise(supervisor: Supervisor, place: _Place) -> None:
     log = get_logger("hotport.supervisor")
-    log.info("service.starting", addresses=list(supervisor.listeners))
+    at = {"status_address": supervisor.status_port.address} if supervisor.status_port else {}
+    log.info("service.starting", addresses=list(supervisor.listeners), **at)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(serve_control, supervisor, place.house.control.dup(), place.house)
         async with anyio.create_task_group() as until_the_end:
             until_the_end.start_soon(_handle_signals, supervisor, place.house, until_the_end)
             until_the_end.start_soon(_succeed, supervisor, place)
+            until_the_end.start_soon(_answer_probes, supervisor, place)
             await supervisor.run()
             if supervisor.is_departing:  # signals wait for the handlers of the next supervisor
                 signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -312,7 +359,9 @@ async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc
                     has_hung_up = True
                 case signal.SIGHUP:
                     tasks.start_soon(answer, lambda: restart(supervisor), supervisor.manager.refused)
-                case signal.SIGTERM | signal.SIGINT:
+                case signal.SIGTERM:
+                    supervisor.stop()
+                case signal.SIGINT:  # of a person at a terminal, whom no load balancer follows
                     supervisor.input(RequestStop())
                 case signal.SIGQUIT:
                     supervisor.input(RequestStop(now=True))

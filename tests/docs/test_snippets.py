@@ -20,7 +20,7 @@ from hotport.cli import _group
 from tests.support import DEADLINE_S
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "docker" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 EXAMPLES = sorted((ROOT / "docs" / "examples").rglob("*.*"))
 
 

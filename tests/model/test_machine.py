@@ -115,6 +115,12 @@ class Chaos(RuleBasedStateMachine):
             self.world.stop(now=now)
 
     @precondition(lambda self: not self.is_over)
+    @rule(dice=st.integers(0, 10), now=st.booleans())
+    def somebody_stops_later(self, dice: int, now: bool) -> None:
+        if dice == 10:
+            self.world.stop(now=now, lame_duck_s=10.0)
+
+    @precondition(lambda self: not self.is_over)
     @rule(is_there=st.booleans())
     def a_thief_comes_or_goes(self, is_there: bool) -> None:
         self.world.thief = "pid 4 has it" if is_there else ""
@@ -155,6 +161,8 @@ class Chaos(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         world = self.world
+        if not world.service.is_lame_duck:
+            world.stop(lame_duck_s=10.0)
         world.stop()
         for _ in range(10):
             while world.queue and not world.is_finished:

@@ -126,8 +126,8 @@ class World:
     def scale(self, wanted: int) -> int:
         return self.request(lambda n: RequestScale(n, wanted))
 
-    def stop(self, *, now: bool = False) -> None:
-        self.queue.append(RequestStop(now))
+    def stop(self, *, now: bool = False, lame_duck_s: float = 0.0) -> None:
+        self.queue.append(RequestStop(now, lame_duck_s=lame_duck_s))
 
     def say(self, worker: int, event: Event) -> None:
         self.queue.append(Said(worker, event))
@@ -271,6 +271,7 @@ class World:
         assert len(finishes) == is_over
         assert not finishes or finishes[0].has_failed is not after.is_stopping
         assert effects.count(CloseListeners()) == (after.is_stopping and not before.is_stopping)
+        assert not (after.is_lame_duck and (after.is_stopping or after.generation == 0))
         if after.is_stopping:
             assert after.restart is None
             assert not after.ids(Phase.STARTING, Phase.READY)
@@ -316,6 +317,8 @@ class World:
             assert len(effects) == 1
         if before.is_stopping:
             assert answer == Refuse(event.request, Refusal.STOPPING)
+        elif before.is_lame_duck:
+            assert answer == Refuse(event.request, Refusal.LAME_DUCK)
         elif before.regains and before.restart is None and isinstance(event, RequestRestart):
             assert answer == Refuse(event.request, Refusal.PORT_LOST) or before.generation == 0 or before.ids(*LEAVING)
         elif before.restart is not None:
@@ -341,6 +344,7 @@ class World:
             assert Timer(Clock.SETTLE) in running
         if after.is_backing_off:
             assert Timer(Clock.BACKOFF) in running
+        assert not after.is_lame_duck or Timer(Clock.LAME_DUCK) in running
 
     def _check_restart(self, before: Service, event: Input, effects: tuple[Effect, ...]) -> None:
         after, news = self.service, [e.news for e in effects if isinstance(e, Announce)]

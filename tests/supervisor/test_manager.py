@@ -185,6 +185,27 @@ async def test_timeouts_are_extended_as_long_as_timers_bound_the_wait(receiver: 
 
 
 @pytest.mark.anyio
+async def test_the_time_of_a_lame_duck_is_added_to_the_timeout_of_a_stop(receiver: Receiver) -> None:
+    manager = receiver.manager()
+    async with anyio.create_task_group() as tasks:
+        timers = Timers(tasks, lambda timer: None)
+        manager.hear(Announce(News.STARTED, generation=1), serving=1)
+        receiver.heard()
+        manager.hear(Announce(News.LAME_DUCK, why="60 s"), serving=1)
+        timers.start(Timer(Clock.LAME_DUCK), 60)
+        manager.extend(timers)
+        status, extension = receiver.heard()
+        assert status == b"STATUS=generation 1 serves as a lame duck for 60 s, then stops"
+        assert extension == b"EXTEND_TIMEOUT_USEC=65000000"
+        manager.hear(Announce(News.STOPPING), serving=1)
+        timers.start(Timer(Clock.DRAIN, 1), 90)
+        manager.extend(timers)
+        assert receiver.heard()[-1] == b"EXTEND_TIMEOUT_USEC=95000000"
+        tasks.cancel_scope.cancel()
+    manager.close()
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("pid", [None, US], ids=["anybody", "us"])
 async def test_watchdog_is_fed_twice_as_often_as_it_asks(receiver: Receiver, pid: int | None) -> None:
     environ = {"WATCHDOG_USEC": "3000000"} | ({} if pid is None else {"WATCHDOG_PID": str(pid)})

@@ -54,3 +54,14 @@ async def test_an_extension_makes_a_timer_longer_never_shorter(asked: float, end
 
 async def test_a_timer_that_does_not_run_is_not_extended() -> None:
     assert await ends_of(("extend", READY, 5)) == []
+
+
+async def test_a_timer_says_how_long_it_will_run() -> None:
+    async with anyio.create_task_group() as tasks:
+        timers = Timers(tasks, lambda timer: None)
+        timers.start(READY, 5)
+        await anyio.sleep(2)
+        assert timers.left_s(READY) == 3
+        assert timers.left_s(DRAIN) is None
+        timers.stop(READY)
+        assert timers.left_s(READY) is None

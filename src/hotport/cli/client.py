@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from hotport.errors import ConfigError, ControlError, nearest
+from hotport.kernel.sockets import peer_credentials
 from hotport.options import runtime_root
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import Failure, Reply, decode, encode
 
-__all__ = ["ask", "ask_service", "find_service", "raise_failure"]
+__all__ = ["ask", "ask_service", "find_service", "is_elsewhere", "raise_failure"]
 
 
 def ask(name: str | None, request: Any) -> Iterator[Any]:
@@ -100,6 +101,15 @@ def _again(name: str, *, instead_of: str | None = None) -> str:
     given = sys.argv[1:]
     words = [name if word == instead_of else word for word in given] if instead_of else [*given, name]
     return shlex.join(["hotport", *words])
+
+
+def is_elsewhere(service: Path) -> bool:
+    """Whether the supervisor of a service runs where its pid means nothing here: in another container.
+
+    Sources: unix(7) SO_PEERCRED; pid_namespaces(7): a process that cannot be seen from here has the pid 0.
+    """
+    with _connect(service) as sock:
+        return peer_credentials(sock)[0] == 0
 
 
 def _is_alive(service: Path) -> bool:

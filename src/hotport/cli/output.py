@@ -149,10 +149,16 @@ def print_status(status: Status) -> None:
     restarting = f", restarting into generation {status.restarting}" if status.restarting else ""
     is_served = any(worker.phase == "serving" for worker in status.workers)
     serves = f"generation {status.generation} serves" if is_served else "NOBODY serves"
-    out.print(f"{status.service}: {serves} {status.target} on {', '.join(status.addresses)}{restarting}", markup=False)
+    leaving = _leaving(status)
+    out.print(
+        f"{status.service}: {serves} {status.target} on {', '.join(status.addresses)}{restarting}{leaving}",
+        markup=False,
+    )
     out.print(
         f"supervisor pid {status.pid}, {_mib(status.rss_bytes)}, up {_age(status.age_s)}, hotport {status.version}"
     )
+    if status.status_address:
+        out.print(f"status port {status.status_address}", markup=False)
     out.print(f"strategy {status.strategy} ({status.strategy_why})", markup=False)
     for address, who in status.lost.items():
         out.print(f"LOST {address}: {who}; it is tried again and again", markup=False)
@@ -188,6 +194,12 @@ def print_status(status: Status) -> None:
                 f"worker {worker.worker} waits for {each.peer}: {each.kind}, {_age(each.age_s)} old, {each.why}",
                 markup=False,
             )
+
+
+def _leaving(status: Status) -> str:
+    if status.lame_duck_left_s is not None:
+        return f"; lame duck, stops in {_age(status.lame_duck_left_s)}"
+    return "; stopping" if status.stage == "stopping" else ""
 
 
 def print_strategies(obstacles: Mapping[str, str], chosen: str) -> None:

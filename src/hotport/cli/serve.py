@@ -69,8 +69,9 @@ def command(
 
     The program after -- must support socket activation (LISTEN_FDS) and say READY=1, or be given --ready exec.
 
-    Signals: HUP restarts. TERM and INT stop after draining, a second one at once; QUIT stops at once. TTIN and
-    TTOU mean one worker more or less. Closing the terminal stops as TERM does, unless it was started by nohup
+    Signals: HUP restarts. TERM and INT stop after draining, a second one at once; QUIT stops at once. With
+    --lame-duck the first TERM only begins that time, and the next one ends it. TTIN and TTOU mean one worker more or
+    less. Closing the terminal stops as TERM does, unless it was started by nohup
     or setsid.
     """
 

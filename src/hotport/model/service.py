@@ -45,6 +45,7 @@ __all__ = [
     "Input",
     "Restart",
     "Service",
+    "Stage",
     "Step",
     "Worker",
     "step",
@@ -115,6 +116,16 @@ class Restart:
     strategy: Strategy = Strategy.INHERIT
 
 
+class Stage(enum.Enum):
+    """Whether clients should be sent to a service, and why not; a restart makes no difference."""
+
+    STARTING = "starting"
+    READY = "ready"
+    UNSERVED = "unserved"
+    LAME_DUCK = "lame duck"
+    STOPPING = "stopping"
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """Everything that decisions are made from.
@@ -125,6 +136,7 @@ class Service:
         generations: How many generation numbers have been given out.
         failures: Times that workers were lost without a quiet spell between them.
         is_backing_off: No replacement is started before the back-off timer ends.
+        is_lame_duck: It serves on for a while, and then stops: load balancers are to take it out until then.
         regains: Since somebody else has taken one of the addresses: how often it was tried to be had; 0: nobody has.
     """
 
@@ -137,6 +149,7 @@ class Service:
     is_stopping: bool = False
     failures: int = 0
     is_backing_off: bool = False
+    is_lame_duck: bool = False
     regains: int = 0
 
     def ids(self, *phases: Phase) -> tuple[int, ...]:
@@ -153,6 +166,17 @@ class Service:
         """How many generations have nothing left but leaving workers."""
         current = {w.generation for w in self.current}
         return len({w.generation for w in self.workers.values()} - current)
+
+    @property
+    def stage(self) -> Stage:
+        """What load balancers are told; while workers are exchanged it stays READY."""
+        if self.is_stopping:
+            return Stage.STOPPING
+        if self.generation == 0:
+            return Stage.STARTING
+        if self.is_lame_duck:
+            return Stage.LAME_DUCK
+        return Stage.READY if self.ids(*_SERVED) else Stage.UNSERVED
 
 
 # -- events -------------------------------------------------------------------------------------------------
@@ -209,10 +233,12 @@ class RequestStop:
 
     Attributes:
         is_succeeded: Another supervisor's workers accept already: nobody has to empty the accept queue.
+        lame_duck_s: Seconds to serve on before, if it is this request that begins the stop; the next one ends them.
     """
 
     now: bool = False
     is_succeeded: bool = False
+    lame_duck_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +280,7 @@ class Bound:
 
 
 class Clock(enum.Enum):
-    """The kinds of timer; all but the last five belong to one worker."""
+    """The kinds of timer; those of one worker are the first four."""
 
     READY = "ready"
     OPEN = "open"
@@ -264,6 +290,7 @@ class Clock(enum.Enum):
     SETTLE = "settle"
     BACKOFF = "backoff"
     STABLE = "stable"
+    LAME_DUCK = "lame_duck"
     REGAIN = "regain"
 
 
@@ -410,6 +437,7 @@ class Refusal(enum.Enum):
     STARTING = "the service is still starting"
     STOPPING = "the service is stopping"
     TOO_MANY_DRAINING = "too many older generations are still draining"
+    LAME_DUCK = "the service is a lame duck, and stops soon"
     PORT_LOST = "somebody else has one of its addresses, and it is tried to get that back first"
 
 
@@ -446,6 +474,7 @@ class News(enum.Enum):
     WORKER_RETIRED = "worker.retired"
     BACKING_OFF = "worker.backing_off"
     STOPPING = "service.stopping"
+    LAME_DUCK = "service.lame_duck"
     PORT_LOST = "port.lost"
     PORT_REGAINED = "port.regained"
 
@@ -510,6 +539,9 @@ _BOUNDS: Final[Mapping[Phase, Clock]] = {
 
 #: Phases of workers that accept, or have been told to.
 _ACCEPTING: Final = frozenset({Phase.OPENING, Phase.SERVING})
+
+#: Phases of workers that serve, or step aside for others that do.
+_SERVED: Final = (Phase.OPENING, Phase.SERVING, Phase.QUIESCING, Phase.QUIESCED)
 
 
 # -- decisions ----------------------------------------------------------------------------------------------
@@ -592,7 +624,7 @@ def step(service: Service, event: Input) -> tuple[Service, tuple[Effect, ...]]:
         case RequestScale():
             _request_scale(draft, event)
         case RequestStop():
-            _request_stop(draft, now=event.now, is_succeeded=event.is_succeeded)
+            _request_stop(draft, event)
         case Said():
             _said(draft, event)
         case Exited():
@@ -684,6 +716,8 @@ def _is_refused(draft: _Draft, event: RequestRestart | RequestScale) -> bool:
     service, generation = draft.service, 0
     if service.is_stopping:
         why = Refusal.STOPPING
+    elif service.is_lame_duck:
+        why = Refusal.LAME_DUCK
     elif service.restart is not None:
         why, generation = Refusal.IN_PROGRESS, service.restart.generation
     elif service.generation == 0:
@@ -698,18 +732,26 @@ def _is_refused(draft: _Draft, event: RequestRestart | RequestScale) -> bool:
     return True
 
 
-def _request_stop(draft: _Draft, *, now: bool, is_succeeded: bool) -> None:
+def _request_stop(draft: _Draft, event: RequestStop) -> None:
     before = draft.service
-    draft.set(is_stopping=True)
+    is_first = not (before.is_stopping or before.is_lame_duck)
+    if is_first and event.lame_duck_s and before.generation and not event.now:  # else nobody is sent here yet
+        seconds = event.lame_duck_s
+        draft.set(is_lame_duck=True)
+        draft.emit(Announce(News.LAME_DUCK, why=f"{seconds:g} s"), StartTimer(Timer(Clock.LAME_DUCK), seconds))
+        return
+    draft.set(is_stopping=True, is_lame_duck=False)
+    if before.is_lame_duck:
+        draft.emit(StopTimer(Timer(Clock.LAME_DUCK)))
     if not before.is_stopping:
         draft.emit(Announce(News.STOPPING), CloseListeners())
         if before.regains:
             draft.set(regains=0)
             draft.emit(StopTimer(Timer(Clock.REGAIN)))
     for worker, was in before.workers.items():
-        is_at_once = now or before.is_stopping
-        if is_at_once or is_succeeded or was.phase not in _ACCEPTING:
-            draft.release(worker, is_last=not is_succeeded)
+        is_at_once = event.now or before.is_stopping
+        if is_at_once or event.is_succeeded or was.phase not in _ACCEPTING:
+            draft.release(worker, is_last=not event.is_succeeded)
         if is_at_once:
             draft.emit(Kill(worker))
     _drain_last(draft)
@@ -826,6 +868,8 @@ def _elapsed(draft: _Draft, timer: Timer) -> None:
             draft.set(is_backing_off=False)
         case Clock.STABLE, _:
             draft.set(failures=0)
+        case Clock.LAME_DUCK, _ if service.is_lame_duck:
+            _request_stop(draft, RequestStop())
         case Clock.REGAIN, _ if service.regains:
             draft.emit(Regain())
 

@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, TypeAlias
 from hotport.errors import ConfigError
 from hotport.options.values import (
     Type,
+    address,
     addresses,
     choice,
     command_line,
@@ -173,6 +174,14 @@ class Options:
     )
     log_level: LogLevel = _option(
         "info", choice("debug", "info", "warning", "error"), "The least urgent lines that are logged."
+    )
+    lame_duck_s: float = _option(
+        0.0,
+        duration(),
+        "How long a service that is to stop says so on its status port and serves on, before it drains.",
+    )
+    status_bind: str | None = _option(
+        None, address(), "Where to answer health checks: /ready, /live, /status, and HAProxy's agent-check."
     )
     strategy: StrategyChoice = _option(
         "auto",

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from hotport.address import parse_address
+from hotport.address import UdpAddress, parse_address
 from hotport.trust import Trusted
 
 __all__ = [
     "DURATION_MAX_S",
     "Type",
+    "address",
     "addresses",
     "choice",
     "command_line",
@@ -253,6 +254,20 @@ def addresses() -> Type:
         return canonical
 
     return _list("ADDRESS", _by_comma, check)
+
+
+def address() -> Type:
+    """One address of connections, in its canonical spelling."""
+
+    def read(value: object) -> str:
+        if not isinstance(value, str):
+            raise ValueError("it must be one address, as text")
+        found = parse_address(value)
+        if isinstance(found, UdpAddress):
+            raise ValueError("it must be an address of connections, and UDP has none")
+        return str(found)
+
+    return Type("ADDRESS", read, read, example="127.0.0.1:9000")
 
 
 def paths(metavar: str = "PATH") -> Type:

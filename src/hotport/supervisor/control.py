@@ -12,7 +12,7 @@ from anyio.abc import SocketAttribute, SocketStream
 
 from hotport.errors import ConfigError, ControlError, HotportError
 from hotport.kernel.sockets import peer_credentials
-from hotport.model.service import Announce, RequestStop
+from hotport.model.service import Announce
 from hotport.observe.logs import get_logger
 from hotport.supervisor.house import House
 from hotport.supervisor.requests import describe, reload_tls, restart, scale
@@ -152,8 +152,8 @@ async def _carry_out(supervisor: Supervisor, request: Any, stream: SocketStream,
             return Done(detail=f"{workers} workers serve")
         case ReloadTlsRequest():
             return await reload_tls(supervisor)
-        case StopRequest(now=now):
-            supervisor.input(RequestStop(now=now))
+        case StopRequest(now=now, lame_duck_s=lame_duck_s):
+            supervisor.stop(now=now, lame_duck_s=lame_duck_s)
             await supervisor.finished.wait()
             return Done(detail="stopped", exit_code=supervisor.exit_code)
         case UpgradeRequest(python=python):

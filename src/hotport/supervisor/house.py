@@ -102,6 +102,8 @@ class House:
             cause = f"a restart is in progress (generation {service.restart.generation})"
         elif service.is_stopping:
             cause = "the service is stopping"
+        elif service.is_lame_duck:
+            cause = "the service is a lame duck, and stops soon"
         elif service.generation == 0:
             cause = "the service is still starting"
         elif supervisor.is_succeeded or supervisor.is_departing:

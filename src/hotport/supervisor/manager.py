@@ -172,6 +172,10 @@ class Manager:
             case News.ABORTED if self._waits is _Waits.RELOADED:
                 reason = _in_one_line(why or announcement.why)
                 self._wait_no_more(f"{serves}, the restart to generation {generation} was aborted: {reason}")
+            case News.LAME_DUCK:
+                if self._waits is None:  # it has asked for the stop, and counts
+                    self._wait_for(_Waits.STOPPED)
+                self._say(encode_notification(status=f"{serves} as a lame duck for {announcement.why}, then stops"))
             case News.STOPPING:
                 self._wait_for(_Waits.STOPPED)
                 self._say(encode_notification(stopping=True, status="stopping"))

@@ -22,6 +22,7 @@ from hotport.observe.logs import get_logger
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import (
     Inspection,
+    InspectOrder,
     Memory,
     TlsReloaded,
     TransferOrder,
@@ -122,13 +123,20 @@ class Process:
                 event.set()
 
     async def ask(self, order: Any, kind: type[Answer], timeout_s: float) -> Answer | None:
-        """The worker's answer to an order; None if it gives none within `timeout_s` seconds, or cannot be asked."""
+        """The worker's answer to an order; None if it gives none within `timeout_s` seconds, or cannot be asked.
+
+        Who asks how it is while it owes that answer to others waits for the same one: it may be asked for ever, and
+        never answer.
+        """
         if not self.is_talking:
             return None
-        answer: list[Answer] = []
-        event = anyio.Event()
-        self._asked.append((kind, event, answer))
-        self.order(order)
+        shared = (asked for asked in self._asked if isinstance(order, InspectOrder) and asked[0] is kind)
+        owed = next(shared, None)
+        if owed is None:
+            owed = (kind, anyio.Event(), [])
+            self._asked.append(owed)
+            self.order(order)
+        _, event, answer = owed
         with anyio.move_on_after(timeout_s):
             await event.wait()
         return answer[0] if answer else None

@@ -81,6 +81,14 @@ async def restart(
             cause=chosen.why,
             fix=f"hotport restart {supervisor.name} --strategy auto",
         )
+    if options.status_bind != before.status_bind:
+        raise _refused(
+            "HP411",
+            "the address of its status port has changed",
+            supervisor,
+            cause=f"it is {before.status_bind}; the options now say {options.status_bind}",
+            fix=f"hotport stop {supervisor.name}, then serve again",
+        )
     wants = chosen.strategy
     try:
         plan = supervisor.owned.prepare(options, wants, supervisor.service.generation)
@@ -261,6 +269,9 @@ async def describe(supervisor: Supervisor) -> Status:
             if number in service.workers
         ),
         last_restart=supervisor.reports.last,
+        stage=service.stage.value,
+        lame_duck_left_s=None if (left := supervisor.lame_duck_left_s) is None else round(left, 3),
+        status_address=supervisor.status_port.address if supervisor.status_port else "",
         strategy=chosen.strategy.value if chosen.strategy else options.strategy,
         strategy_why=chosen.why,
         strategies={row.strategy.value: row.obstacle for row in table(known)},

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import anyio
 import anyio.abc
@@ -29,7 +29,7 @@ from hotport.kernel.spawn import Child, spawn
 from hotport.model import service as model
 from hotport.model.guarantee import Strategy
 from hotport.model.lifecycle import Event, Phase
-from hotport.model.service import Announce, Clock, Exited, News, Said, Service
+from hotport.model.service import Announce, Clock, Exited, News, Said, Service, Timer
 from hotport.observe.logs import get_logger
 from hotport.options import Options, format_duration
 from hotport.supervisor.launch import Launch, Surroundings
@@ -59,7 +59,7 @@ from hotport.wire.messages import (
 )
 from hotport.wire.sdnotify import Notification
 
-__all__ = ["Supervisor"]
+__all__ = ["StatusPort", "Supervisor"]
 
 #: Bounds the answer to an order that a worker can carry out at once.
 ANSWER_TIMEOUT_S: Final = 5.0
@@ -84,6 +84,14 @@ class Asked:
         self.refusal: model.Refusal | None = None
 
 
+class StatusPort(NamedTuple):
+    """Where health checks are answered: as the options name it, as it is, and its listener."""
+
+    bind: str
+    address: str
+    listener: socket.socket
+
+
 class Supervisor:
     """One service, from its listeners to its end.
 
@@ -99,6 +107,7 @@ class Supervisor:
         is_departing: It ends without its workers: this process becomes another supervisor of them.
         is_succeeded: Another process has the listeners, and the paths in `directory`.
         heirs: Control sockets of that process's workers.
+        status_port: Owned by whoever has set it.
     """
 
     def __init__(
@@ -120,6 +129,7 @@ class Supervisor:
         self.service = Service(wanted=options.workers)
         self.processes: dict[int, Process] = {}
         self.reports = Reports(name, overflows=queue_overflows)
+        self.status_port: StatusPort | None = None
         self.exit_code: int = ExitCode.DONE
         self.failure: HotportError | str | None = None
         self.notify_socket = notify_socket
@@ -251,6 +261,16 @@ class Supervisor:
     def input(self, event: model.Input) -> None:
         """Put an input at the end of the queue."""
         self._put.send_nowait(event)
+
+    def stop(self, *, now: bool = False, lame_duck_s: float | None = None) -> None:
+        """Ask for the end of the service; `lame_duck_s` None leaves that time to the options."""
+        seconds = self.options.lame_duck_s if lame_duck_s is None else lame_duck_s
+        self.input(model.RequestStop(now=now, lame_duck_s=seconds))
+
+    @property
+    def lame_duck_left_s(self) -> float | None:
+        """Seconds for which a lame duck serves on; None if the service is none."""
+        return self._timers.left_s(Timer(Clock.LAME_DUCK)) if self.service.is_lame_duck else None
 
     # -- effects -------------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from hotport.kernel.sockets import inherited_listener
 from hotport.model.lifecycle import Phase
 from hotport.model.service import RequestStop
 from hotport.observe.logs import get_logger
-from hotport.supervisor.supervisor import Supervisor
+from hotport.supervisor.supervisor import StatusPort, Supervisor
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import (
     PROTOCOL,
@@ -74,6 +74,7 @@ async def hand_over(
         RestartError: It is refused: another protocol (HP654), or there is something else going on (HP655).
     """
     _check(supervisor, request)
+    status = supervisor.status_port
     supervisor.is_succeeded = True  # from here on nothing of ours is begun: numbers and paths are the other's
     estate = Estate(
         pid=os.getpid(),
@@ -81,11 +82,14 @@ async def hand_over(
         memory=supervisor.memory,
         bind=supervisor.options.bind,
         addresses=tuple(supervisor.listeners),
+        status_bind=status.bind if status else "",
+        status_address=status.address if status else "",
     )
     log.info("take_over.began", version=request.version)
     committed: Committed | None = None
     try:
-        descriptors = [lock, *(listener.fileno() for listener in supervisor.listeners.values())]
+        listeners = [*supervisor.listeners.values(), *([status.listener] if status else [])]
+        descriptors = [lock, *(listener.fileno() for listener in listeners)]
         send_descriptors(stream.extra(SocketAttribute.raw_socket), encode_frame(encode(estate)), descriptors)
         committed = await _wait_committed(stream)
     except (OSError, ControlError, anyio.BrokenResourceError, anyio.EndOfStream) as error:
@@ -156,6 +160,7 @@ class Predecessor:
         lock: Descriptor of the runtime directory's lock.
         bind: Its addresses as its options name them.
         listeners: By canonical address.
+        status_port: Where it answers health checks, and goes on to until our workers serve.
 
     Descriptors: owns none of them; `connection` is closed by `retire`, or by whoever gives up.
     """
@@ -167,6 +172,7 @@ class Predecessor:
     lock: int
     bind: tuple[str, ...]
     listeners: dict[str, socket.socket]
+    status_port: StatusPort | None = None
 
     def listener(self, text: str) -> tuple[str, socket.socket] | None:
         """Its listener of an address as our options name it."""
@@ -211,11 +217,14 @@ def ask_predecessor(directory: str, name: str) -> Predecessor:
         assert isinstance(reply, Estate), reply
         connection.setblocking(False)
         lock, *fds = descriptors
+        status = None
+        if reply.status_bind:
+            status = StatusPort(reply.status_bind, reply.status_address, inherited_listener(fds.pop(), is_in_use=True))
         listeners = {
             address: inherited_listener(fd, is_in_use=True) for address, fd in zip(reply.addresses, fds, strict=True)
         }
         stack.pop_all()
-    return Predecessor(connection, reply.pid, reply.version, reply.memory, lock, reply.bind, listeners)
+    return Predecessor(connection, reply.pid, reply.version, reply.memory, lock, reply.bind, listeners, status)
 
 
 async def retire(predecessor: Predecessor, supervisor: Supervisor) -> None:

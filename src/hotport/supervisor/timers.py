@@ -39,6 +39,10 @@ class Timers:
         if scope is not None:
             scope.cancel()
 
+    def left_s(self, timer: Timer) -> float | None:
+        """Seconds until a timer ends; None if it does not run."""
+        return max(0.0, self._ends[timer] - anyio.current_time()) if timer in self._running else None
+
     def latest(self, ignored: Container[Clock] = ()) -> float | None:
         """When the last of those that run ends, on the event loop's clock; None if none does.
 

@@ -22,7 +22,7 @@ import msgspec
 from hotport import __version__
 from hotport.errors import RestartError
 from hotport.kernel.sockets import inherited_listener
-from hotport.supervisor.supervisor import Supervisor
+from hotport.supervisor.supervisor import StatusPort, Supervisor
 from hotport.wire.frames import encode_frame
 from hotport.wire.messages import PROTOCOL, Done, Memory, encode
 
@@ -37,6 +37,7 @@ __all__ = [
     "preflight",
     "report",
     "sockets_of",
+    "status_port_of",
 ]
 
 VARIABLE: Final = "HOTPORT_UPGRADE"
@@ -65,6 +66,7 @@ class Baggage(msgspec.Struct, frozen=True, kw_only=True):
         pid: For whom it is meant, as ``LISTEN_PID``.
         client: A command that waits for the outcome.
         numbers: Workers by pid.
+        status: The status port: as the options name it, its address, and its descriptor.
     """
 
     pid: int
@@ -77,6 +79,7 @@ class Baggage(msgspec.Struct, frozen=True, kw_only=True):
     numbers: dict[int, int]
     before: Identity
     began_s: float
+    status: tuple[str, str, int] | None = None
 
 
 def describe_self() -> Identity:
@@ -150,6 +153,7 @@ def pack(
     supervisor: Supervisor, *, lock: int, control: socket.socket, client: socket.socket | None, began_s: float
 ) -> Baggage:
     """Say what the next supervisor gets."""
+    status = supervisor.status_port
     return Baggage(
         pid=os.getpid(),
         lock=lock,
@@ -161,6 +165,7 @@ def pack(
         numbers={process.pid: worker for worker, process in supervisor.processes.items()},
         before=describe_self(),
         began_s=began_s,
+        status=(status.bind, status.address, status.listener.fileno()) if status else None,
     )
 
 
@@ -173,7 +178,7 @@ def become(argv: list[str], baggage: Baggage, directory: str) -> NoReturn:
     Sources: execve(2): the signal mask and pending signals are preserved; descriptors, unless close-on-exec.
     """
     descriptors = (baggage.lock, baggage.control, baggage.notify, baggage.client, *baggage.listeners.values())
-    for fd in descriptors:
+    for fd in (*descriptors, baggage.status[2] if baggage.status else None):
         if fd is not None:
             os.set_inheritable(fd, True)
     environment = {**os.environ, VARIABLE: msgspec.json.encode(baggage).decode(), "PWD": directory}
@@ -211,6 +216,14 @@ def sockets_of(baggage: Baggage) -> tuple[socket.socket, socket.socket]:
 def listeners_of(baggage: Baggage) -> dict[str, socket.socket]:
     """The listeners that were carried, owned by the caller."""
     return {address: inherited_listener(fd, is_in_use=True) for address, fd in baggage.listeners.items()}
+
+
+def status_port_of(baggage: Baggage) -> StatusPort | None:
+    """The status port that was carried, owned by the caller."""
+    if baggage.status is None:
+        return None
+    bind, address, fd = baggage.status
+    return StatusPort(bind, address, inherited_listener(fd, is_in_use=True))
 
 
 def report(baggage: Baggage, supervisor: Supervisor) -> str:

@@ -274,9 +274,14 @@ class StatusRequest(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
 
 
 class StopRequest(msgspec.Struct, frozen=True, kw_only=True, tag="stop"):
-    """End the service, at once or after draining."""
+    """End the service, at once or after draining.
+
+    Attributes:
+        lame_duck_s: Seconds to serve on before it drains; None leaves it to the service's own option.
+    """
 
     now: bool = False
+    lame_duck_s: float | None = None
 
 
 class ScaleRequest(msgspec.Struct, frozen=True, kw_only=True, tag="scale"):
@@ -399,6 +404,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     """The service as it is.
 
     Attributes:
+        stage: ``"starting"``, ``"ready"``, ``"unserved"``, ``"lame duck"`` or ``"stopping"``.
+        lame_duck_left_s: How long a lame duck serves on.
+        status_address: Where the status port is; empty without one.
         strategy: How listeners reach the next generation, and why in this way.
         strategies: Every strategy, and why it cannot work here; empty if it can.
         lost: Addresses that somebody else has taken, and who; they are tried again.
@@ -416,6 +424,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     rss_bytes: int
     workers: tuple[WorkerStatus, ...]
     last_restart: Report | None = None
+    stage: str = ""
+    lame_duck_left_s: float | None = None
+    status_address: str = ""
     strategy: str = "inherit"
     strategy_why: str = ""
     strategies: dict[str, str] = {}
@@ -473,6 +484,8 @@ class Estate(msgspec.Struct, frozen=True, kw_only=True, tag="estate"):
     Attributes:
         bind: The addresses as the options name them.
         addresses: What they are, in the order of the descriptors.
+        status_bind: Of the status port, if there is one: its descriptor is the last.
+        status_address: What that is.
     """
 
     pid: int
@@ -480,6 +493,8 @@ class Estate(msgspec.Struct, frozen=True, kw_only=True, tag="estate"):
     memory: Memory
     bind: tuple[str, ...]
     addresses: tuple[str, ...]
+    status_bind: str = ""
+    status_address: str = ""
 
 
 Reply = Progress | Report | Status | TlsReport | Done | Failure | Estate

@@ -1,0 +1,167 @@
+"""The status port: what load balancers and orchestrators ask a service, answered by its supervisor.
+
+A connection carries one question and one answer, over TCP or a unix socket: an HTTP/1 request, or the line that HAProxy
+sends to an agent (``agent-send "agent\\n"``). Workers are not asked whether the service is ready: they may hang, and
+what the supervisor knows of them is what counts. Everything is bounded: the size of a question, the time for both, and
+the connections, of which the oldest makes room.
+"""
+
+from __future__ import annotations
+
+import socket
+from contextlib import suppress
+from http import HTTPStatus
+from typing import Final
+
+import anyio
+import msgspec
+from anyio.abc import ByteStream
+
+from hotport.model.service import Stage
+from hotport.observe.logs import get_logger
+from hotport.options import Options
+from hotport.supervisor.requests import describe
+from hotport.supervisor.supervisor import Supervisor
+from hotport.wire.messages import Status, encode
+
+__all__ = ["serve_status_port"]
+
+#: From the moment in which a connection is accepted to its end.
+EXCHANGE_TIMEOUT_S: Final = 2.0
+
+#: A probe's request is short.
+QUESTION_BYTES_MAX: Final = 8192
+
+CLIENTS_MAX: Final = 64
+
+#: How long to leave the socket alone when nothing can be accepted, for want of descriptors or memory.
+ACCEPT_PAUSE_S: Final = 0.1
+
+#: What HAProxy's agent-check is told. ``ready`` takes back ``drain``, which outlives the process that said it; ``up``
+#: takes back what stands before the sharp in the others.
+AGENT: Final = {
+    Stage.STARTING: "down#starting",
+    Stage.READY: "up ready",
+    Stage.UNSERVED: "fail#unserved",
+    Stage.LAME_DUCK: "drain",
+    Stage.STOPPING: "stopped#stopping",
+}
+
+log = get_logger("hotport.status")
+
+
+async def serve_status_port(supervisor: Supervisor, sock: socket.socket, is_over: anyio.Event) -> None:
+    """Answer on a status port until `is_over`, and then to the end of what is being asked.
+
+    ``/ready`` is 200 while clients should be sent here, else 503; ``/live`` is 200; ``/status`` is what
+    ``hotport status --json`` says, without what an application, its command line or its clients may have told.
+
+    Args:
+        sock: A listening stream socket, non-blocking; a duplicate of it may be held elsewhere.
+
+    Cancellation: safe; what is being answered is cut. Descriptors: owns `sock`.
+    """
+    clients: dict[socket.socket, anyio.CancelScope] = {}
+
+    async def converse(connection: socket.socket, scope: anyio.CancelScope) -> None:
+        try:
+            with scope, suppress(anyio.BrokenResourceError, anyio.EndOfStream, OSError):
+                connection.getpeername()  # fails if the client has left already
+                async with await anyio.abc.SocketStream.from_socket(connection) as stream:
+                    await stream.send(await _answer(supervisor, await _read_question(stream)))
+                    await stream.send_eof()
+                    while await stream.receive():  # closing on what was not read would reset the connection
+                        pass
+        except Exception:
+            log.exception("status_port.failed")  # a bug of ours must not cost the service its supervisor
+        finally:
+            del clients[connection]
+            connection.close()
+
+    async def accept() -> None:
+        while True:
+            await anyio.wait_readable(sock)  # and nothing is awaited with a connection in hand
+            try:
+                connection, _ = sock.accept()
+            except BlockingIOError:  # another supervisor has it, or its client has left
+                continue
+            except OSError as error:
+                log.error("status_port.accept_failed", error=str(error))
+                await anyio.sleep(ACCEPT_PAUSE_S)
+                continue
+            if len(clients) >= CLIENTS_MAX:
+                next(iter(clients.values())).cancel()
+            clients[connection] = anyio.CancelScope(deadline=anyio.current_time() + EXCHANGE_TIMEOUT_S)
+            conversations.start_soon(converse, connection, clients[connection])
+
+    with sock:
+        async with anyio.create_task_group() as conversations:
+            async with anyio.create_task_group() as accepting:
+                accepting.start_soon(accept)
+                await is_over.wait()
+                accepting.cancel_scope.cancel()
+            sock.close()  # before the last answer, so that nobody waits in our queue for nothing
+
+
+async def _read_question(stream: ByteStream) -> bytes:
+    """The head of an HTTP request, or an agent's line; whatever came if that is neither."""
+    question = b""
+    while len(question) <= QUESTION_BYTES_MAX:
+        try:
+            question += await stream.receive()
+        except anyio.EndOfStream:
+            break
+        line, end, _ = question.partition(b"\n")
+        if end and (not _is_http(line) or b"\n\n" in question.replace(b"\r\n", b"\n")):
+            break
+    return question
+
+
+def _is_http(line: bytes) -> bool:
+    return line.rstrip(b"\r").endswith((b" HTTP/1.0", b" HTTP/1.1"))
+
+
+async def _answer(supervisor: Supervisor, question: bytes) -> bytes:
+    line = question.partition(b"\n")[0].rstrip(b"\r")
+    stage = supervisor.service.stage
+    if stage is Stage.STOPPING and supervisor.is_succeeded:
+        stage = Stage.READY  # another supervisor has the service, and serves
+    if line == b"agent":
+        return f"{AGENT[stage]}\n".encode()
+    words = line.decode("latin-1").split(" ")
+    if len(question) > QUESTION_BYTES_MAX or not _is_http(line) or len(words) != 3 or not words[1].startswith("/"):
+        return _response(HTTPStatus.BAD_REQUEST, "one HTTP/1 request with a short head, or the line: agent\n")
+    method, path = words[0], words[1].partition("?")[0]
+    if path not in ("/ready", "/live", "/status"):
+        return _response(HTTPStatus.NOT_FOUND, "there are /ready, /live and /status\n", method)
+    if method not in ("GET", "HEAD"):
+        return _response(HTTPStatus.METHOD_NOT_ALLOWED, "GET or HEAD\n", method)
+    if path == "/status":
+        status = public(await describe(supervisor), supervisor.options)
+        return _response(HTTPStatus.OK, msgspec.json.format(encode(status)).decode() + "\n", method)
+    is_good = path == "/live" or stage is Stage.READY
+    return _response(HTTPStatus.OK if is_good else HTTPStatus.SERVICE_UNAVAILABLE, f"{stage.value}\n", method)
+
+
+def public(status: Status, options: Options) -> Status:
+    """A status without what may be secret: arguments of a command, words of an application, addresses of clients."""
+    last = status.last_restart
+    if last is not None and last.error:
+        last = msgspec.structs.replace(last, error=f"see hotport status {status.service}")
+    target = status.target if options.target else options.command[0]
+    workers = tuple(msgspec.structs.replace(worker, status="", lingering=()) for worker in status.workers)
+    return msgspec.structs.replace(status, target=target, workers=workers, last_restart=last)
+
+
+def _response(status: HTTPStatus, body: str, method: str = "GET") -> bytes:
+    content = body.encode()
+    head = [
+        f"HTTP/1.1 {status.value} {status.phrase}",
+        f"Content-Type: {'application/json' if body.startswith('{') else 'text/plain; charset=utf-8'}",
+        f"Content-Length: {len(content)}",
+        "Cache-Control: no-store",
+        "Connection: close",
+    ]
+    if status is HTTPStatus.METHOD_NOT_ALLOWED:
+        head.append("Allow: GET, HEAD")
+    return "\r\n".join([*head, "", ""]).encode() + (b"" if method == "HEAD" else content)
