@@ -20,13 +20,16 @@ __all__ = ["Child", "spawn"]
 
 _REPORT_BYTES_MAX = 4096
 
+#: By itself, so that writing to a closed pipe is an exception; nobody asked for that.
+_PYTHON_IGNORES = {signal.SIGPIPE, signal.SIGXFSZ}
+
 
 @dataclass(frozen=True, slots=True)
 class Child:
     """A process that was started here and has not been waited for.
 
     Attributes:
-        pid: Its process id, and the id of the process group that it leads.
+        pid: Its process id, and the id of the process group that it leads unless it is a successor.
         pidfd: Readable when it has ended; close-on-exec; the caller closes it.
     """
 
@@ -41,6 +44,7 @@ def spawn(
     cwd: str,
     listeners: Sequence[int] = (),
     listen_names: Sequence[str] = (),
+    is_successor: bool = False,
 ) -> Child:
     """Start a program and return when it has been exec'ed.
 
@@ -61,6 +65,8 @@ def spawn(
         cwd: Where the program starts.
         listeners: Descriptors to pass, in order; they stay open here, and may be any, in any order.
         listen_names: A name for each of them, see `hotport.wire.listenfds.listen_environment`.
+        is_successor: It is to take our place: it gets our stdin as well, stays in our process group, so that Ctrl-C
+            and whoever signals the group means it, too, and ignores what we ignore (nohup(1)).
 
     Raises:
         KernelError: If there is no process or descriptor left for it (HP210), a listener cannot be passed
@@ -90,7 +96,7 @@ def spawn(
             try:
                 pid = os.fork()
                 if pid == 0:
-                    _become(argv, pristine, cwd, listeners, report, parent)
+                    _become(argv, pristine, cwd, listeners, report, parent, is_successor)
                 pidfd = os.pidfd_open(pid)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
@@ -113,7 +119,13 @@ def spawn(
 
 
 def _become(
-    argv: Sequence[str], environment: dict[str, str], cwd: str, listeners: Sequence[int], report: int, parent: int
+    argv: Sequence[str],
+    environment: dict[str, str],
+    cwd: str,
+    listeners: Sequence[int],
+    report: int,
+    parent: int,
+    is_successor: bool,
 ) -> NoReturn:
     """The child's whole life before its exec; all signals are blocked when it starts."""
     step = "prepare"
@@ -121,8 +133,11 @@ def _become(
         gc.disable()  # a finaliser of ours must not run here
         signal.set_wakeup_fd(-1)
         for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+            if is_successor and signum not in _PYTHON_IGNORES and signal.getsignal(signum) is signal.SIG_IGN:
+                continue
             signal.signal(signum, signal.SIG_DFL)  # an ignored signal would stay ignored through exec
-        os.setpgid(0, 0)
+        if not is_successor:
+            os.setpgid(0, 0)
 
         step = "pass"
         # Sources may lie where targets or streams go, and so may the pipe: first move all above them.
@@ -132,7 +147,7 @@ def _become(
         null = os.open(os.devnull, os.O_RDWR)
         for stream in range(FIRST_FD):
             # If we have no stdout, the first file that the program opens would become its stdout.
-            if stream == 0 or not _is_inherited(stream):
+            if (stream == 0 and not is_successor) or not _is_inherited(stream):
                 os.dup2(null, stream)
                 os.set_inheritable(stream, True)  # dup2 does nothing if `null` itself came to lie there
         for target, fd in enumerate(moved, FIRST_FD):
@@ -150,7 +165,7 @@ def _become(
         if listeners:
             environment["LISTEN_PID"] = str(os.getpid())
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        if os.getppid() != parent:
+        if os.getppid() != parent and not is_successor:
             os._exit(127)  # it was killed: the next supervisor could not know of us, and does not miss us
         os.execvpe(argv[0], list(argv), environment)
     except BaseException as error:

@@ -100,8 +100,8 @@ class Channel:
         descriptors, self._descriptors = self._descriptors, []
         return kind, payload, descriptors
 
-    async def receive_word(self) -> Any:
-        """The next control message.
+    async def receive_word(self, kind: Any = Word) -> Any:
+        """The next control message, one of the closed set `kind`.
 
         Raises:
             EOFError, OSError, ControlError: As in `receive_frame`.
@@ -110,7 +110,7 @@ class Channel:
         while True:
             # Not one byte more than it needs: what follows is none.
             if payloads := decoder.feed(await self._receive(1)):
-                return decode(payloads[0], Word)
+                return decode(payloads[0], kind)
 
     async def receive_descriptors(self, count: int) -> list[int]:
         """So many descriptors, the caller's to close, that come with messages of one byte each.
