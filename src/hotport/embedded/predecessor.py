@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import select
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -48,14 +49,14 @@ class Predecessor:
 
     Attributes:
         spec: What it has told us.
-        is_over: It is gone, and what it had handed over by then is served here.
+        over: It is gone, and what it had handed over by then is served here.
 
     Descriptors: owns the listeners that were passed until they are adopted, the control socket and a pidfd.
     """
 
     def __init__(self, spec: Succession, listeners: dict[int, socket.socket], pidfd: int | None) -> None:
         self.spec = spec
-        self.is_over = False
+        self.over = asyncio.Event()
         self.manager = Manager(spec.manager)
         self._listeners = listeners
         self._pidfd = pidfd
@@ -87,6 +88,15 @@ class Predecessor:
                 os.close(pidfd)
                 pidfd = None
         return cls(spec, {number: inherited_listener(fd) for number, (fd, _) in enumerate(passed)}, pidfd)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its process is gone; what follows from that may still be on its way."""
+        if self._pidfd is None:
+            return True
+        poll = select.poll()  # select(2) knows no descriptor above 1023
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(0))
 
     def adopt(self, text: str) -> socket.socket | None:
         """The listener of an address, if it was passed: the caller's from here on."""
@@ -126,7 +136,7 @@ class Predecessor:
 
     def leaving(self) -> None:
         """Say that this process ends because it was told to."""
-        if not self.is_over:
+        if not self.over.is_set():
             notify(self._notify_path, encode_notification(stopping=True))
 
     async def close(self) -> None:
@@ -176,7 +186,7 @@ class Predecessor:
                 os.environ["NOTIFY_SOCKET"] = self.spec.manager
             else:
                 del os.environ["NOTIFY_SOCKET"]
-        self.is_over = True
+        self.over.set()
         await self.manager.say(ready=True, main_pid=os.getpid(), status=f"generation {self.spec.generation} serves")
 
     def _conversations(self) -> set[asyncio.Task[Any]]:
@@ -200,7 +210,9 @@ class Predecessor:
                     self._ordered.set()
                 case _:
                     channel.close()
-        except (EOFError, OSError, ControlError) as error:
+        except (EOFError, OSError):  # it has ended
+            channel.close()
+        except ControlError as error:
             log.warning("what came from the predecessor cannot be understood: %s", error)
             channel.close()
         except asyncio.CancelledError:

@@ -60,14 +60,13 @@ class Program:
 
     def why_not_again(self) -> str:
         """Why the same command line would not start the same program; empty if it would."""
-        main = sys.modules["__main__"]
         if "_pytest" in sys.modules:
             return "it runs in pytest, which would run all tests once more"
         if hasattr(sys, "ps1") or sys.flags.interactive or hasattr(builtins, "__IPYTHON__"):
             return "it was typed at a prompt"
         if "multiprocessing" in sys.modules and sys.modules["multiprocessing"].parent_process() is not None:
             return "it is a process of multiprocessing, which only its parent can start"
-        if not any(sys.orig_argv[1:]) or (sys.argv[:1] == ["-"] and not hasattr(main, "__file__")):
+        if sys.argv[:1] in ([], [""], ["-"]):
             return "it was read from stdin, which cannot be read again"
         return ""
 

@@ -94,24 +94,34 @@ class _Listener:
         self.address = str(bound_address(address, self.socket))
         self.kept = self.socket.dup()
         self._path = ""
+        self._identity: tuple[int, int] | None = None
         if isinstance(address, UnixAddress) and not address.is_abstract:
             self._path = os.path.abspath(address.path)
             self._identity = _identity(self._path)
         #: While a predecessor may still serve here, its socket file is not ours to remove.
         self.is_ours = adopted is None
+        self._is_dropped = False
+
+    def drop(self) -> None:
+        """The successor does not want it: nobody accepts there once the server has closed `socket`."""
+        self._is_dropped = True
+        self.kept.close()
 
     def renew(self) -> socket.socket:
         """The listener once more, after `socket` was closed."""
-        if self.kept.fileno() < 0:  # the successor did not want it
-            self.kept = bind_listener(parse_address(self.address), backlog=self._backlog)
+        if self._is_dropped:
+            self._is_dropped = False
+            address = UnixAddress(self._path) if self._path else parse_address(self.address)
+            self.kept = bind_listener(address, backlog=self._backlog)
+            self._identity = _identity(self._path) if self._path else None
         self.socket = self.kept.dup()
         return self.socket
 
     def close(self, *, is_passed_on: bool = False) -> None:
-        """Close it; its socket file is removed unless somebody else accepts there."""
+        """Close it; its socket file is removed unless a successor accepts there."""
         self.socket.close()
         self.kept.close()
-        if self._path and self.is_ours and not is_passed_on and self._identity is not None:
+        if self._identity is not None and self.is_ours and (self._is_dropped or not is_passed_on):
             unlink_if_ours(self._path, self._identity)
 
 
@@ -212,7 +222,7 @@ class Server:
         busy = ""
         if self._restarting is not None and not self._restarting.done():
             busy = "another restart of this process is not over"
-        elif self._predecessor is not None and not self._predecessor.is_over:
+        elif self._predecessor is not None and not self._predecessor.has_ended:
             busy = f"its predecessor, pid {self._predecessor.spec.predecessor}, has not ended yet"
         elif self._closed.is_set() or self._is_ending:
             busy = "this server is closed"
@@ -232,6 +242,8 @@ class Server:
 
     async def _restart(self, argv: Sequence[str] | None) -> Restarted:
         began_s = time.monotonic()
+        if self._predecessor is not None:
+            await self._predecessor.over.wait()
         start = self._program.resolve(argv, self.generation)
         await self._manager.say(reloading=True, monotonic_s=began_s, status="restarting")
         try:
@@ -247,8 +259,8 @@ class Server:
         ready_s = time.monotonic() - began_s
         try:
             self._inner.quiesce()
-            for number in dropped:  # nobody will accept there once this process has emptied the queue
-                self._listeners[number].kept.close()
+            for number in dropped:
+                self._listeners[number].drop()
             await self._manager.say(ready=True, status=f"generation {self.generation + 1} serves, pid {successor.pid}")
             fates = await self._leave(successor)
             await self._manager.pass_to(successor.pid)

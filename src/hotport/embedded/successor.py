@@ -36,7 +36,7 @@ class Successor:
         pid: Its process id.
         ended: It has ended, and has been waited for.
         has_left: It said ``STOPPING=1``: it ended, or will end, because somebody wanted it to.
-        control: Where it takes connections, as `hotport.worker.handoff.Mover` wants it.
+        control: Where it takes connections: ``@name``.
 
     Descriptors: owns the pidfd and the notify socket.
     """
@@ -45,7 +45,7 @@ class Successor:
         self.pid = child.pid
         self.ended = asyncio.Event()
         self.has_left = False
-        self.control = sockaddr(control)
+        self.control = control
         self._serving = generation - 1
         self._pidfd = child.pidfd
         self._notify_socket = notify_socket
@@ -230,7 +230,7 @@ class Successor:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.setblocking(False)
         try:
-            await self._loop.sock_connect(sock, self.control)
+            await self._loop.sock_connect(sock, sockaddr(self.control))
         except ConnectionRefusedError:
             sock.close()
             return None
@@ -247,11 +247,16 @@ class Successor:
         return lines[0] if lines[0].startswith("HP") else lines[-1]
 
     def _has_ended(self, phase: str) -> RestartError:
+        cause = f"pid {self.pid} {self.how_it_ended}"
+        if told := self._told():
+            cause = f"{told} ({cause})"
+        elif self._status is not None and self._status >= 0:
+            cause += "; what it has said about that is on stderr"
         return self._failed(
             RestartError(
                 "HP445",
                 f"the successor did not come to serve; pid {os.getpid()} serves on",
-                cause=f"{self._told() or 'it has said why on stderr, if it has'} (pid {self.pid} {self.how_it_ended})",
+                cause=cause,
                 fix="mend the program, then restart again",
                 phase=phase,
                 serving=self._serving,
