@@ -267,6 +267,8 @@ class DatagramServer:
             transport.start()
 
     async def resume(self, listeners: Sequence[socket.socket]) -> None:
+        for transport in self._transports:
+            transport.abort()
         self._listeners = listeners
         self.connections.resume()
         await self.startup()
@@ -334,6 +336,8 @@ class SocketsServer:
 
     async def resume(self, listeners: Sequence[socket.socket]) -> None:
         await self._adapter.finish(0)
+        for listener in self._listeners:
+            listener.close()
         self._listeners = listeners
         self.connections.resume()
         await self.startup()
