@@ -126,6 +126,7 @@ class Embedded:
         cwd: Path | None = None,
         python: str = sys.executable,
         prefix: Sequence[str] = (),
+        stdin: int = subprocess.DEVNULL,
     ) -> None:
         self.directory = directory
         self.stderr_path = directory / "stderr"
@@ -141,7 +142,7 @@ class Embedded:
                 [*prefix, python, *(argv or ("server.py",))],
                 cwd=where,
                 env=environment,
-                stdin=subprocess.DEVNULL,
+                stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
             )

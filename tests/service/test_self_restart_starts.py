@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -184,16 +184,49 @@ def test_stdin_and_process_group_stay(tmp_path: Path) -> None:
         assert os.readlink(f"/proc/{program.pid}/fd/0") == "/dev/null"
 
 
-def test_signals_that_were_ignored_are_still(tmp_path: Path) -> None:
-    """nohup(1) has a successor that outlives the terminal, too."""
-    with Embedded(tmp_path, lines("one"), prefix=[need("nohup")]) as program:
-        program.restart()
-        ignored = next(
-            int(line.split()[1], 16)
-            for line in Path(f"/proc/{program.pid}/status").read_text().splitlines()
-            if line.startswith("SigIgn:")
-        )
-        assert ignored & (1 << (signal.SIGHUP - 1))
+def test_program_that_was_to_outlive_the_terminal_has_such_successors(tmp_path: Path) -> None:
+    app = lines("one") + 'OPTIONS = {"restart_on_hup": True}'
+    ours, theirs = os.openpty()
+    try:
+        prefix = [need("setsid"), "--ctty", "nohup"]
+        with Embedded(tmp_path, app, prefix=prefix, stdin=theirs) as program:
+            os.close(theirs)
+            for _ in range(2):
+                program.restart()
+            os.close(ours)
+            assert program.hello() == ("one", program.pid)
+            program.restart()
+    finally:
+        for fd in (ours, theirs):
+            with suppress(OSError):
+                os.close(fd)
+
+
+def test_program_that_leads_the_session_of_a_terminal_is_refused(tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    with Embedded(tmp_path, lines("one"), prefix=[need("setsid"), "--ctty"], stdin=theirs) as program:
+        said = program.fail()
+        assert_three_lines(said["text"], "HP440")
+        assert "terminal" in said["text"]
+    os.close(theirs)
+    os.close(ours)
+
+
+def test_interrupt_at_the_terminal_ends_both_while_both_live(tmp_path: Path) -> None:
+    app = lines("one").replace("@hotport.restartable", "") + 'OPTIONS = {"drain_timeout": 1000, "restart_on_hup": True}'
+    ours, theirs = os.openpty()
+    prefix = [need("setsid"), "--ctty", "sh", "-c", 'trap : INT; "$@"; exit 0', "sh"]
+    with Embedded(tmp_path, app, prefix=prefix, stdin=theirs) as program, program.connect() as client:
+        hello(client)
+        program.ask()
+        program.wait("serving")
+        assert len(program.pids) == 2
+        os.write(ours, b"\x03")
+        while program.told() is not None:  # until both have ended
+            pass
+        program.has_stopped = True
+    os.close(theirs)
+    os.close(ours)
 
 
 # -- addresses ----------------------------------------------------------------------------------------------

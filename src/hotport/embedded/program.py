@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import builtins
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from hotport.errors import RestartError
+from hotport.kernel.process import has_terminal
 from hotport.wire.listenfds import LISTEN_VARIABLES
 from hotport.wire.succession import SUCCESSION_VARIABLE
 
@@ -21,14 +23,18 @@ PRIVATE_VARIABLES: Final = (*LISTEN_VARIABLES, SUCCESSION_VARIABLE, "NOTIFY_SOCK
 #: They end, and everything in the container with them, when the process ends that they have started.
 ENDING_INITS: Final = frozenset({"tini", "docker-init", "podman-init", "dumb-init", "catatonit", "sh", "bash", "dash"})
 
+#: By every interpreter, for itself.
+IGNORED_BY_PYTHON: Final = frozenset({signal.SIGPIPE, signal.SIGXFSZ})
+
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What to execute, where, and in which environment; links are followed as they are now."""
+    """What to execute, where, in which environment, and deaf to what; links are followed as they are now."""
 
     argv: tuple[str, ...]
     directory: str
     environment: Mapping[str, str]
+    ignored: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +45,13 @@ class Program:
         argv: As the interpreter got it.
         directory: The working directory *as it was named*, with its symbolic links.
         environment: As it was then: what the program has set since would hide a change of, say, its ``.env`` file.
+        ignored: Signals that it was started to ignore (nohup(1), or a shell's ``&``).
     """
 
     argv: tuple[str, ...]
     directory: str
     environment: Mapping[str, str]
+    ignored: frozenset[int]
 
     @classmethod
     def snapshot(cls) -> Program:
@@ -56,7 +64,8 @@ class Program:
         named = environment.get("PWD", "")
         if os.path.isabs(named) and os.path.isdir(named) and os.path.samefile(named, directory):
             directory = named
-        return cls(tuple(sys.orig_argv), directory, environment)
+        ignored = {number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN}
+        return cls(tuple(sys.orig_argv), directory, environment, frozenset(ignored - IGNORED_BY_PYTHON))
 
     def why_not_again(self) -> str:
         """Why the same command line would not start the same program; empty if it would."""
@@ -89,7 +98,16 @@ class Program:
             raise _not_there(f"the program {words[0]}", serving)
         if argv is None and not _is_there(sys.argv[0], words, directory):
             raise _not_there(f"{sys.argv[0]}, looked for in {directory},", serving)
-        return Start(tuple(words), directory, {**self.environment, "PWD": self.directory})
+        return Start(tuple(words), directory, {**self.environment, "PWD": self.directory}, self.ignored)
+
+    def _why_not_outlived(self) -> str:
+        if os.getpid() == 1:
+            return "it is pid 1, and everything in the container ends with it"
+        if os.getppid() == 1 and (init := _name_of_init()) in ENDING_INITS:
+            return f"it was started by {init} (pid 1), which ends the container when this process ends"
+        if os.getsid(0) == os.getpid() and has_terminal() and signal.SIGHUP not in self.ignored:
+            return "it leads the session of a terminal, which hangs up on everybody when this process ends (setsid(2))"
+        return ""
 
     def refuse_if_it_cannot(self, argv: Sequence[str] | None, serving: int) -> None:
         """Find out what stands against a successor, whatever the server does.
@@ -98,14 +116,12 @@ class Program:
             RestartError: It could not outlive this process (HP440), a supervisor does this (HP441), or the same
                 command line would not start the same program (HP442).
         """
-        if os.getpid() == 1 or (os.getppid() == 1 and _name_of_init() in ENDING_INITS):
+        if why := self._why_not_outlived():
             raise RestartError(
                 "HP440",
                 "cannot restart: no successor could outlive this process",
-                cause="it is pid 1, and everything in the container ends with it"
-                if os.getpid() == 1
-                else f"it was started by {_name_of_init()} (pid 1), which ends the container when this process ends",
-                fix="hotport serve, whose pid stays the same, as the command of the container",
+                cause=why,
+                fix="hotport serve, whose pid stays the same",
                 phase="refused",
                 serving=serving,
             )

@@ -443,7 +443,7 @@ async def serve(
 def _restarting_on_hup(server: Server) -> Iterator[None]:
     loop = asyncio.get_running_loop()
     before = signal.getsignal(signal.SIGHUP)
-    is_bound_to_terminal = has_terminal() and before is not signal.SIG_IGN
+    is_bound_to_terminal = has_terminal() and before is not signal.SIG_IGN  # nohup(1): it is to outlive the terminal
     tasks: set[asyncio.Task[None]] = set()
 
     async def restart() -> None:

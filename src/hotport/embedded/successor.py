@@ -100,6 +100,7 @@ class Successor:
                 listeners=[listener.fileno() for listener in listeners],
                 listen_names=[listener_name(parse_address(address)) for address in addresses],
                 is_successor=True,
+                ignored=start.ignored,
             )
         except HotportError as error:
             if notify_socket is not None:

@@ -7,7 +7,7 @@ import fcntl
 import gc
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
@@ -19,9 +19,6 @@ from hotport.wire.listenfds import FIRST_FD, LISTEN_VARIABLES, listen_environmen
 __all__ = ["Child", "spawn"]
 
 _REPORT_BYTES_MAX = 4096
-
-#: By itself, so that writing to a closed pipe is an exception; nobody asked for that.
-_PYTHON_IGNORES = {signal.SIGPIPE, signal.SIGXFSZ}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +42,14 @@ def spawn(
     listeners: Sequence[int] = (),
     listen_names: Sequence[str] = (),
     is_successor: bool = False,
+    ignored: Collection[int] = (),
 ) -> Child:
     """Start a program and return when it has been exec'ed.
 
     The program gets exactly stdin (``/dev/null``), our stdout and stderr (``/dev/null`` if we have none), and
-    the listeners from descriptor 3 up; a process group of its own, no blocked and no ignored signal; and
-    `environment` plus the LISTEN variables, with the right ``LISTEN_PID``. Blocks for the time of fork and
-    exec: a few milliseconds, more in a process with much memory.
+    the listeners from descriptor 3 up; a process group of its own, no blocked signal, and none ignored but
+    `ignored`; and `environment` plus the LISTEN variables, with the right ``LISTEN_PID``. Blocks for the time of
+    fork and exec: a few milliseconds, more in a process with much memory.
 
     A signal that kills the child before its exec is no failure here: its pidfd is readable, and its status
     says so. The child runs between fork and exec only what is below: no event loop, no exit handlers. Python
@@ -66,7 +64,8 @@ def spawn(
         listeners: Descriptors to pass, in order; they stay open here, and may be any, in any order.
         listen_names: A name for each of them, see `hotport.wire.listenfds.listen_environment`.
         is_successor: It is to take our place: it gets our stdin as well, stays in our process group, so that Ctrl-C
-            and whoever signals the group means it, too, and ignores what we ignore (nohup(1)).
+            and whoever signals the group means it, too.
+        ignored: Signals that it ignores from the beginning, as after nohup(1).
 
     Raises:
         KernelError: If there is no process or descriptor left for it (HP210), a listener cannot be passed
@@ -96,7 +95,7 @@ def spawn(
             try:
                 pid = os.fork()
                 if pid == 0:
-                    _become(argv, pristine, cwd, listeners, report, parent, is_successor)
+                    _become(argv, pristine, cwd, listeners, report, parent, is_successor, ignored)
                 pidfd = os.pidfd_open(pid)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
@@ -126,6 +125,7 @@ def _become(
     report: int,
     parent: int,
     is_successor: bool,
+    ignored: Collection[int],
 ) -> NoReturn:
     """The child's whole life before its exec; all signals are blocked when it starts."""
     step = "prepare"
@@ -133,9 +133,8 @@ def _become(
         gc.disable()  # a finaliser of ours must not run here
         signal.set_wakeup_fd(-1)
         for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-            if is_successor and signum not in _PYTHON_IGNORES and signal.getsignal(signum) is signal.SIG_IGN:
-                continue
-            signal.signal(signum, signal.SIG_DFL)  # an ignored signal would stay ignored through exec
+            # One that we ignore would stay ignored through exec.
+            signal.signal(signum, signal.SIG_IGN if signum in ignored else signal.SIG_DFL)
         if not is_successor:
             os.setpgid(0, 0)
 
