@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from websockets.sync.client import connect as connect_websocket
 
 from tests.service.embedded_support import LINES, Embedded, hello
 from tests.support import DEADLINE_S, HOTPORT, RESTARTS, SLOWNESS, assert_three_lines
+from tests.tls_support import Pki
+from tests.tls_support import connect as connect_tls
 
 pytestmark = pytest.mark.unmeasured
 
@@ -140,3 +143,58 @@ def test_restarts_lose_nothing_and_no_connection(
     generations = [told.said["generation"] for told in program.said if told.what == "serving"]
     assert generations == list(range(1, RESTARTS + 2))
     assert program.stderr() == ""
+
+
+# -- what moves, and what finishes --------------------------------------------------------------------------
+
+COUNTER = """\
+async def APP(scope, receive, send):
+    if scope["type"] != "websocket":
+        return
+    hotport = scope["extensions"]["hotport"]
+    count = hotport["state"] or 0
+    hotport["movable"](lambda: count)
+    await receive()
+    await send({"type": "websocket.accept"})
+    while (message := await receive())["type"] == "websocket.receive":
+        count += 1
+        await send({"type": "websocket.send", "text": f"{count} {hotport['generation']}"})
+"""
+
+
+def test_websocket_moves_with_what_the_application_knows(tmp_path: Path) -> None:
+    with Embedded(tmp_path, COUNTER) as program, connect_websocket(f"ws://127.0.0.1:{program.port}/") as client:
+        for generation in (1, 2, 3):
+            client.send("hello")
+            assert client.recv(DEADLINE_S) == f"{generation} {generation}"
+            if generation < 3:
+                assert program.restart()["connections"] == {"moved_websocket": 1}
+
+
+def test_tls_connections_finish(tmp_path: Path) -> None:
+    pki = Pki(tmp_path)
+    options = f"\nOPTIONS = {{'tls_cert': {pki.issue('cert.pem', 'localhost')!r}}}\n"
+    app = (
+        lines("VERSION")
+        .replace("@hotport.restartable", "")
+        .replace("async for _ in stream:", "if await stream.receive():")
+    )
+    with Embedded(tmp_path, app.replace("VERSION", "one") + options) as program:
+        with connect_tls(program.port, pki.client()) as client:
+            program.write(app.replace("VERSION", "two") + options)
+            program.ask()
+            program.wait("serving")
+            assert hello(client) == ("one", program.pids[0])
+        report = program.wait("restarted")
+        assert (report["handed_off"], report["finished"], report["cut"]) == (0, 1, 0)
+        with connect_tls(program.port, pki.client()) as client:
+            assert hello(client) == ("two", program.pid)
+
+
+def test_what_does_not_finish_is_cut_and_counted(tmp_path: Path) -> None:
+    app = lines("one").replace("@hotport.restartable", "") + "OPTIONS = {'drain_timeout': 0.1}\n"
+    with Embedded(tmp_path, app) as program, program.connect() as client:
+        hello(client)
+        report = program.restart()
+        assert (report["handed_off"], report["finished"], report["cut"]) == (0, 0, 1)
+        assert client.recv(100) == b""
