@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 from pathlib import Path
@@ -186,3 +187,23 @@ def test_server_that_is_closed_takes_a_successor_that_starts_along(tmp_path: Pat
         (said,) = (told.said for told in program.said if told.what == "failed")
         assert_three_lines(said["text"], "HP448")
         assert program.process.wait(DEADLINE_S) == 0
+
+
+@pytest.mark.parametrize("how", ["signal", "close"])
+def test_old_one_leaves_with_a_successor_that_was_stopped(tmp_path: Path, how: str) -> None:
+    """Whoever ends the new one wants the service to end, not the old one to come back."""
+    app = lines("one").replace("@hotport.restartable", "") + "OPTIONS = {'drain_timeout': 60}\n"
+    with Embedded(tmp_path, app) as program, program.connect() as client:
+        hello(client)
+        program.ask()
+        program.wait("serving")
+        with watching_pid(program.pid) as wait_ended:
+            os.kill(program.pid, signal.SIGTERM if how == "close" else signal.SIGINT)
+            wait_ended()
+        with pytest.raises(ConnectionRefusedError):
+            program.connect()
+        assert hello(client) == ("one", program.process.pid)
+        client.close()
+        assert program.wait("restarted")["finished"] == 1
+        assert program.process.wait(DEADLINE_S) == 0
+        program.has_stopped = True

@@ -204,6 +204,7 @@ class Server:
         Cancellation: until the new process accepts, it is ended, and this one serves on. After that the restart goes
             on without its caller.
         """
+        assert not isinstance(argv, str) and argv != [], "argv is a list of words: the program, then its arguments"
         self._refuse(argv)
         task = self._restarting = asyncio.get_running_loop().create_task(self._restart(argv))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())  # its caller may be gone
@@ -255,7 +256,6 @@ class Server:
                     ready=True, status=f"restart aborted, generation {self.generation} serves: {why}"
                 )
             raise
-        self._has_committed = True
         ready_s = time.monotonic() - began_s
         try:
             self._inner.quiesce()
@@ -263,7 +263,8 @@ class Server:
                 self._listeners[number].drop()
             await self._manager.say(ready=True, status=f"generation {self.generation + 1} serves, pid {successor.pid}")
             fates = await self._leave(successor)
-            await self._manager.pass_to(successor.pid)
+            if not successor.ended.is_set():
+                await self._manager.pass_to(successor.pid)
         finally:
             self._has_committed = False
             successor.close()
@@ -289,8 +290,10 @@ class Server:
         )
         try:
             channel = await successor.ready(self._settings.ready_timeout_s)
+            self._has_committed = True  # it may have connections from here on: nobody can change his mind
             committed = await successor.commit(channel)
         except BaseException:
+            self._has_committed = False
             with anyio.CancelScope(shield=True):
                 await successor.abort(self._settings.kill_timeout_s)
             raise
@@ -302,12 +305,14 @@ class Server:
         drain = loop.create_task(
             self._inner.drain(self._settings.drain_timeout_s, is_last=True, successors=[successor.control])
         )
-        ended = loop.create_task(successor.ended.wait())
-        await asyncio.wait({drain, ended}, return_when=asyncio.FIRST_COMPLETED)
-        if not successor.ended.is_set() or successor.has_left or self._closed.is_set() or self._is_ending:
-            fates = await drain
-            ended.cancel()
-            return fates
+        leaves = loop.create_task(successor.leaves.wait())
+        await asyncio.wait({drain, leaves}, return_when=asyncio.FIRST_COMPLETED)
+        leaves.cancel()
+        if not successor.leaves.is_set() or successor.has_left or self._closed.is_set() or self._is_ending:
+            if successor.leaves.is_set():
+                for listener in self._listeners:
+                    listener.kept.close()  # or clients would wait there for nobody
+            return await drain
         drain.cancel()
         await asyncio.wait({drain})
         await self._inner.resume([listener.renew() for listener in self._listeners])

@@ -35,7 +35,8 @@ class Successor:
     Attributes:
         pid: Its process id.
         ended: It has ended, and has been waited for.
-        has_left: It said ``STOPPING=1``: it ended, or will end, because somebody wanted it to.
+        leaves: It has ended, or will soon.
+        has_left: It said ``STOPPING=1`` or was interrupted: it ended, or will end, because somebody wanted it to.
         control: Where it takes connections: ``@name``.
 
     Descriptors: owns the pidfd and the notify socket.
@@ -44,6 +45,7 @@ class Successor:
     def __init__(self, child: Child, notify_socket: socket.socket, control: str, generation: int) -> None:
         self.pid = child.pid
         self.ended = asyncio.Event()
+        self.leaves = asyncio.Event()
         self.has_left = False
         self.control = control
         self._serving = generation - 1
@@ -208,7 +210,9 @@ class Successor:
                     self._timeout.reschedule(until)
             if pid == self.pid:  # what it has started itself does not speak for it
                 self._is_ready |= said.ready
-                self.has_left |= said.stopping
+                if said.stopping:
+                    self.has_left = True
+                    self.leaves.set()
                 self._error = said.error or self._error
         self._changed.set()
 
@@ -216,8 +220,10 @@ class Successor:
         self._hear()  # its last words
         self._loop.remove_reader(self._pidfd)
         self._status = reap(self.pid)
+        self.has_left |= self._status in (-signal.SIGTERM, -signal.SIGINT)
         os.close(self._pidfd)
         self.ended.set()
+        self.leaves.set()
         self._changed.set()
 
     @property

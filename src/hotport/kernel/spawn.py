@@ -164,7 +164,7 @@ def _become(
         if listeners:
             environment["LISTEN_PID"] = str(os.getpid())
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        if os.getppid() != parent and not is_successor:
+        if os.getppid() != parent and not is_successor:  # which would be the last one that has the listeners
             os._exit(127)  # it was killed: the next supervisor could not know of us, and does not miss us
         os.execvpe(argv[0], list(argv), environment)
     except BaseException as error:
