@@ -60,10 +60,13 @@ class Program:
         Sources: proc_pid_environ(5): the environment at the time of exec, whatever setenv(3) did since.
         """
         environment = _initial_environment()
-        directory = os.getcwd()
         named = environment.get("PWD", "")
-        if os.path.isabs(named) and os.path.isdir(named) and os.path.samefile(named, directory):
-            directory = named
+        try:
+            directory = os.getcwd()
+            if os.path.isabs(named) and os.path.isdir(named) and os.path.samefile(named, directory):
+                directory = named
+        except FileNotFoundError:  # it was removed: a release that is no more
+            directory = named or "/"
         ignored = {number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN}
         return cls(tuple(sys.orig_argv), directory, environment, frozenset(ignored - IGNORED_BY_PYTHON))
 

@@ -204,7 +204,8 @@ class Server:
         Cancellation: until the new process accepts, it is ended, and this one serves on. After that the restart goes
             on without its caller.
         """
-        assert not isinstance(argv, str) and argv != [], "argv is a list of words: the program, then its arguments"
+        assert not isinstance(argv, str), "argv is a list of words"
+        assert argv is None or argv, "argv begins with the program"
         self._refuse(argv)
         task = self._restarting = asyncio.get_running_loop().create_task(self._restart(argv))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())  # its caller may be gone
