@@ -98,13 +98,16 @@ class Predecessor:
         poll.register(self._pidfd, select.POLLIN)
         return bool(poll.poll(0))
 
-    def adopt(self, text: str) -> socket.socket | None:
-        """The listener of an address, if it was passed: the caller's from here on."""
+    def adopt(self, text: str) -> list[socket.socket]:
+        """The listeners of an address that were passed: the caller's from here on.
+
+        One, or none; ``systemd:NAME`` may have several.
+        """
         place = place_of(text)
-        found = next((n for n in self._listeners if self.spec.asked[n] == place), None)
-        if found is None:  # port 0 is a number by now
-            found = next((n for n, each in self._listeners.items() if _is_at(each, place)), None)
-        return self._listeners.pop(found) if found is not None else None
+        found = [number for number in self._listeners if self.spec.asked[number] == place]
+        if not found:  # port 0 is a number by now
+            found = [number for number, each in self._listeners.items() if _is_at(each, place)]
+        return [self._listeners.pop(number) for number in found]
 
     async def wait_for_order(self, server: Server) -> None:
         """Say that this process could accept, and return when it shall: on order, or when there is nobody to give it.

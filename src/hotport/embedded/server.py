@@ -25,7 +25,7 @@ from hotport.embedded.program import Program, Start
 from hotport.embedded.successor import Successor
 from hotport.errors import ConfigError, HotportError, RestartError
 from hotport.kernel.process import has_terminal
-from hotport.kernel.sockets import bind_listener, bound_address, unlink_if_ours
+from hotport.kernel.sockets import bind_listener, bound_address, passed_addresses, unlink_if_ours
 from hotport.options import Options
 from hotport.options.loading import load
 from hotport.worker.server import ConnectionServer, DatagramServer, SocketsServer, make_server
@@ -85,21 +85,20 @@ class _Listener:
         address: Where it is.
     """
 
-    def __init__(self, text: str, backlog: int, predecessor: Predecessor | None) -> None:
+    def __init__(self, text: str, sock: socket.socket, backlog: int, *, is_adopted: bool) -> None:
         address = parse_address(text)
-        adopted = predecessor.adopt(text) if predecessor is not None else None
         self._backlog = backlog
         self.place = place_of(text)
-        self.socket = adopted or bind_listener(address, backlog=backlog)
-        self.address = str(bound_address(address, self.socket))
-        self.kept = self.socket.dup()
+        self.socket = sock
+        self.address = str(bound_address(address, sock))
+        self.kept = sock.dup()
         self._path = ""
         self._identity: tuple[int, int] | None = None
         if isinstance(address, UnixAddress) and not address.is_abstract:
             self._path = os.path.abspath(address.path)
             self._identity = _identity(self._path)
         #: While a predecessor may still serve here, its socket file is not ours to remove.
-        self.is_ours = adopted is None
+        self.is_ours = not is_adopted
         self._is_dropped = False
 
     def drop(self) -> None:
@@ -123,6 +122,15 @@ class _Listener:
         self.kept.close()
         if self._identity is not None and self.is_ours and (self._is_dropped or not is_passed_on):
             unlink_if_ours(self._path, self._identity)
+
+
+def _listen(text: str, backlog: int, predecessor: Predecessor | None) -> Iterator[_Listener]:
+    """The listeners of an address, passed or bound now; several for ``systemd:NAME``."""
+    adopted = predecessor.adopt(text) if predecessor is not None else []
+    for sock in adopted:
+        yield _Listener(text, sock, backlog, is_adopted=True)
+    for address in passed_addresses(parse_address(text)) if not adopted else ():
+        yield _Listener(text, bind_listener(address, backlog=backlog), backlog, is_adopted=False)
 
 
 def _identity(path: str) -> tuple[int, int] | None:
@@ -408,7 +416,8 @@ async def serve(
             flags = {**options, "bind": texts, "target": "embedded:app"}
             settings = load(file=None, environ={}, flags=flags, cwd=Path(os.devnull)).options
             for text in texts:
-                listeners.append(_Listener(text, settings.backlog, predecessor))  # noqa: PERF401  each is closed below
+                for listener in _listen(text, settings.backlog, predecessor):
+                    listeners.append(listener)  # noqa: PERF402  what there is when another one fails, is closed below
             connections = Connections(maximum=settings.connections_max)
             context = Context(connections, generation=predecessor.spec.generation if predecessor is not None else 1)
             inner = make_server(app, context, settings, [listener.socket for listener in listeners])
