@@ -483,3 +483,36 @@ def test_signals_are_ignored_if_that_is_wanted_and_no_others() -> None:
         signal.signal(signal.SIGUSR2, before)
         os.close(heard)
         os.close(said)
+
+
+def test_orphan_is_nobodys_child_and_has_its_listeners(sockets: list[socket.socket], tmp_path: Path) -> None:
+    """systemd kills a main process that is not its own child instead of waiting for it."""
+    path = tmp_path / "said.json"
+    child = spawn(
+        [sys.executable, "-I", "-S", "-c", WITNESS, str(path)],
+        environment=PATH,
+        cwd="/",
+        listeners=[sockets[0].fileno()],
+        listen_names=["web"],
+        is_successor=True,
+        is_orphan=True,
+    )
+    try:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
+        assert select.select([child.pidfd], [], [], 30)[0]
+    finally:
+        os.close(child.pidfd)
+    answer = json.loads(path.read_text())
+    assert answer["pid"] == child.pid
+    assert answer["environ"]["LISTEN_PID"] == str(child.pid)
+    assert reap(child.pid) is None
+
+
+def test_orphan_that_cannot_be_started_is_an_error_and_leaves_nothing() -> None:
+    before = open_descriptors()
+    with pytest.raises(KernelError, match="HP550"):
+        spawn(["no-such-program"], environment=PATH, cwd="/", is_successor=True, is_orphan=True)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+    assert open_descriptors() == before

@@ -18,7 +18,7 @@ from hotport.address import UnixAddress, parse_address
 from hotport.embedded.manager import Manager
 from hotport.errors import ControlError
 from hotport.kernel.abstract import bind_abstract
-from hotport.kernel.notify import notify
+from hotport.kernel.notify import notify, open_notify
 from hotport.kernel.sockets import bound_address, inherited_listener, peer_credentials
 from hotport.wire.frames import encode_frame
 from hotport.wire.listenfds import LISTEN_VARIABLES, parse_listen_environment
@@ -84,7 +84,7 @@ class Predecessor:
         pidfd: int | None = None
         with suppress(ProcessLookupError):
             pidfd = os.pidfd_open(spec.predecessor)
-            if os.getppid() != spec.predecessor:  # gone, and somebody else has its pid
+            if not _listens(os.environ.get("NOTIFY_SOCKET", "")):  # gone, and somebody else may have its pid
                 os.close(pidfd)
                 pidfd = None
         return cls(spec, {number: inherited_listener(fd) for number, (fd, _) in enumerate(passed)}, pidfd)
@@ -226,6 +226,14 @@ class Predecessor:
         for listener in self._listeners.values():
             listener.close()
         self._listeners.clear()
+
+
+def _listens(path: str) -> bool:
+    sock = open_notify(path)
+    if sock is None:
+        return False
+    sock.close()
+    return True
 
 
 async def _accept_each(control: socket.socket, converse: Callable[[socket.socket], None]) -> None:

@@ -103,6 +103,7 @@ class Successor:
                 listen_names=[listener_name(parse_address(address)) for address in addresses],
                 is_successor=True,
                 ignored=start.ignored,
+                is_orphan=bool(manager),
             )
         except HotportError as error:
             if notify_socket is not None:
@@ -257,7 +258,7 @@ class Successor:
         cause = f"pid {self.pid} {self.how_it_ended}"
         if told := self._told():
             cause = f"{told} ({cause})"
-        elif self._status is not None and self._status >= 0:
+        elif self._status is None or self._status >= 0:
             cause += "; what it has said about that is on stderr"
         return self._failed(
             RestartError(

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import gc
 import os
+import re
 import signal
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +20,7 @@ from hotport.wire.listenfds import FIRST_FD, LISTEN_VARIABLES, listen_environmen
 __all__ = ["Child", "spawn"]
 
 _REPORT_BYTES_MAX = 4096
+_ORPHAN = re.compile(rb"\0(\d+)\0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ def spawn(
     listen_names: Sequence[str] = (),
     is_successor: bool = False,
     ignored: Collection[int] = (),
+    is_orphan: bool = False,
 ) -> Child:
     """Start a program and return when it has been exec'ed.
 
@@ -66,6 +69,8 @@ def spawn(
         is_successor: It is to take our place: it gets our stdin as well, stays in our process group, so that Ctrl-C
             and whoever signals the group means it, too.
         ignored: Signals that it ignores from the beginning, as after nohup(1).
+        is_orphan: It is a child of init (or of the nearest subreaper) from the beginning: systemd ends a main process
+            that is not its own child with SIGKILL. How it ends is not known here.
 
     Raises:
         KernelError: If there is no process or descriptor left for it (HP210), a listener cannot be passed
@@ -81,6 +86,7 @@ def spawn(
     """
     assert argv, "nothing to execute"
     assert len(listeners) == len(listen_names), "every listener has a name"
+    assert is_successor or not is_orphan, "others end with us"
     pristine = {key: value for key, value in environment.items() if key not in LISTEN_VARIABLES}
     pristine.update(listen_environment(listen_names, 0))  # the child knows its pid and corrects it
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
@@ -95,13 +101,20 @@ def spawn(
             try:
                 pid = os.fork()
                 if pid == 0:
-                    _become(argv, pristine, cwd, listeners, report, parent, is_successor, ignored)
+                    _become(argv, pristine, cwd, listeners, report, parent, is_successor, ignored, is_orphan)
                 pidfd = os.pidfd_open(pid)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             os.close(report)
             report = -1
             failure = _read_all(heard)
+            if is_orphan:
+                _discard(pid, pidfd)  # the one in between
+                pid = pidfd = -1
+                failure, orphan = _without_orphan(failure)
+                if not failure:
+                    pidfd = os.pidfd_open(orphan)
+                    pid = orphan
         finally:
             os.close(heard)
             if report >= 0:
@@ -126,11 +139,15 @@ def _become(
     parent: int,
     is_successor: bool,
     ignored: Collection[int],
+    is_orphan: bool,
 ) -> NoReturn:
     """The child's whole life before its exec; all signals are blocked when it starts."""
     step = "prepare"
     try:
         gc.disable()  # a finaliser of ours must not run here
+        if is_orphan and (orphan := os.fork()):
+            os.write(report, b"\0%d\0" % orphan)
+            os._exit(0)
         signal.set_wakeup_fd(-1)
         for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
             # One that we ignore would stay ignored through exec.
@@ -172,6 +189,16 @@ def _become(
         os.write(report, f"{step} {number} {error}".encode(errors="replace")[:_REPORT_BYTES_MAX])
     finally:
         os._exit(127)
+
+
+def _without_orphan(report: bytes) -> tuple[bytes, int]:
+    """What has failed, and the pid of the child's child."""
+    found = _ORPHAN.search(report)
+    if found is None:
+        if not report:
+            raise OSError(errno.ECHILD, os.strerror(errno.ECHILD))  # killed between two forks
+        return report, 0
+    return report.replace(found[0], b""), int(found[1])
 
 
 def _is_inherited(fd: int) -> bool:
