@@ -70,6 +70,8 @@ OPTIONS_TAIL: Final = """
   `$XDG_RUNTIME_DIR/hotport`, else `/run/hotport` for root and `hotport-UID` in the temporary directory for others.
 - `HOTPORT_GENERATION`: set for each worker; the number of its generation.
 - `HOTPORT_WORKER`: set for hotport's own workers, and removed before the application is imported.
+- `HOTPORT_SUCCESSION`: set for a program that [restarts itself](../how-to/restart-your-own-program.md), and removed by
+  `hotport.serve`.
 - `HOTPORT_FAULTS`: read by `hotport.testing.FaultyApp` ([how to](../how-to/test-that-restarts-are-invisible.md)).
 - `HOTPORT_TEST_SLOWNESS`, `HOTPORT_TEST_RESTARTS`: of hotport's own tests; a factor for their deadlines, and how many
   restarts those go through in which one restart is like the other.

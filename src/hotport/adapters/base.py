@@ -68,6 +68,10 @@ class Draining:
         self._deadline = asyncio.get_running_loop().time() + timeout_s
         self._event.set()
 
+    def _stop(self) -> None:
+        self._deadline = math.inf
+        self._event.clear()
+
 
 class Offer(NamedTuple):
     """A connection at a safe point: its descriptor, which stays the connection's, and what has to travel with it."""
@@ -279,6 +283,13 @@ class Connections:
         self._is_counting = self._is_draining = True
         self.draining._start(timeout_s)
         self.lead(self._ready)
+
+    def resume(self) -> None:
+        """The worker stays after all. Whoever was told that it leaves, leaves; nobody else is."""
+        self._is_draining = False
+        self._ready = None
+        self._untold = []
+        self.draining._stop()
 
     def lead(self, ready: Ready | None) -> None:
         """From now on connections can be handed off to somebody, or to nobody any more.

@@ -28,8 +28,9 @@ import msgspec
 
 from hotport.adapters.base import Adapter, Connection, Connections, NotAdopted, Offer
 from hotport.errors import ControlError
+from hotport.kernel.abstract import sockaddr
 from hotport.kernel.scm import DESCRIPTORS_MAX, receive_descriptors, send_descriptors
-from hotport.observe.logs import get_logger
+from hotport.observe.logs import get_shared_logger
 from hotport.wire.envelope import (
     ENVELOPE_VERSION,
     HEADER_BYTES,
@@ -100,8 +101,8 @@ class Channel:
         descriptors, self._descriptors = self._descriptors, []
         return kind, payload, descriptors
 
-    async def receive_word(self) -> Any:
-        """The next control message.
+    async def receive_word(self, kind: Any = Word) -> Any:
+        """The next control message, one of the closed set `kind`.
 
         Raises:
             EOFError, OSError, ControlError: As in `receive_frame`.
@@ -110,7 +111,7 @@ class Channel:
         while True:
             # Not one byte more than it needs: what follows is none.
             if payloads := decoder.feed(await self._receive(1)):
-                return decode(payloads[0], Word)
+                return decode(payloads[0], kind)
 
     async def receive_descriptors(self, count: int) -> list[int]:
         """So many descriptors, the caller's to close, that come with messages of one byte each.
@@ -195,7 +196,7 @@ class Mover:
         self._following = asyncio.Lock()
         #: Some successors may be gone, and others not there yet: nobody is told that there is none.
         self._is_between = False
-        self._log = get_logger("hotport.handoff")
+        self._log = get_shared_logger("hotport.handoff")
 
     async def follow(self, paths: Sequence[str]) -> None:
         """Hand connections to the workers with these control sockets from now on, and to no others.
@@ -245,7 +246,7 @@ class Mover:
         why = ""
         try:
             async with asyncio.timeout(WELCOME_TIMEOUT_S):
-                await self._loop.sock_connect(sock, path)
+                await self._loop.sock_connect(sock, sockaddr(path))
                 await channel.send(encode_message_frame(encode(OfferOrder(version=ENVELOPE_VERSION))))
                 while not isinstance(word := await channel.receive_word(), Welcome):
                     pass
@@ -417,7 +418,7 @@ async def take_connections(channel: Channel, version: int, adapter: Adapter, con
     Cancellation: safe between two batches; in the middle of one, its connections are let go of, and stay the other's.
     Descriptors: what is received belongs to the connections made of it, or is closed. `channel` is closed.
     """
-    log = get_logger("hotport.handoff")
+    log = get_shared_logger("hotport.handoff")
     adopted: list[tuple[socket.socket, asyncio.BaseProtocol]] = []
     try:
         welcome = _welcome(version, connections)
@@ -478,7 +479,7 @@ def _adopt(
                 raise NotAdopted("no room")
             protocol = adapter.adopt(envelope)
         except Exception as error:
-            get_logger("hotport.handoff").warning("handoff.refused", why=str(error) or repr(error))
+            get_shared_logger("hotport.handoff").warning("handoff.refused", why=str(error) or repr(error))
             sock.close()
             refused.append(number)
             continue

@@ -64,6 +64,12 @@ class Server(Protocol):
             successors: Control sockets of the workers to hand connections to.
         """
 
+    async def resume(self, listeners: Sequence[socket.socket]) -> None:
+        """Accept again, from these listeners, after a drain that was cancelled or has ended.
+
+        Connections that were told to leave do leave.
+        """
+
     async def follow(self, successors: Sequence[str]) -> None:
         """While it drains: hand connections to these workers from now on."""
 
@@ -93,7 +99,7 @@ class ConnectionServer:
         names: Sequence[str] = (),
     ) -> None:
         self.connections = connections
-        self._hands_off = hands_off
+        self._may_hand_off = self._hands_off = hands_off
         self._mover: Mover | None = None
         self._released: list[Acceptor] = []
         self._adapter = adapter
@@ -150,6 +156,15 @@ class ConnectionServer:
     def _all(self) -> list[Acceptor]:
         """All that may still attach a connection."""
         return self._released + self._acceptors
+
+    async def resume(self, listeners: Sequence[socket.socket]) -> None:
+        await self._stop_moving()
+        self._hands_off = self._may_hand_off
+        for acceptor in self._all:
+            acceptor.close()
+        self._acceptors = [a for listener in listeners for a in self._acceptors_of(listener)]
+        self.connections.resume()
+        await self.accept()
 
     async def accept(self) -> None:
         self._is_accepting = True
@@ -251,6 +266,14 @@ class DatagramServer:
         for transport in self._transports:
             transport.start()
 
+    async def resume(self, listeners: Sequence[socket.socket]) -> None:
+        for transport in self._transports:
+            transport.abort()
+        self._listeners = listeners
+        self.connections.resume()
+        await self.startup()
+        await self.accept()
+
     def quiesce(self) -> None:
         for transport in self._transports:
             transport.stop()
@@ -310,6 +333,14 @@ class SocketsServer:
 
     async def accept(self) -> None:
         """It has accepted since it said that it had started."""
+
+    async def resume(self, listeners: Sequence[socket.socket]) -> None:
+        await self._adapter.finish(0)
+        for listener in self._listeners:
+            listener.close()
+        self._listeners = listeners
+        self.connections.resume()
+        await self.startup()
 
     def quiesce(self) -> None:
         """It cannot stop accepting without leaving; sharing the listener until it drains loses nothing."""
