@@ -18,6 +18,8 @@ _PHASES = {
     News.COMMITTED: "committed",
     News.QUIESCED: "quiesced",
     News.DRAINING: "draining",
+    News.WATCHING: "watching",
+    News.UNDOING: "undoing",
 }
 
 
@@ -64,6 +66,7 @@ class RestartRecord:
         self._leaving: set[int] = set()
         self._drained: set[int] = set()
         self._fates: Counter[str] = Counter()
+        self._fates_back: Counter[str] = Counter()
         self.accepting_at: dict[int, float] = {}
         self.quiesced_at: dict[int, float] = {}
 
@@ -75,7 +78,11 @@ class RestartRecord:
         """What became of a leaving worker's connections, by its own word."""
         if worker in self._leaving:
             self._drained.add(worker)
-            self._fates.update(fates)
+            (self._fates_back if self._outcome == "undone" else self._fates).update(fates)
+
+    def taken_back(self, fates: Mapping[str, int]) -> None:
+        """What became of an old worker's connections before it accepted again."""
+        self._fates.update(fates)
 
     def hear(self, announcement: Announce) -> None:
         """Take one piece of news into account."""
@@ -83,7 +90,7 @@ class RestartRecord:
             case News.WORKER_RETIRED if announcement.worker in self._leaving:
                 self._leaving.discard(announcement.worker)
                 if announcement.worker not in self._drained and self._outcome != "aborted":
-                    self._fates["workers_killed"] += 1
+                    (self._fates_back if self._outcome == "undone" else self._fates)["workers_killed"] += 1
             case _ if announcement.generation != self.generation:
                 pass
             case News.ABORTED:
@@ -94,7 +101,16 @@ class RestartRecord:
                 self._mark("aborted")
             case News.DONE:
                 self._outcome = "done"
+            case News.UNDONE:
+                self._outcome = "undone"
+                self._why = announcement.why
+                self._leaving |= set(announcement.workers)
+                self._mark("undone")
+            case News.BAKING:
+                self._mark("baking")  # its workers are those of the canary
             case news if news in _PHASES:
+                if news is News.UNDOING:
+                    self._culprit = announcement.worker
                 self._leaving |= set(announcement.workers)
                 self._mark("quiesce overdue" if news is News.QUIESCED and announcement.why else _PHASES[news])
         if self._outcome and not self._leaving and not self.is_over:
@@ -113,7 +129,7 @@ class RestartRecord:
         """
         after = self._overflows()
         error = ""
-        if self._outcome == "aborted":
+        if self._outcome in ("aborted", "undone"):
             error = errors.get(self._culprit) or self._why
         return Report(
             service=self._service,
@@ -127,6 +143,7 @@ class RestartRecord:
             phases=tuple(self._phases),
             accept_gap_ms=round(accept_gap_s(self.quiesced_at, self.accepting_at) * 1000, 3),
             connections=dict(self._fates) if self._is_tracked else None,
+            connections_back=dict(self._fates_back) if self._is_tracked and self._outcome == "undone" else None,
             queue_overflows={key: value - self._overflows_before.get(key, 0) for key, value in after.items()},
         )
 
@@ -176,6 +193,12 @@ class Reports:
         """What became of a leaving worker's connections, by its own word."""
         for record in self._records.values():
             record.drained(worker, fates)
+
+    def taken_back(self, restart: Restart | None, worker: int, fates: Mapping[str, int]) -> None:
+        """What became of an old worker's connections before it accepted again, by its own word."""
+        record = self._records.get(restart.generation) if restart is not None else None
+        if restart is not None and record is not None and worker in restart.old:
+            record.taken_back(fates)
 
     def note(self, restart: Restart | None, worker: int, event: Event, at_s: float) -> None:
         """When a worker began or ceased to accept, if that belongs to the restart in progress."""

@@ -57,7 +57,7 @@ class DrainOrder(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
 
 
 class SuccessorsOrder(msgspec.Struct, frozen=True, kw_only=True, tag="successors"):
-    """To a worker that drains: these workers can go on with its connections now, in place of those named before."""
+    """To a worker that drains or is quiesced: these workers can go on with its connections from now on."""
 
     successors: tuple[str, ...]
 
@@ -96,9 +96,14 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
 
 
 class Accepting(msgspec.Struct, frozen=True, kw_only=True, tag="accepting"):
-    """Connections are being accepted since `at_s` (CLOCK_MONOTONIC, seconds)."""
+    """Connections are being accepted since `at_s` (CLOCK_MONOTONIC, seconds).
+
+    Attributes:
+        fates: What became of connections while none were accepted, from a worker that had been quiesced.
+    """
 
     at_s: float
+    fates: dict[str, int] = {}
 
 
 class Quiesced(msgspec.Struct, frozen=True, kw_only=True, tag="quiesced"):
@@ -161,9 +166,12 @@ Word = Hello | Accepting | Quiesced | Welcome | Expired | Drained | Inspection |
 
 
 class RestartRequest(msgspec.Struct, frozen=True, kw_only=True, tag="restart"):
-    """Restart; `phased` overrides the service's own option."""
+    """Restart; what is not None overrides the service's own option."""
 
     phased: bool | None = None
+    canary: int | None = None
+    bake_s: float | None = None
+    undo_window_s: float | None = None
 
 
 class StatusRequest(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
@@ -186,7 +194,13 @@ class ReloadTlsRequest(msgspec.Struct, frozen=True, kw_only=True, tag="reload_tl
     """Let every worker read its certificates again."""
 
 
-Request = RestartRequest | StatusRequest | StopRequest | ScaleRequest | ReloadTlsRequest
+class UndoRequest(msgspec.Struct, frozen=True, kw_only=True, tag="undo"):
+    """Take the old generation back; or, to `keep` the new one, end the bake or the undo window."""
+
+    keep: bool = False
+
+
+Request = RestartRequest | StatusRequest | StopRequest | ScaleRequest | ReloadTlsRequest | UndoRequest
 
 
 # -- supervisor -> command ----------------------------------------------------------------------------------
@@ -214,13 +228,14 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     """One restart, whole.
 
     Attributes:
-        outcome: ``"done"`` or ``"aborted"``.
+        outcome: ``"done"``, ``"aborted"`` before the new generation had taken over, or ``"undone"`` after it.
         serving: The generation that serves now.
-        error: Why it was aborted, in the failed worker's own words where it left any.
+        error: Why it was aborted or undone, and who asked for it; in the failed worker's own words where it left any.
         accept_gap_ms: How long no worker accepted; 0 if the generations overlapped. Connections made in it wait
             in the accept queue, they are not refused.
         connections: What became of the old generation's connections once it accepted no more, by fate; None for a
             foreign program, which keeps its own.
+        connections_back: What became of the new generation's connections, if it was undone.
         queue_overflows: What the kernel counted meanwhile (``/proc/net/netstat``, whole network namespace).
     """
 
@@ -235,6 +250,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     phases: tuple[PhaseTime, ...] = ()
     accept_gap_ms: float = 0.0
     connections: dict[str, int] | None = None
+    connections_back: dict[str, int] | None = None
     queue_overflows: dict[str, int] = {}
 
 
@@ -255,6 +271,14 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     lingering: tuple[Lingering, ...] = ()
 
 
+class WatchStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A restart that can be undone: which, what ends in `left_s` seconds (``"baking"``, ``"watching"``)."""
+
+    generation: int
+    step: str
+    left_s: float
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     """The service as it is."""
 
@@ -270,6 +294,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     rss_bytes: int
     workers: tuple[WorkerStatus, ...]
     last_restart: Report | None = None
+    watch: WatchStatus | None = None
 
 
 class WorkerTls(msgspec.Struct, frozen=True, kw_only=True):

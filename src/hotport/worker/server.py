@@ -52,7 +52,10 @@ class Server(Protocol):
         """
 
     async def follow(self, successors: Sequence[str]) -> None:
-        """While it drains: hand connections to these workers from now on."""
+        """While it drains or is quiesced: hand connections to these workers from now on.
+
+        Cancellation: safe; connections stay.
+        """
 
     async def take(self, channel: Channel, version: int) -> None:
         """Go on with the connections that another worker offers, in envelopes of `version`, until it has closed."""
@@ -81,6 +84,7 @@ class ConnectionServer:
         self.connections = connections
         self._hands_off = hands_off
         self._mover: Mover | None = None
+        self._staying: asyncio.Task[None] | None = None
         self._adapter = adapter
         self._tls = tls
         self._acceptors = [
@@ -101,6 +105,14 @@ class ConnectionServer:
         self.connections.count_fates(False)
         for acceptor in self._acceptors:
             acceptor.start()
+        if self._mover is not None:  # taken back; what is under way arrives, or comes back
+            self._staying = asyncio.get_running_loop().create_task(self._stay(self._mover))
+            self._mover = None
+
+    async def _stay(self, mover: Mover) -> None:
+        await mover.close()
+        self.connections.lead(None)
+        self.connections.moves_early = False
 
     def quiesce(self) -> None:
         self._is_accepting = False
@@ -121,6 +133,16 @@ class ConnectionServer:
                 acceptor.start()
 
     async def follow(self, successors: Sequence[str]) -> None:
+        await self._end_stay()
+        self.connections.moves_early = True
+        await self._follow(successors)
+
+    async def _end_stay(self) -> None:
+        if self._staying is not None:
+            await asyncio.wait({self._staying})
+            self._staying = None
+
+    async def _follow(self, successors: Sequence[str]) -> None:
         if self._hands_off and (successors or self._mover is not None):
             if self._mover is None:
                 self._mover = Mover(self.connections)
@@ -131,7 +153,9 @@ class ConnectionServer:
 
     async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[str]:
         self.quiesce()
-        await self.follow(successors)
+        await self._end_stay()
+        self.connections.moves_early = False
+        await self._follow(successors)
         self.connections.drain(timeout_s)
         try:
             async with asyncio.timeout(timeout_s):

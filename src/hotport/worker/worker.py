@@ -109,6 +109,8 @@ class Worker:
         self._starting: asyncio.Task[Server] | None = None
         self._draining: asyncio.Task[None] | None = None
         self._taking: set[asyncio.Task[None]] = set()
+        self._is_quiesced = False
+        self._following: asyncio.Task[None] | None = None  # while it is quiesced and hands connections over
         # A service manager may signal everybody at once: whoever leaves takes what waits in the accept queue along.
         self._drain_order = DrainOrder(timeout_s=self._options.drain_timeout_s, is_last=True)
         self._leaving = asyncio.Event()
@@ -298,6 +300,8 @@ class Worker:
                     await self._server.follow(successors)
                 elif self._is_asking:
                     self._leaving.set()
+                elif self._is_quiesced:
+                    self._follow(successors)
             case OfferOrder(version=version):
                 self._take(version, peer)
             case ReloadTlsOrder():
@@ -305,11 +309,29 @@ class Worker:
             case _ if self._server is None or self._leaving.is_set():
                 self._log.warning("control.too_early_or_late", order=type(order).__name__)
             case AcceptOrder():
+                self._is_quiesced = False
+                if self._following is not None:
+                    self._following.cancel()
+                fates = dict(self._server.connections.fates)
                 await self._server.accept()
-                peer.say(Accepting(at_s=time.monotonic()))
+                peer.say(Accepting(at_s=time.monotonic(), fates=fates))
             case QuiesceOrder():
+                self._is_quiesced = True
                 self._server.quiesce()
                 peer.say(Quiesced(at_s=time.monotonic()))
+
+    def _follow(self, successors: Sequence[str]) -> None:
+        """Hand connections over, and stay; not awaited, since the next order may be to take them back."""
+        assert self._server is not None
+        before, server = self._following, self._server
+
+        async def follow() -> None:
+            if before is not None:
+                before.cancel()
+                await asyncio.wait({before})
+            await server.follow(successors)
+
+        self._following = self._loop.create_task(follow())
 
     def _take(self, version: int, peer: _Peer) -> None:
         """Another worker has connections for us; its control connection carries nothing else from here on."""
