@@ -330,6 +330,8 @@ class World:
         if restart.step is Step.UNDOING and after.restart is not None:
             assert not [e for e in effects if isinstance(e, Drain) and e.worker in restart.new]
         if News.UNDONE in told:
+            (undone,) = (e for e in effects if isinstance(e, Announce) and e.news is News.UNDONE)
+            assert set(undone.workers) <= after.workers.keys()  # each is still to be waited for
             assert after.generation == before.generation
             assert after.wanted == before.wanted
             assert not restart.old.intersection(before.ids(Phase.OPENING) if restart.step is not Step.UNDOING else ())

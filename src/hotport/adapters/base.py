@@ -194,6 +194,8 @@ class Connections:
         self.accepted = 0
         self.adopted = 0
         self.requests = 0
+        #: Requests that failed: answers of 5xx, and those that were broken off.
+        self.errors = 0
         self.maximum = maximum
         self.requests_max = requests_max
         self.on_full: Callable[[], None] | None = None
@@ -225,6 +227,10 @@ class Connections:
         """A connection that was taken in was not accepted here: another worker has handed it off."""
         self.accepted -= 1
         self.adopted += 1
+
+    def count_own(self) -> None:
+        """A connection that was taken in was not accepted: this process has both of its ends."""
+        self.accepted -= 1
 
     def forget(self, connection: Connection) -> None:
         """A connection was not accepted here, and is not handed off either: another worker keeps it."""

@@ -414,6 +414,7 @@ class Stream(ByteStream, asyncio.Protocol):
                 log.debug("client left: %r", error)
             else:
                 log.exception("stream handler failed")
+                self._connections.errors += 1
             self._is_closed = True
             if not self._is_lost:
                 self._reset()

@@ -821,6 +821,8 @@ def _dismiss(draft: _Draft, restart: Restart) -> None:
 
 def _give_up(draft: _Draft, restart: Restart, why: str, culprit: int = 0, news: News = News.ABORTED) -> None:
     leaving = restart.new - {w.id for w in draft.service.current}
+    if news is News.UNDONE:  # an abort is told in the same step as a worker's end, and before it
+        leaving &= draft.service.workers.keys()
     draft.set(restart=None)
     draft.emit(
         *(StopTimer(Timer(clock)) for clock in _CLOCKS),

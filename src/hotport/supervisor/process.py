@@ -18,11 +18,11 @@ from hotport.kernel.process import describe_exit, kill_group, reap, send_signal
 from hotport.kernel.spawn import Child
 from hotport.observe.logs import get_logger
 from hotport.wire.frames import FrameDecoder, encode_frame
-from hotport.wire.messages import Inspection, TlsReloaded, Word, decode, encode
+from hotport.wire.messages import Inspection, Probed, TlsReloaded, Word, decode, encode
 
 __all__ = ["Process"]
 
-Answer = TypeVar("Answer", Inspection, TlsReloaded)
+Answer = TypeVar("Answer", Inspection, TlsReloaded, Probed)
 
 #: How long the last words of a worker that is gone are waited for.
 LAST_WORDS_S = 1.0

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from hotport.model.lifecycle import Event
 from hotport.model.service import Announce, News, Restart
+from hotport.options import format_duration
 from hotport.wire.messages import PhaseTime, Report
 
 __all__ = ["Reports", "RestartRecord", "accept_gap_s"]
@@ -153,9 +154,17 @@ class Reports:
 
     def __init__(self, service: str, *, overflows: Callable[[], Mapping[str, int]]) -> None:
         self.last: Report | None = None
+        self._last_at_s = 0.0
         self._service = service
         self._overflows = overflows
         self._records: dict[int, RestartRecord] = {}
+
+    def last_in_words(self) -> str:
+        """How and when the last restart ended, to be added to a sentence; empty if there was none."""
+        if self.last is None:
+            return ""
+        ago = format_duration(round(time.monotonic() - self._last_at_s))
+        return f"; the last one, into generation {self.last.generation}, was {self.last.outcome} {ago} ago"
 
     @property
     def generations(self) -> Set[int]:
@@ -186,6 +195,7 @@ class Reports:
             if record.is_over:
                 del self._records[record.generation]
                 self.last = record.report(serving=serving, errors=errors)
+                self._last_at_s = time.monotonic()
                 ended.append(self.last)
         return ended
 

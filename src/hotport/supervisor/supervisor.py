@@ -32,6 +32,7 @@ from hotport.model.lifecycle import Event, Phase
 from hotport.model.service import Announce, Clock, Exited, News, Said, Service
 from hotport.observe.logs import get_logger
 from hotport.options import Options, format_duration
+from hotport.supervisor.health import watch_health
 from hotport.supervisor.launch import Launch, Surroundings
 from hotport.supervisor.process import Process
 from hotport.supervisor.reports import Reports
@@ -402,6 +403,8 @@ class Supervisor:
         elif news is News.RESTART_BEGAN and self.service.restart is not None:
             is_tracked = not self.options.command
             self.reports.begin(self.service.restart, self.service.generation, is_tracked=is_tracked)
+        elif news in (News.BAKING, News.WATCHING) and self.service.restart is not None:
+            self._tasks.start_soon(watch_health, self, announcement.generation, self.service.restart.step)
         self._tell_subscribers(announcement)
         ended = self.reports.hear(
             announcement,
@@ -464,10 +467,11 @@ class Supervisor:
         await asked.is_answered.wait()
         if asked.refusal is not None:
             number = f" (generation {asked.generation})" if asked.generation else ""
+            last = self.reports.last_in_words() if asked.refusal is model.Refusal.NOTHING_TO_UNDO else ""
             raise RestartError(
                 "HP410",
                 f"{self.name} does not take this request now",
-                cause=f"{asked.refusal.value}{number}; generation {self.service.generation} serves",
+                cause=f"{asked.refusal.value}{number}{last}; generation {self.service.generation} serves",
                 fix=_fix(self.name, asked.refusal),
                 phase="refused",
                 serving=self.service.generation,

@@ -72,14 +72,25 @@ class OfferOrder(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
 
 
 class InspectOrder(msgspec.Struct, frozen=True, kw_only=True, tag="inspect"):
-    """Say how you are."""
+    """Say how you are; `is_watched`: and how long your event loop was held up since I asked last."""
+
+    is_watched: bool = False
 
 
 class ReloadTlsOrder(msgspec.Struct, frozen=True, kw_only=True, tag="reload_tls"):
     """Read the certificates again, for connections from now on."""
 
 
-Order = AcceptOrder | QuiesceOrder | DrainOrder | SuccessorsOrder | OfferOrder | InspectOrder | ReloadTlsOrder
+class ProbeOrder(msgspec.Struct, frozen=True, kw_only=True, tag="probe"):
+    """Ask your application for `path` by HTTP, and say what became of it within `timeout_s`."""
+
+    path: str
+    timeout_s: float
+
+
+Order = (
+    AcceptOrder | QuiesceOrder | DrainOrder | SuccessorsOrder | OfferOrder | InspectOrder | ReloadTlsOrder | ProbeOrder
+)
 
 
 # -- worker -> supervisor -----------------------------------------------------------------------------------
@@ -142,7 +153,13 @@ class Lingering(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Inspection(msgspec.Struct, frozen=True, kw_only=True, tag="inspection"):
-    """How a worker is; `lingering` has the oldest connections of one that drains."""
+    """How a worker is.
+
+    Attributes:
+        lingering: The oldest connections of one that drains.
+        errors: Requests that failed: answers of 5xx, and those that were broken off.
+        lag_s: How long its event loop was held up at most since it was last asked, if it was asked for that.
+    """
 
     connections: int
     accepted: int
@@ -151,6 +168,8 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True, tag="inspection"):
     requests: int
     rss_bytes: int
     descriptors: int
+    errors: int = 0
+    lag_s: float = 0.0
 
 
 class TlsReloaded(msgspec.Struct, frozen=True, kw_only=True, tag="tls_reloaded"):
@@ -159,7 +178,13 @@ class TlsReloaded(msgspec.Struct, frozen=True, kw_only=True, tag="tls_reloaded")
     error: str = ""
 
 
-Word = Hello | Accepting | Quiesced | Welcome | Expired | Drained | Inspection | TlsReloaded
+class Probed(msgspec.Struct, frozen=True, kw_only=True, tag="probed"):
+    """What became of a probe: `why` it failed, or nothing."""
+
+    why: str = ""
+
+
+Word = Hello | Accepting | Quiesced | Welcome | Expired | Drained | Inspection | TlsReloaded | Probed
 
 
 # -- command -> supervisor ----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from hotport.options import Options
 from hotport.trust import Trusted
 from hotport.worker.acceptor import Acceptor
 from hotport.worker.handoff import Channel, Mover, take_connections
+from hotport.worker.probe import probe
 from hotport.worker.tls import Tls
 
 __all__ = ["ConnectionServer", "DatagramServer", "Server", "SocketsServer", "make_server"]
@@ -56,6 +57,9 @@ class Server(Protocol):
 
         Cancellation: safe; connections stay.
         """
+
+    async def probe(self, path: str, timeout_s: float) -> str:
+        """Ask the application for `path` by HTTP; why that failed, or nothing."""
 
     async def take(self, channel: Channel, version: int) -> None:
         """Go on with the connections that another worker offers, in envelopes of `version`, until it has closed."""
@@ -148,6 +152,9 @@ class ConnectionServer:
                 self._mover = Mover(self.connections)
             await self._mover.follow(successors)
 
+    async def probe(self, path: str, timeout_s: float) -> str:
+        return await probe(self._adapter, self.connections, path, timeout_s)
+
     async def take(self, channel: Channel, version: int) -> None:
         await take_connections(channel, version, self._adapter, self.connections)
 
@@ -225,6 +232,9 @@ class DatagramServer:
     async def follow(self, successors: Sequence[str]) -> None:
         """They share the sockets."""
 
+    async def probe(self, path: str, timeout_s: float) -> str:
+        return "takes datagrams, and cannot be asked by HTTP: remove health_path"
+
     async def take(self, channel: Channel, version: int) -> None:
         """It has no connections."""
         channel.close()
@@ -273,6 +283,9 @@ class SocketsServer:
 
     async def follow(self, successors: Sequence[str]) -> None:
         """Its connections are its own affair."""
+
+    async def probe(self, path: str, timeout_s: float) -> str:
+        return "has a server of its own, which cannot be asked but over the port: remove health_path"
 
     async def take(self, channel: Channel, version: int) -> None:
         """It has no way of going on with a connection."""

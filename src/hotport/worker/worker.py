@@ -16,7 +16,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -44,6 +44,8 @@ from hotport.wire.messages import (
     Lingering,
     OfferOrder,
     Order,
+    Probed,
+    ProbeOrder,
     Quiesced,
     QuiesceOrder,
     ReloadTlsOrder,
@@ -55,6 +57,7 @@ from hotport.wire.messages import (
 )
 from hotport.wire.sdnotify import encode_notification
 from hotport.worker.handoff import Channel
+from hotport.worker.lag import LagMeter
 from hotport.worker.server import Server, make_server
 
 __all__ = ["Worker"]
@@ -108,7 +111,8 @@ class Worker:
         self._server: Server | None = None
         self._starting: asyncio.Task[Server] | None = None
         self._draining: asyncio.Task[None] | None = None
-        self._taking: set[asyncio.Task[None]] = set()
+        self._beside: set[asyncio.Task[None]] = set()
+        self._lag = LagMeter()
         self._is_quiesced = False
         self._following: asyncio.Task[None] | None = None  # while it is quiesced and hands connections over
         # A service manager may signal everybody at once: whoever leaves takes what waits in the accept queue along.
@@ -128,6 +132,7 @@ class Worker:
         try:
             return await self._serve()
         finally:
+            self._lag.close()
             for peer in list(self._peers):
                 peer.close()
             control.close()
@@ -293,7 +298,7 @@ class Worker:
             case DrainOrder():
                 self._leave(order)
             case InspectOrder():
-                peer.say(self._inspect())
+                peer.say(self._inspect(is_watched=order.is_watched))
             case SuccessorsOrder(successors=successors):
                 self._drain_order = msgspec.structs.replace(self._drain_order, successors=successors)
                 if self._server is not None and self._draining is not None:
@@ -306,6 +311,8 @@ class Worker:
                 self._take(version, peer)
             case ReloadTlsOrder():
                 peer.say(TlsReloaded(error=self._reload_tls()))
+            case ProbeOrder() if self._server is not None:
+                self._run_beside(self._probe(self._server, order, peer))
             case _ if self._server is None or self._leaving.is_set():
                 self._log.warning("control.too_early_or_late", order=type(order).__name__)
             case AcceptOrder():
@@ -339,11 +346,18 @@ class Worker:
         if self._server is None:
             channel.close()
             return
-        task = self._loop.create_task(self._server.take(channel, version))
-        self._taking.add(task)
-        task.add_done_callback(self._taking.discard)
+        self._run_beside(self._server.take(channel, version))
 
-    def _inspect(self) -> Inspection:
+    def _run_beside(self, what: Coroutine[Any, Any, None]) -> None:
+        """What the next order does not wait for."""
+        task = self._loop.create_task(what)
+        self._beside.add(task)
+        task.add_done_callback(self._beside.discard)
+
+    async def _probe(self, server: Server, order: ProbeOrder, peer: _Peer) -> None:
+        peer.say(Probed(why=await server.probe(order.path, order.timeout_s)))
+
+    def _inspect(self, *, is_watched: bool) -> Inspection:
         connections = self._server.connections if self._server is not None else None
         return Inspection(
             connections=len(connections.open) if connections else 0,
@@ -353,6 +367,8 @@ class Worker:
             requests=connections.requests if connections else 0,
             rss_bytes=rss_bytes(os.getpid()),
             descriptors=_descriptors(),
+            errors=connections.errors if connections else 0,
+            lag_s=self._lag.read() if is_watched else 0.0,
         )
 
     def _reload_tls(self) -> str:
