@@ -184,6 +184,10 @@ def test_hup_restarts_with_the_same_window_and_a_stop_ends_it(tmp_path: Path) ->
             second.stderr.split("\n", 1)[1] if second.stderr.startswith("asking") else second.stderr, "HP410"
         )
         assert "hotport undo svc, or hotport undo --keep svc" in second.stderr
+        clash = service.run("restart", "--canary", "1", "--phased")
+        assert clash.returncode == 4
+        assert_three_lines(clash.stderr, "HP305")
+        assert "'--bake'" in service.run("restart", "--bake", "soon").stderr
         assert service.stop() == 0
     (report,) = service.log_events("restart.report")
     assert report["outcome"] == "aborted"
