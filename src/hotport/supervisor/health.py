@@ -6,6 +6,7 @@ worker is an event, and the model's.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -43,64 +44,63 @@ async def watch_health(supervisor: Supervisor, generation: int, step: Step) -> N
         lag_max_s=options.health_lag_max_s,
         memory_max_bytes=options.health_memory_max_bytes,
     )
-    if rules == Rules(requests_min=rules.requests_min) and options.health_path is None:
-        return
-    probe_at = anyio.current_time()
-    seen: dict[int, Sample] = {}
-    while (
-        (restart := supervisor.service.restart) is not None
-        and restart.generation == generation
-        and restart.step is step
-    ):
-        began = anyio.current_time()
-        is_probing = began >= probe_at
-        if is_probing:
-            probe_at = began + PROBE_INTERVAL_S
-        async with anyio.create_task_group() as tasks:
-            for number in restart.new:
-                if process := supervisor.processes.get(number):
-                    tasks.start_soon(_look_at, process, options, is_probing, seen)
-        there = [seen[number] for number in sorted(restart.new) if number in seen and number in supervisor.processes]
-        if ill := verdict(rules, there):
-            supervisor.input(Unhealthy(generation, ill.why, ill.worker))
-            return
-        await anyio.sleep_until(began + INTERVAL_S)
+    last: dict[int, Inspection] = {}
 
+    def new_workers() -> list[Process]:
+        restart = supervisor.service.restart
+        if restart is None or restart.generation != generation or restart.step is not step:
+            return []
+        found = (supervisor.processes.get(number) for number in sorted(restart.new))
+        return [process for process in found if process is not None]
 
-async def _look_at(process: Process, options: Options, is_probing: bool, seen: dict[int, Sample]) -> None:
-    before = seen.get(process.worker, Sample(worker=process.worker))
-    probes: list[str] = []
+    async def look_again(interval_s: float, look: Callable[[Process], Awaitable[Sample]]) -> None:
+        while processes := new_workers():
+            began = anyio.current_time()
+            samples: list[Sample] = []
 
-    async def probe() -> None:
-        probes.append(await _probe(process, options))
+            async def note(process: Process, samples: list[Sample] = samples) -> None:
+                samples.append(await look(process))
+
+            async with anyio.create_task_group() as looks:
+                for process in processes:
+                    looks.start_soon(note, process)
+            if ill := verdict(rules, samples):
+                supervisor.input(Unhealthy(generation, ill.why, ill.worker))
+                return
+            await anyio.sleep_until(began + interval_s)
 
     async with anyio.create_task_group() as tasks:
-        if is_probing and options.health_path is not None:
-            tasks.start_soon(probe)
-        timeout_s = options.health_lag_max_s or ANSWER_TIMEOUT_S
-        began = anyio.current_time()
-        found = await process.ask(InspectOrder(is_watched=True), Inspection, timeout_s)
-        is_late = anyio.current_time() - began > timeout_s + OWN_LAG_MAX_S
-    seen[process.worker] = Sample(
+        if rules != Rules(requests_min=rules.requests_min):
+            tasks.start_soon(look_again, INTERVAL_S, lambda process: _inspect(process, rules, last))
+        if options.health_path is not None:
+            tasks.start_soon(look_again, PROBE_INTERVAL_S, lambda process: _probe(process, options))
+
+
+async def _inspect(process: Process, rules: Rules, last: dict[int, Inspection]) -> Sample:
+    timeout_s = rules.lag_max_s or ANSWER_TIMEOUT_S
+    began = anyio.current_time()
+    found = await process.ask(InspectOrder(is_watched=True), Inspection, timeout_s)
+    is_late = anyio.current_time() - began > timeout_s + OWN_LAG_MAX_S
+    if found is not None:
+        last[process.worker] = found
+    known = last.get(process.worker)
+    return Sample(
         worker=process.worker,
-        requests=found.requests if found else before.requests,
-        errors=found.errors if found else before.errors,
+        requests=known.requests if known else 0,
+        errors=known.errors if known else 0,
         lag_s=found.lag_s if found else 0.0,
         memory_bytes=rss_bytes(process.pid),
         is_silent=found is None and process.is_talking and not is_late,
-        probe="".join(probes),
     )
 
 
-async def _probe(process: Process, options: Options) -> str:
-    """Why a request to the health path failed; empty if it did not."""
-    assert options.health_path is not None
-    timeout_s = options.health_timeout_s
+async def _probe(process: Process, options: Options) -> Sample:
+    path, timeout_s = options.health_path, options.health_timeout_s
+    assert path is not None
     began = anyio.current_time()
-    order = ProbeOrder(path=options.health_path, timeout_s=timeout_s)
-    answer = await process.ask(order, Probed, timeout_s + OWN_LAG_MAX_S)
-    if answer is not None:
-        return answer.why
-    if not process.is_talking or anyio.current_time() - began > timeout_s + 2 * OWN_LAG_MAX_S:
-        return ""
-    return f"did not answer GET {options.health_path} within {timeout_s:g} s"
+    answer = await process.ask(ProbeOrder(path=path, timeout_s=timeout_s), Probed, timeout_s + OWN_LAG_MAX_S)
+    is_late = anyio.current_time() - began > timeout_s + 2 * OWN_LAG_MAX_S
+    why = answer.why if answer else ""
+    if answer is None and process.is_talking and not is_late:
+        why = f"did not answer GET {path} within {timeout_s:g} s"
+    return Sample(worker=process.worker, probe=why)
