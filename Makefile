@@ -50,6 +50,7 @@ bench: $(VENV)/.dev debian
 	$(BIN)/python benchmarks/restart.py
 	$(BIN)/python benchmarks/http.py
 	$(BIN)/python benchmarks/rebind.py
+	$(BIN)/python benchmarks/gap.py
 	$(BIN)/python benchmarks/timewait.py
 	$(BIN)/python benchmarks/why.py
 	$(BIN)/python benchmarks/peers.py

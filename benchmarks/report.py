@@ -22,6 +22,7 @@ PAGE: Final = ROOT / "docs" / "discussion" / "why-the-port-stays-busy.md"
 PEERS_PAGE: Final = ROOT / "docs" / "discussion" / "what-restarts-cost-elsewhere.md"
 CHURN_PAGE: Final = ROOT / "docs" / "how-to" / "load-test-restarts.md"
 WHY_PAGE: Final = ROOT / "docs" / "how-to" / "explain-a-busy-port.md"
+GAP_PAGE: Final = ROOT / "docs" / "how-to" / "choose-a-strategy.md"
 PICTURE: Final = RESULTS / "rebind.svg"
 
 #: Rows of http.py: what they are called, what is compared, and how many decimals that has.
@@ -73,6 +74,7 @@ def main() -> None:
     PEERS_PAGE.write_text(rendered_peers_page(PEERS_PAGE.read_text()))
     CHURN_PAGE.write_text(rendered_churn_page(CHURN_PAGE.read_text()))
     WHY_PAGE.write_text(rendered_why_page(WHY_PAGE.read_text()))
+    GAP_PAGE.write_text(rendered_gap_page(GAP_PAGE.read_text()))
     if (results := results_of("rebind")) is not None:
         PICTURE.write_text(drawn(results))
 
@@ -87,6 +89,12 @@ def rendered(readme: str) -> str:
                 readme = readme.replace(after, f"{after}\n<!-- {name} -->\n<!-- /{name} -->\n")
             readme = _between(readme, name, section(results))
     return readme
+
+
+def rendered_gap_page(page: str) -> str:
+    """The page on strategies with how long nobody listens in a rebind."""
+    results = results_of("gap")
+    return page if results is None else _between(page, "gap", _gap(results))
 
 
 def rendered_page(page: str) -> str:
@@ -237,6 +245,29 @@ def _rebind(results: dict[str, Any]) -> str:
         ", ".join(holes) + " in TIME_WAIT.",
         f"Load average {machine['load_average'][0]:.1f} on {machine['cores']} cores. How: `benchmarks/rebind.py`;",
         "samples in `benchmarks/results/rebind.json`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _gap(results: dict[str, Any]) -> str:
+    samples, counts, machine = results["samples"], results["entries"], results["machine"]
+    lines = [
+        f"| in TIME_WAIT on the port | {' | '.join(f'{entries:,}' for entries in counts)} |",
+        "|---|" + "---|" * len(counts),
+    ]
+    rounds = 0
+    for way in ("rebind", "rebind --guard"):
+        for series, what in (("gap us", f"`{way}`, nobody listens for, us"), ("floor us", "the bare system calls, us")):
+            values = [samples[f"{way}, {entries}: {series}"] for entries in counts]
+            rounds = len(values[0])
+            cells = [f"{statistics.median(each):,.0f} (to {max(each):,.0f})" for each in values]
+            lines.append(f"| {what} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Medians (and maxima) of {rounds} restarts, and as many repetitions of the same system calls in one process",
+        f"that does nothing else. Load average {machine['load_average'][0]:.1f} on {machine['cores']} cores. How:",
+        "`benchmarks/gap.py`; samples in `benchmarks/results/gap.json`.",
         "",
     ]
     return "\n".join(lines)

@@ -23,6 +23,7 @@ import hotport.testing
 from docs.states import states_page
 from hotport.cli import COMMANDS
 from hotport.errors import ExitCode
+from hotport.model.guarantee import GUARANTEES, Facts, table
 from hotport.options import OPTIONS, Option
 
 __all__ = ["PAGES", "ErrorSite", "error_sites"]
@@ -58,7 +59,8 @@ the same in a key. `hotport.run` takes the TOML names as keyword arguments, stro
 - A duration is a number of seconds, or like `250ms`, `30s`, `2m`, `1h30m`.
 - A size is a number of bytes, or like `512M`, `1.5G`; 1K is 1024 bytes.
 - A list is a TOML list, a flag that is given more than once, or text with commas.
-- A restart reads them again. `bind` cannot change by a restart (HP411); a new `workers` counts from that restart on.
+- A restart reads them again. Addresses may come and go ([strategies.md](strategies.md)); a new `workers` counts from
+  that restart on.
 """.lstrip()
 
 OPTIONS_TAIL: Final = """
@@ -288,6 +290,82 @@ def _help(title: str, context: click.Context) -> str:
     return f"## {title}\n\n```text\n{text}\n```\n"
 
 
+# -- strategies ---------------------------------------------------------------------------------------------
+
+STRATEGIES_HEAD: Final = """
+How the listeners reach the next generation is a restart's *strategy*: the option `strategy`, or `hotport restart
+--strategy` for once. `auto` takes the first of these that can work; within one supervisor that is always `inherit`. One
+that is asked for and cannot work is refused with the reason (HP420), before anything has begun. `hotport doctor` shows
+this table for the service that runs, or for the options in this directory; `hotport status` says which one restarts
+take, and why.
+""".lstrip()
+
+STRATEGIES_TAIL: Final = """
+## Who can have which
+
+| the service | can have |
+|---|---|
+{rows}
+
+## Addresses that change
+
+A restart compares the addresses of the options with those that are bound. What stays is passed on by the strategy. What
+is new is bound before anything else is done: if that fails, the restart is refused with the reason, and nothing has
+changed. What is gone is left to the old generation, which takes what waits there before it closes. An aborted restart
+closes what it has bound. Port 0 means the port that it has got.
+
+## The guard
+
+`SO_REUSEADDR`, without which a server could not come back while connections are in TIME_WAIT, has no rule about
+users: in the gap of a `rebind` any user can take a port above 1023. With `guard` the supervisor keeps a second socket
+bound to each TCP address, which never listens and has `SO_REUSEPORT` alone. The kernel lets nobody bind beside it but
+the same user with `SO_REUSEPORT`; the listeners of the service have that, too. It also keeps the gap short: with
+`SO_REUSEPORT` the kernel does not look at every connection in TIME_WAIT. Its price: processes of the same user can
+join the port silently (`hotport why` names them).
+
+## When somebody takes the port
+
+If a port cannot be bound again, the restart aborts: its report and the event `port.lost` name who has it, and so does
+`hotport status`, as `lost`. The connections of the old generation live on. The port is tried after 0.1 s, then with
+pauses twice as long each time, up to 5 s; when it is ours again (`port.regained`), the old workers are given it.
+Until then restarts are refused (HP410).
+"""
+
+
+def strategies_page() -> str:
+    """What each strategy promises, and who can have it."""
+    parts = [f"# Strategies\n\n{GENERATED}\n{STRATEGIES_HEAD}"]
+    rows = [(_code(s.value), g.refused, g.reset, g.gap) for s, g in GUARANTEES.items()]
+    parts.append(_table(("strategy", "refused", "reset", "nobody listens for"), rows) + "\n")
+    for strategy, says in GUARANTEES.items():
+        parts.append(f"## {strategy.value}\n\n{_sentence(says.how)}\n")
+        parts.append(f"**What clients see**: {says.clients_see}.\n\n**Needs**: {says.needs}.\n")
+    found = [
+        (name, ", ".join(_code(row.strategy.value) for row in table(facts) if not row.obstacle), _reasons(facts))
+        for name, facts in SERVICES.items()
+    ]
+    who = "\n".join(f"| {name} | {can}{why} |" for name, can, why in found)
+    return "\n".join(parts) + STRATEGIES_TAIL.format(rows=who)
+
+
+def _reasons(facts: Facts) -> str:
+    reasons = dict.fromkeys(row.obstacle for row in table(facts) if row.obstacle)
+    return f"; {'; '.join(reasons)}" if reasons else ""
+
+
+#: Examples of what decides which strategies there are.
+SERVICES: Final = {
+    "an asgi, stream or protocol application on tcp": Facts(),
+    "the same with a unix address": Facts(schemes=("unix",)),
+    "with an `fd://` address": Facts(schemes=("fd",)),
+    "with a `systemd:` address": Facts(schemes=("systemd",)),
+    "a datagram application": Facts(schemes=("udp",), kind="datagram"),
+    "an application of kind sockets": Facts(kind="sockets"),
+    "any other program (`-- ./server`)": Facts(command="./server"),
+    "in a phased restart": Facts(is_phased=True),
+}
+
+
 # -- Python API ---------------------------------------------------------------------------------------------
 
 API_HEAD: Final = """
@@ -408,6 +486,7 @@ PAGES: Final[dict[str, Callable[[], str]]] = {
     "docs/reference/cli.md": cli_page,
     "docs/reference/python-api.md": api_page,
     "docs/reference/states.md": states_page,
+    "docs/reference/strategies.md": strategies_page,
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 from hotport.adapters.asgi.states import STATES, WEBSOCKET_STATES, Row
 from hotport.model import lifecycle, service
 from hotport.model.lifecycle import CURRENT, TRANSITIONS, Event, Phase
-from hotport.model.service import INVERSE, Effect, Open, Quiesce, Spawn, Step
+from hotport.model.service import INVERSE, Effect, Open, Quiesce, Rebind, Release, Spawn, Step
 
 __all__ = ["PAGE", "states_page"]
 
@@ -48,11 +48,17 @@ whatever goes wrong with a new worker takes back what the batch has done, first 
 ones, and the old generation serves on. That is called *aborted*; from `baking` and `watching`, and after the commit if
 somebody asks for it, it leads through `undoing` and is called *undone*. After a canary's bake the steps start again,
 with the rest of its batch.
+
+The steps *releasing* and *rebinding* are those of the strategy `rebind` alone. With `overlap`, newcomers are steered to
+the new workers at the commit (`Steer`; its inverse is `Unsteer`), and what is quiesced empties its queue as well. What
+strategies are is told in [strategies.md](strategies.md).
 """
 
 #: What a batch waits for in each step, and what ends the waiting if it does not come.
 STEPS: Final[dict[Step, tuple[type[Effect] | None, str, str]]] = {
     Step.STARTING: (Spawn, "every new worker has said `READY=1`", "ready_timeout: abort"),
+    Step.RELEASING: (Release, "every old worker has emptied the accept queue and closed the listeners", "5 s: abort"),
+    Step.REBINDING: (Rebind, "the addresses are bound again", "at once: done, or abort"),
     Step.OPENING: (Open, "every new worker has acknowledged that it accepts: the commit", "5 s: abort"),
     Step.BAKING: (None, "the canary, if there is one, has been well for so long", "bake: the others start"),
     Step.QUIESCING: (Quiesce, "every old worker has acknowledged that it stopped accepting", "5 s: go on"),
@@ -61,8 +67,17 @@ STEPS: Final[dict[Step, tuple[type[Effect] | None, str, str]]] = {
     Step.UNDOING: (Open, "every old worker accepts again or has failed to; then `Drain` each new one", "5 s: go on"),
 }
 
-WHO: Final = {Spawn: "each new worker", Open: "each new worker", Quiesce: "each old worker"}
+WHO: Final = {
+    Spawn: "each new worker",
+    Release: "each old worker",
+    Rebind: "the listeners",
+    Open: "each new worker",
+    Quiesce: "each old worker",
+}
 WHO_UNDOING: Final = "each old worker"
+
+#: Where the inverse is for somebody else.
+INVERTED: Final[dict[type[Effect], str]] = {Rebind: "each old worker, with what was bound"}
 
 TAIL: Final = """
 - An undo waits until the old workers accept, so that the new ones can hand them their connections.
@@ -82,6 +97,8 @@ TAIL: Final = """
 - Scaling down lets go first of workers that do not accept yet, then of those that wait for a replacement, then of the
   newest.
 - A restart is refused while {generations} older generations still drain.
+- An address that somebody else has taken while it was bound again is tried after {regain:g} s, then twice as long each
+  time, up to {regains:g} s; restarts are refused until it is there. Then the workers that serve are given it (`Share`).
 """
 
 
@@ -162,7 +179,7 @@ def _steps() -> str:
         effect, awaited, bound = STEPS[step]
         is_undoing = step is Step.UNDOING
         does = f"`{effect.__name__}` {WHO_UNDOING if is_undoing else WHO[effect]}" if effect else ""
-        inverse = f"`{INVERSE[effect].__name__}` it" if effect and not is_undoing else ""
+        inverse = f"`{INVERSE[effect].__name__}` {INVERTED.get(effect, 'it')}" if effect and not is_undoing else ""
         rows.append((step.value, does, inverse, awaited, bound))
     rows.append(("(done)", "`Drain` each old worker", "none", "", ""))
     return _table(("step", "effect", "inverse", "goes on when", "at the latest"), rows)
@@ -171,7 +188,11 @@ def _steps() -> str:
 def states_page() -> str:
     """The page, as it should be."""
     tail = TAIL.format(
-        first=service.BACKOFF_FIRST_S, most=service.BACKOFF_MAX_S, generations=service.GENERATIONS_DRAINING_MAX
+        first=service.BACKOFF_FIRST_S,
+        most=service.BACKOFF_MAX_S,
+        generations=service.GENERATIONS_DRAINING_MAX,
+        regain=service.REGAIN_FIRST_S,
+        regains=service.REGAIN_MAX_S,
     )
     parts = (HEAD, _diagram() + "\n", AFTER_DIAGRAM.lstrip(), _phases() + "\n", RESTART.lstrip(), _steps() + "\n")
     connections = (CONNECTIONS, _connections(STATES) + "\n" + WEBSOCKETS, _connections(WEBSOCKET_STATES) + "\n")

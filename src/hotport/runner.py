@@ -8,9 +8,10 @@ import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
@@ -18,21 +19,31 @@ from hotport.address import UnixAddress, parse_address
 from hotport.errors import ConfigError, ExitCode, HotportError
 from hotport.kernel.fds import lock_file, private_directory
 from hotport.kernel.process import has_terminal, reap_orphans
-from hotport.kernel.sockets import (
-    bind_control,
-    bind_listener,
-    bind_notify,
-    bound_address,
-    unlink_if_ours,
-)
+from hotport.kernel.sockets import bind_listener, bound_address, unlink_if_ours
 from hotport.model.service import RequestStop
 from hotport.observe.logs import configure, get_logger
-from hotport.options import runtime_root, service_name
+from hotport.options import Options, runtime_root, service_name
 from hotport.options.loading import Loaded, load
 from hotport.supervisor.control import serve_control
+from hotport.supervisor.house import House
 from hotport.supervisor.launch import Surroundings
+from hotport.supervisor.listeners import shares_port
+from hotport.supervisor.recovery import Found, survey
 from hotport.supervisor.requests import restart, scale
 from hotport.supervisor.supervisor import Supervisor
+from hotport.supervisor.takeover import Predecessor, ask_predecessor, retire
+from hotport.supervisor.upgrade import (
+    CHECK,
+    Baggage,
+    become,
+    carried,
+    describe_self,
+    listeners_of,
+    pack,
+    report,
+    sockets_of,
+)
+from hotport.wire.messages import encode
 
 if TYPE_CHECKING:
     from hotport.worker.server import ConnectionServer, DatagramServer, SocketsServer
@@ -120,41 +131,47 @@ def target_of(app: Callable[..., Any]) -> str:
     return f"{os.path.abspath(str(module.__file__))}:{name}"
 
 
-def supervise(read: Callable[[Path], Loaded]) -> int:
+def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> int:
     """Run a service in the foreground and return its exit code.
+
+    What is left of the service after the death of its last supervisor is adopted.
 
     Args:
         read: Reads the options in a directory; called again for each restart, since a release may bring new ones.
+        takes_over: Take the listeners of the supervisor that runs this service, if there is one, and retire it.
 
     Raises:
         ConfigError, StartError, KernelError: The service could not start; nothing is left behind.
+        ControlError: Workers that are left cannot be adopted, or the supervisor that runs does not give its listeners.
     """
     surroundings = Surroundings.snapshot()
     options = read(Path(surroundings.directory)).options
+    if CHECK in os.environ:  # a supervisor asks whom it would become
+        print(encode(describe_self()).decode())
+        return ExitCode.DONE
     name = service_name(options)
     configure(format=options.log_format, level=options.log_level, service=name, role="supervisor")
     with ExitStack() as stack:
-        directory = _claim(name, stack)
-        listeners = dict(_bind(text, options.backlog, stack) for text in options.bind)
-        if options.command:
-            for listener in listeners.values():
-                listener.setblocking(True)  # as systemd passes them: a plain accept loop expects nothing else
-        notify_socket = bind_notify(os.path.join(directory, "notify.sock"))
-        control = bind_control(os.path.join(directory, "control.sock"))
-        for file in ("notify.sock", "control.sock"):
-            stack.callback(_unlink, os.path.join(directory, file))
+        place = _move_in(name, options, stack, takes_over=takes_over)
         supervisor = Supervisor(
             name,
-            directory,
+            place.house.directory,
             options,
-            listeners,
-            notify_socket,
+            place.house.notify,
             surroundings,
+            found=place.found,
             read_options=lambda directory: read(directory).options,
             own_notify_path=os.environ.get("NOTIFY_SOCKET"),
         )
         stack.callback(supervisor.close)
-        anyio.run(_supervise, supervisor, control)
+        supervisor.owned.guard(options)
+        anyio.run(_supervise, supervisor, place)
+        if supervisor.is_departing:
+            house = place.house
+            baggage = pack(
+                supervisor, lock=house.lock, control=house.control, client=house.client, began_s=house.departed_s
+            )
+            become(house.next_argv, baggage, surroundings.directory)
     if isinstance(supervisor.failure, HotportError):
         raise supervisor.failure
     if supervisor.failure:
@@ -162,29 +179,99 @@ def supervise(read: Callable[[Path], Loaded]) -> int:
     return supervisor.exit_code
 
 
-async def _supervise(supervisor: Supervisor, control: socket.socket) -> None:
+@dataclass(slots=True)
+class _Place:
+    """What a supervisor starts with.
+
+    Attributes:
+        found: What is left of the last supervisor, and the listeners.
+        baggage: What this process carries from the supervisor that it was.
+        predecessor: The supervisor that leaves when ours serves.
+    """
+
+    house: House
+    found: Found
+    baggage: Baggage | None = None
+    predecessor: Predecessor | None = None
+
+
+def _move_in(name: str, options: Options, stack: ExitStack, *, takes_over: bool) -> _Place:
+    """Become the one supervisor of a service until `stack` ends: from nothing, or from what there is of it."""
+    directory = _directory(name)
+    if (baggage := carried(os.environ, os.getpid())) is not None:
+        house = House(directory, baggage.lock, *sockets_of(baggage))
+        stack.callback(house.leave)
+        found = anyio.run(survey, directory, baggage.memory, baggage.numbers, listeners_of(baggage))
+        reap_orphans({survivor.pid for survivor in found.survivors})  # nobody knows what has ended during the exec
+        return _Place(house, found, baggage)
+    lock = lock_file(os.path.join(directory, "lock"))
+    if lock is not None:
+        house = House.enter(directory, lock, stack)
+        stack.callback(house.leave)
+        found = anyio.run(survey, directory)
+        if found.going not in found.listeners:
+            found.listeners[found.going] = _listen(options)
+        return _Place(house, found)
+    if not takes_over:
+        raise ConfigError(
+            "HP630",
+            f"the service {name} is already running",
+            cause=f"another supervisor holds {directory}/lock",
+            fix=f"hotport restart {name}, or start this one with --take-over or with another --name",
+        )
+    predecessor = ask_predecessor(directory, name)
+    stack.callback(predecessor.connection.close)
+    house = House.enter(directory, predecessor.lock, stack)
+    stack.callback(house.leave)
+    memory = predecessor.memory
+    found = Found(generations=memory.generations, spawned=memory.spawned)
+    listeners = found.listeners[found.going] = _listen(options, predecessor)
+    for address, listener in predecessor.listeners.items():
+        if address not in listeners:
+            listener.close()
+    return _Place(house, found, predecessor=predecessor)
+
+
+async def _supervise(supervisor: Supervisor, place: _Place) -> None:
     log = get_logger("hotport.supervisor")
     log.info("service.starting", addresses=list(supervisor.listeners))
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(serve_control, supervisor, control)
+        tasks.start_soon(serve_control, supervisor, place.house.control.dup(), place.house)
         async with anyio.create_task_group() as until_the_end:
-            until_the_end.start_soon(_handle_signals, supervisor, until_the_end)
+            until_the_end.start_soon(_handle_signals, supervisor, place.house, until_the_end)
+            until_the_end.start_soon(_succeed, supervisor, place)
             await supervisor.run()
+            if supervisor.is_departing:  # signals wait for the handlers of the next supervisor
+                signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+                tasks.cancel_scope.cancel()
             until_the_end.cancel_scope.cancel()
-    log.info("service.ended", exit_code=supervisor.exit_code)
+    if not supervisor.is_departing:
+        log.info("service.ended", exit_code=supervisor.exit_code)
 
 
-async def _handle_signals(supervisor: Supervisor, tasks: anyio.abc.TaskGroup) -> None:
+async def _succeed(supervisor: Supervisor, place: _Place) -> None:
+    """Bring to its end what has made us the supervisor."""
+    if place.baggage is not None:
+        await supervisor.wait_stepped()
+        get_logger("hotport.supervisor").info("supervisor.upgraded", detail=report(place.baggage, supervisor))
+    if place.predecessor is not None:
+        await retire(place.predecessor, supervisor)
+
+
+_SIGNALS: Final = (
+    signal.SIGHUP,
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+    signal.SIGUSR2,
+)
+
+
+async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc.TaskGroup) -> None:
     log = get_logger("hotport.signals")
-    handled = [
-        signal.SIGHUP,
-        signal.SIGTERM,
-        signal.SIGINT,
-        signal.SIGQUIT,
-        signal.SIGTTIN,
-        signal.SIGTTOU,
-        signal.SIGUSR2,
-    ]
+    handled = list(_SIGNALS)
     # Whose terminal may go: nohup(1) and setsid(1) are how somebody says that the service is to outlive it.
     is_bound_to_terminal = has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
     has_hung_up = False
@@ -198,6 +285,7 @@ async def _handle_signals(supervisor: Supervisor, tasks: anyio.abc.TaskGroup) ->
             log.warning("request.failed", error=str(error))
 
     with anyio.open_signal_receiver(*handled) as signals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # blocked by the supervisor that this process was
         async for number in signals:
             log.debug("signal.received", signal=signal.Signals(number).name)
             match number:
@@ -219,8 +307,8 @@ async def _handle_signals(supervisor: Supervisor, tasks: anyio.abc.TaskGroup) ->
                     tasks.start_soon(answer, lambda wanted=wanted: scale(supervisor, wanted))
                 case signal.SIGCHLD:
                     reap_orphans({process.pid for process in supervisor.processes.values()})
-                case _:
-                    log.warning("signal.ignored", signal=signal.Signals(number).name)
+                case signal.SIGUSR2:
+                    tasks.start_soon(answer, lambda: house.upgrade(supervisor, None))
 
 
 # -- inside one's own event loop ----------------------------------------------------------------------------
@@ -292,7 +380,7 @@ async def serve(
     flags = {**options, "bind": texts, "target": "embedded:app"}
     settings = load(file=None, environ={}, flags=flags, cwd=Path(os.devnull)).options
     with ExitStack() as stack:
-        listeners = dict(_bind(text, settings.backlog, stack) for text in texts)
+        listeners = dict(_bind(text, settings, stack) for text in texts)
         connections = Connections(maximum=settings.connections_max)
         inner = make_server(app, Context(connections), settings, list(listeners.values()))
         await inner.startup()
@@ -310,36 +398,38 @@ async def serve(
 # -- both ---------------------------------------------------------------------------------------------------
 
 
-def _claim(name: str, stack: ExitStack) -> str:
-    """Make the service's runtime directory ours alone until `stack` ends."""
+def _directory(name: str) -> str:
+    """The service's runtime directory, made if it is not there."""
     root = runtime_root(os.environ, os.geteuid(), Path(tempfile.gettempdir()))
     private_directory(str(root))
     directory = str(root / name)
     private_directory(directory)
-    lock = lock_file(os.path.join(directory, "lock"))
-    if lock is None:
-        raise ConfigError(
-            "HP630",
-            f"the service {name} is already running",
-            cause=f"another supervisor holds {directory}/lock",
-            fix=f"hotport restart {name}, or start this one with another --name",
-        )
-    stack.callback(os.close, lock)
     return directory
 
 
-def _bind(text: str, backlog: int, stack: ExitStack) -> tuple[str, socket.socket]:
+def _listen(options: Options, predecessor: Predecessor | None = None) -> dict[str, socket.socket]:
+    """The listeners of a service: the predecessor's where it has them, else bound now. The caller owns them."""
+    listeners: dict[str, socket.socket] = {}
+    with ExitStack() as unless_all_can_be_bound:
+        for text in options.bind:
+            if predecessor is not None and (kept := predecessor.listener(text)) is not None:
+                listeners.update([kept])
+                continue
+            address, listener = _bind(text, options, unless_all_can_be_bound)
+            if options.command:
+                listener.setblocking(True)  # as systemd passes them: a plain accept loop expects nothing else
+            listeners[address] = listener
+        unless_all_can_be_bound.pop_all()
+    return listeners
+
+
+def _bind(text: str, options: Options, stack: ExitStack) -> tuple[str, socket.socket]:
     """Bind one address until `stack` ends; return it as it really is, and its listener."""
     address = parse_address(text)
-    listener = bind_listener(address, backlog=backlog)
+    listener = bind_listener(address, backlog=options.backlog, shares_port=shares_port(options))
     stack.callback(listener.close)
     if isinstance(address, UnixAddress) and not address.is_abstract:
         found = os.stat(address.path)
         path = os.path.abspath(address.path)
         stack.callback(unlink_if_ours, path, (found.st_dev, found.st_ino))
     return str(bound_address(address, listener)), listener
-
-
-def _unlink(path: str) -> None:
-    with suppress(FileNotFoundError):
-        os.unlink(path)

@@ -27,6 +27,7 @@ SMALL = {
         *("--entries", "20", "--rate", "300", "--seconds", "1"),  # on a machine that is busy with other tests
         *("--only", "inherit", "overlap steered", "rebind warm", "rebind cold", "plain"),
     ),
+    "gap.py": ("--entries", "0", "20"),
     "timewait.py": ("--entries", "0", "20", "--seconds", "0.2"),
     "peers.py": ("--servers", "hotport", "--times", "1"),
     "handoff.py": ("--counts", "20", "--seconds", "0.2"),
@@ -35,7 +36,7 @@ SMALL = {
 }
 
 #: These have clients of their own; in a network namespace if that is permitted, and on loopback if not.
-UNLOADED = ("rebind.py", "timewait.py", "peers.py", "power.py", "why.py")
+UNLOADED = ("rebind.py", "gap.py", "timewait.py", "peers.py", "power.py", "why.py")
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -193,3 +193,12 @@ def test_machine_is_examined_where_no_service_runs(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "below the backlog of 1000000" in done.stdout
     assert "no service runs here" in done.stderr
+    (inherit,) = [line for line in done.stdout.splitlines() if line.startswith("inherit")]
+    assert inherit.split()[-4:] == ["can;", "restarts", "take", "it"]
+
+
+def test_strategies_that_cannot_work_here_are_shown_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "hotport.toml").write_text('bind = ["unix:app.sock"]\n')
+    environment = {**os.environ, "HOTPORT_RUNTIME_DIR": str(tmp_path / "run")}
+    done = subprocess.run([*HOTPORT, "doctor"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "cannot: a unix address is a file" in done.stdout

@@ -6,12 +6,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from hotport.model.lifecycle import Event
+from hotport.model.guarantee import Strategy
+from hotport.model.lifecycle import Event, Phase
 from hotport.model.service import Clock, Elapsed, Expired, MoreTime, StartTimer, Timer
 from tests.model.world import World
 
 FACTS = (Event.READY, Event.ACCEPTING, Event.QUIESCED, Event.LEAVING)
 COUNTS = st.integers(1, 4)
+#: Phased or not, and how the listeners are passed on; a phased one has its choice of two.
+KINDS = st.tuples(st.booleans(), st.sampled_from((Strategy.INHERIT, Strategy.TRANSFER))) | st.tuples(
+    st.just(False), st.sampled_from((Strategy.OVERLAP, Strategy.REBIND))
+)
 CANARIES = st.just(0) | st.integers(0, 3)
 
 
@@ -77,19 +82,34 @@ class Chaos(RuleBasedStateMachine):
     def everybody_does(self) -> None:
         self.world.run()
 
+    # the supervisor
+
+    @precondition(lambda self: not self.is_over)
+    @rule(forgets_orders=st.booleans())
+    def the_supervisor_is_replaced(self, forgets_orders: bool) -> None:
+        self.world.crash(forgets_orders=forgets_orders)
+
+    @precondition(lambda self: not self.is_over)
+    @rule(forgets_orders=st.booleans())
+    def the_supervisor_is_replaced_and_everybody_obeys_the_next(self, forgets_orders: bool) -> None:
+        self.world.crash(forgets_orders=forgets_orders)
+        self.world.run()
+        if self.world.service.generation and not self.is_over:
+            assert self.world.service.ids(Phase.SERVING, Phase.OPENING)
+
     # people
 
     @precondition(lambda self: not self.is_over)
-    @rule(is_phased=st.booleans(), wanted=st.none() | COUNTS, canary=CANARIES, is_watched=st.booleans())
-    def somebody_restarts(self, is_phased: bool, wanted: int | None, canary: int, is_watched: bool) -> None:
-        self.world.restart(is_phased=is_phased, wanted=wanted, canary=canary, is_watched=is_watched)
+    @rule(kind=KINDS, wanted=st.none() | COUNTS, canary=CANARIES, is_watched=st.booleans())
+    def somebody_restarts(self, kind: tuple[bool, Strategy], wanted: int | None, canary: int, is_watched: bool) -> None:
+        self.world.restart(is_phased=kind[0], wanted=wanted, strategy=kind[1], canary=canary, is_watched=is_watched)
 
     @precondition(lambda self: not self.is_over)
-    @rule(is_phased=st.booleans(), wanted=st.none() | COUNTS, canary=CANARIES, is_watched=st.booleans())
+    @rule(kind=KINDS, wanted=st.none() | COUNTS, canary=CANARIES, is_watched=st.booleans())
     def a_restart_gets_as_far_as_it_can(
-        self, is_phased: bool, wanted: int | None, canary: int, is_watched: bool
+        self, kind: tuple[bool, Strategy], wanted: int | None, canary: int, is_watched: bool
     ) -> None:
-        self.world.restart(is_phased=is_phased, wanted=wanted, canary=canary, is_watched=is_watched)
+        self.world.restart(is_phased=kind[0], wanted=wanted, strategy=kind[1], canary=canary, is_watched=is_watched)
         self.world.run()
 
     @precondition(lambda self: not self.is_over)
@@ -117,6 +137,11 @@ class Chaos(RuleBasedStateMachine):
     def somebody_stops(self, dice: int, now: bool) -> None:
         if dice == 20:  # seldom, or there would be little else
             self.world.stop(now=now)
+
+    @precondition(lambda self: not self.is_over)
+    @rule(is_there=st.booleans())
+    def a_thief_comes_or_goes(self, is_there: bool) -> None:
+        self.world.thief = "pid 4 has it" if is_there else ""
 
     # time
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from hotport.model.guarantee import Strategy
 from hotport.model.lifecycle import CURRENT, Event, Phase
 from hotport.model.service import (
     WATCHED,
     Accept,
+    Adopt,
     Announce,
     Boot,
+    Bound,
     Clock,
     CloseListeners,
     Drain,
@@ -29,8 +32,11 @@ from hotport.model.service import (
     News,
     Open,
     Quiesce,
+    Rebind,
     Refusal,
     Refuse,
+    Regain,
+    Release,
     RequestKeep,
     RequestRestart,
     RequestScale,
@@ -38,13 +44,17 @@ from hotport.model.service import (
     RequestUndo,
     Said,
     Service,
+    Share,
     Spawn,
     StartTimer,
+    Steer,
     Step,
     StopTimer,
     Terminate,
     Timer,
     Unhealthy,
+    Unsteer,
+    Worker,
     step,
 )
 
@@ -63,9 +73,20 @@ class Process:
     """A worker process: what it was told, and what it has said."""
 
     generation: int
-    orders: deque[Open | Quiesce | Drain | Terminate] = field(default_factory=deque)
+    orders: deque[Open | Quiesce | Release | Drain | Terminate] = field(default_factory=deque)
     has_said_ready: bool = False
     was_killed: bool = False
+    accepts: bool | None = None
+    has_listeners: bool = True
+
+    @property
+    def phase(self) -> Phase:
+        """How far it is, by its own word."""
+        if self.orders and isinstance(self.orders[0], Drain | Terminate):
+            return Phase.DRAINING
+        if not self.has_said_ready:
+            return Phase.STARTING
+        return {None: Phase.READY, True: Phase.SERVING, False: Phase.QUIESCED}[self.accepts]
 
 
 class World:
@@ -75,6 +96,8 @@ class World:
         processes: Those that run; one leaves when its end is put into the queue.
         timers: Those that run.
         effects: Everything that was ever emitted.
+        thief: Somebody else who takes an address whenever nobody has it; empty if there is none.
+        is_lost: The supervisor has no listener.
     """
 
     def __init__(self, wanted: int) -> None:
@@ -84,6 +107,8 @@ class World:
         self.timers: set[Timer] = set()
         self.effects: list[Effect] = []
         self.is_finished = False
+        self.thief = ""
+        self.is_lost = False
         self._requests = 0
         self._accepting: set[int] = set()
         self._emitted: list[Effect] = []  # by the current batch of a restart
@@ -99,9 +124,15 @@ class World:
         return self._requests
 
     def restart(
-        self, *, is_phased: bool = False, wanted: int | None = None, canary: int = 0, is_watched: bool = False
+        self,
+        *,
+        is_phased: bool = False,
+        wanted: int | None = None,
+        strategy: Strategy = Strategy.INHERIT,
+        canary: int = 0,
+        is_watched: bool = False,
     ) -> int:
-        return self.request(lambda n: RequestRestart(n, is_phased, wanted, canary, is_watched))
+        return self.request(lambda n: RequestRestart(n, is_phased, wanted, strategy, canary, is_watched))
 
     def undo(self) -> int:
         return self.request(lambda n: RequestUndo(n, "somebody"))
@@ -126,6 +157,29 @@ class World:
         del self.processes[worker]
         self.queue.append(Exited(worker, why))
 
+    def crash(self, *, forgets_orders: bool) -> None:
+        """The supervisor dies, and another one adopts what is left.
+
+        Args:
+            forgets_orders: What workers were told and have not carried out never reached them.
+        """
+        service = self.service
+        self.queue.clear()
+        self.timers.clear()
+        self._emitted = []
+        for number, process in list(self.processes.items()):
+            if process.was_killed:
+                del self.processes[number]
+            elif forgets_orders:
+                process.orders.clear()
+            if process.accepts:
+                self._accepting.add(number)
+        workers = tuple(Worker(number, each.generation, each.phase) for number, each in self.processes.items())
+        self.queue.append(Adopt(workers, service.wanted, service.generations, service.spawned))
+        self.service = Service(wanted=service.wanted)
+        self.take()
+        self._generations = [self.service.generations]
+
     def elapse(self, clock: Clock, worker: int = 0) -> None:
         timer = Timer(clock, worker)
         self.timers.remove(timer)
@@ -143,6 +197,7 @@ class World:
             self.say(worker, Event.READY)
         elif process.orders:
             order = process.orders.popleft()
+            process.accepts = isinstance(order, Open)
             self.say(worker, Event.ACCEPTING if isinstance(order, Open) else Event.QUIESCED)
         else:
             return False
@@ -164,8 +219,24 @@ class World:
             self._accepting.add(event.worker)
         for effect in effects:
             self._carry_out(effect)
+        if isinstance(event, Adopt):
+            workers = {worker.id: worker for worker in event.workers}
+            before = replace(before, workers=workers, spawned=event.spawned, generations=event.generations)
+            self._check_adoption(event, effects)
         self._check(before, event, effects)
         return effects
+
+    def _check_adoption(self, event: Adopt, effects: tuple[Effect, ...]) -> None:
+        """One generation goes on, whole or to become so; whoever is not of it leaves, now or when it is not missed."""
+        after = self.service
+        assert after.restart is None
+        kept = after.generation
+        for worker in after.current:
+            assert worker.generation == kept or worker.is_expired or kept == 0
+            if worker.generation == kept and worker.phase is Phase.SERVING:
+                assert Open(worker.id) in effects  # an order to cease may be on its way
+        if any(worker.phase in (Phase.SERVING, Phase.QUIESCED) for worker in event.workers):
+            assert kept
 
     # -- what the supervisor does --------------------------------------------------------------------------
 
@@ -173,8 +244,10 @@ class World:
         match effect:
             case Spawn(worker, generation):
                 self.processes[worker] = Process(generation)
-            case Open(worker) | Quiesce(worker) | Drain(worker) | Terminate(worker) if worker in self.processes:
-                assert isinstance(effect, Open | Quiesce | Drain | Terminate)
+            case Open(worker) | Quiesce(worker) | Release(worker) | Drain(worker) | Terminate(worker) if (
+                worker in self.processes
+            ):
+                assert isinstance(effect, Open | Quiesce | Release | Drain | Terminate)
                 process = self.processes[worker]
                 if isinstance(effect, Drain | Terminate):
                     process.orders.clear()  # whatever it was told before, it leaves now
@@ -185,6 +258,18 @@ class World:
                 self.timers.add(timer)
             case StopTimer(timer):
                 self.timers.discard(timer)
+            case Rebind():
+                # Who has been told to drain has closed its listeners first.
+                holding = (Phase.STARTING, Phase.READY, Phase.OPENING, Phase.SERVING, Phase.QUIESCING, Phase.STOPPING)
+                restart = self.service.restart
+                assert restart is not None
+                assert restart.old.isdisjoint(self.service.ids(*holding))
+                self.is_lost = bool(self.thief)
+                self.queue.append(Bound(self.thief))
+            case Regain():
+                assert self.service.regains
+                self.is_lost = bool(self.thief)
+                self.queue.append(Bound(self.thief))
             case Finish():
                 self.is_finished = True
             case _:
@@ -200,6 +285,7 @@ class World:
         self._check_restart(before, event, effects)
         self._check_numbers(after)
         self._check_port(before, event, after)
+        self._check_listeners(before, event, effects)
         finishes = [e for e in effects if isinstance(e, Finish)]
         is_over = not after.workers and (after.is_stopping or after.generation == 0)
         assert len(finishes) == is_over
@@ -218,7 +304,15 @@ class World:
                 case Spawn(worker):
                     assert worker == before.spawned + 1 + len(there - before.workers.keys())
                     there.add(worker)
-                case Open(worker) | Quiesce(worker) | Drain(worker) | Terminate(worker) | Kill(worker):
+                case (
+                    Open(worker)
+                    | Quiesce(worker)
+                    | Release(worker)
+                    | Share(worker)
+                    | Drain(worker)
+                    | Terminate(worker)
+                    | Kill(worker)
+                ):
                     assert worker in there
                 case StartTimer(timer):
                     assert timer.worker == 0 or timer.worker in self.service.workers
@@ -255,6 +349,8 @@ class World:
                 if is_watched
                 else Refuse(event.request, Refusal.NOT_WATCHED, generation)
             )
+        elif before.regains and before.restart is None and isinstance(event, RequestRestart):
+            assert answer == Refuse(event.request, Refusal.PORT_LOST) or before.generation == 0 or before.ids(*LEAVING)
         elif before.restart is not None:
             why = Refusal.WATCHED if before.restart.step in WATCHED else Refusal.IN_PROGRESS
             assert answer == Refuse(event.request, why, before.restart.generation)
@@ -271,6 +367,7 @@ class World:
                 assert process is None or process.was_killed
         clocks = {
             Step.QUIESCING: Clock.QUIESCE,
+            Step.RELEASING: Clock.QUIESCE,
             Step.SETTLING: Clock.SETTLE,
             Step.BAKING: Clock.BAKE,
             Step.WATCHING: Clock.WATCH,
@@ -284,6 +381,10 @@ class World:
         if step_ is Step.UNDOING:  # else it would be over
             assert after.restart is not None
             assert after.restart.old.intersection(after.ids(Phase.OPENING))
+        if after.restart is not None and after.restart.step is Step.REBINDING:
+            assert any(isinstance(event, Bound) for event in self.queue)
+        if after.regains:
+            assert Timer(Clock.REGAIN) in running or any(isinstance(event, Bound) for event in self.queue)
         if after.is_backing_off:
             assert Timer(Clock.BACKOFF) in running
 
@@ -310,15 +411,19 @@ class World:
             for worker in old:
                 if News.UNDONE in news and worker.phase is Phase.STARTING:
                     continue  # one of the new ones serves, and is relieved by another when it is known to
-                assert worker.id in relieved or after.workers[worker.id].phase in CURRENT
-                assert Terminate(worker.id) not in effects
+                is_useless = restart.strategy is Strategy.REBIND and after.workers[worker.id].phase is Phase.STOPPING
+                assert worker.id in relieved or after.workers[worker.id].phase in CURRENT or is_useless
+                is_useless = restart.strategy is Strategy.REBIND and worker.phase in (Phase.STARTING, Phase.READY)
+                assert Terminate(worker.id) not in effects or is_useless
         self._check_undo(before, effects)
         if News.ABORTED in news and not after.is_stopping:
             self._check_inverses(before, event, effects)
         if News.DRAINING in news:
             self._emitted = []
         batch = after.restart.new | after.restart.old if after.restart else frozenset()
-        self._emitted += [e for e in effects if isinstance(e, Spawn | Open | Quiesce) and e.worker in batch]
+        self._emitted += [e for e in effects if isinstance(e, Spawn | Open | Quiesce | Release) and e.worker in batch]
+        if News.DRAINING not in news:
+            self._emitted += [e for e in effects if isinstance(e, Steer)]
 
     def _check_undo(self, before: Service, effects: tuple[Effect, ...]) -> None:
         """Old ones accept again before new ones go; and then none of both is forgotten."""
@@ -356,13 +461,16 @@ class World:
             w.phase in (Phase.OPENING, Phase.SERVING) and w.generation != restart.generation for w in after.current
         )
         for effect in self._emitted:
-            assert isinstance(effect, Spawn | Open | Quiesce)
+            if isinstance(effect, Steer):
+                assert Unsteer(effect.generation) in effects
+                continue
+            assert isinstance(effect, Spawn | Open | Quiesce | Release)
             worker = before.workers.get(effect.worker)
             if worker is None or effect.worker not in after.workers or worker.phase in LEAVING:
                 continue
             if worker.id == _subject(event) and not isinstance(event, Elapsed):
                 continue  # it left by itself
-            if isinstance(effect, Quiesce):
+            if isinstance(effect, Quiesce | Release):
                 assert Open(worker.id) in effects
             elif worker.phase is Phase.SERVING and not others_serve:
                 assert after.workers[worker.id].is_expired  # leaves when another serves
@@ -392,12 +500,26 @@ class World:
         assert not expired or relieved or after.is_backing_off
 
     def _check_port(self, before: Service, event: Input, after: Service) -> None:
-        """No decision of ours, only a worker's own failure, leaves the port to nobody."""
-        if after.is_stopping:
+        """No decision of ours but a rebind, only a worker's own failure, leaves the port to nobody."""
+        if after.is_stopping or (after.restart and after.restart.step in (Step.RELEASING, Step.REBINDING)):
             return
         serving = [w.id for w in before.workers.values() if w.phase is Phase.SERVING and w.id != _subject(event)]
         if serving:
             assert after.ids(Phase.SERVING, Phase.OPENING)
+
+    def _check_listeners(self, before: Service, event: Input, effects: tuple[Effect, ...]) -> None:
+        """Who is told to serve has listeners, or is given them when they are there; a steered restart is one with its
+        own sockets."""
+        for effect in effects:
+            if isinstance(effect, Steer | Unsteer):
+                restart = before.restart
+                assert restart is not None
+                assert restart.strategy is Strategy.OVERLAP
+                assert effect.generation == restart.generation
+        if isinstance(event, Bound) and event.why == "" and before.regains and not before.is_stopping:
+            assert {e.worker for e in effects if isinstance(e, Share)} == set(before.ids(Phase.OPENING, Phase.SERVING))
+        if self.is_lost and not self.service.is_stopping and not any(isinstance(e, Bound) for e in self.queue):
+            assert self.service.regains
 
 
 def _subject(event: Input) -> int:

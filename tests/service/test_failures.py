@@ -235,7 +235,7 @@ def test_second_restart_is_told_that_one_is_in_progress(tmp_path: Path) -> None:
         ("workers = ", "HP301"),
         ("wrokers = 2", "HP302"),
         ("workers = 0", "HP304"),
-        ("bind = ':1'", "HP411"),
+        ("bind = 'tcp://192.0.2.1:1'", "HP101"),
         ("python = 'gone/bin/python'", "HP402"),
     ],
 )

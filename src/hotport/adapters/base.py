@@ -261,6 +261,11 @@ class Connections:
         return True
 
     @property
+    def is_full(self) -> bool:
+        """Nothing should be accepted until `on_room` is called."""
+        return self._is_full
+
+    @property
     def room(self) -> int:
         """How many more connections may come from other workers."""
         if self._is_draining:

@@ -60,9 +60,7 @@ def _receive(sock: socket.socket) -> bytes:
 def raise_failure(reply: Any) -> None:
     """Raise what a service refused with; anything else is let through."""
     if isinstance(reply, Failure):
-        error = ControlError(reply.code, reply.what, cause=reply.cause, fix=reply.fix)
-        error.exit_code = reply.exit_code  # type: ignore[misc]  # the service's verdict, not ours
-        raise error
+        raise reply.error()
 
 
 def find_service(name: str | None) -> Path:
@@ -127,6 +125,6 @@ def _connect(service: Path) -> socket.socket:
             "HP606",
             f"cannot reach the supervisor of {service.name}",
             cause=cause,
-            fix="run the command as the service's user, or start it again with hotport serve",
+            fix="run the command as the service's user, or hotport serve again, which adopts the workers that are left",
         ) from None
     return sock

@@ -10,12 +10,14 @@ import click
 
 from hotport.cli import HELP
 from hotport.cli.client import ask, raise_failure
-from hotport.cli.output import print_json, write
-from hotport.diagnose.doctor import Finding, examine, examine_service, read_machine, read_service
+from hotport.cli.output import print_json, print_strategies, write
+from hotport.diagnose.doctor import examine, examine_service, read_machine, read_service
 from hotport.errors import ControlError, ExitCode
-from hotport.options import runtime_root
+from hotport.kernel.steer import can_steer
+from hotport.model.guarantee import Facts, choose, table
+from hotport.options import Options, runtime_root
 from hotport.options.loading import load
-from hotport.wire.messages import StatusRequest
+from hotport.wire.messages import Status, StatusRequest
 
 __all__ = ["command"]
 
@@ -26,7 +28,8 @@ __all__ = ["command"]
 def command(name: str | None, as_json: bool) -> int:
     """Find what makes restarts lossy or fragile.
 
-    Looks at this machine, and at the service NAME if one runs. Options are read from hotport.toml and the environment,
+    Looks at this machine, and at the service NAME if one runs; then shows how listeners can reach the next generation
+    here, and what each way promises. Options are read from hotport.toml and the environment,
     as `hotport serve` reads them here. Nothing is changed.
 
     Exits with 0 if nothing was found, with 1 otherwise.
@@ -34,25 +37,43 @@ def command(name: str | None, as_json: bool) -> int:
     loaded = load(file=None, environ=os.environ, flags={}, cwd=Path.cwd(), needs_program=False)
     root = runtime_root(os.environ, os.geteuid(), Path(tempfile.gettempdir()))
     findings = list(examine(read_machine(root), loaded.options))
-    service = _service(name)
-    if service is not None:
-        findings += service
+    status = _status(name)
+    if status is not None:
+        findings += examine_service(*read_service(status))
     if as_json:
         print_json(findings)
     else:
         for finding in findings:
             write(f"{finding.what}\n  so:    {finding.consequence}\n  try:   {finding.fix}")
-        looked = "the machine and the service" if service is not None else "the machine; no service runs here"
+        if status is not None:
+            print_strategies(status.strategies, status.strategy)
+        else:
+            print_strategies(*_strategies(loaded.options))
+        looked = "the machine and the service" if status is not None else "the machine; no service runs here"
         click.echo(f"{len(findings) or 'nothing'} found; looked at {looked}", err=True)
     return 1 if findings else ExitCode.DONE
 
 
-def _service(name: str | None) -> list[Finding] | None:
-    """What is found in the service; None if there is none, and none was named."""
+def _strategies(options: Options) -> tuple[dict[str, str], str]:
+    """For a service that would be started here: why each strategy cannot work, and which one would be taken."""
+    facts = Facts(
+        schemes=tuple(dict.fromkeys(text.partition(":")[0] for text in options.bind)),
+        command=options.command[0] if options.command else "",
+        kind=options.kind,
+        is_phased=options.phased,
+        can_steer=can_steer(),
+    )
+    chosen = choose(options.strategy, facts).strategy
+    return {row.strategy.value: row.obstacle for row in table(facts)}, chosen.value if chosen else ""
+
+
+def _status(name: str | None) -> Status | None:
+    """The service as it is; None if there is none, and none was named."""
     try:
         for reply in ask(name, StatusRequest()):
             raise_failure(reply)
-            return list(examine_service(*read_service(reply)))
+            assert isinstance(reply, Status)
+            return reply
     except ControlError:
         if name is not None:
             raise

@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import groupby
 from typing import IO, Any, Final
@@ -14,9 +14,11 @@ from typing import IO, Any, Final
 import msgspec
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hotport.cli import is_terminal
 from hotport.errors import ConfigError, ExitCode, describe_errno
+from hotport.model.guarantee import GUARANTEES, Strategy
 from hotport.wire.messages import Report, Status, TlsReport
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "print_json",
     "print_report",
     "print_status",
+    "print_strategies",
     "print_tls_report",
     "swallow",
     "waiting",
@@ -118,6 +121,13 @@ def print_report(report: Report) -> None:
         out.print(f"and back     {_counts(report.connections_back)}")
     overflows = ", ".join(f"{count} {name}" for name, count in report.queue_overflows.items() if count)
     out.print(f"queue        {overflows or 'no overflow'}")
+    if report.rebind_gap_us is not None:
+        out.print(
+            f"{report.strategy:13}nobody listened for {report.rebind_gap_us:g} us; {report.refused} refused (counted "
+            f"in the whole network namespace), {report.reset} reset"
+        )
+    elif report.strategy != "inherit":
+        out.print(f"strategy     {report.strategy}")
     if report.outcome == "done":
         out.print(f"[green]done[/]: generation {report.generation} of {report.service} serves")
     else:
@@ -155,6 +165,9 @@ def print_status(status: Status) -> None:
     out.print(
         f"supervisor pid {status.pid}, {_mib(status.rss_bytes)}, up {_age(status.age_s)}, hotport {status.version}"
     )
+    out.print(f"strategy {status.strategy} ({status.strategy_why})", markup=False)
+    for address, who in status.lost.items():
+        out.print(f"LOST {address}: {who}; it is tried again and again", markup=False)
     table = Table(box=None, pad_edge=False)
     for heading in (
         "generation",
@@ -187,6 +200,24 @@ def print_status(status: Status) -> None:
                 f"worker {worker.worker} waits for {each.peer}: {each.kind}, {_age(each.age_s)} old, {each.why}",
                 markup=False,
             )
+
+
+def print_strategies(obstacles: Mapping[str, str], chosen: str) -> None:
+    """What each strategy promises, and whether it can work here.
+
+    Args:
+        obstacles: Why a strategy cannot work, by its name; empty if it can.
+        chosen: The one that a restart takes.
+    """
+    out = console()
+    table = Table(box=None, pad_edge=False)
+    for heading in ("strategy", "refused", "reset", "nobody listens", "here"):
+        table.add_column(heading, overflow="fold")
+    for name, obstacle in obstacles.items():
+        promise = GUARANTEES[Strategy(name)]
+        here = f"cannot: {obstacle}" if obstacle else "can; restarts take it" if name == chosen else "can"
+        table.add_row(name, *(Text(text) for text in (promise.refused, promise.reset, promise.gap, here)))
+    out.print(table)
 
 
 def print_tls_report(report: TlsReport) -> None:

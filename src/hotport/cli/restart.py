@@ -41,6 +41,11 @@ def _duration(ctx: click.Context, parameter: click.Parameter, value: str | None)
 @click.argument("name", required=False)
 @click.option("--phased/--all-at-once", default=None, help="Replace workers one by one, or all together.")
 @click.option(
+    "--strategy",
+    type=click.Choice(["auto", "inherit", "transfer", "overlap", "rebind"]),
+    help="How listeners reach the new workers, this time.",
+)
+@click.option(
     "--canary", type=click.IntRange(0, 1024), metavar="N", help="First start N new workers beside the old ones."
 )
 @click.option("--bake", "bake_s", callback=_duration, metavar="TIME", help="How long to watch them before the others.")
@@ -55,6 +60,7 @@ def _duration(ctx: click.Context, parameter: click.Parameter, value: str | None)
 def command(
     name: str | None,
     phased: bool | None,
+    strategy: str | None,
     canary: int | None,
     bake_s: float | None,
     undo_window_s: float | None,
@@ -66,7 +72,9 @@ def command(
 
     Exit codes: 0 done; 4 aborted, undone or refused, and the old generation serves; 6 no supervisor there.
     """
-    request = RestartRequest(phased=phased, canary=canary, bake_s=bake_s, undo_window_s=undo_window_s)
+    request = RestartRequest(
+        phased=phased, strategy=strategy, canary=canary, bake_s=bake_s, undo_window_s=undo_window_s
+    )
     report = follow(name, request, "restart", as_json=as_json)
     if report is None:
         return ExitCode.NO_SUPERVISOR

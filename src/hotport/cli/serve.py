@@ -14,6 +14,7 @@ from hotport.errors import ConfigError, ExitCode
 from hotport.options import OPTIONS, Option
 from hotport.options.loading import Loaded, load, meant_flag, rows, show
 from hotport.runner import supervise
+from hotport.supervisor.upgrade import CHECK
 
 __all__ = ["command"]
 
@@ -52,6 +53,7 @@ class _Serve(click.Command):
 @click.option("--config", type=click.Path(path_type=Path), help="Read this file in place of ./hotport.toml.")
 @click.option("--show-config", is_flag=True, help="Print every value and where it comes from, and do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --show-config: print JSON.")
+@click.option("--take-over", is_flag=True, help="Take the port of the supervisor that runs this service, if any.")
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -60,6 +62,7 @@ def command(
     config: Path | None,
     show_config: bool,
     as_json: bool,
+    take_over: bool,
     **flags: Any,
 ) -> int:
     """Serve TARGET until stopped: module:app or file.py:app; or, after --, any program.
@@ -86,12 +89,12 @@ def command(
 
         write(_as_json(loaded) if as_json else show(loaded))
         return ExitCode.DONE
-    if not loaded.options.watch:
-        return supervise(read)
+    if not loaded.options.watch or CHECK in os.environ:  # a supervisor asks whom it would become
+        return supervise(read, takes_over=take_over)
     from hotport.cli.watch import watching
 
     with watching(loaded.options):
-        return supervise(read)
+        return supervise(read, takes_over=take_over)
 
 
 def _as_json(loaded: Loaded) -> str:

@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple
 
 from hotport.address import TcpAddress, UdpAddress, UnixAddress
 from hotport.kernel import procfs, sockdiag
+from hotport.kernel.process import duplicate_descriptor
 from hotport.kernel.sockdiag import InetSocket
 from hotport.model.port import Asker, Host, Local, Options, Port, Process, Sockets, State, UnixName
 
@@ -62,7 +63,6 @@ _GAPS: Final = {
 }
 
 _NS_GET_USERNS: Final = 0xB701
-_GETFD: Final = 438  # pidfd_getfd, the same number on every architecture
 
 
 class Taken(NamedTuple):
@@ -208,17 +208,12 @@ def _is_answered(path: str) -> bool | None:
 
 
 def options_of(pid: int, fd: int) -> Taken | None:
-    """Options of a socket that another process holds; None where that is not permitted.
-
-    Sources: pidfd_getfd(2), Linux 5.6; PTRACE_MODE_ATTACH_REALCREDS in ptrace(2) says who may.
-    """
-    import ctypes  # 10 ms, and most ports are free
-
+    """Options of a socket that another process holds; None where that is not permitted."""
     taken = -1
     try:
         pidfd = os.pidfd_open(pid)
         try:
-            taken = ctypes.CDLL(None, use_errno=True).syscall(_GETFD, pidfd, fd, 0)
+            taken = duplicate_descriptor(pidfd, fd)
         finally:
             os.close(pidfd)
         with socket.socket(fileno=taken) as sock:
@@ -228,7 +223,7 @@ def options_of(pid: int, fd: int) -> Taken | None:
             is_listener = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
             nodelay = bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)) if is_listener else None
             return Taken(Options(bool(reuse[0]), bool(reuse[1])), bool(v6only), nodelay)
-    except (OSError, ValueError):  # gone, not permitted (-1 is no descriptor), or another file by now
+    except OSError:  # gone, not permitted, or another file by now
         return None
     finally:
         if taken >= 0:

@@ -13,9 +13,12 @@ from typing import Final
 from hotport.model.port import Ephemeral
 
 __all__ = [
+    "age_s",
+    "arguments",
     "command",
     "control_group",
     "descriptor_use",
+    "environment",
     "ephemeral_ports",
     "generation",
     "has_capability",
@@ -23,8 +26,10 @@ __all__ = [
     "has_timewaits",
     "holders",
     "kernel_version",
+    "leaders_with",
     "owner",
     "queue_overflows",
+    "resets_sent",
     "sockets_of",
     "sysctl",
     "unit_of",
@@ -61,6 +66,19 @@ def queue_overflows() -> dict[str, int]:
             if name in _OVERFLOWS:
                 overflows[name] = int(value)
     return overflows
+
+
+def resets_sent() -> int:
+    """How many TCP segments with RST the machine (the network namespace) has sent, since it started.
+
+    Take it twice and subtract. 0 where the kernel does not say.
+
+    Sources: proc_pid_net(5) snmp; RFC 4022 tcpOutRsts.
+    """
+    with suppress(OSError), open("/proc/net/snmp") as file:
+        names, values = (line.split() for line in file if line.startswith("Tcp:"))
+        return int(values[names.index("OutRsts")])
+    return 0
 
 
 def sysctl(name: str) -> str:
@@ -102,6 +120,53 @@ def has_routes() -> bool:
     with suppress(OSError), open("/proc/net/fib_trie") as file:
         return bool(file.read(1))
     return True
+
+
+def environment(pid: int) -> dict[str, str]:
+    """The environment with which a process was started; empty when it is gone, or not ours to read.
+
+    Sources: proc_pid_environ(5): what it has changed since does not show.
+    """
+    with suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+        pairs = (entry.partition(b"=") for entry in file.read().split(b"\0") if b"=" in entry)
+        return {os.fsdecode(key): os.fsdecode(value) for key, _, value in pairs}
+    return {}
+
+
+def arguments(pid: int) -> list[str]:
+    """The command line of a process; empty when it is gone. Sources: proc_pid_cmdline(5)."""
+    with suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
+        return [os.fsdecode(word) for word in file.read().split(b"\0")[:-1]]
+    return []
+
+
+def age_s(pid: int) -> float:
+    """Seconds since a process was started; 0 when it is gone.
+
+    Sources: proc_pid_stat(5) starttime, in clock ticks since the machine was booted.
+    """
+    with suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
+        started = int(file.read().rpartition(b")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
+    return 0.0
+
+
+def leaders_with(variable: str, value: str) -> list[int]:
+    """Processes of our user that lead a process group and were started with a variable in their environment.
+
+    What they have forked since has the same environment, and is in their group.
+
+    Sources: proc_pid_environ(5); setpgid(2).
+    """
+    entry = os.fsencode(f"{variable}={value}")
+    found = []
+    for pid in _pids():
+        with suppress(OSError):
+            if os.getpgid(pid) == pid:
+                with open(f"/proc/{pid}/environ", "rb") as file:
+                    if entry in file.read().split(b"\0"):
+                        found.append(pid)
+    return found
 
 
 def zombies(parent: int) -> list[int]:

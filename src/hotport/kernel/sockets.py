@@ -8,6 +8,7 @@ import socket
 import stat
 import struct
 import sys
+import time
 from typing import Any, Final
 
 from hotport.address import Address, FdAddress, SystemdAddress, TcpAddress, UdpAddress, UnixAddress
@@ -20,20 +21,32 @@ from hotport.wire.listenfds import parse_listen_environment
 __all__ = [
     "accept_queue_length",
     "bind_control",
+    "bind_guard",
     "bind_listener",
     "bind_notify",
     "bound_address",
     "inherited_listener",
     "peer_credentials",
+    "rebind",
     "unlink_if_ours",
 ]
 
 _CONTROL_BACKLOG: Final = 64
 _UNIX_PATH_BYTES_MAX: Final = 107  # sun_path is 108 bytes with its NUL
+
+#: What a TCP listener of ours has that its successor needs before it is bound.
+_KEPT: Final[dict[int, tuple[tuple[int, int], ...]]] = {
+    socket.AF_INET: (
+        (socket.SOL_SOCKET, socket.SO_REUSEADDR),
+        (socket.SOL_SOCKET, socket.SO_REUSEPORT),
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY),
+    ),
+}
+_KEPT[socket.AF_INET6] = (*_KEPT[socket.AF_INET], (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
 _UCRED: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
 
-def bind_listener(address: Address, *, backlog: int) -> socket.socket:
+def bind_listener(address: Address, *, backlog: int, shares_port: bool = False, listens: bool = True) -> socket.socket:
     """Make, or adopt, the one socket of an address; from now on it accepts.
 
     ``listen`` is called exactly once. Whoever calls it again replaces the backlog, and asyncio's
@@ -49,6 +62,8 @@ def bind_listener(address: Address, *, backlog: int) -> socket.socket:
 
     Args:
         backlog: Length of the accept queue; the kernel caps it at ``net.core.somaxconn``.
+        shares_port: TCP: SO_REUSEPORT as well, so that other sockets of this user can listen on the same address.
+        listens: False leaves ``listen`` of a TCP socket to the caller: until then nobody can connect to it.
 
     Returns:
         A non-blocking, close-on-exec socket, that the caller closes.
@@ -63,7 +78,7 @@ def bind_listener(address: Address, *, backlog: int) -> socket.socket:
     """
     match address:
         case TcpAddress() | UdpAddress():
-            return _bind_inet(address, backlog)
+            return _bind_inet(address, backlog, shares_port=shares_port, listens=listens)
         case UnixAddress(path=path) if address.is_abstract:
             return _bind_abstract(address, path, backlog)
         case UnixAddress(path=path):
@@ -74,16 +89,19 @@ def bind_listener(address: Address, *, backlog: int) -> socket.socket:
             return _with_nodelay(inherited_listener(_systemd_descriptor(name)))
 
 
-def inherited_listener(fd: int) -> socket.socket:
+def inherited_listener(fd: int, *, is_in_use: bool = False) -> socket.socket:
     """Take over a listening stream or a datagram socket that this process was started with.
 
+    Args:
+        is_in_use: Another process accepts from it, and has chosen whether that blocks: the choice is the socket's.
+
     Returns:
-        The socket that owns `fd` from now on: non-blocking and close-on-exec.
+        The socket that owns `fd` from now on: close-on-exec, and non-blocking unless it is in use.
 
     Raises:
         ConfigError: If `fd` is not open, or is something else (HP104); it is left as it was.
 
-    Sources: socket(7) SO_TYPE, SO_ACCEPTCONN.
+    Sources: socket(7) SO_TYPE, SO_ACCEPTCONN; fcntl(2): O_NONBLOCK belongs to the open file description.
     """
     try:
         sock = socket.socket(fileno=fd)
@@ -94,7 +112,8 @@ def inherited_listener(fd: int) -> socket.socket:
     if not (sock.type == socket.SOCK_STREAM and listening) and sock.type != socket.SOCK_DGRAM:
         sock.detach()
         raise _not_a_listener(fd, "it is a socket that does not listen")
-    sock.setblocking(False)
+    if not is_in_use:
+        sock.setblocking(False)
     sock.set_inheritable(False)
     return sock
 
@@ -178,7 +197,66 @@ def unlink_if_ours(path: str, dev_ino: tuple[int, int]) -> bool:
     return True
 
 
-def _bind_inet(address: TcpAddress | UdpAddress, backlog: int) -> socket.socket:
+def bind_guard(address: TcpAddress) -> socket.socket:
+    """Hold a TCP port without listening: other users cannot bind it, whatever options they set.
+
+    Sockets of our user with SO_REUSEPORT can be bound beside it. It must not have SO_REUSEADDR, which has no rule
+    about users. No connection ever comes to it.
+
+    Raises:
+        KernelError: If the kernel refuses (HP101), for example as long as there are connections in TIME_WAIT whose
+            listener had no SO_REUSEPORT.
+
+    Sources: socket(7) SO_REUSEPORT; kernel ``inet_bind_conflict``.
+    """
+    family, protocol, sockaddr = resolve(address, socket.SOCK_STREAM)
+    sock = socket.socket(family, socket.SOCK_STREAM, protocol)
+    try:
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(sockaddr)
+    except OSError as error:
+        sock.close()
+        raise _refused(address, error, *_explain_inet(address, error, sockaddr)) from error
+    return sock
+
+
+def rebind(listener: socket.socket, *, backlog: int) -> tuple[socket.socket, float]:
+    """Close a TCP listener and listen on its address again, with the same options, as soon as that is possible.
+
+    Args:
+        listener: The last descriptor of it, or the address is still taken; it is closed, whatever happens.
+
+    Returns:
+        The new listener, and how long nobody listened, in seconds.
+
+    Raises:
+        KernelError: Somebody was quicker, or the kernel refuses for another reason (HP101).
+
+    Sources: socket(7) SO_REUSEADDR; kernel ``inet_csk_get_port``.
+    """
+    name = listener.getsockname()
+    address = TcpAddress(name[0], name[1])
+    sock = socket.socket(listener.family, listener.type, listener.proto)
+    try:
+        sock.setblocking(False)
+        for level, option in _KEPT[listener.family]:
+            sock.setsockopt(level, option, listener.getsockopt(level, option))
+        began = time.monotonic()
+        listener.close()
+        sock.bind(name)
+        sock.listen(backlog)
+        return sock, time.monotonic() - began
+    except OSError as error:
+        listener.close()
+        sock.close()
+        raise _refused(address, error, *_explain_inet(address, error, name)) from error
+
+
+def _bind_inet(
+    address: TcpAddress | UdpAddress, backlog: int, *, shares_port: bool = False, listens: bool = True
+) -> socket.socket:
     kind = socket.SOCK_STREAM if isinstance(address, TcpAddress) else socket.SOCK_DGRAM
     family, protocol, sockaddr = resolve(address, kind)
     sock: socket.socket | None = None
@@ -189,9 +267,11 @@ def _bind_inet(address: TcpAddress | UdpAddress, backlog: int) -> socket.socket:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if kind == socket.SOCK_STREAM:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if shares_port:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             _with_nodelay(sock)
         sock.bind(sockaddr)
-        if kind == socket.SOCK_STREAM:
+        if kind == socket.SOCK_STREAM and listens:
             sock.listen(backlog)  # may say EADDRINUSE too: another socket listened between bind and here
     except OSError as error:
         if sock is not None:

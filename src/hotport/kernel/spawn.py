@@ -81,6 +81,7 @@ def spawn(
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
+    parent = os.getpid()
     pid = pidfd = -1
     try:
         heard, report = os.pipe()  # close-on-exec: end of file is how a successful exec shows
@@ -89,7 +90,7 @@ def spawn(
             try:
                 pid = os.fork()
                 if pid == 0:
-                    _become(argv, pristine, cwd, listeners, report)
+                    _become(argv, pristine, cwd, listeners, report, parent)
                 pidfd = os.pidfd_open(pid)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
@@ -112,7 +113,7 @@ def spawn(
 
 
 def _become(
-    argv: Sequence[str], environment: dict[str, str], cwd: str, listeners: Sequence[int], report: int
+    argv: Sequence[str], environment: dict[str, str], cwd: str, listeners: Sequence[int], report: int, parent: int
 ) -> NoReturn:
     """The child's whole life before its exec; all signals are blocked when it starts."""
     step = "prepare"
@@ -149,6 +150,8 @@ def _become(
         if listeners:
             environment["LISTEN_PID"] = str(os.getpid())
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        if os.getppid() != parent:
+            os._exit(127)  # it was killed: the next supervisor could not know of us, and does not miss us
         os.execvpe(argv[0], list(argv), environment)
     except BaseException as error:
         number = error.errno if isinstance(error, OSError) and error.errno else errno.EINVAL

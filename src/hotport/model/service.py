@@ -13,7 +13,15 @@ holds all of them; a phased restart is a series of batches of one. For each batc
     WATCHING    if that was asked for: the undo window. The old ones stay, quiesced, and hand their connections over
     (done)      drain the old ones; only this has no inverse
 
-Before that last line anything that goes wrong with a new worker aborts the restart by the inverses in
+How the listeners reach the new ones is the restart's `Strategy`. For *inherit* and *transfer* nothing changes here.
+*overlap* gives the new generation sockets of its own: at the commit newcomers are steered to them. *rebind* has two
+steps more before OPENING, and none of the old ones is left to be quiesced after it::
+
+    RELEASING   tell the old ones to empty the accept queue and to close the listeners, wait for the acknowledgements
+    REBINDING   close the last descriptor and bind again; if somebody else was quicker, the restart aborts, and the
+                address is tried again and again
+
+Before the line *(done)* anything that goes wrong with a new worker aborts the restart by the inverses in
 `INVERSE`, and the old generation serves on. What goes wrong in the undo window is *undone*, in two steps so that
 connections can go back::
 
@@ -21,7 +29,8 @@ connections can go back::
     (undone)    drain the new ones
 
 A restart with a canary has one batch that comes in two parts. After OPENING its first part is BAKING: it serves beside
-the old ones, all of which go on accepting, until the bake is over and the rest starts, or until it is undone.
+the old ones, all of which go on accepting, until the bake is over and the rest starts, or until it is undone. There is
+none with *rebind*, for which the old ones cannot go on accepting.
 
 The restart's number and the wanted count become the service's own only
 with the last batch; until then whatever is started outside of the restart is of the old generation.
@@ -30,11 +39,13 @@ with the last batch; until then whatever is started outside of the restart is of
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final
 
+from hotport.model.guarantee import Strategy
 from hotport.model.lifecycle import CURRENT, TRANSITIONS, Event, Phase, advance
 
 __all__ = [
@@ -48,10 +59,16 @@ __all__ = [
     "Step",
     "Worker",
     "step",
+    "surviving",
 ]
 
 BACKOFF_FIRST_S: Final = 0.5
 BACKOFF_MAX_S: Final = 30.0
+
+#: Between attempts to bind an address that somebody has taken. Seldom in the end: a bind that fails slows the port
+#: down, with many connections in TIME_WAIT by milliseconds.
+REGAIN_FIRST_S: Final = 0.1
+REGAIN_MAX_S: Final = 5.0
 
 #: A restart is refused while this many older generations still drain: each of them holds memory.
 GENERATIONS_DRAINING_MAX: Final = 8
@@ -81,6 +98,8 @@ class Step(enum.Enum):
     """How far the current batch of a restart has come."""
 
     STARTING = "starting"
+    RELEASING = "releasing"
+    REBINDING = "rebinding"
     OPENING = "opening"
     BAKING = "baking"
     QUIESCING = "quiescing"
@@ -114,6 +133,7 @@ class Restart:
     step: Step = Step.STARTING
     new: frozenset[int] = frozenset()
     old: frozenset[int] = frozenset()
+    strategy: Strategy = Strategy.INHERIT
     canary: int = 0
     is_watched: bool = False
     why: str = ""
@@ -129,6 +149,7 @@ class Service:
         generations: How many generation numbers have been given out.
         failures: Times that workers were lost without a quiet spell between them.
         is_backing_off: No replacement is started before the back-off timer ends.
+        regains: Since somebody else has taken one of the addresses: how often it was tried to be had; 0: nobody has.
     """
 
     wanted: int
@@ -140,6 +161,7 @@ class Service:
     is_stopping: bool = False
     failures: int = 0
     is_backing_off: bool = False
+    regains: int = 0
 
     def ids(self, *phases: Phase) -> tuple[int, ...]:
         """Workers in one of `phases`, oldest first."""
@@ -166,6 +188,24 @@ class Boot:
 
 
 @dataclass(frozen=True, slots=True)
+class Adopt:
+    """Go on with the workers of a supervisor that is gone, or was this process before its exec.
+
+    Attributes:
+        workers: Those that are alive, each in its phase by its own word: never OPENING nor QUIESCING, which are orders
+            under way, and those died with whoever gave them.
+        wanted: How many should serve.
+        generations: How many generation numbers have been given out, as far as anybody remembers.
+        spawned: How many worker numbers.
+    """
+
+    workers: tuple[Worker, ...]
+    wanted: int
+    generations: int
+    spawned: int
+
+
+@dataclass(frozen=True, slots=True)
 class RequestRestart:
     """Somebody asks for a restart; `request` is given back with the answer.
 
@@ -178,6 +218,7 @@ class RequestRestart:
     request: int
     is_phased: bool = False
     wanted: int | None = None
+    strategy: Strategy = Strategy.INHERIT
     canary: int = 0
     is_watched: bool = False
 
@@ -192,9 +233,14 @@ class RequestScale:
 
 @dataclass(frozen=True, slots=True)
 class RequestStop:
-    """End the service; a second request, or `now`, ends it without waiting for connections."""
+    """End the service; a second request, or `now`, ends it without waiting for connections.
+
+    Attributes:
+        is_succeeded: Another supervisor's workers accept already: nobody has to empty the accept queue.
+    """
 
     now: bool = False
+    is_succeeded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +272,13 @@ class MoreTime:
 
     worker: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """`Rebind` or `Regain` has been carried out; with a `why`, somebody else has an address."""
+
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +316,7 @@ class Clock(enum.Enum):
     SETTLE = "settle"
     BACKOFF = "backoff"
     STABLE = "stable"
+    REGAIN = "regain"
     BAKE = "bake"
     WATCH = "watch"
 
@@ -284,6 +338,7 @@ class Elapsed:
 
 Input = (
     Boot
+    | Adopt
     | RequestRestart
     | RequestScale
     | RequestStop
@@ -292,6 +347,7 @@ Input = (
     | Expired
     | MoreTime
     | Elapsed
+    | Bound
     | RequestUndo
     | RequestKeep
     | Unhealthy
@@ -311,16 +367,57 @@ class Spawn:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Tell a worker to accept."""
+    """Tell a worker to accept; it is given the listeners that it has not got."""
 
     worker: int
 
 
 @dataclass(frozen=True, slots=True)
 class Quiesce:
-    """Tell a worker to stop accepting and to keep its connections."""
+    """Tell a worker to stop accepting and to keep its connections; nobody else serves what waits if `empties`."""
 
     worker: int
+    empties: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Tell a worker to empty the accept queue, to close its listeners, and to keep its connections."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rebind:
+    """Close the listeners and bind their addresses again; `Bound` says what came of it."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Regain:
+    """Try again to bind the addresses that somebody else has; `Bound` says what came of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Give a worker that accepts the listeners that it has not got."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Steer:
+    """Let every new connection come to the sockets of this generation, and none to those of the one before it."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unsteer:
+    """Let every new connection come to the sockets of the generation before this one again."""
+
+    generation: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,6 +477,7 @@ class Refusal(enum.Enum):
     STARTING = "the service is still starting"
     STOPPING = "the service is stopping"
     TOO_MANY_DRAINING = "too many older generations are still draining"
+    PORT_LOST = "somebody else has one of its addresses, and it is tried to get that back first"
     WATCHED = "the last restart is still being watched, and can be undone"
     NOTHING_TO_UNDO = "no restart is in progress or in its undo window"
     NOT_WATCHED = "no restart is being watched"
@@ -406,6 +504,7 @@ class News(enum.Enum):
     """What is told to operators, logs and reports."""
 
     STARTED = "service.started"
+    ADOPTED = "service.adopted"
     RESTART_BEGAN = "restart.began"
     READY = "restart.ready"
     COMMITTED = "restart.committed"
@@ -417,6 +516,8 @@ class News(enum.Enum):
     WORKER_RETIRED = "worker.retired"
     BACKING_OFF = "worker.backing_off"
     STOPPING = "service.stopping"
+    PORT_LOST = "port.lost"
+    PORT_REGAINED = "port.regained"
     BAKING = "restart.baking"
     WATCHING = "restart.watching"
     UNDOING = "restart.undoing"
@@ -456,13 +557,29 @@ Effect = (
     | Accept
     | Announce
     | Finish
+    | Release
+    | Rebind
+    | Regain
+    | Share
+    | Steer
+    | Unsteer
 )
 
-#: Every effect before the point of no return, and what takes it back.
+#: Every effect before the point of no return, and what takes it back. What was bound again, the old ones are given.
 INVERSE: Final[Mapping[type[Effect], type[Effect]]] = {
     Spawn: Terminate,
     Open: Drain,
     Quiesce: Open,
+    Release: Open,
+    Rebind: Open,
+    Steer: Unsteer,
+}
+
+#: What bounds each phase of a worker in which something is awaited of it.
+_BOUNDS: Final[Mapping[Phase, Clock]] = {
+    Phase.STARTING: Clock.READY,
+    Phase.DRAINING: Clock.DRAIN,
+    Phase.STOPPING: Clock.KILL,
 }
 
 #: Timers of a restart.
@@ -514,9 +631,13 @@ class _Draft:
         self.move(worker, Event.OPEN)
         self.emit(Open(worker), StartTimer(Timer(Clock.OPEN, worker)))
 
-    def quiesce(self, worker: int) -> None:
+    def quiesce(self, worker: int, restart: Restart) -> None:
+        """By the kind of the restart; the answer is the same."""
         self.move(worker, Event.QUIESCE)
-        self.emit(Quiesce(worker))
+        if restart.step is Step.RELEASING:
+            self.emit(Release(worker))
+        else:
+            self.emit(Quiesce(worker, restart.strategy is Strategy.OVERLAP))
 
     def drain(self, worker: int, *, is_last: bool = False) -> None:
         self.move(worker, Event.DRAIN)
@@ -541,12 +662,14 @@ def step(service: Service, event: Input) -> tuple[Service, tuple[Effect, ...]]:
     match event:
         case Boot():
             _boot(draft)
+        case Adopt():
+            _adopt(draft, event)
         case RequestRestart():
             _request_restart(draft, event)
         case RequestScale():
             _request_scale(draft, event)
         case RequestStop():
-            _request_stop(draft, now=event.now)
+            _request_stop(draft, now=event.now, is_succeeded=event.is_succeeded)
         case Said():
             _said(draft, event)
         case Exited():
@@ -555,6 +678,8 @@ def step(service: Service, event: Input) -> tuple[Service, tuple[Effect, ...]]:
             _expired(draft, event.worker)
         case MoreTime():
             _more_time(draft, event)
+        case Bound():
+            _bound(draft, event.why)
         case RequestUndo() | RequestKeep():
             _request_verdict(draft, event)
         case Unhealthy():
@@ -566,9 +691,57 @@ def step(service: Service, event: Input) -> tuple[Service, tuple[Effect, ...]]:
 
 
 def _boot(draft: _Draft) -> None:
-    draft.set(generations=1)
+    generation = draft.service.generations + 1
+    draft.set(generations=generation)
     for _ in range(draft.service.wanted):
-        draft.spawn(1)
+        draft.spawn(generation)
+
+
+def _adopt(draft: _Draft, event: Adopt) -> None:
+    """Everything that a restart can be broken off at ends in one of two ways: its commit was reached, or it was not."""
+    workers = MappingProxyType({worker.id: worker for worker in sorted(event.workers, key=lambda w: w.id)})
+    generation = surviving(event.workers, event.wanted)
+    draft.set(
+        workers=workers,
+        wanted=event.wanted,
+        generation=generation,
+        generations=max([event.generations, *(worker.generation for worker in event.workers)]),
+        spawned=max([event.spawned, *workers]),
+    )
+    if workers:
+        draft.emit(Announce(News.ADOPTED, generation=generation, workers=tuple(workers)))
+    for worker in event.workers:
+        if clock := _BOUNDS.get(worker.phase):
+            draft.emit(StartTimer(Timer(clock, worker.id)))
+    # Before the first commit there is nothing to go back to: the newest that starts goes on with it.
+    kept = generation or max((w.generation for w in draft.service.current), default=0)
+    accepting = 0
+    for worker in [w for w in draft.service.current if w.generation == kept]:
+        if worker.phase is Phase.SERVING:
+            draft.emit(Open(worker.id))  # an order of its last supervisor to cease may have been under way
+        elif worker.phase is not Phase.STARTING:
+            draft.open(worker.id)
+        accepting += worker.phase is not Phase.STARTING
+    for worker in [w for w in draft.service.current if w.generation != kept]:
+        if worker.phase is Phase.SERVING and accepting < event.wanted:
+            draft.put(replace(worker, is_expired=True))  # it is missed until another serves in its place
+        else:
+            draft.release(worker.id)
+    if not draft.service.current:
+        _boot(draft)
+
+
+def surviving(workers: Iterable[Worker], wanted: int) -> int:
+    """The generation that a service is of whose supervisor is gone: the newest that serves whole, else what is left.
+
+    A generation serves whole only after its commit, or before the next one's. 0 if none has begun to serve.
+    """
+    workers = tuple(workers)
+    serving = Counter(w.generation for w in workers if w.phase is Phase.SERVING)
+    if whole := [generation for generation, count in serving.items() if count >= wanted]:
+        return max(whole)
+    left = Counter(w.generation for w in workers if w.phase in (Phase.SERVING, Phase.QUIESCED))
+    return max(left, key=lambda generation: (left[generation], -generation), default=0)
 
 
 def _request_restart(draft: _Draft, event: RequestRestart) -> None:
@@ -583,9 +756,10 @@ def _request_restart(draft: _Draft, event: RequestRestart) -> None:
         Restart(
             generation,
             wanted,
-            remaining=wanted,
-            is_phased=event.is_phased and not event.canary,
-            canary=event.canary,
+            wanted,
+            event.is_phased and not event.canary,
+            strategy=event.strategy,
+            canary=0 if event.strategy is Strategy.REBIND else event.canary,
             is_watched=event.is_watched,
         ),
     )
@@ -609,6 +783,8 @@ def _is_refused(draft: _Draft, event: RequestRestart | RequestScale) -> bool:
         why = Refusal.STARTING
     elif isinstance(event, RequestRestart) and service.draining_generations >= GENERATIONS_DRAINING_MAX:
         why = Refusal.TOO_MANY_DRAINING
+    elif isinstance(event, RequestRestart) and service.regains:
+        why = Refusal.PORT_LOST
     else:
         return False
     draft.emit(Refuse(event.request, why, generation))
@@ -640,15 +816,18 @@ def _unhealthy(draft: _Draft, event: Unhealthy) -> None:
         _take_back(draft, restart, event.why, event.worker)
 
 
-def _request_stop(draft: _Draft, *, now: bool) -> None:
+def _request_stop(draft: _Draft, *, now: bool, is_succeeded: bool) -> None:
     before = draft.service
     draft.set(is_stopping=True)
     if not before.is_stopping:
         draft.emit(Announce(News.STOPPING), CloseListeners())
+        if before.regains:
+            draft.set(regains=0)
+            draft.emit(StopTimer(Timer(Clock.REGAIN)))
     for worker, was in before.workers.items():
         is_at_once = now or before.is_stopping
-        if is_at_once or was.phase not in _ACCEPTING:
-            draft.release(worker, is_last=True)
+        if is_at_once or is_succeeded or was.phase not in _ACCEPTING:
+            draft.release(worker, is_last=not is_succeeded)
         if is_at_once:
             draft.emit(Kill(worker))
     _drain_last(draft)
@@ -757,6 +936,8 @@ def _elapsed(draft: _Draft, timer: Timer) -> None:
             draft.emit(Kill(timer.worker))
         case Clock.QUIESCE, _ if restart is not None and restart.step is Step.QUIESCING:
             _settle(draft, restart, why="not every old worker has answered")  # such a one is drained as it is
+        case Clock.QUIESCE, _ if restart is not None and restart.step is Step.RELEASING:
+            _abort(draft, restart, "not every old worker has let go of the listeners")  # so they cannot be bound again
         case Clock.SETTLE, _ if restart is not None and restart.step is Step.SETTLING:
             _watch(draft, restart) if restart.is_watched else _finish_batch(draft, restart)
         case Clock.BAKE, _ if restart is not None and restart.step is Step.BAKING:
@@ -767,6 +948,8 @@ def _elapsed(draft: _Draft, timer: Timer) -> None:
             draft.set(is_backing_off=False)
         case Clock.STABLE, _:
             draft.set(failures=0)
+        case Clock.REGAIN, _ if service.regains:
+            draft.emit(Regain())
 
 
 # -- the restart --------------------------------------------------------------------------------------------
@@ -781,21 +964,30 @@ def _begin_batch(draft: _Draft, restart: Restart) -> None:
 
 def _take_back(draft: _Draft, restart: Restart, why: str, culprit: int = 0, *, is_lost: bool = False) -> None:
     """Abort the restart or undo it, as its step demands; a new worker that `is_lost` while it is undone is no news."""
-    if restart.step in (Step.STARTING, Step.OPENING) or (is_lost and restart.step in (Step.QUIESCING, Step.SETTLING)):
-        _abort(draft, restart, why, culprit)
-    elif restart.step is not Step.UNDOING:
-        draft.set(restart=replace(restart, step=Step.UNDOING, why=why))
+    if restart.step is Step.UNDOING:
+        return
+    if restart.step in WATCHED or (restart.step in (Step.QUIESCING, Step.SETTLING) and not is_lost):
         draft.emit(
             *(StopTimer(Timer(clock)) for clock in _CLOCKS),
             Announce(News.UNDOING, generation=restart.generation, worker=culprit, why=why),
         )
+        _unsteer(draft, restart)
+        draft.set(restart=replace(restart, step=Step.UNDOING, why=why))
+    else:
+        _abort(draft, restart, why, culprit)
 
 
-def _abort(draft: _Draft, restart: Restart, why: str, culprit: int) -> None:
+def _abort(draft: _Draft, restart: Restart, why: str, culprit: int = 0) -> None:
     """Take back what the restart has done: the old ones accept again, the new ones go."""
+    _unsteer(draft, restart)
     _reopen(draft, restart)
     _dismiss(draft, restart)
     _give_up(draft, restart, why, culprit)
+
+
+def _unsteer(draft: _Draft, restart: Restart) -> None:
+    if restart.strategy is Strategy.OVERLAP and restart.step in (Step.QUIESCING, Step.SETTLING, Step.WATCHING):
+        draft.emit(Unsteer(restart.generation))
 
 
 def _reopen(draft: _Draft, restart: Restart) -> None:
@@ -856,14 +1048,14 @@ def _go_on_restarting(draft: _Draft, restart: Restart) -> None:
     match restart.step:
         case Step.STARTING if phases <= {Phase.READY, Phase.SERVING}:
             draft.emit(Announce(News.READY, generation=restart.generation))
-            for worker in sorted(restart.new.intersection(draft.service.ids(Phase.READY))):  # a canary serves already
-                draft.open(worker)
-            draft.set(restart=replace(restart, step=Step.OPENING))
+            (_release if restart.strategy is Strategy.REBIND else _open)(draft, restart)
+        case Step.RELEASING:
+            _go_on_releasing(draft, restart)
         case Step.OPENING if phases == {Phase.SERVING}:
             _bake(draft, restart) if restart.canary else _commit(draft, restart)
         case Step.QUIESCING | Step.SETTLING | Step.WATCHING:
             for worker in sorted(restart.old.intersection(draft.service.ids(Phase.SERVING))):
-                draft.quiesce(worker)  # one that was being opened at the commit as soon as it has answered
+                draft.quiesce(worker, restart)  # one that was being opened at the commit as soon as it has answered
             if restart.step is Step.QUIESCING and restart.old.isdisjoint(
                 draft.service.ids(Phase.OPENING, Phase.QUIESCING)
             ):
@@ -910,8 +1102,58 @@ def _alive(draft: _Draft, workers: Iterable[int]) -> list[int]:
     return sorted(i for i in workers if i in draft.service.workers)
 
 
+def _open(draft: _Draft, restart: Restart) -> None:
+    for worker in sorted(restart.new.intersection(draft.service.ids(Phase.READY))):  # a canary serves already
+        draft.open(worker)
+    draft.set(restart=replace(restart, step=Step.OPENING))
+
+
+def _release(draft: _Draft, restart: Restart) -> None:
+    """Begin to close the listeners. A worker that is only starting would keep them open, and is not wanted any more."""
+    draft.emit(StartTimer(Timer(Clock.QUIESCE)))
+    old = [w for w in draft.service.current if w.generation != restart.generation]
+    for worker in old:
+        if worker.phase in (Phase.STARTING, Phase.READY):
+            draft.terminate(worker.id)
+    restart = replace(restart, step=Step.RELEASING, old=frozenset(w.id for w in old))
+    draft.set(restart=restart)
+    _go_on_releasing(draft, restart)
+
+
+def _go_on_releasing(draft: _Draft, restart: Restart) -> None:
+    for worker in sorted(restart.old.intersection(draft.service.ids(Phase.SERVING))):
+        draft.quiesce(worker, restart)
+    holding = draft.service.ids(Phase.OPENING, Phase.SERVING, Phase.QUIESCING, Phase.STOPPING)
+    if restart.old.isdisjoint(holding):
+        draft.emit(StopTimer(Timer(Clock.QUIESCE)), Rebind(restart.generation))
+        draft.set(restart=replace(restart, step=Step.REBINDING))
+
+
+def _bound(draft: _Draft, why: str) -> None:
+    """The addresses have been bound again, or somebody was quicker."""
+    restart, regains = draft.service.restart, draft.service.regains
+    if draft.service.is_stopping:
+        return
+    if why:
+        draft.set(regains=regains + 1)
+        if restart is not None and restart.step is Step.REBINDING:
+            _abort(draft, restart, why)
+        if not regains:
+            draft.emit(Announce(News.PORT_LOST, generation=draft.service.generation, why=why))
+        seconds = min(REGAIN_MAX_S, REGAIN_FIRST_S * 2.0 ** min(regains, 16))
+        draft.emit(StartTimer(Timer(Clock.REGAIN), seconds))
+    elif regains:
+        draft.set(regains=0)
+        draft.emit(*(Share(worker) for worker in draft.service.ids(Phase.OPENING, Phase.SERVING)))
+        draft.emit(Announce(News.PORT_REGAINED, generation=draft.service.generation))
+    elif restart is not None and restart.step is Step.REBINDING:
+        _open(draft, restart)
+
+
 def _commit(draft: _Draft, restart: Restart) -> None:
     draft.emit(Announce(News.COMMITTED, generation=restart.generation), StartTimer(Timer(Clock.QUIESCE)))
+    if restart.strategy is Strategy.OVERLAP:
+        draft.emit(Steer(restart.generation))
     old = [w.id for w in draft.service.current if w.generation != restart.generation]
     if restart.remaining:  # a phased restart takes the oldest, one for one
         old = old[: len(restart.new)]

@@ -50,6 +50,7 @@ Loop: TypeAlias = Literal["uvloop", "asyncio"]
 Ready: TypeAlias = Literal["notify", "exec"]
 HandoffChoice: TypeAlias = Literal["auto", "websocket", "off"]
 AccessLog: TypeAlias = Literal["off", "structured", "combined"]
+StrategyChoice: TypeAlias = Literal["auto", "inherit", "transfer", "overlap", "rebind"]
 ClientAuth: TypeAlias = Literal["auto", "none", "optional", "required"]
 Lifespan: TypeAlias = Literal["auto", "on", "off"]
 LogFormat: TypeAlias = Literal["auto", "console", "json"]
@@ -175,6 +176,12 @@ class Options:
     log_level: LogLevel = _option(
         "info", choice("debug", "info", "warning", "error"), "The least urgent lines that are logged."
     )
+    strategy: StrategyChoice = _option(
+        "auto",
+        choice("auto", "inherit", "transfer", "overlap", "rebind"),
+        "How listeners reach the next generation; auto: the best way that can work.",
+    )
+    guard: bool = _option(False, switch(), "Keep TCP ports from other users even while nothing listens on them.")
     undo_window_s: float = _option(
         0.0, duration(), "How long the old generation stays after a restart, to be taken back; 0: not at all."
     )

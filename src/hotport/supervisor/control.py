@@ -15,8 +15,10 @@ from hotport.errors import ConfigError, ControlError, HotportError
 from hotport.kernel.sockets import peer_credentials
 from hotport.model.service import Announce, RequestStop
 from hotport.observe.logs import get_logger
+from hotport.supervisor.house import House
 from hotport.supervisor.requests import describe, keep, reload_tls, restart, scale, undo
 from hotport.supervisor.supervisor import Supervisor
+from hotport.supervisor.takeover import hand_over
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import (
     Done,
@@ -29,7 +31,9 @@ from hotport.wire.messages import (
     ScaleRequest,
     StatusRequest,
     StopRequest,
+    TakeOverRequest,
     UndoRequest,
+    UpgradeRequest,
     decode,
     encode,
 )
@@ -55,7 +59,7 @@ Hear: TypeAlias = Callable[[Announce, float], None]
 log = get_logger("hotport.control")
 
 
-async def serve_control(supervisor: Supervisor, control: socket.socket) -> None:
+async def serve_control(supervisor: Supervisor, control: socket.socket, house: House) -> None:
     """Answer commands until the service has finished, and then to the end of what is being said.
 
     Descriptors: owns `control`. Cancellation: safe; clients see the end of the stream.
@@ -66,7 +70,7 @@ async def serve_control(supervisor: Supervisor, control: socket.socket) -> None:
     async def handle(stream: SocketStream) -> None:
         try:
             async with stream:
-                await _converse(supervisor, stream)
+                await _converse(supervisor, stream, house)
         except (anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream):
             pass  # a client that leaves ends its conversation, never what it asked for
         except Exception:
@@ -92,7 +96,7 @@ async def serve_control(supervisor: Supervisor, control: socket.socket) -> None:
         conversations.cancel_scope.deadline = anyio.current_time() + GOODBYE_TIMEOUT_S
 
 
-async def _converse(supervisor: Supervisor, stream: SocketStream) -> None:
+async def _converse(supervisor: Supervisor, stream: SocketStream, house: House) -> None:
     pid, uid, _ = peer_credentials(stream.extra(SocketAttribute.raw_socket))
     try:
         if uid not in (os.geteuid(), 0):
@@ -103,7 +107,7 @@ async def _converse(supervisor: Supervisor, stream: SocketStream) -> None:
                 fix=f"run the command as uid {os.geteuid()} or as root",
             )
         request = await _read_request(stream)
-        reply = await _carry_out(supervisor, request, stream, by=f"pid {pid} of uid {uid}")
+        reply = await _carry_out(supervisor, request, stream, house, by=f"pid {pid} of uid {uid}")
     except HotportError as error:
         log.warning("control.refused", error=error.what, cause=error.cause)
         reply = Failure(
@@ -113,7 +117,8 @@ async def _converse(supervisor: Supervisor, stream: SocketStream) -> None:
             fix=error.fix,
             exit_code=error.exit_code,
         )
-    await _say(stream, reply)
+    if reply is not None:
+        await _say(stream, reply)
 
 
 async def _read_request(stream: SocketStream) -> Any:
@@ -134,7 +139,7 @@ async def _say(stream: SocketStream, message: Any) -> None:
     await stream.send(encode_frame(encode(message)))
 
 
-async def _carry_out(supervisor: Supervisor, request: Any, stream: SocketStream, *, by: str) -> Any:
+async def _carry_out(supervisor: Supervisor, request: Any, stream: SocketStream, house: House, *, by: str) -> Any:
     match request:
         case StatusRequest():
             return await describe(supervisor)
@@ -144,6 +149,7 @@ async def _carry_out(supervisor: Supervisor, request: Any, stream: SocketStream,
                 lambda hear: restart(
                     supervisor,
                     is_phased=request.phased,
+                    strategy=request.strategy,
                     canary=request.canary,
                     bake_s=request.bake_s,
                     undo_window_s=request.undo_window_s,
@@ -170,6 +176,15 @@ async def _carry_out(supervisor: Supervisor, request: Any, stream: SocketStream,
             supervisor.input(RequestStop(now=now))
             await supervisor.finished.wait()
             return Done(detail="stopped", exit_code=supervisor.exit_code)
+        case UpgradeRequest(python=python):
+            await house.upgrade(supervisor, python, stream.extra(SocketAttribute.raw_socket))
+            return None  # the next supervisor answers
+        case TakeOverRequest():
+
+            async def reclaim() -> None:
+                await serve_control(supervisor, house.reclaim(supervisor), house)
+
+            return await hand_over(supervisor, request, stream, house.lock, reclaim)
     raise AssertionError(request)
 
 

@@ -15,7 +15,15 @@ from hotport.wire.messages import WorkerSpec, encode
 __all__ = ["Launch", "Surroundings"]
 
 #: Meant for this process or set anew for each worker; never handed on as they are.
-PRIVATE_VARIABLES = (*LISTEN_VARIABLES, "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "HOTPORT_WORKER")
+PRIVATE_VARIABLES = (
+    *LISTEN_VARIABLES,
+    "NOTIFY_SOCKET",
+    "WATCHDOG_USEC",
+    "WATCHDOG_PID",
+    "HOTPORT_WORKER",
+    "HOTPORT_UPGRADE",
+    "HOTPORT_UPGRADE_CHECK",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import signal
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -15,21 +16,36 @@ from anyio.abc import ByteStream
 
 from hotport.errors import ControlError
 from hotport.kernel.process import describe_exit, kill_group, reap, send_signal
+from hotport.kernel.scm import DESCRIPTORS_MAX
 from hotport.kernel.spawn import Child
 from hotport.observe.logs import get_logger
 from hotport.wire.frames import FrameDecoder, encode_frame
-from hotport.wire.messages import Inspection, Probed, TlsReloaded, Word, decode, encode
+from hotport.wire.messages import (
+    Inspection,
+    Memory,
+    Probed,
+    TlsReloaded,
+    TransferOrder,
+    Transferred,
+    Welcome,
+    Word,
+    decode,
+    encode,
+)
 
 __all__ = ["Process"]
 
 Answer = TypeVar("Answer", Inspection, TlsReloaded, Probed)
+
+#: From calling a worker to its acknowledgement of what it was given.
+TRANSFER_TIMEOUT_S = 5.0
 
 #: How long the last words of a worker that is gone are waited for.
 LAST_WORDS_S = 1.0
 
 
 class Process:
-    """A worker that was started here.
+    """A worker that was started here, or was adopted.
 
     Attributes:
         error: Why it could not start, in its own words, if it left any.
@@ -37,19 +53,34 @@ class Process:
         control_path: Where it listens for orders, and for connections of other workers.
         successors: Whom it was told to hand its connections to, if it leaves.
         is_talking: Its control socket is connected, or being connected.
+        memory: What was left with it last, for a next supervisor.
+        held: Listeners that it has, or is being given.
+        released: Set when it has closed the listeners that it was told to release; None if it was not told.
 
     Descriptors: owns ``child.pidfd`` and the control connection.
     """
 
-    def __init__(self, worker: int, generation: int, child: Child, control_path: str, *, is_foreign: bool) -> None:
+    def __init__(
+        self,
+        worker: int,
+        generation: int,
+        child: Child,
+        control_path: str,
+        *,
+        is_foreign: bool,
+        age_s: float = 0.0,
+    ) -> None:
         self.worker = worker
         self.generation = generation
         self.pid = child.pid
-        self.started_at = time.monotonic()
+        self.started_at = time.monotonic() - age_s
         self.is_foreign = is_foreign
         self.error = ""
         self.status = ""
         self.successors: tuple[str, ...] = ()
+        self.memory: Memory | None = None
+        self.held: set[socket.socket] = set()
+        self.released: anyio.Event | None = None
         self._pidfd = child.pidfd
         self.control_path = control_path
         self._orders, self._pending = anyio.create_memory_object_stream[bytes](math.inf)
@@ -103,6 +134,27 @@ class Process:
             await event.wait()
         return answer[0] if answer else None
 
+    async def transfer(self, listeners: Mapping[str, socket.socket], accepted: Sequence[socket.socket] = ()) -> None:
+        """Give the worker listeners by address, and connections, and wait until it has them.
+
+        Raises:
+            OSError: It cannot be reached, or has not taken them; it may have them all the same.
+            TimeoutError: It has not answered within `TRANSFER_TIMEOUT_S`.
+
+        Descriptors: all stay open here.
+        Sources: unix(7) SCM_RIGHTS.
+        """
+        descriptors = [sock.fileno() for sock in (*listeners.values(), *accepted)]
+        order = TransferOrder(addresses=tuple(listeners), connections=len(accepted))
+        with anyio.fail_after(TRANSFER_TIMEOUT_S):
+            async with await anyio.connect_unix(self.control_path) as stream:
+                decoder = FrameDecoder()
+                await stream.send(encode_frame(encode(order)))
+                await _expect(stream, decoder, Welcome)
+                for start in range(0, len(descriptors), DESCRIPTORS_MAX):
+                    await stream.send_fds(b"d", descriptors[start : start + DESCRIPTORS_MAX])
+                await _expect(stream, decoder, Transferred)
+
     async def _send_orders(self, stream: ByteStream) -> None:
         with suppress(anyio.BrokenResourceError):  # then the other direction ends, too
             async for frame in self._pending:
@@ -147,3 +199,13 @@ class Process:
         with suppress(OSError):  # a worker that was killed leaves its socket behind
             os.unlink(self.control_path)
         return describe_exit(status)
+
+
+async def _expect(stream: ByteStream, decoder: FrameDecoder, kind: type[Any]) -> None:
+    """Read words until one of this kind has come; the others are for whoever gives orders."""
+    try:
+        while True:
+            if any(isinstance(decode(payload, Word), kind) for payload in decoder.feed(await stream.receive())):
+                return
+    except (anyio.EndOfStream, anyio.BrokenResourceError, ControlError) as error:
+        raise ConnectionError("the worker has not taken its listeners") from error

@@ -48,6 +48,7 @@ class RestartRecord:
         is_phased: bool,
         is_tracked: bool,
         overflows: Callable[[], Mapping[str, int]],
+        strategy: str = "inherit",
     ) -> None:
         self.generation = generation
         self.is_over = False
@@ -67,6 +68,8 @@ class RestartRecord:
         self._leaving: set[int] = set()
         self._drained: set[int] = set()
         self._fates: Counter[str] = Counter()
+        self._strategy = strategy
+        self._rebound: tuple[float, int, int] | None = None
         self._fates_back: Counter[str] = Counter()
         self.accepting_at: dict[int, float] = {}
         self.quiesced_at: dict[int, float] = {}
@@ -84,6 +87,16 @@ class RestartRecord:
     def taken_back(self, fates: Mapping[str, int]) -> None:
         """What became of an old worker's connections before it accepted again."""
         self._fates.update(fates)
+
+    def rebound(self, gap_s: float, refused: int, reset: int) -> None:
+        """What binding the addresses again has cost."""
+        self._rebound = (gap_s, refused, reset)
+
+    def lost(self, count: int) -> None:
+        """Connections that were taken from a queue could be given to nobody."""
+        if self._rebound is not None:
+            gap_s, refused, reset = self._rebound
+            self._rebound = (gap_s, refused, reset + count)
 
     def hear(self, announcement: Announce) -> None:
         """Take one piece of news into account."""
@@ -146,6 +159,10 @@ class RestartRecord:
             connections=dict(self._fates) if self._is_tracked else None,
             connections_back=dict(self._fates_back) if self._is_tracked and self._outcome == "undone" else None,
             queue_overflows={key: value - self._overflows_before.get(key, 0) for key, value in after.items()},
+            strategy=self._strategy,
+            rebind_gap_us=round(self._rebound[0] * 1e6, 1) if self._rebound else None,
+            refused=self._rebound[1] if self._rebound else None,
+            reset=self._rebound[2] if self._rebound else None,
         )
 
 
@@ -185,6 +202,7 @@ class Reports:
             is_phased=restart.is_phased,
             is_tracked=is_tracked,
             overflows=self._overflows,
+            strategy=restart.strategy.value,
         )
 
     def hear(self, announcement: Announce, *, serving: int, errors: Mapping[int, str]) -> list[Report]:
@@ -203,6 +221,16 @@ class Reports:
         """What became of a leaving worker's connections, by its own word."""
         for record in self._records.values():
             record.drained(worker, fates)
+
+    def rebound(self, generation: int, *, gap_s: float, refused: int, reset: int) -> None:
+        """What binding the addresses again has cost a restart."""
+        if generation in self._records:
+            self._records[generation].rebound(gap_s, refused, reset)
+
+    def lost(self, count: int) -> None:
+        """Connections that were taken from a queue could be given to nobody."""
+        for record in self._records.values():
+            record.lost(count)
 
     def taken_back(self, restart: Restart | None, worker: int, fates: Mapping[str, int]) -> None:
         """What became of an old worker's connections before it accepted again, by its own word."""

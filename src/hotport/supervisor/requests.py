@@ -13,11 +13,14 @@ import anyio
 from hotport import __version__
 from hotport.errors import ConfigError, HotportError, RestartError, StartError
 from hotport.kernel.process import rss_bytes
+from hotport.kernel.steer import can_steer
+from hotport.model.guarantee import Facts, Strategy, choose, table
 from hotport.model.lifecycle import CURRENT, Phase
 from hotport.model.service import (
     WATCHED,
     Announce,
     Input,
+    Refusal,
     RequestKeep,
     RequestRestart,
     RequestScale,
@@ -54,6 +57,7 @@ async def restart(
     supervisor: Supervisor,
     *,
     is_phased: bool | None = None,
+    strategy: str | None = None,
     canary: int | None = None,
     bake_s: float | None = None,
     undo_window_s: float | None = None,
@@ -62,7 +66,8 @@ async def restart(
     """Restart and wait until the outcome is known and the losers are gone.
 
     Args:
-        is_phased: Replace workers one by one; None leaves it to the options. So do the next three.
+        is_phased: Replace workers one by one; None leaves it to the options. So do the next four.
+        strategy: How listeners reach the new generation.
         canary: So many new workers serve for a while before the others start.
         bake_s: How long.
         undo_window_s: How long the old generation stays when all is done, to be taken back.
@@ -70,8 +75,8 @@ async def restart(
 
     Raises:
         RestartError: It was refused: another one is in progress, or the service is starting or stopping
-            (HP410), the listeners would change (HP411), or the options (HP3xx) or the surroundings (HP401, HP402,
-            HP404, HP405) cannot be used. Nothing was begun.
+            (HP410), the strategy cannot work (HP420), a new address cannot be bound (HP1xx), or the options (HP3xx) or
+            the surroundings (HP401, HP402, HP404, HP405) cannot be used. Nothing was begun.
     """
     before = supervisor.options
     try:
@@ -81,20 +86,40 @@ async def restart(
         launch = Launch.resolve(options, supervisor.surroundings)
     except HotportError as error:
         raise _refused(error.code, error.what, supervisor, cause=error.cause, fix=error.fix) from error
-    if options.bind != before.bind:
+    if (running := supervisor.service.restart) is not None:  # two must not bind at the same time
+        why = Refusal.WATCHED if running.step in WATCHED else Refusal.IN_PROGRESS
+        raise supervisor.refused(why, running.generation)
+    if supervisor.owned.lost:
+        raise supervisor.refused(Refusal.PORT_LOST)
+    chosen = choose(strategy or options.strategy, facts(supervisor, options, is_phased=options.phased))
+    if chosen.strategy is None:
         raise _refused(
-            "HP411",
-            "its addresses have changed",
+            "HP420",
+            f"the strategy {strategy or options.strategy} cannot work",
             supervisor,
-            cause=f"it listens on {', '.join(before.bind)}; the options now say {', '.join(options.bind)}",
-            fix=f"hotport stop {supervisor.name}, then serve again",
+            cause=chosen.why,
+            fix=f"hotport restart {supervisor.name} --strategy auto",
         )
+    wants = chosen.strategy
+    if options.canary and wants is Strategy.REBIND:
+        raise _refused(
+            "HP421",
+            "a canary cannot serve beside its old workers",
+            supervisor,
+            cause="with the strategy rebind the old generation lets go of the port before the new one has it",
+            fix=f"hotport restart {supervisor.name} --canary 0",
+        )
+    try:
+        plan = supervisor.owned.prepare(options, wants, supervisor.service.generation)
+    except HotportError as error:
+        raise _refused(error.code, error.what, supervisor, cause=error.cause, fix=error.fix) from error
     wanted = options.workers if options.workers != before.workers else None
 
     def make(request: int) -> RequestRestart:
-        return RequestRestart(request, options.phased, wanted, options.canary, options.undo_window_s > 0)
+        is_watched = options.undo_window_s > 0
+        return RequestRestart(request, options.phased, wanted, wants, options.canary, is_watched)
 
-    return await _until_reported(supervisor, Asked(launch), make, hear)
+    return await _until_reported(supervisor, Asked(launch, plan), make, hear)
 
 
 def _override(
@@ -173,6 +198,25 @@ async def _until_reported(
         await supervisor.ask(asked, make)
         await done.wait()
     return result[0]
+
+
+def facts(supervisor: Supervisor, options: Options, *, is_phased: bool) -> Facts:
+    """What there is to know of a service before a strategy is chosen."""
+    workers = supervisor.service.workers
+    leaving = {
+        number: process.pid
+        for number, process in supervisor.processes.items()
+        if number not in workers or workers[number].phase not in CURRENT
+    }
+    asked = [each.asked for each in supervisor.owned.of(supervisor.service.generation)]
+    return Facts(
+        schemes=tuple(text.partition(":")[0] for text in dict.fromkeys((*asked, *map(str, options.bind)))),
+        command=options.command[0] if options.command else "",
+        kind=options.kind,
+        is_phased=is_phased,
+        lingering=supervisor.owned.lingering(leaving, supervisor.service.generation) if leaving else (),
+        can_steer=can_steer(),
+    )
 
 
 def _refused(code: str, what: str, supervisor: Supervisor, *, cause: str, fix: str) -> RestartError:
@@ -290,6 +334,8 @@ async def describe(supervisor: Supervisor) -> Status:
         for process in supervisor.processes.values():
             tasks.start_soon(inspect, process)
     service, options, now = supervisor.service, supervisor.options, time.monotonic()
+    known = facts(supervisor, options, is_phased=options.phased)
+    chosen = choose(options.strategy, known)
     return Status(
         service=supervisor.name,
         pid=os.getpid(),
@@ -307,6 +353,10 @@ async def describe(supervisor: Supervisor) -> Status:
             if number in service.workers
         ),
         last_restart=supervisor.reports.last,
+        strategy=chosen.strategy.value if chosen.strategy else options.strategy,
+        strategy_why=chosen.why,
+        strategies={row.strategy.value: row.obstacle for row in table(known)},
+        lost=supervisor.owned.lost,
         watch=_describe_watch(supervisor),
     )
 

@@ -25,16 +25,20 @@ import anyio.abc
 from hotport.address import listener_name, parse_address
 from hotport.errors import ExitCode, HotportError, RestartError, StartError
 from hotport.kernel.notify import notify, receive_notification
-from hotport.kernel.procfs import queue_overflows
-from hotport.kernel.spawn import spawn
+from hotport.kernel.process import send_signal
+from hotport.kernel.procfs import age_s, environment, queue_overflows
+from hotport.kernel.spawn import Child, spawn
 from hotport.model import service as model
+from hotport.model.guarantee import Strategy
 from hotport.model.lifecycle import Event, Phase
 from hotport.model.service import Announce, Clock, Exited, News, Said, Service
 from hotport.observe.logs import get_logger
 from hotport.options import Options, format_duration
 from hotport.supervisor.health import watch_health
 from hotport.supervisor.launch import Launch, Surroundings
+from hotport.supervisor.listeners import Listener, Listeners
 from hotport.supervisor.process import Process
+from hotport.supervisor.recovery import Found
 from hotport.supervisor.reports import Reports
 from hotport.supervisor.timers import Timers
 from hotport.wire.messages import (
@@ -43,8 +47,13 @@ from hotport.wire.messages import (
     Drained,
     DrainOrder,
     Expired,
+    Hello,
+    Memory,
     Quiesced,
     QuiesceOrder,
+    Released,
+    ReleaseOrder,
+    RememberOrder,
     Report,
     SuccessorsOrder,
     TlsReloaded,
@@ -62,10 +71,16 @@ STABLE_S: Final = 10.0
 
 
 class Asked:
-    """A request on its way through the model, and its answer."""
+    """A request on its way through the model, and its answer.
 
-    def __init__(self, launch: Launch | None = None) -> None:
+    Args:
+        launch: Of a restart: what the next generation is started from.
+        plan: Of a restart: the listeners of the next generation.
+    """
+
+    def __init__(self, launch: Launch | None = None, plan: list[Listener] | None = None) -> None:
         self.launch = launch
+        self.plan = plan or []
         self.is_answered = anyio.Event()
         self.generation = 0
         self.refusal: model.Refusal | None = None
@@ -77,10 +92,15 @@ class Supervisor:
     Args:
         name: The service's name.
         directory: Its runtime directory, private, existing.
-        listeners: Bound listeners by canonical address; owned from here on.
         notify_socket: Bound in `directory`; owned from here on.
         read_options: Reads the options again for each restart, from a directory; may raise ConfigError.
         own_notify_path: The service manager's ``NOTIFY_SOCKET``, if this supervisor is itself supervised.
+        found: What is left of the service's last supervisor, and the listeners; these are owned from here on.
+
+    Attributes:
+        is_departing: It ends without its workers: this process becomes another supervisor of them.
+        is_succeeded: Another process has the listeners, and the paths in `directory`.
+        heirs: Control sockets of that process's workers.
     """
 
     def __init__(
@@ -88,27 +108,30 @@ class Supervisor:
         name: str,
         directory: str,
         options: Options,
-        listeners: Mapping[str, socket.socket],
         notify_socket: socket.socket,
         surroundings: Surroundings,
         *,
+        found: Found,
         read_options: Callable[[Path], Options],
         own_notify_path: str | None = None,
     ) -> None:
         self.name = name
         self.directory = directory
         self.options = options
-        self.listeners = listeners
+        self.owned = Listeners(found.listeners, self._asked_of(found))
         self.service = Service(wanted=options.workers)
         self.processes: dict[int, Process] = {}
         self.reports = Reports(name, overflows=queue_overflows)
         self.exit_code: int = ExitCode.DONE
         self.failure: HotportError | str | None = None
-        self._names = [listener_name(parse_address(address)) for address in listeners]
-        self._notify_socket = notify_socket
+        self.notify_socket = notify_socket
         self.surroundings = surroundings
         self.read_options = read_options
         self._own_notify_path = own_notify_path
+        self._found = found
+        self.is_departing = False
+        self.is_succeeded = False
+        self.heirs: tuple[str, ...] = ()
         self._launches: dict[int, Launch] = {}
         self._errors: dict[int, str] = {}
         self._loss = ""
@@ -117,19 +140,25 @@ class Supervisor:
         self._subscribers: list[Callable[[Announce | Report], None]] = []
         self._stepped = anyio.Event()
         self._has_cut = False
+        self._left: list[socket.socket] = []  # connections that were taken from a queue, for the next who accepts
         self.finished = anyio.Event()
-        self._put, self._inputs = anyio.create_memory_object_stream[model.Input](math.inf)
+        self._put, self._inputs = anyio.create_memory_object_stream[model.Input | None](math.inf)
         self._log = get_logger("hotport.supervisor")
         self.started_at = time.monotonic()
         self._tasks: anyio.abc.TaskGroup
         self._timers: Timers
 
+    @property
+    def listeners(self) -> Mapping[str, socket.socket]:
+        """The listeners of the generation that serves, by canonical address."""
+        return self.owned.sockets(self.service.generation)
+
     # -- life ----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Boot, serve, and return when the last worker is gone; then look at `exit_code` and `failure`."""
+        """Boot or adopt, serve, and return when the last worker is gone; then look at `exit_code` and `failure`."""
         try:
-            self._launches[1] = Launch.resolve(self.options, self.surroundings)
+            self._prepare_launches()
         except StartError as error:  # raised from here, task groups would wrap it
             self.failure, self.exit_code = error, error.exit_code
             self.finished.set()
@@ -137,13 +166,17 @@ class Supervisor:
         async with anyio.create_task_group() as self._tasks:
             self._timers = Timers(self._tasks, lambda timer: self.input(model.Elapsed(timer)))
             self._tasks.start_soon(self._receive_notifications)
-            self._put.send_nowait(model.Boot())
+            self._adopt()
             async for event in self._inputs:
+                if event is None:
+                    break
                 self.service, effects = model.step(self.service, event)
                 is_finished = False
                 for effect in effects:
                     is_finished = self._carry_out(effect) or is_finished
                 self._redirect()
+                self._deposit()
+                self._close_listeners()
                 self._stepped.set()
                 self._stepped = anyio.Event()
                 if is_finished:
@@ -151,11 +184,69 @@ class Supervisor:
             self._tasks.cancel_scope.cancel()
         self.finished.set()
 
+    def _asked_of(self, found: Found) -> dict[int, tuple[str, ...]]:
+        """The addresses of each generation as its options name them."""
+        asked = {each.generation: each.launch.options.bind for each in found.survivors if each.launch is not None}
+        return {found.going: self.options.bind, **asked}
+
+    def listen_on(self, notify_socket: socket.socket) -> None:
+        """Hear workers on this socket from now on, bound to the path that they know; owned from here on."""
+        before, self.notify_socket = self.notify_socket, notify_socket
+        anyio.notify_closing(before)
+        before.close()
+
+    def _prepare_launches(self) -> None:
+        found = self._found
+        for survivor in found.survivors:
+            if survivor.launch is not None:
+                self._launches.setdefault(survivor.generation, survivor.launch)
+        if found.going not in self._launches:
+            self._launches[found.going] = Launch.resolve(self.options, self.surroundings)
+        self.options = self._launches[found.going].options
+
+    def _adopt(self) -> None:
+        """Begin: with the first generation, or with what is left of the last supervisor's."""
+        found, here = self._found, []
+        for survivor in found.survivors:
+            try:
+                child = Child(survivor.pid, os.pidfd_open(survivor.pid))
+            except ProcessLookupError:
+                continue
+            here.append(survivor.worker)
+            process = Process(
+                survivor.worker,
+                survivor.generation,
+                child,
+                survivor.control_path,
+                is_foreign=survivor.is_foreign,
+                age_s=age_s(survivor.pid),
+            )
+            process.held = set(survivor.listeners.values())
+            self.processes[survivor.worker] = process
+            self._tasks.start_soon(self._watch, process)
+            if not process.is_foreign and os.path.exists(process.control_path):
+                self._tasks.start_soon(process.converse, self._hear_word)
+        workers = tuple(worker for worker in found.workers if worker.id in here)
+        wanted = found.wanted or self.options.workers
+        self.input(model.Adopt(workers, wanted, found.generations, found.spawned))
+
+    @property
+    def memory(self) -> Memory:
+        """What a next supervisor could not learn from the workers otherwise."""
+        service = self.service
+        return Memory(wanted=service.wanted, generations=service.generations, spawned=service.spawned)
+
+    def depart(self) -> None:
+        """End `run` as soon as everything that has happened is dealt with; the workers serve on."""
+        self.is_departing = True
+        self._put.send_nowait(None)
+
     def close(self) -> None:
         """Close what `run` was given; unlinking paths is the caller's affair."""
-        self._notify_socket.close()
-        for listener in self.listeners.values():
-            listener.close()
+        self.notify_socket.close()
+        self.owned.close()
+        for sock in self._left:
+            sock.close()
 
     def input(self, event: model.Input) -> None:
         """Put an input at the end of the queue."""
@@ -171,9 +262,20 @@ class Supervisor:
             case model.Open(worker):
                 if process := self.processes.get(worker):
                     process.successors = ()  # whatever it handed over, it stops
-                self._order(worker, AcceptOrder(), Event.ACCEPTING)
-            case model.Quiesce(worker):
-                self._order(worker, QuiesceOrder(), Event.QUIESCED)
+                self._open(worker)
+            case model.Quiesce(worker, empties):
+                self._order(worker, QuiesceOrder(empties=empties), Event.QUIESCED)
+            case model.Release(worker):
+                self._release(worker)
+            case model.Rebind(generation):
+                self._rebind(generation)
+            case model.Regain():
+                self.input(model.Bound(self.owned.regain(self.options)))
+            case model.Share(worker):
+                if process := self.processes.get(worker):
+                    self._tasks.start_soon(self._give, process)
+            case model.Steer(generation) | model.Unsteer(generation):
+                self._steer(generation, 1 if isinstance(effect, model.Steer) else 0)
             case model.Drain(worker, is_last):
                 self._drain(worker, is_last)
             case model.Terminate(worker):
@@ -192,8 +294,7 @@ class Supervisor:
                 self._timers.stop(timer)
             case model.CloseListeners():
                 self._tell_manager(stopping=True)
-                for listener in self.listeners.values():
-                    listener.close()
+                self.owned.close()
             case model.Accept() | model.Refuse():
                 self._answer(effect)
             case Announce():
@@ -205,13 +306,17 @@ class Supervisor:
 
     def _spawn(self, worker: int, generation: int) -> None:
         launch = self._launches[generation]
+        restart = self.service.restart
+        # Others than inherit give them later.
+        is_given = restart is not None and restart.generation == generation and restart.strategy is not Strategy.INHERIT
+        listeners = {} if is_given else self.owned.sockets(generation)
         try:
             child = spawn(
                 launch.argv(self.name, generation, worker),
                 environment=launch.worker_environment(self.name, self.directory, generation, worker),
                 cwd=launch.directory,
-                listeners=[listener.fileno() for listener in self.listeners.values()],
-                listen_names=self._names,
+                listeners=[listener.fileno() for listener in listeners.values()],
+                listen_names=[listener_name(parse_address(address)) for address in listeners],
             )
         except (HotportError, OSError, ValueError) as error:
             self._errors[worker] = str(error)
@@ -220,6 +325,7 @@ class Supervisor:
         path = os.path.join(self.directory, f"worker-{generation}.{worker}.sock")
         is_foreign = bool(launch.options.command)
         process = Process(worker, generation, child, path, is_foreign=is_foreign)
+        process.held = set(listeners.values())
         self.processes[worker] = process
         self._log.info("worker.spawned", worker=worker, generation=generation, worker_pid=child.pid)
         self._tasks.start_soon(self._watch, process)
@@ -232,6 +338,87 @@ class Supervisor:
         if process.error:
             self._errors[process.worker] = process.error
         self.input(Exited(process.worker, why))
+
+    def _open(self, worker: int) -> None:
+        process = self.processes.get(worker)
+        if process is None or process.is_foreign or (not self._missing(process) and process.released is None):
+            self._order(worker, AcceptOrder(), Event.ACCEPTING)
+        else:
+            self._tasks.start_soon(self._give, process, AcceptOrder())
+
+    def _missing(self, process: Process) -> dict[str, socket.socket]:
+        """The listeners of a worker's generation that it has not got."""
+        sockets = self.owned.sockets(process.generation)
+        return {address: sock for address, sock in sockets.items() if sock not in process.held}
+
+    async def _give(self, process: Process, then: AcceptOrder | None = None) -> None:
+        """Give a worker the listeners that it lacks, and connections that nobody has taken; then an order.
+
+        If that fails there is no order, and the timer that bounds its answer decides.
+        """
+        if process.released is not None:  # it must not close what it is given now
+            await process.released.wait()
+            process.released = None
+        accepted, self._left = self._left, []
+        missing: dict[str, socket.socket] = {}
+        try:
+            self.owned.join(process.generation, self.options.backlog)
+            missing = self._missing(process)
+            process.held |= set(missing.values())
+            if missing or accepted:
+                await process.transfer(missing, accepted)
+        except OSError as error:
+            process.held -= set(missing.values())
+            self._log.warning("transfer.failed", worker=process.worker, error=str(error) or type(error).__name__)
+            self.reports.lost(len(accepted))
+        else:
+            if then is not None:
+                process.order(then)
+        finally:
+            for sock in accepted:
+                sock.close()
+
+    def _release(self, worker: int) -> None:
+        process, restart = self.processes.get(worker), self.service.restart
+        if process is None or restart is None:
+            return
+        common = set(self.owned.of(restart.generation)) & set(self.owned.of(process.generation))
+        sockets = {each.address: each.sock for each in common if each.sock is not None}
+        process.held -= set(sockets.values())
+        process.released = anyio.Event()
+        process.order(ReleaseOrder(addresses=tuple(sockets)))
+
+    def _rebind(self, generation: int) -> None:
+        old = self.service.generation
+        leaving = {number: process.pid for number, process in self.processes.items() if process.generation <= old}
+        if lingering := self.owned.lingering(leaving, old):  # then to close ours would not free the port
+            self.input(model.Bound(f"worker {lingering[0]} still has a listener open"))
+            return
+        result = self.owned.rebind(old, generation, self.options.backlog)
+        self._left += result.accepted
+        self.reports.rebound(generation, gap_s=result.gap_s, refused=result.refused, reset=result.reset)
+        self._log.info("port.rebound", gap_us=round(result.gap_s * 1e6, 1), taken=len(result.accepted))
+        self.input(model.Bound(result.why))
+
+    def _steer(self, generation: int, index: int) -> None:
+        try:
+            self.owned.steer(generation, index)
+        except OSError as error:  # what goes on coming to the old sockets is emptied before they are closed
+            self._log.warning("port.not_steered", error=str(error))
+
+    def _close_listeners(self) -> None:
+        """Close what no generation needs any more; what waited there is for somebody who accepts."""
+        if self.service.is_stopping or not self.service.generation:
+            return
+        wanted = {self.service.generation}
+        if self.service.restart is not None:
+            wanted.add(self.service.restart.generation)
+        held = {sock for process in self.processes.values() for sock in process.held}
+        self._left += self.owned.keep(wanted, held)
+        if self._left and not (self.service.restart and self.service.restart.step is model.Step.REBINDING):
+            serving = (self.processes.get(number) for number in reversed(self.service.ids(Phase.SERVING)))
+            if process := next((each for each in serving if each is not None and each.is_talking), None):
+                self._tasks.start_soon(self._give, process)
 
     def _order(self, worker: int, order: AcceptOrder | QuiesceOrder, answer: Event) -> None:
         process = self.processes.get(worker)
@@ -251,14 +438,24 @@ class Supervisor:
             process.signal(signal.SIGTERM)  # ours drain on it, too
         else:
             process.successors = () if is_last else self._successors(worker)
+            if abandoned := self._abandoned(process):
+                process.order(ReleaseOrder(addresses=abandoned))
             process.order(
                 DrainOrder(timeout_s=self.options.drain_timeout_s, is_last=is_last, successors=process.successors)
             )
 
+    def _abandoned(self, process: Process) -> tuple[str, ...]:
+        """Listeners of a worker that leaves which nobody serves after it."""
+        restart = self.service.restart
+        generations = {self.service.generation, restart.generation if restart else 0} - {0}
+        served = {sock for number in generations for sock in self.owned.sockets(number).values()}
+        sockets = self.owned.sockets(process.generation)
+        return tuple(address for address, sock in sockets.items() if sock in process.held - served)
+
     def _successors(self, leaving: int) -> tuple[str, ...]:
         """Control sockets of those that can go on with a worker's connections: the newest generation that serves."""
         if self.service.is_stopping:
-            return ()
+            return self.heirs
         serving = [self.service.workers[number] for number in self.service.ids(Phase.SERVING) if number != leaving]
         newest = max((worker.generation for worker in serving), default=0)
         processes = [self.processes.get(worker.id) for worker in serving if worker.generation == newest]
@@ -276,6 +473,13 @@ class Supervisor:
             if successors and successors != process.successors:
                 process.successors = successors
                 process.order(SuccessorsOrder(successors=successors))
+
+    def _deposit(self) -> None:
+        memory = self.memory
+        for process in self.processes.values():
+            if process.is_talking and process.memory != memory:
+                process.memory = memory
+                process.order(RememberOrder(memory=memory))
 
     def _finish(self, has_failed: bool) -> None:
         if has_failed:
@@ -314,15 +518,29 @@ class Supervisor:
 
     async def _receive_notifications(self) -> None:
         while True:
-            await anyio.wait_readable(self._notify_socket)
-            self._read_notifications()
+            with suppress(anyio.ClosedResourceError):  # replaced by another one
+                await anyio.wait_readable(self.notify_socket)
+                self._read_notifications()
 
     def _read_notifications(self) -> None:
-        while (received := receive_notification(self._notify_socket)) is not None:
+        while (received := receive_notification(self.notify_socket)) is not None:
             pid, _, payload = received
-            process = self._process_of(pid)
+            process, said = self._process_of(pid), Notification.parse(payload)
             if process is not None:
-                self._hear_notification(process, Notification.parse(payload))
+                self._hear_notification(process, said)
+            elif said.ready:
+                self._dismiss(pid)
+
+    def _dismiss(self, pid: int) -> None:
+        """End a worker that a supervisor has started in its last moment, so that nobody knew of it."""
+        with suppress(OSError):
+            pidfd = os.pidfd_open(pid)
+            try:
+                if "HOTPORT_WORKER" in environment(pid):
+                    send_signal(pidfd, signal.SIGTERM)
+                    self._log.warning("worker.dismissed", worker_pid=pid)
+            finally:
+                os.close(pidfd)
 
     def _process_of(self, pid: int) -> Process | None:
         """The worker that sent a notification: itself, or the leader of the sender's process group."""
@@ -349,11 +567,21 @@ class Supervisor:
 
     def _hear_word(self, worker: int, word: Word) -> None:
         match word:
+            case Hello(phase=phase) if phase != "starting":  # what it has said before it could not reach us
+                self.input(Said(worker, Event.READY))
             case Accepting(at_s=at_s, fates=fates):
                 self.reports.taken_back(self.service.restart, worker, fates)
                 self.reports.note(self.service.restart, worker, Event.ACCEPTING, at_s)
                 self.input(Said(worker, Event.ACCEPTING))
             case Quiesced(at_s=at_s):
+                self.reports.note(self.service.restart, worker, Event.QUIESCED, at_s)
+                self.input(Said(worker, Event.QUIESCED))
+            case Released(addresses=addresses, at_s=at_s):
+                if process := self.processes.get(worker):
+                    named = self.owned.sockets(process.generation)
+                    process.held -= {named[address] for address in addresses if address in named}
+                    if process.released is not None:
+                        process.released.set()
                 self.reports.note(self.service.restart, worker, Event.QUIESCED, at_s)
                 self.input(Said(worker, Event.QUIESCED))
             case Expired():
@@ -394,7 +622,7 @@ class Supervisor:
         # A failure to boot is told once, at the end; but one that hangs may be a while in coming to it.
         if self.service.generation or not is_bad or is_stuck:
             (self._log.warning if is_bad else self._log.info)(news.value, **shown)
-        if news is News.STARTED:
+        if news is News.STARTED or (news is News.ADOPTED and announcement.generation):
             self._tell_manager(ready=True, status=f"generation {announcement.generation} serves")
         elif news in (News.ABORTED, News.UNDONE):
             self.options = self._launches[self.service.generation].options
@@ -461,21 +689,35 @@ class Supervisor:
 
     async def ask(self, asked: Asked, make: Callable[[int], model.Input]) -> None:
         """Put a request to the model and wait for its answer; raise RestartError if it is refused."""
+        if self.is_succeeded or self.is_departing:
+            raise RestartError(
+                "HP410",
+                f"{self.name} does not take this request now",
+                cause=f"another supervisor is taking over; generation {self.service.generation} serves",
+                fix=f"hotport status {self.name}, and try again",
+                phase="refused",
+                serving=self.service.generation,
+            )
         self._requests += 1
         self._asked[self._requests] = asked
         self.input(make(self._requests))
         await asked.is_answered.wait()
         if asked.refusal is not None:
-            number = f" (generation {asked.generation})" if asked.generation else ""
-            last = self.reports.last_in_words() if asked.refusal is model.Refusal.NOTHING_TO_UNDO else ""
-            raise RestartError(
-                "HP410",
-                f"{self.name} does not take this request now",
-                cause=f"{asked.refusal.value}{number}{last}; generation {self.service.generation} serves",
-                fix=_fix(self.name, asked.refusal),
-                phase="refused",
-                serving=self.service.generation,
-            )
+            self.owned.discard(asked.plan)
+            raise self.refused(asked.refusal, asked.generation)
+
+    def refused(self, refusal: model.Refusal, generation: int = 0) -> RestartError:
+        """The error for a request that is not carried out."""
+        last = self.reports.last_in_words() if refusal is model.Refusal.NOTHING_TO_UNDO else ""
+        number = f" (generation {generation})" if generation else ""
+        return RestartError(
+            "HP410",
+            f"{self.name} does not take this request now",
+            cause=f"{refusal.value}{number}{last}; generation {self.service.generation} serves",
+            fix=_fix(self.name, refusal),
+            phase="refused",
+            serving=self.service.generation,
+        )
 
     def watched_for_s(self) -> float:
         """Seconds left of a bake or an undo window; 0 outside of one."""
@@ -487,6 +729,7 @@ class Supervisor:
         if isinstance(answer, model.Refuse):
             asked.refusal = answer.why
         elif asked.launch is not None:
+            self.owned.add(answer.generation, asked.plan)
             self._launches[answer.generation] = asked.launch
             self.options = asked.launch.options  # before the first of its timers starts
         asked.is_answered.set()

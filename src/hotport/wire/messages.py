@@ -41,7 +41,9 @@ class AcceptOrder(msgspec.Struct, frozen=True, kw_only=True, tag="accept"):
 
 
 class QuiesceOrder(msgspec.Struct, frozen=True, kw_only=True, tag="quiesce"):
-    """Stop accepting; keep every connection."""
+    """Stop accepting; keep every connection; if `empties`, take what waits in the accept queue first."""
+
+    empties: bool = False
 
 
 class DrainOrder(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
@@ -81,6 +83,56 @@ class ReloadTlsOrder(msgspec.Struct, frozen=True, kw_only=True, tag="reload_tls"
     """Read the certificates again, for connections from now on."""
 
 
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
+    """What a supervisor could not learn from workers, if it did not leave it with them.
+
+    Attributes:
+        wanted: How many workers should serve.
+        generations: How many generation numbers have been given out.
+        spawned: How many worker numbers.
+    """
+
+    wanted: int
+    generations: int
+    spawned: int
+
+
+class RememberOrder(msgspec.Struct, frozen=True, kw_only=True, tag="remember"):
+    """Keep this for the next supervisor."""
+
+    memory: Memory
+
+
+class ListenersOrder(msgspec.Struct, frozen=True, kw_only=True, tag="listeners"):
+    """Send back duplicates of your listeners, with `Listening`; this connection ends with it."""
+
+
+class TransferOrder(msgspec.Struct, frozen=True, kw_only=True, tag="transfer"):
+    """Take listeners, and connections that were accepted from the queue of older ones.
+
+    After the `Welcome` they come as descriptors, in this order, and nothing else comes on this connection any more. The
+    answer is `Transferred`. A worker that accepts already accepts from them at once.
+
+    Attributes:
+        addresses: One for each listener.
+        connections: How many connections come after the listeners.
+    """
+
+    addresses: tuple[str, ...]
+    connections: int = 0
+
+
+class ReleaseOrder(msgspec.Struct, frozen=True, kw_only=True, tag="release"):
+    """Take what waits in the accept queue of these addresses, and close their listeners; keep every connection.
+
+    Attributes:
+        timeout_s: When to close a listener whose queue cannot be emptied: a worker may be out of descriptors.
+    """
+
+    addresses: tuple[str, ...]
+    timeout_s: float = 1.0
+
+
 class ProbeOrder(msgspec.Struct, frozen=True, kw_only=True, tag="probe"):
     """Ask your application for `path` by HTTP, and say what became of it within `timeout_s`."""
 
@@ -89,7 +141,18 @@ class ProbeOrder(msgspec.Struct, frozen=True, kw_only=True, tag="probe"):
 
 
 Order = (
-    AcceptOrder | QuiesceOrder | DrainOrder | SuccessorsOrder | OfferOrder | InspectOrder | ReloadTlsOrder | ProbeOrder
+    AcceptOrder
+    | QuiesceOrder
+    | DrainOrder
+    | SuccessorsOrder
+    | OfferOrder
+    | InspectOrder
+    | ReloadTlsOrder
+    | RememberOrder
+    | ListenersOrder
+    | TransferOrder
+    | ReleaseOrder
+    | ProbeOrder
 )
 
 
@@ -97,13 +160,20 @@ Order = (
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
-    """The first word on every connection to a worker."""
+    """The first word on every connection to a worker.
+
+    Attributes:
+        phase: ``starting``, ``ready``, ``serving``, ``quiesced`` or ``draining``.
+        memory: What its supervisor left with it.
+    """
 
     protocol: int = PROTOCOL
     pid: int
     service: str
     generation: int
     worker: int
+    phase: str = "starting"
+    memory: Memory | None = None
 
 
 class Accepting(msgspec.Struct, frozen=True, kw_only=True, tag="accepting"):
@@ -178,13 +248,45 @@ class TlsReloaded(msgspec.Struct, frozen=True, kw_only=True, tag="tls_reloaded")
     error: str = ""
 
 
+class Listening(msgspec.Struct, frozen=True, kw_only=True, tag="listening"):
+    """Duplicates of the listeners of these addresses come with this word."""
+
+    addresses: tuple[str, ...]
+
+
+class Released(msgspec.Struct, frozen=True, kw_only=True, tag="released"):
+    """No listener of these addresses is open here any more, since `at_s` (CLOCK_MONOTONIC, seconds)."""
+
+    addresses: tuple[str, ...]
+    at_s: float
+
+
+class Transferred(msgspec.Struct, frozen=True, kw_only=True, tag="transferred"):
+    """So many descriptors have arrived."""
+
+    count: int
+
+
 class Probed(msgspec.Struct, frozen=True, kw_only=True, tag="probed"):
     """What became of a probe: `why` it failed, or nothing."""
 
     why: str = ""
 
 
-Word = Hello | Accepting | Quiesced | Welcome | Expired | Drained | Inspection | TlsReloaded | Probed
+Word = (
+    Hello
+    | Accepting
+    | Quiesced
+    | Welcome
+    | Expired
+    | Drained
+    | Inspection
+    | TlsReloaded
+    | Listening
+    | Released
+    | Transferred
+    | Probed
+)
 
 
 # -- command -> supervisor ----------------------------------------------------------------------------------
@@ -194,6 +296,7 @@ class RestartRequest(msgspec.Struct, frozen=True, kw_only=True, tag="restart"):
     """Restart; what is not None overrides the service's own option."""
 
     phased: bool | None = None
+    strategy: str | None = None
     canary: int | None = None
     bake_s: float | None = None
     undo_window_s: float | None = None
@@ -225,7 +328,41 @@ class UndoRequest(msgspec.Struct, frozen=True, kw_only=True, tag="undo"):
     keep: bool = False
 
 
-Request = RestartRequest | StatusRequest | StopRequest | ScaleRequest | ReloadTlsRequest | UndoRequest
+class UpgradeRequest(msgspec.Struct, frozen=True, kw_only=True, tag="upgrade"):
+    """Become another supervisor of the same workers: by another interpreter, or by this one with new code."""
+
+    python: str | None = None
+
+
+class TakeOverRequest(msgspec.Struct, frozen=True, kw_only=True, tag="take_over"):
+    """From another supervisor: give me your listeners. `Estate` comes back, and `Committed` is awaited."""
+
+    protocol: int = PROTOCOL
+    version: str
+
+
+Request = (
+    RestartRequest
+    | StatusRequest
+    | StopRequest
+    | ScaleRequest
+    | ReloadTlsRequest
+    | UpgradeRequest
+    | TakeOverRequest
+    | UndoRequest
+)
+
+
+class Committed(msgspec.Struct, frozen=True, kw_only=True, tag="committed"):
+    """The workers of the supervisor that takes over accept.
+
+    Attributes:
+        workers: Names of their control sockets in the service's runtime directory.
+        addresses: What they listen on.
+    """
+
+    workers: tuple[str, ...]
+    addresses: tuple[str, ...]
 
 
 # -- supervisor -> command ----------------------------------------------------------------------------------
@@ -262,6 +399,12 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
             foreign program, which keeps its own.
         connections_back: What became of the new generation's connections, if it was undone.
         queue_overflows: What the kernel counted meanwhile (``/proc/net/netstat``, whole network namespace).
+        strategy: How the listeners reached the new generation.
+        rebind_gap_us: With *rebind*: microseconds in which nobody listened; None with the others.
+        refused: With *rebind*: connections that were refused in the gap: the segments with RST that the kernel sent
+            meanwhile (``OutRsts`` in ``/proc/net/snmp``, whole network namespace), less `reset`.
+        reset: With *rebind*: connections that waited in the accept queue when it was closed, or that nobody could be
+            given.
     """
 
     service: str
@@ -277,6 +420,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     connections: dict[str, int] | None = None
     connections_back: dict[str, int] | None = None
     queue_overflows: dict[str, int] = {}
+    strategy: str = "inherit"
+    rebind_gap_us: float | None = None
+    refused: int | None = None
+    reset: int | None = None
 
 
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -305,7 +452,13 @@ class WatchStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
-    """The service as it is."""
+    """The service as it is.
+
+    Attributes:
+        strategy: How listeners reach the next generation, and why in this way.
+        strategies: Every strategy, and why it cannot work here; empty if it can.
+        lost: Addresses that somebody else has taken, and who; they are tried again.
+    """
 
     service: str
     pid: int
@@ -319,6 +472,10 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     rss_bytes: int
     workers: tuple[WorkerStatus, ...]
     last_restart: Report | None = None
+    strategy: str = "inherit"
+    strategy_why: str = ""
+    strategies: dict[str, str] = {}
+    lost: dict[str, str] = {}
     watch: WatchStatus | None = None
 
 
@@ -360,8 +517,29 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, tag="failure"):
     fix: str
     exit_code: int
 
+    def error(self) -> ControlError:
+        """The error, for whoever has asked; its exit code is the service's verdict."""
+        error = ControlError(self.code, self.what, cause=self.cause, fix=self.fix)
+        error.exit_code = self.exit_code  # type: ignore[misc]
+        return error
 
-Reply = Progress | Report | Status | TlsReport | Done | Failure
+
+class Estate(msgspec.Struct, frozen=True, kw_only=True, tag="estate"):
+    """To a supervisor that takes over. With it come the lock of the runtime directory and the listeners.
+
+    Attributes:
+        bind: The addresses as the options name them.
+        addresses: What they are, in the order of the descriptors.
+    """
+
+    pid: int
+    version: str
+    memory: Memory
+    bind: tuple[str, ...]
+    addresses: tuple[str, ...]
+
+
+Reply = Progress | Report | Status | TlsReport | Done | Failure | Estate
 
 T = TypeVar("T")
 

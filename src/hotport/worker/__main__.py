@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
+from hotport.address import parse_listener_name
 from hotport.errors import HotportError
 from hotport.kernel.sockets import bind_control, inherited_listener
 from hotport.observe import logs
@@ -30,7 +31,7 @@ def main() -> int:
         return 2
     spec = msgspec.json.decode(os.environ.pop("HOTPORT_WORKER"), type=WorkerSpec)
     passed = parse_listen_environment(os.environ, os.getpid())
-    listeners = [inherited_listener(fd) for fd, _ in passed]
+    listeners = {str(parse_listener_name(name)): inherited_listener(fd) for fd, name in passed}
     notify_path = os.environ.pop("NOTIFY_SOCKET", None)
     for name in LISTEN_VARIABLES:  # they were for us, not for what the application starts
         os.environ.pop(name, None)

@@ -185,6 +185,15 @@ class Acceptor:
                 taken += 1
                 self._take(accepted, peer)
 
+    def take(self, accepted: socket.socket) -> None:
+        """Serve a connection that somebody else has accepted; it belongs to this process from here on."""
+        try:
+            peer = accepted.getpeername()
+        except OSError:  # it is gone by now
+            accepted.close()
+        else:
+            self._take(PlainSocket(accepted.family, accepted.type, accepted.proto, accepted.detach()), peer)
+
     def waiting(self) -> int:
         """How many connections wait in the accept queue; 0 where the kernel does not say, or after `close`."""
         return accept_queue_length(self._listener) if self._listener.fileno() >= 0 else 0

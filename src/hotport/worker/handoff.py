@@ -112,6 +112,17 @@ class Channel:
             if payloads := decoder.feed(await self._receive(1)):
                 return decode(payloads[0], Word)
 
+    async def receive_descriptors(self, count: int) -> list[int]:
+        """So many descriptors, the caller's to close, that come with messages of one byte each.
+
+        Raises:
+            EOFError, OSError: As in `receive_frame`.
+        """
+        while len(self._descriptors) < count:
+            await self._receive(1)
+        descriptors, self._descriptors = self._descriptors, []
+        return descriptors
+
     def close(self) -> None:
         """Close; what the peer has not received yet, it still receives."""
         for fd in self._descriptors:

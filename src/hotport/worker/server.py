@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from hotport.adapters.base import Adapter, Connections, Context
@@ -36,6 +36,18 @@ class Server(Protocol):
 
     def quiesce(self) -> None:
         """Stop accepting; every connection goes on."""
+
+    async def empty(self) -> None:
+        """Take what waits in the accept queue: nobody else will. Listeners stay open."""
+
+    async def adopt(self, listeners: Mapping[str, socket.socket], accepted: Sequence[socket.socket] = ()) -> None:
+        """Have listeners more, by address, and connections that were accepted elsewhere; all are owned from here on.
+
+        What accepts already, accepts from them at once.
+        """
+
+    async def release(self, addresses: Collection[str], timeout_s: float) -> None:
+        """Take what waits in the accept queue of these addresses, within `timeout_s`, and close their listeners."""
 
     def reload_tls(self) -> None:
         """Read the certificates again, for connections from now on; without any it does nothing.
@@ -84,25 +96,73 @@ class ConnectionServer:
         tls: Tls | None = None,
         proxies: Trusted | None = None,
         hands_off: bool = True,
+        names: Sequence[str] = (),
     ) -> None:
         self.connections = connections
         self._hands_off = hands_off
         self._mover: Mover | None = None
+        self._released: list[Acceptor] = []
         self._staying: asyncio.Task[None] | None = None
         self._adapter = adapter
         self._tls = tls
-        self._acceptors = [
-            Acceptor(each, adapter, connections, tls=tls, proxies=proxies)
-            for listener in listeners
-            for each in (listener, *(listener.dup() for _ in range(tasks - 1)))
-        ]
+        self._proxies = proxies
         self._tasks = tasks
+        self._acceptors = [a for listener in listeners for a in self._acceptors_of(listener)]
+        self._names = [name for name in names for _ in range(tasks)]  # of each acceptor; none in one's own event loop
         self._is_accepting = False
         connections.on_full = self._stop_acceptors
         connections.on_room = self._on_room
 
+    def _acceptors_of(self, listener: socket.socket) -> list[Acceptor]:
+        each = (listener, *(listener.dup() for _ in range(self._tasks - 1)))
+        return [Acceptor(s, self._adapter, self.connections, tls=self._tls, proxies=self._proxies) for s in each]
+
     async def startup(self) -> None:
         await self._adapter.startup()
+
+    async def adopt(self, listeners: Mapping[str, socket.socket], accepted: Sequence[socket.socket] = ()) -> None:
+        for name, listener in listeners.items():
+            acceptors = self._acceptors_of(listener)
+            self._acceptors += acceptors
+            self._names += [name] * len(acceptors)
+            if self._is_accepting and not self.connections.is_full:
+                for acceptor in acceptors:
+                    acceptor.start()
+        for sock in accepted:
+            if self._acceptors:
+                self._acceptors[0].take(sock)
+            else:
+                sock.close()
+
+    async def empty(self) -> None:
+        for acceptor in self._acceptors:
+            await acceptor.empty()
+
+    async def release(self, addresses: Collection[str], timeout_s: float) -> None:
+        named = list(zip(self._acceptors, self._names, strict=True))
+        leaving = [acceptor for acceptor, name in named if name in addresses]
+        # At once: the same addresses may be given again while this waits.
+        self._acceptors = [acceptor for acceptor, name in named if name not in addresses]
+        self._names = [name for _, name in named if name not in addresses]
+        for acceptor in leaving:
+            acceptor.stop()
+        try:
+            async with asyncio.timeout(timeout_s):
+                for acceptor in leaving:
+                    await acceptor.empty()
+        except TimeoutError:
+            pass  # whoever has the last descriptor counts what is left
+        for acceptor in leaving:
+            acceptor.close()
+        self._released += leaving
+        if not self._acceptors:
+            self._is_accepting = False
+            self.connections.count_fates(True)
+
+    @property
+    def _all(self) -> list[Acceptor]:
+        """All that may still attach a connection."""
+        return self._released + self._acceptors
 
     async def accept(self) -> None:
         self._is_accepting = True
@@ -169,7 +229,7 @@ class ConnectionServer:
                 if is_last:
                     for acceptor in self._acceptors:
                         await acceptor.empty()
-                for acceptor in self._acceptors:
+                for acceptor in self._all:
                     acceptor.close()
                     await acceptor.wait_attached()
                 await self.connections.wait_empty()
@@ -178,7 +238,7 @@ class ConnectionServer:
             self._count_unaccepted(is_last)
             await self._stop_moving()
             self.connections.cut()
-            for acceptor in self._acceptors:
+            for acceptor in self._all:
                 acceptor.cut_attaching()
             await asyncio.sleep(0)  # transports close their sockets in the next turn of the loop
         await self._stop_moving()
@@ -225,6 +285,16 @@ class DatagramServer:
     def quiesce(self) -> None:
         for transport in self._transports:
             transport.stop()
+
+    async def empty(self) -> None:
+        """Both generations read from the same sockets."""
+
+    async def adopt(self, listeners: Mapping[str, socket.socket], accepted: Sequence[socket.socket] = ()) -> None:
+        """It takes its sockets at its start."""
+        _refuse(listeners, accepted)
+
+    async def release(self, addresses: Collection[str], timeout_s: float) -> None:
+        """It keeps its sockets until it drains."""
 
     def reload_tls(self) -> None:
         """There is none."""
@@ -278,6 +348,16 @@ class SocketsServer:
     def quiesce(self) -> None:
         """It cannot stop accepting without leaving; sharing the listener until it drains loses nothing."""
 
+    async def empty(self) -> None:
+        """It accepts until it leaves."""
+
+    async def adopt(self, listeners: Mapping[str, socket.socket], accepted: Sequence[socket.socket] = ()) -> None:
+        """It takes its listeners at its start."""
+        _refuse(listeners, accepted)
+
+    async def release(self, addresses: Collection[str], timeout_s: float) -> None:
+        """It keeps its listeners until it drains."""
+
     def reload_tls(self) -> None:
         """It has none of ours."""
 
@@ -302,17 +382,33 @@ class SocketsServer:
         """Its own affair."""
 
 
+def _refuse(listeners: Mapping[str, socket.socket], accepted: Sequence[socket.socket]) -> None:
+    for sock in (*listeners.values(), *accepted):
+        sock.close()
+
+
 def make_server(
-    application: Any, context: Context, options: Options, listeners: Sequence[socket.socket]
+    application: Any,
+    context: Context,
+    options: Options,
+    listeners: Sequence[socket.socket],
+    names: Sequence[str] = (),
 ) -> ConnectionServer | DatagramServer | SocketsServer:
     """The server for an application, after its kind.
 
     Raises:
         StartError: Its kind is unclear or an extra is missing (HP504, HP505), a listener is not for connections
-            (HP511) or not for datagrams (HP519), it cannot be served over TLS (HP512) or read a PROXY header (HP518),
-            or a certificate cannot be used (HP507, HP513, HP514).
+            (HP511) or not for datagrams (HP519), it cannot start without one (HP530), it cannot be served over TLS
+            (HP512) or read a PROXY header (HP518), or a certificate cannot be used (HP507, HP513, HP514).
     """
     adapter = make_adapter(application, context, options)
+    if isinstance(adapter, SocketsAdapter | DatagramAdapter) and not listeners:
+        raise StartError(
+            "HP530",
+            "this application has no listener to start with",
+            cause="it takes its sockets at its start, and the strategy of this restart gives them later",
+            fix="hotport restart --strategy inherit, or strategy = 'auto'",
+        )
     if isinstance(adapter, SocketsAdapter):
         if options.proxy_protocol:
             raise StartError(
@@ -361,4 +457,5 @@ def make_server(
         tls=Tls(options, alpn=alpn) if options.tls_cert else None,
         proxies=Trusted(options.trusted_proxy) if options.proxy_protocol else None,
         hands_off=options.handoff != "off",
+        names=names,
     )

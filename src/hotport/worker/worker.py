@@ -16,7 +16,8 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -28,6 +29,7 @@ from hotport.adapters.target import load_target
 from hotport.errors import ControlError, ExitCode, HotportError, StartError
 from hotport.kernel.notify import notify
 from hotport.kernel.process import open_descriptors, raise_descriptor_limit, rss_bytes
+from hotport.kernel.scm import send_descriptors
 from hotport.kernel.sockets import peer_credentials, unlink_if_ours
 from hotport.observe.logs import get_logger, revive
 from hotport.options import Options
@@ -42,15 +44,24 @@ from hotport.wire.messages import (
     Inspection,
     InspectOrder,
     Lingering,
+    ListenersOrder,
+    Listening,
+    Memory,
     OfferOrder,
     Order,
     Probed,
     ProbeOrder,
     Quiesced,
     QuiesceOrder,
+    Released,
+    ReleaseOrder,
     ReloadTlsOrder,
+    RememberOrder,
     SuccessorsOrder,
     TlsReloaded,
+    TransferOrder,
+    Transferred,
+    Welcome,
     WorkerSpec,
     decode,
     encode,
@@ -74,6 +85,9 @@ LINGERING_MAX: Final = 20
 #: How long a worker that is told to go by a signal serves on, to be told who can have its connections.
 SUCCESSORS_TIMEOUT_S: Final = 0.25
 
+#: From a welcome to the last of the listeners.
+TRANSFER_TIMEOUT_S: Final = 5.0
+
 #: How soon READY=1 is said again if the supervisor's queue was full.
 READY_REPEAT_S: Final = 0.25
 
@@ -85,7 +99,7 @@ class Worker:
     """One worker, from its first moment in the event loop to its last.
 
     Args:
-        listeners: Inherited, non-blocking; owned from here on.
+        listeners: Inherited, by address, non-blocking; owned from here on. With none, they come later: `TransferOrder`.
         control: Bound and listening on `control_path`; both are owned from here on.
         notify_path: Where ``READY=1`` goes; nobody is told if it is None.
     """
@@ -93,7 +107,7 @@ class Worker:
     def __init__(
         self,
         spec: WorkerSpec,
-        listeners: Sequence[socket.socket],
+        listeners: Mapping[str, socket.socket],
         control: socket.socket,
         control_path: str,
         *,
@@ -101,7 +115,7 @@ class Worker:
     ) -> None:
         self._spec = spec
         self._options: Options = spec.options
-        self._listeners = listeners
+        self._listeners = dict(listeners)
         self._control = control
         self._control_path = control_path
         self._notify_path = notify_path
@@ -121,6 +135,8 @@ class Worker:
         self._is_asking = False  # who goes on with the connections, by having said that this worker leaves
         self._orphan_timer: asyncio.TimerHandle | None = None
         self._has_expired = False
+        self._is_accepting: bool | None = None  # None before the first order to accept
+        self._memory: Memory | None = None
 
     async def run(self) -> int:
         """Start up, serve until told to leave, drain; return the process's exit code."""
@@ -186,7 +202,7 @@ class Worker:
                 cause=f"it called sys.exit({error.code!r})",
                 fix="guard the call: if __name__ == '__main__':",
             ) from error
-        server = make_server(application, context, options, self._listeners)
+        server = make_server(application, context, options, list(self._listeners.values()), list(self._listeners))
         await server.startup()
         revive()
         gc.collect()
@@ -281,10 +297,19 @@ class Worker:
                 service=spec.service,
                 generation=spec.generation,
                 worker=spec.worker,
+                phase=self._phase(),
+                memory=self._memory,
             )
         )
         if self._has_expired:
             peer.say(Expired(why="expired before"))
+
+    def _phase(self) -> str:
+        if self._leaving.is_set():
+            return "draining"
+        if self._server is None:
+            return "starting"
+        return {None: "ready", True: "serving", False: "quiesced"}[self._is_accepting]
 
     def peer_left(self, peer: _Peer) -> None:
         """A control connection has ended."""
@@ -311,6 +336,12 @@ class Worker:
                 self._take(version, peer)
             case ReloadTlsOrder():
                 peer.say(TlsReloaded(error=self._reload_tls()))
+            case RememberOrder(memory=memory):
+                self._memory = memory
+            case ListenersOrder():
+                self._pass_listeners(peer)
+            case TransferOrder():
+                self._take_listeners(order, peer)
             case ProbeOrder() if self._server is not None:
                 self._run_beside(self._probe(self._server, order, peer))
             case _ if self._server is None or self._leaving.is_set():
@@ -321,11 +352,18 @@ class Worker:
                     self._following.cancel()
                 fates = dict(self._server.connections.fates)
                 await self._server.accept()
+                self._is_accepting = True
                 peer.say(Accepting(at_s=time.monotonic(), fates=fates))
-            case QuiesceOrder():
+            case QuiesceOrder(empties=empties):
                 self._is_quiesced = True
                 self._server.quiesce()
+                self._is_accepting = False
+                if empties:
+                    await self._server.empty()
                 peer.say(Quiesced(at_s=time.monotonic()))
+            case ReleaseOrder(addresses=addresses, timeout_s=timeout_s):
+                await self._server.release(addresses, timeout_s)
+                peer.say(Released(addresses=addresses, at_s=time.monotonic()))
 
     def _follow(self, successors: Sequence[str]) -> None:
         """Hand connections over, and stay; not awaited, since the next order may be to take them back."""
@@ -347,6 +385,37 @@ class Worker:
             channel.close()
             return
         self._run_beside(self._server.take(channel, version))
+
+    def _pass_listeners(self, peer: _Peer) -> None:
+        """To whoever supervises from now on: duplicates of the listeners that are still open."""
+        listeners = {name: listener.fileno() for name, listener in self._listeners.items() if listener.fileno() >= 0}
+        word = encode_frame(encode(Listening(addresses=tuple(listeners))))
+        # Nothing but a Hello has gone this way: it is not full. Whoever is gone does not need them any more.
+        with peer.detach() as sock, suppress(OSError):
+            send_descriptors(sock, word, list(listeners.values()))
+
+    def _take_listeners(self, order: TransferOrder, peer: _Peer) -> None:
+        """Listeners come, on a control connection that carries nothing else from here on."""
+        self._run_beside(self._receive_listeners(order, Channel(peer.detach())))
+
+    async def _receive_listeners(self, order: TransferOrder, channel: Channel) -> None:
+        count = len(order.addresses) + order.connections
+        try:
+            if self._server is None or self._leaving.is_set():
+                return
+            await channel.send(encode_frame(encode(Welcome(room=count))))
+            async with asyncio.timeout(TRANSFER_TIMEOUT_S):
+                sockets = [socket.socket(fileno=fd) for fd in await channel.receive_descriptors(count)]
+            for sock in sockets:
+                sock.setblocking(False)
+            listeners = dict(zip(order.addresses, sockets, strict=False))
+            self._listeners |= listeners
+            await self._server.adopt(listeners, sockets[len(listeners) :])
+            await channel.send(encode_frame(encode(Transferred(count=count))))
+        except (OSError, EOFError) as error:  # who sends has all of them still
+            self._log.warning("transfer.failed", error=str(error) or type(error).__name__)
+        finally:
+            channel.close()
 
     def _run_beside(self, what: Coroutine[Any, Any, None]) -> None:
         """What the next order does not wait for."""

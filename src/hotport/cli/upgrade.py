@@ -1,0 +1,33 @@
+"""``hotport upgrade``."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from hotport.cli import HELP
+from hotport.cli.client import ask, raise_failure
+from hotport.cli.output import console, print_json, waiting
+from hotport.errors import ExitCode
+from hotport.wire.messages import UpgradeRequest
+
+__all__ = ["command"]
+
+
+@click.command("upgrade", context_settings=HELP)
+@click.argument("name", required=False)
+@click.option("--python", metavar="FILE", help="Go on with this interpreter, and the hotport that is installed for it.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(name: str | None, python: str | None, as_json: bool) -> int:
+    """Let the supervisor of NAME become the hotport that is installed now; its pid and its workers stay.
+
+    The new one is tried out first. The application is not restarted; hotport restart does that.
+    """
+    if python is not None and "/" in python:  # as seen from here, and not from the service's directory
+        python = os.path.abspath(python)
+    with waiting("upgrade"):
+        for reply in ask(name, UpgradeRequest(python=python)):
+            raise_failure(reply)
+            print_json(reply) if as_json else console().print(reply.detail)
+    return ExitCode.DONE

@@ -1,0 +1,173 @@
+"""What each strategy promises, what it needs, and which one a service can have: a table, and two questions to it.
+
+A *strategy* is how the listeners reach the next generation. Nothing here asks the system: what is known of a service
+comes as `Facts`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["GUARANTEES", "Choice", "Facts", "Guarantee", "Row", "Strategy", "choose", "obstacle", "table"]
+
+
+class Strategy(enum.Enum):
+    """The ways in which a listener reaches the next generation, the best first."""
+
+    INHERIT = "inherit"
+    TRANSFER = "transfer"
+    OVERLAP = "overlap"
+    REBIND = "rebind"
+
+
+@dataclass(frozen=True, slots=True)
+class Guarantee:
+    """What a strategy is and promises.
+
+    Attributes:
+        how: What happens.
+        clients_see: In the words of somebody who connects.
+        refused: Connections that are refused (ECONNREFUSED).
+        reset: Connections that are made, and reset before they are served.
+        gap: How long nobody listens.
+        needs: What must be so.
+        is_lossless: Nobody is refused, reset or late.
+    """
+
+    how: str
+    clients_see: str
+    refused: str
+    reset: str
+    gap: str
+    needs: str
+    is_lossless: bool = True
+
+
+GUARANTEES: Final[Mapping[Strategy, Guarantee]] = {
+    Strategy.INHERIT: Guarantee(
+        how="workers are started with the listeners: LISTEN_FDS, from descriptor 3 up",
+        clients_see="nothing: one accept queue for the whole life of the service, and somebody always serves it",
+        refused="none",
+        reset="none",
+        gap="none",
+        needs="nothing: it works for every address and every program",
+    ),
+    Strategy.TRANSFER: Guarantee(
+        how="workers are started without listeners, and get them over their control socket (SCM_RIGHTS) when they are "
+        "told to accept; they acknowledge it",
+        clients_see="nothing: it is the same accept queue as with inherit",
+        refused="none",
+        reset="none",
+        gap="none",
+        needs="an application that is served by hotport: an asgi, stream or protocol one",
+    ),
+    Strategy.OVERLAP: Guarantee(
+        how="a second socket joins with SO_REUSEPORT; once the new workers accept, a one-instruction classic BPF "
+        "program sends every newcomer to it; the old workers empty the old queue and close it",
+        clients_see="nothing; but a handshake that takes longer than settle, begun before the restart committed, is "
+        "reset if tcp_migrate_req is 0",
+        refused="none",
+        reset="none, but for handshakes that are slower than settle",
+        gap="none",
+        needs="tcp addresses that hotport has bound itself, an application that is served by hotport, and all workers "
+        "replaced at once",
+    ),
+    Strategy.REBIND: Guarantee(
+        how="the new workers have started completely; the old ones empty the accept queue and close; the port is bound "
+        "again with SO_REUSEADDR and given to the new ones",
+        clients_see="a gap: connects are refused in it, and those of the last microseconds before it are late by the "
+        "second after which TCP sends a SYN again",
+        refused="those that come in the gap; counted in the report",
+        reset="those that wait and can be given to nobody, counted in the report; and those whose handshake is half "
+        "done when the port is closed, not counted",
+        gap="10 us with nothing in TIME_WAIT on the port, 0.2 ms with 10,000, 5 to 15 ms with 100,000; with --guard "
+        "10 us at any number",
+        needs="as overlap. Without --guard any user can take a port above 1023 in the gap",
+        is_lossless=False,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a service and the restart that it wants.
+
+    Attributes:
+        schemes: Of its addresses: ``tcp``, ``udp``, ``unix``, ``fd``, ``systemd``.
+        command: The program in place of an application; empty if there is none.
+        kind: The option of that name: ``auto`` is found out by workers.
+        is_phased: One worker after the other is replaced.
+        lingering: Workers of older generations that still have a socket of an address open.
+        can_steer: The kernel lets a socket of a SO_REUSEPORT group be chosen.
+    """
+
+    schemes: tuple[str, ...] = ("tcp",)
+    command: str = ""
+    kind: str = "auto"
+    is_phased: bool = False
+    lingering: tuple[int, ...] = ()
+    can_steer: bool = True
+
+
+def obstacle(strategy: Strategy, facts: Facts) -> str:
+    """Why a service cannot have a strategy; empty if it can."""
+    if strategy is Strategy.INHERIT:
+        return ""
+    if facts.command:
+        return f"{facts.command} is a program of its own: it takes listeners at its start, and only there"
+    if facts.kind in ("sockets", "datagram"):
+        return f"an application of kind {facts.kind} takes its sockets at its start, and only there"
+    if "udp" in facts.schemes:
+        return "a udp address is served by an application of kind datagram, which takes its sockets at its start"
+    if strategy is Strategy.TRANSFER:
+        return ""
+    if foreign := sorted({scheme for scheme in facts.schemes if scheme != "tcp"}):
+        why = {
+            "unix": "a unix address is a file: SO_REUSEPORT is for tcp, and to bind it again would replace the file",
+            "fd": "an fd:// socket was made by whoever started hotport, and may be shared with others",
+            "systemd": "a systemd: socket belongs to the service manager, which keeps it open",
+        }
+        return why[foreign[0]]
+    if facts.is_phased:
+        return "a phased restart has workers of both generations on one socket, for as long as it takes"
+    if strategy is Strategy.OVERLAP and not facts.can_steer:
+        return "this kernel does not steer connections between sockets (SO_ATTACH_REUSEPORT_CBPF, Linux 4.5)"
+    if facts.lingering:
+        workers = ", ".join(map(str, facts.lingering))
+        return f"worker {workers} of an older generation still has the socket open; it drains or hangs"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The strategy of a restart, and why this one; without one, why not."""
+
+    strategy: Strategy | None
+    why: str
+
+
+def choose(wanted: str, facts: Facts) -> Choice:
+    """The strategy for what the option says: ``auto``, or the name of one."""
+    if wanted != "auto":
+        why = obstacle(Strategy(wanted), facts)
+        return Choice(None, why) if why else Choice(Strategy(wanted), "asked for")
+    # The best one always can: to be handed on to a child a descriptor needs nobody's consent.
+    best = next(strategy for strategy in Strategy if not obstacle(strategy, facts))
+    return Choice(best, "auto: the best there is, and it can always work within one supervisor")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One strategy for one service: what it promises, and why the service cannot have it, if it cannot."""
+
+    strategy: Strategy
+    guarantee: Guarantee
+    obstacle: str
+
+
+def table(facts: Facts) -> tuple[Row, ...]:
+    """Every strategy, the best first."""
+    return tuple(Row(strategy, GUARANTEES[strategy], obstacle(strategy, facts)) for strategy in Strategy)

@@ -1,0 +1,274 @@
+"""A service moves to another supervisor that is alive: other code, another environment, another container.
+
+The newcomer asks over the control socket and gets the listeners and the lock of the runtime directory. It starts a
+generation of its own beside the old one, and only when that accepts is the old supervisor told to drain and to leave.
+Until then the old one serves, and goes on as if nothing had been if the newcomer dies.
+
+Both supervisors share the runtime directory: connections are handed over through it. A process id means nothing between
+two containers, so none is used.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Any, Final
+
+import anyio
+from anyio.abc import SocketAttribute, SocketStream
+
+from hotport import __version__
+from hotport.errors import ControlError, RestartError
+from hotport.kernel.scm import DescriptorsLostError, receive_descriptors, send_descriptors
+from hotport.kernel.sockets import inherited_listener
+from hotport.model.lifecycle import Phase
+from hotport.model.service import RequestStop
+from hotport.observe.logs import get_logger
+from hotport.supervisor.supervisor import Supervisor
+from hotport.wire.frames import FrameDecoder, encode_frame
+from hotport.wire.messages import (
+    PROTOCOL,
+    Committed,
+    Done,
+    DrainOrder,
+    Estate,
+    Failure,
+    Memory,
+    Reply,
+    TakeOverRequest,
+    decode,
+    encode,
+)
+
+__all__ = ["Predecessor", "ask_predecessor", "hand_over", "retire"]
+
+#: A supervisor is only ever between two steps: it answers at once.
+ANSWER_TIMEOUT_S: Final = 10.0
+
+_WORKER_SOCKET: Final = re.compile(r"worker-(\d+)\.\d+\.sock")
+
+log = get_logger("hotport.takeover")
+
+
+# -- the old supervisor -------------------------------------------------------------------------------------
+
+
+async def hand_over(
+    supervisor: Supervisor, request: TakeOverRequest, stream: SocketStream, lock: int, reclaim: Callable[[], Any]
+) -> Done | None:
+    """Give the listeners to another supervisor, and leave when its workers accept.
+
+    Args:
+        lock: Of the runtime directory; a duplicate goes.
+        reclaim: Called when the other one is gone without having committed: the paths in the runtime directory are
+            the other's by then. What it returns is awaited.
+
+    Returns:
+        The last word to the newcomer; None if it is not there any more.
+
+    Raises:
+        RestartError: It is refused: another protocol (HP654), or there is something else going on (HP655).
+    """
+    _check(supervisor, request)
+    supervisor.is_succeeded = True  # from here on nothing of ours is begun: numbers and paths are the other's
+    estate = Estate(
+        pid=os.getpid(),
+        version=__version__,
+        memory=supervisor.memory,
+        bind=supervisor.options.bind,
+        addresses=tuple(supervisor.listeners),
+    )
+    log.info("take_over.began", version=request.version)
+    committed: Committed | None = None
+    try:
+        descriptors = [lock, *(listener.fileno() for listener in supervisor.listeners.values())]
+        send_descriptors(stream.extra(SocketAttribute.raw_socket), encode_frame(encode(estate)), descriptors)
+        committed = await _wait_committed(stream)
+    except (OSError, ControlError, anyio.BrokenResourceError, anyio.EndOfStream) as error:
+        log.warning("take_over.failed", error=str(error) or "the other supervisor is gone")
+    if committed is None:
+        supervisor.is_succeeded = False
+        await reclaim()
+        return None
+    names = tuple(filter(_WORKER_SOCKET.fullmatch, committed.workers))
+    supervisor.heirs = tuple(os.path.join(supervisor.directory, name) for name in names)
+    supervisor.owned.give_away(committed.addresses)
+    log.info("take_over.committed", workers=names)
+    supervisor.input(RequestStop(is_succeeded=True))
+    await supervisor.finished.wait()
+    return Done(detail="retired", exit_code=supervisor.exit_code)
+
+
+async def _wait_committed(stream: SocketStream) -> Committed:
+    decoder = FrameDecoder()
+    while True:
+        if payloads := decoder.feed(await stream.receive()):
+            committed: Committed = decode(payloads[0], Committed)
+            return committed
+
+
+def _check(supervisor: Supervisor, request: TakeOverRequest) -> None:
+    service = supervisor.service
+    if request.protocol != PROTOCOL:
+        cause = (
+            f"the other supervisor (hotport {request.version}) speaks version {request.protocol} of the control "
+            f"protocol, and this one (hotport {__version__}) version {PROTOCOL}"
+        )
+        raise _refused(
+            "HP654", supervisor, cause, f"hotport upgrade {supervisor.name} first, or stop it and serve again"
+        )
+    if supervisor.is_succeeded:
+        cause = "another supervisor is taking it over"
+    elif service.is_stopping:
+        cause = "it is stopping"
+    elif service.restart is not None:
+        cause = f"a restart is in progress (generation {service.restart.generation})"
+    elif service.generation == 0:
+        cause = "it is still starting"
+    else:
+        return
+    raise _refused("HP655", supervisor, cause, f"hotport status {supervisor.name}, and try again")
+
+
+def _refused(code: str, supervisor: Supervisor, cause: str, fix: str) -> RestartError:
+    return RestartError(
+        code,
+        f"{supervisor.name} is not given to another supervisor",
+        cause=cause,
+        fix=fix,
+        phase="refused",
+        serving=supervisor.service.generation,
+    )
+
+
+# -- the new supervisor -------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Predecessor:
+    """The supervisor that has given us its listeners.
+
+    Attributes:
+        lock: Descriptor of the runtime directory's lock.
+        bind: Its addresses as its options name them.
+        listeners: By canonical address.
+
+    Descriptors: owns none of them; `connection` is closed by `retire`, or by whoever gives up.
+    """
+
+    connection: socket.socket
+    pid: int
+    version: str
+    memory: Memory
+    lock: int
+    bind: tuple[str, ...]
+    listeners: dict[str, socket.socket]
+
+    def listener(self, text: str) -> tuple[str, socket.socket] | None:
+        """Its listener of an address as our options name it."""
+        for named, (address, listener) in zip(self.bind, self.listeners.items(), strict=False):
+            if text in (named, address):
+                return address, listener
+        return None
+
+
+def ask_predecessor(directory: str, name: str) -> Predecessor:
+    """Take the listeners of the supervisor that runs this service.
+
+    Raises:
+        ControlError: It refuses (its own code), or does not answer (HP656). It goes on.
+
+    Descriptors: the caller owns what is in the result.
+    """
+    with ExitStack() as stack:
+        connection = stack.enter_context(socket.socket(socket.AF_UNIX))
+        connection.settimeout(ANSWER_TIMEOUT_S)
+        decoder, descriptors, replies = FrameDecoder(), list[int](), list[Any]()
+        stack.callback(lambda: list(map(os.close, descriptors)))
+        try:
+            connection.connect(os.path.join(directory, "control.sock"))
+            connection.sendall(encode_frame(encode(TakeOverRequest(version=__version__))))
+            while not replies:
+                data, received = receive_descriptors(connection, 65536)
+                descriptors += received
+                if not data:
+                    raise ConnectionResetError(0, "it closed the connection")
+                replies = [decode(payload, Reply) for payload in decoder.feed(data)]
+        except (OSError, DescriptorsLostError) as error:
+            raise ControlError(
+                "HP656",
+                f"cannot take over {name}",
+                cause=f"its supervisor does not give its listeners: {error.strerror or error}",
+                fix=f"hotport status {name}",
+            ) from error
+        reply = replies[0]
+        if isinstance(reply, Failure):
+            raise reply.error()
+        assert isinstance(reply, Estate), reply
+        connection.setblocking(False)
+        lock, *fds = descriptors
+        listeners = {
+            address: inherited_listener(fd, is_in_use=True) for address, fd in zip(reply.addresses, fds, strict=True)
+        }
+        stack.pop_all()
+    return Predecessor(connection, reply.pid, reply.version, reply.memory, lock, reply.bind, listeners)
+
+
+async def retire(predecessor: Predecessor, supervisor: Supervisor) -> None:
+    """Wait until our workers serve, tell the predecessor so, and see it off.
+
+    If it dies meanwhile, its workers, which nobody supervises any more, are told to drain by us.
+    """
+    while len(serving := supervisor.service.ids(Phase.SERVING)) < supervisor.service.wanted:
+        await supervisor.wait_stepped()
+    workers = [
+        os.path.basename(process.control_path)
+        for number in serving
+        if (process := supervisor.processes.get(number)) is not None and not process.is_foreign
+    ]
+    with predecessor.connection as connection:
+        said = b""
+        with suppress(OSError):
+            connection.send(
+                encode_frame(encode(Committed(workers=tuple(workers), addresses=tuple(supervisor.listeners))))
+            )
+            while True:
+                await anyio.wait_readable(connection)
+                data = connection.recv(65536)
+                said += data
+                if not data:
+                    break
+    log.info("take_over.done", predecessor=predecessor.version, has_retired=bool(said))
+    await _drain_orphans(supervisor, predecessor.memory.generations, workers)
+
+
+async def _drain_orphans(supervisor: Supervisor, generations: int, successors: Sequence[str]) -> None:
+    """Tell what is left of generations up to this number to hand its connections over, and wait until it has left."""
+    options = supervisor.options
+    paths = tuple(os.path.join(supervisor.directory, name) for name in successors)
+    order = encode_frame(encode(DrainOrder(timeout_s=options.drain_timeout_s, successors=paths)))
+
+    async def drain(path: str) -> None:
+        with socket.socket(socket.AF_UNIX) as sock, anyio.move_on_after(options.drain_timeout_s + ANSWER_TIMEOUT_S):
+            sock.setblocking(False)
+            try:
+                sock.connect(path)
+                sock.send(order)
+                log.info("take_over.draining", worker=os.path.basename(path))
+                await anyio.wait_readable(sock)
+                while sock.recv(65536):
+                    await anyio.wait_readable(sock)
+            except ConnectionRefusedError:
+                os.unlink(path)
+            except OSError as error:
+                log.warning("take_over.unreachable", worker=os.path.basename(path), error=str(error))
+
+    async with anyio.create_task_group() as tasks:
+        for file in os.listdir(supervisor.directory):
+            numbers = _WORKER_SOCKET.fullmatch(file)
+            if numbers is not None and int(numbers.group(1)) <= generations:
+                tasks.start_soon(drain, os.path.join(supervisor.directory, file))
