@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
-from hotport.address import UnixAddress, parse_address
-from hotport.errors import ConfigError, ExitCode, HotportError
+from hotport.address import Address, FdAddress, UnixAddress, parse_address
+from hotport.errors import ConfigError, ExitCode, HotportError, KernelError
 from hotport.kernel.fds import lock_file, private_directory
 from hotport.kernel.process import has_terminal, reap_orphans
-from hotport.kernel.sockets import bind_listener, bound_address, unlink_if_ours
+from hotport.kernel.sockets import bind_listener, bound_address, passed_addresses, unlink_if_ours
 from hotport.model.service import RequestStop
 from hotport.observe.logs import configure, get_logger
 from hotport.options import Options, runtime_root, service_name
@@ -28,8 +31,10 @@ from hotport.supervisor.control import serve_control
 from hotport.supervisor.house import House
 from hotport.supervisor.launch import Surroundings
 from hotport.supervisor.listeners import shares_port
+from hotport.supervisor.manager import Manager
 from hotport.supervisor.recovery import Found, survey
 from hotport.supervisor.requests import restart, scale
+from hotport.supervisor.store import take_back
 from hotport.supervisor.supervisor import Supervisor
 from hotport.supervisor.takeover import Predecessor, ask_predecessor, retire
 from hotport.supervisor.upgrade import (
@@ -49,6 +54,10 @@ if TYPE_CHECKING:
     from hotport.worker.server import ConnectionServer, DatagramServer, SocketsServer
 
 __all__ = ["Server", "run", "serve", "supervise"]
+
+#: How long the service manager may take to close a listener that is not wanted any more.
+RELEASE_S: Final = 5.0
+RELEASE_PAUSE_S: Final = 0.01
 
 
 # -- under a supervisor -------------------------------------------------------------------------------------
@@ -152,7 +161,9 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
     name = service_name(options)
     configure(format=options.log_format, level=options.log_level, service=name, role="supervisor")
     with ExitStack() as stack:
-        place = _move_in(name, options, stack, takes_over=takes_over)
+        manager = Manager(os.environ, os.getpid())
+        stack.callback(manager.close)
+        place = _move_in(name, options, manager, stack, takes_over=takes_over)
         supervisor = Supervisor(
             name,
             place.house.directory,
@@ -161,7 +172,7 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
             surroundings,
             found=place.found,
             read_options=lambda directory: read(directory).options,
-            own_notify_path=os.environ.get("NOTIFY_SOCKET"),
+            manager=manager,
         )
         stack.callback(supervisor.close)
         supervisor.owned.guard(options)
@@ -195,7 +206,7 @@ class _Place:
     predecessor: Predecessor | None = None
 
 
-def _move_in(name: str, options: Options, stack: ExitStack, *, takes_over: bool) -> _Place:
+def _move_in(name: str, options: Options, manager: Manager, stack: ExitStack, *, takes_over: bool) -> _Place:
     """Become the one supervisor of a service until `stack` ends: from nothing, or from what there is of it."""
     directory = _directory(name)
     if (baggage := carried(os.environ, os.getpid())) is not None:
@@ -203,14 +214,17 @@ def _move_in(name: str, options: Options, stack: ExitStack, *, takes_over: bool)
         stack.callback(house.leave)
         found = anyio.run(survey, directory, baggage.memory, baggage.numbers, listeners_of(baggage))
         reap_orphans({survivor.pid for survivor in found.survivors})  # nobody knows what has ended during the exec
+        _park(found.listeners[found.going], options, manager)
         return _Place(house, found, baggage)
     lock = lock_file(os.path.join(directory, "lock"))
     if lock is not None:
         house = House.enter(directory, lock, stack)
         stack.callback(house.leave)
         found = anyio.run(survey, directory)
-        if found.going not in found.listeners:
-            found.listeners[found.going] = _listen(options)
+        if found.going in found.listeners:
+            _park(found.listeners[found.going], options, manager)
+        else:
+            found.listeners[found.going] = _listen(options, manager)
         return _Place(house, found)
     if not takes_over:
         raise ConfigError(
@@ -225,7 +239,7 @@ def _move_in(name: str, options: Options, stack: ExitStack, *, takes_over: bool)
     stack.callback(house.leave)
     memory = predecessor.memory
     found = Found(generations=memory.generations, spawned=memory.spawned)
-    listeners = found.listeners[found.going] = _listen(options, predecessor)
+    listeners = found.listeners[found.going] = _listen(options, manager, predecessor)
     for address, listener in predecessor.listeners.items():
         if address not in listeners:
             listener.close()
@@ -278,11 +292,12 @@ async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc
     if os.getpid() == 1:  # every orphan of the container is our child
         handled.append(signal.SIGCHLD)
 
-    async def answer(what: Callable[[], Any]) -> None:
+    async def answer(what: Callable[[], Any], refused: Callable[[str], None] = lambda why: None) -> None:
         try:
             await what()
         except HotportError as error:  # nobody waits for an answer: the log has to tell
             log.warning("request.failed", error=str(error))
+            refused(str(error))
 
     with anyio.open_signal_receiver(*handled) as signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # blocked by the supervisor that this process was
@@ -296,7 +311,7 @@ async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc
                             supervisor.input(RequestStop())
                     has_hung_up = True
                 case signal.SIGHUP:
-                    tasks.start_soon(answer, lambda: restart(supervisor))
+                    tasks.start_soon(answer, lambda: restart(supervisor), supervisor.manager.refused)
                 case signal.SIGTERM | signal.SIGINT:
                     supervisor.input(RequestStop())
                 case signal.SIGQUIT:
@@ -380,7 +395,7 @@ async def serve(
     flags = {**options, "bind": texts, "target": "embedded:app"}
     settings = load(file=None, environ={}, flags=flags, cwd=Path(os.devnull)).options
     with ExitStack() as stack:
-        listeners = dict(_bind(text, settings, stack) for text in texts)
+        listeners = dict(_bind(address, settings, stack) for address in _expand(texts))
         connections = Connections(maximum=settings.connections_max)
         inner = make_server(app, Context(connections), settings, list(listeners.values()))
         await inner.startup()
@@ -407,27 +422,94 @@ def _directory(name: str) -> str:
     return directory
 
 
-def _listen(options: Options, predecessor: Predecessor | None = None) -> dict[str, socket.socket]:
-    """The listeners of a service: the predecessor's where it has them, else bound now. The caller owns them."""
+def _listen(options: Options, manager: Manager, predecessor: Predecessor | None = None) -> dict[str, socket.socket]:
+    """The listeners of a service, by canonical address; the caller owns them.
+
+    They are the predecessor's or those that the service manager has kept, else new ones.
+    """
+    taken = take_back(options.bind, os.environ, backlog=options.backlog)
+    manager.forget(taken.unfit)
+    free_by = time.monotonic() + (RELEASE_S if taken.unfit else 0.0)
     listeners: dict[str, socket.socket] = {}
+    held = set()
     with ExitStack() as unless_all_can_be_bound:
-        for text in options.bind:
+        for listener in taken.listeners.values():
+            unless_all_can_be_bound.callback(listener.close)
+        for address, text in _expand(options.bind).items():
             if predecessor is not None and (kept := predecessor.listener(text)) is not None:
                 listeners.update([kept])
                 continue
-            address, listener = _bind(text, options, unless_all_can_be_bound)
+            bind = partial(_bind, address, options, unless_all_can_be_bound, taken.listeners.get(text))
+            where, listener = _bind_by(free_by, bind)
             if options.command:
                 listener.setblocking(True)  # as systemd passes them: a plain accept loop expects nothing else
-            listeners[address] = listener
+            listeners[where] = listener
+            if isinstance(address, FdAddress):
+                held.add(where)
         unless_all_can_be_bound.pop_all()
+    manager.park(listeners, held=held)
+    if taken.listeners:
+        get_logger("hotport.supervisor").info("listeners.taken_back", addresses=list(taken.listeners))
     return listeners
 
 
-def _bind(text: str, options: Options, stack: ExitStack) -> tuple[str, socket.socket]:
-    """Bind one address until `stack` ends; return it as it really is, and its listener."""
-    address = parse_address(text)
-    listener = bind_listener(address, backlog=options.backlog, shares_port=shares_port(options))
-    stack.callback(listener.close)
+def _park(listeners: Mapping[str, socket.socket], options: Options, manager: Manager) -> None:
+    """Have the service manager keep listeners that we have from elsewhere; what it has passed again is the same."""
+    taken = take_back(options.bind, os.environ, backlog=options.backlog)
+    for listener in taken.listeners.values():
+        listener.close()
+    manager.forget(taken.unfit)
+    is_held = any(text.startswith(("fd:", "systemd:")) for text in options.bind)
+    manager.park(listeners, held=listeners if is_held else ())
+
+
+def _bind_by(free_by_s: float, bind: Callable[[], tuple[str, socket.socket]]) -> tuple[str, socket.socket]:
+    """Bind, and until `free_by_s` (on the monotonic clock) try again if the address is taken.
+
+    systemd closes what it removes from its store in a thread of its own, and nobody tells when that has happened
+    (``asynchronous_close`` in its source).
+    """
+    while True:
+        try:
+            return bind()
+        except KernelError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() >= free_by_s:
+                raise
+            time.sleep(RELEASE_PAUSE_S)
+
+
+def _expand(texts: Sequence[str]) -> dict[Address, str]:
+    """Every address that is to be bound or adopted, and the text that stands for it; a ``systemd:`` may be several.
+
+    Raises:
+        ConfigError: A descriptor is named twice (HP106), or no service manager has passed what is named (HP105).
+    """
+    found: dict[Address, str] = {}
+    for text in texts:
+        for address in passed_addresses(parse_address(text)):
+            if address in found:
+                raise ConfigError(
+                    "HP106",
+                    f"cannot listen on {text} and on {found[address]}",
+                    cause=f"both are {address}, and a socket has one owner",
+                    fix=f"leave one of them out: --bind {text}",
+                )
+            found[address] = text
+    return found
+
+
+def _bind(
+    address: Address, options: Options, stack: ExitStack, taken: socket.socket | None = None
+) -> tuple[str, socket.socket]:
+    """Bind one address until `stack` ends; return it as it really is, and its listener.
+
+    Args:
+        taken: The listener of this address, if there is one already; the caller closes it.
+    """
+    listener = taken
+    if listener is None:
+        listener = bind_listener(address, backlog=options.backlog, shares_port=shares_port(options))
+        stack.callback(listener.close)
     if isinstance(address, UnixAddress) and not address.is_abstract:
         found = os.stat(address.path)
         path = os.path.abspath(address.path)

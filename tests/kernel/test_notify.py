@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hotport.kernel.notify import notify, receive_notification
+from hotport.kernel.notify import notify, notify_barrier, open_notify, receive_notification, send_notification
 from hotport.kernel.process import open_descriptors
 from hotport.kernel.sockets import bind_notify
 from hotport.wire.sdnotify import NOTIFICATION_BYTES_MAX
@@ -131,3 +131,49 @@ def test_full_queue_delays_a_notification_and_does_not_lose_it(receiver: socket.
     sender.join()
     assert taken == [True]
     assert received[-1] == (*OURS, b"READY=1")
+
+
+def test_descriptors_go_with_a_notification(receiver: socket.socket) -> None:
+    sender = open_notify("notify.sock")
+    assert sender is not None
+    with sender, socket.create_server(("127.0.0.1", 0)) as listener:
+        assert send_notification(sender, b"FDSTORE=1", [listener.fileno()])
+        payload, ancillary, _, _ = receiver.recvmsg(100, 100)
+        assert payload == b"FDSTORE=1"
+        (fd,) = array.array("i", {kind: data for _, kind, data in ancillary}[socket.SCM_RIGHTS])
+        assert os.path.sameopenfile(fd, listener.fileno())
+        os.close(fd)
+
+
+def test_barrier_lasts_until_the_receiver_has_come_to_it(receiver: socket.socket) -> None:
+    sender = open_notify("notify.sock")
+    assert sender is not None
+
+    def read() -> None:
+        for _ in range(2):
+            select.select([receiver], [], [])
+            receive_notification(receiver)
+
+    with sender:
+        assert send_notification(sender, b"STATUS=first")
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert notify_barrier(sender, timeout_s=60)
+        reader.join()
+        assert receive_notification(receiver) is None
+
+
+def test_barrier_of_nobody_is_none(receiver: socket.socket) -> None:
+    sender = open_notify("notify.sock")
+    assert sender is not None
+    with sender:
+        assert not notify_barrier(sender, timeout_s=0.01), "it does not read"
+        while send_notification(sender, b"STATUS=full"):
+            pass
+        assert not notify_barrier(sender, timeout_s=0.01), "it cannot be told"
+        receiver.close()
+        assert not notify_barrier(sender, timeout_s=60), "it is gone"
+
+
+def test_a_socket_for_nobody_is_none(tmp_path: Path) -> None:
+    assert open_notify(str(tmp_path / "nobody")) is None

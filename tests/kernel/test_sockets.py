@@ -29,6 +29,7 @@ from hotport.kernel.sockets import (
     bind_notify,
     bound_address,
     inherited_listener,
+    passed_addresses,
     peer_credentials,
     unlink_if_ours,
 )
@@ -482,28 +483,22 @@ def activated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LISTEN_FDNAMES", "web:twice:twice")
 
 
-def test_systemd_socket_is_found_by_its_name(
-    activated: None, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = socket.create_server(("127.0.0.1", 0))
-    # Descriptor 3 is pytest's here: move the place at which passed sockets begin.
-    monkeypatch.setattr("hotport.wire.listenfds.FIRST_FD", made.fileno())
-    name = made.getsockname()
-    sock = bound(stack, SystemdAddress("web"))
-    assert (sock.fileno(), sock.getsockname()) == (made.detach(), name)
+def test_systemd_name_stands_for_every_socket_that_has_it(activated: None) -> None:
+    assert passed_addresses(SystemdAddress("web")) == (FdAddress(3),)
+    assert passed_addresses(SystemdAddress("twice")) == (FdAddress(4), FdAddress(5))
+    assert passed_addresses(TcpAddress("::", 80)) == (TcpAddress("::", 80),)
 
 
-@pytest.mark.parametrize(("name", "cause"), [("twice", "2 sockets"), ("other", "passed twice, web")])
-def test_systemd_name_must_be_one_socket(activated: None, name: str, cause: str) -> None:
+def test_systemd_name_that_was_not_passed_is_explained(activated: None) -> None:
     with pytest.raises(ConfigError, match="HP105") as raised:
-        bind_listener(SystemdAddress(name), backlog=16)
-    assert cause in raised.value.cause
+        passed_addresses(SystemdAddress("other"))
+    assert "passed twice, web" in raised.value.cause
 
 
 def test_systemd_without_activation_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LISTEN_FDS", raising=False)
     with pytest.raises(ConfigError, match=r"HP105(.|\n)*LISTEN_FDS is not set"):
-        bind_listener(SystemdAddress("web"), backlog=16)
+        passed_addresses(SystemdAddress("web"))
 
 
 def test_bound_address_is_where_clients_connect(stack: ExitStack, run_dir: Path) -> None:

@@ -164,9 +164,11 @@ class World:
             forgets_orders: What workers were told and have not carried out never reached them.
         """
         service = self.service
+        self.thief, self.is_lost = "", False  # the next one cannot begin before it has every address
         self.queue.clear()
         self.timers.clear()
         self._emitted = []
+        self._quiesced.clear()
         for number, process in list(self.processes.items()):
             if process.was_killed:
                 del self.processes[number]

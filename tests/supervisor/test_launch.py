@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from hotport.options import Options
 from hotport.supervisor.launch import Launch, Surroundings
 
@@ -22,3 +24,12 @@ def test_a_link_to_a_release_is_followed_once_for_a_generation(tmp_path: Path) -
     link.symlink_to("42")
     assert launch.options.app_dir == str(releases[0])
     assert Launch.resolve(options, surroundings).options.app_dir == str(releases[1])
+
+
+def test_workers_do_not_learn_what_the_service_manager_set_for_the_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
+    private = {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "FDSTORE", "LISTEN_FDS", "LISTEN_PID"}
+    for name in private | {"KEPT"}:
+        monkeypatch.setenv(name, "1")
+    environment = Surroundings.snapshot().environment
+    assert environment["KEPT"] == "1"
+    assert private.isdisjoint(environment)

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotport.wire.sdnotify import NOTIFICATION_BYTES_MAX, Notification, encode_notification
+from hotport.address import parse_address
+from hotport.wire.sdnotify import (
+    BARRIER,
+    NOTIFICATION_BYTES_MAX,
+    Notification,
+    encode_notification,
+    encode_store,
+    encode_store_remove,
+    parse_store_name,
+    store_name,
+)
 
 MAYBE_SECONDS = st.none() | st.integers(0, 10**12).map(lambda usec: usec / 1_000_000)
 NOTIFICATIONS = st.builds(
@@ -83,3 +93,47 @@ def test_too_long_error_keeps_its_end_and_fits(letter: str) -> None:
     assert heard.error is not None
     assert heard.error.startswith("[...] ")
     assert heard.error.endswith("ValueError: last line")
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        ("tcp://127.0.0.1:8000", "hotport+tcp%3A//127.0.0.1%3A8000"),
+        ("udp://[::1]:53", "hotport+udp%3A//[%3A%3A1]%3A53"),
+        ("unix:/run/my app/\xe4%3A.sock", "hotport+unix%3A/run/my%20app/%C3%A4%253A.sock"),
+        ("unix:/run/\udcff", "hotport+unix%3A/run/%FF"),
+        ("unix:@hidden", "hotport+unix%3A@hidden"),
+    ],
+)
+def test_a_listener_is_stored_under_a_name_that_says_where_it_is(address: str, name: str) -> None:
+    parsed = parse_address(address)
+    assert store_name(parsed) == name
+    assert parse_store_name(name) == parsed
+
+
+@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=30))
+def test_every_path_has_a_name_that_a_manager_takes(path: str) -> None:
+    address = parse_address(f"unix:/{path.lstrip('/')}/s") if len(path.encode()) < 100 else parse_address("unix:s")
+    name = store_name(address)
+    if name is None:  # three letters for one byte can be too many
+        return
+    assert name.isascii()
+    assert name.isprintable()
+    assert ":" not in name
+    assert parse_store_name(name) == address
+
+
+def test_a_name_that_would_be_too_long_is_none() -> None:
+    assert store_name(parse_address("unix:/" + "\u65e5" * 30)) is None
+    assert store_name(parse_address("unix:/" + "a" * 100)) is not None
+
+
+@pytest.mark.parametrize("name", ["web", "tcp%3A//127.0.0.1%3A8000", "hotport+", "hotport+what", "hotport+tcp%3A//x"])
+def test_names_of_others_are_nothing_of_ours(name: str) -> None:
+    assert parse_store_name(name) is None
+
+
+def test_store_datagrams_byte_for_byte() -> None:
+    assert encode_store("hotport+x") == b"FDSTORE=1\nFDNAME=hotport+x\nFDPOLL=0"
+    assert encode_store_remove("hotport+x") == b"FDSTOREREMOVE=1\nFDNAME=hotport+x"
+    assert BARRIER == b"BARRIER=1"

@@ -34,6 +34,7 @@ from hotport.cli.client import ask_service
 from hotport.cli.output import console
 from hotport.errors import ConfigError, ExitCode, StartError
 from hotport.wire.messages import StatusRequest
+from hotport.wire.sdnotify import Notification
 
 __all__ = ["command"]
 
@@ -171,14 +172,19 @@ class _Service:
 
     def _wait_ready(self, manager: socket.socket) -> None:
         pidfd = os.pidfd_open(self.process.pid)
+        end = time.monotonic() + START_TIMEOUT_S
+        is_ready, ready = False, [manager.fileno()]
         try:
-            ready, _, _ = select.select([manager.fileno(), pidfd], [], [], START_TIMEOUT_S)
+            while not is_ready and manager.fileno() in ready:
+                ready, _, _ = select.select([manager.fileno(), pidfd], [], [], max(0.0, end - time.monotonic()))
+                if manager.fileno() in ready:
+                    is_ready = Notification.parse(manager.recv(4096)).ready
         except BaseException:
             self.kill()
             raise
         finally:
             os.close(pidfd)
-        if manager.fileno() not in ready:
+        if not is_ready:
             self.kill()
             raise StartError(
                 "HP403",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import array
 import os
+import select
 import socket
 import struct
+from collections.abc import Sequence
 from typing import Final
 
-from hotport.wire.sdnotify import NOTIFICATION_BYTES_MAX
+from hotport.wire.sdnotify import BARRIER, NOTIFICATION_BYTES_MAX
 
-__all__ = ["notify", "receive_notification"]
+__all__ = ["notify", "notify_barrier", "open_notify", "receive_notification", "send_notification"]
 
 _UCRED: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
 _INT_BYTES: Final = array.array("i").itemsize
@@ -62,12 +64,76 @@ def notify(path: str, payload: bytes, *, timeout_s: float = 1.0) -> bool:
 
     Sources: sd_notify(3), NOTES; unix(7) on abstract addresses; sysctl net.unix.max_dgram_qlen.
     """
-    address = "\0" + path[1:] if path.startswith("@") else path
+    sock = open_notify(path)
+    if sock is None:
+        return False
+    with sock:
+        sock.settimeout(timeout_s)
+        try:
+            return send_notification(sock, payload)
+        except OSError:
+            return False
+
+
+def open_notify(path: str) -> socket.socket | None:
+    """A non-blocking socket for many notifications, that the caller closes; None if nobody listens on `path`,
+    or no descriptor is left.
+
+    It is connected: another one polls writable even while the receiver's queue is full.
+    """
+    sock = None
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.settimeout(timeout_s)
-            sock.connect(address)  # an unconnected socket polls writable even when the queue is full
-            sock.send(payload)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        sock.setblocking(False)
+        sock.connect("\0" + path[1:] if path.startswith("@") else path)
     except (OSError, ValueError):  # ValueError: a path with a NUL
+        if sock is not None:
+            sock.close()
+        return None
+    return sock
+
+
+def send_notification(sock: socket.socket, payload: bytes, descriptors: Sequence[int] = ()) -> bool:
+    """Send one notification, and descriptors with it; they stay open here.
+
+    Returns:
+        Whether the kernel took it; False if the receiver's queue is full (for as long as the socket's timeout).
+
+    Raises:
+        OSError: Whoever listened is gone.
+
+    Sources: unix(7) SCM_RIGHTS; sd_pid_notify_with_fds(3).
+    """
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+    try:
+        sock.sendmsg([payload], ancillary)
+    except (BlockingIOError, TimeoutError):
         return False
     return True
+
+
+def notify_barrier(sock: socket.socket, *, timeout_s: float) -> bool:
+    """Wait until the receiver has carried out everything that was sent before; blocks, and leaves `sock` non-blocking.
+
+    Returns:
+        Whether it has said so within `timeout_s` seconds.
+
+    Sources: sd_notify_barrier(3): the receiver closes the descriptor that comes with ``BARRIER=1``.
+    """
+    read, write = os.pipe2(os.O_CLOEXEC)
+    try:
+        sock.settimeout(timeout_s)
+        try:
+            is_sent = send_notification(sock, BARRIER, [write])
+        finally:
+            sock.setblocking(False)
+            os.close(write)
+        if not is_sent:
+            return False
+        poll = select.poll()
+        poll.register(read, 0)  # POLLHUP comes unasked
+        return bool(poll.poll(timeout_s * 1000))
+    except OSError:
+        return False
+    finally:
+        os.close(read)

@@ -9,6 +9,7 @@ import stat
 import struct
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, Final
 
 from hotport.address import Address, FdAddress, SystemdAddress, TcpAddress, UdpAddress, UnixAddress
@@ -26,6 +27,7 @@ __all__ = [
     "bind_notify",
     "bound_address",
     "inherited_listener",
+    "passed_addresses",
     "peer_credentials",
     "rebind",
     "unlink_if_ours",
@@ -58,9 +60,10 @@ def bind_listener(address: Address, *, backlog: int, shares_port: bool = False, 
     - UDP: no SO_REUSEADDR, which would let a stranger share the port; nothing to wait for without TIME_WAIT.
     - A socket file is bound under another name and renamed, so that no client finds it missing; what is found
       there is replaced only if it is a socket on which nobody listens.
-    - ``fd://`` and ``systemd:`` sockets keep their backlog and options; TCP_NODELAY is added.
+    - ``fd://`` sockets keep their backlog and options; TCP_NODELAY is added.
 
     Args:
+        address: Not a ``systemd:`` one, which stands for several (`passed_addresses`).
         backlog: Length of the accept queue; the kernel caps it at ``net.core.somaxconn``.
         shares_port: TCP: SO_REUSEPORT as well, so that other sockets of this user can listen on the same address.
         listens: False leaves ``listen`` of a TCP socket to the caller: until then nobody can connect to it.
@@ -71,8 +74,7 @@ def bind_listener(address: Address, *, backlog: int, shares_port: bool = False, 
     Raises:
         KernelError: If the kernel refuses (HP101); ``errno`` says why, and the cause who.
         ConfigError: If a host is unknown (HP102), a path is too long or taken by something that is no
-            socket (HP103), a descriptor is no listener (HP104), or systemd passed no or several such
-            sockets (HP105).
+            socket (HP103), or a descriptor is no listener (HP104).
 
     Sources: socket(7) SO_REUSEADDR, SO_ACCEPTCONN; tcp(7); ipv6(7) IPV6_V6ONLY; unix(7); rename(2).
     """
@@ -85,8 +87,27 @@ def bind_listener(address: Address, *, backlog: int, shares_port: bool = False, 
             return _bind_unix(address, path, backlog)
         case FdAddress(fd=fd):
             return _with_nodelay(inherited_listener(fd))
-        case SystemdAddress(name=name):
-            return _with_nodelay(inherited_listener(_systemd_descriptor(name)))
+        case SystemdAddress():
+            raise AssertionError(f"{address} stands for several")
+
+
+def passed_addresses(address: Address) -> tuple[Address, ...]:
+    """The descriptors of an address under which the service manager has passed several sockets; others stay one.
+
+    A name may stand for many: all sockets of a unit have its ``FileDescriptorName=``.
+
+    Raises:
+        ConfigError: There is none (HP105), or the variables by which they are passed contradict each other (HP320).
+
+    Sources: systemd.socket(5) FileDescriptorName; sd_listen_fds_with_names(3).
+    """
+    if not isinstance(address, SystemdAddress):
+        return (address,)
+    passed = parse_listen_environment(os.environ, os.getpid())
+    found = tuple(FdAddress(fd) for fd, name in passed if name == address.name)
+    if not found:
+        raise _not_passed(address, [name for _, name in passed])
+    return found
 
 
 def inherited_listener(fd: int, *, is_in_use: bool = False) -> socket.socket:
@@ -111,7 +132,7 @@ def inherited_listener(fd: int, *, is_in_use: bool = False) -> socket.socket:
     listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     if not (sock.type == socket.SOCK_STREAM and listening) and sock.type != socket.SOCK_DGRAM:
         sock.detach()
-        raise _not_a_listener(fd, "it is a socket that does not listen")
+        raise _not_a_listener(fd, "it is a socket that does not listen; a socket unit must have Accept=no")
     if not is_in_use:
         sock.setblocking(False)
     sock.set_inheritable(False)
@@ -444,20 +465,14 @@ def _place(sock: socket.socket, path: str, *, backlog: int | None = None) -> Non
         raise
 
 
-def _systemd_descriptor(name: str) -> int:
-    passed = parse_listen_environment(os.environ, os.getpid())
-    fds = [fd for fd, called in passed if called == name]
-    if len(fds) == 1:
-        return fds[0]
-    if fds:
-        cause = f"{len(fds)} sockets have that name, and one address is one socket"
-    elif passed:
-        cause = f"the service manager passed {', '.join(sorted({called for _, called in passed}))}"
+def _not_passed(address: SystemdAddress, passed: Sequence[str]) -> ConfigError:
+    if passed:
+        cause = f"the service manager passed {', '.join(sorted(set(passed)))}"
     else:
         cause = "no service manager passed a socket to this process (LISTEN_FDS is not set for it)"
-    raise ConfigError(
+    return ConfigError(
         "HP105",
-        f"cannot take systemd:{name}",
+        f"cannot take {address}",
         cause=cause,
         fix="systemctl show --property=Listen,FileDescriptorName NAME.socket",
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from hotport.errors import StartError
 from hotport.options import Options
+from hotport.supervisor.manager import MANAGER_VARIABLES
 from hotport.wire.listenfds import LISTEN_VARIABLES
 from hotport.wire.messages import WorkerSpec, encode
 
@@ -17,9 +18,7 @@ __all__ = ["Launch", "Surroundings"]
 #: Meant for this process or set anew for each worker; never handed on as they are.
 PRIVATE_VARIABLES = (
     *LISTEN_VARIABLES,
-    "NOTIFY_SOCKET",
-    "WATCHDOG_USEC",
-    "WATCHDOG_PID",
+    *MANAGER_VARIABLES,
     "HOTPORT_WORKER",
     "HOTPORT_UPGRADE",
     "HOTPORT_UPGRADE_CHECK",

@@ -24,7 +24,7 @@ import anyio.abc
 
 from hotport.address import listener_name, parse_address
 from hotport.errors import ExitCode, HotportError, RestartError, StartError
-from hotport.kernel.notify import notify, receive_notification
+from hotport.kernel.notify import receive_notification
 from hotport.kernel.process import send_signal
 from hotport.kernel.procfs import age_s, environment, queue_overflows
 from hotport.kernel.spawn import Child, spawn
@@ -37,6 +37,7 @@ from hotport.options import Options, format_duration
 from hotport.supervisor.health import watch_health
 from hotport.supervisor.launch import Launch, Surroundings
 from hotport.supervisor.listeners import Listener, Listeners
+from hotport.supervisor.manager import Manager
 from hotport.supervisor.process import Process
 from hotport.supervisor.recovery import Found
 from hotport.supervisor.reports import Reports
@@ -59,7 +60,7 @@ from hotport.wire.messages import (
     TlsReloaded,
     Word,
 )
-from hotport.wire.sdnotify import Notification, encode_notification
+from hotport.wire.sdnotify import Notification
 
 __all__ = ["Supervisor"]
 
@@ -94,7 +95,7 @@ class Supervisor:
         directory: Its runtime directory, private, existing.
         notify_socket: Bound in `directory`; owned from here on.
         read_options: Reads the options again for each restart, from a directory; may raise ConfigError.
-        own_notify_path: The service manager's ``NOTIFY_SOCKET``, if this supervisor is itself supervised.
+        manager: Hears of it, if this supervisor is itself supervised; the caller closes it.
         found: What is left of the service's last supervisor, and the listeners; these are owned from here on.
 
     Attributes:
@@ -113,7 +114,7 @@ class Supervisor:
         *,
         found: Found,
         read_options: Callable[[Path], Options],
-        own_notify_path: str | None = None,
+        manager: Manager,
     ) -> None:
         self.name = name
         self.directory = directory
@@ -127,7 +128,7 @@ class Supervisor:
         self.notify_socket = notify_socket
         self.surroundings = surroundings
         self.read_options = read_options
-        self._own_notify_path = own_notify_path
+        self.manager = manager
         self._found = found
         self.is_departing = False
         self.is_succeeded = False
@@ -166,6 +167,7 @@ class Supervisor:
         async with anyio.create_task_group() as self._tasks:
             self._timers = Timers(self._tasks, lambda timer: self.input(model.Elapsed(timer)))
             self._tasks.start_soon(self._receive_notifications)
+            self._tasks.start_soon(self.manager.run)
             self._adopt()
             async for event in self._inputs:
                 if event is None:
@@ -177,6 +179,7 @@ class Supervisor:
                 self._redirect()
                 self._deposit()
                 self._close_listeners()
+                self.manager.extend(self._timers)
                 self._stepped.set()
                 self._stepped = anyio.Event()
                 if is_finished:
@@ -293,7 +296,7 @@ class Supervisor:
             case model.StopTimer(timer):
                 self._timers.stop(timer)
             case model.CloseListeners():
-                self._tell_manager(stopping=True)
+                self.owned.give_away([address for address in self.listeners if self.manager.keeps(address)])
                 self.owned.close()
             case model.Accept() | model.Refuse():
                 self._answer(effect)
@@ -491,6 +494,7 @@ class Supervisor:
                 cause=self._loss or "no worker said READY=1",
                 fix="hotport serve --log-level debug, or raise --ready-timeout",
             )
+            self.manager.failed(str(self.failure))
         elif self._has_cut:
             self.exit_code = ExitCode.CUT
 
@@ -588,12 +592,17 @@ class Supervisor:
                 self.input(model.Expired(worker))
             case Drained(fates=fates):
                 if self.service.is_stopping:
-                    self._has_cut = self._has_cut or any(fate.startswith("cut_") for fate in fates)
+                    self._has_cut = self._has_cut or any(self._is_cut(fate) for fate in fates)
                 self.reports.drained(worker, fates)
             case TlsReloaded(error=error) if error:  # nobody waits: it was told while it started
                 self._log.warning("tls.kept", worker=worker, error=error)
             case _:
                 pass
+
+    def _is_cut(self, fate: str) -> bool:
+        """Who waits in an accept queue that the service manager keeps is served by the next supervisor."""
+        is_kept = fate == "cut_unaccepted" and all(map(self.manager.keeps, self.listeners))
+        return fate.startswith("cut_") and not is_kept
 
     # -- news ----------------------------------------------------------------------------------------------
 
@@ -622,17 +631,15 @@ class Supervisor:
         # A failure to boot is told once, at the end; but one that hangs may be a while in coming to it.
         if self.service.generation or not is_bad or is_stuck:
             (self._log.warning if is_bad else self._log.info)(news.value, **shown)
-        if news is News.STARTED or (news is News.ADOPTED and announcement.generation):
-            self._tell_manager(ready=True, status=f"generation {announcement.generation} serves")
-        elif news in (News.ABORTED, News.UNDONE):
+        if news in (News.ABORTED, News.UNDONE):
             self.options = self._launches[self.service.generation].options
-        elif news is News.DONE:
-            self._tell_manager(status=f"generation {announcement.generation} serves")
         elif news is News.RESTART_BEGAN and self.service.restart is not None:
             is_tracked = not self.options.command
             self.reports.begin(self.service.restart, self.service.generation, is_tracked=is_tracked)
         elif news in (News.BAKING, News.WATCHING) and self.service.restart is not None:
             self._tasks.start_soon(watch_health, self, announcement.generation, self.service.restart.step)
+        why = self._errors.get(announcement.worker, "")
+        self.manager.hear(announcement, serving=self.service.generation, why=why)
         self._tell_subscribers(announcement)
         ended = self.reports.hear(
             announcement,
@@ -665,12 +672,6 @@ class Supervisor:
         self._launches = {number: launch for number, launch in self._launches.items() if number in wanted}
         if self.service.generation and not self.reports.generations:
             self._errors.clear()
-
-    def _tell_manager(self, *, ready: bool = False, stopping: bool = False, status: str | None = None) -> None:
-        """Notify the service manager; only READY=1 is worth waiting for one that does not read."""
-        if self._own_notify_path is not None:
-            said = encode_notification(ready=ready, stopping=stopping, status=status)
-            notify(self._own_notify_path, said, timeout_s=1.0 if ready else 0.0)
 
     # -- requests ------------------------------------------------------------------------------------------
 

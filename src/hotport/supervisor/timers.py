@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import anyio
 import anyio.abc
 
-from hotport.model.service import Timer
+from hotport.model.service import Clock, Timer
 
 __all__ = ["Timers"]
 
@@ -42,6 +42,14 @@ class Timers:
         scope = self._running.pop(timer, None)
         if scope is not None:
             scope.cancel()
+
+    def latest(self, ignored: Container[Clock] = ()) -> float | None:
+        """When the last of those that run ends, on the event loop's clock; None if none does.
+
+        Args:
+            ignored: Kinds of timer that do not count.
+        """
+        return max((self._ends[timer] for timer in self._running if timer.clock not in ignored), default=None)
 
     async def _run(self, timer: Timer, seconds: float, scope: anyio.CancelScope) -> None:
         with scope:

@@ -23,6 +23,7 @@ from hotport.options import OPTIONS
 from hotport.options.loading import load
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import Failure, Reply, Report, RestartRequest, StatusRequest, decode, encode
+from hotport.wire.sdnotify import Notification
 
 __all__ = ["ServeProcess", "Service"]
 
@@ -123,11 +124,18 @@ class ServeProcess:
             StartError: It has ended instead, or nothing has happened for `timeout_s` (HP720).
         """
         pidfd = os.pidfd_open(self.process.pid)
+        end = time.monotonic() + self.timeout_s
+        is_ready = False
         try:
-            ready, _, _ = select.select([self._notify.fileno(), pidfd], [], [], self.timeout_s)
+            while not is_ready:
+                left_s = max(0.0, end - time.monotonic())
+                ready, _, _ = select.select([self._notify.fileno(), pidfd], [], [], left_s)
+                if self._notify.fileno() not in ready:
+                    break
+                is_ready = Notification.parse(self._notify.recv(4096)).ready
         finally:
             os.close(pidfd)
-        if self._notify.fileno() not in ready:
+        if not is_ready:
             ended = self.process.poll()
             raise self._with_log(
                 StartError(
@@ -137,7 +145,6 @@ class ServeProcess:
                     fix="look at its log below, or start it by hand: hotport serve",
                 )
             )
-        self._notify.recv(4096)  # READY=1 is the first thing that is said, when the first worker serves
         self.wait_serving()
         return self
 

@@ -3,17 +3,39 @@
 Newline-separated ``KEY=value``; unknown keys are for somebody else and are ignored, so are values that make
 no sense. One key is ours: ``X_HOTPORT_ERROR`` says why a worker cannot start. Its lines must survive a
 protocol of lines, so the value is a JSON string; plain text, as a shell script sends it, is taken as it is.
-Sources: sd_notify(3), well-known assignments.
+
+Listeners are kept in the manager's descriptor store under names that say where they listen, so that they can be
+told from whatever else is in there.
+Sources: sd_notify(3), well-known assignments; sd_pid_notify_with_fds(3).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import quote, unquote_to_bytes
 
 import msgspec
 
-__all__ = ["NOTIFICATION_BYTES_MAX", "Notification", "encode_notification"]
+from hotport.address import Address, parse_address
+from hotport.errors import ConfigError
+
+__all__ = [
+    "BARRIER",
+    "NOTIFICATION_BYTES_MAX",
+    "Notification",
+    "encode_notification",
+    "encode_store",
+    "encode_store_remove",
+    "parse_store_name",
+    "store_name",
+]
+
+BARRIER: Final = b"BARRIER=1"
+"""Comes with a descriptor, which the manager closes when it has carried out everything sent before."""
+
+STORE_PREFIX: Final = "hotport+"
+FDNAME_BYTES_MAX: Final = 255
 
 NOTIFICATION_BYTES_MAX: Final = 64 << 10
 """The longest datagram that is sent or read; a traceback fits, and the kernel queues several."""
@@ -104,6 +126,37 @@ def encode_notification(
         return head
     room = NOTIFICATION_BYTES_MAX - len(head)
     return b"\n".join(part for part in (head, _encode_error(error, room)) if part)
+
+
+def store_name(address: Address) -> str | None:
+    """What a listener is called in the store: ``hotport+tcp%3A//127.0.0.1%3A8000``.
+
+    Returns:
+        Printable ASCII without a colon (sd_notify(3), FDNAME); None if that has over 255 bytes, as a long path in
+        another script may.
+    """
+    name = STORE_PREFIX + quote(str(address).encode("utf-8", "surrogateescape"), safe="/[]@")
+    return name if len(name) <= FDNAME_BYTES_MAX else None
+
+
+def parse_store_name(name: str) -> Address | None:
+    """The inverse of `store_name`; None for a name that somebody else chose."""
+    if not name.startswith(STORE_PREFIX):
+        return None
+    try:
+        return parse_address(unquote_to_bytes(name.removeprefix(STORE_PREFIX)).decode("utf-8", "surrogateescape"))
+    except ConfigError:
+        return None
+
+
+def encode_store(name: str) -> bytes:
+    """Have the manager keep the descriptors that come with it; unwatched, since a listener never hangs up."""
+    return f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0".encode("ascii")
+
+
+def encode_store_remove(name: str) -> bytes:
+    """Have the manager close every descriptor that it keeps under a name."""
+    return f"FDSTOREREMOVE=1\nFDNAME={name}".encode("ascii")
 
 
 def _encode_error(error: str, room: int) -> bytes:

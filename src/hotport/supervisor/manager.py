@@ -1,0 +1,279 @@
+"""The conversation with the service manager that runs this supervisor, if one does (sd_notify(3)).
+
+The supervisor tells what has happened; what the manager must hear of it is decided here:
+
+- ``READY=1`` when the first generation serves; ``RELOADING=1`` when a restart begins and ``READY=1`` when its outcome
+  is known, whatever it is (``Type=notify-reload``, systemd.service(5)); ``STOPPING=1`` at the end.
+- ``EXTEND_TIMEOUT_USEC`` while it waits for one of these, as long as the timers that bound what is going on.
+- ``WATCHDOG=1`` half way of ``WATCHDOG_USEC``, by a task of the loop that does everything else.
+- ``FDSTORE=1`` for every listener that was bound here, so that its accept queue outlives every process of the service.
+"""
+
+from __future__ import annotations
+
+import enum
+import socket
+import time
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Final
+
+import anyio
+
+from hotport.kernel.notify import notify_barrier, open_notify, send_notification
+from hotport.model.service import Announce, Clock, News
+from hotport.observe.logs import get_logger
+from hotport.supervisor.store import location
+from hotport.supervisor.timers import Timers
+from hotport.wire.sdnotify import encode_notification, encode_store, encode_store_remove, store_name
+
+__all__ = ["MANAGER_VARIABLES", "Manager"]
+
+#: What a manager sets for the process that it watches, and for no other.
+MANAGER_VARIABLES: Final = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "FDSTORE")
+
+#: How long the manager may take to read before anything serves; later on nothing waits for it.
+BLOCK_S: Final = 1.0
+
+#: How long it may take to let go of listeners that are not wanted any more.
+BARRIER_S: Final = 5.0
+
+#: Beyond the timer that bounds what is going on: for what comes after its end.
+MARGIN_S: Final = 5.0
+
+WATCHDOG: Final = encode_notification(watchdog=True)
+
+#: Messages kept for a manager that does not read.
+LATE_MAX: Final = 64
+
+
+class _Waits(enum.Enum):
+    """For what the manager waits, under a timeout of its own."""
+
+    READY = "ready"
+    RELOADED = "reloaded"
+    STOPPED = "stopped"
+
+
+#: Timers that do not bound what the manager waits for.
+_OTHERS: Final = {
+    _Waits.READY: {Clock.STABLE, Clock.BACKOFF},
+    _Waits.RELOADED: {Clock.STABLE, Clock.BACKOFF, Clock.DRAIN, Clock.KILL},  # those are of generations before
+    _Waits.STOPPED: {Clock.STABLE, Clock.BACKOFF},
+}
+
+
+class Manager:
+    """Says what the manager named in the environment must hear; says nothing if there is none.
+
+    Args:
+        environ: ``NOTIFY_SOCKET``, ``WATCHDOG_USEC``, ``WATCHDOG_PID``, ``FDSTORE``.
+        pid: This process; a watchdog for another one is not ours to feed.
+
+    Attributes:
+        watchdog_s: Within how many seconds it must hear ``WATCHDOG=1``; None if it does not watch.
+        store_max: How many descriptors it keeps for this service; 0 if none, or if it does not say (before
+            systemd 254).
+
+    Descriptors: one socket, closed by `close`.
+    """
+
+    def __init__(self, environ: Mapping[str, str], pid: int) -> None:
+        self._path = environ.get("NOTIFY_SOCKET", "")
+        self._sock = open_notify(self._path) if self._path else None
+        self._log = get_logger("hotport.manager")
+        if self._path and self._sock is None:
+            self._log.warning("manager.unreachable", path=self._path)
+        is_watched = _number(environ, "WATCHDOG_PID", pid) == pid
+        usec = _number(environ, "WATCHDOG_USEC", 0) if is_watched else 0
+        self.watchdog_s = usec / 1e6 if usec else None
+        self.store_max = _number(environ, "FDSTORE", 0) if self._sock is not None else 0
+        self._parked: set[str] = set()
+        self._held: set[str] = set()
+        self._waits: _Waits | None = _Waits.READY
+        self._promised = 0.0
+        self._late: deque[bytes] = deque(maxlen=LATE_MAX)
+        self._is_late = anyio.Event()
+
+    def close(self) -> None:
+        """Say nothing any more."""
+        self._path = ""
+        self._hang_up()
+
+    async def run(self) -> None:
+        """Keep the watchdog quiet and deliver what was not taken at once, until cancelled."""
+        if not self._path:
+            return
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._deliver)
+            if self.watchdog_s is not None:
+                tasks.start_soon(self._keep_watchdog, self.watchdog_s)
+
+    # -- the store -----------------------------------------------------------------------------------------
+
+    def park(self, listeners: Mapping[str, socket.socket], *, held: Collection[str] = ()) -> None:
+        """Have the manager keep duplicates of these listeners, by canonical address; blocks for a moment at most.
+
+        It keeps one that it has already only once. Call it before anybody is served.
+
+        Args:
+            held: Addresses whose listeners it passed from a socket unit; it keeps those anyway.
+        """
+        if self._sock is not None:
+            self._held.update(held)
+        for address in [address for address in listeners if address not in held] if self.store_max else ():
+            name = store_name(location(address))
+            if name is None or len(self._parked) == self.store_max:
+                why = "its name is too long" if name is None else f"FileDescriptorStoreMax is {self.store_max}"
+                self._log.warning("listener.not_parked", address=address, why=why)
+            elif self._say_now(encode_store(name), [listeners[address].fileno()]):
+                self._parked.add(address)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Have it close what it keeps under these names, and wait until it has: their addresses may be bound next."""
+        removals = [encode_store_remove(name) for name in names]
+        if self._sock is None or not removals:
+            return
+        for removal in removals:
+            self._say_now(removal)
+        if not notify_barrier(self._sock, timeout_s=BARRIER_S):
+            self._log.warning("manager.silent", timeout_s=BARRIER_S)
+
+    def keeps(self, address: str) -> bool:
+        """Whether the listener of an address, and who waits in its accept queue, outlive this process."""
+        return address in self._parked or address in self._held
+
+    # -- what it hears -------------------------------------------------------------------------------------
+
+    def hear(self, announcement: Announce, *, serving: int, why: str = "") -> None:
+        """Something has happened.
+
+        Args:
+            serving: The generation that serves.
+            why: Of an abort, in more words than the announcement has.
+        """
+        serves, generation = f"generation {serving} serves", announcement.generation
+        match announcement.news:
+            case News.STARTED:
+                self._wait_no_more(serves)
+            case News.ADOPTED if serving:
+                self._wait_no_more(serves)
+            case News.RESTART_BEGAN:
+                self._reload(f"{serves}, generation {generation} starts")
+            case News.DONE:
+                self._wait_no_more(serves)
+            case (News.ABORTED | News.UNDONE) as news if self._waits is _Waits.RELOADED:
+                reason = _in_one_line(why or announcement.why)
+                outcome = "aborted" if news is News.ABORTED else "undone"
+                self._wait_no_more(f"{serves}, the restart to generation {generation} was {outcome}: {reason}")
+            case News.STOPPING:
+                self._wait_for(_Waits.STOPPED)
+                self._say(encode_notification(stopping=True, status="stopping"))
+            case _:
+                pass
+
+    def refused(self, why: str) -> None:
+        """A restart that the manager may have asked for was not begun.
+
+        It gets its answer all the same: a reload that is over at once; or, while a restart goes on, the promise that
+        its end will be told.
+        """
+        match self._waits:
+            case None:
+                self._reload(None)
+                self._wait_no_more(_in_one_line(why))
+            case _Waits.RELOADED:
+                self._reload(None)
+            case _:
+                pass
+
+    def failed(self, why: str) -> None:
+        """The service ends without having served."""
+        self._say(encode_notification(status=_in_one_line(why)))
+
+    def extend(self, timers: Timers) -> None:
+        """Have it wait as long as what goes on is bounded by `timers`; call it whenever they have changed."""
+        if self._waits is None:
+            return
+        latest = timers.latest(_OTHERS[self._waits])
+        if latest is not None and latest > self._promised:
+            self._promised = latest
+            self._say(encode_notification(extend_timeout_s=latest - anyio.current_time() + MARGIN_S))
+
+    def _reload(self, status: str | None) -> None:
+        self._wait_for(_Waits.RELOADED)
+        self._say(encode_notification(reloading=True, monotonic_s=time.monotonic(), status=status))
+
+    def _wait_for(self, what: _Waits) -> None:
+        self._waits, self._promised = what, 0.0
+
+    def _wait_no_more(self, status: str) -> None:
+        self._waits = None
+        self._say(encode_notification(ready=True, status=status))
+
+    # -- saying it -----------------------------------------------------------------------------------------
+
+    def _say(self, payload: bytes) -> None:
+        """Send it now, or as soon as the manager has read what it was sent before."""
+        if self._path and (self._late or not self._try(payload)):
+            self._late.append(payload)
+            self._is_late.set()
+
+    def _say_now(self, payload: bytes, descriptors: Sequence[int] = ()) -> bool:
+        """Send it now, and wait for `BLOCK_S` at most until there is room for it."""
+        if self._sock is None:
+            return False
+        self._sock.settimeout(BLOCK_S)
+        try:
+            return send_notification(self._sock, payload, descriptors)
+        except OSError:
+            return False
+        finally:
+            self._sock.setblocking(False)
+
+    def _try(self, payload: bytes) -> bool:
+        """False if the manager has to read first; what nobody hears counts as said."""
+        for _ in range(2):  # it may have been started anew, and listen on the same path
+            self._sock = self._sock or open_notify(self._path)
+            if self._sock is None:
+                break
+            try:
+                return send_notification(self._sock, payload)
+            except OSError:
+                self._hang_up()
+        return True
+
+    def _hang_up(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+    async def _deliver(self) -> None:
+        while True:
+            await self._is_late.wait()
+            self._is_late = anyio.Event()
+            while self._late and self._sock is not None:
+                await anyio.wait_writable(self._sock)
+                while self._late and self._try(self._late[0]):
+                    self._late.popleft()
+            self._late.clear()
+
+    async def _keep_watchdog(self, watchdog_s: float) -> None:
+        while True:
+            if not self._late:  # else it does not read, and would not hear it in time anyway
+                self._try(WATCHDOG)
+            await anyio.sleep(watchdog_s / 2)
+
+
+def _in_one_line(error: str) -> str:
+    """What happened: the first line of our own errors, the last one of a traceback."""
+    lines = error.strip().splitlines() or [""]
+    return lines[0 if lines[0].startswith("HP") else -1].strip()
+
+
+def _number(environ: Mapping[str, str], variable: str, default: int) -> int:
+    """A variable as a number; 0 if it is none."""
+    text = environ.get(variable)
+    if text is None:
+        return default
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 20 else 0
