@@ -169,9 +169,10 @@ class Manager:
                 self._reload(f"{serves}, generation {generation} starts")
             case News.DONE:
                 self._wait_no_more(serves)
-            case News.ABORTED if self._waits is _Waits.RELOADED:
+            case (News.ABORTED | News.UNDONE) as news if self._waits is _Waits.RELOADED:
                 reason = _in_one_line(why or announcement.why)
-                self._wait_no_more(f"{serves}, the restart to generation {generation} was aborted: {reason}")
+                outcome = "aborted" if news is News.ABORTED else "undone"
+                self._wait_no_more(f"{serves}, the restart to generation {generation} was {outcome}: {reason}")
             case News.LAME_DUCK:
                 if self._waits is None:  # it has asked for the stop, and counts
                     self._wait_for(_Waits.STOPPED)

@@ -24,6 +24,7 @@ from hotport.wire.messages import (
     Inspection,
     InspectOrder,
     Memory,
+    Probed,
     TlsReloaded,
     TransferOrder,
     Transferred,
@@ -35,7 +36,7 @@ from hotport.wire.messages import (
 
 __all__ = ["Process"]
 
-Answer = TypeVar("Answer", Inspection, TlsReloaded)
+Answer = TypeVar("Answer", Inspection, TlsReloaded, Probed)
 
 #: From calling a worker to its acknowledgement of what it was given.
 TRANSFER_TIMEOUT_S = 5.0

@@ -185,7 +185,7 @@ class _Successor:
 
 
 class Mover:
-    """Moves the connections of a worker that leaves, each to the successor that has the fewest by then."""
+    """Moves the connections of a worker that leaves or may leave, each to the successor with the fewest by then."""
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
@@ -202,7 +202,7 @@ class Mover:
         """Hand connections to the workers with these control sockets from now on, and to no others.
 
         One that does not answer within `WELCOME_TIMEOUT_S`, or has no room, is passed over; without any, connections
-        are told to close, as if there had never been one.
+        are told to close if the worker leaves, as if there had never been one.
         """
         async with self._following:
             self._is_between = True
@@ -210,7 +210,7 @@ class Mover:
                 self._dismiss(self._successors[path])
             new = [path for path in paths if path not in self._successors]
             try:
-                for found in await asyncio.gather(*map(self._call, new)):
+                for found in await self._call_all(new):
                     if found is None:
                         continue
                     if self._is_closed:
@@ -238,6 +238,16 @@ class Mover:
             _, stuck = await asyncio.wait(tasks, timeout=3 * ACK_TIMEOUT_S)
             for task in stuck:
                 task.cancel()
+
+    async def _call_all(self, paths: Sequence[str]) -> list[_Successor | None]:
+        calls = [self._loop.create_task(self._call(path)) for path in paths]
+        try:
+            return await asyncio.gather(*calls)
+        except asyncio.CancelledError:
+            for call in calls:
+                if call.done() and not call.cancelled() and (found := call.result()) is not None:
+                    found.channel.close()
+            raise
 
     async def _call(self, path: str) -> _Successor | None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -269,7 +279,7 @@ class Mover:
         open_to = [each for each in self._successors.values() if each.room > len(each.waiting)]
         if not open_to:
             if not self._is_between:
-                connection.drain()
+                self._connections.not_taken(connection)
             return
         successor = min(open_to, key=lambda each: each.connections + len(each.waiting))
         self._waiting.add(connection)
@@ -315,7 +325,7 @@ class Mover:
             except TypeError as error:
                 self._log.warning("handoff.kept", why=str(error))
                 connection.keep()
-                connection.drain()
+                self._connections.not_taken(connection)
                 continue
             batch.append(_Packed(connection, offer.fd, envelope))
             size += len(memoryview(envelope))
@@ -329,7 +339,7 @@ class Mover:
         except Exception:
             self._log.exception("handoff.offer_failed")
             connection.keep()  # the others of the batch can still move
-            connection.drain()
+            self._connections.not_taken(connection)
             return None
 
     async def _move(self, successor: _Successor, batch: list[_Packed]) -> None:
@@ -370,7 +380,7 @@ class Mover:
             if number in refused:
                 connection.keep()
                 if ack.room:
-                    connection.drain()
+                    self._connections.not_taken(connection)
                 else:  # it is not the connection's fault: others may have room
                     self._ready(connection)
             else:

@@ -18,6 +18,7 @@ from hotport.options import Options
 from hotport.trust import Trusted
 from hotport.worker.acceptor import Acceptor
 from hotport.worker.handoff import Channel, Mover, take_connections
+from hotport.worker.probe import probe
 from hotport.worker.tls import Tls
 
 __all__ = ["ConnectionServer", "DatagramServer", "Server", "SocketsServer", "make_server"]
@@ -71,7 +72,13 @@ class Server(Protocol):
         """
 
     async def follow(self, successors: Sequence[str]) -> None:
-        """While it drains: hand connections to these workers from now on."""
+        """While it drains or is quiesced: hand connections to these workers from now on.
+
+        Cancellation: safe; connections stay.
+        """
+
+    async def probe(self, path: str, timeout_s: float) -> str:
+        """Ask the application for `path` by HTTP; why that failed, or nothing."""
 
     async def take(self, channel: Channel, version: int) -> None:
         """Go on with the connections that another worker offers, in envelopes of `version`, until it has closed."""
@@ -102,6 +109,7 @@ class ConnectionServer:
         self._may_hand_off = self._hands_off = hands_off
         self._mover: Mover | None = None
         self._released: list[Acceptor] = []
+        self._staying: asyncio.Task[None] | None = None
         self._adapter = adapter
         self._tls = tls
         self._proxies = proxies
@@ -171,6 +179,14 @@ class ConnectionServer:
         self.connections.count_fates(False)
         for acceptor in self._acceptors:
             acceptor.start()
+        if self._mover is not None:  # taken back; what is under way arrives, or comes back
+            self._staying = asyncio.get_running_loop().create_task(self._stay(self._mover))
+            self._mover = None
+
+    async def _stay(self, mover: Mover) -> None:
+        await mover.close()
+        self.connections.lead(None)
+        self.connections.moves_early = False
 
     def quiesce(self) -> None:
         self._is_accepting = False
@@ -196,17 +212,32 @@ class ConnectionServer:
                 acceptor.start()
 
     async def follow(self, successors: Sequence[str]) -> None:
+        await self._end_stay()
+        self.connections.moves_early = True
+        await self._follow(successors)
+
+    async def _end_stay(self) -> None:
+        if self._staying is not None:
+            await asyncio.wait({self._staying})
+            self._staying = None
+
+    async def _follow(self, successors: Sequence[str]) -> None:
         if self._hands_off and (successors or self._mover is not None):
             if self._mover is None:
                 self._mover = Mover(self.connections)
             await self._mover.follow(successors)
+
+    async def probe(self, path: str, timeout_s: float) -> str:
+        return await probe(self._adapter, self.connections, path, timeout_s)
 
     async def take(self, channel: Channel, version: int) -> None:
         await take_connections(channel, version, self._adapter, self.connections)
 
     async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[str]:
         self.quiesce()
-        await self.follow(successors)
+        await self._end_stay()
+        self.connections.moves_early = False
+        await self._follow(successors)
         self.connections.drain(timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
@@ -294,6 +325,9 @@ class DatagramServer:
     async def follow(self, successors: Sequence[str]) -> None:
         """They share the sockets."""
 
+    async def probe(self, path: str, timeout_s: float) -> str:
+        return "takes datagrams, and cannot be asked by HTTP: remove health_path"
+
     async def take(self, channel: Channel, version: int) -> None:
         """It has no connections."""
         channel.close()
@@ -360,6 +394,9 @@ class SocketsServer:
 
     async def follow(self, successors: Sequence[str]) -> None:
         """Its connections are its own affair."""
+
+    async def probe(self, path: str, timeout_s: float) -> str:
+        return "has a server of its own, which cannot be asked but over the port: remove health_path"
 
     async def take(self, channel: Channel, version: int) -> None:
         """It has no way of going on with a connection."""
