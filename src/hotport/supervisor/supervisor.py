@@ -746,7 +746,7 @@ class Supervisor:
 
     def watched_for_s(self) -> float:
         """Seconds left of a bake or an undo window; 0 outside of one."""
-        return max(self._timers.left_s(model.Timer(clock)) for clock in (Clock.BAKE, Clock.WATCH))
+        return max(self._timers.left_s(Timer(clock)) or 0.0 for clock in (Clock.BAKE, Clock.WATCH))
 
     def _answer(self, answer: model.Accept | model.Refuse) -> None:
         asked = self._asked.pop(answer.request)

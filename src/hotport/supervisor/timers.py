@@ -33,10 +33,6 @@ class Timers:
         if timer in self._running and self._ends[timer] < anyio.current_time() + seconds:
             self.start(timer, seconds)
 
-    def left_s(self, timer: Timer) -> float:
-        """Seconds until a timer ends; 0 if it does not run."""
-        return max(0.0, self._ends[timer] - anyio.current_time()) if timer in self._running else 0.0
-
     def stop(self, timer: Timer) -> None:
         """Forget a timer; nothing happens if it does not run."""
         scope = self._running.pop(timer, None)
