@@ -71,6 +71,8 @@ OPTIONS_TAIL: Final = """
   `$XDG_RUNTIME_DIR/hotport`, else `/run/hotport` for root and `hotport-UID` in the temporary directory for others.
 - `HOTPORT_GENERATION`: set for each worker; the number of its generation.
 - `HOTPORT_WORKER`: set for hotport's own workers, and removed before the application is imported.
+- `HOTPORT_SUCCESSION`: set for a program that [restarts itself](../how-to/restart-your-own-program.md), and removed by
+  `hotport.serve`.
 - `HOTPORT_FAULTS`: read by `hotport.testing.FaultyApp` ([how to](../how-to/test-that-restarts-are-invisible.md)).
 - `HOTPORT_TEST_SLOWNESS`, `HOTPORT_TEST_RESTARTS`: of hotport's own tests; a factor for their deadlines, and how many
   restarts those go through in which one restart is like the other.
@@ -323,7 +325,7 @@ users: in the gap of a `rebind` any user can take a port above 1023. With `guard
 bound to each TCP address, which never listens and has `SO_REUSEPORT` alone. The kernel lets nobody bind beside it but
 the same user with `SO_REUSEPORT`; the listeners of the service have that, too. It also keeps the gap short: with
 `SO_REUSEPORT` the kernel does not look at every connection in TIME_WAIT. Its price: processes of the same user can
-join the port silently (`hotport why` names them).
+join the port silently (`hotport why` names them). A guard is kept until the service ends, or its address is dropped.
 
 ## When somebody takes the port
 

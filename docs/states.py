@@ -44,8 +44,10 @@ RESTART: Final = """
 ## A restart, step by step
 
 New workers take over from old ones in a batch of all, or, in a phased restart, in batches of one. Until the last line,
-whatever goes wrong with a new worker aborts the restart: what the batch has done is taken back, first with the old
-workers, then with the new ones, and the old generation serves on.
+whatever goes wrong with a new worker takes back what the batch has done, first with the old workers, then with the new
+ones, and the old generation serves on. That is called *aborted*; from `baking` and `watching`, and after the commit if
+somebody asks for it, it leads through `undoing` and is called *undone*. After a canary's bake the steps start again,
+with the rest of its batch.
 
 The steps *releasing* and *rebinding* are those of the strategy `rebind` alone. With `overlap`, newcomers are steered to
 the new workers at the commit (`Steer`; its inverse is `Unsteer`), and what is quiesced empties its queue as well. What
@@ -58,8 +60,11 @@ STEPS: Final[dict[Step, tuple[type[Effect] | None, str, str]]] = {
     Step.RELEASING: (Release, "every old worker has emptied the accept queue and closed the listeners", "5 s: abort"),
     Step.REBINDING: (Rebind, "the addresses are bound again", "at once: done, or abort"),
     Step.OPENING: (Open, "every new worker has acknowledged that it accepts: the commit", "5 s: abort"),
+    Step.BAKING: (None, "the canary, if there is one, has been well for so long", "bake: the others start"),
     Step.QUIESCING: (Quiesce, "every old worker has acknowledged that it stopped accepting", "5 s: go on"),
     Step.SETTLING: (None, "no new worker has failed for a moment", "settle: the end of this step"),
+    Step.WATCHING: (None, "the new workers have been well for an undo window, if there is one", "undo_window: its end"),
+    Step.UNDOING: (Open, "every old worker accepts again or has failed to; then `Drain` each new one", "5 s: go on"),
 }
 
 WHO: Final = {
@@ -69,11 +74,15 @@ WHO: Final = {
     Open: "each new worker",
     Quiesce: "each old worker",
 }
+WHO_UNDOING: Final = "each old worker"
 
 #: Where the inverse is for somebody else.
 INVERTED: Final[dict[type[Effect], str]] = {Rebind: "each old worker, with what was bound"}
 
 TAIL: Final = """
+- An undo waits until the old workers accept, so that the new ones can hand them their connections.
+- While a canary bakes, old workers are looked after as between restarts.
+- If no old worker is left in an undo window, it is over.
 - An old worker that was not yet ready at the commit is held, and told to accept if the restart aborts.
 - Draining has no inverse. If a later batch of a phased restart fails, the new workers of earlier batches are replaced
   by workers of the old code, start first, one at a time.
@@ -168,8 +177,9 @@ def _steps() -> str:
     rows = []
     for step in Step:
         effect, awaited, bound = STEPS[step]
-        does = f"`{effect.__name__}` {WHO[effect]}" if effect else ""
-        inverse = f"`{INVERSE[effect].__name__}` {INVERTED.get(effect, 'it')}" if effect else ""
+        is_undoing = step is Step.UNDOING
+        does = f"`{effect.__name__}` {WHO_UNDOING if is_undoing else WHO[effect]}" if effect else ""
+        inverse = f"`{INVERSE[effect].__name__}` {INVERTED.get(effect, 'it')}" if effect and not is_undoing else ""
         rows.append((step.value, does, inverse, awaited, bound))
     rows.append(("(done)", "`Drain` each old worker", "none", "", ""))
     return _table(("step", "effect", "inverse", "goes on when", "at the latest"), rows)

@@ -201,6 +201,8 @@ def test_values_of_every_type_are_read_from_toml(tmp_path: Path) -> None:
         log-level = "debug"
         watch = true
         watch_path = "src, templates"
+        health_errors_max = 0.05
+        health_path = "/health?all"
     """
     assert read(tmp_path, toml).options == Options(
         target="pkg.mod:app",
@@ -213,6 +215,8 @@ def test_values_of_every_type_are_read_from_toml(tmp_path: Path) -> None:
         log_level="debug",
         watch=True,
         watch_path=("src", "templates"),
+        health_errors_max=0.05,
+        health_path="/health?all",
     )
 
 
@@ -242,6 +246,12 @@ def test_values_of_every_type_are_read_from_the_environment(tmp_path: Path) -> N
         max_memory_bytes=2**30,
     )
     assert loaded.origins["name"] == "default"
+
+
+@given(st.integers(0, 10**9))
+def test_shares_survive_text(billionths: int) -> None:
+    share = next(option.type for option in OPTIONS if option.key == "health_errors_max")
+    assert share.from_text(share.to_native(billionths / 10**9)) == pytest.approx(billionths / 10**9, abs=1e-12)
 
 
 def test_flags_are_text_or_values(tmp_path: Path) -> None:
@@ -392,6 +402,12 @@ def test_variables_that_kubernetes_makes_for_a_service_named_hotport_are_no_opti
         ("root_path = 1", "begin with /", 'root_path = "/api"'),
         ('tls_cert = [""]', "none of them empty", "tls_cert = []"),
         ('tls_alpn = ["é"]', "1 to 255 ASCII", "tls_alpn = []"),
+        *(
+            (f"health_errors_max = {wrong}", "from 0% to 100%", 'health_errors_max = "5%"')
+            for wrong in ('"101%"', "1.5", '"5 %"', "true", "-0.1", '""')
+        ),
+        *((f'health_path = "{wrong}"', "begin with /", 'health_path = "/healthz"') for wrong in ("x", "/a b", "/#")),
+        ("health_path = 1", "begin with /", 'health_path = "/healthz"'),
     ],
 )
 def test_bad_value_in_a_file_says_where_why_and_what_instead(tmp_path: Path, line: str, cause: str, fix: str) -> None:
@@ -527,6 +543,9 @@ def test_tool_hotport_must_be_a_table(tmp_path: Path) -> None:
         ({"proxy_protocol": True, "kind": "sockets"}, "--proxy-protocol cannot be used with --kind"),
         ({"bind": ("udp://:53",), "kind": "asgi"}, "--bind cannot be used with --kind"),
         ({"bind": ("udp://:53",), "tls_cert": "c"}, "--bind cannot be used with --tls-cert"),
+        ({"canary": 1, "phased": True}, "--canary cannot be used with --phased"),
+        ({"command": ("x",), "health_path": "/"}, "--health-path cannot be used with command"),
+        ({"command": ("x",), "health_lag_max": "1s"}, "--health-lag-max cannot be used with command"),
     ],
 )
 def test_impossible_combination_names_both(tmp_path: Path, flags: dict[str, object], what: str) -> None:

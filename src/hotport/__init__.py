@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from hotport.adapters.protocol import Transferable
     from hotport.adapters.sockets import Lifetime
     from hotport.adapters.stream import Stream, StreamAttribute, hand_off, restartable
-    from hotport.runner import Server, run, serve
+    from hotport.embedded.server import Restarted, Server, serve
+    from hotport.runner import run
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "KernelError",
     "Lifetime",
     "RestartError",
+    "Restarted",
     "Server",
     "StartError",
     "Stream",
@@ -46,14 +48,15 @@ __all__ = [
 _HOMES = {
     "Draining": "hotport.adapters.base",
     "Lifetime": "hotport.adapters.sockets",
-    "Server": "hotport.runner",
+    "Restarted": "hotport.embedded.server",
+    "Server": "hotport.embedded.server",
     "Stream": "hotport.adapters.stream",
     "StreamAttribute": "hotport.adapters.stream",
     "Transferable": "hotport.adapters.protocol",
     "hand_off": "hotport.adapters.stream",
     "restartable": "hotport.adapters.stream",
     "run": "hotport.runner",
-    "serve": "hotport.runner",
+    "serve": "hotport.embedded.server",
 }
 
 

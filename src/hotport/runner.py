@@ -1,4 +1,4 @@
-"""The front door: a service under a supervisor (`run`), or a server inside one's own event loop (`serve`)."""
+"""The front door of a service under a supervisor; for a server in one's own event loop see `hotport.embedded`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import anyio
 
@@ -53,19 +53,13 @@ from hotport.supervisor.upgrade import (
 )
 from hotport.wire.messages import encode
 
-if TYPE_CHECKING:
-    from hotport.worker.server import ConnectionServer, DatagramServer, SocketsServer
-
-__all__ = ["Server", "run", "serve", "supervise"]
+__all__ = ["run", "supervise"]
 
 #: Probes that may wait to be accepted.
 STATUS_BACKLOG: Final = 128
 #: How long the service manager may take to close a listener that is not wanted any more.
 RELEASE_S: Final = 5.0
 RELEASE_PAUSE_S: Final = 0.01
-
-
-# -- under a supervisor -------------------------------------------------------------------------------------
 
 
 def run(
@@ -374,93 +368,6 @@ async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc
                     reap_orphans({process.pid for process in supervisor.processes.values()})
                 case signal.SIGUSR2:
                     tasks.start_soon(answer, lambda: house.upgrade(supervisor, None))
-
-
-# -- inside one's own event loop ----------------------------------------------------------------------------
-
-
-class Server:
-    """A server that runs in the event loop that made it.
-
-    Attributes:
-        addresses: Where it listens, port 0 resolved.
-        connections: What is open, and the drain notice.
-    """
-
-    def __init__(self, addresses: tuple[str, ...], inner: ConnectionServer | DatagramServer | SocketsServer) -> None:
-        self.addresses = addresses
-        self.connections = inner.connections
-        self._inner = inner
-        self._closed = anyio.Event()
-
-    def close(self) -> None:
-        """Let `wait_closed` return, and so the ``async with`` block end and drain."""
-        self._closed.set()
-
-    def reload_tls(self) -> None:
-        """Read the certificates again, for connections from now on.
-
-        Raises:
-            StartError: They cannot be used; those from before are kept.
-        """
-        self._inner.reload_tls()
-
-    async def wait_closed(self) -> None:
-        """Return when `close` has been called."""
-        await self._closed.wait()
-
-
-@asynccontextmanager
-async def serve(
-    app: Any, *, bind: str | Sequence[str] = "tcp://127.0.0.1:8000", **options: Any
-) -> AsyncIterator[Server]:
-    """Serve an application inside the running asyncio event loop.
-
-    ::
-
-        async with hotport.serve(echo, bind="tcp://127.0.0.1:7000") as server:
-            await server.wait_closed()
-
-    Leaving the block stops accepting, serves what waits in the accept queue, lets every connection finish within
-    ``drain_timeout`` seconds and cuts the rest; an exception or a cancellation cuts at once.
-
-    Args:
-        app: The application itself: ASGI, an async function over a stream, a protocol factory, or a sockets function.
-        bind: Where to listen.
-        options: ``kind``, ``tasks``, ``backlog``, ``connections_max``, ``drain_timeout``, ``keep_alive``, ``lifespan``,
-            ``trusted_proxy``, ``proxy_protocol``, ``root_path``, ``tls_cert``, ``tls_key``, ``tls_client_ca``,
-            ``tls_client_auth``, ``tls_alpn``, ``ws_...``: as in ``hotport.toml``.
-
-    Raises:
-        ConfigError: An option is wrong.
-        KernelError: An address cannot be bound.
-        StartError: The application cannot start.
-
-    Descriptors: listeners are made and closed here.
-    """
-    from hotport.adapters.base import Connections, Context
-    from hotport.worker.server import make_server  # a supervisor has no use for what serves
-
-    texts = (bind,) if isinstance(bind, str) else tuple(bind)
-    flags = {**options, "bind": texts, "target": "embedded:app"}
-    settings = load(file=None, environ={}, flags=flags, cwd=Path(os.devnull)).options
-    with ExitStack() as stack:
-        listeners = dict(_bind(address, settings, stack) for address in _expand(texts))
-        connections = Connections(maximum=settings.connections_max)
-        inner = make_server(app, Context(connections), settings, list(listeners.values()))
-        await inner.startup()
-        await inner.accept()
-        timeout_s = 0.0
-        try:
-            yield Server(tuple(listeners), inner)
-            timeout_s = settings.drain_timeout_s
-        finally:
-            with anyio.CancelScope(shield=True):
-                await inner.drain(timeout_s, is_last=True)
-                await inner.shutdown()
-
-
-# -- both ---------------------------------------------------------------------------------------------------
 
 
 def _directory(name: str) -> str:

@@ -25,6 +25,9 @@ class Idle:
     def drain(self) -> None:
         self.said.append("drain")
 
+    def stay(self) -> None:
+        self.said.append("stay")
+
     def prepare_handoff(self, ready: Ready) -> bool:
         self.said.append("move")
         return True
@@ -94,5 +97,26 @@ def test_connection_that_comes_while_others_are_told_is_told_at_once(monkeypatch
         late = Idle()
         connections.opened(cast(Connection, late))
         assert late.said == ["drain"]
+
+    asyncio.run(main())
+
+
+def test_worker_that_may_be_taken_back_moves_connections_early_and_keeps_those_that_nobody_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        connections, (one, *_) = opened(monkeypatch, 1)
+        connections.lead(lambda connection: None)
+        assert one.said == []  # it serves, or is about to drain
+        connections.moves_early = True
+        connections.lead(lambda connection: None)
+        late = Idle()
+        connections.opened(cast(Connection, late))
+        assert one.said == late.said == ["move"]
+        connections.lead(None)
+        assert one.said == late.said == ["move", "stay"]
+        assert not connections.is_leading
+        connections.drain(1.0)
+        assert one.said == late.said == ["move", "stay", "drain"]
 
     asyncio.run(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from websockets.sync.client import connect as connect_websocket
 
-from tests.support import DEADLINE_S, HOTPORT, Service, http_get, need, read_response
+from tests.support import DEADLINE_S, HOTPORT, Service, http_get, need, read_response, watching_pid
 
 pytestmark = pytest.mark.unmeasured
 
@@ -128,6 +129,25 @@ def test_an_embedded_server_drains_on_sigterm(directory: Path) -> None:
             client.sendall(b"after")
             assert client.recv(100) == b"after"
         assert process.wait(DEADLINE_S) == 0
+
+
+def test_a_program_that_restarts_itself_goes_on_counting(directory: Path) -> None:
+    command = [sys.executable, "restarting.py"]
+    with subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pid, address = process.stdout.readline().split()
+        with connect(int(address.rpartition(":")[2])) as client, client.makefile("r") as answers:
+            for number in range(1, 4):
+                client.sendall(b"hello")
+                assert answers.readline() == f"{number}\n"
+                with watching_pid(int(pid)) as wait_ended:
+                    os.kill(int(pid), signal.SIGHUP)
+                    pid, same = process.stdout.readline().split()
+                    wait_ended()
+                assert same == address
+        assert process.wait(DEADLINE_S) == 0
+        os.kill(int(pid), signal.SIGTERM)
+        assert process.stdout.read() == ""
 
 
 def test_an_answer_that_crosses_a_restart_comes_from_the_old_code(directory: Path) -> None:

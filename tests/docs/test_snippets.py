@@ -25,7 +25,7 @@ EXAMPLES = sorted((ROOT / "docs" / "examples").rglob("*.*"))
 
 
 #: A line that begins with our command, or one that has a program in front which starts it.
-COMMAND = re.compile(r"(?:^\s*|\S (?=hotport (?:serve|restart|reload-tls|status|scale|stop|demo)\b))(hotport .*)")
+COMMAND = re.compile(r"(?:^\s*|\S (?=hotport (?:serve|restart|undo|reload-tls|status|scale|stop|demo)\b))(hotport .*)")
 
 
 class Block(NamedTuple):

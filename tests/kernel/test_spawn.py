@@ -65,6 +65,7 @@ def said(tmp_path: Path) -> Any:
         cwd: str = "/",
         listeners: Sequence[int] = (),
         listen_names: Sequence[str] = (),
+        is_successor: bool = False,
     ) -> dict[str, Any]:
         path = tmp_path / "said.json"
         # -I -S: nothing but the script opens files, so that every descriptor was inherited.
@@ -74,6 +75,7 @@ def said(tmp_path: Path) -> Any:
             cwd=cwd,
             listeners=listeners,
             listen_names=listen_names,
+            is_successor=is_successor,
         )
         assert wait(child) == 0
         answer = json.loads(path.read_text())
@@ -459,3 +461,58 @@ print(os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1]))
 """
     assert printed(script.replace("CWD", repr(str(tmp_path))), tmp_path) == "0\n"
     assert (tmp_path / "out").read_text().splitlines() == ["/dev/null", str(tmp_path / "out"), "/dev/null"]
+
+
+def test_successor_has_our_stdin_and_process_group(said: Any) -> None:
+    answer = said(is_successor=True)
+    assert answer["fds"]["0"] == link(0)
+    assert answer["pgid"] == os.getpgid(0)
+
+
+def test_signals_are_ignored_if_that_is_wanted_and_no_others() -> None:
+    """Ours would stay ignored through exec."""
+    before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    heard, said = os.pipe()
+    try:
+        with descriptors_at({1: said}):
+            os.set_inheritable(1, True)
+            child = spawn(["grep", "SigIgn", "/proc/self/status"], environment=PATH, cwd="/", ignored={signal.SIGHUP})
+            assert wait(child) == 0
+        assert int(os.read(heard, 1000).split()[1], 16) == 1 << (signal.SIGHUP - 1)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+        os.close(heard)
+        os.close(said)
+
+
+def test_orphan_is_nobodys_child_and_has_its_listeners(sockets: list[socket.socket], tmp_path: Path) -> None:
+    """systemd kills a main process that is not its own child instead of waiting for it."""
+    path = tmp_path / "said.json"
+    child = spawn(
+        [sys.executable, "-I", "-S", "-c", WITNESS, str(path)],
+        environment=PATH,
+        cwd="/",
+        listeners=[sockets[0].fileno()],
+        listen_names=["web"],
+        is_successor=True,
+        is_orphan=True,
+    )
+    try:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
+        assert select.select([child.pidfd], [], [], 30)[0]
+    finally:
+        os.close(child.pidfd)
+    answer = json.loads(path.read_text())
+    assert answer["pid"] == child.pid
+    assert answer["environ"]["LISTEN_PID"] == str(child.pid)
+    assert reap(child.pid) is None
+
+
+def test_orphan_that_cannot_be_started_is_an_error_and_leaves_nothing() -> None:
+    before = open_descriptors()
+    with pytest.raises(KernelError, match="HP550"):
+        spawn(["no-such-program"], environment=PATH, cwd="/", is_successor=True, is_orphan=True)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+    assert open_descriptors() == before

@@ -20,6 +20,7 @@ KEPT = {Strategy.INHERIT, Strategy.TRANSFER}
         (replace(HTTP, schemes=("fd",)), KEPT),
         (replace(HTTP, schemes=("systemd",)), KEPT),
         (replace(HTTP, is_phased=True), KEPT),
+        (replace(HTTP, is_stored=True), KEPT),
         (replace(HTTP, lingering=(3,)), KEPT),
         (replace(HTTP, can_steer=False), KEPT | {Strategy.REBIND}),
         (replace(HTTP, schemes=("udp",)), {Strategy.INHERIT}),

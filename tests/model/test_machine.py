@@ -17,6 +17,7 @@ COUNTS = st.integers(1, 4)
 KINDS = st.tuples(st.booleans(), st.sampled_from((Strategy.INHERIT, Strategy.TRANSFER))) | st.tuples(
     st.just(False), st.sampled_from((Strategy.OVERLAP, Strategy.REBIND))
 )
+CANARIES = st.just(0) | st.integers(0, 3)
 
 
 class Chaos(RuleBasedStateMachine):
@@ -31,6 +32,12 @@ class Chaos(RuleBasedStateMachine):
     @property
     def is_over(self) -> bool:
         return self.world.is_finished
+
+    @property
+    def steps(self) -> list[Clock]:
+        """The timer of the step that a restart is in."""
+        clocks = (Clock.SETTLE, Clock.BAKE, Clock.WATCH)
+        return [clock for clock in clocks if Timer(clock) in self.world.timers]
 
     # workers
 
@@ -93,15 +100,32 @@ class Chaos(RuleBasedStateMachine):
     # people
 
     @precondition(lambda self: not self.is_over)
-    @rule(kind=KINDS, wanted=st.none() | COUNTS)
-    def somebody_restarts(self, kind: tuple[bool, Strategy], wanted: int | None) -> None:
-        self.world.restart(is_phased=kind[0], wanted=wanted, strategy=kind[1])
+    @rule(kind=KINDS, wanted=st.none() | COUNTS, canary=CANARIES, is_watched=st.booleans())
+    def somebody_restarts(self, kind: tuple[bool, Strategy], wanted: int | None, canary: int, is_watched: bool) -> None:
+        self.world.restart(is_phased=kind[0], wanted=wanted, strategy=kind[1], canary=canary, is_watched=is_watched)
 
     @precondition(lambda self: not self.is_over)
-    @rule(kind=KINDS, wanted=st.none() | COUNTS)
-    def a_restart_gets_as_far_as_it_can(self, kind: tuple[bool, Strategy], wanted: int | None) -> None:
-        self.world.restart(is_phased=kind[0], wanted=wanted, strategy=kind[1])
+    @rule(kind=KINDS, wanted=st.none() | COUNTS, canary=CANARIES, is_watched=st.booleans())
+    def a_restart_gets_as_far_as_it_can(
+        self, kind: tuple[bool, Strategy], wanted: int | None, canary: int, is_watched: bool
+    ) -> None:
+        self.world.restart(is_phased=kind[0], wanted=wanted, strategy=kind[1], canary=canary, is_watched=is_watched)
         self.world.run()
+
+    @precondition(lambda self: not self.is_over)
+    @rule()
+    def somebody_wants_the_old_code_back(self) -> None:
+        self.world.undo()
+
+    @precondition(lambda self: not self.is_over)
+    @rule()
+    def somebody_is_satisfied(self) -> None:
+        self.world.keep()
+
+    @precondition(lambda self: not self.is_over)
+    @rule()
+    def the_new_code_is_not_well(self) -> None:
+        self.world.find_unhealthy()
 
     @precondition(lambda self: not self.is_over)
     @rule(wanted=COUNTS)
@@ -138,10 +162,10 @@ class Chaos(RuleBasedStateMachine):
         timer = data.draw(st.sampled_from(sorted(self.world.timers, key=str)))
         self.world.elapse(timer.clock, timer.worker)
 
-    @precondition(lambda self: not self.is_over and Timer(Clock.SETTLE) in self.world.timers)
+    @precondition(lambda self: not self.is_over and self.steps)
     @rule()
-    def a_batch_has_settled(self) -> None:
-        self.world.elapse(Clock.SETTLE)
+    def a_restart_comes_a_step_further(self) -> None:
+        self.world.elapse(self.steps[0])
         self.world.run()
 
     @precondition(lambda self: not self.is_over)

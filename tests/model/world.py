@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from hotport.model.guarantee import Strategy
 from hotport.model.lifecycle import CURRENT, Event, Phase
 from hotport.model.service import (
+    WATCHED,
     Accept,
     Adopt,
     Announce,
@@ -36,9 +37,11 @@ from hotport.model.service import (
     Refuse,
     Regain,
     Release,
+    RequestKeep,
     RequestRestart,
     RequestScale,
     RequestStop,
+    RequestUndo,
     Said,
     Service,
     Share,
@@ -49,6 +52,7 @@ from hotport.model.service import (
     StopTimer,
     Terminate,
     Timer,
+    Unhealthy,
     Unsteer,
     Worker,
     step,
@@ -109,6 +113,7 @@ class World:
         self._accepting: set[int] = set()
         self._emitted: list[Effect] = []  # by the current batch of a restart
         self._generations: list[int] = [1]
+        self._quiesced: set[int] = set()  # old ones of the restart in progress that are still to be taken back
 
     # -- what may be done to it ----------------------------------------------------------------------------
 
@@ -119,9 +124,25 @@ class World:
         return self._requests
 
     def restart(
-        self, *, is_phased: bool = False, wanted: int | None = None, strategy: Strategy = Strategy.INHERIT
+        self,
+        *,
+        is_phased: bool = False,
+        wanted: int | None = None,
+        strategy: Strategy = Strategy.INHERIT,
+        canary: int = 0,
+        is_watched: bool = False,
     ) -> int:
-        return self.request(lambda n: RequestRestart(n, is_phased, wanted, strategy))
+        return self.request(lambda n: RequestRestart(n, is_phased, wanted, strategy, canary, is_watched))
+
+    def undo(self) -> int:
+        return self.request(lambda n: RequestUndo(n, "somebody"))
+
+    def keep(self) -> int:
+        return self.request(RequestKeep)
+
+    def find_unhealthy(self, why: str = "it is not well", worker: int = 0) -> None:
+        restart = self.service.restart
+        self.queue.append(Unhealthy(restart.generation if restart else self.service.generation, why, worker))
 
     def scale(self, wanted: int) -> int:
         return self.request(lambda n: RequestScale(n, wanted))
@@ -147,6 +168,7 @@ class World:
         self.queue.clear()
         self.timers.clear()
         self._emitted = []
+        self._quiesced.clear()
         for number, process in list(self.processes.items()):
             if process.was_killed:
                 del self.processes[number]
@@ -307,7 +329,7 @@ class World:
     def _check_answers(self, before: Service, event: Input, effects: tuple[Effect, ...]) -> None:
         """A request is answered at once, and once; during a restart with the restart's generation."""
         answers = [e for e in effects if isinstance(e, Accept | Refuse)]
-        if not isinstance(event, RequestRestart | RequestScale):
+        if not isinstance(event, RequestRestart | RequestScale | RequestUndo | RequestKeep):
             assert not answers
             return
         (answer,) = answers
@@ -319,10 +341,24 @@ class World:
             assert answer == Refuse(event.request, Refusal.STOPPING)
         elif before.is_lame_duck:
             assert answer == Refuse(event.request, Refusal.LAME_DUCK)
+        elif isinstance(event, RequestUndo):
+            restart = before.restart
+            assert answer == (
+                Accept(event.request, restart.generation) if restart else Refuse(event.request, Refusal.NOTHING_TO_UNDO)
+            )
+        elif isinstance(event, RequestKeep):
+            generation = before.restart.generation if before.restart else 0
+            is_watched = before.restart is not None and before.restart.step in WATCHED
+            assert answer == (
+                Accept(event.request, generation)
+                if is_watched
+                else Refuse(event.request, Refusal.NOT_WATCHED, generation)
+            )
         elif before.regains and before.restart is None and isinstance(event, RequestRestart):
             assert answer == Refuse(event.request, Refusal.PORT_LOST) or before.generation == 0 or before.ids(*LEAVING)
         elif before.restart is not None:
-            assert answer == Refuse(event.request, Refusal.IN_PROGRESS, before.restart.generation)
+            why = Refusal.WATCHED if before.restart.step in WATCHED else Refusal.IN_PROGRESS
+            assert answer == Refuse(event.request, why, before.restart.generation)
         elif isinstance(event, RequestRestart) and isinstance(answer, Accept):
             assert answer.generation == self._generations[-1] + 1
             self._generations.append(answer.generation)
@@ -334,21 +370,34 @@ class World:
             if (clock := BOUNDS.get(worker.phase)) and Timer(clock, worker.id) not in running:
                 process = self.processes.get(worker.id)
                 assert process is None or process.was_killed
-        if after.restart is not None and after.restart.step in (Step.QUIESCING, Step.RELEASING):
-            assert Timer(Clock.QUIESCE) in running
+        clocks = {
+            Step.QUIESCING: Clock.QUIESCE,
+            Step.RELEASING: Clock.QUIESCE,
+            Step.SETTLING: Clock.SETTLE,
+            Step.BAKING: Clock.BAKE,
+            Step.WATCHING: Clock.WATCH,
+        }
+        step_ = after.restart.step if after.restart else None
+        for at, clock in clocks.items():
+            if step_ is at:
+                assert Timer(clock) in running
+            elif clock in (Clock.BAKE, Clock.WATCH):
+                assert Timer(clock) not in self.timers  # it would end the same step of the next restart
+        if step_ is Step.UNDOING:  # else it would be over
+            assert after.restart is not None
+            assert after.restart.old.intersection(after.ids(Phase.OPENING))
         if after.restart is not None and after.restart.step is Step.REBINDING:
             assert any(isinstance(event, Bound) for event in self.queue)
         if after.regains:
             assert Timer(Clock.REGAIN) in running or any(isinstance(event, Bound) for event in self.queue)
-        if after.restart is not None and after.restart.step is Step.SETTLING:
-            assert Timer(Clock.SETTLE) in running
         if after.is_backing_off:
             assert Timer(Clock.BACKOFF) in running
         assert not after.is_lame_duck or Timer(Clock.LAME_DUCK) in running
 
     def _check_restart(self, before: Service, event: Input, effects: tuple[Effect, ...]) -> None:
         after, news = self.service, [e.news for e in effects if isinstance(e, Announce)]
-        began, over = news.count(News.RESTART_BEGAN), news.count(News.DONE) + news.count(News.ABORTED)
+        began = news.count(News.RESTART_BEGAN)
+        over = news.count(News.DONE) + news.count(News.ABORTED) + news.count(News.UNDONE)
         assert (before.restart is not None) + began - over == (after.restart is not None)
         held = after.restart.new | after.restart.old if after.restart else frozenset()
         for worker in after.current:  # nobody is forgotten half-way
@@ -366,10 +415,13 @@ class World:
         if not before.is_stopping and not after.is_stopping and News.DRAINING not in news:
             relieved = {w.replaces for w in after.workers.values()} | {w.replaces for w in before.workers.values()}
             for worker in old:
+                if News.UNDONE in news and worker.phase is Phase.STARTING:
+                    continue  # one of the new ones serves, and is relieved by another when it is known to
                 is_useless = restart.strategy is Strategy.REBIND and after.workers[worker.id].phase is Phase.STOPPING
                 assert worker.id in relieved or after.workers[worker.id].phase in CURRENT or is_useless
                 is_useless = restart.strategy is Strategy.REBIND and worker.phase in (Phase.STARTING, Phase.READY)
                 assert Terminate(worker.id) not in effects or is_useless
+        self._check_undo(before, effects)
         if News.ABORTED in news and not after.is_stopping:
             self._check_inverses(before, event, effects)
         if News.DRAINING in news:
@@ -378,6 +430,32 @@ class World:
         self._emitted += [e for e in effects if isinstance(e, Spawn | Open | Quiesce | Release) and e.worker in batch]
         if News.DRAINING not in news:
             self._emitted += [e for e in effects if isinstance(e, Steer)]
+
+    def _check_undo(self, before: Service, effects: tuple[Effect, ...]) -> None:
+        """Old ones accept again before new ones go; and then none of both is forgotten."""
+        after, restart = self.service, before.restart
+        assert restart is not None
+        self._quiesced |= {e.worker for e in effects if isinstance(e, Quiesce)}
+        self._quiesced -= {e.worker for e in effects if isinstance(e, Open)}
+        told = [e.news for e in effects if isinstance(e, Announce)]
+        if restart.step is Step.UNDOING and after.restart is not None:
+            assert not [e for e in effects if isinstance(e, Drain) and e.worker in restart.new]
+        if News.UNDONE in told:
+            (undone,) = (e for e in effects if isinstance(e, Announce) and e.news is News.UNDONE)
+            assert set(undone.workers) <= after.workers.keys()  # each is still to be waited for
+            assert after.generation == before.generation
+            assert after.wanted == before.wanted
+            assert not restart.old.intersection(before.ids(Phase.OPENING) if restart.step is not Step.UNDOING else ())
+            assert not restart.old.intersection(after.ids(Phase.OPENING, Phase.QUIESCING, Phase.QUIESCED, Phase.READY))
+            has_old = any(w.generation != restart.generation for w in after.current if w.phase is Phase.SERVING)
+            for worker in after.current:
+                if worker.generation == restart.generation:
+                    assert worker.is_expired
+                    assert not has_old or worker.id not in restart.new
+            self._emitted = []
+        if after.restart is None:
+            assert after.is_stopping or not self._quiesced.intersection(after.ids(Phase.QUIESCED))
+            self._quiesced.clear()
 
     def _check_inverses(self, before: Service, event: Input, effects: tuple[Effect, ...]) -> None:
         """An abort takes back what the batch has done: each effect, where its worker is still there to be told."""
@@ -413,16 +491,18 @@ class World:
 
     def _check_numbers(self, after: Service) -> None:
         """Between restarts there are as many workers as wanted, and one more while one is being replaced."""
-        if after.restart is not None or after.is_stopping or after.generation == 0:
+        restart = after.restart
+        if (restart is not None and restart.step is not Step.BAKING) or after.is_stopping or after.generation == 0:
             return
-        current = {w.id for w in after.current}
-        relieved = [w.replaces for w in after.current if w.replaces in current]
+        counted = [w for w in after.current if restart is None or w.id not in restart.new]  # a canary comes on top
+        current = {w.id for w in counted}
+        relieved = [w.replaces for w in counted if w.replaces in current]
         assert len(relieved) <= 1
         lasting = len(current) - len(relieved)
         assert lasting == after.wanted or (after.is_backing_off and lasting < after.wanted)
-        for worker in after.current:
+        for worker in counted:
             assert worker.phase not in (Phase.QUIESCING, Phase.QUIESCED, Phase.READY)
-        expired = [w for w in after.current if w.is_expired and w.phase is Phase.SERVING]
+        expired = [w for w in counted if w.is_expired and w.phase is Phase.SERVING]
         assert not expired or relieved or after.is_backing_off
 
     def _check_port(self, before: Service, event: Input, after: Service) -> None:

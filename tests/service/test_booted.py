@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.booted import Booted, version
-from tests.support import HOTPORT, LINE_APP, write_code
+from tests.support import HOTPORT, LINE_APP, eventually, write_code
 
 pytestmark = pytest.mark.unmeasured
 
@@ -127,6 +128,24 @@ def test_death_of_every_process_refuses_nobody(system: Booted, tmp_path: Path) -
         system.run(sys.executable, "-c", ASK_GENERATION)
     assert "ConnectionRefusedError" not in fates, fates
     assert system.show("shop")["NRestarts"] == "1"
+
+
+def test_death_of_the_supervisor_alone_is_noticed_by_nobody(system: Booted, tmp_path: Path) -> None:
+    before = system.show("shop")["MainPID"]
+    drop_in = "/etc/systemd/system/shop.service.d/"
+    shutil.copy(UNITS / "adopt.conf", tmp_path)
+    system.run("cp", str(tmp_path / "adopt.conf"), drop_in)
+    system.run("systemctl", "daemon-reload")
+    with asked(system, tmp_path) as fates:
+        system.run("kill", "-KILL", before)
+        eventually(lambda: _has_another_supervisor(system, before), "it is started again")
+    assert fates.keys() == {"one"}, fates
+    assert "service.adopted" in (tmp_path / "shop.log").read_text()
+
+
+def _has_another_supervisor(system: Booted, before: str) -> bool:
+    now = system.show("shop")
+    return now["SubState"] == "running" and now["MainPID"] != before
 
 
 #: Waits in the accept queue until it is answered; what a killed worker had already accepted is another matter.

@@ -59,6 +59,10 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def write_options(directory: Path, *binds: str) -> None:
+    (directory / "hotport.toml").write_text(f"bind = {list(binds)}\n")
+
+
 def wait_in_queue(port: int, count: int) -> list[socket.socket]:
     """Clients that have connected and asked, while nobody serves; nobody is refused."""
     clients = []
@@ -150,6 +154,36 @@ def test_what_is_not_wanted_any_more_leaves_the_store_before_its_place_is_taken(
         manager.start_unit()
         assert [*manager.store] == [f"hotport+tcp%3A//127.0.0.1%3A{port}"]
         assert ask_line(port).version == "one"
+
+
+def test_store_follows_a_restart_that_changes_addresses(directory: Path) -> None:
+    write_options(directory, "127.0.0.1:0", "unix:@hotport-old")
+    with FakeManager(directory, "app:app") as manager:
+        manager.start_unit()
+        kept, _ = manager.store
+        assert manager.restart("--strategy", "overlap", expect=4) == {}, "the store would listen beside the new one"
+        write_options(directory, "127.0.0.1:0", "unix:@hotport-new")
+        manager.restart()
+        manager.hear_now()
+        assert [*manager.store] == [kept, "hotport+unix%3A@hotport-new"]
+        write_options(directory, "127.0.0.1:0", "systemd:web")
+        assert manager.restart(expect=4) == {}, "nobody passes sockets to a process that runs"
+
+
+def test_a_supervisor_that_was_upgraded_goes_on_talking(directory: Path) -> None:
+    with FakeManager(directory, "app:app", "--bind", "127.0.0.1:0") as manager:
+        port = manager.start_unit().port
+        pid = manager.process.pid
+        assert manager.run("upgrade", manager.name).returncode == 0
+        write_code(directory / "app.py", "import nothing_of_that_name")
+        assert "was aborted" in manager.reload_unit()[-1].lines["STATUS"]
+        assert manager.process.pid == pid
+        assert len(manager.store) == 1
+        assert manager.stop_unit() == 0
+        (client,) = wait_in_queue(port, 1)
+        write_code(directory / "app.py", LINE_APP.format(version="two"))
+        manager.start_unit()
+        assert answers([client]) == {"two"}
 
 
 def test_without_a_store_the_last_worker_empties_the_queue_and_the_port_closes(directory: Path) -> None:
@@ -280,8 +314,9 @@ def test_sockets_of_a_unit_are_taken_by_their_names_and_not_stored(directory: Pa
             assert addresses[:2] == [f"tcp://127.0.0.1:{port}" for port in ports]
             own = int(addresses[2].rpartition(":")[2])
             assert [*manager.store] == [f"hotport+tcp%3A//127.0.0.1%3A{own}"]
+            manager.restart()
             for port in (*ports, own):
-                assert ask_line(port).version == "one"
+                assert ask_line(port).generation == "2"
             assert manager.stop_unit() == 0
             clients = [client for port in (*ports, own) for client in wait_in_queue(port, 2)]
             manager.start_unit()

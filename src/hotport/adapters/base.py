@@ -68,6 +68,10 @@ class Draining:
         self._deadline = asyncio.get_running_loop().time() + timeout_s
         self._event.set()
 
+    def _stop(self) -> None:
+        self._deadline = math.inf
+        self._event.clear()
+
 
 class Offer(NamedTuple):
     """A connection at a safe point: its descriptor, which stays the connection's, and what has to travel with it."""
@@ -83,9 +87,10 @@ class NotAdopted(Exception):
 class Connection(Protocol):
     """What the worker asks of every connection; the protocol objects implement it.
 
-    A worker that leaves says either `drain` or `prepare_handoff`, and may change its mind. After the latter a
-    connection calls what it was given whenever it comes to a *safe point*: the client waits for nothing, nothing that
-    was written is still in this process, and what was read and not consumed is known byte by byte. Then the worker
+    A worker that leaves says either `drain` or `prepare_handoff`, and may change its mind. One that has only stopped
+    accepting, and may be taken back, says `prepare_handoff` or `stay`. After `prepare_handoff` a connection calls what
+    it was given whenever it comes to a *safe point*: the client waits for nothing, nothing that was written is still in
+    this process, and what was read and not consumed is known byte by byte. Then the worker
     asks for an offer; the connection stands still from there to `keep`, `release` or `cut`.
     """
 
@@ -101,8 +106,14 @@ class Connection(Protocol):
         may be served elsewhere, and is told again if it is kept.
         """
 
+    def stay(self) -> None:
+        """The worker does not leave, or not yet, and nobody takes this one: go on as if nothing had been said.
+
+        One that stands still stands on, as in `drain`.
+        """
+
     def prepare_handoff(self, ready: Ready) -> bool:
-        """The worker leaves, and others can go on with this connection: call `ready` at each safe point.
+        """The worker leaves or may leave, and others can go on with this connection: call `ready` at each safe point.
 
         Returns:
             False if it cannot move: nothing has changed. True also if it is ending by itself.
@@ -187,11 +198,15 @@ class Connections:
         self.accepted = 0
         self.adopted = 0
         self.requests = 0
+        #: Requests that failed: answers of 5xx, and those that were broken off.
+        self.errors = 0
         self.maximum = maximum
         self.requests_max = requests_max
         self.on_full: Callable[[], None] | None = None
         self.on_room: Callable[[], None] | None = None
         self.on_requests_max: Callable[[], None] | None = None
+        #: Connections move as soon as there is somebody who takes them, though the worker does not drain.
+        self.moves_early = False
         self._is_counting = False
         self._is_full = False
         self._is_draining = False
@@ -205,7 +220,7 @@ class Connections:
         """Take a connection into the registry; it is told at once if the worker is already leaving."""
         self.open[connection] = self._now()
         self.accepted += 1
-        if self._is_draining:
+        if self.is_leading:
             self.tell(connection)
         if self.maximum and len(self.open) >= self.maximum and not self._is_full:
             self._is_full = True
@@ -217,6 +232,10 @@ class Connections:
         self.accepted -= 1
         self.adopted += 1
 
+    def count_own(self) -> None:
+        """A connection that was taken in was not accepted: this process has both of its ends."""
+        self.accepted -= 1
+
     def forget(self, connection: Connection) -> None:
         """A connection was not accepted here, and is not handed off either: another worker keeps it."""
         self.accepted -= 1
@@ -225,7 +244,7 @@ class Connections:
     def replace(self, connection: Connection, successor: Connection) -> None:
         """A connection goes on as another object; it stays one connection, and is told if the worker is leaving."""
         self.open[successor] = self.open.pop(connection)
-        if self._is_draining:
+        if self.is_leading:
             self.tell(successor)
 
     def closed(self, connection: Connection, fate: str = "finished") -> None:
@@ -280,14 +299,21 @@ class Connections:
         self.draining._start(timeout_s)
         self.lead(self._ready)
 
+    def resume(self) -> None:
+        """The worker stays after all. Whoever was told that it leaves, leaves; nobody else is."""
+        self._is_draining = False
+        self._ready = None
+        self._untold = []
+        self.draining._stop()
+
     def lead(self, ready: Ready | None) -> None:
         """From now on connections can be handed off to somebody, or to nobody any more.
 
         Args:
             ready: Called with each connection that is at a safe point; None if nobody takes them.
         """
-        self._ready = ready
-        if self._is_draining:
+        was_leading, self._ready = self.is_leading, ready
+        if was_leading or self.is_leading:
             self._untold = list(self.open)
             self._tell_some()
 
@@ -299,10 +325,22 @@ class Connections:
         if self._untold:
             self._loop.call_soon(self._tell_some)
 
+    @property
+    def is_leading(self) -> bool:
+        """Whether connections are told something: the worker leaves, or others can go on with them."""
+        return self._is_draining or (self.moves_early and self._ready is not None)
+
     def tell(self, connection: Connection) -> None:
-        """The worker leaves: be handed off, or drain."""
+        """Be handed off, or drain if the worker leaves, or else stay."""
         if self._ready is None or not connection.prepare_handoff(self._ready):
+            self.not_taken(connection)
+
+    def not_taken(self, connection: Connection) -> None:
+        """Nobody goes on with this connection: it drains if the worker leaves, or else stays."""
+        if self._is_draining:
             connection.drain()
+        else:
+            connection.stay()
 
     def cut(self) -> None:
         """Close what is still open and count it by kind."""

@@ -123,7 +123,7 @@ class _TrackedBase(asyncio.BaseProtocol):
         if self.is_proxied and self.endpoints and (notice := getattr(self._application, "proxied", None)) is not None:
             notice(*self.endpoints)
         self._application.connection_made(transport)
-        if self._connections.draining.is_set():
+        if self._connections.is_leading:
             self._connections.tell(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -134,13 +134,16 @@ class _TrackedBase(asyncio.BaseProtocol):
         """Tell the application, if it wants to know."""
         if stands_still(self._handoff):
             return
-        if self._handoff is not None:
-            self.keep()
-            self._handoff = None
+        self.stay()
         notice = getattr(self._application, "drain_started", None)
         if notice is not None and self._transport is not None and not self._is_told:
             self._is_told = True
             self._tell_application(notice, self._connections.draining)
+
+    def stay(self) -> None:
+        if self._handoff is not None and not stands_still(self._handoff):
+            self.keep()
+            self._handoff = None
 
     def cut(self) -> str:
         """Close; what the application has written is still sent as far as the peer takes it at once."""
@@ -202,7 +205,7 @@ class _TrackedBase(asyncio.BaseProtocol):
         except Exception:
             log.exception("the application could not export the state of a connection")
             self.keep()
-            self.drain()
+            self._connections.not_taken(self)
             return None
         if state is None:
             self.keep()

@@ -185,6 +185,9 @@ class Stream(ByteStream, asyncio.Protocol):
 
     def drain(self) -> None:
         """The handler reads it from `StreamAttribute.draining`."""
+        self.stay()
+
+    def stay(self) -> None:
         if stands_still(self._handoff):
             return
         if self._handoff is not None:
@@ -246,7 +249,7 @@ class Stream(ByteStream, asyncio.Protocol):
             encode_state(self.state)
         except TypeError:
             log.exception("the state of a stream stays where it is, and so does the stream")
-            self.drain()
+            self._connections.not_taken(self)
             return None
         handoff.is_offered = True
         self._is_writable.clear()  # whoever sends, waits
@@ -411,6 +414,7 @@ class Stream(ByteStream, asyncio.Protocol):
                 log.debug("client left: %r", error)
             else:
                 log.exception("stream handler failed")
+                self._connections.errors += 1
             self._is_closed = True
             if not self._is_lost:
                 self._reset()

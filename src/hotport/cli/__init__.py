@@ -15,7 +15,10 @@ __all__ = ["HELP", "is_terminal", "main"]
 #: For every command; a help option that only the group knew would not be in a command's own help text.
 HELP = {"help_option_names": ["-h", "--help"]}
 
-COMMANDS = ("serve", "restart", "reload-tls", "status", "scale", "stop", "upgrade", "why", "doctor", "demo", "churn")
+COMMANDS = (
+    *("serve", "restart", "undo", "reload-tls", "status", "scale", "stop", "upgrade"),
+    *("why", "doctor", "demo", "churn"),
+)
 
 
 def is_terminal(stream: TextIO | None) -> bool:

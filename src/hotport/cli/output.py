@@ -117,6 +117,8 @@ def print_report(report: Report) -> None:
         out.print(f"{heading:13}{times}", markup=False)
     out.print(f"accept gap   {report.accept_gap_ms:g} ms")
     out.print(f"connections  {_fates(report)}")
+    if report.connections_back is not None:
+        out.print(f"and back     {_counts(report.connections_back)}")
     overflows = ", ".join(f"{count} {name}" for name, count in report.queue_overflows.items() if count)
     out.print(f"queue        {overflows or 'no overflow'}")
     if report.rebind_gap_us is not None:
@@ -130,16 +132,19 @@ def print_report(report: Report) -> None:
         out.print(f"[green]done[/]: generation {report.generation} of {report.service} serves")
     else:
         serves = f"generation {report.serving} of {report.service} serves on" if report.serving else "nobody serves"
-        out.print(f"[red]aborted[/]: {serves}")
+        out.print(f"[red]{report.outcome}[/]: {serves}")
 
 
 def _fates(report: Report) -> str:
-    if report.outcome != "done":
+    if report.outcome == "aborted":
         return "the old generation keeps them"
     if report.connections is None:
         return "not counted: the program keeps its own"
-    fates = sorted(report.connections.items())
-    return ", ".join(f"{count} {fate.replace('_', ' ')}" for fate, count in fates) or "none were open"
+    return _counts(report.connections)
+
+
+def _counts(fates: dict[str, int]) -> str:
+    return ", ".join(f"{count} {fate.replace('_', ' ')}" for fate, count in sorted(fates.items())) or "none were open"
 
 
 def print_status(status: Status) -> None:
@@ -154,6 +159,13 @@ def print_status(status: Status) -> None:
         f"{status.service}: {serves} {status.target} on {', '.join(status.addresses)}{restarting}{leaving}",
         markup=False,
     )
+    if status.watch is not None:
+        what = "its canary bakes" if status.watch.step == "baking" else "it is watched"
+        out.print(
+            f"generation {status.watch.generation}: {what} for {status.watch.left_s:.0f} s more; "
+            f"hotport undo {status.service} takes it back",
+            markup=False,
+        )
     out.print(
         f"supervisor pid {status.pid}, {_mib(status.rss_bytes)}, up {_age(status.age_s)}, hotport {status.version}"
     )

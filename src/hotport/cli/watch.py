@@ -145,7 +145,7 @@ def _restart(name: str, gone: threading.Event) -> None:
         try:
             for reply in ask(name, RestartRequest()):
                 raise_failure(reply)
-                if isinstance(reply, Report) and reply.outcome == "aborted":
+                if isinstance(reply, Report) and reply.outcome in ("aborted", "undone"):
                     log.error("watch.restart_failed", serving=reply.serving)  # why: the supervisor has just said it
             return
         except HotportError as error:

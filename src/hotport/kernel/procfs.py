@@ -23,6 +23,7 @@ __all__ = [
     "generation",
     "has_capability",
     "has_routes",
+    "has_socket",
     "has_timewaits",
     "holders",
     "kernel_version",
@@ -257,6 +258,17 @@ def _look(pid: int, names: list[str], wanted: dict[str, int], found: dict[int, l
             inode = wanted.get(os.readlink(f"/proc/{pid}/fd/{name}"))
             if inode is not None:
                 found.setdefault(inode, []).append((pid, int(name)))
+
+
+def has_socket(pid: int, inodes: Collection[int]) -> bool:
+    """Whether a process has one of these sockets open; no where we may not look. Sources: proc_pid_fd(5)."""
+    wanted = {f"socket:[{inode}]" for inode in inodes}
+    with suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(OSError):
+                if os.readlink(f"/proc/{pid}/fd/{name}") in wanted:
+                    return True
+    return False
 
 
 def sockets_of(pid: int) -> dict[int, tuple[int, bool]]:

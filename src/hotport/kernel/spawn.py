@@ -6,8 +6,9 @@ import errno
 import fcntl
 import gc
 import os
+import re
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
@@ -19,6 +20,7 @@ from hotport.wire.listenfds import FIRST_FD, LISTEN_VARIABLES, listen_environmen
 __all__ = ["Child", "spawn"]
 
 _REPORT_BYTES_MAX = 4096
+_ORPHAN = re.compile(rb"\0(\d+)\0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class Child:
     """A process that was started here and has not been waited for.
 
     Attributes:
-        pid: Its process id, and the id of the process group that it leads.
+        pid: Its process id, and the id of the process group that it leads unless it is a successor.
         pidfd: Readable when it has ended; close-on-exec; the caller closes it.
     """
 
@@ -41,13 +43,16 @@ def spawn(
     cwd: str,
     listeners: Sequence[int] = (),
     listen_names: Sequence[str] = (),
+    is_successor: bool = False,
+    ignored: Collection[int] = (),
+    is_orphan: bool = False,
 ) -> Child:
     """Start a program and return when it has been exec'ed.
 
     The program gets exactly stdin (``/dev/null``), our stdout and stderr (``/dev/null`` if we have none), and
-    the listeners from descriptor 3 up; a process group of its own, no blocked and no ignored signal; and
-    `environment` plus the LISTEN variables, with the right ``LISTEN_PID``. Blocks for the time of fork and
-    exec: a few milliseconds, more in a process with much memory.
+    the listeners from descriptor 3 up; a process group of its own, no blocked signal, and none ignored but
+    `ignored`; and `environment` plus the LISTEN variables, with the right ``LISTEN_PID``. Blocks for the time of
+    fork and exec: a few milliseconds, more in a process with much memory.
 
     A signal that kills the child before its exec is no failure here: its pidfd is readable, and its status
     says so. The child runs between fork and exec only what is below: no event loop, no exit handlers. Python
@@ -61,6 +66,11 @@ def spawn(
         cwd: Where the program starts.
         listeners: Descriptors to pass, in order; they stay open here, and may be any, in any order.
         listen_names: A name for each of them, see `hotport.wire.listenfds.listen_environment`.
+        is_successor: It is to take our place: it gets our stdin as well, stays in our process group, so that Ctrl-C
+            and whoever signals the group means it, too.
+        ignored: Signals that it ignores from the beginning, as after nohup(1).
+        is_orphan: It is a child of init (or of the nearest subreaper) from the beginning: systemd ends a main process
+            that is not its own child with SIGKILL. How it ends is not known here.
 
     Raises:
         KernelError: If there is no process or descriptor left for it (HP210), a listener cannot be passed
@@ -76,6 +86,7 @@ def spawn(
     """
     assert argv, "nothing to execute"
     assert len(listeners) == len(listen_names), "every listener has a name"
+    assert is_successor or not is_orphan, "others end with us"
     pristine = {key: value for key, value in environment.items() if key not in LISTEN_VARIABLES}
     pristine.update(listen_environment(listen_names, 0))  # the child knows its pid and corrects it
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
@@ -90,13 +101,20 @@ def spawn(
             try:
                 pid = os.fork()
                 if pid == 0:
-                    _become(argv, pristine, cwd, listeners, report, parent)
+                    _become(argv, pristine, cwd, listeners, report, parent, is_successor, ignored, is_orphan)
                 pidfd = os.pidfd_open(pid)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             os.close(report)
             report = -1
             failure = _read_all(heard)
+            if is_orphan:
+                _discard(pid, pidfd)  # the one in between
+                pid = pidfd = -1
+                failure, orphan = _without_orphan(failure)
+                if not failure:
+                    pidfd = os.pidfd_open(orphan)
+                    pid = orphan
         finally:
             os.close(heard)
             if report >= 0:
@@ -113,16 +131,29 @@ def spawn(
 
 
 def _become(
-    argv: Sequence[str], environment: dict[str, str], cwd: str, listeners: Sequence[int], report: int, parent: int
+    argv: Sequence[str],
+    environment: dict[str, str],
+    cwd: str,
+    listeners: Sequence[int],
+    report: int,
+    parent: int,
+    is_successor: bool,
+    ignored: Collection[int],
+    is_orphan: bool,
 ) -> NoReturn:
     """The child's whole life before its exec; all signals are blocked when it starts."""
     step = "prepare"
     try:
         gc.disable()  # a finaliser of ours must not run here
+        if is_orphan and (orphan := os.fork()):
+            os.write(report, b"\0%d\0" % orphan)
+            os._exit(0)
         signal.set_wakeup_fd(-1)
         for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-            signal.signal(signum, signal.SIG_DFL)  # an ignored signal would stay ignored through exec
-        os.setpgid(0, 0)
+            # One that we ignore would stay ignored through exec.
+            signal.signal(signum, signal.SIG_IGN if signum in ignored else signal.SIG_DFL)
+        if not is_successor:
+            os.setpgid(0, 0)
 
         step = "pass"
         # Sources may lie where targets or streams go, and so may the pipe: first move all above them.
@@ -132,7 +163,7 @@ def _become(
         null = os.open(os.devnull, os.O_RDWR)
         for stream in range(FIRST_FD):
             # If we have no stdout, the first file that the program opens would become its stdout.
-            if stream == 0 or not _is_inherited(stream):
+            if (stream == 0 and not is_successor) or not _is_inherited(stream):
                 os.dup2(null, stream)
                 os.set_inheritable(stream, True)  # dup2 does nothing if `null` itself came to lie there
         for target, fd in enumerate(moved, FIRST_FD):
@@ -150,7 +181,7 @@ def _become(
         if listeners:
             environment["LISTEN_PID"] = str(os.getpid())
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        if os.getppid() != parent:
+        if os.getppid() != parent and not is_successor:  # which would be the last one that has the listeners
             os._exit(127)  # it was killed: the next supervisor could not know of us, and does not miss us
         os.execvpe(argv[0], list(argv), environment)
     except BaseException as error:
@@ -158,6 +189,16 @@ def _become(
         os.write(report, f"{step} {number} {error}".encode(errors="replace")[:_REPORT_BYTES_MAX])
     finally:
         os._exit(127)
+
+
+def _without_orphan(report: bytes) -> tuple[bytes, int]:
+    """What has failed, and the pid of the child's child."""
+    found = _ORPHAN.search(report)
+    if found is None:
+        if not report:
+            raise OSError(errno.ECHILD, os.strerror(errno.ECHILD))  # killed between two forks
+        return report, 0
+    return report.replace(found[0], b""), int(found[1])
 
 
 def _is_inherited(fd: int) -> bool:

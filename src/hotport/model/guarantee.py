@@ -102,6 +102,7 @@ class Facts:
         is_phased: One worker after the other is replaced.
         lingering: Workers of older generations that still have a socket of an address open.
         can_steer: The kernel lets a socket of a SO_REUSEPORT group be chosen.
+        is_stored: The service manager keeps duplicates of listeners.
     """
 
     schemes: tuple[str, ...] = ("tcp",)
@@ -110,6 +111,7 @@ class Facts:
     is_phased: bool = False
     lingering: tuple[int, ...] = ()
     can_steer: bool = True
+    is_stored: bool = False
 
 
 def obstacle(strategy: Strategy, facts: Facts) -> str:
@@ -131,6 +133,8 @@ def obstacle(strategy: Strategy, facts: Facts) -> str:
             "systemd": "a systemd: socket belongs to the service manager, which keeps it open",
         }
         return why[foreign[0]]
+    if facts.is_stored:
+        return "the service manager keeps the listener (FileDescriptorStoreMax), and would go on listening with it"
     if facts.is_phased:
         return "a phased restart has workers of both generations on one socket, for as long as it takes"
     if strategy is Strategy.OVERLAP and not facts.can_steer:

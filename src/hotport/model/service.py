@@ -10,6 +10,7 @@ holds all of them; a phased restart is a series of batches of one. For each batc
     OPENING     tell them to accept, wait until every one has acknowledged     <- the commit
     QUIESCING   tell the old ones to stop accepting, wait for the acknowledgements
     SETTLING    watch the new ones for a moment; the old ones can still be taken back
+    WATCHING    if that was asked for: the undo window. The old ones stay, quiesced, and hand their connections over
     (done)      drain the old ones; only this has no inverse
 
 How the listeners reach the new ones is the restart's `Strategy`. For *inherit* and *transfer* nothing changes here.
@@ -21,7 +22,17 @@ steps more before OPENING, and none of the old ones is left to be quiesced after
                 address is tried again and again
 
 Before the line *(done)* anything that goes wrong with a new worker aborts the restart by the inverses in
-`INVERSE`, and the old generation serves on. The restart's number and the wanted count become the service's own only
+`INVERSE`, and the old generation serves on. What goes wrong in the undo window is *undone*, in two steps so that
+connections can go back::
+
+    UNDOING     tell the old ones to accept again, wait until each one does, or has failed to
+    (undone)    drain the new ones
+
+A restart with a canary has one batch that comes in two parts. After OPENING its first part is BAKING: it serves beside
+the old ones, all of which go on accepting, until the bake is over and the rest starts, or until it is undone. There is
+none with *rebind*, for which the old ones cannot go on accepting.
+
+The restart's number and the wanted count become the service's own only
 with the last batch; until then whatever is started outside of the restart is of the old generation.
 """
 
@@ -91,8 +102,15 @@ class Step(enum.Enum):
     RELEASING = "releasing"
     REBINDING = "rebinding"
     OPENING = "opening"
+    BAKING = "baking"
     QUIESCING = "quiescing"
     SETTLING = "settling"
+    WATCHING = "watching"
+    UNDOING = "undoing"
+
+
+#: Steps in which the new workers serve, are watched, and are taken back if they are not well.
+WATCHED: Final = frozenset({Step.BAKING, Step.WATCHING})
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +122,9 @@ class Restart:
         remaining: New workers still to be started after this batch.
         new: Workers of the current batch.
         old: Workers that the current batch replaces; filled in when it commits.
+        canary: How many new workers start, and bake, before the others; 0 once they have, or if there are none.
+        is_watched: The old workers of each batch stay for an undo window.
+        why: Why it is being undone.
     """
 
     generation: int
@@ -114,6 +135,9 @@ class Restart:
     new: frozenset[int] = frozenset()
     old: frozenset[int] = frozenset()
     strategy: Strategy = Strategy.INHERIT
+    canary: int = 0
+    is_watched: bool = False
+    why: str = ""
 
 
 class Stage(enum.Enum):
@@ -211,12 +235,16 @@ class RequestRestart:
 
     Attributes:
         wanted: The number of workers from this restart on; None keeps it.
+        canary: So many new workers bake before the others start; not with `is_phased`.
+        is_watched: Keep the old workers for an undo window.
     """
 
     request: int
     is_phased: bool = False
     wanted: int | None = None
     strategy: Strategy = Strategy.INHERIT
+    canary: int = 0
+    is_watched: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,8 +307,32 @@ class Bound:
     why: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class RequestUndo:
+    """Somebody, `by` name, wants the old generation back."""
+
+    request: int
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestKeep:
+    """Somebody has seen enough of the new workers: end the bake or the undo window now."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unhealthy:
+    """The new workers of a restart are not well; `worker` is 0 if all of them together are meant."""
+
+    generation: int
+    why: str
+    worker: int = 0
+
+
 class Clock(enum.Enum):
-    """The kinds of timer; those of one worker are the first four."""
+    """The kinds of timer; those from `QUIESCE` on belong to no worker."""
 
     READY = "ready"
     OPEN = "open"
@@ -292,6 +344,8 @@ class Clock(enum.Enum):
     STABLE = "stable"
     LAME_DUCK = "lame_duck"
     REGAIN = "regain"
+    BAKE = "bake"
+    WATCH = "watch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +364,20 @@ class Elapsed:
 
 
 Input = (
-    Boot | Adopt | RequestRestart | RequestScale | RequestStop | Said | Exited | Expired | MoreTime | Elapsed | Bound
+    Boot
+    | Adopt
+    | RequestRestart
+    | RequestScale
+    | RequestStop
+    | Said
+    | Exited
+    | Expired
+    | MoreTime
+    | Elapsed
+    | Bound
+    | RequestUndo
+    | RequestKeep
+    | Unhealthy
 )
 
 
@@ -439,6 +506,9 @@ class Refusal(enum.Enum):
     TOO_MANY_DRAINING = "too many older generations are still draining"
     LAME_DUCK = "the service is a lame duck, and stops soon"
     PORT_LOST = "somebody else has one of its addresses, and it is tried to get that back first"
+    WATCHED = "the last restart is still being watched, and can be undone"
+    NOTHING_TO_UNDO = "no restart is in progress or in its undo window"
+    NOT_WATCHED = "no restart is being watched"
 
 
 @dataclass(frozen=True, slots=True)
@@ -477,6 +547,10 @@ class News(enum.Enum):
     LAME_DUCK = "service.lame_duck"
     PORT_LOST = "port.lost"
     PORT_REGAINED = "port.regained"
+    BAKING = "restart.baking"
+    WATCHING = "restart.watching"
+    UNDOING = "restart.undoing"
+    UNDONE = "restart.undone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -536,6 +610,9 @@ _BOUNDS: Final[Mapping[Phase, Clock]] = {
     Phase.DRAINING: Clock.DRAIN,
     Phase.STOPPING: Clock.KILL,
 }
+
+#: Timers of a restart.
+_CLOCKS: Final = (Clock.QUIESCE, Clock.SETTLE, Clock.BAKE, Clock.WATCH)
 
 #: Phases of workers that accept, or have been told to.
 _ACCEPTING: Final = frozenset({Phase.OPENING, Phase.SERVING})
@@ -635,6 +712,10 @@ def step(service: Service, event: Input) -> tuple[Service, tuple[Effect, ...]]:
             _more_time(draft, event)
         case Bound():
             _bound(draft, event.why)
+        case RequestUndo() | RequestKeep():
+            _request_verdict(draft, event)
+        case Unhealthy():
+            _unhealthy(draft, event)
         case _:
             _elapsed(draft, event.timer)
     _go_on(draft)
@@ -702,7 +783,18 @@ def _request_restart(draft: _Draft, event: RequestRestart) -> None:
     wanted = draft.service.wanted if event.wanted is None else event.wanted
     draft.set(generations=generation)
     draft.emit(Accept(event.request, generation), Announce(News.RESTART_BEGAN, generation=generation))
-    _begin_batch(draft, Restart(generation, wanted, wanted, event.is_phased, strategy=event.strategy))
+    _begin_batch(
+        draft,
+        Restart(
+            generation,
+            wanted,
+            wanted,
+            event.is_phased and not event.canary,
+            strategy=event.strategy,
+            canary=0 if event.strategy is Strategy.REBIND else event.canary,
+            is_watched=event.is_watched,
+        ),
+    )
 
 
 def _request_scale(draft: _Draft, event: RequestScale) -> None:
@@ -719,7 +811,8 @@ def _is_refused(draft: _Draft, event: RequestRestart | RequestScale) -> bool:
     elif service.is_lame_duck:
         why = Refusal.LAME_DUCK
     elif service.restart is not None:
-        why, generation = Refusal.IN_PROGRESS, service.restart.generation
+        why = Refusal.WATCHED if service.restart.step in WATCHED else Refusal.IN_PROGRESS
+        generation = service.restart.generation
     elif service.generation == 0:
         why = Refusal.STARTING
     elif isinstance(event, RequestRestart) and service.draining_generations >= GENERATIONS_DRAINING_MAX:
@@ -730,6 +823,31 @@ def _is_refused(draft: _Draft, event: RequestRestart | RequestScale) -> bool:
         return False
     draft.emit(Refuse(event.request, why, generation))
     return True
+
+
+def _request_verdict(draft: _Draft, event: RequestUndo | RequestKeep) -> None:
+    """Somebody decides about the new workers before the time is over."""
+    service, restart = draft.service, draft.service.restart
+    if service.is_stopping:
+        draft.emit(Refuse(event.request, Refusal.STOPPING))
+    elif isinstance(event, RequestUndo):
+        if restart is None:
+            draft.emit(Refuse(event.request, Refusal.NOTHING_TO_UNDO))
+            return
+        draft.emit(Accept(event.request, restart.generation))
+        if restart.step is not Step.UNDOING:
+            _take_back(draft, restart, f"{event.by} asked for it")
+    elif restart is None or restart.step not in WATCHED:
+        draft.emit(Refuse(event.request, Refusal.NOT_WATCHED, restart.generation if restart else 0))
+    else:
+        draft.emit(Accept(event.request, restart.generation))
+        _end_watch(draft, restart)
+
+
+def _unhealthy(draft: _Draft, event: Unhealthy) -> None:
+    restart = draft.service.restart
+    if restart is not None and restart.generation == event.generation and restart.step in WATCHED:
+        _take_back(draft, restart, event.why, event.worker)
 
 
 def _request_stop(draft: _Draft, event: RequestStop) -> None:
@@ -815,7 +933,7 @@ def _lost(draft: _Draft, worker: Worker, why: str) -> None:
     draft.emit(Announce(News.WORKER_LOST, generation=worker.generation, worker=worker.id, why=why))
     restart = draft.service.restart
     if restart is not None and worker.id in restart.new:
-        _abort(draft, restart, f"worker {worker.id} {why}", worker.id)
+        _take_back(draft, restart, f"worker {worker.id} {why}", worker.id, is_lost=True)
         return
     draft.emit(StopTimer(Timer(Clock.STABLE)))  # this spell was not quiet
     if draft.service.is_backing_off:
@@ -863,7 +981,11 @@ def _elapsed(draft: _Draft, timer: Timer) -> None:
         case Clock.QUIESCE, _ if restart is not None and restart.step is Step.RELEASING:
             _abort(draft, restart, "not every old worker has let go of the listeners")  # so they cannot be bound again
         case Clock.SETTLE, _ if restart is not None and restart.step is Step.SETTLING:
-            _finish_batch(draft, restart)
+            _watch(draft, restart) if restart.is_watched else _finish_batch(draft, restart)
+        case Clock.BAKE, _ if restart is not None and restart.step is Step.BAKING:
+            _end_watch(draft, restart)
+        case Clock.WATCH, _ if restart is not None and restart.step is Step.WATCHING:
+            _end_watch(draft, restart)
         case Clock.BACKOFF, _:
             draft.set(is_backing_off=False)
         case Clock.STABLE, _:
@@ -878,23 +1000,52 @@ def _elapsed(draft: _Draft, timer: Timer) -> None:
 
 
 def _begin_batch(draft: _Draft, restart: Restart) -> None:
-    size = 1 if restart.is_phased else restart.remaining
+    size = 1 if restart.is_phased else min(restart.canary or restart.remaining, restart.remaining)
     new = frozenset(draft.spawn(restart.generation) for _ in range(size))
     remaining = restart.remaining - size
     draft.set(restart=replace(restart, remaining=remaining, step=Step.STARTING, new=new, old=frozenset()))
 
 
+def _take_back(draft: _Draft, restart: Restart, why: str, culprit: int = 0, *, is_lost: bool = False) -> None:
+    """Abort the restart or undo it, as its step demands; a new worker that `is_lost` while it is undone is no news."""
+    if restart.step is Step.UNDOING:
+        return
+    if restart.step in WATCHED or (restart.step in (Step.QUIESCING, Step.SETTLING) and not is_lost):
+        draft.emit(
+            *(StopTimer(Timer(clock)) for clock in _CLOCKS),
+            Announce(News.UNDOING, generation=restart.generation, worker=culprit, why=why),
+        )
+        _unsteer(draft, restart)
+        draft.set(restart=replace(restart, step=Step.UNDOING, why=why))
+    else:
+        _abort(draft, restart, why, culprit)
+
+
 def _abort(draft: _Draft, restart: Restart, why: str, culprit: int = 0) -> None:
-    """Take back what the restart has done: the old ones accept again, the new ones go.
+    """Take back what the restart has done: the old ones accept again, the new ones go."""
+    _unsteer(draft, restart)
+    _reopen(draft, restart)
+    _dismiss(draft, restart)
+    _give_up(draft, restart, why, culprit)
+
+
+def _unsteer(draft: _Draft, restart: Restart) -> None:
+    if restart.strategy is Strategy.OVERLAP and restart.step in (Step.QUIESCING, Step.SETTLING, Step.WATCHING):
+        draft.emit(Unsteer(restart.generation))
+
+
+def _reopen(draft: _Draft, restart: Restart) -> None:
+    for old in _alive(draft, restart.old):
+        if (draft.service.workers[old].phase, Event.OPEN) in TRANSITIONS:
+            draft.open(old)
+
+
+def _dismiss(draft: _Draft, restart: Restart) -> None:
+    """Let the new ones go.
 
     New ones on whom the port depends wait for a replacement of the old code first: those of earlier batches,
     and every one that serves if no old one is left.
     """
-    if restart.strategy is Strategy.OVERLAP and restart.step in (Step.QUIESCING, Step.SETTLING):
-        draft.emit(Unsteer(restart.generation))
-    for old in _alive(draft, restart.old):
-        if (draft.service.workers[old].phase, Event.OPEN) in TRANSITIONS:
-            draft.open(old)
     current = draft.service.current
     is_served = any(w.phase in _ACCEPTING for w in current if w.generation != restart.generation)
     for worker in [w for w in current if w.generation == restart.generation]:
@@ -902,17 +1053,17 @@ def _abort(draft: _Draft, restart: Restart, why: str, culprit: int = 0) -> None:
             draft.release(worker.id)
         else:
             draft.put(replace(worker, is_expired=True))
-    _give_up(draft, restart, why, culprit)
 
 
-def _give_up(draft: _Draft, restart: Restart, why: str, culprit: int = 0) -> None:
+def _give_up(draft: _Draft, restart: Restart, why: str, culprit: int = 0, news: News = News.ABORTED) -> None:
     leaving = restart.new - {w.id for w in draft.service.current}
+    if news is News.UNDONE:  # an abort is told in the same step as a worker's end, and before it
+        leaving &= draft.service.workers.keys()
     draft.set(restart=None)
     draft.emit(
-        StopTimer(Timer(Clock.QUIESCE)),
-        StopTimer(Timer(Clock.SETTLE)),
+        *(StopTimer(Timer(clock)) for clock in _CLOCKS),
         Announce(
-            News.ABORTED,
+            news,
             generation=restart.generation,
             worker=culprit,
             why=why,
@@ -931,29 +1082,64 @@ def _go_on(draft: _Draft) -> None:
         _drain_last(draft)
     if service.restart is not None:
         _go_on_restarting(draft, service.restart)
-    if draft.service.restart is None:
+    restart = draft.service.restart
+    if restart is None or restart.step is Step.BAKING:
         _go_on_maintaining(draft)
 
 
 def _go_on_restarting(draft: _Draft, restart: Restart) -> None:
-    phases = {draft.service.workers[i].phase for i in restart.new}
+    phases = {draft.service.workers[i].phase for i in _alive(draft, restart.new)}
     match restart.step:
-        case Step.STARTING if phases == {Phase.READY}:
+        case Step.STARTING if phases <= {Phase.READY, Phase.SERVING}:
             draft.emit(Announce(News.READY, generation=restart.generation))
             (_release if restart.strategy is Strategy.REBIND else _open)(draft, restart)
         case Step.RELEASING:
             _go_on_releasing(draft, restart)
         case Step.OPENING if phases == {Phase.SERVING}:
-            _commit(draft, restart)
-        case Step.QUIESCING | Step.SETTLING:
+            _bake(draft, restart) if restart.canary else _commit(draft, restart)
+        case Step.QUIESCING | Step.SETTLING | Step.WATCHING:
             for worker in sorted(restart.old.intersection(draft.service.ids(Phase.SERVING))):
                 draft.quiesce(worker, restart)  # one that was being opened at the commit as soon as it has answered
             if restart.step is Step.QUIESCING and restart.old.isdisjoint(
                 draft.service.ids(Phase.OPENING, Phase.QUIESCING)
             ):
                 _settle(draft, restart)
+            if restart.step is Step.WATCHING and restart.old.isdisjoint(w.id for w in draft.service.current):
+                _end_watch(draft, restart)  # there is nobody left to be taken back
+        case Step.UNDOING:
+            _reopen(draft, restart)
+            if restart.old.isdisjoint(draft.service.ids(Phase.OPENING)):
+                _dismiss(draft, restart)
+                _give_up(draft, restart, restart.why, news=News.UNDONE)
         case _:
             pass
+
+
+def _bake(draft: _Draft, restart: Restart) -> None:
+    draft.emit(
+        Announce(News.BAKING, generation=restart.generation, workers=tuple(sorted(restart.new))),
+        StartTimer(Timer(Clock.BAKE)),
+    )
+    draft.set(restart=replace(restart, step=Step.BAKING))
+
+
+def _watch(draft: _Draft, restart: Restart) -> None:
+    draft.emit(Announce(News.WATCHING, generation=restart.generation), StartTimer(Timer(Clock.WATCH)))
+    draft.set(restart=replace(restart, step=Step.WATCHING))
+
+
+def _end_watch(draft: _Draft, restart: Restart) -> None:
+    """The new workers have shown that they are well, or somebody is satisfied with them."""
+    if restart.step is Step.WATCHING:
+        draft.emit(StopTimer(Timer(Clock.WATCH)))
+        _finish_batch(draft, restart)
+        return
+    draft.emit(StopTimer(Timer(Clock.BAKE)))
+    rest = frozenset(draft.spawn(restart.generation) for _ in range(restart.remaining))
+    after = replace(restart, canary=0, remaining=0, step=Step.STARTING, new=restart.new | rest)
+    draft.set(restart=after)
+    if not rest:
+        _commit(draft, after)
 
 
 def _alive(draft: _Draft, workers: Iterable[int]) -> list[int]:
@@ -961,7 +1147,7 @@ def _alive(draft: _Draft, workers: Iterable[int]) -> list[int]:
 
 
 def _open(draft: _Draft, restart: Restart) -> None:
-    for worker in sorted(restart.new):
+    for worker in sorted(restart.new.intersection(draft.service.ids(Phase.READY))):  # a canary serves already
         draft.open(worker)
     draft.set(restart=replace(restart, step=Step.OPENING))
 
@@ -1045,11 +1231,14 @@ def _finish_batch(draft: _Draft, restart: Restart) -> None:
 
 
 def _go_on_maintaining(draft: _Draft) -> None:
-    """Keep as many workers as are wanted; replace one that has expired, start first, one at a time."""
+    """Keep as many workers as are wanted; replace one that has expired, start first, one at a time.
+
+    A canary that bakes is none of them.
+    """
     service = draft.service
     if service.is_stopping or service.generation == 0:
         return
-    for worker in service.current:  # a replacement that serves relieves the one it was started for
+    for worker in _counted(draft):  # a replacement that serves relieves the one it was started for
         if worker.phase is Phase.SERVING and worker.replaces is not None:
             if worker.replaces in service.workers:
                 draft.release(worker.replaces)
@@ -1061,7 +1250,7 @@ def _go_on_maintaining(draft: _Draft) -> None:
         return
     for _ in range(service.wanted - len(lasting)):
         draft.spawn(service.generation)
-    current = draft.service.current
+    current = _counted(draft)
     expired = [w for w in current if w.is_expired and w.phase is Phase.SERVING]
     if expired and len(current) == service.wanted:  # nobody is being relieved yet
         draft.spawn(service.generation, replaces=expired[0].id)
@@ -1069,5 +1258,12 @@ def _go_on_maintaining(draft: _Draft) -> None:
 
 def _lasting(draft: _Draft) -> list[Worker]:
     """Current workers but those that leave as soon as their replacement serves."""
-    relieved = {w.replaces for w in draft.service.current}
-    return [w for w in draft.service.current if w.id not in relieved]
+    current = _counted(draft)
+    relieved = {w.replaces for w in current}
+    return [w for w in current if w.id not in relieved]
+
+
+def _counted(draft: _Draft) -> list[Worker]:
+    """Current workers, without those of a restart that has not replaced any yet."""
+    restart = draft.service.restart
+    return [w for w in draft.service.current if restart is None or w.id not in restart.new]

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import msgspec
 
-__all__ = ["configure", "get_logger", "renderer", "revive", "write"]
+__all__ = ["configure", "get_logger", "get_shared_logger", "renderer", "revive", "write"]
 
 
 def _import_structlog() -> Any:
@@ -79,6 +79,25 @@ def _timestamp() -> str:
 def get_logger(name: str) -> Any:
     """A structlog logger; bound values travel through the standard library's record."""
     return structlog.stdlib.get_logger(name)
+
+
+def get_shared_logger(name: str) -> Any:
+    """As `get_logger`, for what runs in a worker and in somebody's own program alike; call it when it is needed.
+
+    In a program that has configured no structlog, lines go where the standard library's go: structlog by itself would
+    print them on stdout, which is the program's.
+    """
+    if structlog.is_configured():
+        return get_logger(name)
+    return structlog.wrap_logger(
+        logging.getLogger(name),
+        processors=[
+            structlog.stdlib.filter_by_level,
+            structlog.processors.format_exc_info,
+            structlog.processors.KeyValueRenderer(key_order=["event"], drop_missing=True),
+        ],
+        wrapper_class=structlog.stdlib.BoundLogger,
+    )
 
 
 def configure(*, format: str, level: str, stream: TextIO | None = None, **bound: object) -> None:

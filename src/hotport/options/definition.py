@@ -21,10 +21,12 @@ from hotport.options.values import (
     peers,
     prefix,
     protocols,
+    share,
     size,
     switch,
     target,
     text,
+    url_path,
 )
 
 __all__ = [
@@ -189,6 +191,29 @@ class Options:
         "How listeners reach the next generation; auto: the best way that can work.",
     )
     guard: bool = _option(False, switch(), "Keep TCP ports from other users even while nothing listens on them.")
+    undo_window_s: float = _option(
+        0.0, duration(), "How long the old generation stays after a restart, to be taken back; 0: not at all."
+    )
+    canary: int = _option(
+        0, count(0, 1024), "New workers that serve beside the old ones, and bake, before the others start; 0: none."
+    )
+    bake_s: float = _option(60.0, duration(is_positive=True), "How long a canary is watched before the others start.")
+    health_path: str | None = _option(
+        None,
+        url_path(),
+        "What each new worker is asked for while it is watched (GET, not over the port); 2xx and 3xx are healthy.",
+    )
+    health_timeout_s: float = _option(2.0, duration(is_positive=True), "How long the answer to that may take.")
+    health_errors_max: float = _option(
+        0.0, share(), "The share of 5xx among the new workers' answers above which they are taken back; 0: any."
+    )
+    health_requests_min: int = _option(20, count(1), "Requests before that share is looked at.")
+    health_lag_max_s: float = _option(
+        0.0, duration(), "How long a new worker's event loop may be held up while it is watched; 0: for ever."
+    )
+    health_memory_max_bytes: int = _option(
+        0, size(), "Resident memory of a new worker above which it is taken back while it is watched; 0: any."
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ ENVIRONMENT_OTHERS: Final = frozenset(
         "HOTPORT_FAULTS",
         "HOTPORT_GENERATION",
         "HOTPORT_RUNTIME_DIR",
+        "HOTPORT_SUCCESSION",
         "HOTPORT_UPGRADE",
         "HOTPORT_UPGRADE_CHECK",
         "HOTPORT_TEST_RESTARTS",
@@ -257,6 +258,7 @@ def _written(option: Option, right: object, origin: str) -> str:
 _OF_OUR_WORKERS: Final = (
     *("factory", "kind", "lifespan", "max_requests", "proxy_protocol", "root_path"),
     *("tls_alpn", "tls_cert", "tls_client_auth", "tls_client_ca", "tls_key", "trusted_proxy"),
+    *("health_path", "health_errors_max", "health_lag_max", "health_memory_max"),
 )
 """A foreign program serves, and counts, by itself."""
 
@@ -285,12 +287,16 @@ def _clashes(options: Options) -> Iterable[tuple[str, str, str, str, str]]:
             cause = "a service is an application or a command"
             yield "target", "with", "command", cause, "hotport serve -- COMMAND"
         for key in _OF_OUR_WORKERS:
-            if getattr(options, key) != getattr(_DEFAULTS, key):
+            field = _BY_KEY[key].field
+            if getattr(options, field) != getattr(_DEFAULTS, field):
                 yield key, "with", "command", "only hotport's own workers know it", f"remove {key}"
     elif options.ready == "exec":
         cause = "only a command can be ready without saying so"
         yield "ready", "without", "command", cause, "hotport serve --ready exec -- COMMAND"
     yield from _tls_clashes(options)
+    if options.canary and options.phased:
+        cause = "a phased restart starts with one new worker anyway"
+        yield "canary", "with", "phased", cause, "remove phased; or use undo_window, which watches each worker of it"
     if options.max_requests_jitter and not options.max_requests:
         cause = "there is no number of requests to add it to"
         yield "max_requests_jitter", "without", "max_requests", cause, "--max-requests 10000"

@@ -27,10 +27,12 @@ __all__ = [
     "peers",
     "prefix",
     "protocols",
+    "share",
     "size",
     "switch",
     "target",
     "text",
+    "url_path",
 ]
 
 DURATION_MAX_S: Final = 366 * 86400.0
@@ -65,6 +67,7 @@ _DURATION_UNITS_NS: Final = {"d": 86400 * 10**9, "h": 3600 * 10**9, "m": 60 * 10
 _DURATION_PART: Final = re.compile(r"([0-9]{1,12})(?:\.([0-9]{1,9}))?(d|h|ms|m|s)")
 _DURATION_SAYS: Final = "a duration is a number of seconds, or like 30s, 250ms, 2m or 1h30m"
 _SIZE: Final = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,9}))?(?:([KMGT])(?:iB)?)?")
+_SHARE: Final = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,7})?)(%?)")
 _PREFIX: Final = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 _SIZE_SAYS: Final = "a size is a number of bytes, or like 512M or 1.5G (1K is 1024 bytes)"
 
@@ -242,6 +245,29 @@ def size() -> Type:
     return Type("SIZE", parse_size, from_native, format_size, suffix="_bytes", example="512M")
 
 
+def share() -> Type:
+    """A part of a whole, from 0 to 1; written as ``5%`` or ``0.05``."""
+    says = "it must be a percentage from 0% to 100%, like 5%, or a number from 0 to 1"
+
+    def from_text(text: str) -> float:
+        part = _SHARE.fullmatch(text)
+        if part is None:
+            raise ValueError(says)
+        return from_native(float(part[1]) / 100 if part[2] else float(part[1]))
+
+    def from_native(value: object) -> float:
+        if isinstance(value, str):
+            return from_text(value)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+            raise ValueError(says)
+        return float(value)
+
+    def to_native(value: float) -> str:
+        return f"{_decimal(round(value * 10**9), 7)}%"
+
+    return Type("SHARE", from_text, from_native, to_native, example="5%")
+
+
 def addresses() -> Type:
     """Addresses in their canonical spelling, at least one and none twice; separated by commas in a text."""
 
@@ -311,6 +337,17 @@ def prefix() -> Type:
         return str(value)
 
     return Type("PATH", read, read, example="/api")
+
+
+def url_path() -> Type:
+    """The path of a URL, and a query perhaps, as it stands in a request line."""
+
+    def read(value: object) -> str:
+        if not isinstance(value, str) or not re.fullmatch(r"/[!-\"$-~]*", value):
+            raise ValueError("it must begin with /, and have no spaces, no # and nothing but ASCII")
+        return value
+
+    return Type("PATH", read, read, example="/healthz")
 
 
 def command_line() -> Type:

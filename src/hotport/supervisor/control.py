@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import anyio
 from anyio.abc import SocketAttribute, SocketStream
@@ -15,7 +16,7 @@ from hotport.kernel.sockets import peer_credentials
 from hotport.model.service import Announce
 from hotport.observe.logs import get_logger
 from hotport.supervisor.house import House
-from hotport.supervisor.requests import describe, reload_tls, restart, scale
+from hotport.supervisor.requests import describe, keep, reload_tls, restart, scale, undo
 from hotport.supervisor.supervisor import Supervisor
 from hotport.supervisor.takeover import hand_over
 from hotport.wire.frames import FrameDecoder, encode_frame
@@ -24,12 +25,14 @@ from hotport.wire.messages import (
     Failure,
     Progress,
     ReloadTlsRequest,
+    Report,
     Request,
     RestartRequest,
     ScaleRequest,
     StatusRequest,
     StopRequest,
     TakeOverRequest,
+    UndoRequest,
     UpgradeRequest,
     decode,
     encode,
@@ -50,6 +53,8 @@ CLIENTS_MAX: Final = 64
 
 #: How long to leave the socket alone when nothing can be accepted, for want of descriptors or memory.
 ACCEPT_PAUSE_S: Final = 0.1
+
+Hear: TypeAlias = Callable[[Announce, float], None]
 
 log = get_logger("hotport.control")
 
@@ -92,7 +97,7 @@ async def serve_control(supervisor: Supervisor, control: socket.socket, house: H
 
 
 async def _converse(supervisor: Supervisor, stream: SocketStream, house: House) -> None:
-    _, uid, _ = peer_credentials(stream.extra(SocketAttribute.raw_socket))
+    pid, uid, _ = peer_credentials(stream.extra(SocketAttribute.raw_socket))
     try:
         if uid not in (os.geteuid(), 0):
             raise ControlError(
@@ -102,7 +107,7 @@ async def _converse(supervisor: Supervisor, stream: SocketStream, house: House) 
                 fix=f"run the command as uid {os.geteuid()} or as root",
             )
         request = await _read_request(stream)
-        reply = await _carry_out(supervisor, request, stream, house)
+        reply = await _carry_out(supervisor, request, stream, house, by=f"pid {pid} of uid {uid}")
     except HotportError as error:
         log.warning("control.refused", error=error.what, cause=error.cause)
         reply = Failure(
@@ -134,12 +139,27 @@ async def _say(stream: SocketStream, message: Any) -> None:
     await stream.send(encode_frame(encode(message)))
 
 
-async def _carry_out(supervisor: Supervisor, request: Any, stream: SocketStream, house: House) -> Any:
+async def _carry_out(supervisor: Supervisor, request: Any, stream: SocketStream, house: House, *, by: str) -> Any:
     match request:
         case StatusRequest():
             return await describe(supervisor)
         case RestartRequest():
-            return await _restart(supervisor, request, stream)
+            return await _until_reported(
+                stream,
+                lambda hear: restart(
+                    supervisor,
+                    is_phased=request.phased,
+                    strategy=request.strategy,
+                    canary=request.canary,
+                    bake_s=request.bake_s,
+                    undo_window_s=request.undo_window_s,
+                    hear=hear,
+                ),
+            )
+        case UndoRequest(keep=True):
+            return Done(detail=await keep(supervisor))
+        case UndoRequest():
+            return await _until_reported(stream, lambda hear: undo(supervisor, f"hotport undo ({by})", hear=hear))
         case ScaleRequest(workers=workers):
             if workers < 1:
                 raise ConfigError(
@@ -168,8 +188,8 @@ async def _carry_out(supervisor: Supervisor, request: Any, stream: SocketStream,
     raise AssertionError(request)
 
 
-async def _restart(supervisor: Supervisor, request: RestartRequest, stream: SocketStream) -> Any:
-    """Run a restart; its progress goes to the client, but does not wait for a client that does not read."""
+async def _until_reported(stream: SocketStream, run: Callable[[Hear], Awaitable[Report]]) -> Report:
+    """Restart, or undo a restart; progress goes to the client, but does not wait for one that does not read."""
     send, receive = anyio.create_memory_object_stream[Progress](256)
 
     def hear(news: Announce, ms: float) -> None:
@@ -192,7 +212,7 @@ async def _restart(supervisor: Supervisor, request: RestartRequest, stream: Sock
     async with anyio.create_task_group() as tasks, send:
         tasks.start_soon(forward)
         try:
-            report = await restart(supervisor, is_phased=request.phased, strategy=request.strategy, hear=hear)
+            report = await run(hear)
         except HotportError as error:
             refused: HotportError | None = error
         else:

@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from hotport.address import TcpAddress, UnixAddress, parse_address
-from hotport.errors import HotportError
-from hotport.kernel.procfs import resets_sent, sockets_of
+from hotport.address import FdAddress, SystemdAddress, TcpAddress, UnixAddress, parse_address
+from hotport.errors import ConfigError, HotportError
+from hotport.kernel.procfs import has_socket, resets_sent
 from hotport.kernel.sockets import (
     accept_queue_length,
     bind_guard,
@@ -92,10 +92,9 @@ class Listeners:
         known: dict[socket.socket, Listener] = {}
         self._of: dict[int, list[Listener]] = {}
         for generation, listeners in bound.items():
-            texts = [str(parse_address(text)) for text in asked.get(generation, ())]
-            names = texts if len(texts) == len(listeners) else list(listeners)
+            names = _asked_for(asked.get(generation, ()), listeners)
             self._of[generation] = [
-                known.setdefault(sock, Listener(name, address, sock, file=_file(address)))
+                known.setdefault(sock, Listener(name, address, sock, file=None if _is_passed(name) else _file(address)))
                 for name, (address, sock) in zip(names, listeners.items(), strict=True)
             ]
         self._guards: dict[str, socket.socket] = {}
@@ -120,7 +119,7 @@ class Listeners:
         """Which of these processes (a pid by worker) have a TCP listener open that a generation listens on, or did."""
         sockets = [each.sock for each in (*self.of(generation), *self._abandoned) if each.sock is not None]
         inodes = {os.fstat(sock.fileno()).st_ino for sock in sockets if sock.family != socket.AF_UNIX}
-        return tuple(worker for worker, pid in pids.items() if inodes & sockets_of(pid).keys())
+        return tuple(worker for worker, pid in pids.items() if has_socket(pid, inodes))
 
     # -- a restart -------------------------------------------------------------------------------------------
 
@@ -140,8 +139,13 @@ class Listeners:
         try:
             for text in options.bind:
                 asked = str(parse_address(text))
-                found = (each for each in old if asked in (each.asked, each.address) and each not in taken)
-                kept = next(found, None)
+                found = [each for each in old if asked in (each.asked, each.address) and each not in taken]
+                if isinstance(parse_address(asked), SystemdAddress):  # one name for all of them
+                    taken.update(found)
+                    plan += found
+                    if found:
+                        continue
+                kept = next(iter(found), None)
                 taken.add(kept)
                 if kept is not None and strategy is not Strategy.OVERLAP:
                     plan.append(kept)
@@ -178,6 +182,8 @@ class Listeners:
             with suppress(OSError):  # EINVAL: the only socket of its address, that never had company
                 steer(each.before.sock, 0)
             each.sock.listen(backlog)
+            with suppress(OSError):  # what goes to the new one all the same waits there
+                steer(each.sock, 0)
 
     def steer(self, generation: int, index: int) -> None:
         """Send newcomers to the sockets of a generation (index 1), or to those that it takes over from (index 0).
@@ -303,6 +309,25 @@ class Listeners:
             self._guards.pop(address).close()
 
 
+def _is_passed(asked: str) -> bool:
+    """Whether a service manager has made the socket, and its file."""
+    return isinstance(parse_address(asked), FdAddress | SystemdAddress)
+
+
+def _asked_for(texts: Collection[str], listeners: Collection[str]) -> list[str]:
+    """What the options say of each listener, in canonical form: one ``systemd:`` name may stand for several.
+
+    Listeners that cannot be told apart by their number are asked for by their own addresses.
+    """
+    asked = [str(parse_address(text)) for text in texts]
+    more = len(listeners) - len(asked)
+    names = [text for text in asked if text.startswith("systemd:")]
+    if more > 0 and len(names) == 1:
+        at = asked.index(names[0])
+        asked[at:at] = names * more
+    return asked if len(asked) == len(listeners) else list(listeners)
+
+
 def shares_port(options: Options) -> bool:
     """Whether TCP listeners have SO_REUSEPORT from their start."""
     return options.guard or options.strategy == "overlap"
@@ -311,6 +336,13 @@ def shares_port(options: Options) -> bool:
 def _bind(asked: str, options: Options) -> Listener:
     """A listener for an address that is new."""
     address = parse_address(asked)
+    if isinstance(address, FdAddress | SystemdAddress):
+        raise ConfigError(
+            "HP107",
+            f"cannot take {asked} in a restart",
+            cause="sockets are passed to a process when it starts",
+            fix="systemctl restart the service, or stop it and serve again",
+        )
     sock = bind_listener(address, backlog=options.backlog, shares_port=shares_port(options))
     if options.command:
         sock.setblocking(True)  # as systemd passes them

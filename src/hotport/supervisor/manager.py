@@ -114,7 +114,7 @@ class Manager:
     def park(self, listeners: Mapping[str, socket.socket], *, held: Collection[str] = ()) -> None:
         """Have the manager keep duplicates of these listeners, by canonical address; blocks for a moment at most.
 
-        It keeps one that it has already only once. Call it before anybody is served.
+        It keeps one that it has already only once.
 
         Args:
             held: Addresses whose listeners it passed from a socket unit; it keeps those anyway.
@@ -139,6 +139,13 @@ class Manager:
         if not notify_barrier(self._sock, timeout_s=BARRIER_S):
             self._log.warning("manager.silent", timeout_s=BARRIER_S)
 
+    def follow(self, listeners: Mapping[str, socket.socket]) -> None:
+        """The service has these listeners now, after a restart that may have changed its addresses."""
+        for address in self._parked - listeners.keys():
+            self._parked.discard(address)
+            self._say_now(encode_store_remove(str(store_name(location(address)))))
+        self.park({address: sock for address, sock in listeners.items() if not self.keeps(address)})
+
     def keeps(self, address: str) -> bool:
         """Whether the listener of an address, and who waits in its accept queue, outlive this process."""
         return address in self._parked or address in self._held
@@ -162,9 +169,10 @@ class Manager:
                 self._reload(f"{serves}, generation {generation} starts")
             case News.DONE:
                 self._wait_no_more(serves)
-            case News.ABORTED if self._waits is _Waits.RELOADED:
+            case (News.ABORTED | News.UNDONE) as news if self._waits is _Waits.RELOADED:
                 reason = _in_one_line(why or announcement.why)
-                self._wait_no_more(f"{serves}, the restart to generation {generation} was aborted: {reason}")
+                outcome = "aborted" if news is News.ABORTED else "undone"
+                self._wait_no_more(f"{serves}, the restart to generation {generation} was {outcome}: {reason}")
             case News.LAME_DUCK:
                 if self._waits is None:  # it has asked for the stop, and counts
                     self._wait_for(_Waits.STOPPED)

@@ -24,6 +24,7 @@ from hotport.wire.messages import (
     Inspection,
     InspectOrder,
     Memory,
+    Probed,
     TlsReloaded,
     TransferOrder,
     Transferred,
@@ -35,7 +36,7 @@ from hotport.wire.messages import (
 
 __all__ = ["Process"]
 
-Answer = TypeVar("Answer", Inspection, TlsReloaded)
+Answer = TypeVar("Answer", Inspection, TlsReloaded, Probed)
 
 #: From calling a worker to its acknowledgement of what it was given.
 TRANSFER_TIMEOUT_S = 5.0
@@ -154,13 +155,16 @@ class Process:
         descriptors = [sock.fileno() for sock in (*listeners.values(), *accepted)]
         order = TransferOrder(addresses=tuple(listeners), connections=len(accepted))
         with anyio.fail_after(TRANSFER_TIMEOUT_S):
-            async with await anyio.connect_unix(self.control_path) as stream:
-                decoder = FrameDecoder()
-                await stream.send(encode_frame(encode(order)))
-                await _expect(stream, decoder, Welcome)
-                for start in range(0, len(descriptors), DESCRIPTORS_MAX):
-                    await stream.send_fds(b"d", descriptors[start : start + DESCRIPTORS_MAX])
-                await _expect(stream, decoder, Transferred)
+            try:
+                async with await anyio.connect_unix(self.control_path) as stream:
+                    decoder = FrameDecoder()
+                    await stream.send(encode_frame(encode(order)))
+                    await _expect(stream, decoder, Welcome)
+                    for start in range(0, len(descriptors), DESCRIPTORS_MAX):
+                        await stream.send_fds(b"d", descriptors[start : start + DESCRIPTORS_MAX])
+                    await _expect(stream, decoder, Transferred)
+            except (anyio.EndOfStream, anyio.BrokenResourceError, ControlError) as error:
+                raise ConnectionError("the worker has not taken its listeners") from error
 
     async def _send_orders(self, stream: ByteStream) -> None:
         with suppress(anyio.BrokenResourceError):  # then the other direction ends, too
@@ -210,9 +214,5 @@ class Process:
 
 async def _expect(stream: ByteStream, decoder: FrameDecoder, kind: type[Any]) -> None:
     """Read words until one of this kind has come; the others are for whoever gives orders."""
-    try:
-        while True:
-            if any(isinstance(decode(payload, Word), kind) for payload in decoder.feed(await stream.receive())):
-                return
-    except (anyio.EndOfStream, anyio.BrokenResourceError, ControlError) as error:
-        raise ConnectionError("the worker has not taken its listeners") from error
+    while not any(isinstance(decode(payload, Word), kind) for payload in decoder.feed(await stream.receive())):
+        pass

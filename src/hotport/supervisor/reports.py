@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from hotport.model.lifecycle import Event
 from hotport.model.service import Announce, News, Restart
+from hotport.options import format_duration
 from hotport.wire.messages import PhaseTime, Report
 
 __all__ = ["Reports", "RestartRecord", "accept_gap_s"]
@@ -18,6 +19,8 @@ _PHASES = {
     News.COMMITTED: "committed",
     News.QUIESCED: "quiesced",
     News.DRAINING: "draining",
+    News.WATCHING: "watching",
+    News.UNDOING: "undoing",
 }
 
 
@@ -67,6 +70,7 @@ class RestartRecord:
         self._fates: Counter[str] = Counter()
         self._strategy = strategy
         self._rebound: tuple[float, int, int] | None = None
+        self._fates_back: Counter[str] = Counter()
         self.accepting_at: dict[int, float] = {}
         self.quiesced_at: dict[int, float] = {}
 
@@ -78,7 +82,11 @@ class RestartRecord:
         """What became of a leaving worker's connections, by its own word."""
         if worker in self._leaving:
             self._drained.add(worker)
-            self._fates.update(fates)
+            (self._fates_back if self._outcome == "undone" else self._fates).update(fates)
+
+    def taken_back(self, fates: Mapping[str, int]) -> None:
+        """What became of an old worker's connections before it accepted again."""
+        self._fates.update(fates)
 
     def rebound(self, gap_s: float, refused: int, reset: int) -> None:
         """What binding the addresses again has cost."""
@@ -96,7 +104,7 @@ class RestartRecord:
             case News.WORKER_RETIRED if announcement.worker in self._leaving:
                 self._leaving.discard(announcement.worker)
                 if announcement.worker not in self._drained and self._outcome != "aborted":
-                    self._fates["workers_killed"] += 1
+                    (self._fates_back if self._outcome == "undone" else self._fates)["workers_killed"] += 1
             case _ if announcement.generation != self.generation:
                 pass
             case News.ABORTED:
@@ -107,7 +115,16 @@ class RestartRecord:
                 self._mark("aborted")
             case News.DONE:
                 self._outcome = "done"
+            case News.UNDONE:
+                self._outcome = "undone"
+                self._why = announcement.why
+                self._leaving |= set(announcement.workers)
+                self._mark("undone")
+            case News.BAKING:
+                self._mark("baking")  # its workers are those of the canary
             case news if news in _PHASES:
+                if news is News.UNDOING:
+                    self._culprit = announcement.worker
                 self._leaving |= set(announcement.workers)
                 self._mark("quiesce overdue" if news is News.QUIESCED and announcement.why else _PHASES[news])
         if self._outcome and not self._leaving and not self.is_over:
@@ -126,7 +143,7 @@ class RestartRecord:
         """
         after = self._overflows()
         error = ""
-        if self._outcome == "aborted":
+        if self._outcome in ("aborted", "undone"):
             error = errors.get(self._culprit) or self._why
         return Report(
             service=self._service,
@@ -140,6 +157,7 @@ class RestartRecord:
             phases=tuple(self._phases),
             accept_gap_ms=round(accept_gap_s(self.quiesced_at, self.accepting_at) * 1000, 3),
             connections=dict(self._fates) if self._is_tracked else None,
+            connections_back=dict(self._fates_back) if self._is_tracked and self._outcome == "undone" else None,
             queue_overflows={key: value - self._overflows_before.get(key, 0) for key, value in after.items()},
             strategy=self._strategy,
             rebind_gap_us=round(self._rebound[0] * 1e6, 1) if self._rebound else None,
@@ -153,9 +171,17 @@ class Reports:
 
     def __init__(self, service: str, *, overflows: Callable[[], Mapping[str, int]]) -> None:
         self.last: Report | None = None
+        self._last_at_s = 0.0
         self._service = service
         self._overflows = overflows
         self._records: dict[int, RestartRecord] = {}
+
+    def last_in_words(self) -> str:
+        """How and when the last restart ended, to be added to a sentence; empty if there was none."""
+        if self.last is None:
+            return ""
+        ago = format_duration(round(time.monotonic() - self._last_at_s))
+        return f"; the last one, into generation {self.last.generation}, was {self.last.outcome} {ago} ago"
 
     @property
     def generations(self) -> Set[int]:
@@ -187,6 +213,7 @@ class Reports:
             if record.is_over:
                 del self._records[record.generation]
                 self.last = record.report(serving=serving, errors=errors)
+                self._last_at_s = time.monotonic()
                 ended.append(self.last)
         return ended
 
@@ -204,6 +231,12 @@ class Reports:
         """Connections that were taken from a queue could be given to nobody."""
         for record in self._records.values():
             record.lost(count)
+
+    def taken_back(self, restart: Restart | None, worker: int, fates: Mapping[str, int]) -> None:
+        """What became of an old worker's connections before it accepted again, by its own word."""
+        record = self._records.get(restart.generation) if restart is not None else None
+        if restart is not None and record is not None and worker in restart.old:
+            record.taken_back(fates)
 
     def note(self, restart: Restart | None, worker: int, event: Event, at_s: float) -> None:
         """When a worker began or ceased to accept, if that belongs to the restart in progress."""

@@ -5,17 +5,29 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
 
 from hotport import __version__
-from hotport.errors import HotportError, RestartError, StartError
+from hotport.errors import ConfigError, HotportError, RestartError, StartError
 from hotport.kernel.process import rss_bytes
 from hotport.kernel.steer import can_steer
-from hotport.model.guarantee import Facts, choose, table
+from hotport.model.guarantee import Facts, Strategy, choose, table
 from hotport.model.lifecycle import CURRENT, Phase
-from hotport.model.service import Announce, Refusal, RequestRestart, RequestScale
+from hotport.model.service import (
+    WATCHED,
+    Announce,
+    Input,
+    Refusal,
+    RequestKeep,
+    RequestRestart,
+    RequestScale,
+    RequestUndo,
+    Step,
+)
+from hotport.observe.logs import get_logger
 from hotport.options import Options
 from hotport.supervisor.launch import Launch
 from hotport.supervisor.process import Process
@@ -28,11 +40,12 @@ from hotport.wire.messages import (
     Status,
     TlsReloaded,
     TlsReport,
+    WatchStatus,
     WorkerStatus,
     WorkerTls,
 )
 
-__all__ = ["describe", "reload_tls", "restart", "scale"]
+__all__ = ["describe", "keep", "reload_tls", "restart", "scale", "undo"]
 
 #: A worker that is busy with its application is shown without figures rather than waited for.
 INSPECT_TIMEOUT_S = 0.5
@@ -46,13 +59,19 @@ async def restart(
     *,
     is_phased: bool | None = None,
     strategy: str | None = None,
+    canary: int | None = None,
+    bake_s: float | None = None,
+    undo_window_s: float | None = None,
     hear: Callable[[Announce, float], None] = lambda news, ms: None,
 ) -> Report:
     """Restart and wait until the outcome is known and the losers are gone.
 
     Args:
-        is_phased: Replace workers one by one; None leaves it to the options.
-        strategy: How listeners reach the new generation; None leaves it to the options.
+        is_phased: Replace workers one by one; None leaves it to the options. So do the next four.
+        strategy: How listeners reach the new generation.
+        canary: So many new workers serve for a while before the others start.
+        bake_s: How long.
+        undo_window_s: How long the old generation stays when all is done, to be taken back.
         hear: Called with each piece of news about it, and the milliseconds since it began.
 
     Raises:
@@ -62,16 +81,18 @@ async def restart(
     """
     before = supervisor.options
     try:
-        options = supervisor.read_options(Path(supervisor.surroundings.directory))
+        options = _override(
+            supervisor.read_options(Path(supervisor.surroundings.directory)), is_phased, canary, bake_s, undo_window_s
+        )
         launch = Launch.resolve(options, supervisor.surroundings)
     except HotportError as error:
         raise _refused(error.code, error.what, supervisor, cause=error.cause, fix=error.fix) from error
-    phased = options.phased if is_phased is None else is_phased
-    if supervisor.service.restart is not None:  # two must not bind at the same time
-        raise supervisor.refused(Refusal.IN_PROGRESS, supervisor.service.restart.generation)
+    if (running := supervisor.service.restart) is not None:  # two must not bind at the same time
+        why = Refusal.WATCHED if running.step in WATCHED else Refusal.IN_PROGRESS
+        raise supervisor.refused(why, running.generation)
     if supervisor.owned.lost:
         raise supervisor.refused(Refusal.PORT_LOST)
-    chosen = choose(strategy or options.strategy, facts(supervisor, options, is_phased=phased))
+    chosen = choose(strategy or options.strategy, facts(supervisor, options, is_phased=options.phased))
     if chosen.strategy is None:
         raise _refused(
             "HP420",
@@ -90,11 +111,88 @@ async def restart(
             fix=f"hotport upgrade {supervisor.name}, and restart then",
         )
     wants = chosen.strategy
+    if options.canary and wants is Strategy.REBIND:
+        raise _refused(
+            "HP421",
+            "a canary cannot serve beside its old workers",
+            supervisor,
+            cause="with the strategy rebind the old generation lets go of the port before the new one has it",
+            fix=f"hotport restart {supervisor.name} --canary 0",
+        )
     try:
         plan = supervisor.owned.prepare(options, wants, supervisor.service.generation)
     except HotportError as error:
         raise _refused(error.code, error.what, supervisor, cause=error.cause, fix=error.fix) from error
-    asked = Asked(launch, plan)
+    get_logger("hotport.supervisor").info("restart.strategy", strategy=wants.value, why=chosen.why)
+    wanted = options.workers if options.workers != before.workers else None
+
+    def make(request: int) -> RequestRestart:
+        is_watched = options.undo_window_s > 0
+        return RequestRestart(request, options.phased, wanted, wants, options.canary, is_watched)
+
+    return await _until_reported(supervisor, Asked(launch, plan), make, hear)
+
+
+def _override(
+    options: Options,
+    is_phased: bool | None,
+    canary: int | None,
+    bake_s: float | None,
+    undo_window_s: float | None,
+) -> Options:
+    """The options for one restart, as somebody wants it who knows better than the file."""
+    phased = options.phased if is_phased is None else is_phased
+    if phased and canary:
+        if is_phased:
+            raise ConfigError(
+                "HP305",
+                "--canary cannot be used with --phased",
+                cause="a phased restart starts with one new worker anyway",
+                fix="--undo-window 30s watches each worker of a phased restart",
+            )
+        phased = False
+    elif phased:
+        canary = 0
+    return replace(
+        options,
+        phased=phased,
+        canary=options.canary if canary is None else canary,
+        bake_s=options.bake_s if bake_s is None else bake_s,
+        undo_window_s=options.undo_window_s if undo_window_s is None else undo_window_s,
+    )
+
+
+async def undo(
+    supervisor: Supervisor, by: str, *, hear: Callable[[Announce, float], None] = lambda news, ms: None
+) -> Report:
+    """Take back the restart that is in progress or in its undo window, and wait until the new workers are gone.
+
+    Raises:
+        RestartError: There is none, or the service is stopping (HP410).
+    """
+    return await _until_reported(supervisor, Asked(), lambda request: RequestUndo(request, by), hear)
+
+
+async def keep(supervisor: Supervisor) -> str:
+    """End the bake or the undo window of a restart now, and say what follows.
+
+    Raises:
+        RestartError: There is none (HP410).
+    """
+    asked, restart = Asked(), supervisor.service.restart
+    await supervisor.ask(asked, RequestKeep)
+    is_baking = restart is not None and restart.step is Step.BAKING
+    rest = "the other workers start" if is_baking else "the old generation leaves"
+    return f"generation {asked.generation} stays: {rest}"
+
+
+async def _until_reported(
+    supervisor: Supervisor,
+    asked: Asked,
+    make: Callable[[int], Input],
+    hear: Callable[[Announce, float], None],
+) -> Report:
+    """Make a request, pass on what is told about the restart that it is about, and return its report."""
     done = anyio.Event()
     result: list[Report] = []
 
@@ -107,9 +205,8 @@ async def restart(
         else:
             hear(news, supervisor.reports.elapsed_ms(asked.generation))
 
-    wanted = options.workers if options.workers != before.workers else None
     with supervisor.subscribed(listen):
-        await supervisor.ask(asked, lambda request: RequestRestart(request, phased, wanted, wants))
+        await supervisor.ask(asked, make)
         await done.wait()
     return result[0]
 
@@ -124,6 +221,7 @@ def facts(supervisor: Supervisor, options: Options, *, is_phased: bool) -> Facts
     }
     asked = [each.asked for each in supervisor.owned.of(supervisor.service.generation)]
     return Facts(
+        is_stored=any(map(supervisor.manager.keeps, supervisor.listeners)),
         schemes=tuple(text.partition(":")[0] for text in dict.fromkeys((*asked, *map(str, options.bind)))),
         command=options.command[0] if options.command else "",
         kind=options.kind,
@@ -274,7 +372,16 @@ async def describe(supervisor: Supervisor) -> Status:
         strategy_why=chosen.why,
         strategies={row.strategy.value: row.obstacle for row in table(known)},
         lost=supervisor.owned.lost,
+        watch=_describe_watch(supervisor),
     )
+
+
+def _describe_watch(supervisor: Supervisor) -> WatchStatus | None:
+    restart = supervisor.service.restart
+    if restart is None or restart.step not in WATCHED:
+        return None
+    left_s = round(supervisor.watched_for_s(), 3)
+    return WatchStatus(generation=restart.generation, step=restart.step.value, left_s=left_s)
 
 
 def _describe_worker(process: Process, phase: Phase, seen: Inspection | None, now: float) -> WorkerStatus:

@@ -14,6 +14,8 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -32,6 +34,7 @@ from hotport.model.lifecycle import Event, Phase
 from hotport.model.service import Announce, Clock, Exited, News, Said, Service, Timer
 from hotport.observe.logs import get_logger
 from hotport.options import Options, format_duration
+from hotport.supervisor.health import watch_health
 from hotport.supervisor.launch import Launch, Surroundings
 from hotport.supervisor.listeners import Listener, Listeners
 from hotport.supervisor.manager import Manager
@@ -280,6 +283,8 @@ class Supervisor:
             case model.Spawn():
                 self._spawn(effect.worker, effect.generation)
             case model.Open(worker):
+                if process := self.processes.get(worker):
+                    process.successors = ()  # whatever it handed over, it stops
                 self._open(worker)
             case model.Quiesce(worker, empties):
                 self._order(worker, QuiesceOrder(empties=empties), Event.QUIESCED)
@@ -353,6 +358,8 @@ class Supervisor:
     async def _watch(self, process: Process) -> None:
         why = await process.wait_ended(self._read_notifications)
         del self.processes[process.worker]
+        if process.released is not None:
+            process.released.set()
         if process.error:
             self._errors[process.worker] = process.error
         self.input(Exited(process.worker, why))
@@ -480,8 +487,10 @@ class Supervisor:
         return tuple(process.control_path for process in processes if process is not None and process.is_talking)
 
     def _redirect(self) -> None:
-        """Tell workers that drain who can go on with their connections now, if that has changed."""
-        for number in self.service.ids(Phase.DRAINING):
+        """Tell workers that drain, or may be taken back, who can go on with their connections, if that has changed."""
+        restart = self.service.restart
+        is_watching = restart is not None and restart.step is model.Step.WATCHING
+        for number in self.service.ids(Phase.DRAINING, *((Phase.QUIESCED,) if is_watching else ())):
             process = self.processes.get(number)
             if process is None or process.is_foreign or not process.is_talking:
                 continue
@@ -524,6 +533,10 @@ class Supervisor:
                 return options.settle_s
             case Clock.STABLE:
                 return STABLE_S
+            case Clock.BAKE:
+                return options.bake_s
+            case Clock.WATCH:
+                return options.undo_window_s
             case _:
                 return ANSWER_TIMEOUT_S
 
@@ -582,7 +595,8 @@ class Supervisor:
         match word:
             case Hello(phase=phase) if phase != "starting":  # what it has said before it could not reach us
                 self.input(Said(worker, Event.READY))
-            case Accepting(at_s=at_s):
+            case Accepting(at_s=at_s, fates=fates):
+                self.reports.taken_back(self.service.restart, worker, fates)
                 self.reports.note(self.service.restart, worker, Event.ACCEPTING, at_s)
                 self.input(Said(worker, Event.ACCEPTING))
             case Quiesced(at_s=at_s):
@@ -616,6 +630,8 @@ class Supervisor:
 
     def _publish(self, announcement: Announce) -> None:
         news = announcement.news
+        if news in (News.BAKING, News.WATCHING):
+            announcement = replace(announcement, why=self._until(Clock.BAKE if news is News.BAKING else Clock.WATCH))
         shown = {
             key: value
             for key, value in (
@@ -633,16 +649,20 @@ class Supervisor:
             )
             if error := self._errors.get(announcement.worker):
                 shown["exception"] = error  # the key under which renderers keep lines apart
-        is_bad = news in (News.ABORTED, News.WORKER_LOST, News.BACKING_OFF)
+        is_bad = news in (News.ABORTED, News.WORKER_LOST, News.BACKING_OFF, News.UNDOING, News.UNDONE)
         # A failure to boot is told once, at the end; but one that hangs may be a while in coming to it.
         if self.service.generation or not is_bad or is_stuck:
             (self._log.warning if is_bad else self._log.info)(news.value, **shown)
-        if news is News.ABORTED:
+        if news in (News.ABORTED, News.UNDONE):
             self.options = self._launches[self.service.generation].options
         elif news is News.RESTART_BEGAN and self.service.restart is not None:
             is_tracked = not self.options.command
             self.reports.begin(self.service.restart, self.service.generation, is_tracked=is_tracked)
+        elif news in (News.BAKING, News.WATCHING) and self.service.restart is not None:
+            self._tasks.start_soon(watch_health, self, announcement.generation, self.service.restart.step)
         why = self._errors.get(announcement.worker, "")
+        if news is News.DONE:
+            self.manager.follow(self.listeners)
         self.manager.hear(announcement, serving=self.service.generation, why=why)
         self._tell_subscribers(announcement)
         ended = self.reports.hear(
@@ -660,6 +680,10 @@ class Supervisor:
             )
             self._tell_subscribers(report)
         self._forget()
+
+    def _until(self, clock: Clock) -> str:
+        seconds = self._duration(clock)
+        return f"{format_duration(seconds)}, until {datetime.now() + timedelta(seconds=seconds):%H:%M:%S}"
 
     def _tell_subscribers(self, news: Announce | Report) -> None:
         for subscriber in list(self._subscribers):
@@ -709,15 +733,20 @@ class Supervisor:
 
     def refused(self, refusal: model.Refusal, generation: int = 0) -> RestartError:
         """The error for a request that is not carried out."""
+        last = self.reports.last_in_words() if refusal is model.Refusal.NOTHING_TO_UNDO else ""
         number = f" (generation {generation})" if generation else ""
         return RestartError(
             "HP410",
             f"{self.name} does not take this request now",
-            cause=f"{refusal.value}{number}; generation {self.service.generation} serves",
-            fix=f"hotport status {self.name}",
+            cause=f"{refusal.value}{number}{last}; generation {self.service.generation} serves",
+            fix=_fix(self.name, refusal),
             phase="refused",
             serving=self.service.generation,
         )
+
+    def watched_for_s(self) -> float:
+        """Seconds left of a bake or an undo window; 0 outside of one."""
+        return max(self._timers.left_s(Timer(clock)) or 0.0 for clock in (Clock.BAKE, Clock.WATCH))
 
     def _answer(self, answer: model.Accept | model.Refuse) -> None:
         asked = self._asked.pop(answer.request)
@@ -729,3 +758,14 @@ class Supervisor:
             self._launches[answer.generation] = asked.launch
             self.options = asked.launch.options  # before the first of its timers starts
         asked.is_answered.set()
+
+
+def _fix(name: str, refusal: model.Refusal) -> str:
+    """What somebody can do whose request was refused."""
+    match refusal:
+        case model.Refusal.WATCHED:
+            return f"hotport undo {name}, or hotport undo --keep {name}"
+        case model.Refusal.NOTHING_TO_UNDO:
+            return f"deploy the old code and hotport restart {name}; next time with --undo-window 30s"
+        case _:
+            return f"hotport status {name}"

@@ -59,7 +59,7 @@ class DrainOrder(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
 
 
 class SuccessorsOrder(msgspec.Struct, frozen=True, kw_only=True, tag="successors"):
-    """To a worker that drains: these workers can go on with its connections now, in place of those named before."""
+    """To a worker that drains or is quiesced: these workers can go on with its connections from now on."""
 
     successors: tuple[str, ...]
 
@@ -74,7 +74,9 @@ class OfferOrder(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
 
 
 class InspectOrder(msgspec.Struct, frozen=True, kw_only=True, tag="inspect"):
-    """Say how you are."""
+    """Say how you are; `is_watched`: and how long your event loop was held up since I asked last."""
+
+    is_watched: bool = False
 
 
 class ReloadTlsOrder(msgspec.Struct, frozen=True, kw_only=True, tag="reload_tls"):
@@ -131,6 +133,13 @@ class ReleaseOrder(msgspec.Struct, frozen=True, kw_only=True, tag="release"):
     timeout_s: float = 1.0
 
 
+class ProbeOrder(msgspec.Struct, frozen=True, kw_only=True, tag="probe"):
+    """Ask your application for `path` by HTTP, and say what became of it within `timeout_s`."""
+
+    path: str
+    timeout_s: float
+
+
 Order = (
     AcceptOrder
     | QuiesceOrder
@@ -143,6 +152,7 @@ Order = (
     | ListenersOrder
     | TransferOrder
     | ReleaseOrder
+    | ProbeOrder
 )
 
 
@@ -167,9 +177,14 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
 
 
 class Accepting(msgspec.Struct, frozen=True, kw_only=True, tag="accepting"):
-    """Connections are being accepted since `at_s` (CLOCK_MONOTONIC, seconds)."""
+    """Connections are being accepted since `at_s` (CLOCK_MONOTONIC, seconds).
+
+    Attributes:
+        fates: What became of connections while none were accepted, from a worker that had been quiesced.
+    """
 
     at_s: float
+    fates: dict[str, int] = {}
 
 
 class Quiesced(msgspec.Struct, frozen=True, kw_only=True, tag="quiesced"):
@@ -208,7 +223,13 @@ class Lingering(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Inspection(msgspec.Struct, frozen=True, kw_only=True, tag="inspection"):
-    """How a worker is; `lingering` has the oldest connections of one that drains."""
+    """How a worker is.
+
+    Attributes:
+        lingering: The oldest connections of one that drains.
+        errors: Requests that failed: answers of 5xx, and those that were broken off.
+        lag_s: How long its event loop was held up at most since it was last asked, if it was asked for that.
+    """
 
     connections: int
     accepted: int
@@ -217,6 +238,8 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True, tag="inspection"):
     requests: int
     rss_bytes: int
     descriptors: int
+    errors: int = 0
+    lag_s: float = 0.0
 
 
 class TlsReloaded(msgspec.Struct, frozen=True, kw_only=True, tag="tls_reloaded"):
@@ -244,6 +267,12 @@ class Transferred(msgspec.Struct, frozen=True, kw_only=True, tag="transferred"):
     count: int
 
 
+class Probed(msgspec.Struct, frozen=True, kw_only=True, tag="probed"):
+    """What became of a probe: `why` it failed, or nothing."""
+
+    why: str = ""
+
+
 Word = (
     Hello
     | Accepting
@@ -256,6 +285,7 @@ Word = (
     | Listening
     | Released
     | Transferred
+    | Probed
 )
 
 
@@ -263,10 +293,13 @@ Word = (
 
 
 class RestartRequest(msgspec.Struct, frozen=True, kw_only=True, tag="restart"):
-    """Restart; `phased` and `strategy` override the service's own options."""
+    """Restart; what is not None overrides the service's own option."""
 
     phased: bool | None = None
     strategy: str | None = None
+    canary: int | None = None
+    bake_s: float | None = None
+    undo_window_s: float | None = None
 
 
 class StatusRequest(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
@@ -294,6 +327,12 @@ class ReloadTlsRequest(msgspec.Struct, frozen=True, kw_only=True, tag="reload_tl
     """Let every worker read its certificates again."""
 
 
+class UndoRequest(msgspec.Struct, frozen=True, kw_only=True, tag="undo"):
+    """Take the old generation back; or, to `keep` the new one, end the bake or the undo window."""
+
+    keep: bool = False
+
+
 class UpgradeRequest(msgspec.Struct, frozen=True, kw_only=True, tag="upgrade"):
     """Become another supervisor of the same workers: by another interpreter, or by this one with new code."""
 
@@ -308,7 +347,14 @@ class TakeOverRequest(msgspec.Struct, frozen=True, kw_only=True, tag="take_over"
 
 
 Request = (
-    RestartRequest | StatusRequest | StopRequest | ScaleRequest | ReloadTlsRequest | UpgradeRequest | TakeOverRequest
+    RestartRequest
+    | StatusRequest
+    | StopRequest
+    | ScaleRequest
+    | ReloadTlsRequest
+    | UpgradeRequest
+    | TakeOverRequest
+    | UndoRequest
 )
 
 
@@ -349,13 +395,14 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     """One restart, whole.
 
     Attributes:
-        outcome: ``"done"`` or ``"aborted"``.
+        outcome: ``"done"``, ``"aborted"`` before the new generation had taken over, or ``"undone"`` after it.
         serving: The generation that serves now.
-        error: Why it was aborted, in the failed worker's own words where it left any.
+        error: Why it was aborted or undone, and who asked for it; in the failed worker's own words where it left any.
         accept_gap_ms: How long no worker accepted; 0 if the generations overlapped. Connections made in it wait
             in the accept queue, they are not refused.
         connections: What became of the old generation's connections once it accepted no more, by fate; None for a
             foreign program, which keeps its own.
+        connections_back: What became of the new generation's connections, if it was undone.
         queue_overflows: What the kernel counted meanwhile (``/proc/net/netstat``, whole network namespace).
         strategy: How the listeners reached the new generation.
         rebind_gap_us: With *rebind*: microseconds in which nobody listened; None with the others.
@@ -376,6 +423,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     phases: tuple[PhaseTime, ...] = ()
     accept_gap_ms: float = 0.0
     connections: dict[str, int] | None = None
+    connections_back: dict[str, int] | None = None
     queue_overflows: dict[str, int] = {}
     strategy: str = "inherit"
     rebind_gap_us: float | None = None
@@ -398,6 +446,14 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     requests: int | None = None
     rss_bytes: int | None = None
     lingering: tuple[Lingering, ...] = ()
+
+
+class WatchStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A restart that can be undone: which, what ends in `left_s` seconds (``"baking"``, ``"watching"``)."""
+
+    generation: int
+    step: str
+    left_s: float
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
@@ -431,6 +487,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     strategy_why: str = ""
     strategies: dict[str, str] = {}
     lost: dict[str, str] = {}
+    watch: WatchStatus | None = None
 
 
 class WorkerTls(msgspec.Struct, frozen=True, kw_only=True):

@@ -194,6 +194,10 @@ class Acceptor:
         else:
             self._take(PlainSocket(accepted.family, accepted.type, accepted.proto, accepted.detach()), peer)
 
+    def fileno(self) -> int:
+        """The listener's descriptor; -1 after `close`."""
+        return self._listener.fileno()
+
     def waiting(self) -> int:
         """How many connections wait in the accept queue; 0 where the kernel does not say, or after `close`."""
         return accept_queue_length(self._listener) if self._listener.fileno() >= 0 else 0

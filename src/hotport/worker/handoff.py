@@ -28,8 +28,9 @@ import msgspec
 
 from hotport.adapters.base import Adapter, Connection, Connections, NotAdopted, Offer
 from hotport.errors import ControlError
+from hotport.kernel.abstract import sockaddr
 from hotport.kernel.scm import DESCRIPTORS_MAX, receive_descriptors, send_descriptors
-from hotport.observe.logs import get_logger
+from hotport.observe.logs import get_shared_logger
 from hotport.wire.envelope import (
     ENVELOPE_VERSION,
     HEADER_BYTES,
@@ -100,8 +101,8 @@ class Channel:
         descriptors, self._descriptors = self._descriptors, []
         return kind, payload, descriptors
 
-    async def receive_word(self) -> Any:
-        """The next control message.
+    async def receive_word(self, kind: Any = Word) -> Any:
+        """The next control message, one of the closed set `kind`.
 
         Raises:
             EOFError, OSError, ControlError: As in `receive_frame`.
@@ -110,7 +111,7 @@ class Channel:
         while True:
             # Not one byte more than it needs: what follows is none.
             if payloads := decoder.feed(await self._receive(1)):
-                return decode(payloads[0], Word)
+                return decode(payloads[0], kind)
 
     async def receive_descriptors(self, count: int) -> list[int]:
         """So many descriptors, the caller's to close, that come with messages of one byte each.
@@ -184,7 +185,7 @@ class _Successor:
 
 
 class Mover:
-    """Moves the connections of a worker that leaves, each to the successor that has the fewest by then."""
+    """Moves the connections of a worker that leaves or may leave, each to the successor with the fewest by then."""
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
@@ -195,13 +196,13 @@ class Mover:
         self._following = asyncio.Lock()
         #: Some successors may be gone, and others not there yet: nobody is told that there is none.
         self._is_between = False
-        self._log = get_logger("hotport.handoff")
+        self._log = get_shared_logger("hotport.handoff")
 
     async def follow(self, paths: Sequence[str]) -> None:
         """Hand connections to the workers with these control sockets from now on, and to no others.
 
         One that does not answer within `WELCOME_TIMEOUT_S`, or has no room, is passed over; without any, connections
-        are told to close, as if there had never been one.
+        are told to close if the worker leaves, as if there had never been one.
         """
         async with self._following:
             self._is_between = True
@@ -209,7 +210,7 @@ class Mover:
                 self._dismiss(self._successors[path])
             new = [path for path in paths if path not in self._successors]
             try:
-                for found in await asyncio.gather(*map(self._call, new)):
+                for found in await self._call_all(new):
                     if found is None:
                         continue
                     if self._is_closed:
@@ -238,6 +239,16 @@ class Mover:
             for task in stuck:
                 task.cancel()
 
+    async def _call_all(self, paths: Sequence[str]) -> list[_Successor | None]:
+        calls = [self._loop.create_task(self._call(path)) for path in paths]
+        try:
+            return await asyncio.gather(*calls)
+        except asyncio.CancelledError:
+            for call in calls:
+                if call.done() and not call.cancelled() and (found := call.result()) is not None:
+                    found.channel.close()
+            raise
+
     async def _call(self, path: str) -> _Successor | None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.setblocking(False)
@@ -245,7 +256,7 @@ class Mover:
         why = ""
         try:
             async with asyncio.timeout(WELCOME_TIMEOUT_S):
-                await self._loop.sock_connect(sock, path)
+                await self._loop.sock_connect(sock, sockaddr(path))
                 await channel.send(encode_message_frame(encode(OfferOrder(version=ENVELOPE_VERSION))))
                 while not isinstance(word := await channel.receive_word(), Welcome):
                     pass
@@ -268,7 +279,7 @@ class Mover:
         open_to = [each for each in self._successors.values() if each.room > len(each.waiting)]
         if not open_to:
             if not self._is_between:
-                connection.drain()
+                self._connections.not_taken(connection)
             return
         successor = min(open_to, key=lambda each: each.connections + len(each.waiting))
         self._waiting.add(connection)
@@ -314,7 +325,7 @@ class Mover:
             except TypeError as error:
                 self._log.warning("handoff.kept", why=str(error))
                 connection.keep()
-                connection.drain()
+                self._connections.not_taken(connection)
                 continue
             batch.append(_Packed(connection, offer.fd, envelope))
             size += len(memoryview(envelope))
@@ -328,7 +339,7 @@ class Mover:
         except Exception:
             self._log.exception("handoff.offer_failed")
             connection.keep()  # the others of the batch can still move
-            connection.drain()
+            self._connections.not_taken(connection)
             return None
 
     async def _move(self, successor: _Successor, batch: list[_Packed]) -> None:
@@ -369,7 +380,7 @@ class Mover:
             if number in refused:
                 connection.keep()
                 if ack.room:
-                    connection.drain()
+                    self._connections.not_taken(connection)
                 else:  # it is not the connection's fault: others may have room
                     self._ready(connection)
             else:
@@ -417,7 +428,7 @@ async def take_connections(channel: Channel, version: int, adapter: Adapter, con
     Cancellation: safe between two batches; in the middle of one, its connections are let go of, and stay the other's.
     Descriptors: what is received belongs to the connections made of it, or is closed. `channel` is closed.
     """
-    log = get_logger("hotport.handoff")
+    log = get_shared_logger("hotport.handoff")
     adopted: list[tuple[socket.socket, asyncio.BaseProtocol]] = []
     try:
         welcome = _welcome(version, connections)
@@ -478,7 +489,7 @@ def _adopt(
                 raise NotAdopted("no room")
             protocol = adapter.adopt(envelope)
         except Exception as error:
-            get_logger("hotport.handoff").warning("handoff.refused", why=str(error) or repr(error))
+            get_shared_logger("hotport.handoff").warning("handoff.refused", why=str(error) or repr(error))
             sock.close()
             refused.append(number)
             continue

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from hotport.adapters.base import Adapter, Connections, Context
@@ -17,6 +18,7 @@ from hotport.options import Options
 from hotport.trust import Trusted
 from hotport.worker.acceptor import Acceptor
 from hotport.worker.handoff import Channel, Mover, take_connections
+from hotport.worker.probe import probe
 from hotport.worker.tls import Tls
 
 __all__ = ["ConnectionServer", "DatagramServer", "Server", "SocketsServer", "make_server"]
@@ -36,8 +38,8 @@ class Server(Protocol):
     def quiesce(self) -> None:
         """Stop accepting; every connection goes on."""
 
-    async def empty(self) -> None:
-        """Take what waits in the accept queue: nobody else will. Listeners stay open."""
+    async def empty(self, timeout_s: float) -> None:
+        """Take what waits in the accept queue, within `timeout_s`: nobody else will. Listeners stay open."""
 
     async def adopt(self, listeners: Mapping[str, socket.socket], accepted: Sequence[socket.socket] = ()) -> None:
         """Have listeners more, by address, and connections that were accepted elsewhere; all are owned from here on.
@@ -63,8 +65,20 @@ class Server(Protocol):
             successors: Control sockets of the workers to hand connections to.
         """
 
+    async def resume(self, listeners: Sequence[socket.socket]) -> None:
+        """Accept again, from these listeners, after a drain that was cancelled or has ended.
+
+        Connections that were told to leave do leave.
+        """
+
     async def follow(self, successors: Sequence[str]) -> None:
-        """While it drains: hand connections to these workers from now on."""
+        """While it drains or is quiesced: hand connections to these workers from now on.
+
+        Cancellation: safe; connections stay.
+        """
+
+    async def probe(self, path: str, timeout_s: float) -> str:
+        """Ask the application for `path` by HTTP; why that failed, or nothing."""
 
     async def take(self, channel: Channel, version: int) -> None:
         """Go on with the connections that another worker offers, in envelopes of `version`, until it has closed."""
@@ -92,9 +106,10 @@ class ConnectionServer:
         names: Sequence[str] = (),
     ) -> None:
         self.connections = connections
-        self._hands_off = hands_off
+        self._may_hand_off = self._hands_off = hands_off
         self._mover: Mover | None = None
         self._released: list[Acceptor] = []
+        self._staying: asyncio.Task[None] | None = None
         self._adapter = adapter
         self._tls = tls
         self._proxies = proxies
@@ -126,9 +141,8 @@ class ConnectionServer:
             else:
                 sock.close()
 
-    async def empty(self) -> None:
-        for acceptor in self._acceptors:
-            await acceptor.empty()
+    async def empty(self, timeout_s: float) -> None:
+        await _empty(self._acceptors, timeout_s)
 
     async def release(self, addresses: Collection[str], timeout_s: float) -> None:
         named = list(zip(self._acceptors, self._names, strict=True))
@@ -138,12 +152,7 @@ class ConnectionServer:
         self._names = [name for _, name in named if name not in addresses]
         for acceptor in leaving:
             acceptor.stop()
-        try:
-            async with asyncio.timeout(timeout_s):
-                for acceptor in leaving:
-                    await acceptor.empty()
-        except TimeoutError:
-            pass  # whoever has the last descriptor counts what is left
+        await _empty(leaving, timeout_s)
         for acceptor in leaving:
             acceptor.close()
         self._released += leaving
@@ -156,16 +165,38 @@ class ConnectionServer:
         """All that may still attach a connection."""
         return self._released + self._acceptors
 
+    async def resume(self, listeners: Sequence[socket.socket]) -> None:
+        await self._stop_moving()
+        self._hands_off = self._may_hand_off
+        for acceptor in self._all:
+            acceptor.close()
+        self._acceptors = [a for listener in listeners for a in self._acceptors_of(listener)]
+        self.connections.resume()
+        await self.accept()
+
     async def accept(self) -> None:
         self._is_accepting = True
         self.connections.count_fates(False)
         for acceptor in self._acceptors:
             acceptor.start()
+        if self._mover is not None:  # taken back; what is under way arrives, or comes back
+            self._staying = asyncio.get_running_loop().create_task(self._stay(self._mover))
+            self._mover = None
+
+    async def _stay(self, mover: Mover) -> None:
+        await mover.close()
+        self.connections.lead(None)
+        self.connections.moves_early = False
 
     def quiesce(self) -> None:
         self._is_accepting = False
         self.connections.count_fates(True)
         self._stop_acceptors()
+
+    def held(self) -> dict[str, int]:
+        """The descriptors of the listeners that are open here, by address."""
+        named = zip(self._names, self._acceptors, strict=False)
+        return {name: acceptor.fileno() for name, acceptor in named if acceptor.fileno() >= 0}
 
     def reload_tls(self) -> None:
         if self._tls is not None:
@@ -181,17 +212,32 @@ class ConnectionServer:
                 acceptor.start()
 
     async def follow(self, successors: Sequence[str]) -> None:
+        await self._end_stay()
+        self.connections.moves_early = True
+        await self._follow(successors)
+
+    async def _end_stay(self) -> None:
+        if self._staying is not None:
+            await asyncio.wait({self._staying})
+            self._staying = None
+
+    async def _follow(self, successors: Sequence[str]) -> None:
         if self._hands_off and (successors or self._mover is not None):
             if self._mover is None:
                 self._mover = Mover(self.connections)
             await self._mover.follow(successors)
+
+    async def probe(self, path: str, timeout_s: float) -> str:
+        return await probe(self._adapter, self.connections, path, timeout_s)
 
     async def take(self, channel: Channel, version: int) -> None:
         await take_connections(channel, version, self._adapter, self.connections)
 
     async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[str]:
         self.quiesce()
-        await self.follow(successors)
+        await self._end_stay()
+        self.connections.moves_early = False
+        await self._follow(successors)
         self.connections.drain(timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
@@ -251,11 +297,19 @@ class DatagramServer:
         for transport in self._transports:
             transport.start()
 
+    async def resume(self, listeners: Sequence[socket.socket]) -> None:
+        for transport in self._transports:
+            transport.abort()
+        self._listeners = listeners
+        self.connections.resume()
+        await self.startup()
+        await self.accept()
+
     def quiesce(self) -> None:
         for transport in self._transports:
             transport.stop()
 
-    async def empty(self) -> None:
+    async def empty(self, timeout_s: float) -> None:
         """Both generations read from the same sockets."""
 
     async def adopt(self, listeners: Mapping[str, socket.socket], accepted: Sequence[socket.socket] = ()) -> None:
@@ -270,6 +324,9 @@ class DatagramServer:
 
     async def follow(self, successors: Sequence[str]) -> None:
         """They share the sockets."""
+
+    async def probe(self, path: str, timeout_s: float) -> str:
+        return "takes datagrams, and cannot be asked by HTTP: remove health_path"
 
     async def take(self, channel: Channel, version: int) -> None:
         """It has no connections."""
@@ -311,10 +368,18 @@ class SocketsServer:
     async def accept(self) -> None:
         """It has accepted since it said that it had started."""
 
+    async def resume(self, listeners: Sequence[socket.socket]) -> None:
+        await self._adapter.finish(0)
+        for listener in self._listeners:
+            listener.close()
+        self._listeners = listeners
+        self.connections.resume()
+        await self.startup()
+
     def quiesce(self) -> None:
         """It cannot stop accepting without leaving; sharing the listener until it drains loses nothing."""
 
-    async def empty(self) -> None:
+    async def empty(self, timeout_s: float) -> None:
         """It accepts until it leaves."""
 
     async def adopt(self, listeners: Mapping[str, socket.socket], accepted: Sequence[socket.socket] = ()) -> None:
@@ -330,6 +395,9 @@ class SocketsServer:
     async def follow(self, successors: Sequence[str]) -> None:
         """Its connections are its own affair."""
 
+    async def probe(self, path: str, timeout_s: float) -> str:
+        return "has a server of its own, which cannot be asked but over the port: remove health_path"
+
     async def take(self, channel: Channel, version: int) -> None:
         """It has no way of going on with a connection."""
         channel.close()
@@ -343,6 +411,14 @@ class SocketsServer:
 
     async def shutdown(self) -> None:
         """Its own affair."""
+
+
+async def _empty(acceptors: Sequence[Acceptor], timeout_s: float) -> None:
+    """Out of descriptors it may take for ever; whoever closes the last one takes or counts what is left."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            for acceptor in acceptors:
+                await acceptor.empty()
 
 
 def _refuse(listeners: Mapping[str, socket.socket], accepted: Sequence[socket.socket]) -> None:

@@ -16,7 +16,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, cast
@@ -49,6 +49,8 @@ from hotport.wire.messages import (
     Memory,
     OfferOrder,
     Order,
+    Probed,
+    ProbeOrder,
     Quiesced,
     QuiesceOrder,
     Released,
@@ -66,7 +68,8 @@ from hotport.wire.messages import (
 )
 from hotport.wire.sdnotify import encode_notification
 from hotport.worker.handoff import Channel
-from hotport.worker.server import Server, make_server
+from hotport.worker.lag import LagMeter
+from hotport.worker.server import ConnectionServer, Server, make_server
 
 __all__ = ["Worker"]
 
@@ -81,6 +84,9 @@ LINGERING_MAX: Final = 20
 
 #: How long a worker that is told to go by a signal serves on, to be told who can have its connections.
 SUCCESSORS_TIMEOUT_S: Final = 0.25
+
+#: How long a worker that is out of descriptors tries to take what waits for it.
+EMPTY_TIMEOUT_S: Final = 1.0
 
 #: From a welcome to the last of the listeners.
 TRANSFER_TIMEOUT_S: Final = 5.0
@@ -122,7 +128,10 @@ class Worker:
         self._server: Server | None = None
         self._starting: asyncio.Task[Server] | None = None
         self._draining: asyncio.Task[None] | None = None
-        self._taking: set[asyncio.Task[None]] = set()
+        self._beside: set[asyncio.Task[None]] = set()
+        self._lag = LagMeter()
+        self._is_quiesced = False
+        self._following: asyncio.Task[None] | None = None  # while it is quiesced and hands connections over
         # A service manager may signal everybody at once: whoever leaves takes what waits in the accept queue along.
         self._drain_order = DrainOrder(timeout_s=self._options.drain_timeout_s, is_last=True)
         self._leaving = asyncio.Event()
@@ -142,6 +151,7 @@ class Worker:
         try:
             return await self._serve()
         finally:
+            self._lag.close()
             for peer in list(self._peers):
                 peer.close()
             control.close()
@@ -316,13 +326,15 @@ class Worker:
             case DrainOrder():
                 self._leave(order)
             case InspectOrder():
-                peer.say(self._inspect())
+                peer.say(self._inspect(is_watched=order.is_watched))
             case SuccessorsOrder(successors=successors):
                 self._drain_order = msgspec.structs.replace(self._drain_order, successors=successors)
                 if self._server is not None and self._draining is not None:
                     await self._server.follow(successors)
                 elif self._is_asking:
                     self._leaving.set()
+                elif self._is_quiesced:
+                    self._follow(successors)
             case OfferOrder(version=version):
                 self._take(version, peer)
             case ReloadTlsOrder():
@@ -333,21 +345,41 @@ class Worker:
                 self._pass_listeners(peer)
             case TransferOrder():
                 self._take_listeners(order, peer)
+            case ProbeOrder() if self._server is not None:
+                self._run_beside(self._probe(self._server, order, peer))
             case _ if self._server is None or self._leaving.is_set():
                 self._log.warning("control.too_early_or_late", order=type(order).__name__)
             case AcceptOrder():
+                self._is_quiesced = False
+                if self._following is not None:
+                    self._following.cancel()
+                fates = dict(self._server.connections.fates)
                 await self._server.accept()
                 self._is_accepting = True
-                peer.say(Accepting(at_s=time.monotonic()))
+                peer.say(Accepting(at_s=time.monotonic(), fates=fates))
             case QuiesceOrder(empties=empties):
+                self._is_quiesced = True
                 self._server.quiesce()
                 self._is_accepting = False
                 if empties:
-                    await self._server.empty()
+                    await self._server.empty(EMPTY_TIMEOUT_S)
                 peer.say(Quiesced(at_s=time.monotonic()))
             case ReleaseOrder(addresses=addresses, timeout_s=timeout_s):
                 await self._server.release(addresses, timeout_s)
                 peer.say(Released(addresses=addresses, at_s=time.monotonic()))
+
+    def _follow(self, successors: Sequence[str]) -> None:
+        """Hand connections over, and stay; not awaited, since the next order may be to take them back."""
+        assert self._server is not None
+        before, server = self._following, self._server
+
+        async def follow() -> None:
+            if before is not None:
+                before.cancel()
+                await asyncio.wait({before})
+            await server.follow(successors)
+
+        self._following = self._loop.create_task(follow())
 
     def _take(self, version: int, peer: _Peer) -> None:
         """Another worker has connections for us; its control connection carries nothing else from here on."""
@@ -355,13 +387,14 @@ class Worker:
         if self._server is None:
             channel.close()
             return
-        task = self._loop.create_task(self._server.take(channel, version))
-        self._taking.add(task)
-        task.add_done_callback(self._taking.discard)
+        self._run_beside(self._server.take(channel, version))
 
     def _pass_listeners(self, peer: _Peer) -> None:
         """To whoever supervises from now on: duplicates of the listeners that are still open."""
-        listeners = {name: listener.fileno() for name, listener in self._listeners.items() if listener.fileno() >= 0}
+        if isinstance(self._server, ConnectionServer):
+            listeners = self._server.held()
+        else:
+            listeners = {name: sock.fileno() for name, sock in self._listeners.items() if sock.fileno() >= 0}
         word = encode_frame(encode(Listening(addresses=tuple(listeners))))
         # Nothing but a Hello has gone this way: it is not full. Whoever is gone does not need them any more.
         with peer.detach() as sock, suppress(OSError):
@@ -369,9 +402,7 @@ class Worker:
 
     def _take_listeners(self, order: TransferOrder, peer: _Peer) -> None:
         """Listeners come, on a control connection that carries nothing else from here on."""
-        task = self._loop.create_task(self._receive_listeners(order, Channel(peer.detach())))
-        self._taking.add(task)
-        task.add_done_callback(self._taking.discard)
+        self._run_beside(self._receive_listeners(order, Channel(peer.detach())))
 
     async def _receive_listeners(self, order: TransferOrder, channel: Channel) -> None:
         count = len(order.addresses) + order.connections
@@ -384,7 +415,6 @@ class Worker:
             for sock in sockets:
                 sock.setblocking(False)
             listeners = dict(zip(order.addresses, sockets, strict=False))
-            self._listeners |= listeners
             await self._server.adopt(listeners, sockets[len(listeners) :])
             await channel.send(encode_frame(encode(Transferred(count=count))))
         except (OSError, EOFError) as error:  # who sends has all of them still
@@ -392,7 +422,16 @@ class Worker:
         finally:
             channel.close()
 
-    def _inspect(self) -> Inspection:
+    def _run_beside(self, what: Coroutine[Any, Any, None]) -> None:
+        """What the next order does not wait for."""
+        task = self._loop.create_task(what)
+        self._beside.add(task)
+        task.add_done_callback(self._beside.discard)
+
+    async def _probe(self, server: Server, order: ProbeOrder, peer: _Peer) -> None:
+        peer.say(Probed(why=await server.probe(order.path, order.timeout_s)))
+
+    def _inspect(self, *, is_watched: bool) -> Inspection:
         connections = self._server.connections if self._server is not None else None
         return Inspection(
             connections=len(connections.open) if connections else 0,
@@ -402,6 +441,8 @@ class Worker:
             requests=connections.requests if connections else 0,
             rss_bytes=rss_bytes(os.getpid()),
             descriptors=_descriptors(),
+            errors=connections.errors if connections else 0,
+            lag_s=self._lag.read() if is_watched else 0.0,
         )
 
     def _reload_tls(self) -> str:

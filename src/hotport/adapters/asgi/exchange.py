@@ -224,6 +224,7 @@ class Exchange:
     def _make_up(self) -> None:
         """500 if the client has seen nothing yet, else an end that cannot be mistaken for a whole answer."""
         if self.stage >= STREAMING:
+            self.connection.shared.registry.errors += 1
             self.connection.truncate()
         else:
             self._hold_head({"status": 500, "headers": [(b"content-type", b"text/plain; charset=utf-8")]})
@@ -410,6 +411,8 @@ class Exchange:
     def _end(self) -> None:
         self.stage = ANSWERED
         self.body = b""
+        if self.status >= 500:
+            self.connection.shared.registry.errors += 1
         if self.request is not None:
             self.log(self.status)
         if self._wakeup is not None:

@@ -208,6 +208,11 @@ class HttpConnection(asyncio.Protocol):
         self._end_handoff()
         self._is_draining = True
 
+    def stay(self) -> None:
+        if not stands_still(self._handoff):
+            self._end_handoff()
+            self._is_draining = False
+
     def cut(self) -> str:
         """Close now, as `STATES` says. Cancels the application; waits for nothing."""
         state = self.state
@@ -265,8 +270,9 @@ class HttpConnection(asyncio.Protocol):
         """
         if self._is_attached and self.is_tls:
             self._handoff = None  # there may be one from before anybody knew that it speaks TLS
-            if not self._is_draining:
-                delay_s = random.random() * SPREAD * self.shared.registry.draining.remaining_s()
+            draining = self.shared.registry.draining
+            if not self._is_draining and draining.is_set():
+                delay_s = random.random() * SPREAD * draining.remaining_s()
                 self.shared.loop.call_later(delay_s, self.drain)
             return True
         self._is_draining = False

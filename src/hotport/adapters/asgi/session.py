@@ -143,6 +143,7 @@ class Session:
             log.info("the application ended with %r because its client had left: %s", error, self)
         else:
             log.error("the application %s: %s", "was cancelled" if is_cancelled else "raised", self, exc_info=error)
+            self.connection.shared.registry.errors += not is_cancelled
         if not is_over and self.connection.is_connecting:
             self.connection.refuse(500, "Internal Server Error")
         else:

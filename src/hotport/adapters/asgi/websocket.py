@@ -346,6 +346,11 @@ class WebSocketConnection(asyncio.Protocol):
             delay_s = random.random() * SPREAD * self.shared.registry.draining.remaining_s()
             self._drain_timer = self.shared.loop.call_later(delay_s, self._tell_to_close)
 
+    def stay(self) -> None:
+        if not stands_still(self.handoff):
+            self._end_handoff()
+            self._is_draining = False
+
     def cut(self) -> str:
         """Close now, as `WEBSOCKET_STATES` says. Cancels the application; waits for nothing."""
         row = WEBSOCKET_STATES[self.state]
@@ -447,7 +452,7 @@ class WebSocketConnection(asyncio.Protocol):
                 encode_state(exported)
             except Exception:
                 log.exception("the application could not export its state: %s", self._session)
-                self.drain()
+                self.shared.registry.not_taken(self)
                 return None
             if exported is None:
                 handoff.is_wanted = False

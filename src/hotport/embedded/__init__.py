@@ -1,0 +1,1 @@
+"""A server inside a program's own event loop, which can start the program again and hand everything over to it."""

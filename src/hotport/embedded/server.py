@@ -1,0 +1,497 @@
+"""A server inside one's own event loop (`serve`), which can be succeeded by a new process (`Server.restart`)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import time
+import traceback
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import anyio
+
+from hotport.adapters.base import Connections, Context
+from hotport.address import UnixAddress, parse_address
+from hotport.embedded.manager import Manager
+from hotport.embedded.predecessor import Predecessor, place_of
+from hotport.embedded.program import Program, Start
+from hotport.embedded.successor import Successor
+from hotport.errors import ConfigError, HotportError, RestartError
+from hotport.kernel.process import has_terminal
+from hotport.kernel.sockets import bind_listener, bound_address, passed_addresses, unlink_if_ours
+from hotport.options import Options
+from hotport.options.loading import load
+from hotport.worker.server import ConnectionServer, DatagramServer, SocketsServer, make_server
+
+__all__ = ["Restarted", "Server", "serve"]
+
+log = logging.getLogger("hotport.embedded")
+
+#: The servers that run in this process: a restart starts the whole program, so it must mean all of them.
+_servers: Final[set[Server]] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Restarted:
+    """A restart that is done; this process serves nobody any more.
+
+    Attributes:
+        pid: The process that serves now.
+        generation: Its number; the program as it was first started is number 1.
+        ready_s: From the call until the new process accepted; this one accepted all the time.
+        drained_s: From the call until the last connection of this process had gone.
+        connections: What became of the connections that were open, by fate, as in a restart report.
+    """
+
+    pid: int
+    generation: int
+    ready_s: float
+    drained_s: float
+    connections: Mapping[str, int]
+
+    @property
+    def handed_off(self) -> int:
+        """Connections that are served by the new process."""
+        return self._count("moved_")
+
+    @property
+    def cut(self) -> int:
+        """Connections that were closed at the end of ``drain_timeout`` in the middle of something."""
+        return self._count("cut_")
+
+    @property
+    def finished(self) -> int:
+        """All others: they have ended by themselves, or after what was begun."""
+        return sum(self.connections.values()) - self.handed_off - self.cut
+
+    def _count(self, prefix: str) -> int:
+        return sum(count for fate, count in self.connections.items() if fate.startswith(prefix))
+
+
+class _Listener:
+    """One address, whoever accepts from it.
+
+    Descriptors: owns a duplicate of `socket`, so that a successor can have it; `socket` itself is the server's.
+
+    Attributes:
+        place: What was asked for, see `place_of`.
+        address: Where it is.
+    """
+
+    def __init__(self, text: str, sock: socket.socket, backlog: int, *, is_adopted: bool) -> None:
+        address = parse_address(text)
+        self._backlog = backlog
+        self.place = place_of(text)
+        self.socket = sock
+        self.address = str(bound_address(address, sock))
+        self.kept = sock.dup()
+        self._path = ""
+        self._identity: tuple[int, int] | None = None
+        if isinstance(address, UnixAddress) and not address.is_abstract:
+            self._path = os.path.abspath(address.path)
+            self._identity = _identity(self._path)
+        #: While a predecessor may still serve here, its socket file is not ours to remove.
+        self.is_ours = not is_adopted
+        self._is_dropped = False
+
+    def drop(self) -> None:
+        """The successor does not want it: nobody accepts there once the server has closed `socket`."""
+        self._is_dropped = True
+        self.kept.close()
+
+    def renew(self) -> socket.socket:
+        """The listener once more, after `socket` was closed."""
+        if self._is_dropped:
+            self._is_dropped = False
+            address = UnixAddress(self._path) if self._path else parse_address(self.address)
+            self.kept = bind_listener(address, backlog=self._backlog)
+            self._identity = _identity(self._path) if self._path else None
+        self.socket = self.kept.dup()
+        return self.socket
+
+    def close(self, *, is_passed_on: bool = False) -> None:
+        """Close it; its socket file is removed unless a successor accepts there."""
+        self.socket.close()
+        self.kept.close()
+        if self._identity is not None and self.is_ours and (self._is_dropped or not is_passed_on):
+            unlink_if_ours(self._path, self._identity)
+
+
+def _listen(text: str, backlog: int, predecessor: Predecessor | None) -> Iterator[_Listener]:
+    """The listeners of an address, passed or bound now; several for ``systemd:NAME``."""
+    adopted = predecessor.adopt(text) if predecessor is not None else []
+    for sock in adopted:
+        yield _Listener(text, sock, backlog, is_adopted=True)
+    for address in passed_addresses(parse_address(text)) if not adopted else ():
+        yield _Listener(text, bind_listener(address, backlog=backlog), backlog, is_adopted=False)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    with suppress(OSError):  # removed under our feet
+        found = os.stat(path)
+        return found.st_dev, found.st_ino
+    return None
+
+
+class Server:
+    """A server that runs in the event loop that made it.
+
+    Attributes:
+        addresses: Where it listens, port 0 resolved.
+        connections: What is open, and the drain notice.
+        generation: 1 in the program as it was first started, one more in each successor.
+    """
+
+    def __init__(
+        self,
+        inner: ConnectionServer | DatagramServer | SocketsServer,
+        listeners: Sequence[_Listener],
+        settings: Options,
+        predecessor: Predecessor | None,
+    ) -> None:
+        self.addresses = tuple(listener.address for listener in listeners)
+        self.connections = inner.connections
+        self.generation = predecessor.spec.generation if predecessor is not None else 1
+        self._inner = inner
+        self._listeners = listeners
+        self._settings = settings
+        self._predecessor = predecessor
+        self._manager = predecessor.manager if predecessor is not None else Manager(os.environ.get("NOTIFY_SOCKET", ""))
+        self._program = Program.snapshot()
+        self._closed = asyncio.Event()
+        self._restarting: asyncio.Task[Restarted] | None = None
+        self._has_committed = False
+        self._is_succeeded = False
+        self._is_ending = False
+
+    def close(self) -> None:
+        """Let `wait_closed` return, and so the ``async with`` block end and drain."""
+        self._closed.set()
+
+    def reload_tls(self) -> None:
+        """Read the certificates again, for connections from now on.
+
+        Raises:
+            StartError: They cannot be used; those from before are kept.
+        """
+        self._inner.reload_tls()
+
+    async def wait_closed(self) -> None:
+        """Return when `close` has been called, or a restart is done: the program has nothing left to serve."""
+        await self._closed.wait()
+
+    async def restart(self, argv: Sequence[str] | None = None) -> Restarted:
+        """Start this program once more, hand everything over to the new process, and let `wait_closed` return.
+
+        The new process gets the listeners, imports the program as it is on disk now, and binds nothing that is bound
+        already. Once it accepts, this one stops accepting, hands over the connections that can move, lets the others
+        finish within ``drain_timeout`` seconds and cuts the rest. Until then every failure leaves this process serving
+        as if nothing had been asked.
+
+        Args:
+            argv: What to execute; by default the command line with which this process was started, in the working
+                directory that it had then, whose symbolic links are followed anew.
+
+        Returns:
+            What became of the connections, once the last one is gone and the service manager has been told the new
+            pid. End the program then.
+
+        Raises:
+            RestartError: This process cannot be succeeded (HP440, HP441, HP442, HP443), does not serve alone
+                (HP447) or is busy with another restart (HP448); the new process could not be started (HP444), has
+                ended (HP445) or was not ready within ``ready_timeout`` seconds (HP446). This process serves on. So it
+                does if the new one dies before this one has ended (HP449); connections that it had by then are lost.
+
+        Cancellation: until the new process accepts, it is ended, and this one serves on. After that the restart goes
+            on without its caller.
+        """
+        assert not isinstance(argv, str), "argv is a list of words"
+        assert argv is None or argv, "argv begins with the program"
+        self._refuse(argv)
+        task = self._restarting = asyncio.get_running_loop().create_task(self._restart(argv))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # its caller may be gone
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():  # by the end of the block
+                raise _refused("this server was closed meanwhile", self.generation) from None
+            if not self._has_committed:
+                task.cancel()
+                with anyio.CancelScope(shield=True):
+                    await asyncio.wait({task})
+            raise
+
+    def _refuse(self, argv: Sequence[str] | None) -> None:
+        busy = ""
+        if self._restarting is not None and not self._restarting.done():
+            busy = "another restart of this process is not over"
+        elif self._predecessor is not None and not self._predecessor.has_ended:
+            busy = f"its predecessor, pid {self._predecessor.spec.predecessor}, has not ended yet"
+        elif self._closed.is_set() or self._is_ending:
+            busy = "this server is closed"
+        if busy:
+            raise _refused(busy, self.generation)
+        if len(_servers) > 1:
+            raise RestartError(
+                "HP447",
+                "cannot restart one of several servers",
+                cause=f"this process has {len(_servers)} open blocks of hotport.serve, and its successor serves all or "
+                "none",
+                fix="serve one application on several addresses, or run them with hotport serve",
+                phase="refused",
+                serving=self.generation,
+            )
+        self._program.refuse_if_it_cannot(argv, self.generation)
+
+    async def _restart(self, argv: Sequence[str] | None) -> Restarted:
+        began_s = time.monotonic()
+        if self._predecessor is not None:
+            await self._predecessor.over.wait()
+        start = self._program.resolve(argv, self.generation)
+        await self._manager.say(reloading=True, monotonic_s=began_s, status="restarting")
+        try:
+            successor, dropped = await self._bring_up(start)
+        except BaseException as error:
+            with anyio.CancelScope(shield=True):
+                why = error.what if isinstance(error, HotportError) else "it was cancelled"
+                await self._manager.say(
+                    ready=True, status=f"restart aborted, generation {self.generation} serves: {why}"
+                )
+            raise
+        ready_s = time.monotonic() - began_s
+        try:
+            self._inner.quiesce()
+            for number in dropped:
+                self._listeners[number].drop()
+            await self._manager.say(ready=True, status=f"generation {self.generation + 1} serves, pid {successor.pid}")
+            fates = await self._leave(successor)
+            if not successor.ended.is_set():
+                await self._manager.pass_to(successor.pid)
+        finally:
+            self._has_committed = False
+            successor.close()
+        self._is_succeeded = True
+        self._closed.set()
+        return Restarted(
+            pid=successor.pid,
+            generation=self.generation + 1,
+            ready_s=ready_s,
+            drained_s=time.monotonic() - began_s,
+            connections=dict(fates),
+        )
+
+    async def _bring_up(self, start: Start) -> tuple[Successor, tuple[int, ...]]:
+        """A successor that accepts, and which listeners it does not want; nothing is left of one that fails."""
+        successor = Successor.start(
+            start,
+            generation=self.generation + 1,
+            manager=self._manager.path,
+            listeners=[listener.kept for listener in self._listeners],
+            addresses=self.addresses,
+            asked=[listener.place for listener in self._listeners],
+        )
+        try:
+            channel = await successor.ready(self._settings.ready_timeout_s)
+            self._has_committed = True  # it may have connections from here on: nobody can change his mind
+            committed = await successor.commit(channel)
+        except BaseException:
+            self._has_committed = False
+            with anyio.CancelScope(shield=True):
+                await successor.abort(self._settings.kill_timeout_s)
+            raise
+        return successor, committed.dropped
+
+    async def _leave(self, successor: Successor) -> Mapping[str, int]:
+        """Hand off, drain, and say what became of the connections; serve again if the successor dies meanwhile."""
+        loop = asyncio.get_running_loop()
+        drain = loop.create_task(
+            self._inner.drain(self._settings.drain_timeout_s, is_last=True, successors=[successor.control])
+        )
+        leaves = loop.create_task(successor.leaves.wait())
+        await asyncio.wait({drain, leaves}, return_when=asyncio.FIRST_COMPLETED)
+        leaves.cancel()
+        if not successor.leaves.is_set() or successor.has_left or self._closed.is_set() or self._is_ending:
+            if successor.leaves.is_set():
+                for listener in self._listeners:
+                    listener.kept.close()  # or clients would wait there for nobody
+            return await drain
+        drain.cancel()
+        await asyncio.wait({drain})
+        await self._inner.resume([listener.renew() for listener in self._listeners])
+        status = f"generation {self.generation} serves again, pid {os.getpid()}"
+        await self._manager.say(ready=True, main_pid=os.getpid(), status=status)
+        raise RestartError(
+            "HP449",
+            f"the successor has died after it had taken over; pid {os.getpid()} serves again",
+            cause=f"pid {successor.pid} {successor.how_it_ended}, and its connections ended with it",
+            fix="mend the program, then restart again",
+            phase="drain",
+            serving=self.generation,
+        )
+
+    async def _end(self, timeout_s: float) -> None:
+        """Finish connections within `timeout_s` seconds, unless a successor has them, and let go of everything."""
+        self._is_ending = True
+        restarting = self._restarting
+        if restarting is not None and not restarting.done():
+            if not self._has_committed:
+                restarting.cancel()
+            elif not timeout_s:
+                self.connections.cut()
+            await asyncio.wait({restarting})
+        if self._predecessor is not None:
+            self._predecessor.leaving()
+        for listener in self._listeners:
+            listener.kept.close()  # the server's own is the last one
+        if not self._is_succeeded:
+            await self._inner.drain(timeout_s, is_last=True)
+        if self._predecessor is not None:
+            await self._predecessor.close()
+        await self._inner.shutdown()
+        for listener in self._listeners:
+            listener.close(is_passed_on=self._is_succeeded)
+
+
+def _refused(why: str, serving: int) -> RestartError:
+    return RestartError(
+        "HP448",
+        "cannot restart now",
+        cause=why,
+        fix="wait for its end, then restart again",
+        phase="refused",
+        serving=serving,
+    )
+
+
+@asynccontextmanager
+async def serve(
+    app: Any,
+    *,
+    bind: str | Sequence[str] = "tcp://127.0.0.1:8000",
+    restart_on_hup: bool = False,
+    **options: Any,
+) -> AsyncIterator[Server]:
+    """Serve an application inside the running asyncio event loop.
+
+    ::
+
+        async with hotport.serve(echo, bind="tcp://127.0.0.1:7000") as server:
+            await server.wait_closed()
+
+    Leaving the block stops accepting, serves what waits in the accept queue, lets every connection finish within
+    ``drain_timeout`` seconds and cuts the rest; an exception or a cancellation cuts at once.
+
+    In a process that `Server.restart` has started, addresses that are bound there already are taken over. The block is
+    entered when this process accepts; then the service manager, if there is one, is told ``READY=1``.
+
+    Args:
+        app: The application itself: ASGI, an async function over a stream, a protocol factory, or a sockets function.
+        bind: Where to listen.
+        restart_on_hup: SIGHUP calls `Server.restart`, and the log says what came of it. One that comes because the
+            terminal is gone closes the server instead.
+        options: ``kind``, ``tasks``, ``backlog``, ``connections_max``, ``drain_timeout``, ``keep_alive``, ``lifespan``,
+            ``trusted_proxy``, ``proxy_protocol``, ``root_path``, ``tls_cert``, ``tls_key``, ``tls_client_ca``,
+            ``tls_client_auth``, ``tls_alpn``, ``ws_...``, and for restarts ``ready_timeout``, ``kill_timeout`` and
+            ``handoff``: as in ``hotport.toml``.
+
+    Raises:
+        ConfigError: An option is wrong; or signals cannot be handled here (HP450).
+        KernelError: An address cannot be bound.
+        StartError: The application cannot start.
+
+    Descriptors: listeners are made and closed here, two for each address.
+    """
+    predecessor = Predecessor.claim()
+    listeners: list[_Listener] = []
+    try:
+        try:
+            texts = (bind,) if isinstance(bind, str) else tuple(bind)
+            flags = {**options, "bind": texts, "target": "embedded:app"}
+            settings = load(file=None, environ={}, flags=flags, cwd=Path(os.devnull)).options
+            for text in texts:
+                for listener in _listen(text, settings.backlog, predecessor):
+                    listeners.append(listener)  # noqa: PERF402  what there is when another one fails, is closed below
+            connections = Connections(maximum=settings.connections_max)
+            context = Context(connections, generation=predecessor.spec.generation if predecessor is not None else 1)
+            inner = make_server(app, context, settings, [listener.socket for listener in listeners])
+            server = Server(inner, listeners, settings, predecessor)
+            await inner.startup()
+            if predecessor is not None:
+                await predecessor.wait_for_order(inner)
+            await inner.accept()
+        except BaseException as error:
+            if predecessor is not None:
+                predecessor.failed(_describe(error))
+            raise
+        for listener in listeners:
+            listener.is_ours = True
+        if predecessor is not None:
+            await predecessor.accepting()
+        else:
+            await server._manager.say(ready=True)
+    except BaseException:
+        if predecessor is not None:
+            await predecessor.close()
+        for listener in listeners:
+            listener.close()
+        raise
+    timeout_s = 0.0
+    _servers.add(server)
+    try:
+        with _restarting_on_hup(server) if restart_on_hup else nullcontext():
+            yield server
+            timeout_s = settings.drain_timeout_s
+    finally:
+        _servers.discard(server)
+        with anyio.CancelScope(shield=True):
+            await server._end(timeout_s)
+
+
+@contextmanager
+def _restarting_on_hup(server: Server) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    before = signal.getsignal(signal.SIGHUP)
+    is_bound_to_terminal = has_terminal() and before is not signal.SIG_IGN  # nohup(1): it is to outlive the terminal
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def restart() -> None:
+        try:
+            log.info("restarted: %s", await server.restart())
+        except HotportError as error:  # nobody else would hear of it
+            log.error("%s", "\n".join([str(error), *getattr(error, "__notes__", ())]))
+
+    def on_hup() -> None:
+        if is_bound_to_terminal and not has_terminal():
+            log.info("the terminal is gone")
+            server.close()
+            return
+        task = loop.create_task(restart())
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    try:
+        loop.add_signal_handler(signal.SIGHUP, on_hup)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            "HP450",
+            "cannot restart on SIGHUP",
+            cause=f"only the main thread handles signals, and this event loop runs in another one ({error})",
+            fix="leave restart_on_hup out, and call server.restart()",
+        ) from error
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, before if before is not None else signal.SIG_DFL)
+
+
+def _describe(error: BaseException) -> str:
+    """In our three lines, or with the traceback."""
+    return str(error) if isinstance(error, HotportError) else "".join(traceback.format_exception(error)).rstrip()

@@ -1,0 +1,106 @@
+"""Looking at the new workers of a restart while they can be taken back.
+
+Health is looked at, again and again: there is nothing to await that says that somebody is not well. Only the end of a
+worker is an event, and the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final
+
+import anyio
+
+from hotport.kernel.process import rss_bytes
+from hotport.model.health import Rules, Sample, verdict
+from hotport.model.service import Step, Unhealthy
+from hotport.options import Options
+from hotport.supervisor.process import Process
+from hotport.wire.messages import Inspection, InspectOrder, Probed, ProbeOrder
+
+if TYPE_CHECKING:
+    from hotport.supervisor.supervisor import Supervisor
+
+__all__ = ["watch_health"]
+
+INTERVAL_S: Final = 0.25
+
+#: From one request to the health path to the next.
+PROBE_INTERVAL_S: Final = 1.0
+
+#: How long an answer is waited for, if no rule says how long a worker may be silent.
+ANSWER_TIMEOUT_S: Final = 0.5
+
+#: What a supervisor that wakes up so late has missed says nothing about a worker.
+OWN_LAG_MAX_S: Final = 0.1
+
+
+async def watch_health(supervisor: Supervisor, generation: int, step: Step) -> None:
+    """Look at the new workers of this restart until it leaves this step, and say when they are not well."""
+    options = supervisor.options
+    rules = Rules(
+        errors_max=options.health_errors_max,
+        requests_min=options.health_requests_min,
+        lag_max_s=options.health_lag_max_s,
+        memory_max_bytes=options.health_memory_max_bytes,
+    )
+    last: dict[int, Inspection] = {}
+
+    def new_workers() -> list[Process]:
+        restart = supervisor.service.restart
+        if restart is None or restart.generation != generation or restart.step is not step:
+            return []
+        found = (supervisor.processes.get(number) for number in sorted(restart.new))
+        return [process for process in found if process is not None]
+
+    async def look_again(interval_s: float, look: Callable[[Process], Awaitable[Sample]]) -> None:
+        while processes := new_workers():
+            began = anyio.current_time()
+            samples: list[Sample] = []
+
+            async def note(process: Process, samples: list[Sample] = samples) -> None:
+                samples.append(await look(process))
+
+            async with anyio.create_task_group() as looks:
+                for process in processes:
+                    looks.start_soon(note, process)
+            if ill := verdict(rules, samples):
+                supervisor.input(Unhealthy(generation, ill.why, ill.worker))
+                return
+            await anyio.sleep_until(began + interval_s)
+
+    async with anyio.create_task_group() as tasks:
+        if rules != Rules(requests_min=rules.requests_min):
+            tasks.start_soon(look_again, INTERVAL_S, lambda process: _inspect(process, rules, last))
+        if options.health_path is not None:
+            tasks.start_soon(look_again, PROBE_INTERVAL_S, lambda process: _probe(process, options))
+
+
+async def _inspect(process: Process, rules: Rules, last: dict[int, Inspection]) -> Sample:
+    timeout_s = rules.lag_max_s or ANSWER_TIMEOUT_S
+    began = anyio.current_time()
+    found = await process.ask(InspectOrder(is_watched=True), Inspection, timeout_s)
+    is_late = anyio.current_time() - began > timeout_s + OWN_LAG_MAX_S
+    if found is not None:
+        last[process.worker] = found
+    known = last.get(process.worker)
+    return Sample(
+        worker=process.worker,
+        requests=known.requests if known else 0,
+        errors=known.errors if known else 0,
+        lag_s=found.lag_s if found else 0.0,
+        memory_bytes=rss_bytes(process.pid),
+        is_silent=found is None and process.is_talking and not is_late,
+    )
+
+
+async def _probe(process: Process, options: Options) -> Sample:
+    path, timeout_s = options.health_path, options.health_timeout_s
+    assert path is not None
+    began = anyio.current_time()
+    answer = await process.ask(ProbeOrder(path=path, timeout_s=timeout_s), Probed, timeout_s + OWN_LAG_MAX_S)
+    is_late = anyio.current_time() - began > timeout_s + 2 * OWN_LAG_MAX_S
+    why = answer.why if answer else ""
+    if answer is None and process.is_talking and not is_late:
+        why = f"did not answer GET {path} within {timeout_s:g} s"
+    return Sample(worker=process.worker, probe=why)

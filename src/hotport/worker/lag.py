@@ -1,0 +1,50 @@
+"""How long an event loop is held up, measured while somebody wants to know."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+__all__ = ["LagMeter"]
+
+TICK_S: Final = 0.05
+
+#: Measuring costs a worker its rest, so it ends so long after it was read last.
+READ_AGAIN_S: Final = 5.0
+
+
+class LagMeter:
+    """Asks the event loop to be woken again and again, and notes how late that is."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._worst_s = 0.0
+        self._due = self._until = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def read(self) -> float:
+        """The longest that the loop was held up since the last reading, in seconds; 0 at the first."""
+        now = self._loop.time()
+        self._until = now + READ_AGAIN_S
+        if self._timer is None:
+            self._wait(now)
+        worst_s, self._worst_s = max(self._worst_s, now - self._due), 0.0
+        return max(0.0, worst_s)
+
+    def close(self) -> None:
+        """Measure no longer."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _wait(self, now: float) -> None:
+        self._due = now + TICK_S
+        self._timer = self._loop.call_at(self._due, self._tick)
+
+    def _tick(self) -> None:
+        now = self._loop.time()
+        self._worst_s = max(self._worst_s, now - self._due)
+        if now < self._until:
+            self._wait(now)
+        else:
+            self._timer, self._worst_s = None, 0.0
