@@ -59,7 +59,8 @@ the same in a key. `hotport.run` takes the TOML names as keyword arguments, stro
 - A duration is a number of seconds, or like `250ms`, `30s`, `2m`, `1h30m`.
 - A size is a number of bytes, or like `512M`, `1.5G`; 1K is 1024 bytes.
 - A list is a TOML list, a flag that is given more than once, or text with commas.
-- A restart reads them again. Addresses may come and go ([strategies.md](strategies.md)); a new `workers` counts from
+- A restart reads them again. Addresses may come and go ([strategies.md](strategies.md)), but for
+  `status_bind`, which `hotport upgrade` reads (HP411); a new `workers` counts from
   that restart on.
 """.lstrip()
 

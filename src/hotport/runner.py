@@ -251,14 +251,15 @@ def _open_status_port(supervisor: Supervisor, place: _Place, stack: ExitStack) -
     bind = supervisor.options.status_bind
     port = status_port_of(place.baggage) if place.baggage else None
     port = place.predecessor.status_port if place.predecessor else port
-    if port is not None:
-        stack.callback(port.listener.close)
+    if port is not None and port.bind != bind:
+        port.listener.close()
+        port = None
     if bind is None:
         return
-    if port is None or port.bind != bind:
+    if port is None:
         listener = bind_listener(parse_address(bind), backlog=STATUS_BACKLOG)
-        stack.callback(listener.close)
         port = StatusPort(bind, str(bound_address(parse_address(bind), listener)), listener)
+    stack.callback(port.listener.close)
     supervisor.status_port = port
     address = parse_address(port.address)
     if isinstance(address, UnixAddress) and not address.is_abstract:

@@ -307,14 +307,24 @@ def test_a_status_port_is_taken_over_with_the_service(tmp_path: Path) -> None:
     assert not (tmp_path / "status.sock").exists()
 
 
-def test_a_restart_does_not_move_the_status_port(tmp_path: Path) -> None:
+def test_an_upgrade_moves_the_status_port_and_a_restart_does_not(tmp_path: Path) -> None:
     write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))
     config = tmp_path / "hotport.toml"
     config.write_text('status_bind = "127.0.0.1:0"\n')
     with Service(tmp_path, "app:app") as service:
         service.wait_ready()
-        config.write_text('status_bind = "127.0.0.1:1"\n')
+        before = StatusPort(service)
+        config.write_text('status_bind = "unix:moved.sock"\n')
         refused = service.run("restart")
         assert refused.returncode == 4
         assert_three_lines(refused.stderr, "HP411")
-        assert "127.0.0.1:1" in refused.stderr
+        assert "moved.sock" in refused.stderr
+        assert before.get("/ready")[0] == 200
+        assert service.run("upgrade", "svc").returncode == 0
+        assert service.status()["status_address"] == "unix:moved.sock"
+        with pytest.raises(ConnectionRefusedError):
+            before.connect()
+        service.restart()
+        assert service.run("stop", "svc").returncode == 0
+        assert service.wait() == 0
+    assert not (tmp_path / "moved.sock").exists()

@@ -101,13 +101,14 @@ async def restart(
             cause=chosen.why,
             fix=f"hotport restart {supervisor.name} --strategy auto",
         )
-    if options.status_bind != before.status_bind:
+    status_bind = supervisor.status_port.bind if supervisor.status_port else None
+    if options.status_bind != status_bind:
         raise _refused(
             "HP411",
             "the address of its status port has changed",
             supervisor,
-            cause=f"it is {before.status_bind}; the options now say {options.status_bind}",
-            fix=f"hotport stop {supervisor.name}, then serve again",
+            cause=f"it is {status_bind}; the options now say {options.status_bind}",
+            fix=f"hotport upgrade {supervisor.name}, and restart then",
         )
     wants = chosen.strategy
     if options.canary and wants is Strategy.REBIND:
