@@ -115,11 +115,19 @@ class Listeners:
         """Addresses that somebody else has, and who."""
         return {each.address: each.why_lost for each in self._each() if each.sock is None}
 
-    def lingering(self, pids: Mapping[int, int], generation: int) -> tuple[int, ...]:
-        """Which of these processes (a pid by worker) have a TCP listener open that a generation listens on, or did."""
-        sockets = [each.sock for each in (*self.of(generation), *self._abandoned) if each.sock is not None]
-        inodes = {os.fstat(sock.fileno()).st_ino for sock in sockets if sock.family != socket.AF_UNIX}
+    def lingering(self, pids: Mapping[int, int], generation: int, other: int = 0) -> tuple[int, ...]:
+        """Which of these processes (a pid by worker) have a listener open that a generation has, or one before it had.
+
+        Args:
+            other: Look only for what this generation has in common with it.
+        """
+        found = self.common(generation, other) if other else (*self.of(generation), *self._abandoned)
+        inodes = {os.fstat(each.sock.fileno()).st_ino for each in found if each.sock is not None}
         return tuple(worker for worker, pid in pids.items() if has_socket(pid, inodes))
+
+    def common(self, old: int, new: int) -> list[Listener]:
+        """The listeners that two generations share."""
+        return [each for each in self.of(new) if each in self.of(old) and each.sock is not None]
 
     # -- a restart -------------------------------------------------------------------------------------------
 
@@ -200,7 +208,7 @@ class Listeners:
         Before it is closed a listener hears nothing new, and its accept queue is emptied. See `Rebound`.
         """
         result = Rebound()
-        common = [each for each in self.of(new) if each in self.of(old) and each.sock is not None]
+        common = self.common(old, new)
         for each in common:
             assert each.sock is not None
             with suppress(OSError):

@@ -407,7 +407,7 @@ class Supervisor:
         process, restart = self.processes.get(worker), self.service.restart
         if process is None or restart is None:
             return
-        common = set(self.owned.of(restart.generation)) & set(self.owned.of(process.generation))
+        common = self.owned.common(process.generation, restart.generation)
         sockets = {each.address: each.sock for each in common if each.sock is not None}
         process.held -= set(sockets.values())
         process.released = anyio.Event()
@@ -416,7 +416,7 @@ class Supervisor:
     def _rebind(self, generation: int) -> None:
         old = self.service.generation
         leaving = {number: process.pid for number, process in self.processes.items() if process.generation <= old}
-        if lingering := self.owned.lingering(leaving, old):  # then to close ours would not free the port
+        if lingering := self.owned.lingering(leaving, old, generation):  # then to close ours would not free the port
             self.input(model.Bound(f"worker {lingering[0]} still has a listener open"))
             return
         result = self.owned.rebind(old, generation, self.options.backlog)
