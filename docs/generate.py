@@ -139,7 +139,7 @@ EXIT_CODES: Final = {
     "BUG": "A bug of hotport's, or a failure that no other code describes.",
     "USAGE": "A wrong option, address, file or command line; nothing has happened.",
     "NOT_STARTED": "The service, or what it was to start, could not start.",
-    "ABORTED": "A restart was aborted or refused; the old generation serves.",
+    "ABORTED": "A restart was aborted, undone or refused; the old generation serves.",
     "CUT": "Stopped, and connections were cut at the drain deadline.",
     "NO_SUPERVISOR": "No supervisor answered.",
     "NOT_READY": "`hotport status --ready`: clients should not be sent to the service now.",
