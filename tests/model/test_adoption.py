@@ -65,6 +65,14 @@ def test_one_generation_goes_on(phases: list[tuple[int, Phase]], generation: int
     assert found == effects
 
 
+def test_generation_that_is_being_taken_back_to_goes_on() -> None:
+    workers = tuple(Worker(number, generation, S) for number, generation in enumerate((1, 1, 2, 2), 1))
+    service, effects = step(Service(2), Adopt(workers, 2, 2, 4, favoured=1))
+    assert service.generation == 1
+    assert Drain(3) in effects
+    assert Drain(4) in effects
+
+
 def test_worker_of_another_generation_stays_until_it_is_replaced() -> None:
     service, effects = adopt((1, S), (2, S), (2, S), wanted=3)
     assert service.generation == 2

@@ -177,7 +177,7 @@ class World:
             if process.accepts:
                 self._accepting.add(number)
         workers = tuple(Worker(number, each.generation, each.phase) for number, each in self.processes.items())
-        self.queue.append(Adopt(workers, service.wanted, service.generations, service.spawned))
+        self.queue.append(Adopt(workers, service.wanted, service.generations, service.spawned, service.favoured))
         self.service = Service(wanted=service.wanted)
         self.take()
         self._generations = [self.service.generations]

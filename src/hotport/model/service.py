@@ -109,6 +109,9 @@ class Step(enum.Enum):
     UNDOING = "undoing"
 
 
+#: Steps in which the new workers are to stay, unless something happens.
+_COMMITTED: Final = frozenset({Step.QUIESCING, Step.SETTLING, Step.WATCHING})
+
 #: Steps in which the new workers serve, are watched, and are taken back if they are not well.
 WATCHED: Final = frozenset({Step.BAKING, Step.WATCHING})
 
@@ -192,6 +195,14 @@ class Service:
         return len({w.generation for w in self.workers.values()} - current)
 
     @property
+    def favoured(self) -> int:
+        """The generation that a next supervisor should go on with if several serve whole."""
+        restart = self.restart
+        if restart is not None and restart.step in _COMMITTED and not restart.remaining:
+            return restart.generation
+        return self.generation
+
+    @property
     def stage(self) -> Stage:
         """What load balancers are told; while workers are exchanged it stays READY."""
         if self.is_stopping:
@@ -221,12 +232,14 @@ class Adopt:
         wanted: How many should serve.
         generations: How many generation numbers have been given out, as far as anybody remembers.
         spawned: How many worker numbers.
+        favoured: The generation that should go on if several serve whole; 0: the newest.
     """
 
     workers: tuple[Worker, ...]
     wanted: int
     generations: int
     spawned: int
+    favoured: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -732,7 +745,7 @@ def _boot(draft: _Draft) -> None:
 def _adopt(draft: _Draft, event: Adopt) -> None:
     """Everything that a restart can be broken off at ends in one of two ways: its commit was reached, or it was not."""
     workers = MappingProxyType({worker.id: worker for worker in sorted(event.workers, key=lambda w: w.id)})
-    generation = surviving(event.workers, event.wanted)
+    generation = surviving(event.workers, event.wanted, event.favoured)
     draft.set(
         workers=workers,
         wanted=event.wanted,
@@ -763,15 +776,16 @@ def _adopt(draft: _Draft, event: Adopt) -> None:
         _boot(draft)
 
 
-def surviving(workers: Iterable[Worker], wanted: int) -> int:
-    """The generation that a service is of whose supervisor is gone: the newest that serves whole, else what is left.
+def surviving(workers: Iterable[Worker], wanted: int, favoured: int = 0) -> int:
+    """The generation that a service is of whose supervisor is gone: one that serves whole, else what is left.
 
-    A generation serves whole only after its commit, or before the next one's. 0 if none has begun to serve.
+    A generation serves whole only after its commit, or before the next one's; of several the `favoured` one goes on, or
+    the newest. 0 if none has begun to serve.
     """
     workers = tuple(workers)
     serving = Counter(w.generation for w in workers if w.phase is Phase.SERVING)
     if whole := [generation for generation, count in serving.items() if count >= wanted]:
-        return max(whole)
+        return favoured if favoured in whole else max(whole)
     left = Counter(w.generation for w in workers if w.phase in (Phase.SERVING, Phase.QUIESCED))
     return max(left, key=lambda generation: (left[generation], -generation), default=0)
 

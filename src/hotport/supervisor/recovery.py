@@ -73,6 +73,7 @@ class Found:
         wanted: How many workers should serve; 0 if nobody remembers.
         generations: How many generation numbers were given out, as far as anybody remembers.
         spawned: How many worker numbers.
+        favoured: The generation that its supervisor would have gone on with.
         generation: The one that serves; 0 if none has begun to.
         listeners: By generation and canonical address; sockets of the survivors are the same objects.
     """
@@ -81,6 +82,7 @@ class Found:
     wanted: int = 0
     generations: int = 0
     spawned: int = 0
+    favoured: int = 0
     generation: int = 0
     listeners: dict[int, dict[str, socket.socket]] = field(default_factory=dict)
 
@@ -170,8 +172,8 @@ def _number(survivors: Sequence[Survivor], memory: Memory | None, numbers: Mappi
     ordered = tuple(sorted(survivors, key=lambda each: each.worker))
     options = [each.launch.options.workers for each in ordered if each.launch]
     wanted = latest.wanted if latest else max(options, default=0)
-    found = Found(ordered, wanted, generations, spawned)
-    return replace(found, generation=model.surviving(found.workers, max(1, wanted)))
+    found = Found(ordered, wanted, generations, spawned, latest.favoured if latest else 0)
+    return replace(found, generation=model.surviving(found.workers, max(1, wanted), found.favoured))
 
 
 def _gather(found: Found, carried: Mapping[str, socket.socket], directory: str) -> None:

@@ -241,13 +241,18 @@ class Supervisor:
                 self._tasks.start_soon(process.converse, self._hear_word)
         workers = tuple(worker for worker in found.workers if worker.id in here)
         wanted = found.wanted or self.options.workers
-        self.input(model.Adopt(workers, wanted, found.generations, found.spawned))
+        self.input(model.Adopt(workers, wanted, found.generations, found.spawned, found.favoured))
 
     @property
     def memory(self) -> Memory:
         """What a next supervisor could not learn from the workers otherwise."""
         service = self.service
-        return Memory(wanted=service.wanted, generations=service.generations, spawned=service.spawned)
+        return Memory(
+            wanted=service.wanted,
+            generations=service.generations,
+            spawned=service.spawned,
+            favoured=service.favoured,
+        )
 
     def depart(self) -> None:
         """End `run` as soon as everything that has happened is dealt with; the workers serve on."""

@@ -90,11 +90,13 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
         wanted: How many workers should serve.
         generations: How many generation numbers have been given out.
         spawned: How many worker numbers.
+        favoured: The generation that should go on if several serve whole.
     """
 
     wanted: int
     generations: int
     spawned: int
+    favoured: int = 0
 
 
 class RememberOrder(msgspec.Struct, frozen=True, kw_only=True, tag="remember"):
