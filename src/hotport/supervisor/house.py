@@ -106,6 +106,8 @@ class House:
             cause = "the service is a lame duck, and stops soon"
         elif service.generation == 0:
             cause = "the service is still starting"
+        elif supervisor.owned.lost:
+            cause = f"somebody else has {', '.join(supervisor.owned.lost)}"
         elif supervisor.is_succeeded or supervisor.is_departing:
             cause = "another supervisor is taking over"
         else:

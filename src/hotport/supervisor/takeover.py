@@ -133,6 +133,8 @@ def _check(supervisor: Supervisor, request: TakeOverRequest) -> None:
         cause = f"a restart is in progress (generation {service.restart.generation})"
     elif service.generation == 0:
         cause = "it is still starting"
+    elif supervisor.owned.lost:
+        cause = f"somebody else has {', '.join(supervisor.owned.lost)}"
     else:
         return
     raise _refused("HP655", supervisor, cause, f"hotport status {supervisor.name}, and try again")
