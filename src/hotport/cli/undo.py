@@ -14,7 +14,7 @@ from hotport.wire.messages import UndoRequest
 __all__ = ["command"]
 
 
-@click.command("undo", context_settings=HELP)
+@click.command("undo", short_help="Take back the restart of NAME that is not over.", context_settings=HELP)
 @click.argument("name", required=False)
 @click.option("--keep", is_flag=True, help="The opposite: keep the new generation, and end the bake or the window now.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

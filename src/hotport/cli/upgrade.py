@@ -15,7 +15,7 @@ from hotport.wire.messages import UpgradeRequest
 __all__ = ["command"]
 
 
-@click.command("upgrade", context_settings=HELP)
+@click.command("upgrade", short_help="Renew the supervisor of NAME; its workers serve on.", context_settings=HELP)
 @click.argument("name", required=False)
 @click.option("--python", metavar="FILE", help="Go on with this interpreter, and the hotport that is installed for it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
