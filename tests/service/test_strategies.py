@@ -171,6 +171,24 @@ def test_who_waits_at_an_address_that_is_dropped_is_served(tmp_path: Path) -> No
             assert command.wait(DEADLINE_S) == 0
 
 
+def test_address_that_is_dropped_is_closed_while_its_worker_still_drains(tmp_path: Path) -> None:
+    """Clients could connect there until the last connection of the old worker had ended, and waited for that long."""
+    app, options = tmp_path / "app.py", tmp_path / "hotport.toml"
+    write_code(app, LINE_APP.format(version="one"))
+    options.write_text("bind = ['127.0.0.1:0', 'unix:dropped.sock']\nhandoff = 'off'")
+    with Service(tmp_path, "--settle", "50ms", "app:app", default_bind=None).wait_ready() as service:
+        with socket.create_connection(("127.0.0.1", service.port), DEADLINE_S) as held:
+            service.wait_until(lambda: any(each["connections"] for each in service.status()["workers"]), "it is there")
+            options.write_text("bind = ['127.0.0.1:0']\nhandoff = 'off'")
+            command = service.start("restart", "--json")
+            eventually(lambda: not (tmp_path / "dropped.sock").exists(), "it is closed")
+            assert "draining" in {worker["phase"] for worker in service.status()["workers"]}
+            held.sendall(b"who\n")
+            assert answer(held) == "one"
+        command.communicate(timeout=DEADLINE_S)
+        assert command.returncode == 0
+
+
 def test_aborted_restart_closes_the_addresses_that_it_added(tmp_path: Path) -> None:
     app, options = tmp_path / "app.py", tmp_path / "hotport.toml"
     write_code(app, LINE_APP.format(version="one"))

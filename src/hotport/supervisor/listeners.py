@@ -110,6 +110,11 @@ class Listeners:
         """The sockets of a generation by address, without those that somebody else has."""
         return {each.address: each.sock for each in self.of(generation) if each.sock is not None}
 
+    def named(self, sockets: Collection[socket.socket]) -> dict[str, socket.socket]:
+        """Some sockets by address, whether a generation that goes on needs them or not."""
+        known = (*self._each(), *self._abandoned)
+        return {each.address: each.sock for each in known if each.sock is not None and each.sock in sockets}
+
     @property
     def lost(self) -> dict[str, str]:
         """Addresses that somebody else has, and who."""

@@ -56,6 +56,7 @@ class Process:
         is_talking: Its control socket is connected, or being connected.
         memory: What was left with it last, for a next supervisor.
         held: Listeners that it has, or is being given.
+        releasing: Listeners that it was told to release, by address, until it says that it has closed them.
         released: Set when it has closed the listeners that it was told to release; None if it was not told.
 
     Descriptors: owns ``child.pidfd`` and the control connection.
@@ -81,6 +82,7 @@ class Process:
         self.successors: tuple[str, ...] = ()
         self.memory: Memory | None = None
         self.held: set[socket.socket] = set()
+        self.releasing: dict[str, socket.socket] = {}
         self.released: anyio.Event | None = None
         self._pidfd = child.pidfd
         self.control_path = control_path

@@ -415,6 +415,7 @@ class Supervisor:
         common = self.owned.common(process.generation, restart.generation)
         sockets = {each.address: each.sock for each in common if each.sock is not None}
         process.held -= set(sockets.values())
+        process.releasing |= sockets
         process.released = anyio.Event()
         process.order(ReleaseOrder(addresses=tuple(sockets)))
 
@@ -469,18 +470,18 @@ class Supervisor:
         else:
             process.successors = () if is_last else self._successors(worker)
             if abandoned := self._abandoned(process):
-                process.order(ReleaseOrder(addresses=abandoned))
+                process.releasing |= abandoned
+                process.order(ReleaseOrder(addresses=tuple(abandoned)))
             process.order(
                 DrainOrder(timeout_s=self.options.drain_timeout_s, is_last=is_last, successors=process.successors)
             )
 
-    def _abandoned(self, process: Process) -> tuple[str, ...]:
+    def _abandoned(self, process: Process) -> dict[str, socket.socket]:
         """Listeners of a worker that leaves which nobody serves after it."""
         restart = self.service.restart
         generations = {self.service.generation, restart.generation if restart else 0} - {0}
         served = {sock for number in generations for sock in self.owned.sockets(number).values()}
-        sockets = self.owned.sockets(process.generation)
-        return tuple(address for address, sock in sockets.items() if sock in process.held - served)
+        return self.owned.named(process.held - served)
 
     def _successors(self, leaving: int) -> tuple[str, ...]:
         """Control sockets of those that can go on with a worker's connections: the newest generation that serves."""
@@ -609,8 +610,7 @@ class Supervisor:
                 self.input(Said(worker, Event.QUIESCED))
             case Released(addresses=addresses, at_s=at_s):
                 if process := self.processes.get(worker):
-                    named = self.owned.sockets(process.generation)
-                    process.held -= {named[address] for address in addresses if address in named}
+                    process.held -= {process.releasing.pop(each) for each in addresses if each in process.releasing}
                     if process.released is not None:
                         process.released.set()
                 self.reports.note(self.service.restart, worker, Event.QUIESCED, at_s)
