@@ -41,8 +41,15 @@ def lost(report: Any) -> dict[str, int]:
     return {fate: count for fate, count in fates if fate.startswith(("cut_", "told_", "workers_"))}
 
 
-def test_connections_go_to_the_new_generation_and_come_back_when_somebody_undoes_the_restart(tmp_path: Path) -> None:
-    with serving(tmp_path) as service, Clients(service.port) as clients:
+@pytest.mark.parametrize("strategy", ["inherit", "overlap", "rebind"])
+def test_connections_go_to_the_new_generation_and_come_back_when_somebody_undoes_the_restart(
+    tmp_path: Path, strategy: str
+) -> None:
+    newcomers = 0 if strategy == "rebind" else 2  # some would come in its gap
+    with (
+        serving(tmp_path, "--strategy", strategy) as service,
+        Clients(service.port, newcomers=newcomers) as clients,
+    ):
         clients.wait("1")
         write_version(tmp_path, "2")
         restart = service.start("restart", "--undo-window", "1m")

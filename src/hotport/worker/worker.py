@@ -366,6 +366,7 @@ class Worker:
                 peer.say(Quiesced(at_s=time.monotonic()))
             case ReleaseOrder(addresses=addresses, timeout_s=timeout_s):
                 await self._server.release(addresses, timeout_s)
+                self._is_quiesced, self._is_accepting = True, False
                 peer.say(Released(addresses=addresses, at_s=time.monotonic()))
 
     def _follow(self, successors: Sequence[str]) -> None:
