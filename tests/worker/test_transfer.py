@@ -67,6 +67,32 @@ async def test_listener_that_comes_is_accepted_from(listener: socket.socket, is_
         assert await is_answered(await connected(listener))
 
 
+async def test_who_comes_late_to_a_queue_that_nobody_else_serves_is_served_until_the_worker_leaves(
+    listener: socket.socket,
+) -> None:
+    """A handshake that ended after the old worker of an overlap had emptied its queue waited for the undo window."""
+    async with serving(handoff="off") as server:
+        await server.adopt({"a": listener.dup()})
+        await server.accept()
+        server.quiesce()
+        await server.empty(DEADLINE_S)
+        assert await is_answered(await connected(listener))
+        server.quiesce()
+        client = await connected(listener)
+        await asyncio.sleep(0)
+        await server.accept()
+        assert await is_answered(client)
+        assert not server.connections.fates
+
+
+async def test_emptying_that_outlasts_its_worker_begins_nothing(listener: socket.socket) -> None:
+    async with serving() as server:
+        await server.adopt({"a": listener.dup()})
+        await server.accept()
+        await server.drain(0.0)
+        await server.empty(DEADLINE_S)
+
+
 async def test_connection_that_comes_is_served_like_one_that_was_accepted(listener: socket.socket) -> None:
     async with serving() as server:
         client = await connected(listener)

@@ -414,7 +414,11 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class Quiesce:
-    """Tell a worker to stop accepting and to keep its connections; nobody else serves what waits if `empties`."""
+    """Tell a worker to stop accepting and to keep its connections.
+
+    Attributes:
+        empties: Nobody else serves what waits, or comes late; it does.
+    """
 
     worker: int
     empties: bool = False

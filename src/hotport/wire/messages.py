@@ -41,7 +41,11 @@ class AcceptOrder(msgspec.Struct, frozen=True, kw_only=True, tag="accept"):
 
 
 class QuiesceOrder(msgspec.Struct, frozen=True, kw_only=True, tag="quiesce"):
-    """Stop accepting; keep every connection; if `empties`, take what waits in the accept queue first."""
+    """Stop accepting; keep every connection.
+
+    Attributes:
+        empties: Take what waits in the accept queue first, and go on taking what comes late: nobody is sent there.
+    """
 
     empties: bool = False
 

@@ -39,7 +39,10 @@ class Server(Protocol):
         """Stop accepting; every connection goes on."""
 
     async def empty(self, timeout_s: float) -> None:
-        """Take what waits in the accept queue, within `timeout_s`: nobody else will. Listeners stay open."""
+        """Take what waits in the accept queue, within `timeout_s`, and from then on what comes late: nobody else will.
+
+        Handshakes that began before newcomers were sent elsewhere take as long as their clients are far away.
+        """
 
     async def adopt(self, listeners: Mapping[str, socket.socket], accepted: Sequence[socket.socket] = ()) -> None:
         """Have listeners more, by address, and connections that were accepted elsewhere; all are owned from here on.
@@ -143,6 +146,9 @@ class ConnectionServer:
 
     async def empty(self, timeout_s: float) -> None:
         await _empty(self._acceptors, timeout_s)
+        self._is_accepting = True
+        if not self.connections.is_full:
+            self._start_acceptors()
 
     async def release(self, addresses: Collection[str], timeout_s: float) -> None:
         named = list(zip(self._acceptors, self._names, strict=True))
@@ -206,10 +212,14 @@ class ConnectionServer:
         for acceptor in self._acceptors:
             acceptor.stop()
 
+    def _start_acceptors(self) -> None:
+        for acceptor in self._acceptors:
+            if acceptor.fileno() >= 0:
+                acceptor.start()
+
     def _on_room(self) -> None:
         if self._is_accepting:
-            for acceptor in self._acceptors:
-                acceptor.start()
+            self._start_acceptors()
 
     async def follow(self, successors: Sequence[str]) -> None:
         await self._end_stay()
