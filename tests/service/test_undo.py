@@ -195,9 +195,10 @@ def test_undo_after_the_window_is_refused_and_says_when_the_last_restart_ended(t
     with serving(tmp_path, workers=1) as service:
         service.restart()
         refused = service.run("undo")
-        canary = service.run("restart", "--canary", "1", "--strategy", "rebind")
-    assert canary.returncode == 4
-    assert_three_lines(canary.stderr, "HP421")
+        for strategy in ("overlap", "rebind"):
+            canary = service.run("restart", "--canary", "1", "--strategy", strategy)
+            assert canary.returncode == 4
+            assert_three_lines(canary.stderr, "HP421")
     assert refused.returncode == 4
     assert_three_lines(refused.stderr, "HP410")
     assert "no restart is in progress or in its undo window" in refused.stderr

@@ -53,6 +53,12 @@ INSPECT_TIMEOUT_S = 0.5
 #: A worker that reads its certificates answers at once; one that is busy for so long is reported.
 RELOAD_TIMEOUT_S = 5.0
 
+#: Why a canary makes no sense with a strategy.
+_NO_CANARY = {
+    Strategy.OVERLAP: "with the strategy overlap every newcomer is sent to one generation: it would see none of them",
+    Strategy.REBIND: "with the strategy rebind the old generation lets go of the port before the new one has it",
+}
+
 
 async def restart(
     supervisor: Supervisor,
@@ -111,13 +117,13 @@ async def restart(
             fix=f"hotport upgrade {supervisor.name}, and restart then",
         )
     wants = chosen.strategy
-    if options.canary and wants is Strategy.REBIND:
+    if options.canary and wants in _NO_CANARY:
         raise _refused(
             "HP421",
             "a canary cannot serve beside its old workers",
             supervisor,
-            cause="with the strategy rebind the old generation lets go of the port before the new one has it",
-            fix=f"hotport restart {supervisor.name} --canary 0",
+            cause=_NO_CANARY[wants],
+            fix=f"hotport restart {supervisor.name} --canary 0, or --strategy auto",
         )
     try:
         plan = supervisor.owned.prepare(options, wants, supervisor.service.generation)
