@@ -93,7 +93,7 @@ def test_new_workers_that_are_not_well_are_taken_back() -> None:
     world = watching()
     world.find_unhealthy("worker 4 answered GET / with 500", 4)
     world.run()
-    assert Announce(News.UNDOING, 2, 4, "worker 4 answered GET / with 500") in world.effects
+    assert Announce(News.UNDOING, 2, 4, "worker 4 answered GET / with 500", (3, 4)) in world.effects
     assert why(world, News.UNDONE) == "worker 4 answered GET / with 500"
 
 

@@ -118,6 +118,7 @@ def test_new_generation_that_dies_in_its_window_is_taken_back_and_nobody_is_refu
     report = json.loads(out)
     assert report["outcome"] == "undone"
     assert report["error"] == f"worker {new[0]['worker']} killed by SIGKILL"
+    assert report["connections_back"]["workers_killed"] == 1
 
 
 def test_canary_serves_beside_the_old_ones_and_the_others_follow_when_it_has_been_well(tmp_path: Path) -> None:

@@ -1031,7 +1031,13 @@ def _take_back(draft: _Draft, restart: Restart, why: str, culprit: int = 0, *, i
     if restart.step in WATCHED or (restart.step in (Step.QUIESCING, Step.SETTLING) and not is_lost):
         draft.emit(
             *(StopTimer(Timer(clock)) for clock in _CLOCKS),
-            Announce(News.UNDOING, generation=restart.generation, worker=culprit, why=why),
+            Announce(
+                News.UNDOING,
+                generation=restart.generation,
+                worker=culprit,
+                why=why,
+                workers=tuple(sorted(restart.new)),
+            ),
         )
         _unsteer(draft, restart)
         draft.set(restart=replace(restart, step=Step.UNDOING, why=why))

@@ -20,7 +20,6 @@ _PHASES = {
     News.QUIESCED: "quiesced",
     News.DRAINING: "draining",
     News.WATCHING: "watching",
-    News.UNDOING: "undoing",
 }
 
 
@@ -66,6 +65,7 @@ class RestartRecord:
         self._why = ""
         self._culprit = 0
         self._leaving: set[int] = set()
+        self._back: set[int] = set()  # new workers that are taken back, or were lost and are the reason for it
         self._drained: set[int] = set()
         self._fates: Counter[str] = Counter()
         self._strategy = strategy
@@ -80,9 +80,12 @@ class RestartRecord:
 
     def drained(self, worker: int, fates: Mapping[str, int]) -> None:
         """What became of a leaving worker's connections, by its own word."""
-        if worker in self._leaving:
+        if worker in self._leaving | self._back:
             self._drained.add(worker)
-            (self._fates_back if self._outcome == "undone" else self._fates).update(fates)
+            self._fates_of(worker).update(fates)
+
+    def _fates_of(self, worker: int) -> Counter[str]:
+        return self._fates_back if worker in self._back else self._fates
 
     def taken_back(self, fates: Mapping[str, int]) -> None:
         """What became of an old worker's connections before it accepted again."""
@@ -101,10 +104,10 @@ class RestartRecord:
     def hear(self, announcement: Announce) -> None:
         """Take one piece of news into account."""
         match announcement.news:
-            case News.WORKER_RETIRED if announcement.worker in self._leaving:
-                self._leaving.discard(announcement.worker)
-                if announcement.worker not in self._drained and self._outcome != "aborted":
-                    (self._fates_back if self._outcome == "undone" else self._fates)["workers_killed"] += 1
+            case News.WORKER_RETIRED if (worker := announcement.worker) in self._leaving | self._back:
+                self._leaving.discard(worker)
+                if worker not in self._drained and self._outcome != "aborted":
+                    self._fates_of(worker)["workers_killed"] += 1
             case _ if announcement.generation != self.generation:
                 pass
             case News.ABORTED:
@@ -122,9 +125,11 @@ class RestartRecord:
                 self._mark("undone")
             case News.BAKING:
                 self._mark("baking")  # its workers are those of the canary
+            case News.UNDOING:
+                self._culprit = announcement.worker
+                self._back |= set(announcement.workers)  # they leave when the old ones accept
+                self._mark("undoing")
             case news if news in _PHASES:
-                if news is News.UNDOING:
-                    self._culprit = announcement.worker
                 self._leaving |= set(announcement.workers)
                 self._mark("quiesce overdue" if news is News.QUIESCED and announcement.why else _PHASES[news])
         if self._outcome and not self._leaving and not self.is_over:
