@@ -129,6 +129,10 @@ def test_canary_serves_beside_the_old_ones_and_the_others_follow_when_it_has_bee
         wait_watched(service, "baking")
         phases = sorted((worker["generation"], worker["phase"]) for worker in service.status()["workers"])
         assert phases == [(1, "serving"), (1, "serving"), (2, "serving")]
+        old = next(worker for worker in service.status()["workers"] if worker["generation"] == 1)
+        os.kill(old["pid"], signal.SIGTERM)  # its connections are for the other old one
+        service.wait_until(lambda: bool(service.log_events("worker.retired")), "it has gone")
+        assert [each["adopted"] for each in service.status()["workers"] if each["generation"] == 2] == [0]
         kept = service.run("undo", "--keep")
         assert (kept.returncode, kept.stdout) == (0, "generation 2 stays: the other workers start\n")
         clients.wait("2")

@@ -484,12 +484,21 @@ class Supervisor:
         return self.owned.named(process.held - served)
 
     def _successors(self, leaving: int) -> tuple[str, ...]:
-        """Control sockets of those that can go on with a worker's connections: the newest generation that serves."""
+        """Control sockets of those that can go on with a worker's connections.
+
+        They are of the generation that stays as far as anybody knows: not a canary, nor what is taken back, if there
+        are others.
+        """
         if self.service.is_stopping:
             return self.heirs
         serving = [self.service.workers[number] for number in self.service.ids(Phase.SERVING) if number != leaving]
-        newest = max((worker.generation for worker in serving), default=0)
-        processes = [self.processes.get(worker.id) for worker in serving if worker.generation == newest]
+        restart, generations = self.service.restart, {worker.generation for worker in serving}
+        going = self.service.favoured
+        if restart is not None and restart.is_phased and restart.step is not model.Step.UNDOING:
+            going = restart.generation
+        if going not in generations:
+            going = max(generations, default=0)
+        processes = [self.processes.get(worker.id) for worker in serving if worker.generation == going]
         return tuple(process.control_path for process in processes if process is not None and process.is_talking)
 
     def _redirect(self) -> None:
@@ -720,6 +729,7 @@ class Supervisor:
     async def ask(self, asked: Asked, make: Callable[[int], model.Input]) -> None:
         """Put a request to the model and wait for its answer; raise RestartError if it is refused."""
         if self.is_succeeded or self.is_departing:
+            self.owned.discard(asked.plan)
             raise RestartError(
                 "HP410",
                 f"{self.name} does not take this request now",
