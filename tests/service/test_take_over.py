@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tests.service.test_handoff_faults import APP as HTTP_APP
 from tests.service.test_handoff_faults import Kept
 from tests.service.test_recovery import BROKEN, assert_healthy, die, ending
 from tests.support import (
+    DEADLINE_S,
     LINE_APP,
     RESTARTS,
     Gate,
@@ -151,6 +153,29 @@ def test_addresses_are_kept_added_and_dropped(tmp_path: Path) -> None:
         assert kept == tcp
         assert added.startswith("tcp://127.0.0.2:")
         assert ask_line(new.port).generation == "2"
+        assert new.stop() == 0
+        assert not unix.exists()
+
+
+def test_old_supervisor_that_is_stopped_meanwhile_leaves_the_socket_file(tmp_path: Path) -> None:
+    """It removed the file as it ended: nobody could connect to the newcomer, ever."""
+    gate, unix = Gate(tmp_path), tmp_path / "a.sock"
+    bind = ("--bind", f"unix:{unix}")
+    with ending(tmp_path), ExitStack() as stack:
+        write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))
+        old = stack.enter_context(Service(tmp_path, "app:app", *bind)).wait_ready()
+        write_code(tmp_path / "app.py", Gate.LINE + LINE_APP.format(version="v2"))
+        new = stack.enter_context(take_over(tmp_path, "app:app", *bind))
+        eventually(lambda: bool(old.log_events("take_over.began")), "it has given its listeners")
+        old.process.send_signal(signal.SIGTERM)
+        assert old.wait() == 0
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(DEADLINE_S)
+            client.connect(str(unix))
+            client.sendall(b"who\n")
+            gate.open()
+            assert client.recv(100).startswith(b"v2 ")
+        assert_healthy(new.wait_ready(), workers=1)
         assert new.stop() == 0
         assert not unix.exists()
 

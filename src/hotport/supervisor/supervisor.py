@@ -109,6 +109,7 @@ class Supervisor:
     Attributes:
         is_departing: It ends without its workers: this process becomes another supervisor of them.
         is_succeeded: Another process has the listeners, and the paths in `directory`.
+        is_sharing: It has them, and has not said yet which ones it keeps.
         heirs: Control sockets of that process's workers.
         status_port: Owned by whoever has set it.
     """
@@ -142,6 +143,7 @@ class Supervisor:
         self._found = found
         self.is_departing = False
         self.is_succeeded = False
+        self.is_sharing = False
         self.heirs: tuple[str, ...] = ()
         self._launches: dict[int, Launch] = {}
         self._errors: dict[int, str] = {}
@@ -321,7 +323,7 @@ class Supervisor:
             case model.StopTimer(timer):
                 self._timers.stop(timer)
             case model.CloseListeners():
-                self.owned.give_away([address for address in self.listeners if self.manager.keeps(address)])
+                self.owned.give_away([each for each in self.listeners if self.is_sharing or self.manager.keeps(each)])
                 self.owned.close()
             case model.Accept() | model.Refuse():
                 self._answer(effect)

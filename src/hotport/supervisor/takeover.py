@@ -75,7 +75,9 @@ async def hand_over(
     """
     _check(supervisor, request)
     status = supervisor.status_port
-    supervisor.is_succeeded = True  # from here on nothing of ours is begun: numbers and paths are the other's
+    supervisor.is_succeeded = supervisor.is_sharing = (
+        True  # from here on nothing of ours is begun: numbers and paths are the other's
+    )
     estate = Estate(
         pid=os.getpid(),
         version=__version__,
@@ -94,6 +96,7 @@ async def hand_over(
         committed = await _wait_committed(stream)
     except (OSError, ControlError, anyio.BrokenResourceError, anyio.EndOfStream) as error:
         log.warning("take_over.failed", error=str(error) or "the other supervisor is gone")
+    supervisor.is_sharing = False
     if committed is None:
         supervisor.is_succeeded = False
         await reclaim()
