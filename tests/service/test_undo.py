@@ -41,7 +41,7 @@ def lost(report: Any) -> dict[str, int]:
     return {fate: count for fate, count in fates if fate.startswith(("cut_", "told_", "workers_"))}
 
 
-@pytest.mark.parametrize("strategy", ["inherit", "overlap", "rebind"])
+@pytest.mark.parametrize("strategy", ["inherit", "rebind"])
 def test_connections_go_to_the_new_generation_and_come_back_when_somebody_undoes_the_restart(
     tmp_path: Path, strategy: str
 ) -> None:

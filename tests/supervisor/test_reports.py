@@ -36,3 +36,33 @@ def test_old_workers_that_still_drain_when_a_phased_restart_is_undone_count_as_o
         phased.hear(Announce(News.WORKER_RETIRED, worker=worker))
     report = phased.report(serving=1, errors={})
     assert (report.connections, report.connections_back) == ({"moved_http": 1}, {"finished": 2})
+
+
+def test_new_worker_that_dies_right_after_the_commit_is_counted() -> None:
+    """Whoever was connected to it had lost that, and the report of the abort did not tell."""
+    aborted = record()
+    aborted.hear(Announce(News.COMMITTED, 2))
+    aborted.hear(Announce(News.ABORTED, 2, worker=3, why="worker 3 was killed by SIGKILL", workers=(3, 4)))
+    aborted.hear(Announce(News.WORKER_RETIRED, 2, worker=3))
+    aborted.drained(4, {"moved_http": 2})
+    aborted.hear(Announce(News.WORKER_RETIRED, 2, worker=4))
+    assert aborted.is_over
+    report = aborted.report(serving=1, errors={})
+    assert (report.connections, report.connections_back) == ({}, {"moved_http": 2, "workers_killed": 1})
+
+
+def test_workers_that_never_served_are_no_loss() -> None:
+    """Those that start after a bake; and those of a phased restart's next batch."""
+    baked = record()
+    baked.hear(Announce(News.BAKING, 2, workers=(3,)))
+    phased = record(is_phased=True)
+    phased.hear(Announce(News.COMMITTED, 2))
+    phased.hear(Announce(News.DRAINING, 2))
+    for each in (baked, phased):
+        each.hear(Announce(News.ABORTED, 2, worker=4, workers=(3, 4) if each is baked else (4,)))
+        each.drained(3, {"finished": 1})
+        each.hear(Announce(News.WORKER_RETIRED, 2, worker=3))
+        each.hear(Announce(News.WORKER_RETIRED, 2, worker=4))
+        assert each.is_over
+    assert baked.report(serving=1, errors={}).connections_back == {"finished": 1}
+    assert phased.report(serving=1, errors={}).connections_back is None

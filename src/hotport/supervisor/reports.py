@@ -66,6 +66,8 @@ class RestartRecord:
         self._culprit = 0
         self._leaving: set[int] = set()
         self._back: set[int] = set()  # new workers that are taken back, or were lost and are the reason for it
+        self._canary: set[int] = set()
+        self._is_committed = False  # the batch that it is at
         self._drained: set[int] = set()
         self._fates: Counter[str] = Counter()
         self._strategy = strategy
@@ -83,6 +85,11 @@ class RestartRecord:
         if worker in self._leaving | self._back:
             self._drained.add(worker)
             self._fates_of(worker).update(fates)
+
+    @property
+    def _was_back(self) -> bool:
+        """New workers have served, and were taken back."""
+        return self._outcome == "undone" or (self._outcome == "aborted" and bool(self._back))
 
     def _fates_of(self, worker: int) -> Counter[str]:
         return self._fates_back if worker in self._back else self._fates
@@ -106,7 +113,7 @@ class RestartRecord:
         match announcement.news:
             case News.WORKER_RETIRED if (worker := announcement.worker) in self._leaving | self._back:
                 self._leaving.discard(worker)
-                if worker not in self._drained and self._outcome != "aborted":
+                if worker not in self._drained and (self._outcome != "aborted" or worker in self._back):
                     self._fates_of(worker)["workers_killed"] += 1
             case _ if announcement.generation != self.generation:
                 pass
@@ -115,6 +122,8 @@ class RestartRecord:
                 self._why = announcement.why
                 self._culprit = announcement.worker
                 self._leaving |= set(announcement.workers)
+                # Those that had not begun to serve have no connections.
+                self._back |= self._leaving & (set(announcement.workers) if self._is_committed else self._canary)
                 self._mark("aborted")
             case News.DONE:
                 self._outcome = "done"
@@ -124,12 +133,15 @@ class RestartRecord:
                 self._leaving |= set(announcement.workers)
                 self._mark("undone")
             case News.BAKING:
-                self._mark("baking")  # its workers are those of the canary
+                self._canary = set(announcement.workers)
+                self._mark("baking")
             case News.UNDOING:
                 self._culprit = announcement.worker
                 self._back |= set(announcement.workers)  # they leave when the old ones accept
                 self._mark("undoing")
             case news if news in _PHASES:
+                if news in (News.COMMITTED, News.DRAINING):
+                    self._is_committed = news is News.COMMITTED
                 self._leaving |= set(announcement.workers)
                 self._mark("quiesce overdue" if news is News.QUIESCED and announcement.why else _PHASES[news])
         if self._outcome and not self._leaving and not self.is_over:
@@ -162,7 +174,7 @@ class RestartRecord:
             phases=tuple(self._phases),
             accept_gap_ms=round(accept_gap_s(self.quiesced_at, self.accepting_at) * 1000, 3),
             connections=dict(self._fates) if self._is_tracked else None,
-            connections_back=dict(self._fates_back) if self._is_tracked and self._outcome == "undone" else None,
+            connections_back=dict(self._fates_back) if self._is_tracked and self._was_back else None,
             queue_overflows={key: value - self._overflows_before.get(key, 0) for key, value in after.items()},
             strategy=self._strategy,
             rebind_gap_us=round(self._rebound[0] * 1e6, 1) if self._rebound else None,

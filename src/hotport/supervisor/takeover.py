@@ -75,9 +75,8 @@ async def hand_over(
     """
     _check(supervisor, request)
     status = supervisor.status_port
-    supervisor.is_succeeded = supervisor.is_sharing = (
-        True  # from here on nothing of ours is begun: numbers and paths are the other's
-    )
+    # From here on nothing of ours is begun: numbers and paths are the other's.
+    supervisor.is_succeeded = supervisor.is_sharing = True
     estate = Estate(
         pid=os.getpid(),
         version=__version__,

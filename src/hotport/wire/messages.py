@@ -408,7 +408,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
             in the accept queue, they are not refused.
         connections: What became of the old generation's connections once it accepted no more, by fate; None for a
             foreign program, which keeps its own.
-        connections_back: What became of the new generation's connections, if it was undone.
+        connections_back: What became of the new generation's connections, if it was undone, or aborted when some of
+            its workers had begun to serve.
         queue_overflows: What the kernel counted meanwhile (``/proc/net/netstat``, whole network namespace).
         strategy: How the listeners reached the new generation.
         rebind_gap_us: With *rebind*: microseconds in which nobody listened; None with the others.
