@@ -45,10 +45,13 @@ async def watch_health(supervisor: Supervisor, generation: int, step: Step) -> N
         memory_max_bytes=options.health_memory_max_bytes,
     )
     last: dict[int, Inspection] = {}
+    watched = supervisor.service.restart
 
     def new_workers() -> list[Process]:
         restart = supervisor.service.restart
         if restart is None or restart.generation != generation or restart.step is not step:
+            return []
+        if watched is None or restart.new != watched.new:  # the next batch of a phased one: it has a watch of its own
             return []
         found = (supervisor.processes.get(number) for number in sorted(restart.new))
         return [process for process in found if process is not None]
