@@ -197,9 +197,10 @@ def test_abort_after_a_rebind_gives_old_workers_what_was_bound() -> None:
 # -- a thief ------------------------------------------------------------------------------------------------
 
 
-def stolen() -> World:
-    """A service one of whose addresses somebody took in a rebind."""
+def stolen(*, is_kept: bool = False) -> World:
+    """A service one of whose addresses somebody took in a rebind, or kept."""
     world = World(2).run()
+    world.is_kept = is_kept
     world.thief = "pid 7 (thief, user eve) is listening on it"
     world.effects.clear()
     world.restart(strategy=Strategy.REBIND)
@@ -213,6 +214,16 @@ def test_restart_in_which_somebody_takes_the_port_aborts_and_names_the_thief() -
     lost = next(e for e in world.effects if isinstance(e, Announce) and e.news is News.PORT_LOST)
     assert aborted.why == lost.why == "pid 7 (thief, user eve) is listening on it"
     assert world.service.generation == 1
+
+
+def test_rebind_that_cannot_begin_aborts_and_no_port_is_lost() -> None:
+    """It was said that somebody had taken the port, and a moment later that it was ours again."""
+    world = stolen(is_kept=True)
+    assert phases(world) == {1: Phase.SERVING, 2: Phase.SERVING}
+    assert News.ABORTED in news(world.effects)
+    assert News.PORT_LOST not in news(world.effects)
+    assert not world.service.regains
+    assert not world.is_lost
 
 
 def test_port_is_tried_again_with_pauses_that_grow_to_a_bound() -> None:

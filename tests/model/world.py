@@ -98,6 +98,7 @@ class World:
         effects: Everything that was ever emitted.
         thief: Somebody else who takes an address whenever nobody has it; empty if there is none.
         is_lost: The supervisor has no listener.
+        is_kept: With a `thief`: it is one of the workers, whose socket is left to it.
     """
 
     def __init__(self, wanted: int) -> None:
@@ -109,6 +110,7 @@ class World:
         self.is_finished = False
         self.thief = ""
         self.is_lost = False
+        self.is_kept = False
         self._requests = 0
         self._accepting: set[int] = set()
         self._emitted: list[Effect] = []  # by the current batch of a restart
@@ -266,8 +268,8 @@ class World:
                 restart = self.service.restart
                 assert restart is not None
                 assert restart.old.isdisjoint(self.service.ids(*holding))
-                self.is_lost = bool(self.thief)
-                self.queue.append(Bound(self.thief))
+                self.is_lost = bool(self.thief) and not self.is_kept
+                self.queue.append(Bound(self.thief, self.is_kept))
             case Regain():
                 assert self.service.regains
                 self.is_lost = bool(self.thief)

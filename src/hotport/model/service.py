@@ -315,9 +315,14 @@ class MoreTime:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """`Rebind` or `Regain` has been carried out; with a `why`, somebody else has an address."""
+    """`Rebind` or `Regain` has been carried out; with a `why`, somebody else has an address.
+
+    Attributes:
+        is_kept: It could not be begun: the listeners are as they were.
+    """
 
     why: str = ""
+    is_kept: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -728,7 +733,7 @@ def step(service: Service, event: Input) -> tuple[Service, tuple[Effect, ...]]:
         case MoreTime():
             _more_time(draft, event)
         case Bound():
-            _bound(draft, event.why)
+            _bound(draft, event.why, is_kept=event.is_kept)
         case RequestUndo() | RequestKeep():
             _request_verdict(draft, event)
         case Unhealthy():
@@ -1197,15 +1202,17 @@ def _go_on_releasing(draft: _Draft, restart: Restart) -> None:
         draft.set(restart=replace(restart, step=Step.REBINDING))
 
 
-def _bound(draft: _Draft, why: str) -> None:
+def _bound(draft: _Draft, why: str, *, is_kept: bool) -> None:
     """The addresses have been bound again, or somebody was quicker."""
     restart, regains = draft.service.restart, draft.service.regains
     if draft.service.is_stopping:
         return
     if why:
-        draft.set(regains=regains + 1)
         if restart is not None and restart.step is Step.REBINDING:
             _abort(draft, restart, why)
+        if is_kept:
+            return
+        draft.set(regains=regains + 1)
         if not regains:
             draft.emit(Announce(News.PORT_LOST, generation=draft.service.generation, why=why))
         seconds = min(REGAIN_MAX_S, REGAIN_FIRST_S * 2.0 ** min(regains, 16))

@@ -425,7 +425,7 @@ class Supervisor:
         old = self.service.generation
         leaving = {number: process.pid for number, process in self.processes.items() if process.generation <= old}
         if lingering := self.owned.lingering(leaving, old, generation):  # then to close ours would not free the port
-            self.input(model.Bound(f"worker {lingering[0]} still has a listener open"))
+            self.input(model.Bound(f"worker {lingering[0]} still has a listener open", is_kept=True))
             return
         result = self.owned.rebind(old, generation, self.options.backlog)
         self._left += result.accepted
