@@ -239,6 +239,10 @@ async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc
     with anyio.open_signal_receiver(*handled) as signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # blocked by the supervisor that this process was
         async for number in signals:
+            if supervisor.has_departed:  # it is for the next supervisor
+                signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+                os.kill(os.getpid(), number)
+                continue
             log.debug("signal.received", signal=signal.Signals(number).name)
             match number:
                 case signal.SIGHUP if is_bound_to_terminal and not has_terminal():
