@@ -28,7 +28,7 @@ from hotport.supervisor.requests import restart, scale
 from hotport.supervisor.statusport import serve_status_port
 from hotport.supervisor.supervisor import Supervisor
 from hotport.supervisor.takeover import retire
-from hotport.supervisor.upgrade import CHECK, become, describe_self, pack, report
+from hotport.supervisor.upgrade import CHECK, become, carried, describe_self, pack, report
 from hotport.wire.messages import encode
 
 __all__ = ["run", "supervise"]
@@ -128,8 +128,10 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
     options = read(Path(surroundings.directory)).options
     if CHECK in os.environ:  # a supervisor asks whom it would become
         print(encode(describe_self()).decode())
-        return ExitCode.DONE
-    name = service_name(options)
+        raise SystemExit(ExitCode.DONE)  # a script may have something to do after the service's end: this is not it
+    baggage = carried(os.environ, os.getpid())
+    ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    name = baggage.service if baggage is not None else service_name(options)
     configure(format=options.log_format, level=options.log_level, service=name, role="supervisor")
     with ExitStack() as stack:
         manager = Manager(os.environ, os.getpid())
@@ -156,6 +158,8 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
             baggage = pack(
                 supervisor, lock=house.lock, control=house.control, client=house.client, began_s=house.departed_s
             )
+            if ignores_hangup:  # as nohup(1) has it; a handler would be forgotten by the exec
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
             become(house.next_argv, baggage, surroundings.directory)
     if isinstance(supervisor.failure, HotportError):
         raise supervisor.failure

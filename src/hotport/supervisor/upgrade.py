@@ -64,12 +64,14 @@ class Baggage(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         pid: For whom it is meant, as ``LISTEN_PID``.
+        service: The name of the service, which stays what it was.
         client: A command that waits for the outcome.
         numbers: Workers by pid.
         status: The status port: as the options name it, its address, and its descriptor.
     """
 
     pid: int
+    service: str
     lock: int
     control: int
     notify: int
@@ -156,6 +158,7 @@ def pack(
     status = supervisor.status_port
     return Baggage(
         pid=os.getpid(),
+        service=supervisor.name,
         lock=lock,
         control=control.fileno(),
         notify=supervisor.notify_socket.fileno(),
