@@ -28,7 +28,7 @@ from hotport.supervisor.requests import restart, scale
 from hotport.supervisor.statusport import serve_status_port
 from hotport.supervisor.supervisor import Supervisor
 from hotport.supervisor.takeover import retire
-from hotport.supervisor.upgrade import CHECK, become, describe_self, pack, report
+from hotport.supervisor.upgrade import CHECK, become, carried, describe_self, pack, report
 from hotport.wire.messages import encode
 
 __all__ = ["run", "supervise"]
@@ -128,8 +128,10 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
     options = read(Path(surroundings.directory)).options
     if CHECK in os.environ:  # a supervisor asks whom it would become
         print(encode(describe_self()).decode())
-        return ExitCode.DONE
-    name = service_name(options)
+        raise SystemExit(ExitCode.DONE)  # a script may have something to do after the service's end: this is not it
+    baggage = carried(os.environ, os.getpid())
+    ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    name = baggage.service if baggage is not None else service_name(options)
     configure(format=options.log_format, level=options.log_level, service=name, role="supervisor")
     with ExitStack() as stack:
         manager = Manager(os.environ, os.getpid())
@@ -146,6 +148,8 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
             manager=manager,
         )
         stack.callback(supervisor.close)
+        if place.predecessor is not None:
+            supervisor.owned.shared = frozenset(place.predecessor.listeners)
         open_status_port(supervisor, place, stack)
         supervisor.owned.guard(options)
         anyio.run(_supervise, supervisor, place)
@@ -154,6 +158,8 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
             baggage = pack(
                 supervisor, lock=house.lock, control=house.control, client=house.client, began_s=house.departed_s
             )
+            if ignores_hangup:  # as nohup(1) has it; a handler would be forgotten by the exec
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
             become(house.next_argv, baggage, surroundings.directory)
     if isinstance(supervisor.failure, HotportError):
         raise supervisor.failure
@@ -237,6 +243,10 @@ async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc
     with anyio.open_signal_receiver(*handled) as signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # blocked by the supervisor that this process was
         async for number in signals:
+            if supervisor.has_departed:  # it is for the next supervisor
+                signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+                os.kill(os.getpid(), number)
+                continue
             log.debug("signal.received", signal=signal.Signals(number).name)
             match number:
                 case signal.SIGHUP if is_bound_to_terminal and not has_terminal():

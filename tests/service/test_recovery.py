@@ -58,14 +58,15 @@ if "hotport.worker" in sys.orig_argv:
 
 #: What a program that knows nothing of hotport does with its descriptor, as sd_listen_fds(3) says.
 FOREIGN = """
-import os, signal, socket
-signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+import os, select, signal, socket
+told, tell = os.pipe()
+signal.signal(signal.SIGTERM, lambda *_: os.write(tell, b"."))
 notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 notify.connect(os.environ["NOTIFY_SOCKET"])
 notify.send(b"READY=1")
 notify.close()
 listener = socket.socket(fileno=3)
-while True:
+while told not in select.select([listener, told], [], [])[0]:  # never between an accept and its answer
     client, _ = listener.accept()
     with client:
         client.recv(100)

@@ -63,6 +63,35 @@ def test_a_module_serves_what_it_defines(tmp_path: Path) -> None:
     assert code == 0, stderr
 
 
+def test_an_upgrade_changes_neither_the_name_nor_what_comes_after_the_service(tmp_path: Path) -> None:
+    (tmp_path / "hotport.toml").write_text("name = 'first'\n")
+    (tmp_path / "server.py").write_text(
+        f"import os, pathlib, signal\n{ECHO}\n"
+        "if 'HOTPORT_UPGRADE' in os.environ:\n"
+        "    pathlib.Path('hangup').write_text(str(signal.getsignal(signal.SIGHUP)))\n"
+        "if __name__ == '__main__':\n"
+        "    hotport.run(echo, bind='unix:s')\n"
+        "    with open('after', 'a') as file: file.write('x')\n"
+    )
+    env = {**os.environ, "HOTPORT_RUNTIME_DIR": str(tmp_path / "run")}
+    command = ["nohup", sys.executable, "server.py"]
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            next(line for line in process.stderr if "service.started" in line)
+            (tmp_path / "hotport.toml").write_text("name = 'second'\n")
+            process.send_signal(signal.SIGUSR2)
+            next(line for line in process.stderr if "supervisor.upgraded" in line)
+            assert not (tmp_path / "after").exists()
+            assert [path.name for path in (tmp_path / "run").iterdir()] == ["first"]
+            assert (tmp_path / "hangup").read_text() == str(signal.SIG_IGN)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0
+    assert (tmp_path / "after").read_text() == "x"
+
+
 @pytest.mark.parametrize(
     ("call", "code", "words"),
     [

@@ -88,6 +88,31 @@ def test_newcomer_that_cannot_start_leaves_everything_as_it_was(tmp_path: Path) 
         assert old.stop() == 0
 
 
+@pytest.mark.parametrize("who", ["newcomer", "old"])
+def test_socket_file_stays_when_one_of_the_two_ends_before_the_newcomer_accepts(tmp_path: Path, who: str) -> None:
+    gate = Gate(tmp_path)
+    path, status_path = tmp_path / "app.sock", tmp_path / "status.sock"
+    args = ("app:app", "--bind", f"unix:{path}", "--status-bind", f"unix:{status_path}")
+    with ending(tmp_path), ExitStack() as stack:
+        write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))
+        old = stack.enter_context(Service(tmp_path, *args)).wait_ready()
+        inodes = path.stat().st_ino, status_path.stat().st_ino
+        write_code(tmp_path / "app.py", Gate.LINE + LINE_APP.format(version="v2"))
+        new = stack.enter_context(take_over(tmp_path, *args))
+        eventually(lambda: len(new.log_events("worker.spawned")) == 2, "its worker starts")
+        leaving, staying = (new, old) if who == "newcomer" else (old, new)
+        leaving.process.send_signal(signal.SIGTERM)
+        assert leaving.wait() == 0, leaving.log_tail()
+        if who == "old":
+            gate.open()
+        eventually(lambda: (old.runtime / "control.sock").exists(), "somebody supervises it")
+        assert_healthy(staying, workers=1)
+        assert (path.stat().st_ino, status_path.stat().st_ino) == inodes
+        assert staying.stop() == 0
+        assert not path.exists()
+        assert not status_path.exists()
+
+
 def test_newcomer_that_is_killed_before_it_accepts_leaves_everything_as_it_was(tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     with ending(tmp_path), ExitStack() as stack:

@@ -126,6 +126,29 @@ def test_program_of_somebody_else_is_kept(tmp_path: Path) -> None:
         assert ask_line(service.port).generation == "2"
 
 
+@pytest.mark.parametrize("is_later", [False, True])
+def test_stop_that_comes_when_it_departs_is_not_lost(tmp_path: Path, is_later: bool) -> None:
+    write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "if 'serve' in sys.orig_argv and not {'HOTPORT_UPGRADE', 'HOTPORT_UPGRADE_CHECK'} & {*os.environ}:\n"
+        "    import anyio\n"
+        "    from hotport.supervisor.supervisor import Supervisor\n"
+        "    depart, run = Supervisor.depart, Supervisor.run\n"
+        "    def depart_and_stop(self):\n"
+        "        depart(self)\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    async def run_and_stop(self):\n"
+        "        await run(self)\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        await anyio.sleep(0.1)\n"
+        f"    Supervisor.{'run' if is_later else 'depart'} = {'run' if is_later else 'depart'}_and_stop\n"
+    )
+    with Service(tmp_path, "app:app", env={"PYTHONPATH": str(tmp_path)}) as service:
+        service.wait_ready().process.send_signal(signal.SIGUSR2)
+        assert service.wait() == 0
+
+
 def test_worker_that_ends_during_the_exec_is_reaped_and_replaced(tmp_path: Path) -> None:
     write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))
     #: The next supervisor kills a worker before it has looked for any.

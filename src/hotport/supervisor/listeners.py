@@ -85,6 +85,10 @@ class Listeners:
         bound: Listeners by generation and canonical address; owned from here on.
         asked: For each of them, what the options say; if they cannot be told apart, the addresses themselves.
 
+    Attributes:
+        shared: Addresses whose socket files stay when they are closed: another supervisor has these listeners, too,
+            and which of the two goes on is not decided.
+
     Descriptors: owns every listener, and the guards.
     """
 
@@ -97,6 +101,7 @@ class Listeners:
                 known.setdefault(sock, Listener(name, address, sock, file=None if _is_passed(name) else _file(address)))
                 for name, (address, sock) in zip(names, listeners.items(), strict=True)
             ]
+        self.shared: frozenset[str] = frozenset()
         self._guards: dict[str, socket.socket] = {}
         self._abandoned: list[Listener] = []
 
@@ -281,6 +286,7 @@ class Listeners:
 
     def close(self) -> None:
         """Close everything."""
+        self.give_away(self.shared)
         for each in (*self._each(), *self._abandoned):
             each.close()
         for guard in self._guards.values():

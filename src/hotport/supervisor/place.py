@@ -117,7 +117,13 @@ def open_status_port(supervisor: Supervisor, place: Place, stack: ExitStack) -> 
         path = os.path.abspath(address.path)
         with suppress(FileNotFoundError):  # somebody has removed it
             found = os.stat(path)
-            stack.callback(lambda: supervisor.is_succeeded or unlink_if_ours(path, (found.st_dev, found.st_ino)))
+            is_shared = place.predecessor is not None and port is place.predecessor.status_port
+
+            def unlink() -> None:
+                if not (supervisor.is_succeeded or (is_shared and supervisor.owned.shared)):
+                    unlink_if_ours(path, (found.st_dev, found.st_ino))
+
+            stack.callback(unlink)
 
 
 def _directory(name: str) -> str:

@@ -215,6 +215,8 @@ def _started(directory: str) -> dict[tuple[int, int], Survivor]:
                 launch = _launch(pid, spec, environment)
             if worker is None:
                 continue
+        elif environment.get("LISTEN_PID") != str(pid):  # started by such a program, in a group of its own
+            continue
         key = (generation, worker or -pid)
         path = os.path.join(directory, f"worker-{generation}.{worker}.sock") if worker else ""
         phase = Phase.STARTING if worker else Phase.SERVING
@@ -243,22 +245,26 @@ async def _ask(survivor: Survivor) -> None:
                 with suppress(FileNotFoundError):
                     os.unlink(survivor.control_path)
             return
-        survivor.pid = survivor.pid or peer_credentials(sock)[0]
-        sock.send(encode_frame(encode(ListenersOrder())))
-        decoder, received = FrameDecoder(), list[socket.socket]()
-        while True:
-            await anyio.wait_readable(sock)
-            data, descriptors = receive_descriptors(sock, 65536)
-            received += [inherited_listener(fd, is_in_use=True) for fd in descriptors]
-            words = [decode(payload, Word) for payload in decoder.feed(data)]
-            for word in words:
-                if isinstance(word, Hello):
-                    _believe(survivor, word)
-                elif isinstance(word, Listening):
-                    survivor.listeners = dict(zip(word.addresses, received, strict=True))
-                    survivor.has_answered = True
-            if not data or survivor.has_answered:
-                return
+        # Who listens is the worker, whoever else has its environment; 0: it is in another pid namespace.
+        survivor.pid = peer_credentials(sock)[0] or survivor.pid
+        has_spoken = False
+        with suppress(OSError):  # ECONNRESET, EPIPE: it ends just now
+            sock.send(encode_frame(encode(ListenersOrder())))
+            decoder, received = FrameDecoder(), list[socket.socket]()
+            data = b"?"
+            while data and not survivor.has_answered:
+                await anyio.wait_readable(sock)
+                data, descriptors = receive_descriptors(sock, 65536)
+                received += [inherited_listener(fd, is_in_use=True) for fd in descriptors]
+                for word in [decode(payload, Word) for payload in decoder.feed(data)]:
+                    if isinstance(word, Hello):
+                        _believe(survivor, word)
+                        has_spoken = True
+                    elif isinstance(word, Listening):
+                        survivor.listeners = dict(zip(word.addresses, received, strict=True))
+                        survivor.has_answered = True
+        if not has_spoken:
+            survivor.phase = Phase.DRAINING
 
 
 def _believe(survivor: Survivor, hello: Hello) -> None:

@@ -108,8 +108,8 @@ class Supervisor:
 
     Attributes:
         is_departing: It ends without its workers: this process becomes another supervisor of them.
+        has_departed: It takes no input any more; until then, it stays if somebody asks for the end of the service.
         is_succeeded: Another process has the listeners, and the paths in `directory`.
-        is_sharing: It has them, and has not said yet which ones it keeps.
         heirs: Control sockets of that process's workers.
         status_port: Owned by whoever has set it.
     """
@@ -142,8 +142,8 @@ class Supervisor:
         self.manager = manager
         self._found = found
         self.is_departing = False
+        self.has_departed = False
         self.is_succeeded = False
-        self.is_sharing = False
         self.heirs: tuple[str, ...] = ()
         self._launches: dict[int, Launch] = {}
         self._errors: dict[int, str] = {}
@@ -183,7 +183,11 @@ class Supervisor:
             self._adopt()
             async for event in self._inputs:
                 if event is None:
-                    break
+                    if self.is_departing and not (self.service.is_stopping or self.service.is_lame_duck):
+                        self.has_departed = True
+                        break
+                    self.is_departing = False  # the end of the service was asked for first
+                    continue
                 self.service, effects = model.step(self.service, event)
                 is_finished = False
                 for effect in effects:
@@ -270,6 +274,8 @@ class Supervisor:
 
     def input(self, event: model.Input) -> None:
         """Put an input at the end of the queue."""
+        if isinstance(event, model.RequestStop):
+            self.is_departing = self.has_departed
         self._put.send_nowait(event)
 
     def stop(self, *, now: bool = False, lame_duck_s: float | None = None) -> None:
@@ -323,7 +329,7 @@ class Supervisor:
             case model.StopTimer(timer):
                 self._timers.stop(timer)
             case model.CloseListeners():
-                self.owned.give_away([each for each in self.listeners if self.is_sharing or self.manager.keeps(each)])
+                self.owned.give_away([each for each in self.listeners if self.manager.keeps(each)])
                 self.owned.close()
             case model.Accept() | model.Refuse():
                 self._answer(effect)

@@ -75,8 +75,8 @@ async def hand_over(
     """
     _check(supervisor, request)
     status = supervisor.status_port
-    # From here on nothing of ours is begun: numbers and paths are the other's.
-    supervisor.is_succeeded = supervisor.is_sharing = True
+    supervisor.is_succeeded = True  # from here on nothing of ours is begun: numbers and paths are the other's
+    supervisor.owned.shared = frozenset(supervisor.listeners)
     estate = Estate(
         pid=os.getpid(),
         version=__version__,
@@ -95,7 +95,7 @@ async def hand_over(
         committed = await _wait_committed(stream)
     except (OSError, ControlError, anyio.BrokenResourceError, anyio.EndOfStream) as error:
         log.warning("take_over.failed", error=str(error) or "the other supervisor is gone")
-    supervisor.is_sharing = False
+    supervisor.owned.shared = frozenset()
     if committed is None:
         supervisor.is_succeeded = False
         await reclaim()
@@ -243,6 +243,7 @@ async def retire(predecessor: Predecessor, supervisor: Supervisor) -> None:
         for number in serving
         if (process := supervisor.processes.get(number)) is not None and not process.is_foreign
     ]
+    supervisor.owned.shared = frozenset()
     with predecessor.connection as connection:
         said = b""
         with suppress(OSError):

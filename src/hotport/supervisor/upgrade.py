@@ -64,12 +64,14 @@ class Baggage(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         pid: For whom it is meant, as ``LISTEN_PID``.
+        service: The name of the service, which stays what it was.
         client: A command that waits for the outcome.
         numbers: Workers by pid.
         status: The status port: as the options name it, its address, and its descriptor.
     """
 
     pid: int
+    service: str
     lock: int
     control: int
     notify: int
@@ -100,9 +102,9 @@ async def preflight(supervisor: Supervisor, python: str | None) -> list[str]:
     Raises:
         RestartError: It could not start (HP652), or cannot talk with the workers that are there (HP653).
     """
-    argv = _command_line(python)
-    words = ""
     directory = supervisor.surroundings.directory
+    argv = _command_line(python, directory)
+    words = ""
     try:
         with anyio.fail_after(supervisor.options.ready_timeout_s):
             ended = await anyio.run_process(
@@ -136,7 +138,7 @@ def _refused(code: str, supervisor: Supervisor, cause: str, fix: str) -> Restart
     )
 
 
-def _command_line(python: str | None) -> list[str]:
+def _command_line(python: str | None, directory: str) -> list[str]:
     """How this process was started, with another interpreter if one is named.
 
     A console script belongs to one environment: another interpreter gets the module instead.
@@ -144,9 +146,22 @@ def _command_line(python: str | None) -> list[str]:
     interpreter, *arguments = sys.orig_argv
     if "/" not in interpreter:
         interpreter = sys.executable
+    elif arguments and (named := _named_beside(os.path.join(directory, arguments[0]))):
+        interpreter = named  # the kernel has left no trace of the link by which the script was found
     if python is not None and arguments and os.path.basename(arguments[0]) == "hotport":
         arguments[:1] = ["-m", "hotport"]
     return [python or interpreter, *arguments]
+
+
+def _named_beside(script: str) -> str:
+    """The interpreter that a console script names in its first line, if it is one of a virtual environment."""
+    with suppress(OSError, UnicodeDecodeError), open(script) as file:
+        first = file.readline().strip()
+        named = first.removeprefix("#!")
+        is_beside = os.path.samefile(os.path.dirname(named), os.path.dirname(script))
+        if first != named and is_beside and os.access(named, os.X_OK):
+            return named
+    return ""
 
 
 def pack(
@@ -156,6 +171,7 @@ def pack(
     status = supervisor.status_port
     return Baggage(
         pid=os.getpid(),
+        service=supervisor.name,
         lock=lock,
         control=control.fileno(),
         notify=supervisor.notify_socket.fileno(),

@@ -1,0 +1,70 @@
+"""Asking what is left of a service: workers that end meanwhile, and processes that only look like workers."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import anyio
+import pytest
+
+from hotport.kernel.sockets import bind_control
+from hotport.model.lifecycle import Phase
+from hotport.supervisor.recovery import Found, survey
+from hotport.wire.frames import encode_frame
+from hotport.wire.messages import Hello, Listening, encode
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+async def ask(directory: Path, *, answers: bool) -> Found:
+    """Survey a directory with one worker, which answers or hangs up without having read anything."""
+
+    async def behave(listener: socket.socket) -> None:
+        await anyio.wait_readable(listener)
+        connection, _ = listener.accept()
+        with connection:
+            await anyio.wait_readable(connection)
+            if answers:
+                hello = Hello(pid=os.getpid(), service="svc", generation=1, worker=1, phase="serving")
+                connection.send(encode_frame(encode(hello)) + encode_frame(encode(Listening(addresses=()))))
+
+    path = directory / "worker-1.1.sock"
+    with bind_control(str(path)) as control:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(behave, control)
+            found = await survey(str(directory))
+    path.unlink()
+    return found
+
+
+async def test_worker_that_ends_while_it_is_asked_is_taken_to_leave(tmp_path: Path) -> None:
+    found = await ask(tmp_path, answers=False)  # it took the next supervisor along, with ECONNRESET
+    assert [(each.pid, each.phase) for each in found.survivors] == [(os.getpid(), Phase.DRAINING)]
+    assert found.going == 2
+
+
+@pytest.mark.parametrize("is_program", [False, True])
+async def test_process_that_a_worker_has_started_is_none(tmp_path: Path, is_program: bool) -> None:
+    (tmp_path / "notify.sock").touch()
+    environment = {"NOTIFY_SOCKET": str(tmp_path / "notify.sock"), "HOTPORT_GENERATION": "1", "LISTEN_PID": "1"}
+    if not is_program:
+        options = '{"bind":["tcp://127.0.0.1:8000"],"target":"app:app"}'
+        spec = f'{{"service":"svc","directory":"{tmp_path}","generation":1,"worker":1,"options":{options}}}'
+        environment["HOTPORT_WORKER"] = spec
+    with subprocess.Popen(["sleep", "60"], env=environment, start_new_session=True) as helper:  # noqa: ASYNC220
+        try:
+            if is_program:
+                assert (await survey(str(tmp_path))).survivors == ()
+            else:
+                found = await ask(tmp_path, answers=True)
+                assert [(each.pid, each.phase) for each in found.survivors] == [(os.getpid(), Phase.SERVING)]
+        finally:
+            helper.kill()
