@@ -10,7 +10,7 @@ import socket
 import time
 import traceback
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +25,7 @@ from hotport.embedded.program import Program, Start
 from hotport.embedded.successor import Successor
 from hotport.errors import ConfigError, HotportError, RestartError
 from hotport.kernel.process import has_terminal
-from hotport.kernel.sockets import bind_listener, bound_address, passed_addresses, unlink_if_ours
+from hotport.kernel.sockets import bind_listener, bound_address, passed_addresses, socket_file, unlink_if_ours
 from hotport.options import Options
 from hotport.options.loading import load
 from hotport.worker.server import ConnectionServer, DatagramServer, SocketsServer, make_server
@@ -93,10 +93,10 @@ class _Listener:
         self.address = str(bound_address(address, sock))
         self.kept = sock.dup()
         self._path = ""
-        self._identity: tuple[int, int] | None = None
+        self._file: tuple[int, int] | None = None
         if isinstance(address, UnixAddress) and not address.is_abstract:
             self._path = os.path.abspath(address.path)
-            self._identity = _identity(self._path)
+            self._file = socket_file(self._path)
         #: While a predecessor may still serve here, its socket file is not ours to remove.
         self.is_ours = not is_adopted
         self._is_dropped = False
@@ -112,7 +112,7 @@ class _Listener:
             self._is_dropped = False
             address = UnixAddress(self._path) if self._path else parse_address(self.address)
             self.kept = bind_listener(address, backlog=self._backlog)
-            self._identity = _identity(self._path) if self._path else None
+            self._file = socket_file(self._path) if self._path else None
         self.socket = self.kept.dup()
         return self.socket
 
@@ -120,8 +120,8 @@ class _Listener:
         """Close it; its socket file is removed unless a successor accepts there."""
         self.socket.close()
         self.kept.close()
-        if self._identity is not None and self.is_ours and (self._is_dropped or not is_passed_on):
-            unlink_if_ours(self._path, self._identity)
+        if self.is_ours and (self._is_dropped or not is_passed_on):
+            unlink_if_ours(self._path, self._file)
 
 
 def _listen(text: str, backlog: int, predecessor: Predecessor | None) -> Iterator[_Listener]:
@@ -131,13 +131,6 @@ def _listen(text: str, backlog: int, predecessor: Predecessor | None) -> Iterato
         yield _Listener(text, sock, backlog, is_adopted=True)
     for address in passed_addresses(parse_address(text)) if not adopted else ():
         yield _Listener(text, bind_listener(address, backlog=backlog), backlog, is_adopted=False)
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    with suppress(OSError):  # removed under our feet
-        found = os.stat(path)
-        return found.st_dev, found.st_ino
-    return None
 
 
 class Server:

@@ -30,6 +30,7 @@ __all__ = [
     "passed_addresses",
     "peer_credentials",
     "rebind",
+    "socket_file",
     "unlink_if_ours",
 ]
 
@@ -199,18 +200,27 @@ def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
     return pid, uid, gid
 
 
-def unlink_if_ours(path: str, dev_ino: tuple[int, int]) -> bool:
+def socket_file(path: str) -> tuple[int, int] | None:
+    """By what `unlink_if_ours` knows a file again: device and inode; None if somebody has removed it already."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def unlink_if_ours(path: str, file: tuple[int, int] | None) -> bool:
     """Remove a socket file, unless somebody has put another one in its place since.
 
     Args:
-        dev_ino: ``st_dev`` and ``st_ino`` as they were when the file was made.
+        file: What `socket_file` said when it was made.
 
     Returns:
         Whether it was there, was ours, and is gone now.
     """
     try:
         found = os.lstat(path)
-        if (found.st_dev, found.st_ino) != dev_ino:
+        if (found.st_dev, found.st_ino) != file:
             return False
         os.unlink(path)
     except OSError:

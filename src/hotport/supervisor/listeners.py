@@ -17,6 +17,7 @@ from hotport.kernel.sockets import (
     bind_listener,
     bound_address,
     rebind,
+    socket_file,
     unlink_if_ours,
 )
 from hotport.kernel.steer import deafen, share_port, steer, unsteer
@@ -55,7 +56,7 @@ class Listener:
         """Close it, and remove its socket file."""
         if self.sock is not None:
             self.sock.close()
-        if self.file is not None:
+        if self.file is not None:  # only a path has one
             unlink_if_ours(os.path.abspath(self.address.removeprefix("unix:")), self.file)
 
 
@@ -368,13 +369,7 @@ def _join(kept: Listener, options: Options) -> Listener:
 
 def _file(address: str) -> tuple[int, int] | None:
     found = parse_address(address)
-    if not isinstance(found, UnixAddress) or found.is_abstract:
-        return None
-    try:
-        status = os.stat(found.path)
-    except OSError:  # somebody has removed it: there is nothing to remove any more
-        return None
-    return status.st_dev, status.st_ino
+    return socket_file(found.path) if isinstance(found, UnixAddress) and not found.is_abstract else None
 
 
 def _empty(listener: socket.socket) -> list[socket.socket]:

@@ -8,7 +8,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from hotport.address import Address, FdAddress, UnixAddress, parse_address
 from hotport.errors import ConfigError, KernelError
 from hotport.kernel.fds import lock_file, private_directory
 from hotport.kernel.process import reap_orphans
-from hotport.kernel.sockets import bind_listener, bound_address, passed_addresses, unlink_if_ours
+from hotport.kernel.sockets import bind_listener, bound_address, passed_addresses, socket_file, unlink_if_ours
 from hotport.observe.logs import get_logger
 from hotport.options import Options, runtime_root
 from hotport.supervisor.house import House
@@ -115,9 +115,8 @@ def open_status_port(supervisor: Supervisor, place: Place, stack: ExitStack) -> 
     address = parse_address(port.address)
     if isinstance(address, UnixAddress) and not address.is_abstract:
         path = os.path.abspath(address.path)
-        with suppress(FileNotFoundError):  # somebody has removed it
-            found = os.stat(path)
-            stack.callback(lambda: supervisor.is_succeeded or unlink_if_ours(path, (found.st_dev, found.st_ino)))
+        file = socket_file(path)
+        stack.callback(lambda: supervisor.is_succeeded or unlink_if_ours(path, file))
 
 
 def _directory(name: str) -> str:
@@ -218,7 +217,6 @@ def _bind(
         listener = bind_listener(address, backlog=options.backlog, shares_port=shares_port(options))
         stack.callback(listener.close)
     if isinstance(address, UnixAddress) and not address.is_abstract:
-        found = os.stat(address.path)
         path = os.path.abspath(address.path)
-        stack.callback(unlink_if_ours, path, (found.st_dev, found.st_ino))
+        stack.callback(unlink_if_ours, path, socket_file(path))
     return str(bound_address(address, listener)), listener
