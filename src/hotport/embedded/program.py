@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from hotport.errors import RestartError
-from hotport.kernel.process import has_terminal
+from hotport.kernel.process import has_terminal, working_directory
 from hotport.wire.listenfds import LISTEN_VARIABLES
 from hotport.wire.succession import SUCCESSION_VARIABLE
 
@@ -43,7 +43,7 @@ class Program:
 
     Attributes:
         argv: As the interpreter got it.
-        directory: The working directory *as it was named*, with its symbolic links.
+        directory: The working directory *as it was named*.
         environment: As it was then: what the program has set since would hide a change of, say, its ``.env`` file.
         ignored: Signals that it was started to ignore (nohup(1), or a shell's ``&``).
     """
@@ -60,15 +60,9 @@ class Program:
         Sources: proc_pid_environ(5): the environment at the time of exec, whatever setenv(3) did since.
         """
         environment = _initial_environment()
-        named = environment.get("PWD", "")
-        try:
-            directory = os.getcwd()
-            if os.path.isabs(named) and os.path.isdir(named) and os.path.samefile(named, directory):
-                directory = named
-        except FileNotFoundError:  # it was removed: a release that is no more
-            directory = named or "/"
         ignored = {number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN}
-        return cls(tuple(sys.orig_argv), directory, environment, frozenset(ignored - IGNORED_BY_PYTHON))
+        deaf_to = frozenset(ignored - IGNORED_BY_PYTHON)
+        return cls(tuple(sys.orig_argv), working_directory(environment), environment, deaf_to)
 
     def why_not_again(self) -> str:
         """Why the same command line would not start the same program; empty if it would."""

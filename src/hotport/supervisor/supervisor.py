@@ -59,6 +59,7 @@ from hotport.wire.messages import (
     SuccessorsOrder,
     TlsReloaded,
     Word,
+    worker_socket,
 )
 from hotport.wire.sdnotify import Notification
 
@@ -350,7 +351,7 @@ class Supervisor:
             self._errors[worker] = str(error)
             self.input(Exited(worker, "could not be executed"))
             return
-        path = os.path.join(self.directory, f"worker-{generation}.{worker}.sock")
+        path = os.path.join(self.directory, worker_socket(generation, worker))
         is_foreign = bool(launch.options.command)
         process = Process(worker, generation, child, path, is_foreign=is_foreign)
         process.held = set(listeners.values())

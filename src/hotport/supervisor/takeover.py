@@ -11,7 +11,6 @@ two containers, so none is used.
 from __future__ import annotations
 
 import os
-import re
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -42,14 +41,13 @@ from hotport.wire.messages import (
     TakeOverRequest,
     decode,
     encode,
+    parse_worker_socket,
 )
 
 __all__ = ["Predecessor", "ask_predecessor", "hand_over", "retire"]
 
 #: A supervisor is only ever between two steps: it answers at once.
 ANSWER_TIMEOUT_S: Final = 10.0
-
-_WORKER_SOCKET: Final = re.compile(r"worker-(\d+)\.\d+\.sock")
 
 log = get_logger("hotport.takeover")
 
@@ -98,7 +96,7 @@ async def hand_over(
         supervisor.is_succeeded = False
         await reclaim()
         return None
-    names = tuple(filter(_WORKER_SOCKET.fullmatch, committed.workers))
+    names = tuple(filter(parse_worker_socket, committed.workers))
     supervisor.heirs = tuple(os.path.join(supervisor.directory, name) for name in names)
     supervisor.owned.give_away(committed.addresses)
     log.info("take_over.committed", workers=names)
@@ -280,6 +278,6 @@ async def _drain_orphans(supervisor: Supervisor, generations: int, successors: S
 
     async with anyio.create_task_group() as tasks:
         for file in os.listdir(supervisor.directory):
-            numbers = _WORKER_SOCKET.fullmatch(file)
-            if numbers is not None and int(numbers.group(1)) <= generations:
+            named = parse_worker_socket(file)
+            if named is not None and named[0] <= generations:
                 tasks.start_soon(drain, os.path.join(supervisor.directory, file))
