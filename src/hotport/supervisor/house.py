@@ -11,6 +11,7 @@ from typing import Final
 
 from hotport.errors import RestartError
 from hotport.kernel.sockets import bind_control, bind_notify, socket_file, unlink_if_ours
+from hotport.model.service import Refusal
 from hotport.supervisor.supervisor import Supervisor
 from hotport.supervisor.upgrade import preflight
 
@@ -91,26 +92,15 @@ class House:
         supervisor.depart()
 
     def _check(self, supervisor: Supervisor) -> None:
-        service = supervisor.service
-        if service.restart is not None:
-            cause = f"a restart is in progress (generation {service.restart.generation})"
-        elif service.is_stopping:
-            cause = "the service is stopping"
-        elif service.is_lame_duck:
-            cause = "the service is a lame duck, and stops soon"
-        elif service.generation == 0:
-            cause = "the service is still starting"
-        elif supervisor.owned.lost:
-            cause = f"somebody else has {', '.join(supervisor.owned.lost)}"
-        elif supervisor.is_succeeded or supervisor.is_departing:
-            cause = "another supervisor is taking over"
-        else:
-            return
-        raise RestartError(
-            "HP657",
-            f"cannot upgrade the supervisor of {supervisor.name} now",
-            cause=cause,
-            fix=f"hotport status {supervisor.name}, and try again",
-            phase="refused",
-            serving=service.generation,
-        )
+        cause = supervisor.what_goes_on
+        if not cause and supervisor.service.is_lame_duck:
+            cause = Refusal.LAME_DUCK.value
+        if cause:
+            raise RestartError(
+                "HP657",
+                f"cannot upgrade the supervisor of {supervisor.name} now",
+                cause=cause,
+                fix=f"hotport status {supervisor.name}, and try again",
+                phase="refused",
+                serving=supervisor.service.generation,
+            )

@@ -255,6 +255,20 @@ class Supervisor:
             favoured=service.favoured,
         )
 
+    @property
+    def what_goes_on(self) -> str:
+        """What has to be over before another supervisor can have the service; empty if nothing has."""
+        service = self.service
+        if self.is_succeeded or self.is_departing:
+            return "another supervisor is taking over"
+        if service.is_stopping:
+            return model.Refusal.STOPPING.value
+        if service.restart is not None:
+            return f"{model.Refusal.IN_PROGRESS.value} (generation {service.restart.generation})"
+        if service.generation == 0:
+            return model.Refusal.STARTING.value
+        return f"somebody else has {', '.join(self.owned.lost)}" if self.owned.lost else ""
+
     def depart(self) -> None:
         """End `run` as soon as everything that has happened is dealt with; the workers serve on."""
         self.is_departing = True

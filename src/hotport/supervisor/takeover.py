@@ -114,7 +114,6 @@ async def _wait_committed(stream: SocketStream) -> Committed:
 
 
 def _check(supervisor: Supervisor, request: TakeOverRequest) -> None:
-    service = supervisor.service
     if request.protocol != PROTOCOL:
         cause = (
             f"the other supervisor (hotport {request.version}) speaks version {request.protocol} of the control "
@@ -123,19 +122,8 @@ def _check(supervisor: Supervisor, request: TakeOverRequest) -> None:
         raise _refused(
             "HP654", supervisor, cause, f"hotport upgrade {supervisor.name} first, or stop it and serve again"
         )
-    if supervisor.is_succeeded:
-        cause = "another supervisor is taking it over"
-    elif service.is_stopping:
-        cause = "it is stopping"
-    elif service.restart is not None:
-        cause = f"a restart is in progress (generation {service.restart.generation})"
-    elif service.generation == 0:
-        cause = "it is still starting"
-    elif supervisor.owned.lost:
-        cause = f"somebody else has {', '.join(supervisor.owned.lost)}"
-    else:
-        return
-    raise _refused("HP655", supervisor, cause, f"hotport status {supervisor.name}, and try again")
+    if cause := supervisor.what_goes_on:
+        raise _refused("HP655", supervisor, cause, f"hotport status {supervisor.name}, and try again")
 
 
 def _refused(code: str, supervisor: Supervisor, cause: str, fix: str) -> RestartError:
