@@ -20,12 +20,20 @@ import anyio
 from hotport.adapters.base import Connections, Context
 from hotport.address import UnixAddress, parse_address
 from hotport.embedded.manager import Manager
-from hotport.embedded.predecessor import Predecessor, place_of
+from hotport.embedded.predecessor import Predecessor
 from hotport.embedded.program import Program, Start
 from hotport.embedded.successor import Successor
 from hotport.errors import ConfigError, HotportError, RestartError
 from hotport.kernel.process import has_terminal
-from hotport.kernel.sockets import bind_listener, bound_address, passed_addresses, socket_file, unlink_if_ours
+from hotport.kernel.sockets import (
+    bind_listener,
+    bound_address,
+    file_path,
+    location,
+    passed_addresses,
+    socket_file,
+    unlink_if_ours,
+)
 from hotport.options import Options
 from hotport.options.loading import load
 from hotport.worker.server import ConnectionServer, DatagramServer, SocketsServer, make_server
@@ -81,22 +89,19 @@ class _Listener:
     Descriptors: owns a duplicate of `socket`, so that a successor can have it; `socket` itself is the server's.
 
     Attributes:
-        place: What was asked for, see `place_of`.
+        place: What was asked for, see `location`.
         address: Where it is.
     """
 
     def __init__(self, text: str, sock: socket.socket, backlog: int, *, is_adopted: bool) -> None:
         address = parse_address(text)
         self._backlog = backlog
-        self.place = place_of(text)
+        self.place = str(location(text))
         self.socket = sock
         self.address = str(bound_address(address, sock))
         self.kept = sock.dup()
-        self._path = ""
-        self._file: tuple[int, int] | None = None
-        if isinstance(address, UnixAddress) and not address.is_abstract:
-            self._path = os.path.abspath(address.path)
-            self._file = socket_file(self._path)
+        self._path = file_path(address)
+        self._file = socket_file(self._path)
         #: While a predecessor may still serve here, its socket file is not ours to remove.
         self.is_ours = not is_adopted
         self._is_dropped = False
@@ -112,7 +117,7 @@ class _Listener:
             self._is_dropped = False
             address = UnixAddress(self._path) if self._path else parse_address(self.address)
             self.kept = bind_listener(address, backlog=self._backlog)
-            self._file = socket_file(self._path) if self._path else None
+            self._file = socket_file(self._path)
         self.socket = self.kept.dup()
         return self.socket
 

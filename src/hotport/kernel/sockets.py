@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final
 
-from hotport.address import Address, FdAddress, SystemdAddress, TcpAddress, UdpAddress, UnixAddress
+from hotport.address import Address, FdAddress, SystemdAddress, TcpAddress, UdpAddress, UnixAddress, parse_address
 from hotport.errors import ConfigError, KernelError
 from hotport.kernel import procfs
 from hotport.kernel.resolve import resolve
@@ -26,7 +26,9 @@ __all__ = [
     "bind_listener",
     "bind_notify",
     "bound_address",
+    "file_path",
     "inherited_listener",
+    "location",
     "passed_addresses",
     "peer_credentials",
     "rebind",
@@ -152,6 +154,18 @@ def bound_address(address: Address, listener: socket.socket) -> Address:
     return kind(name[0], name[1])
 
 
+def file_path(address: Address) -> str:
+    """The absolute path of an address's socket file; empty if it has none."""
+    return os.path.abspath(address.path) if isinstance(address, UnixAddress) and not address.is_abstract else ""
+
+
+def location(text: str) -> Address:
+    """Where an address is, whatever the working directory is at the next start."""
+    address = parse_address(text)
+    path = file_path(address)
+    return UnixAddress(path) if path else address
+
+
 def accept_queue_length(listener: socket.socket) -> int:
     """How many connections wait in a TCP listener's accept queue; 0 for other sockets.
 
@@ -201,7 +215,7 @@ def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
 
 
 def socket_file(path: str) -> tuple[int, int] | None:
-    """By what `unlink_if_ours` knows a file again: device and inode; None if somebody has removed it already."""
+    """By what `unlink_if_ours` knows a file again: device and inode; None if there is none."""
     try:
         found = os.stat(path)
     except OSError:

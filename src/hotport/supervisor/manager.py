@@ -22,9 +22,9 @@ import anyio
 
 from hotport.errors import in_one_line
 from hotport.kernel.notify import notify_barrier, open_notify, send_notification
+from hotport.kernel.sockets import location
 from hotport.model.service import Announce, Clock, News
 from hotport.observe.logs import get_logger
-from hotport.supervisor.store import location
 from hotport.supervisor.timers import Timers
 from hotport.wire.sdnotify import encode_notification, encode_store, encode_store_remove, store_name
 

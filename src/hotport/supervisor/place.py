@@ -16,11 +16,18 @@ from typing import Final
 
 import anyio
 
-from hotport.address import Address, FdAddress, UnixAddress, parse_address
+from hotport.address import Address, FdAddress, parse_address
 from hotport.errors import ConfigError, KernelError
 from hotport.kernel.fds import lock_file, private_directory
 from hotport.kernel.process import reap_orphans
-from hotport.kernel.sockets import bind_listener, bound_address, passed_addresses, socket_file, unlink_if_ours
+from hotport.kernel.sockets import (
+    bind_listener,
+    bound_address,
+    file_path,
+    passed_addresses,
+    socket_file,
+    unlink_if_ours,
+)
 from hotport.observe.logs import get_logger
 from hotport.options import Options, runtime_root
 from hotport.supervisor.house import House
@@ -112,11 +119,9 @@ def open_status_port(supervisor: Supervisor, place: Place, stack: ExitStack) -> 
         port = StatusPort(bind, str(bound_address(parse_address(bind), listener)), listener)
     stack.callback(port.listener.close)
     supervisor.status_port = port
-    address = parse_address(port.address)
-    if isinstance(address, UnixAddress) and not address.is_abstract:
-        path = os.path.abspath(address.path)
-        file = socket_file(path)
-        stack.callback(lambda: supervisor.is_succeeded or unlink_if_ours(path, file))
+    path = file_path(parse_address(port.address))
+    file = socket_file(path)
+    stack.callback(lambda: supervisor.is_succeeded or unlink_if_ours(path, file))
 
 
 def _directory(name: str) -> str:
@@ -216,7 +221,6 @@ def _bind(
     if listener is None:
         listener = bind_listener(address, backlog=options.backlog, shares_port=shares_port(options))
         stack.callback(listener.close)
-    if isinstance(address, UnixAddress) and not address.is_abstract:
-        path = os.path.abspath(address.path)
-        stack.callback(unlink_if_ours, path, socket_file(path))
+    path = file_path(address)
+    stack.callback(unlink_if_ours, path, socket_file(path))
     return str(bound_address(address, listener)), listener
