@@ -100,7 +100,7 @@ class RestartError(HotportError):
 
     exit_code = ExitCode.ABORTED
 
-    def __init__(self, code: str, what: str, *, cause: str, fix: str, phase: str, serving: int) -> None:
+    def __init__(self, code: str, what: str, *, cause: str, fix: str, phase: str = "refused", serving: int) -> None:
         super().__init__(code, what, cause=cause, fix=fix)
         self.phase = phase
         self.serving = serving

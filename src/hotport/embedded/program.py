@@ -119,7 +119,6 @@ class Program:
                 "cannot restart: no successor could outlive this process",
                 cause=why,
                 fix="hotport serve, whose pid stays the same",
-                phase="refused",
                 serving=serving,
             )
         if "HOTPORT_GENERATION" in os.environ:
@@ -128,7 +127,6 @@ class Program:
                 "cannot restart: this process is a worker",
                 cause="a hotport supervisor has started it, and would take its end for a failure",
                 fix="hotport restart",
-                phase="refused",
                 serving=serving,
             )
         if argv is None and (why := self.why_not_again()):
@@ -137,7 +135,6 @@ class Program:
                 "cannot restart: this program cannot be started again as it was",
                 cause=why,
                 fix='say what to start: await server.restart(argv=["python", "server.py"])',
-                phase="refused",
                 serving=serving,
             )
 
@@ -153,7 +150,6 @@ def _not_there(what: str, serving: int) -> RestartError:
         "cannot restart: the program is not where it was",
         cause=f"{what} is not there, or cannot be used",
         fix="start the server by an absolute path, or say what to start: await server.restart(argv=[...])",
-        phase="refused",
         serving=serving,
     )
 

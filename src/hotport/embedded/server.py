@@ -243,7 +243,6 @@ class Server:
                 cause=f"this process has {len(_servers)} open blocks of hotport.serve, and its successor serves all or "
                 "none",
                 fix="serve one application on several addresses, or run them with hotport serve",
-                phase="refused",
                 serving=self.generation,
             )
         self._program.refuse_if_it_cannot(argv, self.generation)
@@ -363,7 +362,6 @@ def _refused(why: str, serving: int) -> RestartError:
         "cannot restart now",
         cause=why,
         fix="wait for its end, then restart again",
-        phase="refused",
         serving=serving,
     )
 

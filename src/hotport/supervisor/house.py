@@ -101,6 +101,5 @@ class House:
                 f"cannot upgrade the supervisor of {supervisor.name} now",
                 cause=cause,
                 fix=f"hotport status {supervisor.name}, and try again",
-                phase="refused",
                 serving=supervisor.service.generation,
             )

@@ -740,7 +740,6 @@ class Supervisor:
                 f"{self.name} does not take this request now",
                 cause=f"another supervisor is taking over; generation {self.service.generation} serves",
                 fix=f"hotport status {self.name}, and try again",
-                phase="refused",
                 serving=self.service.generation,
             )
         self._requests += 1
@@ -760,7 +759,6 @@ class Supervisor:
             f"{self.name} does not take this request now",
             cause=f"{refusal.value}{number}{last}; generation {self.service.generation} serves",
             fix=_fix(self.name, refusal),
-            phase="refused",
             serving=self.service.generation,
         )
 

@@ -132,7 +132,6 @@ def _refused(code: str, supervisor: Supervisor, cause: str, fix: str) -> Restart
         f"{supervisor.name} is not given to another supervisor",
         cause=cause,
         fix=fix,
-        phase="refused",
         serving=supervisor.service.generation,
     )
 
