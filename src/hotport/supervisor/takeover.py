@@ -27,6 +27,7 @@ from hotport.kernel.sockets import inherited_listener
 from hotport.model.lifecycle import Phase
 from hotport.model.service import RequestStop
 from hotport.observe.logs import get_logger
+from hotport.supervisor.process import receive_message
 from hotport.supervisor.supervisor import StatusPort, Supervisor
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import (
@@ -89,7 +90,7 @@ async def hand_over(
         listeners = [*supervisor.listeners.values(), *([status.listener] if status else [])]
         descriptors = [lock, *(listener.fileno() for listener in listeners)]
         send_descriptors(stream.extra(SocketAttribute.raw_socket), encode_frame(encode(estate)), descriptors)
-        committed = await _wait_committed(stream)
+        committed = await receive_message(stream, Committed)
     except (OSError, ControlError, anyio.BrokenResourceError, anyio.EndOfStream) as error:
         log.warning("take_over.failed", error=str(error) or "the other supervisor is gone")
     if committed is None:
@@ -103,14 +104,6 @@ async def hand_over(
     supervisor.input(RequestStop(is_succeeded=True))
     await supervisor.finished.wait()
     return Done(detail="retired", exit_code=supervisor.exit_code)
-
-
-async def _wait_committed(stream: SocketStream) -> Committed:
-    decoder = FrameDecoder()
-    while True:
-        if payloads := decoder.feed(await stream.receive()):
-            committed: Committed = decode(payloads[0], Committed)
-            return committed
 
 
 def _check(supervisor: Supervisor, request: TakeOverRequest) -> None:
