@@ -249,17 +249,6 @@ def test_socket_file_is_kept_and_removed_by_whoever_is_last(tmp_path: Path) -> N
         assert not path.exists()
 
 
-def test_orphans_leave_when_nobody_comes(tmp_path: Path) -> None:
-    with ending(tmp_path):
-        write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))
-        first = Service(tmp_path, "app:app", "--orphan-timeout", "300ms").wait_ready()
-        (pid,) = first.worker_pids()
-        with watching_pid(pid) as gone:
-            die(first)
-            gone()
-        first.end()
-
-
 def test_workers_of_another_protocol_are_refused_and_serve_on(tmp_path: Path) -> None:
     with ending(tmp_path):
         write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))
