@@ -361,7 +361,7 @@ def _explain_in_use(address: TcpAddress | UdpAddress, sockaddr: tuple[Any, ...])
         unread = f" ({'; '.join(port.unread)})" if port.unread else ""
         return f"whoever had it is gone by now, or cannot be seen{unread}", f"hotport why {address}"
     until = f"; {answer.until}" if answer.ends_in_s is not None else ""
-    return f"{answer.because}{until}", next(remedies(port, asker, answer))
+    return f"{answer.because}{until}", next(remedies(port, answer))
 
 
 def _bind_abstract(address: UnixAddress, path: str, backlog: int) -> socket.socket:
