@@ -28,6 +28,7 @@ __all__ = [
     "KernelError",
     "RestartError",
     "StartError",
+    "in_one_line",
     "nearest",
 ]
 
@@ -99,7 +100,7 @@ class RestartError(HotportError):
 
     exit_code = ExitCode.ABORTED
 
-    def __init__(self, code: str, what: str, *, cause: str, fix: str, phase: str, serving: int) -> None:
+    def __init__(self, code: str, what: str, *, cause: str, fix: str, phase: str = "refused", serving: int) -> None:
         super().__init__(code, what, cause=cause, fix=fix)
         self.phase = phase
         self.serving = serving
@@ -115,6 +116,12 @@ def describe_errno(number: int) -> str:
     """``EADDRINUSE (address already in use)``."""
     name = _errno.errorcode.get(number, str(number))
     return f"{name} ({os.strerror(number).lower()})"
+
+
+def in_one_line(error: str) -> str:
+    """What happened: the first line of our own errors, the last one of a traceback."""
+    lines = error.strip().splitlines() or [""]
+    return lines[0 if lines[0].startswith("HP") else -1].strip()
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

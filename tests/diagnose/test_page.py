@@ -17,7 +17,7 @@ def diagnosed(*sockets: Sockets, unread: tuple[str, ...] = (), risks: tuple[str,
     port = Port("tcp://127.0.0.1:8000", "tcp", HERE, 8000, sockets=sockets, unread=unread)
     answers = {name: judge(port, ROOT, options) for name, options in CHOICES.items()}
     answer = answers["reuseaddr"]
-    todo = tuple(remedies(port, ROOT, answer))
+    todo = tuple(remedies(port, answer))
     return Diagnosis(port.address, ROOT, answer.can, "reuseaddr", answers, todo, risks, port)
 
 

@@ -21,6 +21,7 @@ from hotport.kernel.process import (
     reap_orphans,
     rss_bytes,
     send_signal,
+    working_directory,
 )
 from hotport.kernel.spawn import Child, spawn
 
@@ -148,3 +149,16 @@ def test_kernel_package_imports_no_event_loop_and_no_command_line() -> None:
     )
     child = start(sys.executable, "-I", "-S", "-c", script)
     assert reap(ended(child).pid) == 0
+
+
+def test_working_directory_is_called_as_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release, link = tmp_path / "1", tmp_path / "current"
+    release.mkdir()
+    link.symlink_to(release)
+    monkeypatch.chdir(release)
+    assert working_directory({"PWD": str(link)}) == str(link)
+    for wrong in ({}, {"PWD": str(tmp_path)}, {"PWD": str(tmp_path / "gone")}, {"PWD": "."}):
+        assert working_directory(wrong) == str(release)
+    release.rmdir()
+    assert working_directory({"PWD": str(link)}) == str(link)
+    assert working_directory({}) == "/"

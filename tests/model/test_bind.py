@@ -40,7 +40,7 @@ def test_empty_port_takes_anybody() -> None:
     for options in CHOICES.values():
         answer = judge(on(), USER, options)
         assert (answer.can, answer.because) == (Can.YES, "nothing is on the port")
-        assert list(remedies(on(), USER, answer)) == []
+        assert list(remedies(on(), answer)) == []
 
 
 def test_listener_of_another_program_is_named_with_the_rule() -> None:
@@ -52,7 +52,7 @@ def test_listener_of_another_program_is_named_with_the_rule() -> None:
         "a listener shares its port only if both have set SO_REUSEPORT"
     )
     assert answer.until == "when pid 7 closes it, or ends"
-    assert list(remedies(port, ROOT, answer)) == ["kill 7"]
+    assert list(remedies(port, answer)) == ["kill 7"]
     assert "it has not set SO_REUSEPORT" in judge(port, ROOT, P).rule
 
 
@@ -73,7 +73,7 @@ def test_listener_that_cannot_be_looked_at_is_unknown_to_reuseport_and_certain_t
     assert answer.can == Can.UNKNOWN
     assert answer.who.startswith("a process of user user in web.service that we may not look at")
     assert "sudo hotport why tcp://127.0.0.1:8000" in answer.rule
-    todo = list(remedies(port, USER, answer))
+    todo = list(remedies(port, answer))
     assert todo == [
         "hotport why tcp://127.0.0.1:8000 --probe  # binds for a moment",
         "systemctl status web.service",
@@ -81,7 +81,7 @@ def test_listener_that_cannot_be_looked_at_is_unknown_to_reuseport_and_certain_t
     nameless = on(replace(LISTEN, options=None, holders=(), user=""))
     answer = judge(nameless, USER, A)
     assert answer.who == "a process that we may not look at is listening on 127.0.0.1:8000"
-    assert list(remedies(nameless, USER, answer)) == ["sudo hotport why tcp://127.0.0.1:8000"]
+    assert list(remedies(nameless, answer)) == ["sudo hotport why tcp://127.0.0.1:8000"]
 
 
 def test_time_wait_refuses_for_so_many_seconds_whoever_sets_nothing() -> None:
@@ -97,7 +97,7 @@ def test_time_wait_depends_on_what_the_old_server_had_set() -> None:
     assert answer.can == Can.UNKNOWN
     assert answer.who == "3 connections from 192.0.2.1:9 that this side has closed are in TIME_WAIT on 127.0.0.1:8000"
     assert "yes if the server that left it had set SO_REUSEADDR or SO_REUSEPORT, too" in answer.rule
-    assert list(remedies(port, USER, answer))[1:] == [
+    assert list(remedies(port, answer))[1:] == [
         "wait 42 s",
         "set SO_REUSEADDR before bind, in the old server and in the new one",
     ]
@@ -151,7 +151,7 @@ def test_orphan_has_no_end_that_anybody_could_name() -> None:
     answer = judge(on(orphan), USER, NONE)
     assert "without a process (orphan) is in FIN_WAIT1, 99 bytes unsent: 192.0.2.1:9 does not read" in answer.who
     assert answer.until.startswith("nobody can say when")
-    todo = list(remedies(on(orphan), USER, answer))
+    todo = list(remedies(on(orphan), answer))
     assert todo == ["ss -K state fin-wait-1 sport = :8000  # as root; what is unsent is lost"]
     sent = replace(orphan, backlog=1, count=2)
     assert narrate(sent, on()).endswith("2 connections on 127.0.0.1:8000 without a process (orphan) are in FIN_WAIT1")
@@ -173,7 +173,7 @@ def test_outgoing_connection_is_told_from_others_and_kept_away() -> None:
     assert (
         answer.who == "pid 7 (nginx, user root) has an outgoing connection to a, b, ... on 127.0.0.1:8000 (ESTABLISHED)"
     )
-    todo = list(remedies(on(client), USER, answer))
+    todo = list(remedies(on(client), answer))
     assert todo == [
         "sysctl -w net.ipv4.ip_local_reserved_ports=8000  # keeps it from outgoing connections",
         "kill 7",
@@ -181,10 +181,10 @@ def test_outgoing_connection_is_told_from_others_and_kept_away() -> None:
     perhaps = replace(client, is_outgoing=False, count=2)
     assert narrate(perhaps, on()) == "pid 7 (nginx, user root) has 2 connections on 127.0.0.1:8000 (ESTABLISHED)"
     high = replace(on(perhaps), number=40000)
-    assert "ip_local_reserved_ports" in next(remedies(high, USER, judge(high, USER, A)))
-    assert next(remedies(on(perhaps), USER, judge(on(perhaps), USER, A))) == "kill 7"
+    assert "ip_local_reserved_ports" in next(remedies(high, judge(high, USER, A)))
+    assert next(remedies(on(perhaps), judge(on(perhaps), USER, A))) == "kill 7"
     served = replace(on(replace(LISTEN, local=Local(ip_address("127.0.0.2"))), perhaps), number=40000)
-    assert next(remedies(served, USER, judge(served, USER, A))) == "kill 7"
+    assert next(remedies(served, judge(served, USER, A))) == "kill 7"
 
 
 def test_handshake_stands_in_nobodys_way() -> None:
@@ -204,14 +204,14 @@ def test_low_port_and_foreign_address_are_refused_before_sockets_are_looked_at()
     answer = judge(low, USER, A)
     assert (answer.error, answer.until, answer.blockers) == ("EACCES", "", ())
     assert "ip_unprivileged_port_start" in answer.because
-    sysctl, capability = remedies(low, USER, answer)
+    sysctl, capability = remedies(low, answer)
     assert "sysctl -w net.ipv4.ip_unprivileged_port_start=80" in sysctl
     assert "CAP_NET_BIND_SERVICE" in capability
     assert judge(low, ROOT, A).error == "EADDRINUSE"
     away = replace(low, is_local=False)
     answer = judge(away, USER, A)
     assert answer.error == "EADDRNOTAVAIL"
-    assert list(remedies(away, USER, answer)) == ["ip -brief address"]
+    assert list(remedies(away, answer)) == ["ip -brief address"]
     six = replace(away, local=Local(ip_address("2001:db8::1"), True))
     assert judge(six, USER, A).error == "EACCES"  # which IPv6 asks for first
     assert judge(six, ROOT, A).error == "EADDRNOTAVAIL"
@@ -236,7 +236,7 @@ def test_ipv6_address_that_no_socket_could_have_is_invalid(
     answer = judge(port, ROOT, A)
     assert (answer.can, answer.error) == ((Can.NO, "EINVAL") if words else (Can.YES, ""))
     assert words in answer.rule
-    assert list(remedies(port, ROOT, answer)) == [todo] * bool(todo)
+    assert list(remedies(port, answer)) == [todo] * bool(todo)
 
 
 def test_reuseport_beside_both_kinds_is_unknown_because_the_kernel_remembers() -> None:

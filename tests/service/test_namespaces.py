@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import psutil
-import pytest
 
 from tests.support import DEADLINE_S, Service, eventually, need, write_code
 
@@ -27,16 +26,6 @@ async def app(stream):
     subprocess.run(["sh", "-c", "true & exit 0"], check=True)  # its child is pid 1's from then on
     await stream.send(f"{os.getuid()} {os.getppid()}".encode())
 """
-
-
-@pytest.fixture
-def container() -> tuple[str, ...]:
-    """A prefix for commands: namespaces like those of a container, in which we are `UID`."""
-    new = ("--user", f"--map-user={UID}", f"--map-group={UID}", "--pid", "--mount", "--mount-proc", "--fork")
-    prefix = (need("unshare"), *new, "--kill-child")
-    if subprocess.run([*prefix, "true"], capture_output=True).returncode:
-        pytest.skip("user, pid and mount namespaces cannot be made here")
-    return prefix
 
 
 def health_check(service: Service, supervisor: psutil.Process) -> int:
@@ -74,6 +63,7 @@ def test_pid_1_of_a_container_reaps_says_how_it_is_and_leaves_as_it_should(
             lambda: all(child.status() != psutil.STATUS_ZOMBIE for child in supervisor.children()),
             "every orphan is reaped",
         )
+        assert service.restart()["outcome"] == "done"
         with socket.create_connection(("127.0.0.1", service.port), DEADLINE_S) as client:
             supervisor.send_signal(signal.SIGTERM)
             eventually(lambda: bool(service.log_events("service.lame_duck")), "it is a lame duck")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -11,25 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hotport.cli.serve import command
-from tests.support import LINE_APP, RESTARTS, SLOWNESS, Hammer, Service, ask_line, need, write_code
+from tests.support import LINE_APP, RESTARTS, SLOWNESS, Hammer, Service, ask_line, write_code
 
-pytestmark = [
-    pytest.mark.skipif(
-        "--take-over" not in {flag for parameter in command.params for flag in parameter.opts},
-        reason="hotport serve has no --take-over",
-    ),
-    pytest.mark.timeout(120 * SLOWNESS + 20 * SLOWNESS * RESTARTS),
-]
-
-
-@pytest.fixture
-def container() -> tuple[str, ...]:
-    new = ("--user", "--map-user=10001", "--map-group=10001", "--pid", "--mount", "--mount-proc", "--fork")
-    prefix = (need("unshare"), *new, "--kill-child")
-    if subprocess.run([*prefix, "true"], capture_output=True).returncode:
-        pytest.skip("user, pid and mount namespaces cannot be made here")
-    return prefix
+pytestmark = [pytest.mark.unmeasured, pytest.mark.timeout(120 * SLOWNESS + 20 * SLOWNESS * RESTARTS)]
 
 
 @pytest.fixture

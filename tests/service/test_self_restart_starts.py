@@ -114,14 +114,6 @@ asyncio.run(main())
 """
 
 
-PARENT = """\
-import multiprocessing, refused
-process = multiprocessing.Process(target=refused.run)
-process.start()
-process.join()
-"""
-
-
 def test_process_of_multiprocessing_is_refused(tmp_path: Path) -> None:
     write_code(tmp_path / "app.py", lines("one"))
     (tmp_path / "refused.py").write_text(REFUSED.replace("asyncio.run(main())", "def run(): asyncio.run(main())"))

@@ -11,6 +11,8 @@ from hotport.wire.messages import Report, RestartRequest
 from tests.service.test_recovery import CRASHES, assert_healthy, die, ending
 from tests.support import LINE_APP, RESTARTS, Hammer, Service, write_code
 
+pytestmark = pytest.mark.unmeasured  # who is killed tells nothing
+
 #: A long run (HOTPORT_TEST_RESTARTS) goes through every effect, a short one through a few of each strategy.
 STRIDE = 1 if RESTARTS >= 10 else 5
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from hotport.address import Address, UnixAddress, parse_address
-from hotport.kernel.sockets import bind_listener, bound_address
-from hotport.supervisor.store import TakenBack, location, take_back
+from hotport.kernel.sockets import bind_listener, bound_address, location
+from hotport.supervisor.store import TakenBack, take_back
 from hotport.wire.sdnotify import store_name
 
 #: Where passed descriptors begin in these tests; 3 is somebody else's here.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hotport.errors import ControlError
 from hotport.options import Options
 from hotport.wire import messages
-from hotport.wire.messages import WorkerSpec, decode, encode
+from hotport.wire.messages import WorkerSpec, decode, encode, parse_worker_socket, worker_socket
 
 #: The closed sets, one a direction of each conversation.
 SETS: dict[str, Any] = {
@@ -109,3 +109,9 @@ def test_unknown_fields_are_ignored(kinds: Any, kind: type[msgspec.Struct], data
 def test_tags_are_told_apart_within_a_conversation(kinds: Any) -> None:
     tags = [kind.__struct_config__.tag for kind in get_args(kinds)]
     assert len(set(tags)) == len(tags)
+
+
+def test_name_of_a_workers_socket_says_whose_it_is() -> None:
+    assert parse_worker_socket(worker_socket(12, 3)) == (12, 3)
+    for other in ("control.sock", "worker-12.sock", "worker-a.b.sock", "../worker-1.2.sock", "worker-1.2.sock.old"):
+        assert parse_worker_socket(other) is None

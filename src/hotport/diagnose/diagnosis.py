@@ -67,7 +67,7 @@ def diagnose(address: Subject, asker: Asker, *, probe: bool = False) -> Diagnosi
             answers[name] = _told(answers[name], blame(port, asker, options), number)
     common = next(name for name, options in CHOICES.items() if options == usual(port))
     answer = answers[common]
-    todo = () if answer.can == Can.YES else tuple(remedies(port, asker, answer))
+    todo = () if answer.can == Can.YES else tuple(remedies(port, answer))
     risks = *_dual_stack(port, asker, answer), *risks_of(port)
     return Diagnosis(str(address), asker, answer.can, common, answers, todo, risks, port, is_probed=probe)
 

@@ -19,7 +19,7 @@ from hotport.embedded.manager import Manager
 from hotport.errors import ControlError
 from hotport.kernel.abstract import bind_abstract
 from hotport.kernel.notify import notify, open_notify
-from hotport.kernel.sockets import bound_address, inherited_listener, peer_credentials
+from hotport.kernel.sockets import bound_address, inherited_listener, location, peer_credentials
 from hotport.wire.frames import encode_frame
 from hotport.wire.listenfds import LISTEN_VARIABLES, parse_listen_environment
 from hotport.wire.messages import OfferOrder, encode
@@ -28,20 +28,12 @@ from hotport.wire.succession import SUCCESSION_VARIABLE, Ask, CommitOrder, Commi
 from hotport.worker.handoff import Channel
 from hotport.worker.server import Server
 
-__all__ = ["Predecessor", "place_of"]
+__all__ = ["Predecessor"]
 
 log = logging.getLogger("hotport.embedded")
 
 #: How long READY=1 waits for room in the queue before it is looked whether the predecessor is there at all.
 READY_TIMEOUT_S: Final = 1.0
-
-
-def place_of(text: str) -> str:
-    """What two releases mean by one address: canonical, and a socket file by its absolute path."""
-    address = parse_address(text)
-    if isinstance(address, UnixAddress) and not address.is_abstract:
-        address = UnixAddress(os.path.abspath(address.path))
-    return str(address)
 
 
 class Predecessor:
@@ -103,7 +95,7 @@ class Predecessor:
 
         One, or none; ``systemd:NAME`` may have several.
         """
-        place = place_of(text)
+        place = str(location(text))
         found = [number for number in self._listeners if self.spec.asked[number] == place]
         if not found:  # port 0 is a number by now
             found = [number for number, each in self._listeners.items() if _is_at(each, place)]

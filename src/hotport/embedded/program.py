@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from hotport.errors import RestartError
-from hotport.kernel.process import has_terminal
+from hotport.kernel.process import has_terminal, working_directory
 from hotport.wire.listenfds import LISTEN_VARIABLES
 from hotport.wire.succession import SUCCESSION_VARIABLE
 
@@ -43,7 +43,7 @@ class Program:
 
     Attributes:
         argv: As the interpreter got it.
-        directory: The working directory *as it was named*, with its symbolic links.
+        directory: The working directory *as it was named*.
         environment: As it was then: what the program has set since would hide a change of, say, its ``.env`` file.
         ignored: Signals that it was started to ignore (nohup(1), or a shell's ``&``).
     """
@@ -60,15 +60,9 @@ class Program:
         Sources: proc_pid_environ(5): the environment at the time of exec, whatever setenv(3) did since.
         """
         environment = _initial_environment()
-        named = environment.get("PWD", "")
-        try:
-            directory = os.getcwd()
-            if os.path.isabs(named) and os.path.isdir(named) and os.path.samefile(named, directory):
-                directory = named
-        except FileNotFoundError:  # it was removed: a release that is no more
-            directory = named or "/"
         ignored = {number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN}
-        return cls(tuple(sys.orig_argv), directory, environment, frozenset(ignored - IGNORED_BY_PYTHON))
+        deaf_to = frozenset(ignored - IGNORED_BY_PYTHON)
+        return cls(tuple(sys.orig_argv), working_directory(environment), environment, deaf_to)
 
     def why_not_again(self) -> str:
         """Why the same command line would not start the same program; empty if it would."""
@@ -125,7 +119,6 @@ class Program:
                 "cannot restart: no successor could outlive this process",
                 cause=why,
                 fix="hotport serve, whose pid stays the same",
-                phase="refused",
                 serving=serving,
             )
         if "HOTPORT_GENERATION" in os.environ:
@@ -134,7 +127,6 @@ class Program:
                 "cannot restart: this process is a worker",
                 cause="a hotport supervisor has started it, and would take its end for a failure",
                 fix="hotport restart",
-                phase="refused",
                 serving=serving,
             )
         if argv is None and (why := self.why_not_again()):
@@ -143,7 +135,6 @@ class Program:
                 "cannot restart: this program cannot be started again as it was",
                 cause=why,
                 fix='say what to start: await server.restart(argv=["python", "server.py"])',
-                phase="refused",
                 serving=serving,
             )
 
@@ -159,7 +150,6 @@ def _not_there(what: str, serving: int) -> RestartError:
         "cannot restart: the program is not where it was",
         cause=f"{what} is not there, or cannot be used",
         fix="start the server by an absolute path, or say what to start: await server.restart(argv=[...])",
-        phase="refused",
         serving=serving,
     )
 

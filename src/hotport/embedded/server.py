@@ -10,7 +10,7 @@ import socket
 import time
 import traceback
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,12 +20,20 @@ import anyio
 from hotport.adapters.base import Connections, Context
 from hotport.address import UnixAddress, parse_address
 from hotport.embedded.manager import Manager
-from hotport.embedded.predecessor import Predecessor, place_of
+from hotport.embedded.predecessor import Predecessor
 from hotport.embedded.program import Program, Start
 from hotport.embedded.successor import Successor
 from hotport.errors import ConfigError, HotportError, RestartError
 from hotport.kernel.process import has_terminal
-from hotport.kernel.sockets import bind_listener, bound_address, passed_addresses, unlink_if_ours
+from hotport.kernel.sockets import (
+    bind_listener,
+    bound_address,
+    file_path,
+    location,
+    passed_addresses,
+    socket_file,
+    unlink_if_ours,
+)
 from hotport.options import Options
 from hotport.options.loading import load
 from hotport.worker.server import ConnectionServer, DatagramServer, SocketsServer, make_server
@@ -81,22 +89,19 @@ class _Listener:
     Descriptors: owns a duplicate of `socket`, so that a successor can have it; `socket` itself is the server's.
 
     Attributes:
-        place: What was asked for, see `place_of`.
+        place: What was asked for, see `location`.
         address: Where it is.
     """
 
     def __init__(self, text: str, sock: socket.socket, backlog: int, *, is_adopted: bool) -> None:
         address = parse_address(text)
         self._backlog = backlog
-        self.place = place_of(text)
+        self.place = str(location(text))
         self.socket = sock
         self.address = str(bound_address(address, sock))
         self.kept = sock.dup()
-        self._path = ""
-        self._identity: tuple[int, int] | None = None
-        if isinstance(address, UnixAddress) and not address.is_abstract:
-            self._path = os.path.abspath(address.path)
-            self._identity = _identity(self._path)
+        self._path = file_path(address)
+        self._file = socket_file(self._path)
         #: While a predecessor may still serve here, its socket file is not ours to remove.
         self.is_ours = not is_adopted
         self._is_dropped = False
@@ -112,7 +117,7 @@ class _Listener:
             self._is_dropped = False
             address = UnixAddress(self._path) if self._path else parse_address(self.address)
             self.kept = bind_listener(address, backlog=self._backlog)
-            self._identity = _identity(self._path) if self._path else None
+            self._file = socket_file(self._path)
         self.socket = self.kept.dup()
         return self.socket
 
@@ -120,8 +125,8 @@ class _Listener:
         """Close it; its socket file is removed unless a successor accepts there."""
         self.socket.close()
         self.kept.close()
-        if self._identity is not None and self.is_ours and (self._is_dropped or not is_passed_on):
-            unlink_if_ours(self._path, self._identity)
+        if self.is_ours and (self._is_dropped or not is_passed_on):
+            unlink_if_ours(self._path, self._file)
 
 
 def _listen(text: str, backlog: int, predecessor: Predecessor | None) -> Iterator[_Listener]:
@@ -131,13 +136,6 @@ def _listen(text: str, backlog: int, predecessor: Predecessor | None) -> Iterato
         yield _Listener(text, sock, backlog, is_adopted=True)
     for address in passed_addresses(parse_address(text)) if not adopted else ():
         yield _Listener(text, bind_listener(address, backlog=backlog), backlog, is_adopted=False)
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    with suppress(OSError):  # removed under our feet
-        found = os.stat(path)
-        return found.st_dev, found.st_ino
-    return None
 
 
 class Server:
@@ -245,7 +243,6 @@ class Server:
                 cause=f"this process has {len(_servers)} open blocks of hotport.serve, and its successor serves all or "
                 "none",
                 fix="serve one application on several addresses, or run them with hotport serve",
-                phase="refused",
                 serving=self.generation,
             )
         self._program.refuse_if_it_cannot(argv, self.generation)
@@ -365,7 +362,6 @@ def _refused(why: str, serving: int) -> RestartError:
         "cannot restart now",
         cause=why,
         fix="wait for its end, then restart again",
-        phase="refused",
         serving=serving,
     )
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from hotport.address import listener_name, parse_address
 from hotport.embedded.program import Start
-from hotport.errors import ControlError, HotportError, RestartError
+from hotport.errors import ControlError, HotportError, RestartError, in_one_line
 from hotport.kernel.abstract import abstract_name, bind_abstract, sockaddr
 from hotport.kernel.notify import receive_notification
 from hotport.kernel.process import describe_exit, reap, send_signal
@@ -139,7 +139,7 @@ class Successor:
                 RestartError(
                     "HP446",
                     f"the successor was not ready in time; pid {os.getpid()} serves on",
-                    cause=self._told() or f"pid {self.pid} has not come to accept within {timeout_s:g} s",
+                    cause=in_one_line(self._error) or f"pid {self.pid} has not come to accept within {timeout_s:g} s",
                     fix="hotport.serve(..., ready_timeout=...), or see what it does: py-spy dump --pid PID",
                     phase="start up",
                     serving=self._serving,
@@ -247,16 +247,9 @@ class Successor:
             raise
         return Channel(sock)
 
-    def _told(self) -> str:
-        """Its own words in one line: an error's first, a traceback's last."""
-        lines = [line.strip() for line in self._error.splitlines() if line.strip()]
-        if not lines:
-            return ""
-        return lines[0] if lines[0].startswith("HP") else lines[-1]
-
     def _has_ended(self, phase: str) -> RestartError:
         cause = f"pid {self.pid} {self.how_it_ended}"
-        if told := self._told():
+        if told := in_one_line(self._error):
             cause = f"{told} ({cause})"
         elif self._status is None or self._status >= 0:
             cause += "; what it has said about that is on stderr"

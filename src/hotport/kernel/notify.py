@@ -10,14 +10,15 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
+from hotport.kernel.abstract import sockaddr
+from hotport.kernel.scm import DESCRIPTORS_MAX, send_descriptors
 from hotport.wire.sdnotify import BARRIER, NOTIFICATION_BYTES_MAX
 
 __all__ = ["notify", "notify_barrier", "open_notify", "receive_notification", "send_notification"]
 
 _UCRED: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
 _INT_BYTES: Final = array.array("i").itemsize
-_FDS_MAX: Final = 253  # SCM_MAX_FD
-_CONTROL_BYTES: Final = socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_SPACE(_FDS_MAX * _INT_BYTES)
+_CONTROL_BYTES: Final = socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_SPACE(DESCRIPTORS_MAX * _INT_BYTES)
 
 
 def receive_notification(sock: socket.socket) -> tuple[int, int, bytes] | None:
@@ -85,7 +86,7 @@ def open_notify(path: str) -> socket.socket | None:
     try:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         sock.setblocking(False)
-        sock.connect("\0" + path[1:] if path.startswith("@") else path)
+        sock.connect(sockaddr(path))
     except (OSError, ValueError):  # ValueError: a path with a NUL
         if sock is not None:
             sock.close()
@@ -104,9 +105,8 @@ def send_notification(sock: socket.socket, payload: bytes, descriptors: Sequence
 
     Sources: unix(7) SCM_RIGHTS; sd_pid_notify_with_fds(3).
     """
-    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
     try:
-        sock.sendmsg([payload], ancillary)
+        send_descriptors(sock, payload, descriptors)
     except (BlockingIOError, TimeoutError):
         return False
     return True

@@ -6,7 +6,7 @@ import fcntl
 import os
 import resource
 import signal
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Final
 
@@ -23,6 +23,7 @@ __all__ = [
     "reap_orphans",
     "rss_bytes",
     "send_signal",
+    "working_directory",
 ]
 
 _GETFD: Final = 438  # pidfd_getfd, the same number on every architecture
@@ -64,6 +65,20 @@ def has_terminal() -> bool:
     except OSError:
         return False
     return True
+
+
+def working_directory(environ: Mapping[str, str]) -> str:
+    """The working directory *as it was named*, with its symbolic links: what ``PWD`` says, if that is it.
+
+    So a release that is switched by a link is found anew. Of one that was removed there is only the name.
+    """
+    named = environ.get("PWD", "")
+    try:
+        directory = os.getcwd()
+    except FileNotFoundError:
+        return named or "/"
+    is_it = os.path.isabs(named) and os.path.isdir(named) and os.path.samefile(named, directory)
+    return named if is_it else directory
 
 
 def duplicate_descriptor(pidfd: int, fd: int) -> int:

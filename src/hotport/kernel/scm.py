@@ -24,7 +24,7 @@ def send_descriptors(sock: socket.socket, data: bytes | memoryview, descriptors:
     """Send bytes, and descriptors with the first of them.
 
     Args:
-        sock: A connected stream socket of the unix family.
+        sock: A connected socket of the unix family.
         data: At least one byte: descriptors do not travel alone.
         descriptors: At most `DESCRIPTORS_MAX`; they stay open here, the receiver gets duplicates.
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final
 
-from hotport.address import Address, FdAddress, SystemdAddress, TcpAddress, UdpAddress, UnixAddress
+from hotport.address import Address, FdAddress, SystemdAddress, TcpAddress, UdpAddress, UnixAddress, parse_address
 from hotport.errors import ConfigError, KernelError
 from hotport.kernel import procfs
 from hotport.kernel.resolve import resolve
@@ -26,10 +26,13 @@ __all__ = [
     "bind_listener",
     "bind_notify",
     "bound_address",
+    "file_path",
     "inherited_listener",
+    "location",
     "passed_addresses",
     "peer_credentials",
     "rebind",
+    "socket_file",
     "unlink_if_ours",
 ]
 
@@ -151,6 +154,18 @@ def bound_address(address: Address, listener: socket.socket) -> Address:
     return kind(name[0], name[1])
 
 
+def file_path(address: Address) -> str:
+    """The absolute path of an address's socket file; empty if it has none."""
+    return os.path.abspath(address.path) if isinstance(address, UnixAddress) and not address.is_abstract else ""
+
+
+def location(text: str) -> Address:
+    """Where an address is, whatever the working directory is at the next start."""
+    address = parse_address(text)
+    path = file_path(address)
+    return UnixAddress(path) if path else address
+
+
 def accept_queue_length(listener: socket.socket) -> int:
     """How many connections wait in a TCP listener's accept queue; 0 for other sockets.
 
@@ -199,18 +214,27 @@ def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
     return pid, uid, gid
 
 
-def unlink_if_ours(path: str, dev_ino: tuple[int, int]) -> bool:
+def socket_file(path: str) -> tuple[int, int] | None:
+    """By what `unlink_if_ours` knows a file again: device and inode; None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def unlink_if_ours(path: str, file: tuple[int, int] | None) -> bool:
     """Remove a socket file, unless somebody has put another one in its place since.
 
     Args:
-        dev_ino: ``st_dev`` and ``st_ino`` as they were when the file was made.
+        file: What `socket_file` said when it was made.
 
     Returns:
         Whether it was there, was ours, and is gone now.
     """
     try:
         found = os.lstat(path)
-        if (found.st_dev, found.st_ino) != dev_ino:
+        if (found.st_dev, found.st_ino) != file:
             return False
         os.unlink(path)
     except OSError:
@@ -337,7 +361,7 @@ def _explain_in_use(address: TcpAddress | UdpAddress, sockaddr: tuple[Any, ...])
         unread = f" ({'; '.join(port.unread)})" if port.unread else ""
         return f"whoever had it is gone by now, or cannot be seen{unread}", f"hotport why {address}"
     until = f"; {answer.until}" if answer.ends_in_s is not None else ""
-    return f"{answer.because}{until}", next(remedies(port, asker, answer))
+    return f"{answer.because}{until}", next(remedies(port, answer))
 
 
 def _bind_abstract(address: UnixAddress, path: str, backlog: int) -> socket.socket:

@@ -219,7 +219,7 @@ def narrate(old: Sockets, port: Port) -> str:
             return f"{who} has {connections}{to} on {place} ({old.state})"
 
 
-def remedies(port: Port, asker: Asker, answer: Answer) -> Iterator[str]:
+def remedies(port: Port, answer: Answer) -> Iterator[str]:
     """What to do about an answer that is not yes: the one that is most likely right first."""
     match answer.error:
         case "EACCES":

@@ -16,10 +16,11 @@ from hotport.kernel.sockets import peer_credentials
 from hotport.model.service import Announce
 from hotport.observe.logs import get_logger
 from hotport.supervisor.house import House
+from hotport.supervisor.process import receive_message
 from hotport.supervisor.requests import describe, keep, reload_tls, restart, scale, undo
 from hotport.supervisor.supervisor import Supervisor
 from hotport.supervisor.takeover import hand_over
-from hotport.wire.frames import FrameDecoder, encode_frame
+from hotport.wire.frames import encode_frame
 from hotport.wire.messages import (
     Done,
     Failure,
@@ -34,7 +35,6 @@ from hotport.wire.messages import (
     TakeOverRequest,
     UndoRequest,
     UpgradeRequest,
-    decode,
     encode,
 )
 
@@ -122,11 +122,8 @@ async def _converse(supervisor: Supervisor, stream: SocketStream, house: House) 
 
 
 async def _read_request(stream: SocketStream) -> Any:
-    decoder = FrameDecoder(frame_bytes_max=REQUEST_BYTES_MAX)
     with anyio.move_on_after(REQUEST_TIMEOUT_S):
-        while True:
-            if payloads := decoder.feed(await stream.receive()):
-                return decode(payloads[0], Request)
+        return await receive_message(stream, Request, frame_bytes_max=REQUEST_BYTES_MAX)
     raise ControlError(
         "HP641",
         "no request came",

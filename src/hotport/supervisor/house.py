@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Final
 
 from hotport.errors import RestartError
-from hotport.kernel.sockets import bind_control, bind_notify, unlink_if_ours
+from hotport.kernel.sockets import bind_control, bind_notify, socket_file, unlink_if_ours
+from hotport.model.service import Refusal
 from hotport.supervisor.supervisor import Supervisor
 from hotport.supervisor.upgrade import preflight
 
@@ -39,11 +40,10 @@ class House:
     next_argv: list[str] = field(default_factory=list)
     client: socket.socket | None = None
     departed_s: float = 0.0
-    _made: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _made: dict[str, tuple[int, int] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in _PATHS:
-            self._note(name)
+        self._note()
 
     @classmethod
     def enter(cls, directory: str, lock: int, stack: ExitStack) -> House:
@@ -57,26 +57,21 @@ class House:
         supervisor.listen_on(bind_notify(os.path.join(self.directory, "notify.sock")))
         self.control.close()
         self.control = bind_control(os.path.join(self.directory, "control.sock"))
-        for name in _PATHS:
-            del self._made[os.path.join(self.directory, name)]
-            self._note(name)
+        self._note()
         return self.control.dup()
 
     def leave(self) -> None:
         """Remove the paths, unless they are another supervisor's by now; let go of the lock."""
-        for path, identity in self._made.items():
-            unlink_if_ours(path, identity)
+        for path, file in self._made.items():
+            unlink_if_ours(path, file)
         self.control.close()
         if self.client is not None:
             self.client.close()
         os.close(self.lock)
 
-    def _note(self, name: str) -> str:
-        path = os.path.join(self.directory, name)
-        with suppress(FileNotFoundError):  # somebody has removed it
-            found = os.lstat(path)
-            self._made.setdefault(path, (found.st_dev, found.st_ino))
-        return path
+    def _note(self) -> None:
+        paths = (os.path.join(self.directory, name) for name in _PATHS)
+        self._made = {path: socket_file(path) for path in paths}
 
     async def upgrade(self, supervisor: Supervisor, python: str | None, client: socket.socket | None = None) -> None:
         """Let the supervisor depart, for another one to go on in this process.
@@ -97,26 +92,14 @@ class House:
         supervisor.depart()
 
     def _check(self, supervisor: Supervisor) -> None:
-        service = supervisor.service
-        if service.restart is not None:
-            cause = f"a restart is in progress (generation {service.restart.generation})"
-        elif service.is_stopping:
-            cause = "the service is stopping"
-        elif service.is_lame_duck:
-            cause = "the service is a lame duck, and stops soon"
-        elif service.generation == 0:
-            cause = "the service is still starting"
-        elif supervisor.owned.lost:
-            cause = f"somebody else has {', '.join(supervisor.owned.lost)}"
-        elif supervisor.is_succeeded or supervisor.is_departing:
-            cause = "another supervisor is taking over"
-        else:
-            return
-        raise RestartError(
-            "HP657",
-            f"cannot upgrade the supervisor of {supervisor.name} now",
-            cause=cause,
-            fix=f"hotport status {supervisor.name}, and try again",
-            phase="refused",
-            serving=service.generation,
-        )
+        cause = supervisor.what_goes_on
+        if not cause and supervisor.service.is_lame_duck:
+            cause = Refusal.LAME_DUCK.value
+        if cause:
+            raise RestartError(
+                "HP657",
+                f"cannot upgrade the supervisor of {supervisor.name} now",
+                cause=cause,
+                fix=f"hotport status {supervisor.name}, and try again",
+                serving=supervisor.service.generation,
+            )

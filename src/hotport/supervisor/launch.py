@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from hotport.errors import StartError
+from hotport.kernel.process import working_directory
 from hotport.options import Options
 from hotport.supervisor.manager import MANAGER_VARIABLES
 from hotport.wire.listenfds import LISTEN_VARIABLES
@@ -31,8 +32,7 @@ class Surroundings:
 
     Attributes:
         environment: As it was, less what was meant for the supervisor alone.
-        directory: The working directory *as it was named*, with its symbolic links: a release switched by a link
-            is found anew by each generation.
+        directory: The working directory *as it was named*; its links are followed anew by each generation.
     """
 
     environment: Mapping[str, str]
@@ -42,11 +42,7 @@ class Surroundings:
     def snapshot(cls) -> Surroundings:
         """Remember them now."""
         environment = {k: v for k, v in os.environ.items() if k not in PRIVATE_VARIABLES}
-        directory = os.getcwd()
-        named = environment.get("PWD", "")
-        if os.path.isabs(named) and os.path.isdir(named) and os.path.samefile(named, directory):
-            directory = named
-        return cls(environment, directory)
+        return cls(environment, working_directory(environment))
 
 
 @dataclass(frozen=True, slots=True)

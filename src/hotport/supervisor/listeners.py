@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from hotport.address import FdAddress, SystemdAddress, TcpAddress, UnixAddress, parse_address
+from hotport.address import FdAddress, SystemdAddress, TcpAddress, parse_address
 from hotport.errors import ConfigError, HotportError
 from hotport.kernel.procfs import has_socket, resets_sent
 from hotport.kernel.sockets import (
@@ -16,7 +16,9 @@ from hotport.kernel.sockets import (
     bind_guard,
     bind_listener,
     bound_address,
+    file_path,
     rebind,
+    socket_file,
     unlink_if_ours,
 )
 from hotport.kernel.steer import deafen, share_port, steer, unsteer
@@ -55,8 +57,7 @@ class Listener:
         """Close it, and remove its socket file."""
         if self.sock is not None:
             self.sock.close()
-        if self.file is not None:
-            unlink_if_ours(os.path.abspath(self.address.removeprefix("unix:")), self.file)
+        unlink_if_ours(file_path(parse_address(self.address)), self.file)
 
 
 @dataclass(slots=True)
@@ -378,14 +379,7 @@ def _join(kept: Listener, options: Options) -> Listener:
 
 
 def _file(address: str) -> tuple[int, int] | None:
-    found = parse_address(address)
-    if not isinstance(found, UnixAddress) or found.is_abstract:
-        return None
-    try:
-        status = os.stat(found.path)
-    except OSError:  # somebody has removed it: there is nothing to remove any more
-        return None
-    return status.st_dev, status.st_ino
+    return socket_file(file_path(parse_address(address)))
 
 
 def _empty(listener: socket.socket) -> list[socket.socket]:

@@ -20,10 +20,11 @@ from typing import Final
 
 import anyio
 
+from hotport.errors import in_one_line
 from hotport.kernel.notify import notify_barrier, open_notify, send_notification
+from hotport.kernel.sockets import location
 from hotport.model.service import Announce, Clock, News
 from hotport.observe.logs import get_logger
-from hotport.supervisor.store import location
 from hotport.supervisor.timers import Timers
 from hotport.wire.sdnotify import encode_notification, encode_store, encode_store_remove, store_name
 
@@ -170,7 +171,7 @@ class Manager:
             case News.DONE:
                 self._wait_no_more(serves)
             case (News.ABORTED | News.UNDONE) as news if self._waits is _Waits.RELOADED:
-                reason = _in_one_line(why or announcement.why)
+                reason = in_one_line(why or announcement.why)
                 outcome = "aborted" if news is News.ABORTED else "undone"
                 self._wait_no_more(f"{serves}, the restart to generation {generation} was {outcome}: {reason}")
             case News.LAME_DUCK:
@@ -192,7 +193,7 @@ class Manager:
         match self._waits:
             case None:
                 self._reload(None)
-                self._wait_no_more(_in_one_line(why))
+                self._wait_no_more(in_one_line(why))
             case _Waits.RELOADED:
                 self._reload(None)
             case _:
@@ -200,7 +201,7 @@ class Manager:
 
     def failed(self, why: str) -> None:
         """The service ends without having served."""
-        self._say(encode_notification(status=_in_one_line(why)))
+        self._say(encode_notification(status=in_one_line(why)))
 
     def extend(self, timers: Timers) -> None:
         """Have it wait as long as what goes on is bounded by `timers`; call it whenever they have changed."""
@@ -274,12 +275,6 @@ class Manager:
             if not self._late:  # else it does not read, and would not hear it in time anyway
                 self._try(WATCHDOG)
             await anyio.sleep(watchdog_s / 2)
-
-
-def _in_one_line(error: str) -> str:
-    """What happened: the first line of our own errors, the last one of a traceback."""
-    lines = error.strip().splitlines() or [""]
-    return lines[0 if lines[0].startswith("HP") else -1].strip()
 
 
 def _number(environ: Mapping[str, str], variable: str, default: int) -> int:

@@ -8,7 +8,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,18 @@ from typing import Final
 
 import anyio
 
-from hotport.address import Address, FdAddress, UnixAddress, parse_address
+from hotport.address import Address, FdAddress, parse_address
 from hotport.errors import ConfigError, KernelError
 from hotport.kernel.fds import lock_file, private_directory
 from hotport.kernel.process import reap_orphans
-from hotport.kernel.sockets import bind_listener, bound_address, passed_addresses, unlink_if_ours
+from hotport.kernel.sockets import (
+    bind_listener,
+    bound_address,
+    file_path,
+    passed_addresses,
+    socket_file,
+    unlink_if_ours,
+)
 from hotport.observe.logs import get_logger
 from hotport.options import Options, runtime_root
 from hotport.supervisor.house import House
@@ -112,18 +119,15 @@ def open_status_port(supervisor: Supervisor, place: Place, stack: ExitStack) -> 
         port = StatusPort(bind, str(bound_address(parse_address(bind), listener)), listener)
     stack.callback(port.listener.close)
     supervisor.status_port = port
-    address = parse_address(port.address)
-    if isinstance(address, UnixAddress) and not address.is_abstract:
-        path = os.path.abspath(address.path)
-        with suppress(FileNotFoundError):  # somebody has removed it
-            found = os.stat(path)
-            is_shared = place.predecessor is not None and port is place.predecessor.status_port
+    path = file_path(parse_address(port.address))
+    file = socket_file(path)
+    is_shared = place.predecessor is not None and port is place.predecessor.status_port
 
-            def unlink() -> None:
-                if not (supervisor.is_succeeded or (is_shared and supervisor.owned.shared)):
-                    unlink_if_ours(path, (found.st_dev, found.st_ino))
+    def unlink() -> None:
+        if not (supervisor.is_succeeded or (is_shared and supervisor.owned.shared)):
+            unlink_if_ours(path, file)
 
-            stack.callback(unlink)
+    stack.callback(unlink)
 
 
 def _directory(name: str) -> str:
@@ -223,8 +227,6 @@ def _bind(
     if listener is None:
         listener = bind_listener(address, backlog=options.backlog, shares_port=shares_port(options))
         stack.callback(listener.close)
-    if isinstance(address, UnixAddress) and not address.is_abstract:
-        found = os.stat(address.path)
-        path = os.path.abspath(address.path)
-        stack.callback(unlink_if_ours, path, (found.st_dev, found.st_ino))
+    path = file_path(address)
+    stack.callback(unlink_if_ours, path, socket_file(path))
     return str(bound_address(address, listener)), listener

@@ -19,7 +19,7 @@ from hotport.kernel.process import describe_exit, kill_group, reap, send_signal
 from hotport.kernel.scm import DESCRIPTORS_MAX
 from hotport.kernel.spawn import Child
 from hotport.observe.logs import get_logger
-from hotport.wire.frames import FrameDecoder, encode_frame
+from hotport.wire.frames import FRAME_BYTES_MAX, FrameDecoder, encode_frame
 from hotport.wire.messages import (
     Inspection,
     InspectOrder,
@@ -34,7 +34,7 @@ from hotport.wire.messages import (
     encode,
 )
 
-__all__ = ["Process"]
+__all__ = ["Process", "receive_message"]
 
 Answer = TypeVar("Answer", Inspection, TlsReloaded, Probed)
 
@@ -212,6 +212,14 @@ class Process:
         with suppress(OSError):  # a worker that was killed leaves its socket behind
             os.unlink(self.control_path)
         return describe_exit(status)
+
+
+async def receive_message(stream: ByteStream, kind: Any, *, frame_bytes_max: int = FRAME_BYTES_MAX) -> Any:
+    """The first message of a conversation, one of the closed set `kind`."""
+    decoder = FrameDecoder(frame_bytes_max)
+    while True:
+        if payloads := decoder.feed(await stream.receive()):
+            return decode(payloads[0], kind)
 
 
 async def _expect(stream: ByteStream, decoder: FrameDecoder, kind: type[Any]) -> None:

@@ -7,7 +7,6 @@ predecessor was killed or has exec'ed itself.
 from __future__ import annotations
 
 import os
-import re
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -28,15 +27,25 @@ from hotport.model.lifecycle import Phase
 from hotport.supervisor.launch import PRIVATE_VARIABLES, Launch
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.listenfds import parse_listen_environment
-from hotport.wire.messages import PROTOCOL, Hello, ListenersOrder, Listening, Memory, Word, WorkerSpec, decode, encode
+from hotport.wire.messages import (
+    PROTOCOL,
+    Hello,
+    ListenersOrder,
+    Listening,
+    Memory,
+    Word,
+    WorkerSpec,
+    decode,
+    encode,
+    parse_worker_socket,
+    worker_socket,
+)
 
 __all__ = ["Found", "Survivor", "survey"]
 
 #: A worker that serves answers at once; one that still imports its application, or is busy with it, is taken at its
 #: supervisor's word: it has been started.
 ANSWER_TIMEOUT_S: Final = 2.0
-
-_SOCKET: Final = re.compile(r"worker-(\d+)\.(\d+)\.sock")
 
 _PHASES: Final = {phase.value: phase for phase in (Phase.STARTING, Phase.READY, Phase.SERVING, Phase.QUIESCED)}
 
@@ -121,8 +130,8 @@ async def survey(
     """
     survivors = _started(directory)
     for file in os.listdir(directory):
-        if named := _SOCKET.fullmatch(file):
-            generation, worker = map(int, named.groups())
+        if named := parse_worker_socket(file):
+            generation, worker = named
             path = os.path.join(directory, file)
             survivors.setdefault((generation, worker), Survivor(worker, generation, 0, path))
     asked = list(survivors.values())
@@ -218,7 +227,7 @@ def _started(directory: str) -> dict[tuple[int, int], Survivor]:
         elif environment.get("LISTEN_PID") != str(pid):  # started by such a program, in a group of its own
             continue
         key = (generation, worker or -pid)
-        path = os.path.join(directory, f"worker-{generation}.{worker}.sock") if worker else ""
+        path = os.path.join(directory, worker_socket(generation, worker)) if worker else ""
         phase = Phase.STARTING if worker else Phase.SERVING
         found.setdefault(key, Survivor(worker or 0, generation, pid, path, not worker, phase, launch))
     return found

@@ -244,7 +244,6 @@ def _refused(code: str, what: str, supervisor: Supervisor, *, cause: str, fix: s
         f"cannot restart {supervisor.name}, generation {serving} serves on: {what}",
         cause=cause,
         fix=fix,
-        phase="refused",
         serving=serving,
     )
 
@@ -295,7 +294,6 @@ async def reload_tls(supervisor: Supervisor) -> TlsReport:
             f"cannot renew the certificates of {supervisor.name}",
             cause=cause,
             fix=f"hotport status {supervisor.name}",
-            phase="refused",
             serving=supervisor.service.generation,
         )
     found: dict[int, WorkerTls] = {}

@@ -12,19 +12,11 @@ from hotport.address import Address, TcpAddress, UdpAddress, UnixAddress, parse_
 from hotport.errors import ConfigError, KernelError
 from hotport.kernel import sockdiag
 from hotport.kernel.resolve import resolve
-from hotport.kernel.sockets import inherited_listener
+from hotport.kernel.sockets import inherited_listener, location
 from hotport.wire.listenfds import parse_listen_environment
 from hotport.wire.sdnotify import parse_store_name
 
-__all__ = ["TakenBack", "location", "take_back"]
-
-
-def location(address: str) -> Address:
-    """Where a listener is, whatever the working directory is at the next start."""
-    parsed = parse_address(address)
-    if isinstance(parsed, UnixAddress) and not parsed.is_abstract:
-        return UnixAddress(os.path.abspath(parsed.path))
-    return parsed
+__all__ = ["TakenBack", "take_back"]
 
 
 @dataclass(frozen=True, slots=True)

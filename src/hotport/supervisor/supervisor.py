@@ -59,6 +59,7 @@ from hotport.wire.messages import (
     SuccessorsOrder,
     TlsReloaded,
     Word,
+    worker_socket,
 )
 from hotport.wire.sdnotify import Notification
 
@@ -260,6 +261,20 @@ class Supervisor:
             favoured=service.favoured,
         )
 
+    @property
+    def what_goes_on(self) -> str:
+        """What has to be over before another supervisor can have the service; empty if nothing has."""
+        service = self.service
+        if self.is_succeeded or self.is_departing:
+            return "another supervisor is taking over"
+        if service.is_stopping:
+            return model.Refusal.STOPPING.value
+        if service.restart is not None:
+            return f"{model.Refusal.IN_PROGRESS.value} (generation {service.restart.generation})"
+        if service.generation == 0:
+            return model.Refusal.STARTING.value
+        return f"somebody else has {', '.join(self.owned.lost)}" if self.owned.lost else ""
+
     def depart(self) -> None:
         """End `run` as soon as everything that has happened is dealt with; the workers serve on."""
         self.is_departing = True
@@ -358,7 +373,7 @@ class Supervisor:
             self._errors[worker] = str(error)
             self.input(Exited(worker, "could not be executed"))
             return
-        path = os.path.join(self.directory, f"worker-{generation}.{worker}.sock")
+        path = os.path.join(self.directory, worker_socket(generation, worker))
         is_foreign = bool(launch.options.command)
         process = Process(worker, generation, child, path, is_foreign=is_foreign)
         process.held = set(listeners.values())
@@ -743,7 +758,6 @@ class Supervisor:
                 f"{self.name} does not take this request now",
                 cause=f"another supervisor is taking over; generation {self.service.generation} serves",
                 fix=f"hotport status {self.name}, and try again",
-                phase="refused",
                 serving=self.service.generation,
             )
         self._requests += 1
@@ -763,7 +777,6 @@ class Supervisor:
             f"{self.name} does not take this request now",
             cause=f"{refusal.value}{number}{last}; generation {self.service.generation} serves",
             fix=_fix(self.name, refusal),
-            phase="refused",
             serving=self.service.generation,
         )
 

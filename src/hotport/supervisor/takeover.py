@@ -11,7 +11,6 @@ two containers, so none is used.
 from __future__ import annotations
 
 import os
-import re
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -28,6 +27,7 @@ from hotport.kernel.sockets import inherited_listener
 from hotport.model.lifecycle import Phase
 from hotport.model.service import RequestStop
 from hotport.observe.logs import get_logger
+from hotport.supervisor.process import receive_message
 from hotport.supervisor.supervisor import StatusPort, Supervisor
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import (
@@ -42,14 +42,13 @@ from hotport.wire.messages import (
     TakeOverRequest,
     decode,
     encode,
+    parse_worker_socket,
 )
 
 __all__ = ["Predecessor", "ask_predecessor", "hand_over", "retire"]
 
 #: A supervisor is only ever between two steps: it answers at once.
 ANSWER_TIMEOUT_S: Final = 10.0
-
-_WORKER_SOCKET: Final = re.compile(r"worker-(\d+)\.\d+\.sock")
 
 log = get_logger("hotport.takeover")
 
@@ -92,7 +91,7 @@ async def hand_over(
         listeners = [*supervisor.listeners.values(), *([status.listener] if status else [])]
         descriptors = [lock, *(listener.fileno() for listener in listeners)]
         send_descriptors(stream.extra(SocketAttribute.raw_socket), encode_frame(encode(estate)), descriptors)
-        committed = await _wait_committed(stream)
+        committed = await receive_message(stream, Committed)
     except (OSError, ControlError, anyio.BrokenResourceError, anyio.EndOfStream) as error:
         log.warning("take_over.failed", error=str(error) or "the other supervisor is gone")
     supervisor.owned.shared = frozenset()
@@ -100,7 +99,7 @@ async def hand_over(
         supervisor.is_succeeded = False
         await reclaim()
         return None
-    names = tuple(filter(_WORKER_SOCKET.fullmatch, committed.workers))
+    names = tuple(filter(parse_worker_socket, committed.workers))
     supervisor.heirs = tuple(os.path.join(supervisor.directory, name) for name in names)
     supervisor.owned.give_away(committed.addresses)
     log.info("take_over.committed", workers=names)
@@ -109,16 +108,7 @@ async def hand_over(
     return Done(detail="retired", exit_code=supervisor.exit_code)
 
 
-async def _wait_committed(stream: SocketStream) -> Committed:
-    decoder = FrameDecoder()
-    while True:
-        if payloads := decoder.feed(await stream.receive()):
-            committed: Committed = decode(payloads[0], Committed)
-            return committed
-
-
 def _check(supervisor: Supervisor, request: TakeOverRequest) -> None:
-    service = supervisor.service
     if request.protocol != PROTOCOL:
         cause = (
             f"the other supervisor (hotport {request.version}) speaks version {request.protocol} of the control "
@@ -127,19 +117,8 @@ def _check(supervisor: Supervisor, request: TakeOverRequest) -> None:
         raise _refused(
             "HP654", supervisor, cause, f"hotport upgrade {supervisor.name} first, or stop it and serve again"
         )
-    if supervisor.is_succeeded:
-        cause = "another supervisor is taking it over"
-    elif service.is_stopping:
-        cause = "it is stopping"
-    elif service.restart is not None:
-        cause = f"a restart is in progress (generation {service.restart.generation})"
-    elif service.generation == 0:
-        cause = "it is still starting"
-    elif supervisor.owned.lost:
-        cause = f"somebody else has {', '.join(supervisor.owned.lost)}"
-    else:
-        return
-    raise _refused("HP655", supervisor, cause, f"hotport status {supervisor.name}, and try again")
+    if cause := supervisor.what_goes_on:
+        raise _refused("HP655", supervisor, cause, f"hotport status {supervisor.name}, and try again")
 
 
 def _refused(code: str, supervisor: Supervisor, cause: str, fix: str) -> RestartError:
@@ -148,7 +127,6 @@ def _refused(code: str, supervisor: Supervisor, cause: str, fix: str) -> Restart
         f"{supervisor.name} is not given to another supervisor",
         cause=cause,
         fix=fix,
-        phase="refused",
         serving=supervisor.service.generation,
     )
 
@@ -283,6 +261,6 @@ async def _drain_orphans(supervisor: Supervisor, generations: int, successors: S
 
     async with anyio.create_task_group() as tasks:
         for file in os.listdir(supervisor.directory):
-            numbers = _WORKER_SOCKET.fullmatch(file)
-            if numbers is not None and int(numbers.group(1)) <= generations:
+            named = parse_worker_socket(file)
+            if named is not None and named[0] <= generations:
                 tasks.start_soon(drain, os.path.join(supervisor.directory, file))

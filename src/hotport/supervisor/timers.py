@@ -18,30 +18,29 @@ class Timers:
     def __init__(self, tasks: anyio.abc.TaskGroup, elapsed: Callable[[Timer], None]) -> None:
         self._tasks = tasks
         self._elapsed = elapsed
-        self._running: dict[Timer, anyio.CancelScope] = {}
-        self._ends: dict[Timer, float] = {}
+        self._running: dict[Timer, tuple[anyio.CancelScope, float]] = {}  # with when it ends
 
     def start(self, timer: Timer, seconds: float) -> None:
         """Start a timer; one that runs under the same name is replaced."""
         self.stop(timer)
-        scope = self._running[timer] = anyio.CancelScope()
-        self._ends[timer] = anyio.current_time() + seconds
+        scope = anyio.CancelScope()
+        self._running[timer] = scope, anyio.current_time() + seconds
         self._tasks.start_soon(self._run, timer, seconds, scope)
 
     def extend(self, timer: Timer, seconds: float) -> None:
         """Let a timer that runs end in `seconds` from now, unless it ends later anyway."""
-        if timer in self._running and self._ends[timer] < anyio.current_time() + seconds:
+        if timer in self._running and self._running[timer][1] < anyio.current_time() + seconds:
             self.start(timer, seconds)
 
     def stop(self, timer: Timer) -> None:
         """Forget a timer; nothing happens if it does not run."""
-        scope = self._running.pop(timer, None)
-        if scope is not None:
+        if timer in self._running:
+            scope, _ = self._running.pop(timer)
             scope.cancel()
 
     def left_s(self, timer: Timer) -> float | None:
         """Seconds until a timer ends; None if it does not run."""
-        return max(0.0, self._ends[timer] - anyio.current_time()) if timer in self._running else None
+        return max(0.0, self._running[timer][1] - anyio.current_time()) if timer in self._running else None
 
     def latest(self, ignored: Container[Clock] = ()) -> float | None:
         """When the last of those that run ends, on the event loop's clock; None if none does.
@@ -49,11 +48,11 @@ class Timers:
         Args:
             ignored: Kinds of timer that do not count.
         """
-        return max((self._ends[timer] for timer in self._running if timer.clock not in ignored), default=None)
+        return max((end for timer, (_, end) in self._running.items() if timer.clock not in ignored), default=None)
 
     async def _run(self, timer: Timer, seconds: float, scope: anyio.CancelScope) -> None:
         with scope:
             await anyio.sleep(seconds)
-            if self._running.get(timer) is scope:  # not replaced in the moment in which it ended
+            if self._running.get(timer, (None,))[0] is scope:  # not replaced in the moment in which it ended
                 del self._running[timer]
                 self._elapsed(timer)

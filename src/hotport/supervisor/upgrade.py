@@ -133,7 +133,6 @@ def _refused(code: str, supervisor: Supervisor, cause: str, fix: str) -> Restart
         f"cannot upgrade the supervisor of {supervisor.name}, it goes on as it is",
         cause=cause,
         fix=fix,
-        phase="refused",
         serving=supervisor.service.generation,
     )
 

@@ -271,9 +271,7 @@ class Service(ServeProcess):
         """
         reply = self.ask(RestartRequest(phased=phased))[-1]
         if isinstance(reply, Failure):
-            raise RestartError(
-                reply.code, reply.what, cause=reply.cause, fix=reply.fix, phase="refused", serving=self._generation()
-            )
+            raise RestartError(reply.code, reply.what, cause=reply.cause, fix=reply.fix, serving=self._generation())
         assert isinstance(reply, Report), self.log_tail()
         if reply.outcome != "done":
             raise self._with_log(

@@ -10,6 +10,7 @@ newer side may say more than an older one understands.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -17,7 +18,7 @@ import msgspec
 from hotport.errors import ControlError
 from hotport.options import Options
 
-__all__ = ["PROTOCOL", "decode", "encode"]
+__all__ = ["PROTOCOL", "decode", "encode", "parse_worker_socket", "worker_socket"]
 
 #: Grows when a message changes its meaning.
 PROTOCOL: Final = 1
@@ -565,8 +566,21 @@ Reply = Progress | Report | Status | TlsReport | Done | Failure | Estate
 
 T = TypeVar("T")
 
+_WORKER_SOCKET: Final = re.compile(r"worker-(\d+)\.(\d+)\.sock")
+
 _encoder = msgspec.json.Encoder()
 _decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
+
+
+def worker_socket(generation: int, worker: int) -> str:
+    """The name of a worker's control socket in the service's runtime directory."""
+    return f"worker-{generation}.{worker}.sock"
+
+
+def parse_worker_socket(name: str) -> tuple[int, int] | None:
+    """Whose control socket a file is: generation and worker; None if it is something else."""
+    found = _WORKER_SOCKET.fullmatch(name)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def encode(message: msgspec.Struct) -> bytes:

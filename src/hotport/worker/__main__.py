@@ -16,7 +16,7 @@ from hotport.errors import HotportError
 from hotport.kernel.sockets import bind_control, inherited_listener
 from hotport.observe import logs
 from hotport.wire.listenfds import LISTEN_VARIABLES, parse_listen_environment
-from hotport.wire.messages import WorkerSpec
+from hotport.wire.messages import WorkerSpec, worker_socket
 from hotport.worker.worker import Worker
 
 #: A source that was changed in the last whole second may be changed again within it; file times come from a coarse
@@ -35,7 +35,7 @@ def main() -> int:
     notify_path = os.environ.pop("NOTIFY_SOCKET", None)
     for name in LISTEN_VARIABLES:  # they were for us, not for what the application starts
         os.environ.pop(name, None)
-    path = os.path.join(spec.directory, f"worker-{spec.generation}.{spec.worker}.sock")
+    path = os.path.join(spec.directory, worker_socket(spec.generation, spec.worker))
     try:
         control = bind_control(path)
     except HotportError as error:

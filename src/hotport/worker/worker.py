@@ -18,7 +18,6 @@ import time
 import traceback
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Final, cast
 
 import msgspec
@@ -30,7 +29,7 @@ from hotport.errors import ControlError, ExitCode, HotportError, StartError
 from hotport.kernel.notify import notify
 from hotport.kernel.process import open_descriptors, raise_descriptor_limit, rss_bytes
 from hotport.kernel.scm import send_descriptors
-from hotport.kernel.sockets import peer_credentials, unlink_if_ours
+from hotport.kernel.sockets import peer_credentials, socket_file, unlink_if_ours
 from hotport.observe.logs import get_logger, revive
 from hotport.options import Options
 from hotport.wire.frames import FrameDecoder, encode_frame
@@ -143,7 +142,7 @@ class Worker:
 
     async def run(self) -> int:
         """Start up, serve until told to leave, drain; return the process's exit code."""
-        identity = _identity(self._control_path)
+        file = socket_file(self._control_path)
         control = await self._loop.create_unix_server(lambda: _Peer(self), sock=self._control)
         self._loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
         self._loop.add_signal_handler(signal.SIGINT, self._on_sigterm)
@@ -155,7 +154,7 @@ class Worker:
             for peer in list(self._peers):
                 peer.close()
             control.close()
-            unlink_if_ours(self._control_path, identity)
+            unlink_if_ours(self._control_path, file)
 
     async def _serve(self) -> int:
         self._starting = self._loop.create_task(self._start())
@@ -562,8 +561,3 @@ def _descriptors() -> int:
 
 def _with_jitter(value: int, jitter: int) -> int:
     return value + random.randint(0, jitter) if value else 0
-
-
-def _identity(path: str) -> tuple[int, int]:
-    found = Path(path).stat()
-    return found.st_dev, found.st_ino

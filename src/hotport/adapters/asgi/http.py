@@ -689,16 +689,14 @@ class HttpConnection(asyncio.Protocol):
 
     def announce_close(self, exchange: Exchange) -> bool:
         """Whether the head of this answer, which is about to be written, must say that it is the last."""
-        if exchange.keeps_alive and not (
-            (self._is_draining or self.has_eof) and not self._has_request_behind(exchange)
-        ):
+        if exchange.keeps_alive and not ((self._is_draining or self.has_eof) and not self._has_request_behind()):
             return False
         self._has_announced_close = self._is_deaf = True
         if self._handoff is not None:
             self._handoff.is_parking = False  # nobody will answer what is parked
         return True
 
-    def _has_request_behind(self, exchange: Exchange) -> bool:
+    def _has_request_behind(self) -> bool:
         if self._pipeline or self._head or self._refusal is not None:
             return True
         return self._arriving is None and not self.has_eof and self._has_unread()
