@@ -135,6 +135,30 @@ def test_newcomer_that_is_killed_before_it_accepts_leaves_everything_as_it_was(t
         assert_healthy(old, workers=1)
 
 
+def test_workers_of_a_newcomer_that_died_are_seen_off_though_some_of_them_serve(tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    with ending(tmp_path), ExitStack() as stack:
+        write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))
+        old = stack.enter_context(Service(tmp_path, "app:app", "--workers", "2")).wait_ready()
+        hammer = stack.enter_context(Hammer(old.port))
+        code = "import os\ntry:\n    os.mkdir('first')\nexcept FileExistsError:\n    " + Gate.LINE
+        write_code(tmp_path / "app.py", code + LINE_APP.format(version="v2"))
+        new = stack.enter_context(take_over(tmp_path, "app:app", "--workers", "2"))
+        hammer.wait_answers(1, "v2")
+        strays = [event["worker_pid"] for event in new.log_events("worker.spawned") if event["generation"] == 2]
+        with watching_pid(strays[0]) as gone, watching_pid(strays[1]) as also_gone:
+            die(new)
+            eventually(lambda: bool(old.log_events("take_over.failed")), "the old one goes on")
+            gate.open()
+            gone()
+            also_gone()
+        write_code(tmp_path / "app.py", LINE_APP.format(version="v3"))
+        assert old.restart()["outcome"] == "done"
+        hammer.wait_answers(2, "v3")
+        assert not hammer.failures
+        assert_healthy(old, workers=2)
+
+
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_old_supervisor_that_is_killed_is_seen_off_by_the_newcomer(tmp_path: Path, moment: str) -> None:
     gate = Gate(tmp_path)

@@ -13,6 +13,7 @@ from hotport.cli.client import ask, raise_failure
 from hotport.cli.output import print_json, print_strategies, write
 from hotport.diagnose.doctor import examine, examine_service, read_machine, read_service
 from hotport.errors import ControlError, ExitCode
+from hotport.kernel.process import working_directory
 from hotport.kernel.steer import can_steer
 from hotport.model.guarantee import Facts, choose, table
 from hotport.options import Options, runtime_root
@@ -34,7 +35,7 @@ def command(name: str | None, as_json: bool) -> int:
 
     Exits with 0 if nothing was found, with 1 otherwise.
     """
-    loaded = load(file=None, environ=os.environ, flags={}, cwd=Path.cwd(), needs_program=False)
+    loaded = load(file=None, environ=os.environ, flags={}, cwd=Path(working_directory(os.environ)), needs_program=False)
     root = runtime_root(os.environ, os.geteuid(), Path(tempfile.gettempdir()))
     findings = list(examine(read_machine(root), loaded.options))
     status = _status(name)

@@ -11,6 +11,7 @@ import click
 
 from hotport.cli import HELP
 from hotport.errors import ConfigError, ExitCode
+from hotport.kernel.process import working_directory
 from hotport.options import OPTIONS, Option
 from hotport.options.loading import Loaded, load, meant_flag, rows, show
 from hotport.runner import supervise
@@ -84,7 +85,7 @@ def command(
             needs_program=not show_config,
         )
 
-    loaded = read(Path.cwd())
+    loaded = read(Path(working_directory(os.environ)))
     if show_config:
         from hotport.cli.output import write  # rich, which a supervisor has no use for
 

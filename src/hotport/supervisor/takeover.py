@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -97,7 +97,10 @@ async def hand_over(
     supervisor.owned.shared = frozenset()
     if committed is None:
         supervisor.is_succeeded = False
-        await reclaim()
+        own = supervisor.service.generations
+        async with anyio.create_task_group() as tasks:  # some of its workers may accept already
+            tasks.start_soon(_drain_orphans, supervisor, lambda generation: generation > own)
+            await reclaim()
         return None
     names = tuple(filter(parse_worker_socket, committed.workers))
     supervisor.heirs = tuple(os.path.join(supervisor.directory, name) for name in names)
@@ -214,20 +217,14 @@ async def retire(predecessor: Predecessor, supervisor: Supervisor) -> None:
 
     If it dies meanwhile, its workers, which nobody supervises any more, are told to drain by us.
     """
-    while len(serving := supervisor.service.ids(Phase.SERVING)) < supervisor.service.wanted:
+    while len(supervisor.service.ids(Phase.SERVING)) < supervisor.service.wanted:
         await supervisor.wait_stepped()
-    workers = [
-        os.path.basename(process.control_path)
-        for number in serving
-        if (process := supervisor.processes.get(number)) is not None and not process.is_foreign
-    ]
+    workers = _serving(supervisor)
     supervisor.owned.shared = frozenset()
     with predecessor.connection as connection:
         said = b""
         with suppress(OSError):
-            connection.send(
-                encode_frame(encode(Committed(workers=tuple(workers), addresses=tuple(supervisor.listeners))))
-            )
+            connection.send(encode_frame(encode(Committed(workers=workers, addresses=tuple(supervisor.listeners)))))
             while True:
                 await anyio.wait_readable(connection)
                 data = connection.recv(65536)
@@ -235,13 +232,24 @@ async def retire(predecessor: Predecessor, supervisor: Supervisor) -> None:
                 if not data:
                     break
     log.info("take_over.done", predecessor=predecessor.version, has_retired=bool(said))
-    await _drain_orphans(supervisor, predecessor.memory.generations, workers)
+    own = predecessor.memory.generations
+    await _drain_orphans(supervisor, lambda generation: generation <= own)
 
 
-async def _drain_orphans(supervisor: Supervisor, generations: int, successors: Sequence[str]) -> None:
-    """Tell what is left of generations up to this number to hand its connections over, and wait until it has left."""
+def _serving(supervisor: Supervisor) -> tuple[str, ...]:
+    """Names of the control sockets of the workers that serve."""
+    processes = (supervisor.processes.get(number) for number in supervisor.service.ids(Phase.SERVING))
+    return tuple(os.path.basename(each.control_path) for each in processes if each is not None and not each.is_foreign)
+
+
+async def _drain_orphans(supervisor: Supervisor, is_other: Callable[[int], bool]) -> None:
+    """Tell workers of the other supervisor to hand their connections to ours, and wait until they have left.
+
+    Args:
+        is_other: Whether a generation is one of its.
+    """
     options = supervisor.options
-    paths = tuple(os.path.join(supervisor.directory, name) for name in successors)
+    paths = tuple(os.path.join(supervisor.directory, name) for name in _serving(supervisor))
     order = encode_frame(encode(DrainOrder(timeout_s=options.drain_timeout_s, successors=paths)))
 
     async def drain(path: str) -> None:
@@ -262,5 +270,5 @@ async def _drain_orphans(supervisor: Supervisor, generations: int, successors: S
     async with anyio.create_task_group() as tasks:
         for file in os.listdir(supervisor.directory):
             named = parse_worker_socket(file)
-            if named is not None and named[0] <= generations:
+            if named is not None and is_other(named[0]):
                 tasks.start_soon(drain, os.path.join(supervisor.directory, file))

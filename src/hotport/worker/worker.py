@@ -180,7 +180,8 @@ class Worker:
 
     def _say_ready(self) -> None:
         """Until the kernel takes it: a supervisor that is not scheduled for a while has a full queue."""
-        if not self._tell(ready=True, status="ready") and not self._leaving.is_set() and not self._peers:
+        has_said = self._tell(ready=True, status="ready")
+        if not has_said and self._notify_path is not None and not self._leaving.is_set():
             self._loop.call_later(READY_REPEAT_S, self._say_ready)
 
     # -- start ---------------------------------------------------------------------------------------------
