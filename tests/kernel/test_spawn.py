@@ -478,7 +478,9 @@ def test_signals_are_ignored_if_that_is_wanted_and_no_others() -> None:
             os.set_inheritable(1, True)
             child = spawn(["grep", "SigIgn", "/proc/self/status"], environment=PATH, cwd="/", ignored={signal.SIGHUP})
             assert wait(child) == 0
-        assert int(os.read(heard, 1000).split()[1], 16) == 1 << (signal.SIGHUP - 1)
+        ignored = int(os.read(heard, 1000).split()[1], 16)
+        # Nobody can set those that libc keeps for itself (signal(7): 32 and 33), and CI may start us with one ignored.
+        assert {number for number in signal.valid_signals() if ignored >> (number - 1) & 1} == {signal.SIGHUP}
     finally:
         signal.signal(signal.SIGUSR2, before)
         os.close(heard)

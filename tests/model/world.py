@@ -341,8 +341,6 @@ class World:
             assert len(effects) == 1
         if before.is_stopping:
             assert answer == Refuse(event.request, Refusal.STOPPING)
-        elif before.is_lame_duck:
-            assert answer == Refuse(event.request, Refusal.LAME_DUCK)
         elif isinstance(event, RequestUndo):
             restart = before.restart
             assert answer == (
@@ -356,6 +354,8 @@ class World:
                 if is_watched
                 else Refuse(event.request, Refusal.NOT_WATCHED, generation)
             )
+        elif before.is_lame_duck:
+            assert answer == Refuse(event.request, Refusal.LAME_DUCK)
         elif before.regains and before.restart is None and isinstance(event, RequestRestart):
             assert answer == Refuse(event.request, Refusal.PORT_LOST) or before.generation == 0 or before.ids(*LEAVING)
         elif before.restart is not None:

@@ -135,6 +135,9 @@ def run() -> bool:
             port = asked_for(look(world.port), where)
             answer = judge(port, Asker(uid, str(uid), may_bind_low=True), options)
             real = Can.YES if kernel_says(where, world.port, options, uid=uid) else Can.NO
+            if answer.can not in (real, Can.UNKNOWN):  # a connection may have ended between the look and the bind
+                port = asked_for(look(world.port), where)
+                answer = judge(port, Asker(uid, str(uid), may_bind_low=True), options)
             counts[answer.can] += 1
             match answer.can:
                 case Can.YES:

@@ -19,6 +19,7 @@ from hotport.wire.messages import RestartRequest, StopRequest
 from tests.support import (
     DEADLINE_S,
     LINE_APP,
+    RESTARTS,
     SLOWNESS,
     Gate,
     Hammer,
@@ -465,22 +466,23 @@ def test_stop_now_does_not_wait_for_connections(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.unmeasured
 @pytest.mark.timeout(300 * SLOWNESS)
-def test_200_restarts_leave_nothing_behind(tmp_path: Path) -> None:
+def test_many_restarts_leave_nothing_behind(tmp_path: Path) -> None:
+    last = max(60, 20 * RESTARTS)
     write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
     with Service(tmp_path, "app:app", "--settle", "0").wait_ready() as service:
         rss: dict[int, int] = {}
         counts: dict[int, tuple[int, int, int]] = {}
         supervisor = psutil.Process(service.process.pid)
-        for number in range(1, 201):
+        for number in range(1, last + 1):
             report = service.ask(RestartRequest())[-1]
             assert report.outcome == "done"
             assert ask_line(service.port).generation == str(number + 1)
-            if number in (50, 200):
+            if number in (30, last):
                 eventually(lambda: len(service.descendants()) == 1, "one worker is left")
                 counts[number] = (service.descriptors(), supervisor.num_threads(), len(service.descendants()))
                 rss[number] = supervisor.memory_info().rss
-        assert counts[200] == counts[50]
-        assert rss[200] < rss[50] + (1 << 20)
+        assert counts[last] == counts[30]
+        assert rss[last] < rss[30] + (1 << 20)
         assert len(list(service.runtime.iterdir())) == 4  # lock, control, notify, one worker
 
 

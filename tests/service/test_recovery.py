@@ -263,3 +263,13 @@ def test_workers_of_another_protocol_are_refused_and_serve_on(tmp_path: Path) ->
         assert "HP650 cannot supervise worker 1" in second.log()
         assert ask_line(port).version == "v1"
         second.end()
+
+
+def test_what_a_killed_process_had_half_made_is_removed(tmp_path: Path) -> None:
+    write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))
+    place = tmp_path / "run" / "svc"
+    place.mkdir(parents=True, mode=0o700)
+    place.parent.chmod(0o700)
+    (place / ".4c20bb").touch()
+    with Service(tmp_path, "app:app") as service:
+        assert_healthy(service.wait_ready(), workers=1)

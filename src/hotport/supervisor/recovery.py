@@ -150,6 +150,8 @@ async def survey(
             if not survivor.is_foreign:
                 tasks.start_soon(ask, survivor)
     alive = [survivor for survivor in asked if survivor.pid]
+    if not alive:
+        _tidy(directory)
     for survivor in alive:
         if not survivor.has_answered:
             _take(survivor)
@@ -164,6 +166,14 @@ async def survey(
                 listener.close()
         raise
     return found
+
+
+def _tidy(directory: str) -> None:
+    """Remove what processes that were killed between bind and rename have left (`hotport.kernel.sockets`)."""
+    for file in os.listdir(directory):
+        if file.startswith("."):
+            with suppress(OSError):
+                os.unlink(os.path.join(directory, file))
 
 
 def _number(survivors: Sequence[Survivor], memory: Memory | None, numbers: Mapping[int, int]) -> Found:

@@ -82,7 +82,7 @@ RESERVED_DESCRIPTORS: Final = 128
 LINGERING_MAX: Final = 20
 
 #: How long a worker that is told to go by a signal serves on, to be told who can have its connections.
-SUCCESSORS_TIMEOUT_S: Final = 0.25
+SUCCESSORS_TIMEOUT_S: Final = 1.0
 
 #: How long a worker that is out of descriptors tries to take what waits for it.
 EMPTY_TIMEOUT_S: Final = 1.0
