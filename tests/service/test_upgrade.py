@@ -224,3 +224,13 @@ def test_upgrade_during_a_restart_is_refused(tmp_path: Path) -> None:
         assert_three_lines(result.stderr, "HP657")
         gate.open()
         assert json.loads(restart.communicate(timeout=service.timeout_s)[0])["outcome"] == "done"
+
+
+def test_interpreter_that_lacks_what_the_options_need_is_refused_beforehand(tmp_path: Path, other_python: str) -> None:
+    write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))
+    with Service(tmp_path, "app:app", "--watch") as service:
+        service.wait_ready()
+        result = service.run("upgrade", "--python", other_python)
+        assert result.returncode == 4
+        assert "HP332 cannot watch for changes" in result.stderr
+        assert ask_line(service.port).version == "v1"

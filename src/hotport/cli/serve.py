@@ -91,10 +91,13 @@ def command(
 
         write(_as_json(loaded) if as_json else show(loaded))
         return ExitCode.DONE
-    if not loaded.options.watch or CHECK in os.environ:  # a supervisor asks whom it would become
+    if not loaded.options.watch:
         return supervise(read, takes_over=take_over)
-    from hotport.cli.watch import watching
+    from hotport.cli.watch import check_watchfiles, watching
 
+    if CHECK in os.environ:  # a supervisor asks whom it would become
+        check_watchfiles()
+        return supervise(read, takes_over=take_over)
     with watching(loaded.options):
         return supervise(read, takes_over=take_over)
 

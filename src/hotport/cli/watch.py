@@ -25,7 +25,7 @@ from hotport.observe.logs import configure, get_logger
 from hotport.options import Options, service_name
 from hotport.wire.messages import Report, RestartRequest
 
-__all__ = ["main", "watching"]
+__all__ = ["check_watchfiles", "main", "watching"]
 
 WATCHING: Final = "watching\n"
 
@@ -38,6 +38,17 @@ RETRY_S: Final = 0.25
 
 #: The watch stands when the generator first yields, and without a change that is after this time.
 FIRST_YIELD_MS: Final = 100
+
+
+def check_watchfiles() -> None:
+    """Raise ConfigError (HP332) if ``watchfiles`` is not installed."""
+    if find_spec("watchfiles") is None:
+        raise ConfigError(
+            "HP332",
+            "cannot watch for changes",
+            cause=f"the package watchfiles is not installed in {sys.executable}",
+            fix=f"{sys.executable} -m pip install 'hotport[watch]'",
+        )
 
 
 @contextmanager
@@ -53,13 +64,7 @@ def watching(options: Options) -> Iterator[None]:
 
     Processes: one child, which ends with the block or with this process, whichever is first.
     """
-    if find_spec("watchfiles") is None:
-        raise ConfigError(
-            "HP332",
-            "cannot watch for changes",
-            cause=f"the package watchfiles is not installed in {sys.executable}",
-            fix=f"{sys.executable} -m pip install 'hotport[watch]'",
-        )
+    check_watchfiles()
     paths = [Path(path).resolve() for path in options.watch_path or (options.app_dir,)]
     for path in paths:
         if not path.exists():

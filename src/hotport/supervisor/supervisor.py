@@ -230,7 +230,9 @@ class Supervisor:
         for survivor in found.survivors:
             try:
                 child = Child(survivor.pid, os.pidfd_open(survivor.pid))
-            except ProcessLookupError:
+            except ProcessLookupError:  # it has gone since, and may have been killed
+                with suppress(OSError):
+                    os.unlink(survivor.control_path)
                 continue
             here.append(survivor.worker)
             process = Process(
