@@ -18,7 +18,6 @@ from hotport.model.service import (
     Accept,
     Adopt,
     Announce,
-    Boot,
     Bound,
     Clock,
     CloseListeners,
@@ -103,7 +102,7 @@ class World:
 
     def __init__(self, wanted: int) -> None:
         self.service = Service(wanted=wanted)
-        self.queue: deque[Input] = deque([Boot()])
+        self.queue: deque[Input] = deque([Adopt((), wanted, 0, 0)])
         self.processes: dict[int, Process] = {}
         self.timers: set[Timer] = set()
         self.effects: list[Effect] = []

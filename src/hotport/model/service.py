@@ -218,13 +218,8 @@ class Service:
 
 
 @dataclass(frozen=True, slots=True)
-class Boot:
-    """Start the first generation."""
-
-
-@dataclass(frozen=True, slots=True)
 class Adopt:
-    """Go on with the workers of a supervisor that is gone, or was this process before its exec.
+    """Begin: with the workers of a supervisor that is gone, or was this process before its exec; or without any.
 
     Attributes:
         workers: Those that are alive, each in its phase by its own word: never OPENING nor QUIESCING, which are orders
@@ -382,8 +377,7 @@ class Elapsed:
 
 
 Input = (
-    Boot
-    | Adopt
+    Adopt
     | RequestRestart
     | RequestScale
     | RequestStop
@@ -714,8 +708,6 @@ def step(service: Service, event: Input) -> tuple[Service, tuple[Effect, ...]]:
     """What follows from `event`: the new state and the effects to carry out, in order."""
     draft = _Draft(service)
     match event:
-        case Boot():
-            _boot(draft)
         case Adopt():
             _adopt(draft, event)
         case RequestRestart():
@@ -742,13 +734,6 @@ def step(service: Service, event: Input) -> tuple[Service, tuple[Effect, ...]]:
             _elapsed(draft, event.timer)
     _go_on(draft)
     return draft.service, tuple(draft.effects)
-
-
-def _boot(draft: _Draft) -> None:
-    generation = draft.service.generations + 1
-    draft.set(generations=generation)
-    for _ in range(draft.service.wanted):
-        draft.spawn(generation)
 
 
 def _adopt(draft: _Draft, event: Adopt) -> None:
@@ -782,7 +767,10 @@ def _adopt(draft: _Draft, event: Adopt) -> None:
         else:
             draft.release(worker.id)
     if not draft.service.current:
-        _boot(draft)
+        first = draft.service.generations + 1
+        draft.set(generations=first)
+        for _ in range(event.wanted):
+            draft.spawn(first)
 
 
 def surviving(workers: Iterable[Worker], wanted: int, favoured: int = 0) -> int:
