@@ -59,6 +59,7 @@ __all__ = [
     "Stage",
     "Step",
     "Worker",
+    "refusal",
     "step",
     "surviving",
 ]
@@ -816,24 +817,28 @@ def _request_scale(draft: _Draft, event: RequestScale) -> None:
 
 
 def _is_refused(draft: _Draft, event: RequestRestart | RequestScale) -> bool:
-    service, generation = draft.service, 0
+    refused = refusal(draft.service, is_restart=isinstance(event, RequestRestart))
+    if refused is not None:
+        draft.emit(Refuse(event.request, *refused))
+    return refused is not None
+
+
+def refusal(service: Service, *, is_restart: bool) -> tuple[Refusal, int] | None:
+    """Why a restart, or another number of workers, is refused now, and the generation that is the reason (or 0)."""
     if service.is_stopping:
-        why = Refusal.STOPPING
-    elif service.is_lame_duck:
-        why = Refusal.LAME_DUCK
-    elif service.restart is not None:
+        return Refusal.STOPPING, 0
+    if service.is_lame_duck:
+        return Refusal.LAME_DUCK, 0
+    if service.restart is not None:
         why = Refusal.WATCHED if service.restart.step in WATCHED else Refusal.IN_PROGRESS
-        generation = service.restart.generation
-    elif service.generation == 0:
-        why = Refusal.STARTING
-    elif isinstance(event, RequestRestart) and service.draining_generations >= GENERATIONS_DRAINING_MAX:
-        why = Refusal.TOO_MANY_DRAINING
-    elif isinstance(event, RequestRestart) and service.regains:
-        why = Refusal.PORT_LOST
-    else:
-        return False
-    draft.emit(Refuse(event.request, why, generation))
-    return True
+        return why, service.restart.generation
+    if service.generation == 0:
+        return Refusal.STARTING, 0
+    if is_restart and service.draining_generations >= GENERATIONS_DRAINING_MAX:
+        return Refusal.TOO_MANY_DRAINING, 0
+    if is_restart and service.regains:
+        return Refusal.PORT_LOST, 0
+    return None
 
 
 def _request_verdict(draft: _Draft, event: RequestUndo | RequestKeep) -> None:

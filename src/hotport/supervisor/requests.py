@@ -26,6 +26,7 @@ from hotport.model.service import (
     RequestScale,
     RequestUndo,
     Step,
+    refusal,
 )
 from hotport.observe.logs import get_logger
 from hotport.options import Options
@@ -93,12 +94,11 @@ async def restart(
         launch = Launch.resolve(options, supervisor.surroundings)
     except HotportError as error:
         raise _refused(error.code, error.what, supervisor, cause=error.cause, fix=error.fix) from error
-    if (running := supervisor.service.restart) is not None:  # two must not bind at the same time
-        why = Refusal.WATCHED if running.step in WATCHED else Refusal.IN_PROGRESS
-        raise supervisor.refused(why, running.generation)
+    if refused := refusal(supervisor.service, is_restart=True):  # before anything is bound for it
+        raise supervisor.refused(*refused)
     if supervisor.owned.lost:
         raise supervisor.refused(Refusal.PORT_LOST)
-    chosen = choose(strategy or options.strategy, facts(supervisor, options, is_phased=options.phased))
+    chosen = choose(strategy or options.strategy, facts(supervisor, options))
     if chosen.strategy is None:
         raise _refused(
             "HP420",
@@ -217,7 +217,7 @@ async def _until_reported(
     return result[0]
 
 
-def facts(supervisor: Supervisor, options: Options, *, is_phased: bool) -> Facts:
+def facts(supervisor: Supervisor, options: Options) -> Facts:
     """What there is to know of a service before a strategy is chosen."""
     workers = supervisor.service.workers
     leaving = {
@@ -231,7 +231,7 @@ def facts(supervisor: Supervisor, options: Options, *, is_phased: bool) -> Facts
         schemes=tuple(text.partition(":")[0] for text in dict.fromkeys((*asked, *map(str, options.bind)))),
         command=options.command[0] if options.command else "",
         kind=options.kind,
-        is_phased=is_phased,
+        is_phased=options.phased,
         lingering=supervisor.owned.lingering(leaving, supervisor.service.generation) if leaving else (),
         can_steer=can_steer(),
     )
@@ -350,7 +350,7 @@ async def describe(supervisor: Supervisor) -> Status:
         for process in supervisor.processes.values():
             tasks.start_soon(inspect, process)
     service, options, now = supervisor.service, supervisor.options, time.monotonic()
-    known = facts(supervisor, options, is_phased=options.phased)
+    known = facts(supervisor, options)
     chosen = choose(options.strategy, known)
     return Status(
         service=supervisor.name,

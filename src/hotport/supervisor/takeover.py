@@ -77,7 +77,6 @@ async def hand_over(
     supervisor.is_succeeded = True  # from here on nothing of ours is begun: numbers and paths are the other's
     supervisor.owned.shared = frozenset(supervisor.listeners)
     estate = Estate(
-        pid=os.getpid(),
         version=__version__,
         memory=supervisor.memory,
         bind=supervisor.options.bind,
@@ -151,7 +150,6 @@ class Predecessor:
     """
 
     connection: socket.socket
-    pid: int
     version: str
     memory: Memory
     lock: int
@@ -209,7 +207,7 @@ def ask_predecessor(directory: str, name: str) -> Predecessor:
             address: inherited_listener(fd, is_in_use=True) for address, fd in zip(reply.addresses, fds, strict=True)
         }
         stack.pop_all()
-    return Predecessor(connection, reply.pid, reply.version, reply.memory, lock, reply.bind, listeners, status)
+    return Predecessor(connection, reply.version, reply.memory, lock, reply.bind, listeners, status)
 
 
 async def retire(predecessor: Predecessor, supervisor: Supervisor) -> None:

@@ -24,6 +24,7 @@ from hotport.errors import RestartError
 from hotport.kernel.sockets import inherited_listener
 from hotport.supervisor.supervisor import StatusPort, Supervisor
 from hotport.wire.frames import encode_frame
+from hotport.wire.listenfds import LISTEN_VARIABLES
 from hotport.wire.messages import PROTOCOL, Done, Memory, encode
 
 __all__ = [
@@ -197,7 +198,7 @@ def become(argv: list[str], baggage: Baggage, directory: str) -> NoReturn:
         if fd is not None:
             os.set_inheritable(fd, True)
     environment = {**os.environ, VARIABLE: msgspec.json.encode(baggage).decode(), "PWD": directory}
-    for name in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"):
+    for name in LISTEN_VARIABLES:
         environment.pop(name, None)
     try:
         os.chdir(directory)

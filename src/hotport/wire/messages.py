@@ -553,7 +553,6 @@ class Estate(msgspec.Struct, frozen=True, kw_only=True, tag="estate"):
         status_address: What that is.
     """
 
-    pid: int
     version: str
     memory: Memory
     bind: tuple[str, ...]
