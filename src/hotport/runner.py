@@ -13,7 +13,7 @@ from typing import Any, Final
 import anyio
 
 from hotport.errors import ConfigError, ExitCode, HotportError
-from hotport.kernel.process import has_terminal, reap_orphans
+from hotport.kernel.process import ends_with_terminal, has_terminal, reap_orphans
 from hotport.model.lifecycle import Phase
 from hotport.model.service import RequestStop
 from hotport.observe.logs import configure, get_logger
@@ -227,8 +227,7 @@ _SIGNALS: Final = (
 async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc.TaskGroup) -> None:
     log = get_logger("hotport.signals")
     handled = list(_SIGNALS)
-    # Whose terminal may go: nohup(1) and setsid(1) are how somebody says that the service is to outlive it.
-    is_bound_to_terminal = has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    is_bound_to_terminal = ends_with_terminal()
     has_hung_up = False
     if os.getpid() == 1:  # every orphan of the container is our child
         handled.append(signal.SIGCHLD)

@@ -19,7 +19,7 @@ from hotport.embedded.manager import Manager
 from hotport.errors import ControlError
 from hotport.kernel.abstract import bind_abstract
 from hotport.kernel.notify import notify, open_notify
-from hotport.kernel.sockets import bound_address, inherited_listener, location, peer_credentials
+from hotport.kernel.sockets import bound_address, inherited_listener, location, may_command, peer_credentials
 from hotport.wire.frames import encode_frame
 from hotport.wire.listenfds import LISTEN_VARIABLES, parse_listen_environment
 from hotport.wire.messages import OfferOrder, encode
@@ -188,7 +188,7 @@ class Predecessor:
         return {task for task in self._tasks if task.get_name() == "conversation"}
 
     def _converse_with(self, sock: socket.socket) -> None:
-        if peer_credentials(sock)[1] not in (os.geteuid(), 0):
+        if not may_command(peer_credentials(sock)[1]):
             sock.close()
             return
         sock.setblocking(False)

@@ -24,7 +24,7 @@ from hotport.embedded.predecessor import Predecessor
 from hotport.embedded.program import Program, Start
 from hotport.embedded.successor import Successor
 from hotport.errors import ConfigError, HotportError, RestartError
-from hotport.kernel.process import has_terminal
+from hotport.kernel.process import ends_with_terminal, has_terminal
 from hotport.kernel.sockets import (
     bind_listener,
     bound_address,
@@ -454,7 +454,7 @@ async def serve(
 def _restarting_on_hup(server: Server) -> Iterator[None]:
     loop = asyncio.get_running_loop()
     before = signal.getsignal(signal.SIGHUP)
-    is_bound_to_terminal = has_terminal() and before is not signal.SIG_IGN  # nohup(1): it is to outlive the terminal
+    is_bound_to_terminal = ends_with_terminal()
     tasks: set[asyncio.Task[None]] = set()
 
     async def restart() -> None:

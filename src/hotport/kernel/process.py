@@ -15,6 +15,7 @@ from hotport.kernel import procfs
 __all__ = [
     "describe_exit",
     "duplicate_descriptor",
+    "ends_with_terminal",
     "has_terminal",
     "kill_group",
     "open_descriptors",
@@ -96,6 +97,14 @@ def duplicate_descriptor(pidfd: int, fd: int) -> int:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return int(duplicate)
+
+
+def ends_with_terminal() -> bool:
+    """Whether the end of its terminal is meant to end this process: ask before SIGHUP is handled.
+
+    Who ignores SIGHUP was started by nohup(1), and who has no terminal by setsid(1) or a service manager.
+    """
+    return has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
 
 
 def reap(pid: int) -> int | None:

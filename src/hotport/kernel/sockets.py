@@ -29,6 +29,7 @@ __all__ = [
     "file_path",
     "inherited_listener",
     "location",
+    "may_command",
     "passed_addresses",
     "peer_credentials",
     "rebind",
@@ -221,6 +222,11 @@ def socket_file(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def may_command(uid: int) -> bool:
+    """Whether a user may tell this process what to do: its own, and root."""
+    return uid in (os.geteuid(), 0)
 
 
 def unlink_if_ours(path: str, file: tuple[int, int] | None) -> bool:

@@ -12,7 +12,7 @@ import anyio
 from anyio.abc import SocketAttribute, SocketStream
 
 from hotport.errors import ConfigError, ControlError, HotportError
-from hotport.kernel.sockets import peer_credentials
+from hotport.kernel.sockets import may_command, peer_credentials
 from hotport.model.service import Announce
 from hotport.observe.logs import get_logger
 from hotport.supervisor.house import House
@@ -99,7 +99,7 @@ async def serve_control(supervisor: Supervisor, control: socket.socket, house: H
 async def _converse(supervisor: Supervisor, stream: SocketStream, house: House) -> None:
     pid, uid, _ = peer_credentials(stream.extra(SocketAttribute.raw_socket))
     try:
-        if uid not in (os.geteuid(), 0):
+        if not may_command(uid):
             raise ControlError(
                 "HP640",
                 f"uid {uid} may not control {supervisor.name}",

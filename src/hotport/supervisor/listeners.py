@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from hotport.address import FdAddress, SystemdAddress, TcpAddress, parse_address
+from hotport.address import Address, FdAddress, SystemdAddress, TcpAddress, parse_address
 from hotport.errors import ConfigError, HotportError
 from hotport.kernel.procfs import has_socket, resets_sent
 from hotport.kernel.sockets import (
@@ -25,7 +25,7 @@ from hotport.kernel.steer import deafen, share_port, steer, unsteer
 from hotport.model.guarantee import Strategy
 from hotport.options import Options
 
-__all__ = ["Listener", "Listeners", "Rebound", "shares_port"]
+__all__ = ["Listener", "Listeners", "Rebound", "listen"]
 
 
 @dataclass(eq=False, slots=True)
@@ -246,9 +246,7 @@ class Listeners:
         for each in self._each():
             if each.sock is None:
                 try:
-                    each.sock = bind_listener(
-                        parse_address(each.address), backlog=options.backlog, shares_port=shares_port(options)
-                    )
+                    each.sock = listen(parse_address(each.address), options)
                     each.why_lost = ""
                 except HotportError as error:
                     each.why_lost = error.cause
@@ -348,9 +346,13 @@ def _asked_for(texts: Collection[str], listeners: Collection[str]) -> list[str]:
     return asked if len(asked) == len(listeners) else list(listeners)
 
 
-def shares_port(options: Options) -> bool:
-    """Whether TCP listeners have SO_REUSEPORT from their start."""
-    return options.guard or options.strategy == "overlap"
+def listen(address: Address, options: Options) -> socket.socket:
+    """A new listener, as a service with these options wants it; the caller owns it. See `bind_listener`."""
+    shares_port = options.guard or options.strategy == "overlap"
+    sock = bind_listener(address, backlog=options.backlog, shares_port=shares_port)
+    if options.command:
+        sock.setblocking(True)  # as systemd passes them: a plain accept loop expects nothing else
+    return sock
 
 
 def _bind(asked: str, options: Options) -> Listener:
@@ -363,9 +365,7 @@ def _bind(asked: str, options: Options) -> Listener:
             cause="sockets are passed to a process when it starts",
             fix="systemctl restart the service, or stop it and serve again",
         )
-    sock = bind_listener(address, backlog=options.backlog, shares_port=shares_port(options))
-    if options.command:
-        sock.setblocking(True)  # as systemd passes them
+    sock = listen(address, options)
     bound = str(bound_address(address, sock))
     return Listener(asked, bound, sock, file=_file(bound))
 

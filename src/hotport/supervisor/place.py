@@ -31,7 +31,7 @@ from hotport.kernel.sockets import (
 from hotport.observe.logs import get_logger
 from hotport.options import Options, runtime_root
 from hotport.supervisor.house import House
-from hotport.supervisor.listeners import shares_port
+from hotport.supervisor.listeners import listen
 from hotport.supervisor.manager import Manager
 from hotport.supervisor.recovery import Found, survey
 from hotport.supervisor.store import take_back
@@ -152,14 +152,13 @@ def _listen(options: Options, manager: Manager, predecessor: Predecessor | None 
     with ExitStack() as unless_all_can_be_bound:
         for listener in taken.listeners.values():
             unless_all_can_be_bound.callback(listener.close)
+            listener.setblocking(bool(options.command))  # as in `listen`
         for address, text in _expand(options.bind).items():
             if predecessor is not None and (kept := predecessor.listener(text)) is not None:
                 listeners.update([kept])
                 continue
             bind = partial(_bind, address, options, unless_all_can_be_bound, taken.listeners.get(text))
             where, listener = _bind_by(free_by, bind)
-            if options.command:
-                listener.setblocking(True)  # as systemd passes them: a plain accept loop expects nothing else
             listeners[where] = listener
             if isinstance(address, FdAddress):
                 held.add(where)
@@ -225,7 +224,7 @@ def _bind(
     """
     listener = taken
     if listener is None:
-        listener = bind_listener(address, backlog=options.backlog, shares_port=shares_port(options))
+        listener = listen(address, options)
         stack.callback(listener.close)
     path = file_path(address)
     stack.callback(unlink_if_ours, path, socket_file(path))

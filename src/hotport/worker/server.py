@@ -183,8 +183,7 @@ class ConnectionServer:
     async def accept(self) -> None:
         self._is_accepting = True
         self.connections.count_fates(False)
-        for acceptor in self._acceptors:
-            acceptor.start()
+        self._start_acceptors()
         if self._mover is not None:  # taken back; what is under way arrives, or comes back
             self._staying = asyncio.get_running_loop().create_task(self._stay(self._mover))
             self._mover = None

@@ -29,7 +29,7 @@ from hotport.errors import ControlError, ExitCode, HotportError, StartError
 from hotport.kernel.notify import notify
 from hotport.kernel.process import open_descriptors, raise_descriptor_limit, rss_bytes
 from hotport.kernel.scm import send_descriptors
-from hotport.kernel.sockets import peer_credentials, socket_file, unlink_if_ours
+from hotport.kernel.sockets import may_command, peer_credentials, socket_file, unlink_if_ours
 from hotport.observe.logs import get_logger, revive
 from hotport.options import Options
 from hotport.wire.frames import FrameDecoder, encode_frame
@@ -479,7 +479,7 @@ class _Peer(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop has classes of its own
         _, uid, _ = peer_credentials(transport.get_extra_info("socket"))
-        if uid not in (os.geteuid(), 0):
+        if not may_command(uid):
             self._transport.abort()
             return
         self._task = asyncio.get_running_loop().create_task(self._obey())
