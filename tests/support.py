@@ -123,6 +123,21 @@ async def app(stream):
 """
 
 
+#: The beginning of an ASGI application's body: it lives, and answers WebSocket messages with what they say.
+LIFESPAN_AND_ECHO = """\
+    if scope["type"] == "lifespan":
+        while (await receive())["type"] != "lifespan.shutdown":
+            await send({"type": "lifespan.startup.complete"})
+        return await send({"type": "lifespan.shutdown.complete"})
+    if scope["type"] == "websocket":
+        await receive()
+        await send({"type": "websocket.accept"})
+        while (message := await receive())["type"] == "websocket.receive":
+            await send({"type": "websocket.send", "text": message.get("text"), "bytes": message.get("bytes")})
+        return
+"""
+
+
 class Answer(NamedTuple):
     """What a server that speaks like `LINE_APP` has said."""
 

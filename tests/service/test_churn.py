@@ -18,6 +18,7 @@ import pytest
 from tests.support import (
     DEADLINE_S,
     HOTPORT,
+    LIFESPAN_AND_ECHO,
     RESTARTS,
     SLOWNESS,
     Service,
@@ -27,20 +28,14 @@ from tests.support import (
 )
 from tests.tls_support import Pki
 
-APP = """\
+APP = (
+    """\
 import asyncio
 
 async def app(scope, receive, send):
-    if scope["type"] == "lifespan":
-        while (await receive())["type"] != "lifespan.shutdown":
-            await send({"type": "lifespan.startup.complete"})
-        return await send({"type": "lifespan.shutdown.complete"})
-    if scope["type"] == "websocket":
-        await receive()
-        await send({"type": "websocket.accept"})
-        while (message := await receive())["type"] == "websocket.receive":
-            await send({"type": "websocket.send", "text": message.get("text"), "bytes": message.get("bytes")})
-        return
+"""
+    + LIFESPAN_AND_ECHO
+    + """\
     while (message := await receive())["type"] == "http.request" and message.get("more_body"):
         pass
     if scope["path"] == "/slow":
@@ -48,6 +43,7 @@ async def app(scope, receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
     await send({"type": "http.response.body", "body": b"hello"})
 """
+)
 
 ECHO = """\
 async def app(stream):

@@ -11,7 +11,7 @@ import pytest
 from websockets.sync.client import connect as connect_websocket
 
 from tests.service.embedded_support import LINES, Embedded, hello
-from tests.support import DEADLINE_S, HOTPORT, RESTARTS, SLOWNESS, assert_three_lines
+from tests.support import DEADLINE_S, HOTPORT, LIFESPAN_AND_ECHO, RESTARTS, SLOWNESS, assert_three_lines
 from tests.tls_support import Pki
 from tests.tls_support import connect as connect_tls
 
@@ -53,28 +53,23 @@ def test_an_import_that_fails_leaves_the_old_one_serving(tmp_path: Path) -> None
 # -- under load ---------------------------------------------------------------------------------------------
 
 #: Echoes WebSockets, which move without its help, and answers requests.
-WEB = """\
+WEB = (
+    """\
 import asyncio, os
 
 OPTIONS = {"handoff": "websocket", "restart_on_hup": True}
 
 async def APP(scope, receive, send):
-    if scope["type"] == "lifespan":
-        while (await receive())["type"] != "lifespan.shutdown":
-            await send({"type": "lifespan.startup.complete"})
-        return await send({"type": "lifespan.shutdown.complete"})
-    if scope["type"] == "websocket":
-        await receive()
-        await send({"type": "websocket.accept"})
-        while (message := await receive())["type"] == "websocket.receive":
-            await send({"type": "websocket.send", "text": message.get("text"), "bytes": message.get("bytes")})
-        return
+"""
+    + LIFESPAN_AND_ECHO
+    + """\
     if scope["path"] == "/slow":
         await asyncio.sleep(0.3)
     head = [(b"content-length", b"5"), (b"x-generation", str(os.getpid()).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": head})
     await send({"type": "http.response.body", "body": b"hello"})
 """
+)
 
 WEB_CLIENTS = (
     *("--connect", "10/s", "--keepalive", "5", "--late", "4/s", "--halfhead", "4/s", "--slow", "4/s"),

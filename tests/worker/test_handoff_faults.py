@@ -47,6 +47,14 @@ def start_leaving(old: Generation, *paths: str) -> asyncio.Future[Any]:
     return asyncio.ensure_future(old.server.drain(DEADLINE_S, successors=paths))
 
 
+async def leaving_with_a_batch(old: Generation, successor: Any) -> tuple[asyncio.Future[Any], list[int]]:
+    """The old generation leaves; its successor has a batch in hand, and has acknowledged nothing."""
+    task = start_leaving(old, successor.path)
+    await successor.welcome()
+    _, descriptors = await successor.batch()
+    return task, descriptors
+
+
 async def answers_here(client: Client, path: str = "/a") -> None:
     """The connection is in service where it was, and is told to close, since nobody else takes it."""
     await client.send(get(path))
@@ -58,9 +66,7 @@ async def answers_here(client: Client, path: str = "/a") -> None:
 async def test_successor_that_ends_in_the_middle_of_a_batch_leaves_every_connection_here(tmp_path: Path) -> None:
     app = App()
     async with facing(tmp_path, app) as (old, successor, client):
-        task = start_leaving(old, successor.path)
-        await successor.welcome()
-        _, descriptors = await successor.batch()
+        task, descriptors = await leaving_with_a_batch(old, successor)
         for fd in descriptors:
             os.close(fd)  # as the kernel does with those of a process that is killed
         successor.channel.close()
@@ -72,9 +78,7 @@ async def test_successor_that_ends_after_its_acknowledgement_and_before_go_leave
     """Its end is known when GO cannot be sent; it has not read a byte by then."""
     app = App()
     async with facing(tmp_path, app) as (old, successor, client):
-        task = start_leaving(old, successor.path)
-        await successor.welcome()
-        _, descriptors = await successor.batch()
+        task, descriptors = await leaving_with_a_batch(old, successor)
         await successor.channel.send(encode_frame(Frame.ACK, Ack([], 100)))
         for fd in descriptors:
             os.close(fd)
@@ -89,9 +93,7 @@ async def test_successor_that_does_not_answer_is_withdrawn_from(
     monkeypatch.setattr(handoff, "ACK_TIMEOUT_S", 0.05)
     app = App()
     async with facing(tmp_path, app) as (old, successor, client):
-        task = start_leaving(old, successor.path)
-        await successor.welcome()
-        _, descriptors = await successor.batch()
+        task, descriptors = await leaving_with_a_batch(old, successor)
         kind, _, _ = await successor.channel.receive_frame()
         assert kind is Frame.WITHDRAW
         for fd in descriptors:
@@ -135,9 +137,7 @@ async def test_successor_that_wakes_up_too_late_serves_nothing(tmp_path: Path, m
 async def test_successor_that_answers_nonsense_is_left_alone(tmp_path: Path, nonsense: bytes) -> None:
     app = App()
     async with facing(tmp_path, app) as (old, successor, client):
-        task = start_leaving(old, successor.path)
-        await successor.welcome()
-        _, descriptors = await successor.batch()
+        task, descriptors = await leaving_with_a_batch(old, successor)
         for fd in descriptors:
             os.close(fd)
         await successor.channel.send(nonsense)
@@ -410,9 +410,7 @@ async def test_connection_that_is_cut_while_it_stands_still_gets_no_answer_from_
     async with facing(tmp_path, app) as (old, successor, client):
         await client.send(get("/a")[:10])
         await until(lambda: bool(only(old).unconsumed))
-        task = start_leaving(old, successor.path)
-        await successor.welcome()
-        _, (fd,) = await successor.batch()
+        task, (fd,) = await leaving_with_a_batch(old, successor)
         old.connections.cut()
         await until(lambda: old.connections.fates == {"cut_offered": 1})
         await successor.channel.send(encode_frame(Frame.ACK, Ack([], 100)))
@@ -467,9 +465,7 @@ async def test_connection_that_stands_still_is_told_nothing_until_its_batch_is_o
     """New successors are named and none of them takes anything: the batch that is under way is not theirs."""
     app = App()
     async with facing(tmp_path, app) as (old, successor, client):
-        task = start_leaving(old, successor.path)
-        await successor.welcome()
-        _, (fd,) = await successor.batch()
+        task, (fd,) = await leaving_with_a_batch(old, successor)
         await old.server.follow(["nobody.sock"])
         assert only(old)._handoff is not None
         assert not only(old).transport.is_reading()
@@ -486,9 +482,7 @@ async def test_connection_that_stands_still_is_told_nothing_until_its_batch_is_o
 async def test_connection_that_stood_still_is_told_to_close_if_it_comes_back_to_nobody(tmp_path: Path) -> None:
     app = App()
     async with facing(tmp_path, app) as (old, successor, client):
-        task = start_leaving(old, successor.path)
-        await successor.welcome()
-        _, (fd,) = await successor.batch()
+        task, (fd,) = await leaving_with_a_batch(old, successor)
         await old.server.follow(["nobody.sock"])
         os.close(fd)
         successor.channel.close()

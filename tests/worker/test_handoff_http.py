@@ -92,6 +92,15 @@ def only(generation: Generation) -> HttpConnection:
     return connection
 
 
+async def offering(old: Generation, new: Generation) -> tuple[asyncio.Task[Any], Any]:
+    """The old generation leaves, and has offered its one connection, as the mover does when it is its turn."""
+    leaving = asyncio.ensure_future(old.leave(new))
+    await until(lambda: only(old)._handoff is not None)
+    connection = only(old)
+    connection.offer()
+    return leaving, connection
+
+
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX], ids=["tcp", "unix"])
 @pytest.mark.parametrize("sent", [b"", b"\r\n", get("/a")[:1], get("/a")[:20], get("/a")[:-1]])
 async def test_connection_on_which_no_request_is_whole_moves_at_once(
@@ -157,9 +166,7 @@ async def test_requests_behind_one_in_flight_are_the_next_generations(tmp_path: 
         await client.send(get("/held") + get("/behind"))
         await until(lambda: bool(app.requests))
         new = await port.start(app)
-        leaving = asyncio.ensure_future(old.leave(new))
-        await until(lambda: only(old)._handoff is not None)
-        only(old).offer()  # as the mover does when it is its turn
+        leaving, _ = await offering(old, new)
         await client.send(get("/later") + post("/last", b"body") + get("/half")[:9])
         await until(lambda: only(old).unconsumed.endswith(get("/half")[:9]))
         app.go.set()
@@ -462,9 +469,7 @@ async def test_request_that_was_parked_before_half_a_head_takes_as_long_as_it_ta
         await client.send(get("/held"))
         await until(lambda: bool(app.requests))
         new = await port.start(app)
-        leaving = asyncio.ensure_future(old.leave(new))
-        await until(lambda: only(old)._handoff is not None)
-        only(old).offer()  # as the mover does when it is its turn
+        leaving, _ = await offering(old, new)
         await client.send(get("/held") + get("/half")[:9])
         await until(lambda: only(old).unconsumed.endswith(get("/half")[:9]))
         app.go.set()
@@ -487,10 +492,7 @@ async def test_requests_that_are_parked_behind_a_client_that_reads_slowly_do_not
         await client.send(get("/held/large"))
         await until(lambda: bool(app.requests))
         new = await port.start(app)
-        leaving = asyncio.ensure_future(old.leave(new))
-        await until(lambda: only(old)._handoff is not None)
-        connection = only(old)
-        connection.offer()  # as the mover does when it is its turn
+        leaving, connection = await offering(old, new)
         await client.send(get("/behind"))
         await until(lambda: bool(connection.unconsumed))
         app.go.set()
@@ -516,10 +518,7 @@ async def test_requests_that_are_parked_behind_a_last_answer_are_not_begun(tmp_p
         await client.send(get("/a"))
         await until(lambda: bool(app.requests))
         new = await port.start(app)
-        leaving = asyncio.ensure_future(old.leave(new))
-        await until(lambda: only(old)._handoff is not None)
-        connection = only(old)
-        connection.offer()  # as the mover does when it is its turn
+        leaving, connection = await offering(old, new)
         await client.send(get("/b"))
         await until(lambda: bool(connection.unconsumed))
         app.go.set()
