@@ -6,20 +6,18 @@ BIN    := $(VENV)/bin
 PYTEST_ARGS ?=
 
 # Tests wait for processes more than they compute, so several run at a time, each as slowly as it then must.
-TESTS_AT_ONCE ?= $(shell expr 2 '*' $$(nproc))
+TESTS_AT_ONCE ?= $(shell expr 3 '*' $$(nproc))
 export HOTPORT_TEST_SLOWNESS ?= 2
 
 # Absolute, because workers are measured too and run in directories of their own.
 export COVERAGE_FILE := $(CURDIR)/build/coverage/data
 
-# Thousands of interpreters are started; images that forbid byte code would have each compile all of hotport.
-unexport PYTHONDONTWRITEBYTECODE
-
-.PHONY: help demo test lint format bench bench-report clean debian
+.PHONY: help demo test soak lint format bench bench-report clean debian
 
 help:
 	@echo "make demo    install, then restart a real app under load and show what its clients saw"
 	@echo "make test    everything CI runs: lint, types, import contracts, tests, coverage"
+	@echo "make soak    what make test repeats a few times, 20 times and at every step; takes about an hour"
 	@echo "make lint    the first half of it"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make bench   the benchmarks; takes minutes, wants a quiet machine"
@@ -34,6 +32,9 @@ test: $(VENV)/.dev debian lint
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 	$(BIN)/coverage report --include='src/hotport/model/*,src/hotport/wire/*' --fail-under=100
+
+soak: $(VENV)/.dev debian
+	HOTPORT_TEST_RESTARTS=20 $(BIN)/pytest -n $(TESTS_AT_ONCE) --dist worksteal -m soak $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

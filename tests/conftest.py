@@ -17,6 +17,9 @@ import uvloop
 
 from tests.support import collect
 
+#: Thousands of interpreters are started; where byte code is forbidden, each would compile all of hotport.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 hypothesis.settings.register_profile("hotport", deadline=None)  # these machines are noisy
 hypothesis.settings.load_profile("hotport")
 
@@ -38,14 +41,15 @@ def pipe_of_libuv() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than half a minute; leave it out with -m 'not slow'")
-    config.addinivalue_line("markers", "unmeasured: the processes that it starts run without coverage")
+    config.addinivalue_line("markers", "measured: the processes that it starts run with coverage")
+    config.addinivalue_line("markers", "soak: what it repeats, `make soak` repeats more often")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Measuring a process costs as much as its start; a test of what others measure anyway does without."""
+    """Measure only the processes of tests that ask for it: coverage costs a process as much as its own start."""
     with pytest.MonkeyPatch.context() as environment:
-        if item.get_closest_marker("unmeasured"):
+        if not item.get_closest_marker("measured"):
             environment.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
         return (yield)
 

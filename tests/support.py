@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import json
 import os
 import select
@@ -14,13 +15,15 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import psutil
 
+from hotport import cli
 from hotport.testing.service import ServeProcess
 
 SLOWNESS = float(os.environ.get("HOTPORT_TEST_SLOWNESS", "1"))
@@ -28,8 +31,11 @@ SLOWNESS = float(os.environ.get("HOTPORT_TEST_SLOWNESS", "1"))
 #: One deadline for everything a test waits for, in seconds.
 DEADLINE_S = 30.0 * SLOWNESS
 
-#: How many restarts a test goes through in which one is like the other; more of them for a long run.
-RESTARTS = int(os.environ.get("HOTPORT_TEST_RESTARTS", "3"))
+#: How many restarts a test goes through in which one is like the other; `make soak` has more of them.
+RESTARTS = int(os.environ.get("HOTPORT_TEST_RESTARTS", "2"))
+
+#: Tests that die at each effect of a restart take so many at a time; `make soak` goes through all of them.
+STRIDE = 1 if RESTARTS >= 10 else 5
 
 HOTPORT = (sys.executable, "-m", "hotport")
 
@@ -75,9 +81,7 @@ class Service(ServeProcess):
 
     def run(self, *args: str, timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
         """``hotport ARGS``, and what it printed."""
-        return subprocess.run(
-            [*HOTPORT, *args], cwd=self.directory, env=self.env, capture_output=True, text=True, timeout=timeout_s
-        )
+        return run_hotport(*args, cwd=self.directory, env=self.env, timeout_s=timeout_s)
 
     def start(self, *args: str) -> subprocess.Popen[str]:
         """``hotport ARGS``, running; the caller waits for it."""
@@ -111,6 +115,32 @@ class Service(ServeProcess):
     def descendants(self) -> list[int]:
         """Every live process below the supervisor, by /proc."""
         return [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
+
+
+#: Commands that only ask a supervisor: what an interpreter of their own would add is its start.
+_ASKING = frozenset({"reload-tls", "restart", "scale", "status", "stop", "undo", "upgrade"})
+
+
+def run_hotport(
+    *args: str, cwd: Path, env: Mapping[str, str], timeout_s: float = DEADLINE_S
+) -> subprocess.CompletedProcess[str]:
+    """``hotport ARGS`` to its end: in this process if it only asks a supervisor, else in one of its own."""
+    if args[0] not in _ASKING or threading.current_thread() is not threading.main_thread():
+        return subprocess.run([*HOTPORT, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout_s)
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(cwd),
+        patch.dict(os.environ, env, clear=True),
+        patch.object(sys, "argv", ["hotport", *args]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+    assert isinstance(code, int)
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
 #: Answers one line, ``VERSION GENERATION PID``, to whatever a connection sends first, and closes.

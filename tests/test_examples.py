@@ -14,8 +14,6 @@ import pytest
 
 from tests.support import DEADLINE_S, Service, http_get
 
-pytestmark = pytest.mark.unmeasured
-
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import Router
 
-from hotport.adapters.target import detect_kind
+from hotport.adapters.target import SCRIPT_MODULE, detect_kind, load_target
 from hotport.errors import StartError
 from tests.support import assert_three_lines
 
@@ -216,3 +218,33 @@ def test_line_in_the_hint_makes_it_servable(application: Any) -> None:
         detect_kind(application, "api")
     exec(caught.value.fix, module)
     assert detect_kind(module["api"]) == "asgi"
+
+
+#: What is in app.py, the target, and what is said.
+NOT_FOUND = {
+    "attribute": ("async def app(stream): ...", "app:appp", "HP502", "nearest name is 'app'"),
+    "guarded": ("if __name__ == '__main__':\n    app = 1", "app:app", "HP502", "move 'app' out of there"),
+    "module": ("", "apps:app", "HP501", "nearest name is 'app'"),
+    "nowhere": ("", "no.mod:a", "HP501", "hotport serve no.mod:a --app-dir DIR"),
+    "file": ("", "apx.py:app", "HP501", "nearest name is 'app.py'"),
+    "near_file": ("", "./apx.py:a", "HP501", "hotport serve app.py:a"),
+    "no_file": ("", "sub/no.py:a", "HP501", "ls /"),
+    "number": ("app = 42", "app:app", "HP503", "type int"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FOUND)
+def test_target_that_is_not_there_names_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    code, target, error_code, words = NOT_FOUND[case]
+    (tmp_path / "app.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    for name in ("app", SCRIPT_MODULE):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    try:
+        with pytest.raises(StartError) as caught:
+            load_target(target, app_dir=".", factory=False)
+    finally:
+        sys.modules.pop("app", None)
+    assert_three_lines(str(caught.value), error_code)
+    assert words in str(caught.value)

@@ -11,8 +11,6 @@ import pytest
 
 from tests.support import DEADLINE_S, need
 
-pytestmark = pytest.mark.unmeasured
-
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 

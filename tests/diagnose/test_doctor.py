@@ -23,6 +23,9 @@ from hotport.options import Options
 from hotport.wire.messages import Status, WorkerStatus
 from tests.support import HOTPORT, LINE_APP, Service, write_code
 
+pytestmark = pytest.mark.measured
+
+
 SOUND = Machine(
     kernel=(6, 18),
     has_pidfd=True,

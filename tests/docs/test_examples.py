@@ -16,8 +16,6 @@ from websockets.sync.client import connect as connect_websocket
 
 from tests.support import DEADLINE_S, HOTPORT, Service, http_get, need, read_response, watching_pid
 
-pytestmark = pytest.mark.unmeasured
-
 EXAMPLES = Path(__file__).parent.parent.parent / "docs" / "examples"
 
 

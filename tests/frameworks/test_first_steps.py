@@ -8,8 +8,6 @@ import pytest
 
 from tests.support import Service, http_get, write_code
 
-pytestmark = pytest.mark.unmeasured
-
 STARLETTE_FUNCTION = """
 from starlette.responses import PlainTextResponse
 

@@ -20,8 +20,6 @@ import pytest
 from tests.frameworks.conftest import BIG_FILE, STATIC_TEXT, lay_out
 from tests.support import DEADLINE_S, Answer, Hammer, Service, eventually, http_get, write_code
 
-pytestmark = pytest.mark.unmeasured
-
 FRAMEWORKS = ("starlette", "fastapi", "django", "channels", "litestar", "quart")
 
 #: ASGI's lifespan protocol: Django does not know it.

@@ -13,8 +13,6 @@ import pytest
 
 from tests.support import DEADLINE_S, Gate, Service, assert_three_lines, eventually, read_response, write_code
 
-pytestmark = pytest.mark.unmeasured
-
 FLASK = """
 from flask import Flask, request
 

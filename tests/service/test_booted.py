@@ -14,8 +14,6 @@ import pytest
 from tests.booted import Booted, version
 from tests.support import HOTPORT, LINE_APP, eventually, write_code
 
-pytestmark = pytest.mark.unmeasured
-
 UNITS = Path(__file__).parents[2] / "docs" / "examples" / "systemd"
 
 #: Where this test runs it, and which of systemd's own units it does without.

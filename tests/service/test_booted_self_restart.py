@@ -5,13 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.booted import Booted
 from tests.service.test_booted import UNITS, asked
 from tests.support import write_code
-
-pytestmark = pytest.mark.unmeasured
 
 SERVER = """\
 import asyncio, signal

@@ -126,7 +126,6 @@ def page_report(tmp_path: Path) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.unmeasured
 @pytest.mark.parametrize("handoff", ["auto", "websocket"])
 def test_page_that_is_open_in_a_browser_notices_no_restart(tmp_path: Path, handoff: str) -> None:
     """Its WebSocket stays open if it may move; an EventSource has a request in flight, which the application ends."""

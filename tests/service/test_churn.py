@@ -28,6 +28,9 @@ from tests.support import (
 )
 from tests.tls_support import Pki
 
+pytestmark = pytest.mark.measured
+
+
 APP = (
     """\
 import asyncio
@@ -130,6 +133,7 @@ def churn_hotport(service: Service, url: str, *clients: str) -> Any:
     return found
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(180 * SLOWNESS + 30 * SLOWNESS * RESTARTS)
 def test_restarts_of_hotport_lose_nothing_and_no_connection(tmp_path: Path) -> None:
     write_code(tmp_path / "app.py", APP)
@@ -146,6 +150,7 @@ def test_restarts_of_hotport_lose_nothing_and_no_connection(tmp_path: Path) -> N
     assert (tmp_path / "run.html").read_text().lower().startswith("<!doctype html>")
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(180 * SLOWNESS + 30 * SLOWNESS * RESTARTS)
 def test_restarts_of_hotport_keep_streams(tmp_path: Path) -> None:
     write_code(tmp_path / "app.py", f"import hotport\n\n@hotport.restartable\n{ECHO}")

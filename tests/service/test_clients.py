@@ -16,8 +16,6 @@ from websockets.asyncio.client import connect
 
 from tests.support import DEADLINE_S, RESTARTS, Service, need, write_code
 
-pytestmark = pytest.mark.unmeasured
-
 APP = """
 import asyncio, os
 
@@ -108,6 +106,7 @@ async def while_asking(
             each.cancel()
 
 
+@pytest.mark.soak
 def test_aiohttp_s_pool_keeps_its_connections(service: Service) -> None:
     async def main() -> None:
         connects = 0
@@ -133,6 +132,7 @@ def test_aiohttp_s_pool_keeps_its_connections(service: Service) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.soak
 def test_httpx_s_pool_keeps_its_connections(service: Service) -> None:
     url = f"http://127.0.0.1:{service.port}/"
 
@@ -157,6 +157,7 @@ def test_httpx_s_pool_keeps_its_connections(service: Service) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.soak
 def test_curl_keeps_its_connection(service: Service) -> None:
     arguments = ["--silent", "--no-buffer", "--rate", "100/s", "--fail-early", "--fail"]
     arguments += ["--write-out", " %{http_code} %{num_connects}\n", f"http://127.0.0.1:{service.port}/[1-1000000]"]
@@ -229,6 +230,7 @@ async def fragments(message: Any) -> AsyncIterator[Any]:
         await asyncio.sleep(0.001)
 
 
+@pytest.mark.soak
 def test_websockets_client_stays_connected_with_compression_and_fragments(service: Service) -> None:
     url = f"ws://127.0.0.1:{service.port}/"
 
@@ -245,6 +247,7 @@ def test_websockets_client_stays_connected_with_compression_and_fragments(servic
     asyncio.run(while_asking(service, talk, lambda: {"moved_websocket": CLIENTS}))
 
 
+@pytest.mark.soak
 def test_aiohttp_s_websocket_stays_connected_with_compression(service: Service) -> None:
     async def main() -> None:
         async with aiohttp.ClientSession(f"http://127.0.0.1:{service.port}") as session:

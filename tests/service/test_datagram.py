@@ -6,7 +6,12 @@ import socket
 import threading
 from pathlib import Path
 
+import pytest
+
 from tests.support import DEADLINE_S, Service, write_code
+
+pytestmark = pytest.mark.measured
+
 
 APP = """\
 import asyncio

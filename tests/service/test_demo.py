@@ -19,6 +19,9 @@ from hotport.cli import demo
 from hotport.errors import ConfigError
 from tests.support import DEADLINE_S, HOTPORT
 
+pytestmark = pytest.mark.measured
+
+
 SMALL = ("demo", "--restarts", "1", "--connections", "10")
 
 

@@ -177,6 +177,7 @@ def talking(directory: Path, target: str, *options: str) -> Iterator[tuple[Servi
         yield service, talk
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_restarts_move_every_connection_and_lose_no_line(tmp_path: Path, target: str, loop: str) -> None:
@@ -200,6 +201,7 @@ def test_scaling_down_moves_connections_to_the_workers_that_stay(tmp_path: Path,
         assert left["connections"] == left["accepted"] + left["adopted"] == CLIENTS
 
 
+@pytest.mark.soak
 def test_recycling_after_max_requests_moves_keep_alive_connections_to_siblings(tmp_path: Path) -> None:
     write_version(tmp_path, "v0")
     options = ("--workers", "2", "--max-requests", "100", "--max-requests-jitter", "50")

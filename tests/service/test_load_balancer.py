@@ -102,6 +102,7 @@ def server(directory: Path, name: str, host: str, *args: str) -> Iterator[Servic
         yield service.wait_ready()
 
 
+@pytest.mark.measured
 @pytest.mark.timeout(120 * SLOWNESS)
 def test_a_lame_duck_is_taken_out_before_it_refuses_anybody(tmp_path: Path, hosts: dict[str, str]) -> None:
     write_code(tmp_path / "app.py", APP)

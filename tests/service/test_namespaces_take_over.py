@@ -12,7 +12,7 @@ import pytest
 
 from tests.support import LINE_APP, RESTARTS, SLOWNESS, Hammer, Service, ask_line, write_code
 
-pytestmark = [pytest.mark.unmeasured, pytest.mark.timeout(120 * SLOWNESS + 20 * SLOWNESS * RESTARTS)]
+pytestmark = pytest.mark.timeout(120 * SLOWNESS + 20 * SLOWNESS * RESTARTS)
 
 
 @pytest.fixture
@@ -33,6 +33,7 @@ def release(directory: Path, version: str, host: str, container: tuple[str, ...]
         yield service.wait_ready()
 
 
+@pytest.mark.soak
 def test_each_container_takes_over_from_the_one_before_it(
     tmp_path: Path, host: str, container: tuple[str, ...]
 ) -> None:

@@ -16,7 +16,10 @@ from hotport.kernel import procfs
 from hotport.wire.messages import Report, RestartRequest
 from tests.service.test_handoff_faults import APP as HTTP_APP
 from tests.service.test_handoff_faults import Kept
-from tests.support import LINE_APP, Gate, Hammer, Service, ask_line, eventually, watching_pid, write_code
+from tests.support import LINE_APP, STRIDE, Gate, Hammer, Service, ask_line, eventually, watching_pid, write_code
+
+pytestmark = pytest.mark.measured
+
 
 #: Imported by every interpreter that has its directory on its path: the supervisor kills itself before the effect of
 #: that number, counted from the beginning of a restart. Timers are its own affair: nobody else can see them.
@@ -121,18 +124,18 @@ def assert_healthy(service: Service, workers: int) -> dict[str, Any]:
     return status
 
 
-@pytest.mark.unmeasured  # who is killed tells nothing
-@pytest.mark.parametrize("kind", ["done", "aborted", "phased"])
-def test_supervisor_is_killed_at_every_effect_of_a_restart(tmp_path: Path, kind: str) -> None:
+@pytest.mark.soak
+@pytest.mark.parametrize(("kind", "first"), [("done", 1), ("aborted", 3), ("phased", 5)])
+def test_supervisor_is_killed_at_every_effect_of_a_restart(tmp_path: Path, kind: str, first: int) -> None:
     (tmp_path / "sitecustomize.py").write_text(CRASHES)
     write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))
     args = ("app:app", "--workers", "2", "--settle", "20ms")
     env = {"PYTHONPATH": str(tmp_path)}
     with ending(tmp_path), ExitStack() as stack:
-        crashes, descriptors = 0, 0
+        at, descriptors = first if STRIDE > 1 else 1, 0
         hammer: Hammer | None = None
         while True:
-            with Service(tmp_path, *args, env={**env, "CRASH_AT": str(crashes + 1)}) as service:
+            with Service(tmp_path, *args, env={**env, "CRASH_AT": str(at)}) as service:
                 service.wait_ready()
                 assert_healthy(service, workers=2)
                 descriptors = descriptors or service.descriptors()
@@ -148,9 +151,9 @@ def test_supervisor_is_killed_at_every_effect_of_a_restart(tmp_path: Path, kind:
                     die(service)
                     break  # there is no such effect any more
                 service.process.wait(service.timeout_s)
-                crashes += 1
+                at += STRIDE
                 hammer.wait_answers(2)
-        assert crashes >= 8
+        assert at > 8
         Service(tmp_path, *args, env=env).wait_ready().end()
 
 

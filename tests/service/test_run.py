@@ -14,6 +14,9 @@ import pytest
 import hotport
 from tests.support import DEADLINE_S, assert_three_lines
 
+pytestmark = pytest.mark.measured
+
+
 ECHO = """
 import hotport
 

@@ -15,8 +15,6 @@ from tests.support import DEADLINE_S, HOTPORT, LIFESPAN_AND_ECHO, RESTARTS, SLOW
 from tests.tls_support import Pki
 from tests.tls_support import connect as connect_tls
 
-pytestmark = pytest.mark.unmeasured
-
 
 def lines(version: str) -> str:
     return LINES.format(version=version)
@@ -99,6 +97,8 @@ assert int(open("pid").read()) != pid
 """
 
 
+@pytest.mark.soak
+@pytest.mark.measured
 @pytest.mark.timeout(60 * SLOWNESS + 15 * SLOWNESS * RESTARTS)
 @pytest.mark.parametrize(
     ("app", "loop", "url", "clients"),

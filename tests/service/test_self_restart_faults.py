@@ -12,8 +12,6 @@ import pytest
 from tests.service.embedded_support import CRASH, LINES, Embedded, hello
 from tests.support import DEADLINE_S, Answer, Gate, Hammer, assert_three_lines, eventually, watching_pid
 
-pytestmark = pytest.mark.unmeasured
-
 #: Where the successor dies before it accepts, in order.
 BEFORE_COMMIT = (
     "hotport.embedded.server:Predecessor.claim",

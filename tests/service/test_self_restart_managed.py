@@ -13,12 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Self
 
-import pytest
-
 from tests.service.embedded_support import LINES, Embedded
 from tests.support import DEADLINE_S
-
-pytestmark = pytest.mark.unmeasured
 
 
 class Datagram(NamedTuple):

@@ -16,8 +16,6 @@ import pytest
 from tests.service.embedded_support import LINES, PROGRAM, Embedded, hello
 from tests.support import DEADLINE_S, assert_three_lines, need, write_code
 
-pytestmark = pytest.mark.unmeasured
-
 
 def lines(version: str) -> str:
     return LINES.format(version=version)

@@ -26,6 +26,9 @@ from tests.support import (
     write_code,
 )
 
+pytestmark = pytest.mark.measured
+
+
 CUT = (b"", b"(reset)")
 
 

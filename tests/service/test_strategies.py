@@ -42,6 +42,7 @@ def ask_unix(path: Path) -> str:
     return answer(sock)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("strategy", ["transfer", "overlap"])
 def test_restarts_lose_nobody(tmp_path: Path, strategy: str) -> None:
     app = tmp_path / "app.py"
@@ -57,6 +58,7 @@ def test_restarts_lose_nobody(tmp_path: Path, strategy: str) -> None:
         assert not clients.failures
 
 
+@pytest.mark.soak
 def test_rebind_counts_what_clients_saw(tmp_path: Path) -> None:
     app = tmp_path / "app.py"
     write_code(app, LINE_APP.format(version="v0"))
@@ -100,6 +102,7 @@ def test_who_waits_in_the_queue_of_new_workers_that_die_is_served_by_the_old_one
         assert not service.status()["lost"]
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_restart_of_code_that_fails_leaves_the_listeners_as_they_were(tmp_path: Path, strategy: str) -> None:
     app = tmp_path / "app.py"
@@ -140,6 +143,7 @@ def test_addresses_change_with_a_restart(tmp_path: Path, strategy: str) -> None:
         assert not clients.failures
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("strategy", ["overlap", "rebind"])
 def test_addresses_come_and_go_with_sockets_of_each_generation(tmp_path: Path, strategy: str) -> None:
     app, options = tmp_path / "app.py", tmp_path / "hotport.toml"

@@ -9,14 +9,10 @@ import pytest
 
 from hotport.wire.messages import Report, RestartRequest
 from tests.service.test_recovery import CRASHES, assert_healthy, die, ending
-from tests.support import LINE_APP, RESTARTS, Hammer, Service, write_code
-
-pytestmark = pytest.mark.unmeasured  # who is killed tells nothing
-
-#: A long run (HOTPORT_TEST_RESTARTS) goes through every effect, a short one through a few of each strategy.
-STRIDE = 1 if RESTARTS >= 10 else 5
+from tests.support import LINE_APP, STRIDE, Hammer, Service, write_code
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(("strategy", "first"), [("transfer", 2), ("overlap", 5), ("rebind", 4)])
 def test_supervisor_is_killed_at_every_effect(tmp_path: Path, strategy: str, first: int) -> None:
     (tmp_path / "sitecustomize.py").write_text(CRASHES)

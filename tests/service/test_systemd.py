@@ -27,6 +27,9 @@ from tests.support import (
     write_code,
 )
 
+pytestmark = pytest.mark.measured
+
+
 DATAGRAMS = """
 class Echo:
     def connection_made(self, transport):
@@ -81,6 +84,7 @@ def answers(clients: list[socket.socket]) -> set[str]:
     return versions
 
 
+@pytest.mark.soak
 def test_accept_queue_outlives_a_stop_and_a_start(directory: Path) -> None:
     with FakeManager(directory, "app:app", "--bind", "127.0.0.1:0", "--workers", "2") as manager:
         port = manager.start_unit().port
@@ -208,6 +212,7 @@ def test_a_foreign_program_gets_the_kept_listener(directory: Path) -> None:
 # -- reload and watchdog ------------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_reload_under_load_is_told_from_its_beginning_to_its_end(directory: Path) -> None:
     with FakeManager(directory, "app:app", "--bind", "127.0.0.1:0", "--workers", "2") as manager:
         port = manager.start_unit().port

@@ -27,6 +27,9 @@ from tests.support import (
     write_code,
 )
 
+pytestmark = pytest.mark.measured
+
+
 HTTP = ("app:app", "--lifespan", "off", "--keep-alive", "60")
 
 
@@ -34,6 +37,7 @@ def take_over(directory: Path, *args: str, env: dict[str, str] | None = None) ->
     return Service(directory, *args, "--take-over", env=env)
 
 
+@pytest.mark.soak
 def test_service_moves_from_one_supervisor_to_the_next_without_a_loss(tmp_path: Path) -> None:
     with ending(tmp_path), ExitStack() as stack:
         write_code(tmp_path / "app.py", HTTP_APP.format(fault=""))
@@ -55,6 +59,7 @@ def test_service_moves_from_one_supervisor_to_the_next_without_a_loss(tmp_path: 
         assert old.restart()["connections"] == {"moved_http": 20}
 
 
+@pytest.mark.soak
 def test_new_connections_are_answered_all_the_time(tmp_path: Path) -> None:
     with ending(tmp_path), ExitStack() as stack:
         write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))

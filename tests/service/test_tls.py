@@ -75,7 +75,6 @@ def parse(answer: http.client.HTTPResponse) -> Answer:
     return Answer(version, generation, int(pid))
 
 
-@pytest.mark.unmeasured
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 def test_twenty_restarts_under_https_load_cost_no_request(tmp_path: Path, pki: Pki, loop: str) -> None:
     # Their last answers are spread over the drain: it is short here.

@@ -28,8 +28,6 @@ from tests.support import (
     write_code,
 )
 
-pytestmark = pytest.mark.unmeasured
-
 APP = """
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse, StreamingResponse
@@ -141,6 +139,7 @@ def assert_nobody_was_cut(report: Report) -> None:
     assert report.accept_gap_ms == 0
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("alone_with_accept_queues")
 @pytest.mark.timeout(60 + 20 * RESTARTS * SLOWNESS)
 def test_restarts_under_full_load_cost_no_request_and_no_connection(tmp_path: Path) -> None:
@@ -163,6 +162,7 @@ def test_restarts_under_full_load_cost_no_request_and_no_connection(tmp_path: Pa
             assert its_ports() == ports
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("alone_with_accept_queues")
 @pytest.mark.timeout(60 + 20 * RESTARTS * SLOWNESS)
 def test_restarts_under_full_load_of_new_connections_cost_no_request(tmp_path: Path) -> None:
@@ -217,6 +217,7 @@ LOADS = {
 }
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(60 + 20 * RESTARTS * SLOWNESS)
 def test_restarts_under_all_kinds_of_load_at_once_cost_no_request(tmp_path: Path) -> None:
     write_code(tmp_path / "app.py", LOADS_APP.format(version="v0"))
@@ -236,6 +237,7 @@ def test_restarts_under_all_kinds_of_load_at_once_cost_no_request(tmp_path: Path
         assert {line["path"] for line in logged} == {"/", "/json", "/body", "/stream", "/upload"}
 
 
+@pytest.mark.soak
 def test_connections_that_send_only_after_the_restart_are_answered(service: Service) -> None:
     port = service.port
     early = [socket.create_connection(("127.0.0.1", port), DEADLINE_S) for _ in range(300)]
@@ -265,6 +267,7 @@ def test_connections_that_send_only_after_the_restart_are_answered(service: Serv
     assert report["connections"] == {"moved_http": 350}
 
 
+@pytest.mark.soak
 def test_what_is_in_flight_arrives_whole(service: Service) -> None:
     port = service.port
     slow, stream, upload, events = (socket.create_connection(("127.0.0.1", port), DEADLINE_S) for _ in range(4))
@@ -314,6 +317,7 @@ def read_to_end(sock: socket.socket) -> bytes:
     return received
 
 
+@pytest.mark.soak
 def test_an_idle_keep_alive_connection_is_answered_by_the_new_code(service: Service) -> None:
     with socket.create_connection(("127.0.0.1", service.port), DEADLINE_S) as client:
         for number in range(RESTARTS + 1):

@@ -16,7 +16,7 @@ import pytest
 from tests.service.undo_support import Clients, write_version
 from tests.support import DEADLINE_S, Service, assert_three_lines, http_get
 
-pytestmark = pytest.mark.unmeasured
+pytestmark = pytest.mark.measured
 
 
 @contextmanager

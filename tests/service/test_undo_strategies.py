@@ -10,8 +10,6 @@ from tests.service.test_undo import lost, serving, wait_watched
 from tests.service.undo_support import Clients, write_version
 from tests.support import DEADLINE_S
 
-pytestmark = pytest.mark.unmeasured
-
 
 @pytest.mark.parametrize("strategy", ["transfer", "overlap"])
 def test_undo_gives_the_port_and_the_connections_back(tmp_path: Path, strategy: str) -> None:

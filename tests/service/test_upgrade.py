@@ -28,6 +28,9 @@ from tests.support import (
     write_code,
 )
 
+pytestmark = pytest.mark.measured
+
+
 #: What `hotport serve` needs besides the standard library.
 NEEDED = ("anyio", "click", "msgspec", "rich", "structlog", "uvloop")
 
@@ -73,6 +76,7 @@ def wait_upgraded(service: Service, times: int) -> None:
     service.wait_until(lambda: len(service.log_events("supervisor.upgraded")) == times, "it is upgraded")
 
 
+@pytest.mark.soak
 def test_supervisor_is_upgraded_to_another_interpreter_and_back_without_a_loss(
     tmp_path: Path, other_python: str
 ) -> None:
@@ -97,6 +101,7 @@ def test_supervisor_is_upgraded_to_another_interpreter_and_back_without_a_loss(
         assert service.stop() == 0
 
 
+@pytest.mark.soak
 def test_connections_and_signals_survive_the_exec(tmp_path: Path) -> None:
     write_code(tmp_path / "app.py", HTTP_APP.format(fault=""))
     with Service(tmp_path, "app:app", "--lifespan", "off", "--keep-alive", "60") as service:

@@ -15,8 +15,6 @@ from websockets.asyncio.client import connect
 from hotport.wire.messages import Report, RestartRequest
 from tests.support import DEADLINE_S, RESTARTS, Service, eventually, write_code
 
-pytestmark = pytest.mark.unmeasured
-
 APP = """
 async def app(scope, receive, send):
     if scope["type"] != "websocket":
@@ -105,6 +103,7 @@ def restart(service: Service, clients: Clients) -> Iterator[dict[str, int]]:
         eventually(lambda v=f"v{number}": clients.answers[v] > CLIENTS, "the new code answers")  # type: ignore[misc]
 
 
+@pytest.mark.soak
 def test_restarts_are_noticed_by_no_client_of_an_application_that_knows_nothing_of_them(
     tmp_path: Path, options: tuple[str, ...]
 ) -> None:
@@ -118,6 +117,7 @@ def test_restarts_are_noticed_by_no_client_of_an_application_that_knows_nothing_
     assert (clients.opened, clients.unanswered, clients.closes) == (CLIENTS, 0, {})
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("handoff", ["auto", "off"])
 def test_restarts_close_with_1012_only_and_lose_no_message_where_nobody_has_agreed(
     tmp_path: Path, options: tuple[str, ...], handoff: str

@@ -19,7 +19,7 @@ from hotport.embedded import successor
 from hotport.errors import ConfigError, RestartError
 from tests.support import DEADLINE_S, assert_three_lines
 
-pytestmark = [pytest.mark.anyio, pytest.mark.unmeasured]
+pytestmark = pytest.mark.anyio
 
 FOREVER = ["sleep", "1000"]
 
