@@ -62,14 +62,16 @@ class Generation:
             await self.server.follow(self._successors)
 
     async def end(self) -> None:
-        if self._control is not None:
-            self._control.close()
-            await self._control.wait_closed()
-            os.unlink(self.path)
-        await self.server.drain(0.0)
-        if self._taking:
-            await asyncio.wait(self._taking)
-        await self.server.shutdown()
+        async with asyncio.timeout(DEADLINE_S):
+            if self._control is not None:
+                self._control.close()
+                await self._control.wait_closed()
+                with contextlib.suppress(FileNotFoundError):  # from Python 3.13 on the event loop has removed it
+                    os.unlink(self.path)
+            await self.server.drain(0.0)
+            if self._taking:
+                await asyncio.wait(self._taking)
+            await self.server.shutdown()
 
     # what `_Peer` asks of a worker
 
@@ -156,7 +158,8 @@ async def service(path: Path, family: socket.AddressFamily = socket.AF_INET) -> 
     try:
         yield found
     finally:
-        for generation in found.generations:
-            await generation.end()
-        listener.close()
-        (path / "port").unlink(missing_ok=True)
+        async with contextlib.AsyncExitStack() as stack:  # what fails there must not keep the others from ending
+            stack.callback((path / "port").unlink, missing_ok=True)
+            stack.callback(listener.close)
+            for generation in reversed(found.generations):
+                stack.push_async_callback(generation.end)
