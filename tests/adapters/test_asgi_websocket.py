@@ -10,6 +10,7 @@ import math
 import random
 import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -673,6 +674,33 @@ async def upgraded(rig: Rig) -> WebSocketConnection:
     (connection,) = rig.connections.open
     assert isinstance(connection, WebSocketConnection)
     return connection
+
+
+async def test_application_that_only_sends_learns_in_the_same_turn_that_its_client_has_left() -> None:
+    """It sent for ever, and nothing else of the worker ran: what is written to a lost transport pauses nobody."""
+    clients: list[Client] = []
+    left: list[bool] = []
+    sent = 0
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal sent
+        await receive()
+        await send({"type": "websocket.accept"})
+        clients[0]._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        clients[0].close()
+        with pytest.raises(ClientLeft):
+            for _ in range(10_000):
+                await send({"type": "websocket.send", "bytes": b"x" * 1000})
+                sent += 1
+        left.append(True)
+
+    async with serving(app) as rig:
+        client, _ = await rig.connect()
+        clients.append(client)
+        await client.send(handshake())
+        await rig.connections.wait_empty()
+        await until(lambda: bool(left))
+    assert sent < 10_000
 
 
 async def test_send_that_waits_learns_that_the_client_has_left() -> None:

@@ -11,10 +11,10 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from hotport.adapters.asgi import State
+from hotport.adapters.asgi import ClientLeft, State
 from hotport.adapters.asgi.spec import Receive, Scope, Send
 from hotport.options import Options
-from tests.adapters.asgi_support import Answer, Answers, Rig, read_body, respond, serving, turns, until
+from tests.adapters.asgi_support import Answer, Answers, Client, Rig, read_body, respond, serving, turns, until
 from tests.adapters.http_edges import CHUNKED, EDGES, GET, POST, PROBE, SECTIONS, Edge, Recorder, Saw
 
 pytestmark = pytest.mark.anyio
@@ -243,12 +243,60 @@ async def test_reset_in_the_middle_of_an_answer_ends_the_application_without_a_w
         client, _ = await rig.connect()
         await client.send(GET + b"\r\n")
         await client.received()
-        client._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        client.close()
+        reset(client)
         await rig.connections.wait_empty()
         await until(lambda: not running(rig))
     assert len(errors) == 1
     assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.parametrize("size", [100, 65536])
+async def test_application_that_only_sends_learns_in_the_same_turn_that_its_client_has_left(size: int) -> None:
+    """It sent for ever, and nothing else of the worker ran: what is written to a lost transport pauses nobody."""
+    clients: list[Client] = []
+    sent = 0
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal sent
+        await read_body(receive)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        reset(clients[0])
+        with pytest.raises(ClientLeft):
+            for _ in range(10_000):
+                await send({"type": "http.response.body", "body": b"x" * size, "more_body": True})
+                sent += 1
+
+    async with serving(app) as rig:
+        client, _ = await rig.connect()
+        clients.append(client)
+        await client.send(GET + b"\r\n")
+        await rig.connections.wait_empty()
+        await until(lambda: not running(rig))
+    assert sent < 10_000
+
+
+async def test_answer_that_its_client_does_not_read_pauses_its_application() -> None:
+    """Large bodies were taken without end on asyncio's event loop, into memory (CVE-2024-12254)."""
+    sent = 0
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal sent
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(1_000):
+            await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+            sent += 1
+
+    async with serving(app) as rig:
+        client, connection = await rig.connect()
+        await client.send(GET + b"\r\n")
+        await until(lambda: connection.writable is not None)
+        assert sent < 1_000
+
+
+def reset(client: Client) -> None:
+    """Leave without a goodbye."""
+    client._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
 
 
 # -- what a client can make a server remember ------------------------------------------------------------------

@@ -33,7 +33,8 @@ LENGTH: Final = 1
 CHUNKED: Final = 2
 UNTIL_CLOSE: Final = 3
 
-#: Larger bodies are handed to the transport beside their head or chunk size instead of being copied behind it.
+#: Larger bodies are handed to the transport beside their head or chunk size instead of being copied behind it, where
+#: the event loop can do that: `Shared.can_gather`.
 JOIN_BYTES_MAX: Final = 16 * 1024
 
 #: Header fields of an answer that are not just passed on.
@@ -269,6 +270,11 @@ class Exchange:
         kind = message["type"]
         stage = self.stage
         if kind == "http.response.body" and stage in (HELD, STREAMING):
+            if self.connection.transport.is_closing():
+                # It has failed while it was written to. `connection_lost` comes in the next turn of the event loop,
+                # which an application that only sends would never let begin: nothing pauses it any more.
+                self.is_gone = self._is_told = True
+                raise ClientLeft
             self._write(message.get("body", b""), is_end=not message.get("more_body", False))
         elif kind == "http.response.start" and stage == WAITING:
             self._hold_head(message)
@@ -396,9 +402,8 @@ class Exchange:
             if is_end and not self._has_trailers:
                 parts.append(b"0\r\n\r\n")
 
-        if size > JOIN_BYTES_MAX:
-            if not self.connection.transport.is_closing():  # asyncio's writelines does not look (Python 3.12 on)
-                self.connection.transport.writelines(parts)
+        if size > JOIN_BYTES_MAX and self.connection.shared.can_gather:
+            self.connection.transport.writelines(parts)
         elif parts:
             self.connection.transport.write(b"".join(parts))
         if is_end:

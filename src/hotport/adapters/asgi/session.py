@@ -187,6 +187,9 @@ class Session:
         kind = message["type"]
         if connection.is_open:
             if kind == "websocket.send":
+                if connection.transport.is_closing():  # as in `Exchange.send`
+                    self._is_told = True
+                    raise ClientLeft
                 connection.send_message(message.get("text"), message.get("bytes"))
             elif kind == "websocket.close":
                 code = message.get("code")

@@ -38,6 +38,8 @@ class Shared:
     """What all connections of one adapter have in common; read by every request, so most of it is plain attributes.
 
     Attributes:
+        can_gather: Whether to use the transports' ``writelines``. asyncio's do not pause their protocol (from Python
+            3.12 on, until 3.12.9 and 3.13.2: CVE-2024-12254), nor look whether they are lost (gh-136234).
         extensions: Of every scope.
         running: Applications that run; they may run on after their answer, or after the client has left.
         defaults: Header lines that every answer has; ``b""`` when they have to be made anew (`make_defaults`).
@@ -46,6 +48,7 @@ class Shared:
     __slots__ = (
         "access",
         "application",
+        "can_gather",
         "context",
         "deadlines",
         "defaults",
@@ -84,6 +87,7 @@ class Shared:
         self.state = state
         self.access = access
         self.loop = loop = asyncio.get_running_loop()
+        self.can_gather = not isinstance(loop, asyncio.BaseEventLoop)  # but uvloop's
         self.extensions = {"hotport": context.extension, **EXTENSIONS}
         waits = (LINGER_S, options.keep_alive_s, options.head_timeout_s, options.ws_ping_interval_s)
         self.deadlines: Deadlines[Member] = Deadlines(min(s for s in (*waits, options.ws_ping_timeout_s) if s), loop)
