@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any, Final, TypeAlias
 
 import anyio
-from anyio.abc import SocketAttribute, SocketStream
+from anyio.abc import SocketAttribute, SocketStream, UNIXSocketStream
 
 from hotport.errors import ConfigError, ControlError, HotportError
 from hotport.kernel.sockets import may_command, peer_credentials
@@ -65,11 +65,11 @@ async def serve_control(supervisor: Supervisor, control: socket.socket, house: H
     Descriptors: owns `control`. Cancellation: safe; clients see the end of the stream.
     """
     room = anyio.Semaphore(CLIENTS_MAX)
-    listener = await anyio.abc.SocketListener.from_socket(control)
+    control.setblocking(False)
 
-    async def handle(stream: SocketStream) -> None:
+    async def handle(connection: socket.socket) -> None:
         try:
-            async with stream:
+            async with await UNIXSocketStream.from_socket(connection) as stream:
                 await _converse(supervisor, stream, house)
         except (anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream):
             pass  # a client that leaves ends its conversation, never what it asked for
@@ -81,19 +81,23 @@ async def serve_control(supervisor: Supervisor, control: socket.socket, house: H
     async def accept() -> None:
         while True:
             await room.acquire()  # before the accept: clients that say nothing must not use up our descriptors
+            await anyio.wait_readable(control)  # anyio's listeners take AF_UNIX sockets from 4.14 on
             try:
-                conversations.start_soon(handle, await listener.accept())
-            except (OSError, anyio.BrokenResourceError) as error:
+                conversations.start_soon(handle, control.accept()[0])
+            except BlockingIOError:  # its client has left
                 room.release()
-                log.error("control.accept_failed", error=str(error.__cause__ or error))
+            except OSError as error:
+                room.release()
+                log.error("control.accept_failed", error=str(error))
                 await anyio.sleep(ACCEPT_PAUSE_S)
 
-    async with listener, anyio.create_task_group() as conversations:
-        async with anyio.create_task_group() as accepting:
-            accepting.start_soon(accept)
-            await supervisor.finished.wait()
-            accepting.cancel_scope.cancel()
-        conversations.cancel_scope.deadline = anyio.current_time() + GOODBYE_TIMEOUT_S
+    with control:
+        async with anyio.create_task_group() as conversations:
+            async with anyio.create_task_group() as accepting:
+                accepting.start_soon(accept)
+                await supervisor.finished.wait()
+                accepting.cancel_scope.cancel()
+            conversations.cancel_scope.deadline = anyio.current_time() + GOODBYE_TIMEOUT_S
 
 
 async def _converse(supervisor: Supervisor, stream: SocketStream, house: House) -> None:
