@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import signal
 import stat
-from collections.abc import Generator, Iterator
+import sys
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -27,10 +29,21 @@ hypothesis.settings.load_profile("hotport")
 VANISH_S = 5.0
 
 
+#: On which of the event loops tasks take their first step when they are made, as applications may want it.
+EAGER = os.environ.get("HOTPORT_TEST_EAGER", "").split(",") if sys.version_info >= (3, 12) else []
+
+
 @pytest.fixture(params=["asyncio", "uvloop"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Callable[[], asyncio.AbstractEventLoop]]]:
     """Async tests run on both event loops."""
-    return "asyncio", {"use_uvloop": request.param == "uvloop"}
+    make = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}[request.param]
+
+    def make_eager() -> asyncio.AbstractEventLoop:
+        loop = make()
+        loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined]  # since Python 3.12
+        return loop
+
+    return "asyncio", {"loop_factory": make_eager if request.param in EAGER else make}
 
 
 @pytest.fixture(autouse=True, scope="session")
