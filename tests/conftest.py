@@ -29,7 +29,8 @@ hypothesis.settings.load_profile("hotport")
 VANISH_S = 5.0
 
 
-#: On which of the event loops tasks take their first step when they are made, as applications may want it.
+#: On which of the event loops tasks take their first step when they are made, as applications may want it. (uvloop 0.23
+#: calls the factory as it is from Python 3.13.3 on, and fails on 3.13.0 to 3.13.2.)
 EAGER = os.environ.get("HOTPORT_TEST_EAGER", "").split(",") if sys.version_info >= (3, 12) else []
 
 

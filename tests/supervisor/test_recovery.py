@@ -19,11 +19,6 @@ from hotport.wire.messages import Hello, Listening, encode
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 async def ask(directory: Path, *, answers: bool) -> Found:
     """Survey a directory with one worker, which answers or hangs up without having read anything."""
 

@@ -23,11 +23,6 @@ Behaviour = Callable[[UNIXSocketStream], Awaitable[None]]
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
 def listeners() -> Iterator[dict[str, socket.socket]]:
     made = {f"tcp://127.0.0.1:{number}": socket.create_server(("127.0.0.1", 0)) for number in range(3)}
     yield made
