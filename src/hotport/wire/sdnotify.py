@@ -183,5 +183,5 @@ def _lines(text: str | None) -> str | None:
         return text
     try:
         return msgspec.json.decode(text, type=str)
-    except ValueError:
+    except (msgspec.MsgspecError, UnicodeError):
         return text
