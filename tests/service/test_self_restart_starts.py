@@ -186,6 +186,8 @@ def test_program_that_was_to_outlive_the_terminal_has_such_successors(tmp_path: 
             os.close(ours)
             assert program.hello() == ("one", program.pid)
             program.restart()
+            assert [said["generation"] for said in program.serving] == [1, 2, 3, 4], "none that was not asked for"
+        assert "HP448" not in program.stderr(), "the end of the leader of the session is no request to restart"
     finally:
         for fd in (ours, theirs):
             with suppress(OSError):

@@ -19,6 +19,7 @@ from hotport.embedded.manager import Manager
 from hotport.errors import ControlError
 from hotport.kernel.abstract import bind_abstract
 from hotport.kernel.notify import notify, open_notify
+from hotport.kernel.process import has_terminal
 from hotport.kernel.sockets import bound_address, inherited_listener, location, may_command, peer_credentials
 from hotport.wire.frames import encode_frame
 from hotport.wire.listenfds import LISTEN_VARIABLES, parse_listen_environment
@@ -89,6 +90,16 @@ class Predecessor:
         poll = select.poll()  # select(2) knows no descriptor above 1023
         poll.register(self._pidfd, select.POLLIN)
         return bool(poll.poll(0))
+
+    @property
+    def hangs_up(self) -> bool:
+        """Whether its end hangs up on this process: it leads the session of our terminal.
+
+        The kernel sends SIGHUP to the terminal's foreground group before the process can be waited for.
+
+        Sources: setsid(2), NOTES; disassociate_ctty in drivers/tty/tty_jobctrl.c.
+        """
+        return os.getsid(0) == self.spec.predecessor and has_terminal()
 
     def adopt(self, text: str) -> list[socket.socket]:
         """The listeners of an address that were passed: the caller's from here on.

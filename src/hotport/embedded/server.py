@@ -391,7 +391,8 @@ async def serve(
         app: The application itself: ASGI, an async function over a stream, a protocol factory, or a sockets function.
         bind: Where to listen.
         restart_on_hup: SIGHUP calls `Server.restart`, and the log says what came of it. One that comes because the
-            terminal is gone closes the server instead.
+            terminal is gone closes the server instead. It is ignored while a predecessor that leads the session of a
+            terminal has not ended, because the end of that one sends it.
         options: ``kind``, ``tasks``, ``backlog``, ``connections_max``, ``drain_timeout``, ``keep_alive``, ``lifespan``,
             ``trusted_proxy``, ``proxy_protocol``, ``root_path``, ``tls_cert``, ``tls_key``, ``tls_client_ca``,
             ``tls_client_auth``, ``tls_alpn``, ``ws_...``, and for restarts ``ready_timeout``, ``kill_timeout`` and
@@ -441,7 +442,7 @@ async def serve(
     timeout_s = 0.0
     _servers.add(server)
     try:
-        with _restarting_on_hup(server) if restart_on_hup else nullcontext():
+        with _restarting_on_hup(server, predecessor) if restart_on_hup else nullcontext():
             yield server
             timeout_s = settings.drain_timeout_s
     finally:
@@ -451,7 +452,7 @@ async def serve(
 
 
 @contextmanager
-def _restarting_on_hup(server: Server) -> Iterator[None]:
+def _restarting_on_hup(server: Server, predecessor: Predecessor | None) -> Iterator[None]:
     loop = asyncio.get_running_loop()
     before = signal.getsignal(signal.SIGHUP)
     is_bound_to_terminal = ends_with_terminal()
@@ -472,8 +473,17 @@ def _restarting_on_hup(server: Server) -> Iterator[None]:
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
-    try:
+    async def handle_hup_after(predecessor: Predecessor) -> None:
+        await predecessor.over.wait()
         loop.add_signal_handler(signal.SIGHUP, on_hup)
+
+    later: asyncio.Task[None] | None = None
+    try:
+        if predecessor is not None and predecessor.hangs_up:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            later = loop.create_task(handle_hup_after(predecessor))
+        else:
+            loop.add_signal_handler(signal.SIGHUP, on_hup)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             "HP450",
@@ -484,6 +494,8 @@ def _restarting_on_hup(server: Server) -> Iterator[None]:
     try:
         yield
     finally:
+        if later is not None:
+            later.cancel()
         loop.remove_signal_handler(signal.SIGHUP)
         signal.signal(signal.SIGHUP, before if before is not None else signal.SIG_DFL)
 
