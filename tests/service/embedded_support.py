@@ -25,7 +25,8 @@ import hotport
 import app
 
 def tell(what, **said):
-    said = {"pid": os.getpid(), "notify": os.environ.get("NOTIFY_SOCKET"), **said}
+    said = {"pid": os.getpid(), "notify": os.environ.get("NOTIFY_SOCKET"), **said,
+            "descriptors": len(os.listdir("/proc/self/fd"))}
     os.write(1, f"{what} {json.dumps(said)}\\n".encode())
 
 async def main():
@@ -55,10 +56,10 @@ async def main():
             file.write(str(os.getpid()))
         os.replace("pid.new", "pid")
         tell("serving", generation=server.generation, addresses=server.addresses, argv=sys.argv, cwd=os.getcwd(),
-             group=os.getpgid(0), descriptors=len(os.listdir("/proc/self/fd")),
+             group=os.getpgid(0),
              names=sorted(name for name in os.environ if name.startswith(("LISTEN_", "HOTPORT_SUCC"))))
         await server.wait_closed()
-    tell("ended", fates=dict(server.connections.fates), descriptors=len(os.listdir("/proc/self/fd")))
+    tell("ended", fates=dict(server.connections.fates))
 
 if os.environ.get("LOOP") == "uvloop":
     import uvloop

@@ -156,9 +156,7 @@ class Predecessor:
             self._order.close()
         if self._control is not None:
             self._control.close()
-        if self._pidfd is not None:
-            os.close(self._pidfd)
-            self._pidfd = None
+        self._close_pidfd()
 
     # -- tasks ---------------------------------------------------------------------------------------------
 
@@ -178,6 +176,7 @@ class Predecessor:
         """Go on alone when the predecessor has ended, and tell the service manager that this process is the service."""
         if self._pidfd is not None:
             await anyio.wait_readable(self._pidfd)
+            self._close_pidfd()
         self._ordered.set()
         await self._committed.wait()
         accepting.cancel()  # a connection that waits there has brought nothing yet
@@ -224,6 +223,11 @@ class Predecessor:
         except asyncio.CancelledError:
             channel.close()
             raise
+
+    def _close_pidfd(self) -> None:
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
 
     def _close_listeners(self) -> None:
         for listener in self._listeners.values():
