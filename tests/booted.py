@@ -1,5 +1,8 @@
 """A real systemd as process 1 of namespaces of its own: no unit of this machine, no bus, no journal, its own network.
 
+Of /tmp it sees only the directory of the test. Python and hotport are elsewhere in there (`PYTHON`), because a unit
+with ``PrivateTmp=`` would not see them in a checkout below /tmp.
+
 It needs root, a cgroup v2 hierarchy that can be written to, and systemd; without them the test skips.
 """
 
@@ -19,6 +22,7 @@ from typing import Final, Self
 import psutil
 import pytest
 
+import hotport
 from tests.support import DEADLINE_S, need
 
 #: As container managers do it: /proc/sys is the machine's, and systemd would raise limits there.
@@ -32,9 +36,23 @@ mount -t tmpfs none /etc/systemd
 mkdir /etc/systemd/system
 cp -r "$1/units/." /etc/systemd/system
 mount -t tmpfs none /run
+mkdir -p /run/hotport/venv /run/hotport/src /run/hotport/test
+mount --bind "$3" /run/hotport/venv
+mount --bind "$4" /run/hotport/src
+mount --bind "$1" /run/hotport/test
+mount -t tmpfs none /tmp
+mount -t tmpfs none /var/tmp
+mkdir -p "$1"
+mount --bind /run/hotport/test "$1"
 exec env -i container=hotport PATH=/usr/sbin:/usr/bin:/sbin:/bin NOTIFY_SOCKET="$1/booted" "$2" \\
     --unit=test.target --log-target=null --show-status=no
 """
+
+#: The interpreter in there; it needs `ENVIRONMENT` to find hotport.
+PYTHON: Final = f"/run/hotport/venv/bin/{Path(sys.executable).name}"
+
+#: For ``Environment=``; what is mounted is not to be written to.
+ENVIRONMENT: Final = "PYTHONPATH=/run/hotport/src PYTHONDONTWRITEBYTECODE=1"
 
 #: Nothing of this is pulled in: no file systems, no journal, no login.
 TARGET: Final = "[Unit]\nDefaultDependencies=no\n"
@@ -68,7 +86,8 @@ class Booted:
         self._cgroup.mkdir()
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
             manager.bind(str(self._directory / "booted"))
-            boot = ["sh", "-c", BOOT, "sh", str(self._directory), _systemd()]
+            sources = Path(hotport.__file__).parent.parent
+            boot = ["sh", "-c", BOOT, "sh", str(self._directory), _systemd(), sys.prefix, str(sources)]
             self._process = subprocess.Popen(
                 ["sh", "-c", join, str(self._cgroup), *unshare, *boot],
                 stdin=subprocess.DEVNULL,
@@ -143,8 +162,8 @@ def _systemd() -> str:
     )
     if not found:
         pytest.skip("systemd is not installed")
-    if sys.prefix.startswith(("/tmp/", "/var/tmp/")):
-        pytest.skip(f"the units that are tested have a /tmp of their own, and {sys.prefix} is not in it")
+    if sys.base_prefix.startswith(("/tmp/", "/var/tmp/")):
+        pytest.skip(f"the units that are tested have a /tmp of their own, and the Python of {sys.prefix} is not in it")
     return found
 
 

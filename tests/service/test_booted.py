@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.booted import Booted, version
-from tests.support import HOTPORT, LINE_APP, eventually, write_code
+from tests.booted import ENVIRONMENT, PYTHON, Booted, version
+from tests.support import LINE_APP, eventually, write_code
 
 UNITS = Path(__file__).parents[2] / "docs" / "examples" / "systemd"
 
@@ -23,7 +22,7 @@ DefaultDependencies=no
 [Service]
 User=root
 WorkingDirectory={directory}
-Environment=PWD={directory} PYTHONDONTWRITEBYTECODE=1
+Environment=PWD={directory} {environment}
 BindPaths={directory}
 ProtectHome=no
 ExecStart=
@@ -61,10 +60,10 @@ print(json.dumps(fates))
 @pytest.fixture
 def system(tmp_path: Path) -> Iterator[Booted]:
     write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
-    serve = " ".join(HOTPORT)
+    serve = f"{PYTHON} -m hotport"
     units = {
         "shop.service": (UNITS / "shop.service").read_text(),
-        "shop.service.d/here.conf": HERE.format(directory=tmp_path, serve=serve),
+        "shop.service.d/here.conf": HERE.format(directory=tmp_path, environment=ENVIRONMENT, serve=serve),
     }
     if version() < 254:
         old = (UNITS / "before-254.conf").read_text()
@@ -81,7 +80,7 @@ def asked(system: Booted, directory: Path) -> Iterator[dict[str, int]]:
     end = directory / "end"
     end.unlink(missing_ok=True)
     system.run("mkfifo", str(end))
-    clients = system.start(sys.executable, "-c", CLIENTS, str(end))
+    clients = system.start(PYTHON, "-c", CLIENTS, str(end))
     try:
         yield fates
     finally:
@@ -123,7 +122,7 @@ def test_reload_loses_nobody_and_says_how_it_ended(system: Booted, tmp_path: Pat
 def test_death_of_every_process_refuses_nobody(system: Booted, tmp_path: Path) -> None:
     with asked(system, tmp_path) as fates:
         system.run("systemctl", "kill", "--signal=KILL", "shop")
-        system.run(sys.executable, "-c", ASK_GENERATION)
+        system.run(PYTHON, "-c", ASK_GENERATION)
     assert "ConnectionRefusedError" not in fates, fates
     assert system.show("shop")["NRestarts"] == "1"
 

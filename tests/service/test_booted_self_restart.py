@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from tests.booted import Booted
+from tests.booted import ENVIRONMENT, PYTHON, Booted
 from tests.service.test_booted import UNITS, asked
 from tests.support import write_code
 
@@ -32,7 +31,7 @@ DefaultDependencies=no
 [Service]
 WorkingDirectory=
 WorkingDirectory={directory}
-Environment=PWD={directory} PYTHONDONTWRITEBYTECODE=1
+Environment=PWD={directory} {environment}
 ExecStart=
 ExecStart={python} server.py
 StandardOutput=append:{directory}/server.log
@@ -45,7 +44,7 @@ def test_new_process_is_the_main_one_and_the_unit_never_fails(tmp_path: Path) ->
     write_code(tmp_path / "app.py", "VERSION = 'one'\n")
     units = {
         "restarting.service": (UNITS / "restarting.service").read_text(),
-        "restarting.service.d/here.conf": HERE.format(directory=tmp_path, python=sys.executable),
+        "restarting.service.d/here.conf": HERE.format(directory=tmp_path, environment=ENVIRONMENT, python=PYTHON),
     }
     with Booted(tmp_path, units) as system:
         system.run("systemctl", "start", "restarting")
