@@ -16,7 +16,10 @@ import pytest
 import hotport
 from hotport.address import parse_address
 from hotport.embedded import successor
+from hotport.embedded.program import Start
 from hotport.errors import ConfigError, RestartError
+from hotport.kernel.notify import notify
+from hotport.wire.sdnotify import encode_notification
 from tests.support import DEADLINE_S, assert_three_lines
 
 pytestmark = pytest.mark.anyio
@@ -173,6 +176,30 @@ async def test_ready_of_somebody_else_is_not_enough(tmp_path: Path) -> None:
         error = await refusal(server, "HP446", [sys.executable, str(tmp_path / "foreign.py")])
         assert error.phase == "start up"
         assert await answers(server)
+
+
+async def test_successor_may_ask_for_more_time() -> None:
+    """Also by the word of a process that it has started."""
+    start = Start(tuple(FOREVER), "/", {"PATH": os.defpath}, frozenset())
+    child = successor.Successor.start(start, generation=2, manager="", listeners=[], addresses=[], asked=[])
+    waiting = asyncio.create_task(child.ready(DEADLINE_S))
+    try:
+        await anyio.wait_all_tasks_blocked()
+        timeout = child._timeout
+        assert timeout is not None
+        before_s = timeout.when()
+        assert before_s is not None
+        name = "@" + child._notify_socket.getsockname()[1:].decode()
+        for extension_s in (1, 2 * DEADLINE_S):  # the first one would be shorter
+            assert notify(name, encode_notification(extend_timeout_s=extension_s))
+        with anyio.fail_after(DEADLINE_S):
+            while timeout.when() == before_s:
+                await anyio.lowlevel.checkpoint()
+        assert before_s + DEADLINE_S <= (timeout.when() or 0)
+    finally:
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        await child.abort(DEADLINE_S)
 
 
 async def test_successor_that_does_not_accept_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
