@@ -17,7 +17,7 @@ import pytest
 import trio  # noqa: F401  it hands hypothesis its random source, which must happen before `collect` freezes it
 import uvloop
 
-from tests.support import collect
+from tests.support import SLOWNESS, collect
 
 #: Thousands of interpreters are started; where byte code is forbidden, each would compile all of hotport.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -26,7 +26,7 @@ hypothesis.settings.register_profile("hotport", deadline=None)  # these machines
 hypothesis.settings.load_profile("hotport")
 
 #: How long the kernel may take to end what was killed a moment ago.
-VANISH_S = 5.0
+VANISH_S = 5.0 * SLOWNESS
 
 
 #: On which of the event loops tasks take their first step when they are made, as applications may want it. (uvloop 0.23

@@ -167,18 +167,32 @@ def test_many_workers_become_ready_while_the_supervisor_is_not_scheduled(tmp_pat
         service.wait_ready().wait_serving(count)
 
 
+#: One worker cannot be asked to leave and waits at the gate; the other one fails once that is so.
+STUBBORN_AND_BROKEN = """\
+import os
+try:
+    os.mkdir("first")
+except FileExistsError:
+    open("stubborn").close()
+    raise SystemExit(1)
+import signal
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open("stubborn", "w").close()
+"""
+
+
 def test_late_end_of_an_aborted_restart_leaves_the_options_of_a_later_one(tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     options = tmp_path / "hotport.toml"
     write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
-    options.write_text("kill_timeout = '1h'\nready_timeout = '60s'\nworkers = 1\n")
+    os.mkfifo(tmp_path / "stubborn")
+    options.write_text("kill_timeout = '1h'\nworkers = 1\n")
     with Service(tmp_path, "app:app").wait_ready() as service:
-        options.write_text("kill_timeout = '1h'\nready_timeout = '3s'\nworkers = 1\n")
-        write_code(tmp_path / "app.py", STUBBORN + Gate.LINE + "raise SystemExit(1)\n")
+        options.write_text("kill_timeout = '1h'\nworkers = 2\n")
+        write_code(tmp_path / "app.py", STUBBORN_AND_BROKEN + Gate.LINE + "raise SystemExit(1)\n")
         with service.start("restart") as first:
             eventually(lambda: bool(service.log_events("restart.aborted")), "it is aborted")
             write_code(tmp_path / "app.py", LINE_APP.format(version="two"))
-            options.write_text("kill_timeout = '1h'\nready_timeout = '60s'\nworkers = 2\n")
             assert service.restart()["outcome"] == "done"
             gate.open()
             assert first.wait(DEADLINE_S) == 4

@@ -59,17 +59,17 @@ def test_only_worker_is_replaced_while_connections_wait_in_the_accept_queue(dire
 
 
 def kill_only_worker(service: Service) -> None:
-    """Return when its replacement serves."""
+    """Return when its replacement starts."""
     (victim,) = service.worker_pids()
     os.kill(victim, signal.SIGKILL)
     eventually(lambda: service.worker_pids() not in ([], [victim]), "it is replaced")
-    service.wait_serving(1)
 
 
 def test_crash_loop_backs_off(directory: Path) -> None:
     with Service(directory, "app:app").wait_ready() as service:
         for _ in range(3):
             kill_only_worker(service)
+        service.wait_serving(1)
         assert [event["why"] for event in service.log_events("worker.backing_off")] == ["0.5 s", "1 s"]
 
 
@@ -208,10 +208,15 @@ def test_scale_to_code_that_does_not_start_is_told_so(directory: Path) -> None:
 
 def test_orphans_serve_on_and_leave_after_their_time(directory: Path) -> None:
     with Service(directory, "app:app", "--orphan-timeout", "1s").wait_ready() as service:
-        port, (pid,) = service.port, service.worker_pids()
-        with watching_pid(pid) as wait_ended:
+        (pid,) = service.worker_pids()
+        with (
+            watching_pid(pid) as wait_ended,
+            socket.create_connection(("127.0.0.1", service.port), DEADLINE_S) as client,
+        ):
+            eventually(lambda: service.accepted() == 1, "it is accepted")
             service.kill()
-            assert ask_line(port).pid == pid
+            client.sendall(b"who\n")
+            assert client.recv(100).endswith(f" {pid}\n".encode())
             wait_ended()
     assert not list(service.runtime.glob("worker-*"))
 

@@ -167,11 +167,15 @@ def test_who_waits_at_an_address_that_is_dropped_is_served(tmp_path: Path) -> No
     app, options = tmp_path / "app.py", tmp_path / "hotport.toml"
     write_code(app, LINE_APP.format(version="one"))
     options.write_text("bind = ['127.0.0.1:0', 'unix:dropped.sock']")
-    with Service(tmp_path, "--settle", "1s", "app:app", default_bind=None).wait_ready() as service:
+    with Service(tmp_path, "--undo-window", "1h", "app:app", default_bind=None).wait_ready() as service:
         options.write_text("bind = ['127.0.0.1:0']")
-        with service.start("restart", "--json") as command:
+        with service.start("restart", "--json") as command, socket.socket(socket.AF_UNIX) as client:
             eventually(lambda: bool(service.log_events("restart.quiesced")), "the old generation has stopped")
-            assert ask_unix(tmp_path / "dropped.sock") == "one"
+            client.connect(str(tmp_path / "dropped.sock"))
+            client.sendall(b"who\n")
+            service.wait_until(lambda: bool(service.status()["watch"]), "it can be undone")
+            assert service.run("undo", "--keep").returncode == 0
+            assert answer(client) == "one"
             assert command.wait(DEADLINE_S) == 0
 
 
