@@ -18,9 +18,6 @@ from tests.support import DEADLINE_S, HOTPORT, SLOWNESS, Answer, Hammer, Service
 
 EXAMPLE = Path(__file__).parent.parent.parent / "docs" / "examples" / "proxies" / "load-balancer.cfg"
 
-#: Several times what haproxy needs, and a machine that is busy in between.
-LAME_DUCK = f"{1 + SLOWNESS:g}s"
-
 APP = """
 import asyncio, os
 
@@ -102,6 +99,11 @@ def server(directory: Path, name: str, host: str, *args: str) -> Iterator[Servic
         yield service.wait_ready()
 
 
+def wait_left_alone(service: Service) -> None:
+    """Return when the balancer has let its connections go: they are idle for a second, and then closed."""
+    service.wait_until(lambda: not any(each["connections"] for each in service.status()["workers"]), "all have left")
+
+
 @pytest.mark.measured
 @pytest.mark.timeout(120 * SLOWNESS)
 def test_a_lame_duck_is_taken_out_before_it_refuses_anybody(tmp_path: Path, hosts: dict[str, str]) -> None:
@@ -112,13 +114,15 @@ def test_a_lame_duck_is_taken_out_before_it_refuses_anybody(tmp_path: Path, host
         haproxy = stack.enter_context(balancer(tmp_path, hosts))
         haproxy.wait_state("blue", "UP")
         haproxy.wait_state("green", "UP")
-        stop = shlex.join([*HOTPORT, "stop", "blue", "--lame-duck", LAME_DUCK])
+        stop = shlex.join([*HOTPORT, "stop", "blue", "--lame-duck", "1h"])
         load = green.start(
             *("churn", f"http://127.0.0.1:{haproxy.port}/", "--connect", "40/s", "--keepalive", "5", "--slow", "8/s"),
             *("--restart", stop, "--after", "500ms", "--times", "1", "--json", "run.json", "--engines", "1"),
         )
         haproxy.wait_state("blue", "DRAIN")
         assert blue.status()["stage"] == "lame duck"
+        wait_left_alone(blue)
+        assert blue.run("stop", "blue").returncode == 0
         output = "".join(load.communicate(timeout=DEADLINE_S))
         assert blue.wait() == 0
         found = json.loads((tmp_path / "run.json").read_text())
@@ -141,7 +145,7 @@ def test_sigterm_makes_a_lame_duck_that_health_checks_see(tmp_path: Path, hosts:
     write_code(tmp_path / "app.py", APP)
     with ExitStack() as stack:
         stack.enter_context(server(tmp_path, "green", hosts["green"]))
-        blue = stack.enter_context(server(tmp_path, "blue", hosts["blue"], "--lame-duck", LAME_DUCK))
+        blue = stack.enter_context(server(tmp_path, "blue", hosts["blue"], "--lame-duck", "1h"))
         haproxy = stack.enter_context(balancer(tmp_path, hosts))
         haproxy.wait_state("blue", "UP", "shop-by-http")
         haproxy.wait_state("green", "UP", "shop-by-http")
@@ -150,6 +154,8 @@ def test_sigterm_makes_a_lame_duck_that_health_checks_see(tmp_path: Path, hosts:
             blue.process.send_signal(signal.SIGTERM)
             haproxy.wait_state("blue", "DOWN", "shop-by-http")
             assert blue.process.poll() is None
+            wait_left_alone(blue)
+            blue.process.send_signal(signal.SIGTERM)
             assert blue.wait() == 0
             hammer.wait_answers(version="green")
     assert not hammer.failures
