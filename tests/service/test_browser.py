@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import DEADLINE_S, Service, eventually, need, write_code
+from tests.support import DEADLINE_S, SLOWNESS, Service, eventually, need, write_code
 
 APP = '''
 import asyncio, json, pathlib
@@ -131,7 +131,7 @@ def test_page_that_is_open_in_a_browser_notices_no_restart(tmp_path: Path, hando
     """Its WebSocket stays open if it may move; an EventSource has a request in flight, which the application ends."""
     need("chromium")
     write_code(tmp_path / "app.py", APP.format(version="one"))
-    options = ("--workers", "2", "--drain-timeout", "3s", "--handoff", handoff)
+    options = ("--workers", "2", "--drain-timeout", f"{2 * SLOWNESS:g}s", "--handoff", handoff)
     with Service(tmp_path, "app:app", *options).wait_ready() as service:
 
         def requests() -> int:

@@ -137,7 +137,7 @@ def churn_hotport(service: Service, url: str, *clients: str) -> Any:
 @pytest.mark.timeout(180 * SLOWNESS + 30 * SLOWNESS * RESTARTS)
 def test_restarts_of_hotport_lose_nothing_and_no_connection(tmp_path: Path) -> None:
     write_code(tmp_path / "app.py", APP)
-    options = ("--workers", "2", "--drain-timeout", "2s", "--handoff", "websocket")
+    options = ("--workers", "2", "--drain-timeout", "1m", "--handoff", "websocket")
     with Service(tmp_path, "app:app", *options).wait_ready() as service:
         found = churn_hotport(service, f"http://127.0.0.1:{service.port}/", *CLIENTS)
     assert all(gap is not None for gap in found["accept_gap_ms"])
@@ -154,7 +154,7 @@ def test_restarts_of_hotport_lose_nothing_and_no_connection(tmp_path: Path) -> N
 @pytest.mark.timeout(180 * SLOWNESS + 30 * SLOWNESS * RESTARTS)
 def test_restarts_of_hotport_keep_streams(tmp_path: Path) -> None:
     write_code(tmp_path / "app.py", f"import hotport\n\n@hotport.restartable\n{ECHO}")
-    with Service(tmp_path, "app:app", "--workers", "2", "--drain-timeout", "2s").wait_ready() as service:
+    with Service(tmp_path, "app:app", "--workers", "2", "--drain-timeout", "1m").wait_ready() as service:
         found = churn_hotport(service, f"tcp://127.0.0.1:{service.port}", "--stream", "20")
     assert [mark["report"]["connections"] for mark in found["restarts"]] == [{"moved_stream": 20}] * RESTARTS
 

@@ -109,7 +109,7 @@ def test_old_generation_serves_on_when_new_code(tmp_path: Path, kind: str) -> No
         left = snapshot(service)
 
         write_code(tmp_path / "app.py", code)
-        set_options(tmp_path, ready_timeout=f"{1.0 * SLOWNESS:g}s" if "READY" in words else "60s")
+        set_options(tmp_path, ready_timeout=f"{1.0 * SLOWNESS:g}s" if "READY" in words else "60s", settle="1h")
         result = service.run("restart")
 
         assert result.returncode == 4, result.stderr
@@ -146,7 +146,7 @@ def test_old_generation_serves_on_when_a_new_foreign_program(tmp_path: Path, kin
         left = snapshot(service)
 
         write_code(tmp_path / "server.py", FOREIGN.format(version=kind))
-        set_options(tmp_path, ready_timeout="1s" if "READY" in words else "60s")
+        set_options(tmp_path, ready_timeout="1s" if "READY" in words else "60s", settle="1h")
         result = service.run("restart")
 
         assert result.returncode == 4, result.stderr

@@ -77,7 +77,7 @@ class Kept:
 def serving(tmp_path: Path, *args: str, clients: int = 40) -> Iterator[tuple[Service, list[Kept]]]:
     write_code(tmp_path / "app.py", APP.format(fault=""))
     with (
-        Service(tmp_path, "app:app", "--lifespan", "off", "--keep-alive", "60", *args) as service,
+        Service(tmp_path, "app:app", "--lifespan", "off", "--keep-alive", "1h", *args) as service,
         ExitStack() as stack,
     ):
         port = service.wait_ready().port
@@ -115,7 +115,7 @@ def test_generations_with_different_envelopes_answer_once_more_and_say_so(tmp_pa
 
 @pytest.mark.measured
 def test_supervisor_killed_while_connections_move_costs_none(tmp_path: Path) -> None:
-    with serving(tmp_path, "--workers", "2", "--orphan-timeout", "60") as (service, kept):
+    with serving(tmp_path, "--workers", "2", "--orphan-timeout", "1h") as (service, kept):
         command = service.start("restart", service.name)
         eventually(lambda: len(service.log_events("drain.began")) == 2, "both old workers drain")
         workers = psutil.Process(service.process.pid).children()

@@ -160,7 +160,7 @@ def test_supervisor_is_killed_at_every_effect_of_a_restart(tmp_path: Path, kind:
 def test_connections_stay_open_while_the_supervisor_is_killed_and_replaced(tmp_path: Path) -> None:
     with ending(tmp_path):
         write_code(tmp_path / "app.py", HTTP_APP.format(fault=""))
-        args = ("app:app", "--lifespan", "off", "--keep-alive", "60", "--workers", "2")
+        args = ("app:app", "--lifespan", "off", "--keep-alive", "1h", "--workers", "2")
         first = Service(tmp_path, *args).wait_ready()
         before = first.status()
         kept = [Kept(first.port) for _ in range(20)]

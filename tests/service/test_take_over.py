@@ -30,7 +30,7 @@ from tests.support import (
 pytestmark = pytest.mark.measured
 
 
-HTTP = ("app:app", "--lifespan", "off", "--keep-alive", "60")
+HTTP = ("app:app", "--lifespan", "off", "--keep-alive", "1h")
 
 
 def take_over(directory: Path, *args: str, env: dict[str, str] | None = None) -> Service:

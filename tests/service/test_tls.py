@@ -17,6 +17,8 @@ import pytest
 
 from hotport.wire.messages import ReloadTlsRequest, Report, RestartRequest, TlsReport
 from tests.support import (
+    DEADLINE_S,
+    SLOWNESS,
     Answer,
     Gate,
     Hammer,
@@ -77,14 +79,14 @@ def parse(answer: http.client.HTTPResponse) -> Answer:
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 def test_twenty_restarts_under_https_load_cost_no_request(tmp_path: Path, pki: Pki, loop: str) -> None:
-    # Their last answers are spread over the drain: it is short here.
-    with serve(tmp_path, pki, "--workers", "2", "--loop", loop, "--drain-timeout", "2s") as service:
+    # Their last answers are spread over the drain: it is short here, and a tenth of it is left for the last one.
+    with serve(tmp_path, pki, "--workers", "2", "--loop", loop, "--drain-timeout", f"{SLOWNESS:g}s") as service:
         port = service.wait_ready().port
         context = pki.client()
         kept: dict[object, http.client.HTTPSConnection] = {}
 
         def ask_once(port: int) -> Answer:
-            client = http.client.HTTPSConnection("localhost", port, context=context, timeout=30)
+            client = http.client.HTTPSConnection("localhost", port, context=context, timeout=DEADLINE_S)
             try:
                 client.request("GET", "/", headers={"Connection": "close"})
                 return parse(client.getresponse())
@@ -94,9 +96,8 @@ def test_twenty_restarts_under_https_load_cost_no_request(tmp_path: Path, pki: P
                 client.close()
 
         def ask_keeping(port: int) -> Answer:
-            client = kept.setdefault(
-                threading.get_ident(), http.client.HTTPSConnection("localhost", port, context=context, timeout=30)
-            )
+            new = http.client.HTTPSConnection("localhost", port, context=context, timeout=DEADLINE_S)
+            client = kept.setdefault(threading.get_ident(), new)
             try:
                 client.request("GET", "/")  # opens a connection again after an answer with `Connection: close`
                 return parse(client.getresponse())

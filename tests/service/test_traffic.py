@@ -80,7 +80,7 @@ def deploy(service_or_directory: Service | Path, version: str) -> None:
 @pytest.fixture(params=["uvloop", "asyncio"])
 def service(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Service]:
     deploy(tmp_path, "v0")
-    with Service(tmp_path, "app:app", "--workers", "2", "--loop", request.param, "--keep-alive", "30") as running:
+    with Service(tmp_path, "app:app", "--workers", "2", "--loop", request.param, "--keep-alive", "1h") as running:
         yield running.wait_ready()
 
 
@@ -330,7 +330,7 @@ def test_an_idle_keep_alive_connection_is_answered_by_the_new_code(service: Serv
 def test_without_handoff_an_idle_connection_is_answered_once_more_and_told_to_close(tmp_path: Path) -> None:
     deploy(tmp_path, "v0")
     with (
-        Service(tmp_path, "app:app", "--workers", "2", "--handoff", "off", "--keep-alive", "30") as service,
+        Service(tmp_path, "app:app", "--workers", "2", "--handoff", "off", "--keep-alive", "1h") as service,
         socket.create_connection(("127.0.0.1", service.wait_ready().port), DEADLINE_S) as client,
     ):
         client.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.measured
 @contextmanager
 def serving(directory: Path, *args: str, workers: int = 2) -> Iterator[Service]:
     write_version(directory, "1")
-    with Service(directory, "app:app", "--workers", str(workers), "--handoff", "websocket", *args) as service:
+    options = ("--workers", str(workers), "--handoff", "websocket", "--keep-alive", "1h")
+    with Service(directory, "app:app", *options, *args) as service:
         service.wait_ready()
         yield service
 
@@ -52,7 +53,7 @@ def test_connections_go_to_the_new_generation_and_come_back_when_somebody_undoes
     ):
         clients.wait("1")
         write_version(tmp_path, "2")
-        restart = service.start("restart", "--undo-window", "1m")
+        restart = service.start("restart", "--undo-window", "1h")
         wait_watched(service, "watching")
         clients.wait("2")
         phases = {worker["phase"] for worker in service.status()["workers"] if worker["generation"] == 1}
@@ -81,7 +82,7 @@ ILLS = {
     "fails": ('health_errors_max = "10%"', "requests failed; health_errors_max is 0.1"),
     "leaks": ('health_memory_max = "100M"', "MiB of memory; health_memory_max is 100 MiB"),
     "stalls": ('health_lag_max = "700ms"', "health_lag_max"),
-    "is sick": ('health_path = "/health"', "answered GET /health with 503"),
+    "is sick": ('health_path = "/health"\nhealth_timeout = "1m"', "answered GET /health with 503"),
     "hangs when asked": (
         'health_path = "/health"\nhealth_timeout = "500ms"',
         "did not answer GET /health within 0.5 s",
@@ -90,7 +91,7 @@ ILLS = {
 
 
 def test_new_generations_that_are_not_well_are_taken_back_and_no_connection_is_ever_lost(tmp_path: Path) -> None:
-    with serving(tmp_path, "--undo-window", "1m") as service, Clients(service.port) as clients:
+    with serving(tmp_path, "--undo-window", "1h") as service, Clients(service.port) as clients:
         for ill, (rule, says) in ILLS.items():
             clients.wait("1")
             (tmp_path / "hotport.toml").write_text(rule)
@@ -104,7 +105,7 @@ def test_new_generations_that_are_not_well_are_taken_back_and_no_connection_is_e
 
 
 def test_new_generation_that_dies_in_its_window_is_taken_back_and_nobody_is_refused(tmp_path: Path) -> None:
-    with serving(tmp_path, "--undo-window", "1m") as service:
+    with serving(tmp_path, "--undo-window", "1h") as service:
         restart = service.start("restart", "--json")
         wait_watched(service, "watching")
         new = [worker for worker in service.status()["workers"] if worker["generation"] == 2]
@@ -122,10 +123,11 @@ def test_new_generation_that_dies_in_its_window_is_taken_back_and_nobody_is_refu
 
 
 def test_canary_serves_beside_the_old_ones_and_the_others_follow_when_it_has_been_well(tmp_path: Path) -> None:
-    with serving(tmp_path, "--health-path", "/health") as service, Clients(service.port, websockets=0) as clients:
+    health = ("--health-path", "/health", "--health-timeout", "1m")
+    with serving(tmp_path, *health) as service, Clients(service.port, websockets=0) as clients:
         clients.wait("1")
         write_version(tmp_path, "2")
-        restart = service.start("restart", "--json", "--canary", "1", "--bake", "1m")
+        restart = service.start("restart", "--json", "--canary", "1", "--bake", "1h")
         wait_watched(service, "baking")
         phases = sorted((worker["generation"], worker["phase"]) for worker in service.status()["workers"])
         assert phases == [(1, "serving"), (1, "serving"), (2, "serving")]
@@ -153,7 +155,7 @@ def test_canary_serves_beside_the_old_ones_and_the_others_follow_when_it_has_bee
 
 
 def test_canary_that_is_not_well_is_taken_back_before_the_others_start(tmp_path: Path) -> None:
-    args = ("--canary", "1", "--bake", "1m", "--health-errors-max", "1%", "--health-requests-min", "5")
+    args = ("--canary", "1", "--bake", "1h", "--health-errors-max", "1%", "--health-requests-min", "5")
     with serving(tmp_path, *args) as service, Clients(service.port, newcomers=4) as clients:
         clients.wait("1")
         write_version(tmp_path, "2", "fails")
@@ -177,7 +179,7 @@ def test_bake_that_ends_well_by_itself_leads_to_the_undo_window(tmp_path: Path) 
 
 
 def test_hup_restarts_with_the_same_window_and_a_stop_ends_it(tmp_path: Path) -> None:
-    with serving(tmp_path, "--undo-window", "1m", workers=1) as service:
+    with serving(tmp_path, "--undo-window", "1h", workers=1) as service:
         service.process.send_signal(signal.SIGHUP)
         wait_watched(service, "watching")
         assert "it is watched for" in service.run("status").stdout

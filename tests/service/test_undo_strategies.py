@@ -16,7 +16,7 @@ def test_undo_gives_the_port_and_the_connections_back(tmp_path: Path, strategy: 
     with serving(tmp_path, "--strategy", strategy) as service, Clients(service.port) as clients:
         clients.wait("1")
         write_version(tmp_path, "2")
-        restart = service.start("restart", "--undo-window", "1m", "--json")
+        restart = service.start("restart", "--undo-window", "1h", "--json")
         wait_watched(service, "watching")
         clients.wait("2")
         assert service.run("undo").returncode == 0

@@ -104,7 +104,7 @@ def test_supervisor_is_upgraded_to_another_interpreter_and_back_without_a_loss(
 @pytest.mark.soak
 def test_connections_and_signals_survive_the_exec(tmp_path: Path) -> None:
     write_code(tmp_path / "app.py", HTTP_APP.format(fault=""))
-    with Service(tmp_path, "app:app", "--lifespan", "off", "--keep-alive", "60") as service:
+    with Service(tmp_path, "app:app", "--lifespan", "off", "--keep-alive", "1h") as service:
         descriptors = service.wait_ready().descriptors()
         kept = [Kept(service.port) for _ in range(10)]
         assert [each.ask() for each in kept] == [(1, False)] * 10

@@ -13,7 +13,7 @@ import websockets
 from websockets.asyncio.client import connect
 
 from hotport.wire.messages import Report, RestartRequest
-from tests.support import DEADLINE_S, RESTARTS, Service, eventually, write_code
+from tests.support import DEADLINE_S, RESTARTS, SLOWNESS, Service, eventually, write_code
 
 APP = """
 async def app(scope, receive, send):
@@ -122,7 +122,7 @@ def test_restarts_are_noticed_by_no_client_of_an_application_that_knows_nothing_
 def test_restarts_close_with_1012_only_and_lose_no_message_where_nobody_has_agreed(
     tmp_path: Path, options: tuple[str, ...], handoff: str
 ) -> None:
-    options = (*options, "--drain-timeout", "500ms", "--handoff", handoff)
+    options = (*options, "--drain-timeout", f"{0.5 * SLOWNESS:g}s", "--handoff", handoff)
     with Service(tmp_path, "app:app", *options) as service, Clients(service.wait_ready().port) as clients:
         told = 0
         for fates in restart(service, clients):
