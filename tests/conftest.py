@@ -8,6 +8,7 @@ import os
 import signal
 import stat
 import sys
+import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -27,6 +28,9 @@ hypothesis.settings.load_profile("hotport")
 
 #: How long the kernel may take to end what was killed a moment ago.
 VANISH_S = 5.0 * SLOWNESS
+
+#: In the environment of whatever the tests of this run start; another checkout may run a test of the same name.
+RUN = "PYTEST_RUN_ID"
 
 
 #: On which of the event loops tasks take their first step when they are made, as applications may want it. (uvloop 0.23
@@ -54,9 +58,19 @@ def pipe_of_libuv() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault(RUN, f"{os.getpid()}-{time.time_ns()}")  # processes of pytest-xdist inherit it
     config.addinivalue_line("markers", "slow: takes more than half a minute; leave it out with -m 'not slow'")
     config.addinivalue_line("markers", "measured: the processes that it starts run with coverage")
     config.addinivalue_line("markers", "soak: what it repeats, `make soak` repeats more often")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test may take longer where everything is slower."""
+    if config.getoption("timeout") is None:
+        allowed = pytest.mark.timeout(float(config.getini("timeout")) * SLOWNESS)
+        for item in items:
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(allowed)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -114,16 +128,20 @@ def _handlers() -> dict[int, object]:
 def _processes_of(test: str) -> list[psutil.Process]:
     """Live processes that were started by this test, by whomever they were adopted since.
 
-    pytest names the running test in its environment, and every process that is started inherits that.
+    pytest names the running test in its environment, we name the run, and every process that is started inherits that.
     """
     found = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get("PYTEST_CURRENT_TEST", "").startswith(f"{test} "):
+            if process.pid != os.getpid() and _is_of(process.environ(), test):
                 found.append(process)
         except psutil.Error:
             continue
     return found
+
+
+def _is_of(environment: dict[str, str], test: str) -> bool:
+    return environment.get(RUN) == os.environ[RUN] and environment.get("PYTEST_CURRENT_TEST", "").startswith(f"{test} ")
 
 
 def _socket_files(directory: Path) -> list[Path]:
