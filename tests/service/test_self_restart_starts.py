@@ -8,13 +8,13 @@ import socket
 import subprocess
 import sys
 import zipfile
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
 from tests.service.embedded_support import LINES, PROGRAM, Embedded, hello
-from tests.support import DEADLINE_S, assert_three_lines, need, write_code
+from tests.support import DEADLINE_S, assert_three_lines, need, watching_pid, write_code
 
 
 def lines(version: str) -> str:
@@ -192,6 +192,23 @@ def test_program_that_was_to_outlive_the_terminal_has_such_successors(tmp_path: 
         for fd in (ours, theirs):
             with suppress(OSError):
                 os.close(fd)
+
+
+def test_program_that_outlives_its_terminal_restarts_once_when_that_goes(tmp_path: Path) -> None:
+    """The kernel sends SIGHUP twice: when the terminal goes, and when the process ends that had led its session."""
+    app = lines("one") + 'OPTIONS = {"restart_on_hup": True}'
+    ours, theirs = os.openpty()
+    with ExitStack() as stack:
+        close = stack.enter_context(open(ours, "wb", buffering=0)).close
+        stack.callback(os.close, theirs)
+        program = stack.enter_context(Embedded(tmp_path, app, prefix=[need("setsid"), "--ctty", "nohup"], stdin=theirs))
+        with watching_pid(program.pid) as wait_ended:
+            close()
+            program.wait("serving")
+            wait_ended()
+        program.restart()
+        assert [said["generation"] for said in program.serving] == [1, 2, 3]
+        assert "HP448" not in program.stderr()
 
 
 def test_program_that_leads_the_session_of_a_terminal_is_refused(tmp_path: Path) -> None:

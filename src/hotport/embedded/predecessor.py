@@ -19,7 +19,6 @@ from hotport.embedded.manager import Manager
 from hotport.errors import ControlError
 from hotport.kernel.abstract import bind_abstract
 from hotport.kernel.notify import notify, open_notify
-from hotport.kernel.process import has_terminal
 from hotport.kernel.sockets import bound_address, inherited_listener, location, may_command, peer_credentials
 from hotport.wire.frames import encode_frame
 from hotport.wire.listenfds import LISTEN_VARIABLES, parse_listen_environment
@@ -92,14 +91,15 @@ class Predecessor:
         return bool(poll.poll(0))
 
     @property
-    def hangs_up(self) -> bool:
-        """Whether its end hangs up on this process: it leads the session of our terminal.
+    def leads_session(self) -> bool:
+        """Whether it leads our session: then its end may hang up on this process.
 
-        The kernel sends SIGHUP to the terminal's foreground group before the process can be waited for.
+        The kernel sends SIGHUP to the foreground group of the terminal that the leader has, or had until that was gone;
+        and does so before the leader can be waited for.
 
         Sources: setsid(2), NOTES; disassociate_ctty in drivers/tty/tty_jobctrl.c.
         """
-        return os.getsid(0) == self.spec.predecessor and has_terminal()
+        return os.getsid(0) == self.spec.predecessor
 
     def adopt(self, text: str) -> list[socket.socket]:
         """The listeners of an address that were passed: the caller's from here on.

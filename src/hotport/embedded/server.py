@@ -391,8 +391,8 @@ async def serve(
         app: The application itself: ASGI, an async function over a stream, a protocol factory, or a sockets function.
         bind: Where to listen.
         restart_on_hup: SIGHUP calls `Server.restart`, and the log says what came of it. One that comes because the
-            terminal is gone closes the server instead. It is ignored while a predecessor that leads the session of a
-            terminal has not ended, because the end of that one sends it.
+            terminal is gone closes the server instead. Under nohup it is ignored while a predecessor that leads the
+            session has not ended: the kernel sends it at that end.
         options: ``kind``, ``tasks``, ``backlog``, ``connections_max``, ``drain_timeout``, ``keep_alive``, ``lifespan``,
             ``trusted_proxy``, ``proxy_protocol``, ``root_path``, ``tls_cert``, ``tls_key``, ``tls_client_ca``,
             ``tls_client_auth``, ``tls_alpn``, ``ws_...``, and for restarts ``ready_timeout``, ``kill_timeout`` and
@@ -479,8 +479,8 @@ def _restarting_on_hup(server: Server, predecessor: Predecessor | None) -> Itera
 
     later: asyncio.Task[None] | None = None
     try:
-        if predecessor is not None and predecessor.hangs_up:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        if predecessor is not None and predecessor.leads_session and before is signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, before)  # raises where no handler could be set
             later = loop.create_task(handle_hup_after(predecessor))
         else:
             loop.add_signal_handler(signal.SIGHUP, on_hup)
