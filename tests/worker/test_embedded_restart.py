@@ -8,7 +8,8 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import anyio
 import pytest
@@ -16,7 +17,9 @@ import pytest
 import hotport
 from hotport.address import parse_address
 from hotport.embedded import successor
+from hotport.embedded.predecessor import Predecessor
 from hotport.embedded.program import Start
+from hotport.embedded.server import _restarting_on_hup
 from hotport.errors import ConfigError, RestartError
 from hotport.kernel.notify import notify
 from hotport.wire.sdnotify import encode_notification
@@ -243,6 +246,29 @@ async def test_hup_restarts_and_the_log_says_why_not(caplog: pytest.LogCaptureFi
         while "HP442" not in caplog.text:
             await anyio.lowlevel.checkpoint()
     assert signal.getsignal(signal.SIGHUP) is before
+
+
+async def test_hup_is_no_request_before_the_leader_of_the_session_has_ended(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Under nohup the successor of such a leader took the hangup at its end for a request, and restarted once more."""
+    leader = SimpleNamespace(leads_session=True, over=asyncio.Event())
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        async with hotport.serve(echo, bind="127.0.0.1:0") as server:
+            with _restarting_on_hup(server, cast("Predecessor", leader)):
+                os.kill(os.getpid(), signal.SIGHUP)
+                await anyio.wait_all_tasks_blocked()
+                assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+                leader.over.set()
+                await anyio.wait_all_tasks_blocked()
+                assert "HP442" not in caplog.text
+                os.kill(os.getpid(), signal.SIGHUP)
+                while "HP442" not in caplog.text:
+                    await anyio.lowlevel.checkpoint()
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 async def test_signals_are_for_the_main_thread() -> None:
