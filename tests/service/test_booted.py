@@ -33,7 +33,7 @@ StandardError=append:{directory}/shop.log
 
 #: Clients, each time on a new connection, from the first answer until they are told to stop; what came of them.
 CLIENTS = """
-import collections, json, socket, sys, threading
+import collections, json, socket, sys, threading, time
 fates, over, lock = collections.Counter(), threading.Event(), threading.Lock()
 
 def ask():
@@ -50,6 +50,9 @@ def ask():
 
 threads = [threading.Thread(target=ask) for _ in range(4)]
 [thread.start() for thread in threads]
+while not fates:
+    time.sleep(0.01)
+open(sys.argv[2], "w").close()
 open(sys.argv[1]).close()
 over.set()
 [thread.join() for thread in threads]
@@ -75,13 +78,15 @@ def system(tmp_path: Path) -> Iterator[Booted]:
 
 @contextmanager
 def asked(system: Booted, directory: Path) -> Iterator[dict[str, int]]:
-    """Clients that ask all the time; how often they got which answer, after the block."""
+    """Clients that ask all the time, and have been answered; how often they got which answer, after the block."""
     fates: dict[str, int] = {}
-    end = directory / "end"
-    end.unlink(missing_ok=True)
+    end, begun = directory / "end", directory / "begun"
+    for path in (end, begun):
+        path.unlink(missing_ok=True)
     system.run("mkfifo", str(end))
-    clients = system.start(PYTHON, "-c", CLIENTS, str(end))
+    clients = system.start(PYTHON, "-c", CLIENTS, str(end), str(begun))
     try:
+        eventually(begun.exists, "somebody was answered")
         yield fates
     finally:
         end.open("w").close()
