@@ -183,6 +183,54 @@ async def test_file_that_is_cut_at_the_deadline_does_not_look_whole(large: Path)
         assert len(await client.read_to_end()) < SIZE
 
 
+@pytest.mark.parametrize("size", [SIZE, 0])
+@pytest.mark.parametrize(
+    ("version", "fields", "trailers"),
+    [("1.1", {}, False), ("1.1", {}, True), ("1.1", {"headers": "length"}, False), ("1.0", {}, False)],
+    ids=["chunked", "trailers", "length", "http10"],
+)
+async def test_file_behind_a_head_that_did_not_wait_for_it_is_framed_as_the_head_says(
+    large: Path, size: int, version: str, fields: dict[str, Any], trailers: bool
+) -> None:
+    """The file was looked for in a thread, and the head was not held as long as that."""
+    os.truncate(large, size)
+    gate = asyncio.Event()
+    headers = [(b"content-length", str(size).encode())] if fields else []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({**START, "headers": headers, "trailers": trailers})
+        await gate.wait()
+        await send({"type": "http.response.pathsend", "path": str(large)})
+        if trailers:
+            await send(TRAILERS)
+
+    async with serving(app) as rig:
+        client, connection = await rig.connect()
+        await client.send(get("/", "te: trailers", version=version))
+        await until(lambda: connection.state is State.STREAMING)
+        gate.set()
+        assert (await client.answer()).body == CONTENT[:size]
+        await until(lambda: connection.state is (State.IDLE if version == "1.1" else State.CLOSED))
+
+
+async def test_file_of_another_length_than_a_head_has_said_is_broken_off(large: Path) -> None:
+    gate = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({**START, "headers": [(b"content-length", b"5")]})
+        await gate.wait()
+        await send({"type": "http.response.pathsend", "path": str(large)})
+
+    async with serving(app) as rig:
+        connection, transport = rig.memory()
+        connection.data_received(get())
+        await until(lambda: connection.state is State.STREAMING)
+        gate.set()
+        await turns()
+        assert transport.is_aborted
+        assert len(transport.writes) == 1
+
+
 # -- the access log --------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import anyio
 import h11
 import pytest
 from hypothesis import given, settings
@@ -19,7 +20,7 @@ from hotport.adapters.asgi import ClientLeft, State
 from hotport.adapters.asgi import http as http_module
 from hotport.adapters.asgi import shared as shared_module
 from hotport.adapters.asgi.http import HttpConnection
-from hotport.adapters.asgi.spec import Message, Receive, Scope, Send
+from hotport.adapters.asgi.spec import Application, Message, Receive, Scope, Send
 from hotport.adapters.asgi.states import STATES, Moves
 from tests.adapters.asgi_support import (
     DEADLINE_S,
@@ -298,6 +299,116 @@ async def test_transfer_encoding_of_the_application_is_the_servers_business() ->
 async def test_head_is_held_until_the_first_body_event() -> None:
     _, transport = await answer_to(get(), start())
     assert transport.answers()[0].status == 500  # it was never sent, so there was still a choice
+
+
+def quiet(gate: asyncio.Event, begin: Message) -> Application:
+    """An application that says its status, and nothing more before the gate opens."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(begin)
+        await gate.wait()
+        await send(body(b"event", True))
+        await send(body(b""))
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("request_", "fields", "framing", "rest"),
+    [
+        (get(), [], b"transfer-encoding: chunked\r\n\r\n", b"5\r\nevent\r\n0\r\n\r\n"),
+        (get(), [(b"content-length", b"5")], b"content-length: 5\r\n\r\n", b"event"),
+        (get(version="1.0"), [], b"connection: close\r\n\r\n", b"event"),
+        (get(method="HEAD"), [], b"server: hotport\r\n\r\n", b""),
+    ],
+    ids=["chunked", "length", "http10", "head"],
+)
+@pytest.mark.parametrize("is_eager", [True, False])
+async def test_stream_without_an_event_opens_at_once(
+    request_: bytes, fields: list[tuple[bytes, bytes]], framing: bytes, rest: bytes, is_eager: bool
+) -> None:
+    """An event stream did not open before its first event; with none by the drain deadline it got a 503."""
+    gate = asyncio.Event()
+    inner = quiet(gate, start(200, *fields))
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if not is_eager:
+            await asyncio.sleep(0)
+        await inner(scope, receive, send)
+
+    async with serving(app) as rig:
+        connection, transport = rig.memory()
+        connection.data_received(request_)
+        await turns()
+        (head,) = transport.writes
+        assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert head.endswith(framing)
+        assert connection.state is State.STREAMING
+        gate.set()
+        await turns()
+        assert b"".join(transport.writes[1:]) == rest
+
+
+async def test_quiet_stream_that_is_cut_at_the_deadline_is_broken_off() -> None:
+    """A browser's EventSource connects again after a broken stream, and never again after a 503."""
+    async with serving(quiet(asyncio.Event(), start())) as rig:
+        client, connection = await rig.connect()
+        await client.send(get())
+        assert (await client.received()).startswith(b"HTTP/1.1 200 OK\r\n")
+        rig.connections.drain(0)
+        rig.connections.cut()
+        assert rig.connections.fates == {"cut_streaming": 1}
+        assert await client.read_to_end() == b"", "the end of the chunks would have looked like a whole answer"
+        await until(lambda: connection.state is State.CLOSED)
+
+
+async def test_body_from_another_task_is_one_write_with_its_head() -> None:
+    """As behind Starlette's BaseHTTPMiddleware, whose application runs in a task of its own."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        writer, reader = anyio.create_memory_object_stream[Message](0)
+
+        async def inner() -> None:
+            async with writer:
+                await writer.send(start())
+                await writer.send(body(b"whole"))
+
+        async with anyio.create_task_group() as tasks, reader:
+            tasks.start_soon(inner)
+            async for message in reader:
+                await send(message)
+
+    async with serving(app) as rig:
+        connection, transport = rig.memory()
+        connection.data_received(get())
+        await turns()
+        (write,) = transport.writes
+        assert write.endswith(b"content-length: 5\r\n\r\nwhole")
+
+
+async def test_nothing_is_written_for_a_stream_whose_client_has_left_before_it_opened() -> None:
+    async with serving(quiet(asyncio.Event(), start())) as rig:
+        connection, transport = rig.memory()
+        connection.data_received(get())
+        await until(lambda: connection.shared.running != set() and connection.state is State.IN_FLIGHT)
+        connection.connection_lost(None)
+        await turns()
+        assert transport.writes == []
+
+
+async def test_application_that_answers_before_it_reads_still_asks_for_the_body() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(start())
+        await send(body(await read_body(receive)))
+
+    async with serving(app) as rig:
+        client, _ = await rig.connect()
+        head, _, data = post("/", b"data", "expect: 100-continue").partition(b"data")
+        await client.send(head)
+        assert await client.received() == b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert (await client.received()).startswith(b"HTTP/1.1 200 OK\r\n")
+        await client.send(b"data" + data)
+        assert await client.received() == b"4\r\ndata\r\n0\r\n\r\n"
 
 
 async def test_unknown_status_has_an_empty_phrase() -> None:

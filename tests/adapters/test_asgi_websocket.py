@@ -481,6 +481,24 @@ async def test_application_that_does_not_answer_the_handshake_is_a_500(
     assert "the application" in caplog.text
 
 
+async def test_denial_without_a_body_yet_opens_at_once() -> None:
+    gate = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "websocket.http.response.start", "status": 404})
+        await gate.wait()
+        await send({"type": "websocket.http.response.body", "body": b"reason"})
+
+    async with serving(app) as rig:
+        client, _ = await rig.connect()
+        await client.send(handshake())
+        connection = await upgraded(rig)
+        await until(lambda: connection.state is State.DENYING)
+        assert (await client.received()).startswith(b"HTTP/1.1 404 Not Found\r\n")
+        gate.set()
+        assert await client.read_to_end() == b"6\r\nreason\r\n0\r\n\r\n"
+
+
 async def test_denial_that_fails_midway_does_not_look_whole() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "websocket.http.response.start", "status": 404})

@@ -157,3 +157,57 @@ def test_page_that_is_open_in_a_browser_notices_no_restart(tmp_path: Path, hando
         assert (told["sockets"], told["closes"]) == (3, [1012, 1012])
     assert fates["moved_http"] > 0
     assert set(fates) <= {"moved_http", "moved_websocket", "told_to_close", "finished"}
+
+
+QUIET_PAGE = """<!doctype html><meta charset="utf-8"><title>hotport</title><link rel="icon" href="data:,"><script>
+const told = {opened: 0, broken: [], events: []};
+const source = new EventSource("/events");
+source.onopen = () => { told.opened++; fetch("/opened", {method: "POST", body: "" + told.opened}); };
+source.onerror = () => told.broken.push(source.readyState);
+source.onmessage = message => {
+  told.events.push(message.data);
+  source.close();
+  fetch("/report", {method: "POST", body: JSON.stringify(told)});
+};
+</script>"""
+
+QUIET_APP = """
+import asyncio, pathlib
+
+async def app(scope, receive, send):
+    if scope["type"] != "http":
+        raise NotImplementedError
+    path = scope["path"]
+    kind = b"text/event-stream" if path == "/events" else b"text/html"
+    body = (await receive())["body"]
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
+    answer = b""
+    if path == "/events":
+        if VERSION == "one":
+            await asyncio.Event().wait()
+        answer = f"data: {VERSION}\\n\\n".encode()
+    elif path == "/":
+        answer = pathlib.Path("page.html").read_bytes()
+    else:
+        pathlib.Path(path[1:] + ".json").write_bytes(body)
+    await send({"type": "http.response.body", "body": answer})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.unmeasured
+def test_event_source_without_an_event_opens_and_comes_back_after_the_deadline(tmp_path: Path) -> None:
+    """It stayed closed until the first event, and was answered with 503 at the deadline: then it gives up for ever."""
+    need("chromium")
+    (tmp_path / "page.html").write_text(QUIET_PAGE)
+    write_code(tmp_path / "app.py", f"VERSION = 'one'\n{QUIET_APP}")
+    with (
+        Service(tmp_path, "app:app", "--drain-timeout", "1s").wait_ready() as service,
+        browsing(tmp_path, f"http://127.0.0.1:{service.port}/"),
+    ):
+        eventually((tmp_path / "opened.json").exists, "the stream opens without an event")
+        write_code(tmp_path / "app.py", f"VERSION = 'two'\n{QUIET_APP}")
+        report = service.restart()
+        told = page_report(tmp_path)
+    assert report["connections"]["cut_streaming"] == 1
+    assert told == {"opened": 2, "broken": [0], "events": ["two"]}

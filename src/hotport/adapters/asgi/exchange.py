@@ -22,7 +22,7 @@ log = logging.getLogger("hotport.error")
 
 # How far an answer has come. Plain integers: they are compared for every message.
 WAITING: Final = 0  # the application has not said anything
-HELD: Final = 1  # it has given status and headers; ASGI wants them held until the first body event
+HELD: Final = 1  # it has given status and headers; they wait for the first body event, so that both are one write
 STREAMING: Final = 2  # the head is written
 TRAILING: Final = 3  # so is the body; trailers are to follow
 ANSWERED: Final = 4  # everything is written
@@ -36,6 +36,10 @@ UNTIL_CLOSE: Final = 3
 #: Larger bodies are handed to the transport beside their head or chunk size instead of being copied behind it, where
 #: the event loop can do that: `Shared.can_gather`.
 JOIN_BYTES_MAX: Final = 16 * 1024
+
+#: Turns of the event loop that a head waits for its body. Middleware that runs the application in a task of its own
+#: (Starlette's BaseHTTPMiddleware) passes the body on one or two turns after the head.
+HELD_TURNS: Final = 4
 
 #: Header fields of an answer that are not just passed on.
 NOTED: Final = frozenset({b"connection", b"content-length", b"date", b"server", b"transfer-encoding"})
@@ -278,7 +282,12 @@ class Exchange:
             self._write(message.get("body", b""), is_end=not message.get("more_body", False))
         elif kind == "http.response.start" and stage == WAITING:
             self._hold_head(message)
-        elif kind == "http.response.pathsend" and stage == HELD:
+            if self.task is not None:  # else its first step is being taken at once, and `_begin` looks behind it
+                shared = self.connection.shared
+                if not shared.held:
+                    shared.loop.call_soon(shared.open_held)
+                shared.held.append(self)
+        elif kind == "http.response.pathsend" and (stage == HELD or (stage == STREAMING and not self.sent)):
             await self._send_file(message["path"])
         elif kind == "http.response.trailers" and stage == TRAILING:
             self._send_trailers(message)
@@ -339,6 +348,16 @@ class Exchange:
         self._has_trailers = message.get("trailers", False)
         self._head = lines
         self.stage = HELD
+
+    def open_soon(self, turns: int = HELD_TURNS) -> None:
+        """Write the head without a body if none comes within a few turns of the loop: the stream is open, and quiet."""
+        if self.stage != HELD or self.is_gone:
+            return
+        if turns:
+            self.connection.shared.loop.call_soon(self.open_soon, turns - 1)
+            return
+        self.stage = STREAMING
+        self.connection.transport.write(b"".join(self._finish_head(0, is_end=False)))
 
     def _finish_head(self, size: int, *, is_end: bool) -> list[bytes]:
         """The whole head; the rest of it depends on the first body event, and on whether the worker is leaving."""
@@ -430,18 +449,33 @@ class Exchange:
         """``http.response.pathsend``: the whole body is a file."""
         with open(path, "rb", buffering=0) as file:  # noqa: ASYNC230  a local file, as sendfile(2) needs it
             size = os.fstat(file.fileno()).st_size
-            has_trailers, self._has_trailers = self._has_trailers, False  # its length is known: no room for any
-            head = self._finish_head(size, is_end=True)
-            self.stage = STREAMING
-            self.connection.transport.write(b"".join(head))
+            before, after = self._frame_file(size)
+            self.connection.transport.write(before)
             if self.framing != BODYLESS and not await send_file(self, file, size):
                 self._is_told = True
                 raise ClientLeft
-        if has_trailers:
+        if after:
+            self.connection.transport.write(after)
+        if self._has_trailers:
             self.stage = TRAILING
             self._trailers = []
         else:
             self._end()
+
+    def _frame_file(self, size: int) -> tuple[bytes, bytes]:
+        """What goes in front of a file that is the whole body, and what behind it."""
+        if self.stage == HELD:
+            has_trailers, self._has_trailers = self._has_trailers, False  # its length is known: no room for any
+            head = self._finish_head(size, is_end=True)
+            self._has_trailers = has_trailers
+            self.stage = STREAMING
+            return b"".join(head), b""
+        if self.framing == LENGTH:
+            self._check_length(size, self._left, is_end=True)
+        if self.framing != CHUNKED:
+            return b"", b""
+        end = b"" if self._has_trailers else b"0\r\n\r\n"
+        return (b"%x\r\n" % size, b"\r\n" + end) if size else (b"", end)
 
     async def wait_writable(self, fd: int) -> None:
         """Return when more can be written to the descriptor, or nobody is interested any more."""

@@ -22,7 +22,7 @@ from urllib.parse import unquote
 
 import httptools
 
-from hotport.adapters.asgi.exchange import ANSWERED, STREAMING, UNTIL_CLOSE, Exchange
+from hotport.adapters.asgi.exchange import ANSWERED, HELD, STREAMING, UNTIL_CLOSE, Exchange
 from hotport.adapters.asgi.proxy import forwarded
 from hotport.adapters.asgi.shared import ASGI, Shared
 from hotport.adapters.asgi.spec import Receive, Scope, Send
@@ -686,6 +686,8 @@ class HttpConnection(asyncio.Protocol):
             exchange.application = _overloaded
         shared.running.add(exchange)
         exchange.task = shared.run(exchange.run(), context=shared.variables.copy())
+        if exchange.stage == HELD:
+            exchange.open_soon()
 
     def announce_close(self, exchange: Exchange) -> bool:
         """Whether the head of this answer, which is about to be written, must say that it is the last."""

@@ -207,6 +207,7 @@ class Session:
             self._finish()
         elif kind in ("websocket.http.response.start", "websocket.http.response.body"):
             await self.denial.send({**message, "type": kind.removeprefix("websocket."), "trailers": False})
+            self.denial.open_soon()
         elif self.denial.stage != WAITING:
             raise RuntimeError(f"{kind!r} was sent where 'websocket.http.response.body' was expected")
         elif kind == "websocket.accept":

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from hotport.adapters.asgi.deadlines import Deadlines, Member
-from hotport.adapters.asgi.exchange import EXTENSIONS, STATUS_LINES, Exchange
+from hotport.adapters.asgi.exchange import EXTENSIONS, HELD, STATUS_LINES, Exchange
 from hotport.adapters.asgi.session import Session
 from hotport.adapters.asgi.spec import Application
 from hotport.adapters.asgi.websocket import WebSockets
@@ -41,6 +41,7 @@ class Shared:
         can_gather: Whether to use the transports' ``writelines``. asyncio's do not pause their protocol (from Python
             3.12 on, until 3.12.9 and 3.13.2: CVE-2024-12254), nor look whether they are lost (gh-136234).
         extensions: Of every scope.
+        held: Answers of this turn of the loop whose heads waited for a body when we last looked.
         running: Applications that run; they may run on after their answer, or after the client has left.
         defaults: Header lines that every answer has; ``b""`` when they have to be made anew (`make_defaults`).
     """
@@ -54,6 +55,7 @@ class Shared:
         "defaults",
         "extensions",
         "head_ticks",
+        "held",
         "keep_alive_ticks",
         "linger_ticks",
         "loop",
@@ -95,12 +97,20 @@ class Shared:
         self.linger_ticks = self.deadlines.ticks(LINGER_S)
         self.head_ticks = self.deadlines.ticks(options.head_timeout_s) if options.head_timeout_s else 0
         self.websockets = WebSockets(options, self.deadlines)
+        self.held: list[Exchange] = []
         self.running: set[Exchange | Session] = set()
         #: Each request gets a copy. Callbacks run in the context in which their connection was accepted, and
         #: what one request sets must not show up in the next (python/cpython#140947).
         self.variables = contextvars.copy_context()
         self.run = _eagerly(loop) if sys.version_info >= (3, 12) else loop.create_task
         self.defaults = b""
+
+    def open_held(self) -> None:
+        """Let heads go that still wait for a body; one callback for all answers of a turn, as nearly none do."""
+        held, self.held = self.held, []
+        for exchange in held:
+            if exchange.stage == HELD:
+                exchange.open_soon()
 
     def make_defaults(self) -> bytes:
         """The header lines that every answer has by default; they are forgotten after a second."""
