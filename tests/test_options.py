@@ -538,6 +538,8 @@ def test_tool_hotport_must_be_a_table(tmp_path: Path) -> None:
         ({"command": ("x",), "tls_client_ca": "ca"}, "--tls-client-ca cannot be used with command"),
         ({"max_requests_jitter": 9}, "--max-requests-jitter cannot be used without max_requests"),
         ({"watch_path": ("x",)}, "--watch-path cannot be used without watch"),
+        ({"watch_include": ("x",)}, "--watch-include cannot be used without watch"),
+        ({"watch_exclude": ("x",)}, "--watch-exclude cannot be used without watch"),
         ({"command": ("x",), "trusted_proxy": ("*",)}, "--trusted-proxy cannot be used with command"),
         ({"command": ("x",), "root_path": "/api"}, "--root-path cannot be used with command"),
         ({"proxy_protocol": True, "kind": "sockets"}, "--proxy-protocol cannot be used with --kind"),
@@ -637,6 +639,15 @@ def test_relative_runtime_dir_is_refused() -> None:
     with pytest.raises(ConfigError, match="HP308") as caught:
         runtime_root({"HOTPORT_RUNTIME_DIR": "run"}, 0, Path("/tmp"))
     assert caught.value.fix == 'HOTPORT_RUNTIME_DIR="$PWD/run"'
+
+
+def test_drain_is_short_where_code_is_watched_unless_it_is_given(tmp_path: Path) -> None:
+    loaded = load(file=None, environ={}, flags={"target": "a:b", "watch": True}, cwd=tmp_path)
+    assert loaded.options.drain_timeout_s == 1.0
+    assert loaded.origins["drain_timeout"] == "default with watch"
+    flags = {"target": "a:b", "watch": True, "drain_timeout": "9s"}
+    assert load(file=None, environ={}, flags=flags, cwd=tmp_path).options.drain_timeout_s == 9.0
+    assert load(file=None, environ={}, flags={"target": "a:b"}, cwd=tmp_path).options.drain_timeout_s == 30.0
 
 
 def test_a_program_that_cannot_say_ready_has_to_live_longer(tmp_path: Path) -> None:

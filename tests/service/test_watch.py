@@ -7,7 +7,8 @@ import shutil
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -82,6 +83,38 @@ def test_a_change_while_somebody_else_restarts_is_not_lost(tmp_path: Path) -> No
             eventually(lambda: bool(service.log_events("watch.changed")), "the change is seen")
             eventually(lambda: bool(service.log_events("control.refused")), "the restart is refused for now")
         eventually(lambda: answer(port) == b"2", "the newest code answers")
+
+
+HELD = """
+import pathlib
+
+ANSWER = pathlib.Path("config.yaml").read_bytes()
+
+async def app(stream):
+    await stream.send(ANSWER)
+    async for _ in stream:
+        pass
+"""
+
+
+def test_each_edit_is_served_at_once_while_old_streams_are_open(tmp_path: Path) -> None:
+    """The second edit waited for the drain of the first one: 30 s, while a page had an event stream open."""
+    write_code(tmp_path / "app.py", HELD)
+    (tmp_path / "config.yaml").write_bytes(b"1")
+    args = ("app:app", "--watch", "--watch-path", "config.yaml", "--settle", "0")
+    with ExitStack() as stack:
+        port = stack.enter_context(Service(tmp_path, *args)).wait_ready().port
+
+        def answers(wanted: bytes) -> bool:
+            with socket.create_connection(("127.0.0.1", port), DEADLINE_S) as sock:
+                return sock.recv(9) == wanted
+
+        for expected in (b"1", b"2", b"3"):
+            if expected != b"1":
+                (tmp_path / "new").write_bytes(expected)
+                os.replace(tmp_path / "new", tmp_path / "config.yaml")
+            eventually(partial(answers, expected), "the new code answers")
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), DEADLINE_S))
 
 
 def test_the_watcher_ends_with_a_supervisor_that_was_killed(service: Service) -> None:

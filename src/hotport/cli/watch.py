@@ -7,20 +7,26 @@ however it went.
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
+import queue
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
+from hotport.cli._watched import Brake, Watched
 from hotport.cli.client import ask, raise_failure
 from hotport.errors import ConfigError, HotportError
+from hotport.kernel.process import working_directory
 from hotport.observe.logs import configure, get_logger
 from hotport.options import Options, service_name
 from hotport.wire.messages import Report, RestartRequest
@@ -35,6 +41,15 @@ RETRIED: Final = frozenset({"HP410", "HP605", "HP606", "HP607"})
 
 #: Nobody tells us when a restart that somebody else asked for is over.
 RETRY_S: Final = 0.25
+
+#: Why a restart waits.
+BRAKED: Final = "each restart has changed files that are watched: does the service write its own code?"
+
+#: What has to be watched may be moved away so many times while we begin to watch it.
+MOVES_MAX: Final = 10
+
+#: The name of threads that watch.
+THREAD: Final = "watch"
 
 #: The watch stands when the generator first yields, and without a change that is after this time.
 FIRST_YIELD_MS: Final = 100
@@ -65,7 +80,8 @@ def watching(options: Options) -> Iterator[None]:
     Processes: one child, which ends with the block or with this process, whichever is first.
     """
     check_watchfiles()
-    paths = [Path(path).resolve() for path in options.watch_path or (options.app_dir,)]
+    base = Path(working_directory(os.environ))
+    paths = [base / path for path in options.watch_path or (options.app_dir,)]
     for path in paths:
         if not path.exists():
             raise ConfigError(
@@ -81,7 +97,10 @@ def watching(options: Options) -> Iterator[None]:
                 [
                     *(sys.executable, "-P", "-m", "hotport.cli.watch"),
                     *(service_name(options), options.log_format, options.log_level),
-                    *map(str, paths),
+                    *(
+                        json.dumps(list(each))
+                        for each in (map(str, paths), options.watch_include, options.watch_exclude)
+                    ),
                 ],
                 stdin=theirs.fileno(),
                 process_group=0,  # Ctrl-C is for the supervisor, which may go on for a while
@@ -102,45 +121,170 @@ def watching(options: Options) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The watcher itself: service, log format, log level, paths; tied to stdin."""
-    name, log_format, log_level, *paths = arguments
+    """The watcher itself: service, log format, log level; lists of paths and patterns; tied to stdin."""
+    name, log_format, log_level, *lists = arguments
     configure(format=log_format, level=log_level, service=name, role="watcher")
     logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it counts changes aloud
+    paths, include, exclude = map(json.loads, lists)
     supervisor = socket.socket(fileno=os.dup(0))
     gone = threading.Event()
+    changes = _Changes(Watched(paths, include=include, exclude=exclude))
 
     def wait_until_gone() -> None:
         supervisor.recv(1)
         gone.set()
+        changes.end()
 
     threading.Thread(target=wait_until_gone, daemon=True).start()
     try:
-        for changed in _changes(paths, gone):
-            if changed is None:
-                supervisor.sendall(WATCHING.encode())
-            else:
-                get_logger("hotport.watch").info("watch.changed", files=changed)
-                _restart(name, gone)
+        changes.stand()
+        supervisor.sendall(WATCHING.encode())
+        _restart_for_each(changes, name, gone)
     except OSError as error:  # too many files for inotify, a directory that may not be read
+        if gone.is_set():
+            return 0
+        get_logger("hotport.watch").error("watch.failed", exception=str(error))
         supervisor.sendall(f"{error}\n".encode())
         return 1
+    finally:
+        changes.end()
     return 0
 
 
-def _changes(paths: Sequence[str], gone: threading.Event) -> Iterator[list[str] | None]:
-    """First None, when every path is being watched; then the changed files, in bursts, until `gone`."""
-    from watchfiles import PythonFilter, watch
+class _Burst(NamedTuple):
+    """Files that have changed together, and when that was noticed."""
 
-    is_standing = False
-    # What changes while nobody asks for the next burst is collected by watchfiles' own thread.
-    for changes in watch(
-        *paths, watch_filter=PythonFilter(), stop_event=gone, rust_timeout=FIRST_YIELD_MS, yield_on_timeout=True
-    ):
-        if not is_standing:
-            is_standing = True
-            yield None
-        if changes:
-            yield sorted({os.path.relpath(path) for _, path in changes})
+    files: frozenset[str]
+    at: float
+
+
+class _Changes:
+    """Changes of code, in bursts; what changes while nobody asks for them is kept.
+
+    Threads: one for the directories that are watched with all that is below them, one for single entries; `end` ends
+    them within 50 ms.
+    """
+
+    def __init__(self, watched: Watched) -> None:
+        self._watched = watched
+        self._found: queue.SimpleQueue[_Burst | OSError | None] = queue.SimpleQueue()
+        self._stop = threading.Event()
+
+    def end(self) -> None:
+        """Watch no more; `next` returns None."""
+        self._stop.set()
+        self._found.put(None)
+
+    def stand(self) -> None:
+        """Watch what has to be watched now, in place of what was watched until now; return when that stands.
+
+        Raises:
+            OSError: It cannot be watched.
+        """
+        for _ in range(MOVES_MAX):
+            stop = threading.Event()
+            try:
+                self._start(stop)
+            except FileNotFoundError:  # it was there when we looked
+                stop.set()
+                self._watched.look()
+            else:
+                before, self._stop = self._stop, stop
+                before.set()
+                return
+        raise FileNotFoundError("what is to be watched comes and goes")
+
+    def _start(self, stop: threading.Event) -> None:
+        stands: queue.SimpleQueue[OSError | None] = queue.SimpleQueue()
+        both = ((self._watched.trees, True), (self._watched.parents, False))
+        watches = [(paths, is_deep, stands, stop) for paths, is_deep in both if paths]
+        for args in watches:
+            threading.Thread(target=self._follow, name=THREAD, args=args, daemon=True).start()
+        for _ in watches:
+            if (error := stands.get()) is not None:
+                raise error
+
+    def _follow(
+        self, paths: Sequence[str], is_deep: bool, stands: queue.SimpleQueue[OSError | None], stop: threading.Event
+    ) -> None:
+        from watchfiles import watch
+
+        is_standing = False
+        try:
+            for changes in watch(
+                *paths,
+                watch_filter=lambda _, path: self._watched.concerns(path),
+                stop_event=stop,
+                rust_timeout=FIRST_YIELD_MS,
+                yield_on_timeout=True,
+                recursive=is_deep,
+            ):
+                if not is_standing:
+                    is_standing = True
+                    stands.put(None)
+                if changes:
+                    self._found.put(_Burst(frozenset(path for _, path in changes), time.monotonic()))
+        except OSError as error:
+            (self._found if is_standing else stands).put(error)
+        finally:
+            stands.put(None)
+
+    def next(self, timeout_s: float | None = None) -> _Burst | None:
+        """The next files that count, all that have changed since; None when there will be no more.
+
+        Raises:
+            queue.Empty: None has come in time.
+            OSError: What has to be watched cannot be.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            burst = self._get(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            if burst is None:
+                return None
+            while burst is not None and not self._found.empty():
+                more = self._get(None)
+                burst = more and _Burst(burst.files | more.files, burst.at)
+            if burst is None:
+                return None
+            files = frozenset(path for path in burst.files if self._watched.counts(path))
+            if self._watched.look():
+                self.stand()  # before the restart, so that no change after it is missed
+                if self._watched.is_whole:
+                    return burst
+            if files:
+                return _Burst(files, burst.at)
+
+    def _get(self, timeout_s: float | None) -> _Burst | None:
+        found = self._found.get(timeout=timeout_s)
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+
+def _restart_for_each(changes: _Changes, name: str, gone: threading.Event) -> None:
+    """Restart the service whenever code has changed, until there are no more changes."""
+    log = get_logger("hotport.watch")
+    brake = Brake()
+    ended = -math.inf
+    while (burst := changes.next()) is not None:
+        log.info("watch.changed", files=_shown(burst))
+        if delay_s := brake.delay_s(burst.at - ended):
+            log.warning("watch.braked", files=_shown(burst), wait_s=delay_s, why=BRAKED, fix="--watch-exclude PATTERN")
+            try:
+                burst = changes.next(delay_s)
+            except queue.Empty:
+                pass
+            else:
+                if burst is None:
+                    return
+                brake.release()
+                log.info("watch.changed", files=_shown(burst))
+        _restart(name, gone)
+        ended = time.monotonic()
+
+
+def _shown(burst: _Burst) -> list[str]:
+    return sorted(map(os.path.relpath, burst.files))
 
 
 def _restart(name: str, gone: threading.Event) -> None:

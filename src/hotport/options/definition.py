@@ -97,7 +97,9 @@ class Options:
         60.0, duration(is_positive=True), "How long a new worker may take to become ready."
     )
     settle_s: float = _option(0.25, duration(), "How long a new worker must stay alive after it said ready.")
-    drain_timeout_s: float = _option(30.0, duration(), "How long a leaving worker may finish what it began.")
+    drain_timeout_s: float = _option(
+        30.0, duration(), "How long a leaving worker may finish what it began; 1s with --watch."
+    )
     kill_timeout_s: float = _option(5.0, duration(), "From asking a worker to leave at once to SIGKILL.")
     handoff: HandoffChoice = _option(
         "auto",
@@ -164,7 +166,17 @@ class Options:
     watch_path: tuple[str, ...] = _option(
         (),
         paths(),
-        "What to watch in place of the app directory; may be given more than once.",
+        "What to watch in place of the app directory: a directory's code, or any file; may be given more than once.",
+    )
+    watch_include: tuple[str, ...] = _option(
+        (),
+        paths("PATTERN"),
+        "More files that count in watched directories, like *.html; may be given more than once.",
+    )
+    watch_exclude: tuple[str, ...] = _option(
+        (),
+        paths("PATTERN"),
+        "Files and directories that do not count in watched ones, like tests; may be given more than once.",
     )
     access_log: AccessLog = _option(
         "off",

@@ -41,6 +41,9 @@ ENVIRONMENT_OTHERS: Final = frozenset(
 EXEC_SETTLE_S: Final = 5.0
 """A program that cannot say that it is ready has to prove it by living on; an import error takes its time to show."""
 
+WATCH_DRAIN_S: Final = 1.0
+"""Whoever edits code waits for the next restart; a page that holds a stream open comes back by itself."""
+
 _DEFAULT: Final = "default"
 _ARGUMENT: Final = "command line"
 _DEFAULTS: Final = Options()
@@ -101,6 +104,9 @@ def load(
     if values.get("ready") == "exec" and "settle_s" not in values:
         values["settle_s"] = EXEC_SETTLE_S
         origins["settle"] = "default with ready = exec"
+    if values.get("watch") and "drain_timeout_s" not in values:
+        values["drain_timeout_s"] = WATCH_DRAIN_S
+        origins["drain_timeout"] = "default with watch"
     loaded = Loaded(Options(**values), origins)
     _check(loaded, needs_program=needs_program)
     return loaded
@@ -303,8 +309,9 @@ def _clashes(options: Options) -> Iterable[tuple[str, str, str, str, str]]:
     if options.proxy_protocol and options.kind == "sockets":
         cause = "a sockets application reads from its connections by itself"
         yield "proxy_protocol", "with", "kind", cause, "remove proxy_protocol, and read the header in the application"
-    if options.watch_path and not options.watch:
-        yield "watch_path", "without", "watch", "nothing is watched", "--watch"
+    for key in ("watch_path", "watch_include", "watch_exclude"):
+        if getattr(options, key) and not options.watch:
+            yield key, "without", "watch", "nothing is watched", "--watch"
     if any(isinstance(parse_address(text), UdpAddress) for text in options.bind):
         if options.kind in {"asgi", "stream"}:
             cause = f"{options.kind} needs connections, and UDP has none"
