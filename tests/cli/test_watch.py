@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,19 +14,21 @@ import structlog
 
 from hotport.cli import watch
 from hotport.cli._watched import Watched
-from tests.support import DEADLINE_S
+from hotport.wire.messages import Progress, RestartRequest
+from tests.support import DEADLINE_S, eventually
 
 
 @contextmanager
 def standing(*paths: Path, **patterns: tuple[str, ...]) -> Iterator[Callable[[], set[str]]]:
     """A watch that stands; what it yields is a function that waits for the next files that have changed."""
     changes = watch._Changes(Watched([str(path) for path in paths], **patterns))
+    before = set(os.listdir("/proc/self/fd"))
     changes.stand()
 
     def changed() -> set[str]:
-        burst = changes.next(DEADLINE_S)
-        assert burst is not None
-        return {os.path.basename(file) for file in burst.files}
+        files = changes.next(DEADLINE_S)
+        assert files is not None
+        return {os.path.basename(file) for file in files}
 
     try:
         yield changed
@@ -36,6 +37,8 @@ def standing(*paths: Path, **patterns: tuple[str, ...]) -> Iterator[Callable[[],
         for thread in threading.enumerate():
             if thread.name == watch.THREAD:
                 thread.join(DEADLINE_S)
+        # The library closes what it has opened in a thread of its own.
+        eventually(lambda: set(os.listdir("/proc/self/fd")) <= before, "nothing is open any more")
 
 
 def replace(path: Path, text: str) -> None:
@@ -80,11 +83,11 @@ def test_a_directory_that_is_replaced_is_seen_when_it_is_back(tmp_path: Path) ->
         assert changed() == {"main.py"}
 
 
-def test_what_changed_while_nothing_was_asked_for_is_one_burst(tmp_path: Path) -> None:
+def test_what_changed_while_nothing_was_asked_for_comes_together(tmp_path: Path) -> None:
     changes = watch._Changes(Watched([str(tmp_path)]))
     for number in range(3):
-        changes._found.put(watch._Burst(frozenset({f"{tmp_path}/{number}.py", f"{tmp_path}/{number}.md"}), number))
-    assert changes.next() == (frozenset({f"{tmp_path}/{number}.py" for number in range(3)}), 0)
+        changes._found.put(frozenset({f"{tmp_path}/{number}.py", f"{tmp_path}/{number}.md"}))
+    assert changes.next() == frozenset(f"{tmp_path}/{number}.py" for number in range(3))
     with pytest.raises(queue.Empty):
         changes.next(0)
     changes.end()
@@ -103,45 +106,50 @@ def test_what_cannot_be_watched_is_an_error(tmp_path: Path, monkeypatch: pytest.
 
 
 class Scripted:
-    """Bursts at given moments, and a clock that they set."""
+    """An application that writes a file of its code as it starts; and, while a restart is held back, a hand or none."""
 
-    def __init__(self, moments: Sequence[float | None]) -> None:
-        self.moments = list(moments)
+    def __init__(self, path: Path, rounds: int, *, is_edited: bool) -> None:
+        self.path = path
+        self.rounds = rounds
+        self.is_edited = is_edited
         self.waits: list[float] = []
+        self.restarts = 0
 
-    def next(self, timeout_s: float | None = None) -> watch._Burst | None:
+    def next(self, timeout_s: float | None = None) -> frozenset[str] | None:
         if timeout_s is not None:
             self.waits.append(timeout_s)
-        if not self.moments:
+            if not self.is_edited:
+                raise queue.Empty
+        elif self.restarts == self.rounds:
             return None
-        at = self.moments.pop(0)
-        if at is None:
-            raise queue.Empty
-        return watch._Burst(frozenset({os.path.abspath("gen.py")}), at)
+        return frozenset({str(self.path)})
+
+    def restart(self, name: str, gone: threading.Event) -> tuple[float, float]:
+        self.restarts += 1
+        self.path.write_text("")
+        at = self.path.stat().st_ctime
+        return at, at
 
 
-@pytest.fixture
-def restarts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    found: list[str] = []
-    monkeypatch.setattr(watch, "_restart", lambda name, gone: found.append(name))
-    return found
-
-
-def test_a_service_that_writes_its_own_code_is_braked_and_the_log_says_so(restarts: list[str]) -> None:
+@pytest.mark.parametrize(("is_edited", "waits"), [(False, [1, 2, 4]), (True, [1])])
+def test_service_that_writes_its_own_code_is_braked_until_a_hand_edits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_edited: bool, waits: list[float]
+) -> None:
     """It restarted for ever, as fast as it could."""
-    scripted = Scripted([-math.inf, -math.inf, -math.inf, -math.inf, None, -math.inf, None])
+    scripted = Scripted(tmp_path / "gen.py", 6, is_edited=is_edited)
+    monkeypatch.setattr(watch, "_restart", scripted.restart)
     with structlog.testing.capture_logs() as logs:
         watch._restart_for_each(scripted, "app", threading.Event())  # type: ignore[arg-type]
-    assert scripted.waits == [1.0, 2.0]
-    assert len(restarts) == 5
-    braked = [line for line in logs if line["event"] == "watch.braked"]
-    assert [(line["wait_s"], line["files"]) for line in braked] == [(1.0, ["gen.py"]), (2.0, ["gen.py"])]
+    assert scripted.waits == waits
+    braked = [(line["wait_s"], line["files"]) for line in logs if line["event"] == "watch.braked"]
+    assert braked == [(wait, [os.path.relpath(scripted.path)]) for wait in waits]
 
 
-def test_another_change_ends_the_wait(restarts: list[str]) -> None:
-    scripted = Scripted([*[-math.inf] * 4, math.inf, -math.inf])
-    with structlog.testing.capture_logs() as logs:
-        watch._restart_for_each(scripted, "app", threading.Event())  # type: ignore[arg-type]
-    assert scripted.waits == [1.0]
-    assert sum(line["event"] == "watch.braked" for line in logs) == 1
-    assert len(restarts) == 5
+def test_new_code_starts_from_the_request_until_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(name: str, request: RestartRequest) -> Iterator[object]:
+        yield Progress(event="restart.began", ms=1.0)
+        yield Progress(event="restart.ready", ms=0.0)
+
+    monkeypatch.setattr(watch, "ask", ask)
+    began, ready = watch._restart("app", threading.Event())
+    assert began == ready

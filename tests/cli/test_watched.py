@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hotport.cli._watched import Brake, Watched, find
+from hotport.cli._watched import Brake, Watched, changed_within, find
 
 
 def test_a_path_without_links_means_itself(tmp_path: Path) -> None:
@@ -108,11 +108,20 @@ def test_a_directory_below_one_of_a_name_that_does_not_count_counts(tmp_path: Pa
 
 def test_restarts_that_cause_each_other_are_held_back_for_longer_and_longer() -> None:
     brake = Brake()
-    assert [brake.delay_s(-0.2) for _ in range(5)] == [0, 0, 1, 2, 4]
+    assert [brake.delay_s(is_own=True) for _ in range(5)] == [0, 0, 1, 2, 4]
     for _ in range(20):
-        last = brake.delay_s(0.1)
+        last = brake.delay_s(is_own=True)
     assert last == 60
-    assert brake.delay_s(3.0) == 0, "a hand has saved a file"
-    assert [brake.delay_s(0.1) for _ in range(3)] == [0, 0, 1]
+    assert brake.delay_s(is_own=False) == 0
+    assert [brake.delay_s(is_own=True) for _ in range(3)] == [0, 0, 1]
     brake.release()
-    assert [brake.delay_s(0.1) for _ in range(3)] == [0, 0, 1]
+    assert [brake.delay_s(is_own=True) for _ in range(3)] == [0, 0, 1]
+
+
+def test_files_have_changed_within_a_time_if_all_that_are_there_have(tmp_path: Path) -> None:
+    files = [f"{tmp_path}/{number}.py" for number in range(2)]
+    Path(files[0]).write_text("")
+    at = os.stat(files[0]).st_ctime
+    assert changed_within(files, at, at), "the other one is not there"
+    assert not changed_within(files, at - 2, at - 1)
+    assert not changed_within(files[1:], 0, at)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Final
 
-__all__ = ["Brake", "Place", "Watched", "find"]
+__all__ = ["Brake", "Place", "Watched", "changed_within", "find"]
 
 #: Files in a watched directory that count, beside those that ``--watch-include`` names.
 INCLUDED: Final = ("*.py", "*.pyx", "*.pyd")
@@ -24,10 +25,7 @@ EXCLUDED: Final = (
 #: As in the kernel (path_resolution(7)).
 LINKS_MAX: Final = 40
 
-#: A change that comes during a restart, or so soon after it, may be of its making.
-LOOP_S: Final = 1.0
-
-#: So many such changes in a row are a loop; a hand that saves files is slower.
+#: So many restarts in a row for files that were written while the one before was starting are a loop.
 LOOP_MIN: Final = 3
 
 BRAKE_MAX_S: Final = 60.0
@@ -150,16 +148,28 @@ class Brake:
     def __init__(self) -> None:
         self._in_a_row = 0
 
-    def delay_s(self, since_s: float) -> float:
+    def delay_s(self, *, is_own: bool) -> float:
         """How many seconds to wait before the restart for a change.
 
         Args:
-            since_s: Seconds from the end of the last restart to the change; negative if it came before.
+            is_own: All of it came while the code of the last restart was starting.
         """
-        self._in_a_row = self._in_a_row + 1 if since_s <= LOOP_S else 0
+        self._in_a_row = self._in_a_row + 1 if is_own else 0
         beyond = self._in_a_row - LOOP_MIN
         return 0.0 if beyond < 0 else min(2.0 ** min(beyond, 10), BRAKE_MAX_S)
 
     def release(self) -> None:
-        """A change came while the restart was held back: it has another cause."""
+        """Something has changed while a restart was held back: it has another cause."""
         self._in_a_row = 0
+
+
+def changed_within(files: Iterable[str], began: float, ended: float) -> bool:
+    """Whether all the files that are there, at least one, were last changed between two moments (``time.time()``).
+
+    Sources: inode(7): ``ctime`` is the time of the last write or rename.
+    """
+    times: list[float] = []
+    for file in files:
+        with suppress(OSError):
+            times.append(os.stat(file).st_ctime)
+    return bool(times) and all(began <= at <= ended for at in times)

@@ -18,18 +18,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
-from hotport.cli._watched import Brake, Watched
+from hotport.cli._watched import Brake, Watched, changed_within
 from hotport.cli.client import ask, raise_failure
 from hotport.errors import ConfigError, HotportError
 from hotport.kernel.process import working_directory
 from hotport.observe.logs import configure, get_logger
 from hotport.options import Options, service_name
-from hotport.wire.messages import Report, RestartRequest
+from hotport.wire.messages import Progress, Report, RestartRequest
 
 __all__ = ["check_watchfiles", "main", "watching"]
 
@@ -41,6 +41,9 @@ RETRIED: Final = frozenset({"HP410", "HP605", "HP606", "HP607"})
 
 #: Nobody tells us when a restart that somebody else asked for is over.
 RETRY_S: Final = 0.25
+
+#: The piece of news that all new workers are ready.
+READY: Final = "restart.ready"
 
 #: Why a restart waits.
 BRAKED: Final = "each restart has changed files that are watched: does the service write its own code?"
@@ -151,13 +154,6 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-class _Burst(NamedTuple):
-    """Files that have changed together, and when that was noticed."""
-
-    files: frozenset[str]
-    at: float
-
-
 class _Changes:
     """Changes of code, in bursts; what changes while nobody asks for them is kept.
 
@@ -167,7 +163,7 @@ class _Changes:
 
     def __init__(self, watched: Watched) -> None:
         self._watched = watched
-        self._found: queue.SimpleQueue[_Burst | OSError | None] = queue.SimpleQueue()
+        self._found: queue.SimpleQueue[frozenset[str] | OSError | None] = queue.SimpleQueue()
         self._stop = threading.Event()
 
     def end(self) -> None:
@@ -223,85 +219,90 @@ class _Changes:
                     is_standing = True
                     stands.put(None)
                 if changes:
-                    self._found.put(_Burst(frozenset(path for _, path in changes), time.monotonic()))
+                    self._found.put(frozenset(path for _, path in changes))
         except OSError as error:
             (self._found if is_standing else stands).put(error)
         finally:
             stands.put(None)
 
-    def next(self, timeout_s: float | None = None) -> _Burst | None:
-        """The next files that count, all that have changed since; None when there will be no more.
+    def next(self, timeout_s: float | None = None) -> frozenset[str] | None:
+        """The files that have changed since and count; waits for one. None when there will be no more.
 
         Raises:
-            queue.Empty: None has come in time.
+            queue.Empty: None has changed in time.
             OSError: What has to be watched cannot be.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while True:
-            burst = self._get(None if deadline is None else max(0.0, deadline - time.monotonic()))
-            if burst is None:
-                return None
-            while burst is not None and not self._found.empty():
-                more = self._get(None)
-                burst = more and _Burst(burst.files | more.files, burst.at)
-            if burst is None:
-                return None
-            files = frozenset(path for path in burst.files if self._watched.counts(path))
+        while (changed := self._get(deadline)) is not None:
+            files = frozenset(path for path in changed if self._watched.counts(path))
             if self._watched.look():
                 self.stand()  # before the restart, so that no change after it is missed
                 if self._watched.is_whole:
-                    return burst
+                    return changed
             if files:
-                return _Burst(files, burst.at)
+                return files
+        return None
 
-    def _get(self, timeout_s: float | None) -> _Burst | None:
-        found = self._found.get(timeout=timeout_s)
-        if isinstance(found, OSError):
-            raise found
-        return found
+    def _get(self, deadline: float | None) -> frozenset[str] | None:
+        """All that was found; waits until there is something."""
+        files: frozenset[str] = frozenset()
+        while not files or not self._found.empty():
+            found = self._found.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+            if found is None:
+                return None
+            if isinstance(found, OSError):
+                raise found
+            files |= found
+        return files
 
 
 def _restart_for_each(changes: _Changes, name: str, gone: threading.Event) -> None:
     """Restart the service whenever code has changed, until there are no more changes."""
     log = get_logger("hotport.watch")
     brake = Brake()
-    ended = -math.inf
-    while (burst := changes.next()) is not None:
-        log.info("watch.changed", files=_shown(burst))
-        if delay_s := brake.delay_s(burst.at - ended):
-            log.warning("watch.braked", files=_shown(burst), wait_s=delay_s, why=BRAKED, fix="--watch-exclude PATTERN")
-            try:
-                burst = changes.next(delay_s)
-            except queue.Empty:
-                pass
-            else:
-                if burst is None:
+    starting = 0.0, 0.0
+    while (files := changes.next()) is not None:
+        log.info("watch.changed", files=_shown(files))
+        if delay_s := brake.delay_s(is_own=changed_within(files, *starting)):
+            log.warning("watch.braked", files=_shown(files), wait_s=delay_s, why=BRAKED, fix="--watch-exclude PATTERN")
+            with suppress(queue.Empty):
+                files = changes.next(delay_s)
+                if files is None:
                     return
                 brake.release()
-                log.info("watch.changed", files=_shown(burst))
-        _restart(name, gone)
-        ended = time.monotonic()
+                log.info("watch.changed", files=_shown(files))
+        starting = _restart(name, gone)
 
 
-def _shown(burst: _Burst) -> list[str]:
-    return sorted(map(os.path.relpath, burst.files))
+def _shown(files: frozenset[str]) -> list[str]:
+    return sorted(map(os.path.relpath, files))
 
 
-def _restart(name: str, gone: threading.Event) -> None:
-    """Restart the service and tell about it if it fails; one that cannot begin yet is tried until it can."""
+def _restart(name: str, gone: threading.Event) -> tuple[float, float]:
+    """Restart the service and tell about it if it fails; one that cannot begin yet is tried until it can.
+
+    Returns:
+        From when to when new code was starting (``time.time()``).
+    """
     log = get_logger("hotport.watch")
+    began = 0.0
     while not gone.is_set():
+        began = time.time()
+        ready = math.inf
         try:
             for reply in ask(name, RestartRequest()):
                 raise_failure(reply)
+                if isinstance(reply, Progress) and reply.event == READY:
+                    ready = began + reply.ms / 1000
                 if isinstance(reply, Report) and reply.outcome in ("aborted", "undone"):
                     log.error("watch.restart_failed", serving=reply.serving)  # why: the supervisor has just said it
-            return
+            return began, min(ready, time.time())
         except HotportError as error:
             if error.code not in RETRIED:
                 log.error("watch.restart_refused", exception=str(error))
-                return
+                break
         gone.wait(RETRY_S)
+    return began, began
 
 
 if __name__ == "__main__":
