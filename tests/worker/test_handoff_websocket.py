@@ -200,6 +200,27 @@ async def test_application_that_asks_is_moved_with_its_state_and_deflates_each_m
         assert deflate.local_no_context_takeover  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("asks", [False, True])
+async def test_application_that_is_resumed_and_never_agreed_is_named_once(
+    tmp_path: Path, asks: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A protocol that keeps state (Socket.IO, graphql-transport-ws) was open and silent for ever, without a word."""
+    app = Echo(asks=asks)
+    async with opened(tmp_path, app, handoff="websocket") as (port, old, client):
+        other = Client(await port.connect(), deflate=False)
+        await other.open()
+        new, fates = await port.replace(old, app, handoff="websocket")
+        assert fates == {"moved_websocket": 2}
+        await until(lambda: sum(scope["extensions"]["hotport"]["resumed"] for scope in app.scopes) == 2)
+        for each in (client, other):
+            await each.send("still here")
+            await each.receive()
+        other.sock.close()
+        await until(lambda: len(new.connections.open) == 1)
+    warned = [record for record in caplog.records if "has not called movable()" in record.getMessage()]
+    assert len(warned) == (0 if asks else 1)
+
+
 async def test_without_agreement_context_is_kept_and_the_websocket_is_closed_with_1012(tmp_path: Path) -> None:
     app = Echo()
     async with opened(tmp_path, app) as (port, old, client):

@@ -273,7 +273,7 @@ class Exchange:
             raise ClientLeft
         kind = message["type"]
         stage = self.stage
-        if kind == "http.response.body" and stage in (HELD, STREAMING):
+        if kind == "http.response.body" and HELD <= stage <= STREAMING:
             if self.connection.transport.is_closing():
                 # It has failed while it was written to. `connection_lost` comes in the next turn of the event loop,
                 # which an application that only sends would never let begin: nothing pauses it any more.
@@ -371,7 +371,7 @@ class Exchange:
                 self.keeps_alive = False
             else:
                 framing = CHUNKED
-        if framing == LENGTH:
+        if framing == LENGTH and size != left:  # as hardly ever, and a call has its price
             self._check_length(size, left, is_end=is_end)
         self.framing = framing
         self._left = left

@@ -112,11 +112,21 @@ class _Demoted(logging.LoggerAdapter[logging.Logger]):
 class WebSockets:
     """What all WebSockets of one adapter have in common."""
 
-    __slots__ = ("all_movable", "close_ticks", "is_deflating", "log", "message_bytes_max", "ping_ticks", "pong_ticks")
+    __slots__ = (
+        "all_movable",
+        "close_ticks",
+        "has_warned",
+        "is_deflating",
+        "log",
+        "message_bytes_max",
+        "ping_ticks",
+        "pong_ticks",
+    )
 
     def __init__(self, options: Options, deadlines: Deadlines[Any]) -> None:
         self.log = _Demoted(logging.getLogger("hotport.websocket"), {})
         self.all_movable = options.handoff == "websocket"
+        self.has_warned = False
         self.is_deflating = options.ws_deflate
         self.message_bytes_max = options.ws_message_max_bytes
         self.ping_ticks = deadlines.ticks(options.ws_ping_interval_s) if options.ws_ping_interval_s else 0
@@ -147,6 +157,17 @@ class WebSockets:
             return protocol, None
         assert isinstance(requests[0], Request)
         return protocol, requests[0]
+
+    def warn_of_state(self, session: Session) -> None:
+        """Say once that an application goes on with a client of which it knows nothing, and never agreed to that."""
+        if not self.has_warned:
+            self.has_warned = True
+            log.warning(
+                "%s was resumed by `handoff = websocket`, and its application has not called movable(): if its protocol"
+                " keeps state (Socket.IO, GraphQL subscriptions, STOMP), its clients now wait for ever; then use"
+                " `handoff = auto`",
+                session,
+            )
 
     def resume(self, state: WebSocketState) -> Resumption:
         """Open a WebSocket as it was opened in another process.
@@ -208,6 +229,7 @@ class WebSocketConnection(asyncio.Protocol):
         "_export",
         "_fate",
         "_fragments",
+        "_has_agreed",
         "_has_heard",
         "_has_said_goodbye",
         "_is_bounded",
@@ -262,6 +284,7 @@ class WebSocketConnection(asyncio.Protocol):
 
         self.endpoints, self._is_proxied = before.endpoints, before.is_proxied
         self._is_movable = common.all_movable
+        self._has_agreed = False  # the application has said so by itself
         #: Asks the application what should travel.
         self._export: Callable[[], Any] | None = None
         self.handoff: Handoff | None = None
@@ -409,12 +432,13 @@ class WebSocketConnection(asyncio.Protocol):
         """
         self._export = export
         if self._is_movable:
+            self._has_agreed = True
             return
         if self._protocol.state is CONNECTING and not self._has_said_goodbye:
             self._negotiate(is_movable=True)
         elif self._protocol.extensions:
             raise RuntimeError("a WebSocket is made movable before 'websocket.accept', or it is not compressed")
-        self._is_movable = True
+        self._is_movable = self._has_agreed = True
 
     def prepare_handoff(self, ready: Ready) -> bool:
         """One whose application has agreed can move, unless it speaks TLS."""
@@ -671,6 +695,8 @@ class WebSocketConnection(asyncio.Protocol):
         """
         if self._is_resuming:
             self._is_resuming = False  # the client has its answer
+            if not self._has_agreed:
+                self._common.warn_of_state(self._session)
             return
         answer = self._response.headers
         fields: list[tuple[str, str]] = []
