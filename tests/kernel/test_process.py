@@ -14,6 +14,7 @@ import pytest
 from hotport.kernel import process
 from hotport.kernel.process import (
     describe_exit,
+    is_stopped,
     kill_group,
     open_descriptors,
     raise_descriptor_limit,
@@ -112,6 +113,19 @@ def test_running_children_are_no_orphans() -> None:
     assert reap_orphans(()) == []
     send_signal(child.pidfd, signal.SIGKILL)
     assert reap(ended(child).pid) == -signal.SIGKILL
+
+
+def test_process_that_a_signal_has_stopped_is_told_from_one_that_runs() -> None:
+    child = start("sleep", "1000")
+    assert not is_stopped(child.pid)
+    send_signal(child.pidfd, signal.SIGSTOP)
+    os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
+    assert is_stopped(child.pid)
+    send_signal(child.pidfd, signal.SIGKILL)
+    ended(child)
+    assert not is_stopped(child.pid)
+    assert reap(child.pid) == -signal.SIGKILL
+    assert not is_stopped(child.pid)
 
 
 def test_memory_is_read_and_is_nothing_for_the_dead() -> None:

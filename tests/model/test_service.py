@@ -192,7 +192,7 @@ def test_old_worker_that_never_acknowledges_to_have_quiesced_is_drained_all_the_
     assert phases(world)[1] is Phase.QUIESCING
     world.elapse(Clock.QUIESCE)
     world.run(slow=(1,))
-    assert Announce(News.QUIESCED, generation=2, why="not every old worker has answered") in world.effects
+    assert Announce(News.QUIESCED, generation=2, why="no answer from worker 1") in world.effects
     world.elapse(Clock.SETTLE)
     world.run(slow=(1,))
     assert orders(world.effects)[-1] == Drain(1)
@@ -201,6 +201,21 @@ def test_old_worker_that_never_acknowledges_to_have_quiesced_is_drained_all_the_
     world.elapse(Clock.KILL, 1)
     world.run(slow=(1,))
     assert orders(world.effects)[-2:] == [Terminate(1), Kill(1)]
+
+
+def test_old_worker_that_acknowledges_after_it_was_told_to_drain_has_all_its_time_from_then_on() -> None:
+    world = serving(1)
+    world.restart()
+    world.run(slow=(1,))
+    world.elapse(Clock.QUIESCE)
+    world.take()
+    world.elapse(Clock.SETTLE)
+    world.take()
+    world.effects.clear()
+    world.say(1, Event.QUIESCED)
+    world.take()
+    assert world.effects == [StartTimer(Timer(Clock.DRAIN, 1))]
+    assert phases(world)[1] is Phase.DRAINING
 
 
 def test_old_worker_lost_before_the_commit_does_not_stop_the_restart() -> None:

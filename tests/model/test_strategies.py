@@ -132,7 +132,7 @@ def test_rebind_aborts_if_an_old_worker_does_not_let_go() -> None:
     world.take()
     assert deeds(world.effects) == [Open(1), Open(2), Terminate(3), Terminate(4)]
     aborted = next(e for e in world.effects if isinstance(e, Announce) and e.news is News.ABORTED)
-    assert aborted.why == "not every old worker has let go of the listeners"
+    assert aborted.why == "worker 2 did not let go of the listeners"
 
 
 def test_rebind_aborts_while_old_workers_let_go() -> None:

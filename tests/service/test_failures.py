@@ -503,3 +503,22 @@ def test_edits_of_one_size_in_one_second_are_all_served(tmp_path: Path) -> None:
             assert ask_line(service.port).version == version
     # What has not changed lately is kept, as ever.
     assert [path.name.partition(".")[0] for path in (tmp_path / "__pycache__").iterdir()] == ["settled"]
+
+
+def test_restart_names_a_worker_that_is_stopped_and_lets_it_finish_if_it_is_continued(tmp_path: Path) -> None:
+    """A worker that was stopped cost each restart 50 s, and nothing said which one it was, or what helps."""
+    write_code(tmp_path / "app.py", LINE_APP.format(version=1))
+    with Service(tmp_path, "app:app", "--drain-timeout", "1h").wait_ready() as service:
+        (old,) = service.status()["workers"]
+        os.kill(old["pid"], signal.SIGSTOP)
+        os.kill(service.process.pid, signal.SIGHUP)
+        eventually(lambda: bool(service.log_events("worker.stopped")), "the log says so")
+        (stopped,) = service.log_events("worker.stopped")
+        assert (stopped["worker_pid"], stopped["fix"]) == (old["pid"], f"kill -CONT {old['pid']}")
+        (quiesced,) = service.log_events("restart.quiesced")
+        assert quiesced["why"] == f"no answer from worker {old['worker']}"
+        os.kill(old["pid"], signal.SIGCONT)
+        eventually(lambda: bool(service.log_events("restart.report")), "the restart is over")
+        (report,) = service.log_events("restart.report")
+        assert report["outcome"] == "done"
+        assert "workers_killed" not in report["connections"]

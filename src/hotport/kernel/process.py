@@ -17,6 +17,7 @@ __all__ = [
     "duplicate_descriptor",
     "ends_with_terminal",
     "has_terminal",
+    "is_stopped",
     "kill_group",
     "open_descriptors",
     "raise_descriptor_limit",
@@ -165,6 +166,18 @@ def rss_bytes(pid: int) -> int:
             return int(file.read().split()[1]) * resource.getpagesize()
     except OSError:
         return 0
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a signal (SIGSTOP, SIGTSTP) or a debugger has stopped a process.
+
+    Sources: proc_pid_stat(5), states T and t.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b") ")[2][:1] in (b"T", b"t")
+    except OSError:
+        return False
 
 
 def open_descriptors() -> tuple[int, ...]:

@@ -634,6 +634,9 @@ _CLOCKS: Final = (Clock.QUIESCE, Clock.SETTLE, Clock.BAKE, Clock.WATCH)
 #: Phases of workers that accept, or have been told to.
 _ACCEPTING: Final = frozenset({Phase.OPENING, Phase.SERVING})
 
+#: Phases of workers that have listeners open while they are told to release them.
+_HOLDING: Final = (Phase.OPENING, Phase.SERVING, Phase.QUIESCING, Phase.STOPPING)
+
 #: Phases of workers that serve, or step aside for others that do.
 _SERVED: Final = (Phase.OPENING, Phase.SERVING, Phase.QUIESCING, Phase.QUIESCED)
 
@@ -910,6 +913,8 @@ def _said(draft: _Draft, event: Said) -> None:
         return  # a foreign program may say what it likes, when it likes
     before = worker.phase
     phase = draft.move(worker.id, event.event)
+    if phase is Phase.DRAINING and event.event is Event.QUIESCED:  # it was late, and has all its time from here on
+        draft.emit(StartTimer(Timer(Clock.DRAIN, worker.id)))
     if phase is before:
         return
     match phase:
@@ -993,9 +998,11 @@ def _elapsed(draft: _Draft, timer: Timer) -> None:
         case Clock.KILL, Phase.STOPPING:
             draft.emit(Kill(timer.worker))
         case Clock.QUIESCE, _ if restart is not None and restart.step is Step.QUIESCING:
-            _settle(draft, restart, why="not every old worker has answered")  # such a one is drained as it is
+            late = restart.old.intersection(service.ids(Phase.OPENING, Phase.QUIESCING))  # they are drained as they are
+            _settle(draft, restart, why=f"no answer from {_named(late)}")
         case Clock.QUIESCE, _ if restart is not None and restart.step is Step.RELEASING:
-            _abort(draft, restart, "not every old worker has let go of the listeners")  # so they cannot be bound again
+            holding = restart.old.intersection(service.ids(*_HOLDING))  # so the listeners cannot be bound again
+            _abort(draft, restart, f"{_named(holding)} did not let go of the listeners")
         case Clock.SETTLE, _ if restart is not None and restart.step is Step.SETTLING:
             _watch(draft, restart) if restart.is_watched else _finish_batch(draft, restart)
         case Clock.BAKE, _ if restart is not None and restart.step is Step.BAKING:
@@ -1010,6 +1017,10 @@ def _elapsed(draft: _Draft, timer: Timer) -> None:
             _request_stop(draft, RequestStop())
         case Clock.REGAIN, _ if service.regains:
             draft.emit(Regain())
+
+
+def _named(workers: Iterable[int]) -> str:
+    return ", ".join(f"worker {number}" for number in sorted(workers))
 
 
 # -- the restart --------------------------------------------------------------------------------------------
@@ -1189,8 +1200,7 @@ def _release(draft: _Draft, restart: Restart) -> None:
 def _go_on_releasing(draft: _Draft, restart: Restart) -> None:
     for worker in sorted(restart.old.intersection(draft.service.ids(Phase.SERVING))):
         draft.quiesce(worker, restart)
-    holding = draft.service.ids(Phase.OPENING, Phase.SERVING, Phase.QUIESCING, Phase.STOPPING)
-    if restart.old.isdisjoint(holding):
+    if restart.old.isdisjoint(draft.service.ids(*_HOLDING)):
         draft.emit(StopTimer(Timer(Clock.QUIESCE)), Rebind(restart.generation))
         draft.set(restart=replace(restart, step=Step.REBINDING))
 

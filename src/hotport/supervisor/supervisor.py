@@ -25,7 +25,7 @@ import anyio.abc
 from hotport.address import listener_name, parse_address
 from hotport.errors import ExitCode, HotportError, RestartError, StartError
 from hotport.kernel.notify import receive_notification
-from hotport.kernel.process import send_signal
+from hotport.kernel.process import is_stopped, send_signal
 from hotport.kernel.procfs import age_s, environment, queue_overflows
 from hotport.kernel.spawn import Child, spawn
 from hotport.model import service as model
@@ -340,7 +340,7 @@ class Supervisor:
                     self._has_cut = self._has_cut or (self.service.is_stopping and process.is_talking)
                     process.kill()
             case model.StartTimer(timer, seconds):
-                self._timers.start(timer, self._duration(timer.clock) if seconds is None else seconds)
+                self._timers.start(timer, self._duration(timer) if seconds is None else seconds)
             case model.ExtendTimer(timer, seconds):
                 self._timers.extend(timer, seconds)
             case model.StopTimer(timer):
@@ -560,11 +560,13 @@ class Supervisor:
         elif self._has_cut:
             self.exit_code = ExitCode.CUT
 
-    def _duration(self, clock: Clock) -> float:
+    def _duration(self, timer: Timer) -> float:
         options = self.options
-        match clock:
+        match timer.clock:
             case Clock.READY:
                 return options.ready_timeout_s
+            case Clock.DRAIN if self._is_stopped(timer.worker):
+                return ANSWER_TIMEOUT_S
             case Clock.DRAIN:  # the worker keeps its own deadline; this is for one that cannot
                 return options.drain_timeout_s + options.kill_timeout_s + ANSWER_TIMEOUT_S
             case Clock.KILL:
@@ -579,6 +581,20 @@ class Supervisor:
                 return options.undo_window_s
             case _:
                 return ANSWER_TIMEOUT_S
+
+    def _is_stopped(self, worker: int) -> bool:
+        """Whether somebody has stopped a worker's process, which is said: it finishes nothing until it is continued."""
+        process = self.processes.get(worker)
+        if process is None or not is_stopped(process.pid):
+            return False
+        self._log.warning(
+            "worker.stopped",
+            worker=worker,
+            worker_pid=process.pid,
+            why=f"it was stopped by a signal or a debugger; it is killed unless it answers in {ANSWER_TIMEOUT_S:g} s",
+            fix=f"kill -CONT {process.pid}",
+        )
+        return True
 
     # -- what workers say ----------------------------------------------------------------------------------
 
@@ -721,7 +737,7 @@ class Supervisor:
         self._forget()
 
     def _until(self, clock: Clock) -> str:
-        seconds = self._duration(clock)
+        seconds = self._duration(Timer(clock))
         return f"{format_duration(seconds)}, until {datetime.now() + timedelta(seconds=seconds):%H:%M:%S}"
 
     def _tell_subscribers(self, news: Announce | Report) -> None:
