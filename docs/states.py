@@ -84,8 +84,9 @@ TAIL: Final = """
 - While a canary bakes, old workers are looked after as between restarts.
 - If no old worker is left in an undo window, it is over.
 - An old worker that was not yet ready at the commit is held, and told to accept if the restart aborts.
-- An old worker that a signal or a debugger has stopped answers nothing and finishes nothing: after 5 s for each answer it
-  is asked to end, and killed after `kill_timeout`. If it is continued before, it has all of `drain_timeout`. The log names it.
+- An old worker that a signal or a debugger has stopped answers nothing and finishes nothing: after 5 s for each answer
+  it is asked to end, and killed after `kill_timeout`. If it is continued before, it has all of `drain_timeout`. The log
+  names it.
 - Draining has no inverse. If a later batch of a phased restart fails, the new workers of earlier batches are replaced
   by workers of the old code, start first, one at a time.
 - If no old worker is left to take back, new ones that serve are kept until workers of the old code do.

@@ -13,9 +13,11 @@ from hotport.kernel.procfs import (
     command,
     control_group,
     generation,
+    group,
     has_capability,
     has_timewaits,
     holders,
+    listening,
     owner,
     queue_overflows,
     sysctl,
@@ -197,3 +199,31 @@ def test_command_is_cut_and_does_nothing_to_a_terminal(name: str, argument: str,
         assert command(pid) == told
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def test_listeners_among_sockets_are_told_by_their_addresses(tmp_path: Path) -> None:
+    path = f"{tmp_path}/a b.sock"
+    with (
+        socket.create_server(("127.0.0.1", 0)) as four,
+        socket.create_server(("::1", 0), family=socket.AF_INET6) as six,
+        socket.create_server(("127.0.0.1", 0)) as unasked,
+        socket.socket(socket.AF_UNIX) as unix,
+        socket.socket(socket.AF_UNIX) as quiet,
+        socket.create_connection(four.getsockname()) as client,
+    ):
+        unix.bind(path)
+        unix.listen()
+        quiet.bind(f"{tmp_path}/quiet.sock")
+        inodes = {os.fstat(sock.fileno()).st_ino for sock in (four, six, unix, quiet, client)}
+        assert listening(os.getpid(), inodes) == [
+            f"tcp://127.0.0.1:{four.getsockname()[1]}",
+            f"tcp://[::1]:{six.getsockname()[1]}",
+            f"unix:{path}",
+        ]
+        assert os.fstat(unasked.fileno()).st_ino not in inodes
+    assert listening(2**22, inodes) == []
+
+
+def test_group_is_all_that_has_the_same_leader() -> None:
+    assert os.getpid() in group(os.getpgid(0))
+    assert group(2**22) == []

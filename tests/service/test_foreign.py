@@ -240,3 +240,34 @@ def test_server_inside_a_worker_is_restarted_under_load_and_nobody_is_refused(tm
         assert service.status()["last_restart"]["connections"] == {"server_finished": 2}
         result = service.run("stop")
         assert result.returncode == 0, service.log()
+
+
+WRAPPED = """\
+import os, signal, socket
+
+if os.environ["LISTEN_PID"] == str(os.getpid()):
+    listener = socket.socket(fileno=3)
+else:
+    listener = socket.create_server(("127.0.0.1", 0))
+    open("address", "w").write("tcp://127.0.0.1:%d" % listener.getsockname()[1])
+with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+    manager.sendto(b"READY=1", os.environ["NOTIFY_SOCKET"])
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize(("shell", "is_wrapped"), [("{}; exit", True), ("exec {}", False)], ids=["child", "exec"])
+def test_program_below_a_wrapper_that_binds_by_itself_is_named(tmp_path: Path, shell: str, is_wrapped: bool) -> None:
+    """`sh -c "gunicorn ..."`: ready, and every client of the port waited for ever, without a word."""
+    (tmp_path / "wrapped.py").write_text(WRAPPED)
+    command = shell.format(f"{sys.executable} wrapped.py")
+    with Service(tmp_path, "--", "sh", "-c", command).wait_ready() as service:
+        assert service.restart()["outcome"] == "done"  # what was begun for the first worker is over
+        told = service.log_events("worker.binds_itself")
+        if not is_wrapped:
+            assert told == []
+            return
+        assert told[0]["addresses"][0].startswith("tcp://127.0.0.1:")
+        assert told[-1]["addresses"] == [(tmp_path / "address").read_text()]
+        assert told[0]["program"].endswith("wrapped.py")
+        assert "LISTEN_PID" in told[0]["why"]

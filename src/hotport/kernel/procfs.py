@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import suppress
+from ipaddress import ip_address
 from itertools import islice
 from typing import Final
 
@@ -21,6 +23,7 @@ __all__ = [
     "environment",
     "ephemeral_ports",
     "generation",
+    "group",
     "has_capability",
     "has_routes",
     "has_socket",
@@ -28,6 +31,7 @@ __all__ = [
     "holders",
     "kernel_version",
     "leaders_with",
+    "listening",
     "owner",
     "queue_overflows",
     "resets_sent",
@@ -41,6 +45,7 @@ __all__ = [
 _OVERFLOWS: Final = frozenset({"ListenOverflows", "ListenDrops", "TCPReqQFullDrop", "TCPReqQFullDoCookies"})
 _COMMAND_CHARS_MAX: Final = 60
 _FIRST: Final = 256  # descriptors of a process that are looked at before those of the next one
+_ACCEPTS: Final = 0x10000  # __SO_ACCEPTCON
 _CGROUPS: Final = "/sys/fs/cgroup"
 _CGROUPS_MAX: Final = 5_000
 
@@ -168,6 +173,41 @@ def leaders_with(variable: str, value: str) -> list[int]:
                     if entry in file.read().split(b"\0"):
                         found.append(pid)
     return found
+
+
+def group(leader: int) -> list[int]:
+    """The processes of a process group. Sources: getpgid(2)."""
+    found = []
+    for pid in _pids():
+        with suppress(OSError):
+            if os.getpgid(pid) == leader:
+                found.append(pid)
+    return found
+
+
+def listening(pid: int, inodes: Collection[int]) -> list[str]:
+    """Where those of a process's stream sockets listen that have one of these inodes.
+
+    Sources: proc_pid_net(5): tcp and tcp6, state 0A, addresses as words of the machine; unix, flag ``__SO_ACCEPTCON``.
+    """
+    found = []
+    for name in ("tcp", "tcp6"):
+        for fields in _rows(pid, name):
+            if fields[3] == "0A" and int(fields[9]) in inodes:
+                host, port = fields[1].split(":")
+                words = struct.unpack(f">{len(host) // 8}I", bytes.fromhex(host))
+                address = ip_address(struct.pack(f"={len(words)}I", *words))
+                shown = f"[{address}]" if address.version == 6 else f"{address}"
+                found.append(f"tcp://{shown}:{int(port, 16)}")
+    unix = (fields for fields in _rows(pid, "unix") if int(fields[3], 16) & _ACCEPTS and int(fields[6]) in inodes)
+    return [*found, *(f"unix:{fields[7]}" if len(fields) > 7 else "unix:?" for fields in unix)]
+
+
+def _rows(pid: int, name: str) -> Iterator[list[str]]:
+    with suppress(OSError), open(f"/proc/{pid}/net/{name}", errors="surrogateescape") as file:
+        next(file, "")
+        for line in file:
+            yield line.rstrip("\n").split(maxsplit=7 if name == "unix" else -1)  # a path may have blanks
 
 
 def zombies(parent: int) -> list[int]:

@@ -34,6 +34,7 @@ from hotport.model.lifecycle import Event, Phase
 from hotport.model.service import Announce, Clock, Exited, News, Said, Service, Timer
 from hotport.observe.logs import get_logger
 from hotport.options import Options, format_duration
+from hotport.supervisor.foreign import find_unaware
 from hotport.supervisor.health import watch_health
 from hotport.supervisor.launch import Launch, Surroundings
 from hotport.supervisor.listeners import Listener, Listeners
@@ -383,7 +384,24 @@ class Supervisor:
         self._log.info("worker.spawned", worker=worker, generation=generation, worker_pid=child.pid)
         self._tasks.start_soon(self._watch, process)
         if is_foreign and launch.options.ready == "exec":
+            self._tasks.start_soon(self._examine, process, launch.options.settle_s)
             self.input(Said(worker, Event.READY))
+
+    async def _examine(self, process: Process, after_s: float = 0.0) -> None:
+        """Say if a foreign program does not know of its listeners: clients would wait on them for ever."""
+        await anyio.sleep(after_s)  # one that cannot say that it is ready has bound by then what it binds
+        if self.processes.get(process.worker) is not process:
+            return
+        if (unaware := find_unaware(process.pid, process.held)) is not None:
+            self._log.warning(
+                "worker.binds_itself",
+                worker=process.worker,
+                program=unaware.command,
+                program_pid=unaware.pid,
+                addresses=unaware.addresses,
+                why=f"LISTEN_PID is {process.pid}, the wrapper's, so the program takes no listener from hotport",
+                fix="start the program in place of its wrapper: -- sh -c 'exec PROGRAM ...'",
+            )
 
     async def _watch(self, process: Process) -> None:
         why = await process.wait_ended(self._read_notifications)
@@ -643,6 +661,8 @@ class Supervisor:
         if said.ready:
             if not process.is_foreign and not process.is_talking:
                 self._tasks.start_soon(process.converse, self._hear_word)
+            if process.is_foreign and process.worker in self.service.ids(Phase.STARTING):
+                self._tasks.start_soon(self._examine, process)
             self.input(Said(process.worker, Event.READY))
         if said.stopping:
             self.input(Said(process.worker, Event.LEAVING))
