@@ -398,7 +398,12 @@ def test_websocket_is_resumed_by_the_new_code(
 
     with Service(directory, f"{framework}_app:app", *options).wait_ready() as service:
         asyncio.run(talk(service))
-        assert unusual(service, 0) == []
+        told = [event for event, _ in unusual(service, 0)]
+    if is_counting:
+        assert told == []
+    else:  # each generation's worker has resumed one that never agreed
+        assert len(told) == 3
+        assert all("has not called movable()" in event for event in told)
 
 
 @pytest.mark.parametrize("framework", [*RESUMING, "quart"])

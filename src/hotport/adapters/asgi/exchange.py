@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import re
+from functools import lru_cache
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
@@ -377,7 +378,7 @@ class Exchange:
         self._left = left
         lines = self._head
         if left is not None:
-            lines.append(b"content-length: %d\r\n" % left)
+            lines.append(_length_line(left))
         elif framing == CHUNKED:
             lines.append(b"transfer-encoding: chunked\r\n")
         if self.expects_continue:
@@ -515,6 +516,12 @@ EXPECTED: Final = {
 }
 
 
+@lru_cache(maxsize=1024)
+def _length_line(length: int) -> bytes:
+    return b"content-length: %d\r\n" % length
+
+
+@lru_cache(maxsize=1024)
 def _length(value: Any) -> int:
     if not isinstance(value, bytes) or not value.isdigit():
         raise RuntimeError(f"{value!r} is not a content-length")

@@ -722,7 +722,9 @@ class HttpConnection(asyncio.Protocol):
             self._close()
             return
         else:
-            self._wait(self.shared.head_ticks if self._head else self.shared.keep_alive_ticks)
+            shared = self.shared
+            ticks = shared.head_ticks if self._head else shared.keep_alive_ticks
+            self.due = shared.deadlines.now + ticks if ticks else 0  # as `_wait` does; a call has its price
             if self._handoff is not None and self._arriving is None and self._come_to_rest():
                 return
         if self._is_reading_paused:

@@ -107,10 +107,10 @@ class Shared:
 
     def open_held(self) -> None:
         """Let heads go that still wait for a body; one callback for all answers of a turn, as nearly none do."""
-        held, self.held = self.held, []
-        for exchange in held:
+        for exchange in self.held:
             if exchange.stage == HELD:
                 exchange.open_soon()
+        self.held.clear()
 
     def make_defaults(self) -> bytes:
         """The header lines that every answer has by default; they are forgotten after a second."""
