@@ -8,42 +8,69 @@ from pathlib import Path
 import pytest
 
 from hotport.errors import ConfigError, ExitCode, KernelError
-from hotport.kernel.fds import lock_file, private_directory
+from hotport.kernel.fds import is_at, lock_directory, private_directory
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives a directory away")
 
 
 def test_lock_is_held_by_one_at_a_time(tmp_path: Path) -> None:
-    path = str(tmp_path / "lock")
-    first = lock_file(path)
+    path = str(tmp_path)
+    first = lock_directory(path)
     assert first is not None
     assert not os.get_inheritable(first)
-    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
-    assert lock_file(path) is None
+    assert lock_directory(path) is None
     os.close(first)
-    second = lock_file(path)
+    second = lock_directory(path)
     assert second is not None
     os.close(second)
 
 
 def test_lock_is_given_back_when_its_holder_is_killed(tmp_path: Path) -> None:
-    path = str(tmp_path / "lock")
+    path = str(tmp_path)
     pid = os.fork()
     if pid == 0:
-        held = lock_file(path)
+        held = lock_directory(path)
         os.kill(os.getpid(), signal.SIGTERM if held is None else signal.SIGKILL)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # a zombie holds nothing
-    fd = lock_file(path)
+    fd = lock_directory(path)
     assert fd is not None
     os.close(fd)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
-def test_lock_does_not_follow_a_link(tmp_path: Path) -> None:
-    (tmp_path / "lock").symlink_to(tmp_path / "victim")
+def test_nothing_in_a_directory_can_be_removed_to_get_its_lock(tmp_path: Path) -> None:
+    """``rm lock`` let a second supervisor in, and the two fought."""
+    fd = lock_directory(str(tmp_path))
+    assert fd is not None
+    assert list(tmp_path.iterdir()) == []
+    assert lock_directory(str(tmp_path)) is None
+    os.close(fd)
+
+
+def test_lock_is_of_the_directory_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+
+    def replaced(fd: int, how: int) -> None:
+        monkeypatch.undo()
+        path.rename(tmp_path / "before")
+        path.mkdir()
+
+    monkeypatch.setattr("fcntl.flock", replaced)
+    fd = lock_directory(str(path))
+    assert fd is not None
+    assert is_at(fd, str(path))
+    assert not is_at(fd, str(tmp_path / "before"))
+    assert not is_at(fd, str(tmp_path / "nothing"))
+    os.close(fd)
+
+
+@pytest.mark.parametrize("make", ["link", "nothing"])
+def test_lock_does_not_follow_a_link(tmp_path: Path, make: str) -> None:
+    if make == "link":
+        (tmp_path / "run").symlink_to(tmp_path)
     with pytest.raises(KernelError, match="HP620"):
-        lock_file(str(tmp_path / "lock"))
-    assert not (tmp_path / "victim").exists()
+        lock_directory(str(tmp_path / "run"))
 
 
 def test_directory_is_made_for_us_alone_and_found_again(tmp_path: Path) -> None:

@@ -8,38 +8,50 @@ import stat
 
 from hotport.errors import ConfigError, KernelError
 
-__all__ = ["lock_file", "private_directory"]
+__all__ = ["is_at", "lock_directory", "private_directory"]
 
 
-def lock_file(path: str) -> int | None:
-    """Take a lock that the kernel gives back when this process ends, however it ends.
+def lock_directory(path: str) -> int | None:
+    """Lock a directory until this process ends, however it ends.
 
-    The file stays when the lock goes: whoever unlinks it invites a second owner.
+    The lock is the directory's own: there is no file in it that could be removed to let a second owner in. It also
+    keeps systemd-tmpfiles from removing what lies in there for long.
 
     Returns:
         The descriptor that holds the lock (close-on-exec; close it to let go); None if another holds it.
 
     Raises:
-        KernelError: If the file cannot be opened (HP620).
+        KernelError: If the directory cannot be opened (HP620).
 
-    Sources: flock(2): the lock belongs to the open file description, not to the process id.
+    Sources: flock(2): the lock belongs to the open file description, not to the process id; tmpfiles.d(5), Age.
     """
+    while True:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise KernelError(
+                "HP620",
+                f"cannot lock the directory {path}",
+                errno=error.errno or 0,
+                cause="it is not there any more, is a symbolic link, or is another user's",
+                fix=f"ls -ld {path}",
+            ) from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        if is_at(fd, path):
+            return fd
+        os.close(fd)  # replaced since it was opened
+
+
+def is_at(fd: int, path: str) -> bool:
+    """Whether a path still names the file or directory that is open as `fd`."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise KernelError(
-            "HP620",
-            f"cannot open the lock {path}",
-            errno=error.errno or 0,
-            cause="it is somebody else's, a symbolic link, or its directory cannot be written to",
-            fix=f"ls -ld {os.path.dirname(path) or '.'} {path}",
-        ) from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    return fd
+        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
+    except OSError:
+        return False
 
 
 def private_directory(path: str) -> None:

@@ -18,7 +18,7 @@ import anyio
 
 from hotport.address import Address, FdAddress, parse_address
 from hotport.errors import ConfigError, KernelError
-from hotport.kernel.fds import lock_file, private_directory
+from hotport.kernel.fds import lock_directory, private_directory
 from hotport.kernel.process import reap_orphans
 from hotport.kernel.sockets import (
     bind_listener,
@@ -74,7 +74,7 @@ def move_in(name: str, options: Options, manager: Manager, stack: ExitStack, *, 
         reap_orphans({survivor.pid for survivor in found.survivors})  # nobody knows what has ended during the exec
         _park(found.listeners[found.going], options, manager)
         return Place(house, found, baggage)
-    lock = lock_file(os.path.join(directory, "lock"))
+    lock = lock_directory(directory)
     if lock is not None:
         house = House.enter(directory, lock, stack)
         stack.callback(house.leave)
@@ -88,7 +88,7 @@ def move_in(name: str, options: Options, manager: Manager, stack: ExitStack, *, 
         raise ConfigError(
             "HP630",
             f"the service {name} is already running",
-            cause=f"another supervisor holds {directory}/lock",
+            cause=f"another supervisor has locked {directory}",
             fix=f"hotport restart {name}, or start this one with --take-over or with another --name",
         )
     predecessor = ask_predecessor(directory, name)
