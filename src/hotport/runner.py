@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from hotport.options import service_name
 from hotport.options.loading import Loaded, load
 from hotport.supervisor.control import serve_control
 from hotport.supervisor.house import House
+from hotport.supervisor.keeper import keep_files
 from hotport.supervisor.launch import Surroundings
 from hotport.supervisor.manager import Manager
 from hotport.supervisor.place import Place, move_in, open_status_port
@@ -189,12 +191,14 @@ async def _supervise(supervisor: Supervisor, place: Place) -> None:
     log = get_logger("hotport.supervisor")
     at = {"status_address": supervisor.status_port.address} if supervisor.status_port else {}
     log.info("service.starting", addresses=list(supervisor.listeners), **at)
+    supervisor.mend = partial(place.house.mend, supervisor)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(serve_control, supervisor, place.house.control.dup(), place.house)
+        tasks.start_soon(serve_control, supervisor, place.house)
         async with anyio.create_task_group() as until_the_end:
             until_the_end.start_soon(_handle_signals, supervisor, place.house, until_the_end)
             until_the_end.start_soon(_succeed, supervisor, place)
             until_the_end.start_soon(_answer_probes, supervisor, place)
+            until_the_end.start_soon(keep_files, supervisor, place.house)
             await supervisor.run()
             if supervisor.is_departing:  # signals wait for the handlers of the next supervisor
                 signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)

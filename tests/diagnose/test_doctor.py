@@ -104,6 +104,16 @@ def test_each_weakness_of_a_service_is_found(
     assert finding.fix
 
 
+def test_socket_file_that_is_gone_is_found() -> None:
+    (finding,) = examine_service([], [], {"unix:/run/app.sock": "pid 9 (thief) is listening on it"})
+    assert (
+        finding.what
+        == "the socket file of unix:/run/app.sock was removed or replaced (pid 9 (thief) is listening on it)"
+    )
+    assert finding.consequence
+    assert finding.fix
+
+
 def test_sound_service_has_nothing_to_repair() -> None:
     unread = replace(MEMBER, descriptors=None)
     assert not list(examine_service([LISTENER, replace(LISTENER, is_shared=True, migrates=True)], [MEMBER, unread]))

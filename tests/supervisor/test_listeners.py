@@ -167,6 +167,46 @@ def test_socket_file_that_somebody_has_removed_is_no_concern(tmp_path: Path) -> 
         listeners.close()
 
 
+@pytest.mark.parametrize("strategy", [Strategy.INHERIT, Strategy.TRANSFER])
+def test_restart_binds_a_socket_file_again_that_somebody_has_removed(tmp_path: Path, strategy: Strategy) -> None:
+    """The restart was done, and the new generation listened where nobody could find it."""
+    text = f"unix:{tmp_path / 'a.sock'}"
+    listeners = first(text)
+    (old,) = listeners.sockets(1).values()
+    (tmp_path / "a.sock").unlink()
+    assert listeners.gone == {text: ""}
+    plan = listeners.prepare(options(text), strategy, 1)
+    listeners.discard(plan)
+    assert not (tmp_path / "a.sock").exists()
+    listeners.add(2, listeners.prepare(options(text), strategy, 1))
+    assert listeners.keep({2}, ()) == []
+    assert old.fileno() == -1
+    assert listeners.gone == {}
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(tmp_path / "a.sock"))
+    listeners.close()
+    assert not (tmp_path / "a.sock").exists()
+
+
+@pytest.mark.parametrize("passed", ["systemd:web", "fd://3"])
+def test_socket_file_of_a_service_manager_is_its_own_to_keep(tmp_path: Path, passed: str) -> None:
+    path = tmp_path / "a.sock"
+    with bind_listener(parse_address(f"unix:{path}"), backlog=16) as sock:
+        listeners = Listeners({1: {f"unix:{path}": sock}}, {1: (passed,)})
+        path.unlink()
+        assert listeners.gone == {}
+        assert listeners.paths == []
+        listeners.close()
+
+
+def test_socket_file_that_another_supervisor_may_have_made_again_is_not_missed(tmp_path: Path) -> None:
+    listeners = first(f"unix:{tmp_path / 'a.sock'}")
+    listeners.shared = frozenset(listeners.sockets(1))
+    (tmp_path / "a.sock").unlink()
+    assert listeners.gone == {}
+    listeners.close()
+
+
 def test_worker_that_holds_a_listener_is_found(listeners: Listeners) -> None:
     assert listeners.lingering({7: os.getpid()}, 1) == (7,)
     assert listeners.lingering({}, 1) == ()

@@ -329,6 +329,23 @@ def test_every_listener_is_parked_under_its_address(receiver: Receiver, tmp_path
     manager.close()
 
 
+def test_a_socket_that_took_the_place_of_another_is_parked_in_its_place(receiver: Receiver) -> None:
+    """The manager kept a socket whose file had been removed, and the next start listened where nobody could find it."""
+    manager = receiver.manager(FDSTORE="2")
+    with socket.create_server(("127.0.0.1", 0)) as old, socket.create_server(("127.0.0.1", 0)) as new:
+        manager.park({"unix:/a": old})
+        manager.follow({"unix:/a": old})
+        assert len(receive_stored(receiver)) == 1
+        manager.follow({"unix:/a": new})
+        assert receiver.sock.recv(4096) == b"FDSTOREREMOVE=1\nFDNAME=hotport+unix%3A/a"
+        found = os.fstat(new.fileno())
+        assert receive_stored(receiver) == [
+            (b"FDSTORE=1\nFDNAME=hotport+unix%3A/a\nFDPOLL=0", (found.st_dev, found.st_ino))
+        ]
+    assert manager.keeps("unix:/a")
+    manager.close()
+
+
 @pytest.mark.parametrize("environ", [{}, {"FDSTORE": "0"}, {"FDSTORE": "much"}, {"FDSTORE": "-1"}])
 def test_nothing_is_parked_where_there_is_no_store(receiver: Receiver, environ: dict[str, str]) -> None:
     manager = receiver.manager(**environ)

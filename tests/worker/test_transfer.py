@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -65,6 +66,22 @@ async def test_listener_that_comes_is_accepted_from(listener: socket.socket, is_
         if not is_first:
             await server.accept()
         assert await is_answered(await connected(listener))
+
+
+async def test_listener_takes_the_place_of_one_with_the_same_address(listener: socket.socket) -> None:
+    """A socket file was removed, and is bound again: who waited at the old one is served, and its descriptor closed."""
+    async with serving(tasks=2) as server:
+        await server.adopt({"a": listener.dup(), "b": listener.dup()})
+        before = server.held()
+        waiting = await connected(listener)
+        with socket.create_server(("127.0.0.1", 0)) as new:
+            new.setblocking(False)
+            await server.adopt({"a": new.dup()})
+            assert await is_answered(waiting)
+            assert server.held()["b"] == before["b"]
+            assert os.fstat(server.held()["a"]).st_ino == os.fstat(new.fileno()).st_ino
+            await server.accept()
+            assert await is_answered(await connected(new))
 
 
 async def test_who_comes_late_to_a_queue_that_nobody_else_serves_is_served_until_the_worker_leaves(
@@ -199,7 +216,8 @@ async def test_application_that_took_its_sockets_at_its_start_takes_no_more() ->
         assert isinstance(server, DatagramServer)
         await server.startup()
         more = sock.dup()
-        await server.adopt({"a": more})
+        with pytest.raises(OSError, match="at its start, and only there"):  # or clients would wait for nobody
+            await server.adopt({"a": more})
         await server.release(["a"], 0.0)
         await server.empty(0.0)
         assert more.fileno() == -1

@@ -174,6 +174,8 @@ def print_status(status: Status) -> None:
     out.print(f"strategy {status.strategy} ({status.strategy_why})", markup=False)
     for address, who in status.lost.items():
         out.print(f"LOST {address}: {who}; it is tried again and again", markup=False)
+    for address, why in status.gone.items():
+        out.print(f"GONE {address}: its socket file was removed or replaced; {why or 'see the log'}", markup=False)
     table = Table(box=None, pad_edge=False)
     for heading in (
         "generation",

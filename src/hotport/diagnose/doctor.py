@@ -6,7 +6,7 @@ import os
 import resource
 import socket
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -170,8 +170,20 @@ def examine(machine: Machine, options: Options) -> Iterator[Finding]:
         yield from _examine_address(machine, str(address))
 
 
-def examine_service(listeners: Sequence[Listener], members: Sequence[Member]) -> Iterator[Finding]:
-    """What is wrong with a running service; a pure function."""
+def examine_service(
+    listeners: Sequence[Listener], members: Sequence[Member], gone: Mapping[str, str] | None = None
+) -> Iterator[Finding]:
+    """What is wrong with a running service; a pure function.
+
+    Args:
+        gone: Addresses whose socket file is not in its place, and why.
+    """
+    for address, why in (gone or {}).items():
+        yield Finding(
+            f"the socket file of {address} was removed or replaced" + (f" ({why})" if why else ""),
+            "no new client can connect there; those that are connected are served",
+            "hotport restart, which binds it again; and see what removes it",
+        )
     for listener in listeners:
         if listener.strangers:
             yield Finding(

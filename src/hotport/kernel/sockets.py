@@ -10,6 +10,7 @@ import struct
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from hotport.address import Address, FdAddress, SystemdAddress, TcpAddress, UdpAddress, UnixAddress, parse_address
@@ -21,6 +22,7 @@ from hotport.wire.listenfds import parse_listen_environment
 
 __all__ = [
     "accept_queue_length",
+    "access_of",
     "bind_control",
     "bind_guard",
     "bind_listener",
@@ -33,6 +35,7 @@ __all__ = [
     "passed_addresses",
     "peer_credentials",
     "rebind",
+    "set_access",
     "socket_file",
     "unlink_if_ours",
 ]
@@ -222,6 +225,24 @@ def socket_file(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def access_of(path: str) -> tuple[int, int, int] | None:
+    """Who may use a file: its mode, owner and group; None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid
+
+
+def set_access(path: str, access: tuple[int, int, int]) -> None:
+    """Let the same use a file as `access_of` said, as far as we may."""
+    mode, uid, gid = access
+    with suppress(OSError):
+        os.chmod(path, mode)
+    with suppress(OSError):
+        os.chown(path, uid, gid)
 
 
 def may_command(uid: int) -> bool:

@@ -59,13 +59,13 @@ Hear: TypeAlias = Callable[[Announce, float], None]
 log = get_logger("hotport.control")
 
 
-async def serve_control(supervisor: Supervisor, control: socket.socket, house: House) -> None:
+async def serve_control(supervisor: Supervisor, house: House) -> None:
     """Answer commands until the service has finished, and then to the end of what is being said.
 
-    Descriptors: owns `control`. Cancellation: safe; clients see the end of the stream.
+    Descriptors: owns a duplicate of the house's control socket. Cancellation: safe; clients see the end of the stream.
     """
     room = anyio.Semaphore(CLIENTS_MAX)
-    control.setblocking(False)
+    listening = anyio.CancelScope()
 
     async def handle(connection: socket.socket) -> None:
         try:
@@ -78,26 +78,38 @@ async def serve_control(supervisor: Supervisor, control: socket.socket, house: H
         finally:
             room.release()
 
-    async def accept() -> None:
+    async def accept(control: socket.socket) -> None:
         while True:
             await room.acquire()  # before the accept: clients that say nothing must not use up our descriptors
-            await anyio.wait_readable(control)  # anyio's listeners take AF_UNIX sockets from 4.14 on
             try:
+                await anyio.wait_readable(control)  # anyio's listeners take AF_UNIX sockets from 4.14 on
                 conversations.start_soon(handle, control.accept()[0])
-            except BlockingIOError:  # its client has left
+            except BaseException as error:
                 room.release()
-            except OSError as error:
-                room.release()
-                log.error("control.accept_failed", error=str(error))
-                await anyio.sleep(ACCEPT_PAUSE_S)
+                if not isinstance(error, OSError):
+                    raise
+                if not isinstance(error, BlockingIOError):  # else its client has left
+                    log.error("control.accept_failed", error=str(error))
+                    await anyio.sleep(ACCEPT_PAUSE_S)
 
-    with control:
-        async with anyio.create_task_group() as conversations:
-            async with anyio.create_task_group() as accepting:
-                accepting.start_soon(accept)
-                await supervisor.finished.wait()
-                accepting.cancel_scope.cancel()
-            conversations.cancel_scope.deadline = anyio.current_time() + GOODBYE_TIMEOUT_S
+    async def listen() -> None:
+        nonlocal listening
+        with anyio.CancelScope() as listening, house.control.dup() as control:
+            control.setblocking(False)
+            await accept(control)
+
+    def relisten() -> None:
+        listening.cancel()
+        accepting.start_soon(listen)
+
+    async with anyio.create_task_group() as conversations:
+        async with anyio.create_task_group() as accepting:
+            house.relisten = relisten
+            accepting.start_soon(listen)
+            await supervisor.finished.wait()
+            house.relisten = lambda: None
+            accepting.cancel_scope.cancel()
+        conversations.cancel_scope.deadline = anyio.current_time() + GOODBYE_TIMEOUT_S
 
 
 async def _converse(supervisor: Supervisor, stream: SocketStream, house: House) -> None:
@@ -183,7 +195,7 @@ async def _carry_out(supervisor: Supervisor, request: Any, stream: SocketStream,
         case TakeOverRequest():
 
             async def reclaim() -> None:
-                await serve_control(supervisor, house.reclaim(supervisor), house)
+                house.reclaim(supervisor)
 
             return await hand_over(supervisor, request, stream, house.lock, reclaim)
     raise AssertionError(request)

@@ -5,19 +5,25 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Final
 
-from hotport.errors import RestartError
+from hotport.errors import HotportError, RestartError
+from hotport.kernel.fds import is_at, lock_directory, private_directory
 from hotport.kernel.sockets import bind_control, bind_notify, socket_file, unlink_if_ours
 from hotport.model.service import Refusal
+from hotport.observe.logs import get_logger
 from hotport.supervisor.supervisor import Supervisor
 from hotport.supervisor.upgrade import preflight
+from hotport.wire.messages import ListenOrder
 
 __all__ = ["House"]
 
 _PATHS: Final = ("control.sock", "notify.sock")
+
+log = get_logger("hotport.supervisor")
 
 
 @dataclass(slots=True)
@@ -28,6 +34,7 @@ class House:
         lock: Held for as long as any process has this open file description.
         next_argv: The program to become when the event loop has ended; none if the service ends with it.
         client: Whoever asked for that, and waits.
+        relisten: Called when `control` is another socket; whoever accepts there sets it.
         departed_s: When the supervisor was told to depart (CLOCK_MONOTONIC).
 
     Descriptors: owns `lock`, `control` and `client`; `notify` is the supervisor's.
@@ -40,10 +47,13 @@ class House:
     next_argv: list[str] = field(default_factory=list)
     client: socket.socket | None = None
     departed_s: float = 0.0
+    relisten: Callable[[], object] = lambda: None
+    _why_not: str = ""
     _made: dict[str, tuple[int, int] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._note()
+        for name in _PATHS:
+            self._note(name)
 
     @classmethod
     def enter(cls, directory: str, lock: int, stack: ExitStack) -> House:
@@ -52,26 +62,81 @@ class House:
         control = stack.enter_context(bind_control(os.path.join(directory, "control.sock")))
         return cls(directory, lock, control, notify)
 
-    def reclaim(self, supervisor: Supervisor) -> socket.socket:
-        """Make the paths again: another supervisor had put its own there, and is gone. Returns the control socket."""
-        supervisor.listen_on(bind_notify(os.path.join(self.directory, "notify.sock")))
-        self.control.close()
-        self.control = bind_control(os.path.join(self.directory, "control.sock"))
-        self._note()
-        return self.control.dup()
+    def reclaim(self, supervisor: Supervisor) -> None:
+        """Make the paths again: another supervisor had put its own there, and is gone."""
+        self._bind_notify(supervisor)
+        self._bind_control()
+
+    def mend(self, supervisor: Supervisor) -> bool:
+        """Make again what was removed of the directory and of the sockets in it, and say so.
+
+        Returns:
+            Whether anything was made. What cannot be made is logged once.
+        """
+        if supervisor.is_succeeded or supervisor.is_departing:  # the paths are another supervisor's
+            return False
+        made: list[str] = []
+        why = ""
+        try:
+            why = self._mend(supervisor, made)
+        except HotportError as error:
+            why = str(error)
+        if made:
+            log.warning("files.remade", directory=self.directory, files=made)
+        if why and why != self._why_not:
+            log.error("files.not_remade", directory=self.directory, error=why)
+        self._why_not = why
+        return bool(made)
+
+    def _mend(self, supervisor: Supervisor, made: list[str]) -> str:
+        if not is_at(self.lock, self.directory):
+            private_directory(os.path.dirname(self.directory))
+            private_directory(self.directory)
+            lock = lock_directory(self.directory)
+            if lock is None:
+                return "another supervisor has locked it: stop one of the two, or start it with another --name"
+            os.close(self.lock)
+            self.lock = lock
+            made.append(".")
+        if self._is_missing("notify.sock"):
+            self._bind_notify(supervisor)
+            made.append("notify.sock")
+        if self._is_missing("control.sock"):
+            self._bind_control()
+            made.append("control.sock")
+        for process in supervisor.processes.values():
+            if not process.is_foreign and process.is_talking and not os.path.exists(process.control_path):
+                process.order(ListenOrder())  # and it says so itself
+        return ""
+
+    def _is_missing(self, name: str) -> bool:
+        file = self._made[name]
+        return file is None or socket_file(self._path(name)) != file
+
+    def _bind_notify(self, supervisor: Supervisor) -> None:
+        supervisor.listen_on(bind_notify(self._path("notify.sock")))
+        self._note("notify.sock")
+
+    def _bind_control(self) -> None:
+        before, self.control = self.control, bind_control(self._path("control.sock"))
+        before.close()
+        self._note("control.sock")
+        self.relisten()
 
     def leave(self) -> None:
         """Remove the paths, unless they are another supervisor's by now; let go of the lock."""
-        for path, file in self._made.items():
-            unlink_if_ours(path, file)
+        for name, file in self._made.items():
+            unlink_if_ours(self._path(name), file)
         self.control.close()
         if self.client is not None:
             self.client.close()
         os.close(self.lock)
 
-    def _note(self) -> None:
-        paths = (os.path.join(self.directory, name) for name in _PATHS)
-        self._made = {path: socket_file(path) for path in paths}
+    def _note(self, name: str) -> None:
+        self._made[name] = socket_file(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.directory, name)
 
     async def upgrade(self, supervisor: Supervisor, python: str | None, client: socket.socket | None = None) -> None:
         """Let the supervisor depart, for another one to go on in this process.

@@ -13,11 +13,13 @@ from hotport.errors import ConfigError, HotportError
 from hotport.kernel.procfs import has_socket, resets_sent
 from hotport.kernel.sockets import (
     accept_queue_length,
+    access_of,
     bind_guard,
     bind_listener,
     bound_address,
     file_path,
     rebind,
+    set_access,
     socket_file,
     unlink_if_ours,
 )
@@ -38,7 +40,10 @@ class Listener:
         sock: None while somebody else has the address.
         why_lost: Who that is.
         before: The listener of the same address that this one takes over from, if it has a socket of its own.
-        file: Device and inode of its socket file.
+        path: Its socket file, if that is ours to keep; empty if there is none.
+        file: Device and inode of that file.
+        access: Mode, owner and group of that file.
+        why_gone: Why that file could not be made again.
     """
 
     asked: str
@@ -46,18 +51,30 @@ class Listener:
     sock: socket.socket | None
     why_lost: str = ""
     before: Listener | None = None
+    path: str = ""
     file: tuple[int, int] | None = None
+    access: tuple[int, int, int] | None = None
+    why_gone: str = ""
 
     @property
     def is_listening(self) -> bool:
         """Clients can connect."""
         return self.sock is not None and bool(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
+    @property
+    def is_gone(self) -> bool:
+        """Its socket file was removed or replaced: new clients do not find it."""
+        return bool(self.path) and (self.file is None or socket_file(self.path) != self.file)
+
+    def leave_file(self) -> None:
+        """The socket file is another listener's, or another process's, from now on."""
+        self.path, self.file = "", None
+
     def close(self) -> None:
         """Close it, and remove its socket file."""
         if self.sock is not None:
             self.sock.close()
-        unlink_if_ours(file_path(parse_address(self.address)), self.file)
+        unlink_if_ours(self.path, self.file)
 
 
 @dataclass(slots=True)
@@ -99,7 +116,7 @@ class Listeners:
         for generation, listeners in bound.items():
             names = _asked_for(asked.get(generation, ()), listeners)
             self._of[generation] = [
-                known.setdefault(sock, Listener(name, address, sock, file=None if _is_passed(name) else _file(address)))
+                known.setdefault(sock, _known(name, address, sock))
                 for name, (address, sock) in zip(names, listeners.items(), strict=True)
             ]
         self.shared: frozenset[str] = frozenset()
@@ -125,6 +142,16 @@ class Listeners:
     def lost(self) -> dict[str, str]:
         """Addresses that somebody else has, and who."""
         return {each.address: each.why_lost for each in self._each() if each.sock is None}
+
+    @property
+    def gone(self) -> dict[str, str]:
+        """Addresses whose socket file is not in its place any more, and why it could not be made again."""
+        return {each.address: each.why_gone for each in self._each() if self._is_gone(each)}
+
+    @property
+    def paths(self) -> list[str]:
+        """The socket files of all listeners."""
+        return [each.path for each in self._each() if each.path]
 
     def lingering(self, pids: Mapping[int, int], generation: int, other: int = 0) -> tuple[int, ...]:
         """Which of these processes (a pid by worker) have a listener open that a generation has, or one before it had.
@@ -166,6 +193,8 @@ class Listeners:
                         continue
                 kept = next(iter(found), None)
                 taken.add(kept)
+                if kept is not None and self._is_gone(kept):
+                    kept = None
                 if kept is not None and strategy is not Strategy.OVERLAP:
                     plan.append(kept)
                     continue
@@ -253,6 +282,63 @@ class Listeners:
                     why = f"{each.address}: {error.cause}"
         return why
 
+    # -- socket files ----------------------------------------------------------------------------------------
+
+    def remake(self, options: Options) -> list[Listener]:
+        """Bind again what has lost its socket file. The listeners from before are abandoned: see `keep`.
+
+        Returns:
+            The new listeners, which every generation has from now on. What cannot be bound says why in `gone`.
+        """
+        made: list[Listener] = []
+        for each in self._each():
+            if not self._is_gone(each):
+                continue
+            try:
+                new = _bind(each.address, options)
+            except HotportError as error:
+                each.why_gone = error.cause
+                continue
+            new.asked = each.asked
+            if each.access is not None:
+                set_access(new.path, each.access)
+            for number, listeners in self._of.items():
+                self._of[number] = [new if other is each else other for other in listeners]
+            each.leave_file()
+            self._abandoned.append(each)
+            made.append(new)
+        return made
+
+    def note_access(self) -> None:
+        """Remember who may connect to each socket file, for the one that takes its place if it is removed."""
+        for each in self._each():
+            if each.path and not each.is_gone:
+                each.access = access_of(each.path)
+
+    def blame(self, why: str) -> None:
+        """Say why the socket files that are gone are not made again now."""
+        for each in self._each():
+            if self._is_gone(each):
+                each.why_gone = why
+
+    def unmake(self, made: Listener, why: str) -> None:
+        """Nobody accepts from a listener that was made again: what it stands for is gone as it was."""
+        before = next((each for each in reversed(self._abandoned) if each.address == made.address), None)
+        if before is None:
+            return
+        self._abandoned.remove(before)
+        for number, listeners in self._of.items():
+            self._of[number] = [before if other is made else other for other in listeners]
+        before.path, before.why_gone = made.path, why
+        made.close()
+
+    def superseded(self, addresses: Collection[str]) -> set[socket.socket]:
+        """The sockets that whoever gets listeners of these addresses has closed by then."""
+        return {each.sock for each in self._abandoned if each.sock is not None and each.address in addresses}
+
+    def _is_gone(self, each: Listener) -> bool:
+        return each.address not in self.shared and each.is_gone
+
     # -- the end ---------------------------------------------------------------------------------------------
 
     def keep(self, generations: Collection[int], held: Collection[socket.socket]) -> list[socket.socket]:
@@ -281,7 +367,7 @@ class Listeners:
         """Leave the socket files of these addresses: they are another process's from now on."""
         for each in self._each():
             if each.address in addresses:
-                each.file = None
+                each.leave_file()
 
     def close(self) -> None:
         """Close everything."""
@@ -366,8 +452,7 @@ def _bind(asked: str, options: Options) -> Listener:
             fix="systemctl restart the service, or stop it and serve again",
         )
     sock = listen(address, options)
-    bound = str(bound_address(address, sock))
-    return Listener(asked, bound, sock, file=_file(bound))
+    return _known(asked, str(bound_address(address, sock)), sock)
 
 
 def _join(kept: Listener, options: Options) -> Listener:
@@ -378,8 +463,10 @@ def _join(kept: Listener, options: Options) -> Listener:
     return Listener(kept.asked, kept.address, sock, before=kept)
 
 
-def _file(address: str) -> tuple[int, int] | None:
-    return socket_file(file_path(parse_address(address)))
+def _known(asked: str, address: str, sock: socket.socket) -> Listener:
+    """A listener, and its socket file if we are to keep that; a service manager keeps those that it has made."""
+    path = "" if _is_passed(asked) else file_path(parse_address(address))
+    return Listener(asked, address, sock, path=path, file=socket_file(path) if path else None)
 
 
 def _empty(listener: socket.socket) -> list[socket.socket]:

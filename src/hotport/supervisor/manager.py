@@ -12,6 +12,7 @@ The supervisor tells what has happened; what the manager must hear of it is deci
 from __future__ import annotations
 
 import enum
+import os
 import socket
 import time
 from collections import deque
@@ -89,7 +90,7 @@ class Manager:
         usec = _number(environ, "WATCHDOG_USEC", 0) if is_watched else 0
         self.watchdog_s = usec / 1e6 if usec else None
         self.store_max = _number(environ, "FDSTORE", 0) if self._sock is not None else 0
-        self._parked: set[str] = set()
+        self._parked: dict[str, int] = {}  # by address, the inode of the socket
         self._held: set[str] = set()
         self._waits: _Waits | None = _Waits.READY
         self._promised = 0.0
@@ -128,7 +129,7 @@ class Manager:
                 why = "its name is too long" if name is None else f"FileDescriptorStoreMax is {self.store_max}"
                 self._log.warning("listener.not_parked", address=address, why=why)
             elif self._say_now(encode_store(name), [listeners[address].fileno()]):
-                self._parked.add(address)
+                self._parked[address] = _inode(listeners[address])
 
     def forget(self, names: Iterable[str]) -> None:
         """Have it close what it keeps under these names, and wait until it has: their addresses may be bound next."""
@@ -141,9 +142,10 @@ class Manager:
             self._log.warning("manager.silent", timeout_s=BARRIER_S)
 
     def follow(self, listeners: Mapping[str, socket.socket]) -> None:
-        """The service has these listeners now, after a restart that may have changed its addresses."""
-        for address in self._parked - listeners.keys():
-            self._parked.discard(address)
+        """The service has these listeners now: its addresses may have changed, or have other sockets than before."""
+        kept = {(address, _inode(sock)) for address, sock in listeners.items()}
+        for address, _ in self._parked.items() - kept:
+            del self._parked[address]
             self._say_now(encode_store_remove(str(store_name(location(address)))))
         self.park({address: sock for address, sock in listeners.items() if not self.keeps(address)})
 
@@ -283,3 +285,7 @@ def _number(environ: Mapping[str, str], variable: str, default: int) -> int:
     if text is None:
         return default
     return int(text) if text.isascii() and text.isdigit() and len(text) <= 20 else 0
+
+
+def _inode(sock: socket.socket) -> int:
+    return os.fstat(sock.fileno()).st_ino

@@ -376,6 +376,7 @@ async def describe(supervisor: Supervisor) -> Status:
         strategy_why=chosen.why,
         strategies={row.strategy.value: row.obstacle for row in table(known)},
         lost=supervisor.owned.lost,
+        gone=supervisor.owned.gone,
         watch=_describe_watch(supervisor),
     )
 

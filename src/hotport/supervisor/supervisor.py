@@ -110,6 +110,7 @@ class Supervisor:
 
     Attributes:
         is_departing: It ends without its workers: this process becomes another supervisor of them.
+        mend: Makes again what has disappeared of the runtime directory; called before a worker is started in it.
         has_departed: It takes no input any more; until then, it stays if somebody asks for the end of the service.
         is_succeeded: Another process has the listeners, and the paths in `directory`.
         heirs: Control sockets of that process's workers.
@@ -143,6 +144,7 @@ class Supervisor:
         self.read_options = read_options
         self.manager = manager
         self._found = found
+        self.mend: Callable[[], object] = lambda: None
         self.is_departing = False
         self.has_departed = False
         self.is_succeeded = False
@@ -212,6 +214,7 @@ class Supervisor:
 
     def listen_on(self, notify_socket: socket.socket) -> None:
         """Hear workers on this socket from now on, bound to the path that they know; owned from here on."""
+        self._read_notifications()
         before, self.notify_socket = self.notify_socket, notify_socket
         anyio.notify_closing(before)
         before.close()
@@ -359,6 +362,7 @@ class Supervisor:
         return False
 
     def _spawn(self, worker: int, generation: int) -> None:
+        self.mend()
         launch = self._launches[generation]
         restart = self.service.restart
         # Others than inherit give them later.
@@ -419,6 +423,15 @@ class Supervisor:
         else:
             self._tasks.start_soon(self._give, process, AcceptOrder())
 
+    async def give_all(self) -> None:
+        """Give every worker that accepts the listeners that it lacks, and wait until each has taken them or not."""
+        async with anyio.create_task_group() as tasks:
+            for number in self.service.ids(Phase.SERVING):
+                process = self.processes.get(number)
+                if process is not None and process.is_talking and self._missing(process):
+                    tasks.start_soon(self._give, process)
+        self._close_listeners()
+
     def _missing(self, process: Process) -> dict[str, socket.socket]:
         """The listeners of a worker's generation that it has not got."""
         sockets = self.owned.sockets(process.generation)
@@ -445,6 +458,7 @@ class Supervisor:
             self._log.warning("transfer.failed", worker=process.worker, error=str(error) or type(error).__name__)
             self.reports.lost(len(accepted))
         else:
+            process.held -= self.owned.superseded(missing)
             if then is not None:
                 process.order(then)
         finally:

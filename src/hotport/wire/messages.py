@@ -84,6 +84,10 @@ class InspectOrder(msgspec.Struct, frozen=True, kw_only=True, tag="inspect"):
     is_watched: bool = False
 
 
+class ListenOrder(msgspec.Struct, frozen=True, kw_only=True, tag="listen"):
+    """Listen on your control socket again, if its file is not there any more."""
+
+
 class ReloadTlsOrder(msgspec.Struct, frozen=True, kw_only=True, tag="reload_tls"):
     """Read the certificates again, for connections from now on."""
 
@@ -154,6 +158,7 @@ Order = (
     | SuccessorsOrder
     | OfferOrder
     | InspectOrder
+    | ListenOrder
     | ReloadTlsOrder
     | RememberOrder
     | ListenersOrder
@@ -474,6 +479,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
         strategy: How listeners reach the next generation, and why in this way.
         strategies: Every strategy, and why it cannot work here; empty if it can.
         lost: Addresses that somebody else has taken, and who; they are tried again.
+        gone: Addresses whose socket file was removed or replaced, and why it could not be made again.
     """
 
     service: str
@@ -495,6 +501,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     strategy_why: str = ""
     strategies: dict[str, str] = {}
     lost: dict[str, str] = {}
+    gone: dict[str, str] = {}
     watch: WatchStatus | None = None
 
 

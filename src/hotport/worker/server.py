@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, Final, NoReturn, Protocol
 
 from hotport.adapters.base import Adapter, Connections, Context
 from hotport.adapters.datagram import DatagramAdapter, Datagrams
@@ -22,6 +23,9 @@ from hotport.worker.probe import probe
 from hotport.worker.tls import Tls
 
 __all__ = ["ConnectionServer", "DatagramServer", "Server", "SocketsServer", "make_server"]
+
+#: How long a worker that is out of descriptors tries to take what waits at a listener that is replaced.
+REPLACE_TIMEOUT_S: Final = 1.0
 
 
 class Server(Protocol):
@@ -47,7 +51,11 @@ class Server(Protocol):
     async def adopt(self, listeners: Mapping[str, socket.socket], accepted: Sequence[socket.socket] = ()) -> None:
         """Have listeners more, by address, and connections that were accepted elsewhere; all are owned from here on.
 
-        What accepts already, accepts from them at once.
+        What accepts already, accepts from them at once. A listener takes the place of one with the same address: what
+        waits for that is accepted first.
+
+        Raises:
+            OSError: This application takes its listeners at its start, and only there.
         """
 
     async def release(self, addresses: Collection[str], timeout_s: float) -> None:
@@ -131,6 +139,7 @@ class ConnectionServer:
         await self._adapter.startup()
 
     async def adopt(self, listeners: Mapping[str, socket.socket], accepted: Sequence[socket.socket] = ()) -> None:
+        replaced = self._take_out(listeners)
         for name, listener in listeners.items():
             acceptors = self._acceptors_of(listener)
             self._acceptors += acceptors
@@ -143,6 +152,8 @@ class ConnectionServer:
                 self._acceptors[0].take(sock)
             else:
                 sock.close()
+        if replaced:
+            await self._let_go(replaced, REPLACE_TIMEOUT_S)
 
     async def empty(self, timeout_s: float) -> None:
         await _empty(self._acceptors, timeout_s)
@@ -151,20 +162,29 @@ class ConnectionServer:
             self._start_acceptors()
 
     async def release(self, addresses: Collection[str], timeout_s: float) -> None:
+        # At once: the same addresses may be given again while this waits.
+        leaving = self._take_out(addresses)
+        await self._let_go(leaving, timeout_s)
+        if not self._acceptors:
+            self._is_accepting = False
+            self.connections.count_fates(True)
+
+    def _take_out(self, addresses: Collection[str]) -> list[Acceptor]:
+        """The acceptors of these addresses, which are none of ours any more."""
         named = list(zip(self._acceptors, self._names, strict=True))
         leaving = [acceptor for acceptor, name in named if name in addresses]
-        # At once: the same addresses may be given again while this waits.
-        self._acceptors = [acceptor for acceptor, name in named if name not in addresses]
-        self._names = [name for _, name in named if name not in addresses]
+        self._acceptors = [acceptor for acceptor in self._acceptors if acceptor not in leaving]
+        self._names = [name for name in self._names if name not in addresses]
         for acceptor in leaving:
             acceptor.stop()
+        return leaving
+
+    async def _let_go(self, leaving: Sequence[Acceptor], timeout_s: float) -> None:
+        """Accept what waits for these acceptors, and close them."""
         await _empty(leaving, timeout_s)
         for acceptor in leaving:
             acceptor.close()
         self._released += leaving
-        if not self._acceptors:
-            self._is_accepting = False
-            self.connections.count_fates(True)
 
     @property
     def _all(self) -> list[Acceptor]:
@@ -430,9 +450,10 @@ async def _empty(acceptors: Sequence[Acceptor], timeout_s: float) -> None:
                 await acceptor.empty()
 
 
-def _refuse(listeners: Mapping[str, socket.socket], accepted: Sequence[socket.socket]) -> None:
+def _refuse(listeners: Mapping[str, socket.socket], accepted: Sequence[socket.socket]) -> NoReturn:
     for sock in (*listeners.values(), *accepted):
         sock.close()
+    raise OSError(errno.EOPNOTSUPP, "the application takes its sockets at its start, and only there")
 
 
 def make_server(

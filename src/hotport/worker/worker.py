@@ -16,7 +16,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, cast
 
@@ -29,7 +29,7 @@ from hotport.errors import ControlError, ExitCode, HotportError, StartError
 from hotport.kernel.notify import notify
 from hotport.kernel.process import open_descriptors, raise_descriptor_limit, rss_bytes
 from hotport.kernel.scm import send_descriptors
-from hotport.kernel.sockets import may_command, peer_credentials, socket_file, unlink_if_ours
+from hotport.kernel.sockets import bind_control, may_command, peer_credentials, socket_file, unlink_if_ours
 from hotport.observe.logs import get_logger, revive
 from hotport.options import Options
 from hotport.wire.frames import FrameDecoder, encode_frame
@@ -45,6 +45,7 @@ from hotport.wire.messages import (
     Lingering,
     ListenersOrder,
     Listening,
+    ListenOrder,
     Memory,
     OfferOrder,
     Order,
@@ -119,6 +120,8 @@ class Worker:
         self._options: Options = spec.options
         self._listeners = dict(listeners)
         self._control = control
+        self._control_file: tuple[int, int] | None = None
+        self._close_control: Callable[[], None] = control.close
         self._control_path = control_path
         self._notify_path = notify_path
         self._loop = asyncio.get_running_loop()
@@ -142,8 +145,7 @@ class Worker:
 
     async def run(self) -> int:
         """Start up, serve until told to leave, drain; return the process's exit code."""
-        file = socket_file(self._control_path)
-        control = await self._loop.create_unix_server(lambda: _Peer(self), sock=self._control)
+        await self._listen(self._control)
         self._loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
         self._loop.add_signal_handler(signal.SIGINT, self._on_sigterm)
         self._watch_for_orphanhood(self._options.ready_timeout_s)
@@ -153,8 +155,8 @@ class Worker:
             self._lag.close()
             for peer in list(self._peers):
                 peer.close()
-            control.close()
-            unlink_if_ours(self._control_path, file)
+            self._close_control()
+            unlink_if_ours(self._control_path, self._control_file)
 
     async def _serve(self) -> int:
         self._starting = self._loop.create_task(self._start())
@@ -170,6 +172,7 @@ class Worker:
             leaving.cancel()
             self._fail(error)
             return ExitCode.NOT_STARTED
+        await self._keep_listening()
         self._say_ready()
         self._log.info("worker.ready")
         self._watch_age()
@@ -320,6 +323,24 @@ class Worker:
             self._peers.discard(peer)
             self._watch_for_orphanhood()
 
+    async def _listen(self, control: socket.socket) -> None:
+        self._control_file = socket_file(self._control_path)
+        self._close_control = (await self._loop.create_unix_server(lambda: _Peer(self), sock=control)).close
+
+    async def _keep_listening(self) -> None:
+        """Make the control socket's file again if it has disappeared: others find this worker by it."""
+        if socket_file(self._control_path) == self._control_file:
+            return
+        try:
+            control = bind_control(self._control_path)
+        except HotportError as error:
+            self._log.warning("control.not_remade", error=str(error))
+            return
+        close = self._close_control
+        await self._listen(control)
+        close()
+        self._log.warning("control.remade", path=self._control_path)
+
     async def obey(self, order: Order, peer: _Peer) -> None:
         """Carry out one order and say what has become true."""
         match order:
@@ -335,6 +356,8 @@ class Worker:
                     self._leaving.set()
                 elif self._is_quiesced:
                     self._follow(successors)
+            case ListenOrder():
+                await self._keep_listening()
             case OfferOrder(version=version):
                 self._take(version, peer)
             case ReloadTlsOrder():

@@ -1,0 +1,103 @@
+"""The files by which a service is found: noticed when they disappear, and made again.
+
+The kernel tells when something is removed (`hotport.kernel.inotify`). Where it cannot, files are looked at when a
+worker is started, a restart begins, or somebody asks how the service is.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack, closing
+from typing import Final
+
+import anyio
+
+from hotport.errors import HotportError
+from hotport.kernel.inotify import Watch
+from hotport.model.guarantee import Strategy, obstacle
+from hotport.model.service import Step
+from hotport.observe.logs import get_logger
+from hotport.supervisor.house import House
+from hotport.supervisor.requests import facts
+from hotport.supervisor.supervisor import Supervisor
+
+__all__ = ["keep_files"]
+
+#: Between two looks: whoever removes files in a loop must not keep the supervisor busy.
+PAUSE_S: Final = 0.1
+
+log = get_logger("hotport.supervisor")
+
+
+async def keep_files(supervisor: Supervisor, house: House) -> None:
+    """Make the runtime directory, the sockets in it and the socket files of listeners again, until cancelled.
+
+    Cancellation: safe. Descriptors: one for inotify, closed at the end.
+    """
+    told: dict[str, str] = {}
+    with ExitStack() as stack:
+        try:
+            watch = stack.enter_context(closing(Watch()))
+        except HotportError as error:
+            log.warning("files.not_watched", error=str(error))
+            return
+        while True:
+            _watch_all(watch, supervisor)
+            has_made = house.mend(supervisor)
+            is_busy = supervisor.owned.gone and _is_busy(supervisor)
+            if not is_busy:
+                has_made = await _mend_listeners(supervisor) or has_made
+                told = _tell(told, supervisor.owned.gone)
+            if is_busy:
+                await supervisor.wait_stepped()
+            elif not has_made:  # else what was made may be gone again, and is not watched yet
+                await anyio.wait_readable(watch.fileno())
+                watch.drain()
+                await anyio.sleep(PAUSE_S)
+
+
+def _watch_all(watch: Watch, supervisor: Supervisor) -> None:
+    watch.add_directory(os.path.dirname(supervisor.directory))
+    watch.add_directory(supervisor.directory)
+    for path in supervisor.owned.paths:
+        watch.add_file(path)
+    supervisor.owned.note_access()
+
+
+def _is_busy(supervisor: Supervisor) -> bool:
+    """A generation starts, and its workers are given listeners."""
+    service = supervisor.service
+    return service.generation == 0 or (service.restart is not None and service.restart.step is not Step.WATCHING)
+
+
+async def _mend_listeners(supervisor: Supervisor) -> bool:
+    """Bind again the addresses whose socket files are gone, and let workers accept there; whether any was made.
+
+    A program that takes its listeners at its start, and only there, gets them with the next restart: until then nothing
+    would accept from a new one.
+    """
+    owned, service = supervisor.owned, supervisor.service
+    if not owned.gone or service.is_stopping or supervisor.is_succeeded or supervisor.is_departing:
+        return False
+    restart = f"hotport restart {supervisor.name} binds it again"
+    if why := obstacle(Strategy.TRANSFER, facts(supervisor, supervisor.options)):
+        owned.blame(f"{why}; {restart}")
+        return False
+    has_made = False
+    for made in owned.remake(supervisor.options):
+        await supervisor.give_all()
+        if any(made.sock in process.held for process in supervisor.processes.values()):
+            log.warning("listener.remade", address=made.address)
+            has_made = True
+        else:
+            owned.unmake(made, f"no worker takes it while it serves; {restart}")
+    supervisor.manager.follow(supervisor.listeners)
+    return has_made
+
+
+def _tell(told: dict[str, str], gone: dict[str, str]) -> dict[str, str]:
+    """Log what is gone, unless that was said before."""
+    for address, why in gone.items():
+        if told.get(address) != why:
+            log.error("listener.gone", address=address, why=why)
+    return gone

@@ -1,0 +1,74 @@
+"""A running service whose files are removed, as cleaners of /tmp do."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from pathlib import Path
+
+from tests.support import DEADLINE_S, HOTPORT, LINE_APP, Service, ask_line, eventually, write_code
+
+
+def ask_unix(path: Path) -> str:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(DEADLINE_S)
+        sock.connect(str(path))
+        sock.sendall(b"who\n")
+        return sock.makefile().readline()
+
+
+def test_service_lives_on_when_everything_that_it_has_made_is_removed(tmp_path: Path) -> None:
+    """It served, and could never again be restarted, stopped by a command, or replace a worker."""
+    write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
+    path = tmp_path / "app.sock"
+    args = ("app:app", "--kind", "stream", "--bind", f"unix:{path}", "--bind", "127.0.0.1:0")
+    with Service(tmp_path, *args) as service:
+        service.wait_ready()
+        with socket.socket(socket.AF_UNIX) as connected:
+            connected.connect(str(path))
+            shutil.rmtree(service.runtime, ignore_errors=True)
+            path.unlink()
+            files = {"control.sock", "notify.sock", "worker-1.1.sock"}
+            eventually(lambda: files <= {each.name for each in service.runtime.glob("*")}, "its files are there again")
+            eventually(path.exists, "the listener is there again")
+            assert ask_unix(path).startswith("one 1 ")
+            connected.sendall(b"who\n")
+            assert connected.recv(100).startswith(b"one 1 ")
+        assert not service.status()["gone"]
+        second = service.run("serve", "app:app", "--bind", "127.0.0.1:0", "--name", service.name)
+        assert "HP630" in second.stderr
+        write_code(tmp_path / "app.py", LINE_APP.format(version="two"))
+        assert service.restart()["outcome"] == "done"
+        assert ask_unix(path).startswith("two 2 ")
+        tcp = next(address for address in service.addresses if address.startswith("tcp:"))
+        assert ask_line(int(tcp.rpartition(":")[2])).version == "two"
+        assert service.run("stop", service.name).returncode == 0
+        assert service.wait() == 0
+        assert not list(service.runtime.iterdir())
+
+
+def test_program_whose_socket_file_is_removed_has_it_again_after_a_restart(tmp_path: Path) -> None:
+    """The restart was done, nobody could connect, and doctor found nothing."""
+    (tmp_path / "server.py").write_text(
+        "import os, socket\n"
+        "listener = socket.socket(fileno=3)\n"
+        "while True:\n"
+        "    sock, _ = listener.accept()\n"
+        "    sock.recv(100)\n"
+        "    sock.sendall(f'one {os.environ[\"HOTPORT_GENERATION\"]} 1\\n'.encode())\n"
+        "    sock.close()\n"
+    )
+    path = tmp_path / "app.sock"
+    args = ("--ready", "exec", "--settle", "0.1s", "--bind", f"unix:{path}", "--", HOTPORT[0], "server.py")
+    with Service(tmp_path, *args) as service:
+        service.wait_ready()
+        path.unlink()
+        address = f"unix:{path}"
+        eventually(lambda: bool(service.log_events("listener.gone")), "it is said")
+        assert "takes listeners at its start" in service.status()["gone"][address]
+        doctor = service.run("doctor", service.name)
+        assert f"the socket file of {address} was removed or replaced" in doctor.stdout
+        assert f"GONE {address}: " in service.run("status", service.name).stdout
+        service.restart()
+        assert ask_unix(path) == "one 2 1\n"
+        assert not service.status()["gone"]
