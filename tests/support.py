@@ -40,6 +40,10 @@ STRIDE = 1 if RESTARTS >= 10 else 5
 HOTPORT = (sys.executable, "-m", "hotport")
 
 
+#: Of another user's process, by the kernel's word: pid, uid and gid.
+STRANGER = (4242, 65534, 65534)
+
+
 class Service(ServeProcess):
     """``hotport serve`` as the tests of hotport itself need it: with JSON in its log, and with its commands.
 

@@ -10,11 +10,14 @@ from pathlib import Path
 import anyio
 import pytest
 
+from hotport.errors import ControlError
 from hotport.kernel.sockets import bind_control
 from hotport.model.lifecycle import Phase
 from hotport.supervisor.recovery import Found, survey
+from hotport.supervisor.takeover import ask_predecessor
 from hotport.wire.frames import encode_frame
 from hotport.wire.messages import Hello, Listening, encode
+from tests.support import STRANGER
 
 pytestmark = pytest.mark.anyio
 
@@ -44,6 +47,22 @@ async def test_worker_that_ends_while_it_is_asked_is_taken_to_leave(tmp_path: Pa
     found = await ask(tmp_path, answers=False)  # it took the next supervisor along, with ECONNRESET
     assert [(each.pid, each.phase) for each in found.survivors] == [(os.getpid(), Phase.DRAINING)]
     assert found.going == 2
+
+
+async def test_another_users_socket_is_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next supervisor would have taken its listeners, and sent its signals to the stranger's process."""
+    monkeypatch.setattr("hotport.kernel.sockets.peer_credentials", lambda sock: STRANGER)
+    with bind_control(str(tmp_path / "worker-1.1.sock")):
+        assert (await survey(str(tmp_path))).survivors == ()
+    (tmp_path / "worker-1.1.sock").unlink()
+
+
+def test_nothing_is_taken_over_from_another_users_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hotport.kernel.sockets.peer_credentials", lambda sock: STRANGER)
+    with bind_control(str(tmp_path / "control.sock")), pytest.raises(ControlError, match="HP656") as refused:
+        ask_predecessor(str(tmp_path), "svc")
+    assert "another user listens (pid 4242 of uid 65534)" in refused.value.cause
+    (tmp_path / "control.sock").unlink()
 
 
 @pytest.mark.parametrize("is_program", [False, True])

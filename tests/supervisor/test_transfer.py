@@ -16,6 +16,7 @@ from hotport.supervisor import process as under_test
 from hotport.supervisor.process import Process
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import Hello, Order, TransferOrder, Transferred, Welcome, decode, encode
+from tests.support import STRANGER
 
 pytestmark = pytest.mark.anyio
 
@@ -109,6 +110,18 @@ async def test_worker_that_leaves_instead_has_taken_nothing(
     with pytest.raises(ConnectionError, match="has not taken"):
         await give(tmp_path, leave, listeners)
     assert all(sock.fileno() >= 0 for sock in listeners.values())
+
+
+async def test_another_users_socket_is_given_nothing(
+    tmp_path: Path, listeners: dict[str, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def leave(stream: UNIXSocketStream) -> None:
+        with pytest.raises(anyio.EndOfStream):
+            await stream.receive()
+
+    monkeypatch.setattr("hotport.kernel.sockets.peer_credentials", lambda sock: STRANGER)
+    with pytest.raises(PermissionError, match="pid 4242 of uid 65534"):
+        await give(tmp_path, leave, listeners)
 
 
 async def test_worker_that_says_something_else_has_taken_nothing(

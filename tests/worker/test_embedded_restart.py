@@ -21,9 +21,11 @@ from hotport.embedded.predecessor import Predecessor
 from hotport.embedded.program import Start
 from hotport.embedded.server import _restarting_on_hup
 from hotport.errors import ConfigError, RestartError
+from hotport.kernel.abstract import abstract_name, bind_abstract
 from hotport.kernel.notify import notify
+from hotport.kernel.spawn import Child
 from hotport.wire.sdnotify import encode_notification
-from tests.support import DEADLINE_S, assert_three_lines
+from tests.support import DEADLINE_S, STRANGER, assert_three_lines
 
 pytestmark = pytest.mark.anyio
 
@@ -34,6 +36,19 @@ FOREVER = ["sleep", "1000"]
 async def echo(stream: hotport.Stream) -> None:
     async for chunk in stream:
         await stream.send(chunk)
+
+
+async def test_successor_that_is_another_users_is_given_no_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name in the abstract namespace is free again when it has died, for anybody to take."""
+    name = abstract_name()
+    child = Child(os.getpid(), os.pidfd_open(os.getpid()))
+    made = successor.Successor(child, bind_abstract(abstract_name(), socket.SOCK_DGRAM), name, 2)
+    monkeypatch.setattr("hotport.kernel.sockets.peer_credentials", lambda sock: STRANGER)
+    with bind_abstract(name, socket.SOCK_STREAM), pytest.raises(RestartError, match="HP445") as refused:
+        made._is_ready = True
+        await made.ready(DEADLINE_S)
+    assert "another user listens" in refused.value.cause
+    made.close()
 
 
 class Datagrams(asyncio.DatagramProtocol):

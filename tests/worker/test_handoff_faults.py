@@ -21,6 +21,7 @@ from hotport.wire.messages import OfferOrder, Welcome, encode
 from hotport.worker import handoff
 from hotport.worker.handoff import Channel
 from tests.adapters.asgi_support import Client, until
+from tests.support import STRANGER
 from tests.worker.handoff_support import DEADLINE_S, Generation, Successor, service
 from tests.worker.test_handoff_http import App, get, only
 
@@ -240,6 +241,19 @@ async def test_connection_that_the_successor_refuses_stays_and_the_others_move(
         assert (answer.body, answer.says_close) == (b"1 /half ", True)
         clients[1].close()
         assert await task == {"moved_http": 2, "told_to_close": 1}
+
+
+async def test_connections_are_not_handed_to_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = App()
+    async with service(tmp_path) as port:
+        old = await port.start(app)
+        await old.server.accept()
+        with contextlib.closing(Client(await port.connect())):
+            await until(lambda: len(old.connections.open) == 1)
+            new = await port.start(app)
+            monkeypatch.setattr("hotport.kernel.sockets.peer_credentials", lambda sock: STRANGER)
+            assert await old.leave(new) == {"idle_closed": 1}
+        assert not new.connections.open
 
 
 async def test_connection_whose_envelope_cannot_travel_stays_and_the_others_move(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from hotport.errors import ConfigError, ControlError, nearest
-from hotport.kernel.sockets import peer_credentials
+from hotport.kernel.procfs import user_name
+from hotport.kernel.sockets import may_command, peer_credentials
 from hotport.options import runtime_root
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import Failure, Reply, decode, encode
@@ -78,8 +79,12 @@ def find_service(name: str | None) -> Path:
                 fix=_again(near, instead_of=name) if near else f"ls {root}, or set HOTPORT_RUNTIME_DIR",
             )
         return root / name
-    alive = [service for service in running if _is_alive(root / service)]
+    answers = {service: _answer_of(root / service) for service in running}
+    alive = [service for service, error in answers.items() if error is None]
     if not alive:
+        for error in answers.values():
+            if error is not None and error.code == "HP608":
+                raise error
         raise ControlError(
             "HP605",
             "no service runs here",
@@ -112,12 +117,13 @@ def is_elsewhere(service: Path) -> bool:
         return peer_credentials(sock)[0] == 0
 
 
-def _is_alive(service: Path) -> bool:
+def _answer_of(service: Path) -> ControlError | None:
+    """Why a service cannot be talked to; None if it can."""
     try:
         _connect(service).close()
-    except ControlError:
-        return False
-    return True
+    except ControlError as error:
+        return error
+    return None
 
 
 def _connect(service: Path) -> socket.socket:
@@ -137,4 +143,18 @@ def _connect(service: Path) -> socket.socket:
             cause=cause,
             fix="run the command as the service's user, or hotport serve again, which adopts the workers that are left",
         ) from None
+    pid, uid, _ = peer_credentials(sock)
+    if not _may_answer(uid, service):
+        sock.close()
+        raise ControlError(
+            "HP608",
+            f"refused to talk to {service.name}",
+            cause=f"{path} is another user's: pid {pid} of {user_name(uid)} (uid {uid}) answers there",
+            fix=f"ls -ld {shlex.join(map(str, (service.parent, service, path)))}",
+        )
     return sock
+
+
+def _may_answer(uid: int, service: Path) -> bool:
+    """Whether a process of this user may be a service of ours; root also commands those of a directory's owner."""
+    return may_command(uid) or (os.geteuid() == 0 and uid == service.stat().st_uid)

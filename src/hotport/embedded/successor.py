@@ -16,6 +16,7 @@ from hotport.errors import ControlError, HotportError, RestartError, in_one_line
 from hotport.kernel.abstract import abstract_name, bind_abstract, sockaddr
 from hotport.kernel.notify import receive_notification
 from hotport.kernel.process import describe_exit, reap, send_signal
+from hotport.kernel.sockets import check_peer
 from hotport.kernel.spawn import Child, spawn
 from hotport.wire.frames import encode_frame
 from hotport.wire.messages import encode
@@ -239,9 +240,22 @@ class Successor:
         sock.setblocking(False)
         try:
             await self._loop.sock_connect(sock, sockaddr(self.control))
+            check_peer(sock)
         except ConnectionRefusedError:
             sock.close()
             return None
+        except PermissionError as error:
+            sock.close()
+            raise self._failed(
+                RestartError(
+                    "HP445",
+                    f"the successor did not come to serve; pid {os.getpid()} serves on",
+                    cause=f"where it should take orders, {error.strerror}",
+                    fix="ss -lxp",
+                    phase="start up",
+                    serving=self._serving,
+                )
+            ) from error
         except BaseException:
             sock.close()
             raise

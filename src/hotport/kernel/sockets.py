@@ -28,6 +28,7 @@ __all__ = [
     "bind_listener",
     "bind_notify",
     "bound_address",
+    "check_peer",
     "file_path",
     "inherited_listener",
     "location",
@@ -225,6 +226,17 @@ def socket_file(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def check_peer(sock: socket.socket) -> None:
+    """Make sure that a process of this user, or of root, listened at the address that `sock` is connected to.
+
+    Raises:
+        PermissionError: Another user did, and may have put the socket there for us to find.
+    """
+    pid, uid, _ = peer_credentials(sock)
+    if not may_command(uid):
+        raise PermissionError(errno.EPERM, f"another user listens (pid {pid} of uid {uid})")
 
 
 def access_of(path: str) -> tuple[int, int, int] | None:

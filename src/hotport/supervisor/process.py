@@ -12,11 +12,12 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 import anyio
-from anyio.abc import ByteStream
+from anyio.abc import ByteStream, SocketAttribute, UNIXSocketStream
 
 from hotport.errors import ControlError
 from hotport.kernel.process import describe_exit, kill_group, reap, send_signal
 from hotport.kernel.scm import DESCRIPTORS_MAX
+from hotport.kernel.sockets import check_peer
 from hotport.kernel.spawn import Child
 from hotport.observe.logs import get_logger
 from hotport.wire.frames import FRAME_BYTES_MAX, FrameDecoder, encode_frame
@@ -113,7 +114,7 @@ class Process:
         """
         self.is_talking = True
         try:
-            async with await anyio.connect_unix(self.control_path) as stream, anyio.create_task_group() as tasks:
+            async with await _connect(self.control_path) as stream, anyio.create_task_group() as tasks:
                 tasks.start_soon(self._send_orders, stream)
                 await self._receive_words(stream, hear)
                 tasks.cancel_scope.cancel()
@@ -158,7 +159,7 @@ class Process:
         order = TransferOrder(addresses=tuple(listeners), connections=len(accepted))
         with anyio.fail_after(TRANSFER_TIMEOUT_S):
             try:
-                async with await anyio.connect_unix(self.control_path) as stream:
+                async with await _connect(self.control_path) as stream:
                     decoder = FrameDecoder()
                     await stream.send(encode_frame(encode(order)))
                     await _expect(stream, decoder, Welcome)
@@ -212,6 +213,17 @@ class Process:
         with suppress(OSError):  # a worker that was killed leaves its socket behind
             os.unlink(self.control_path)
         return describe_exit(status)
+
+
+async def _connect(path: str) -> UNIXSocketStream:
+    """Raises OSError: Nobody listens there, or another user does."""
+    stream = await anyio.connect_unix(path)
+    try:
+        check_peer(stream.extra(SocketAttribute.raw_socket))
+    except OSError:
+        await stream.aclose()
+        raise
+    return stream
 
 
 async def receive_message(stream: ByteStream, kind: Any, *, frame_bytes_max: int = FRAME_BYTES_MAX) -> Any:

@@ -21,9 +21,10 @@ from hotport.errors import ControlError, HotportError
 from hotport.kernel import procfs
 from hotport.kernel.process import duplicate_descriptor
 from hotport.kernel.scm import receive_descriptors
-from hotport.kernel.sockets import inherited_listener, peer_credentials
+from hotport.kernel.sockets import check_peer, inherited_listener, peer_credentials
 from hotport.model import service as model
 from hotport.model.lifecycle import Phase
+from hotport.observe.logs import get_logger
 from hotport.supervisor.launch import PRIVATE_VARIABLES, Launch
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.listenfds import parse_listen_environment
@@ -257,7 +258,11 @@ async def _ask(survivor: Survivor) -> None:
         sock.setblocking(False)
         try:
             sock.connect(survivor.control_path)
+            check_peer(sock)
         except FileNotFoundError:  # started, but it does not listen yet
+            return
+        except PermissionError as error:
+            get_logger("hotport.supervisor").warning("worker.refused", path=survivor.control_path, error=str(error))
             return
         except OSError:  # ECONNREFUSED: killed, like its supervisor; EAGAIN: it is stuck, and has been for long
             if not survivor.pid:

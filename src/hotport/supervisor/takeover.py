@@ -23,7 +23,7 @@ from anyio.abc import SocketAttribute, SocketStream
 from hotport import __version__
 from hotport.errors import ControlError, RestartError
 from hotport.kernel.scm import DescriptorsLostError, receive_descriptors, send_descriptors
-from hotport.kernel.sockets import inherited_listener
+from hotport.kernel.sockets import check_peer, inherited_listener
 from hotport.model.lifecycle import Phase
 from hotport.model.service import RequestStop
 from hotport.observe.logs import get_logger
@@ -180,6 +180,7 @@ def ask_predecessor(directory: str, name: str) -> Predecessor:
         stack.callback(lambda: list(map(os.close, descriptors)))
         try:
             connection.connect(os.path.join(directory, "control.sock"))
+            check_peer(connection)
             connection.sendall(encode_frame(encode(TakeOverRequest(version=__version__))))
             while not replies:
                 data, received = receive_descriptors(connection, 65536)
@@ -255,6 +256,7 @@ async def _drain_orphans(supervisor: Supervisor, is_other: Callable[[int], bool]
             sock.setblocking(False)
             try:
                 sock.connect(path)
+                check_peer(sock)
                 sock.send(order)
                 log.info("take_over.draining", worker=os.path.basename(path))
                 await anyio.wait_readable(sock)

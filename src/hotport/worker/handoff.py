@@ -30,6 +30,7 @@ from hotport.adapters.base import Adapter, Connection, Connections, NotAdopted, 
 from hotport.errors import ControlError
 from hotport.kernel.abstract import sockaddr
 from hotport.kernel.scm import DESCRIPTORS_MAX, receive_descriptors, send_descriptors
+from hotport.kernel.sockets import check_peer
 from hotport.observe.logs import get_shared_logger
 from hotport.wire.envelope import (
     ENVELOPE_VERSION,
@@ -257,6 +258,7 @@ class Mover:
         try:
             async with asyncio.timeout(WELCOME_TIMEOUT_S):
                 await self._loop.sock_connect(sock, sockaddr(path))
+                check_peer(sock)
                 await channel.send(encode_message_frame(encode(OfferOrder(version=ENVELOPE_VERSION))))
                 while not isinstance(word := await channel.receive_word(), Welcome):
                     pass
