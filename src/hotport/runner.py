@@ -176,13 +176,17 @@ async def _answer_probes(supervisor: Supervisor, place: Place) -> None:
         return
     if place.baggage is not None or place.found.survivors:
         await supervisor.wait_stepped()  # before that we know of no worker
-    if place.predecessor is not None and place.predecessor.status_port is supervisor.status_port:
+    before = place.predecessor.status_port if place.predecessor is not None else None
+    if before is not None and before.listener is supervisor.status_port.listener:
         while len(supervisor.service.ids(Phase.SERVING)) < supervisor.service.wanted:
             await supervisor.wait_stepped()  # until then the other one answers
-    is_over = anyio.Event()
+    port, is_over = None, anyio.Event()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(serve_status_port, supervisor, supervisor.status_port.listener.dup(), is_over)
         while not (supervisor.is_succeeded and supervisor.service.is_stopping):
+            if supervisor.status_port is not port:
+                is_over.set()
+                port, is_over = supervisor.status_port, anyio.Event()
+                tasks.start_soon(serve_status_port, supervisor, port.listener.dup(), is_over)
             await supervisor.wait_stepped()
         is_over.set()
 

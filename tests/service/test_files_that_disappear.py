@@ -9,11 +9,11 @@ from pathlib import Path
 from tests.support import DEADLINE_S, HOTPORT, LINE_APP, Service, ask_line, eventually, write_code
 
 
-def ask_unix(path: Path) -> str:
+def ask_unix(path: Path, question: str = "who") -> str:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(DEADLINE_S)
         sock.connect(str(path))
-        sock.sendall(b"who\n")
+        sock.sendall(f"{question}\n".encode())
         return sock.makefile().readline()
 
 
@@ -21,16 +21,28 @@ def test_service_lives_on_when_everything_that_it_has_made_is_removed(tmp_path: 
     """It served, and could never again be restarted, stopped by a command, or replace a worker."""
     write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
     path = tmp_path / "app.sock"
-    args = ("app:app", "--kind", "stream", "--bind", f"unix:{path}", "--bind", "127.0.0.1:0")
+    args = (
+        "app:app",
+        "--kind",
+        "stream",
+        "--bind",
+        f"unix:{path}",
+        "--bind",
+        "127.0.0.1:0",
+        "--status-bind",
+        "unix:up",
+    )
     with Service(tmp_path, *args) as service:
         service.wait_ready()
         with socket.socket(socket.AF_UNIX) as connected:
             connected.connect(str(path))
             shutil.rmtree(service.runtime, ignore_errors=True)
             path.unlink()
+            (tmp_path / "up").unlink()
             files = {"control.sock", "notify.sock", "worker-1.1.sock"}
             eventually(lambda: files <= {each.name for each in service.runtime.glob("*")}, "its files are there again")
-            eventually(path.exists, "the listener is there again")
+            eventually(lambda: path.exists() and (tmp_path / "up").exists(), "listeners are there again")
+            assert ask_unix(tmp_path / "up", "agent") == "up ready\n"
             assert ask_unix(path).startswith("one 1 ")
             connected.sendall(b"who\n")
             assert connected.recv(100).startswith(b"one 1 ")

@@ -31,7 +31,7 @@ from hotport.supervisor.launch import Surroundings
 from hotport.supervisor.manager import Manager
 from hotport.supervisor.process import Process
 from hotport.supervisor.recovery import Found
-from hotport.supervisor.supervisor import Supervisor
+from hotport.supervisor.supervisor import StatusPort, Supervisor
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import ListenOrder, Reply, Status, StatusRequest, decode, encode
 from hotport.wire.sdnotify import encode_notification
@@ -354,3 +354,39 @@ async def test_what_is_gone_while_a_generation_starts_is_bound_when_it_serves(
         place.set_service(generation=1)
         place.supervisor._stepped.set()
         await until(place.socket.exists)
+
+
+# -- the status port ----------------------------------------------------------------------------------------
+
+
+async def test_status_port_is_bound_again(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Health checks failed until the supervisor was started again."""
+    path = tmp_path / "status.sock"
+    address = f"unix:{path}"
+    first = bind_listener(parse_address(address), backlog=8)
+    place.supervisor.status_port = StatusPort(address, address, first, socket_file(str(path)))
+    stepped: list[StatusPort | None] = []
+
+    async def wait() -> None:
+        await place.supervisor.wait_stepped()
+        stepped.append(place.supervisor.status_port)
+
+    async with anyio.create_task_group() as tasks, kept(place):
+        tasks.start_soon(wait)
+        await anyio.wait_all_tasks_blocked()
+        os.unlink(path)
+        await until(lambda: bool(stepped))
+    (port,) = stepped
+    assert port is not None
+    assert first.fileno() == -1
+    with port.listener, socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        os.unlink(path)
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(str(path))
+            other.listen()
+            async with kept(place):
+                pass
+    assert "is listening on it" in logged(capsys)
+    place.supervisor.status_port = None
+    os.unlink(path)

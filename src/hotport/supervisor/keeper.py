@@ -12,14 +12,17 @@ from typing import Final
 
 import anyio
 
+from hotport.address import parse_address
 from hotport.errors import HotportError
 from hotport.kernel.inotify import Watch
+from hotport.kernel.sockets import bind_listener, file_path, socket_file
 from hotport.model.guarantee import Strategy, obstacle
 from hotport.model.service import Step
 from hotport.observe.logs import get_logger
 from hotport.supervisor.house import House
+from hotport.supervisor.place import STATUS_BACKLOG
 from hotport.supervisor.requests import facts
-from hotport.supervisor.supervisor import Supervisor
+from hotport.supervisor.supervisor import StatusPort, Supervisor
 
 __all__ = ["keep_files"]
 
@@ -44,13 +47,13 @@ async def keep_files(supervisor: Supervisor, house: House) -> None:
         while True:
             _watch_all(watch, supervisor)
             has_made = house.mend(supervisor)
-            is_busy = supervisor.owned.gone and _is_busy(supervisor)
-            if not is_busy:
-                has_made = await _mend_listeners(supervisor) or has_made
-                told = _tell(told, supervisor.owned.gone)
-            if is_busy:
+            why_no_status = _mend_status_port(supervisor)
+            if supervisor.owned.gone and _is_busy(supervisor):
                 await supervisor.wait_stepped()
-            elif not has_made:  # else what was made may be gone again, and is not watched yet
+                continue
+            has_made = await _mend_listeners(supervisor) or has_made
+            told = _tell(told, {**supervisor.owned.gone, **why_no_status})
+            if not has_made:  # else what was made may be gone again, and is not watched yet
                 await anyio.wait_readable(watch.fileno())
                 watch.drain()
                 await anyio.sleep(PAUSE_S)
@@ -59,9 +62,30 @@ async def keep_files(supervisor: Supervisor, house: House) -> None:
 def _watch_all(watch: Watch, supervisor: Supervisor) -> None:
     watch.add_directory(os.path.dirname(supervisor.directory))
     watch.add_directory(supervisor.directory)
-    for path in supervisor.owned.paths:
+    for path in (*supervisor.owned.paths, _path_of(supervisor.status_port)):
         watch.add_file(path)
     supervisor.owned.note_access()
+
+
+def _path_of(port: StatusPort | None) -> str:
+    return file_path(parse_address(port.address)) if port is not None else ""
+
+
+def _mend_status_port(supervisor: Supervisor) -> dict[str, str]:
+    """Bind the socket file of the status port again if it is gone; its address, and why that cannot be."""
+    port = supervisor.status_port
+    path = _path_of(port)
+    if port is None or not path or supervisor.is_succeeded or supervisor.is_departing:
+        return {}
+    if port.file is not None and socket_file(path) == port.file:
+        return {}
+    try:
+        listener = bind_listener(parse_address(port.address), backlog=STATUS_BACKLOG)
+    except HotportError as error:
+        return {port.address: error.cause}
+    supervisor.replace_status_port(port._replace(listener=listener, file=socket_file(path)))
+    log.warning("listener.remade", address=port.address)
+    return {}
 
 
 def _is_busy(supervisor: Supervisor) -> bool:

@@ -117,17 +117,17 @@ def open_status_port(supervisor: Supervisor, place: Place, stack: ExitStack) -> 
     if port is None:
         listener = bind_listener(parse_address(bind), backlog=STATUS_BACKLOG)
         port = StatusPort(bind, str(bound_address(parse_address(bind), listener)), listener)
-    stack.callback(port.listener.close)
-    supervisor.status_port = port
-    path = file_path(parse_address(port.address))
-    file = socket_file(path)
     is_shared = place.predecessor is not None and port is place.predecessor.status_port
+    path = file_path(parse_address(port.address))
+    supervisor.status_port = port._replace(file=socket_file(path))
 
-    def unlink() -> None:
+    def close() -> None:
+        assert supervisor.status_port is not None
+        supervisor.status_port.listener.close()
         if not (supervisor.is_succeeded or (is_shared and supervisor.owned.shared)):
-            unlink_if_ours(path, file)
+            unlink_if_ours(path, supervisor.status_port.file)
 
-    stack.callback(unlink)
+    stack.callback(close)
 
 
 def _directory(name: str) -> str:

@@ -90,11 +90,12 @@ class Asked:
 
 
 class StatusPort(NamedTuple):
-    """Where health checks are answered: as the options name it, as it is, and its listener."""
+    """Where health checks are answered: as the options name it, as it is, its listener, and its socket file."""
 
     bind: str
     address: str
     listener: socket.socket
+    file: tuple[int, int] | None = None
 
 
 class Supervisor:
@@ -114,7 +115,7 @@ class Supervisor:
         has_departed: It takes no input any more; until then, it stays if somebody asks for the end of the service.
         is_succeeded: Another process has the listeners, and the paths in `directory`.
         heirs: Control sockets of that process's workers.
-        status_port: Owned by whoever has set it.
+        status_port: Owned by whoever has set it first.
     """
 
     def __init__(
@@ -797,8 +798,16 @@ class Supervisor:
         finally:
             self._subscribers.remove(subscriber)
 
+    def replace_status_port(self, port: StatusPort) -> None:
+        """Have another listener of the same address; wakes those who wait for a step, and closes the one before."""
+        before, self.status_port = self.status_port, port
+        if before is not None:
+            before.listener.close()
+        self._stepped.set()
+        self._stepped = anyio.Event()
+
     async def wait_stepped(self) -> None:
-        """Return after the next step of the model."""
+        """Return after the next step of the model, or when the status port was replaced."""
         await self._stepped.wait()
 
     async def ask(self, asked: Asked, make: Callable[[int], model.Input]) -> None:
