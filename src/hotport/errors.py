@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+import re
 from collections.abc import Iterable
 from typing import ClassVar, Final
 
@@ -30,7 +31,12 @@ __all__ = [
     "StartError",
     "in_one_line",
     "nearest",
+    "visible",
 ]
+
+#: What a terminal obeys, or shows as something else than it is: control characters but for line breaks and tabs, breaks
+#: that few know of, reversals of the direction of writing, and bytes that are no text (`os.fsdecode`).
+_OBEYED: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class ExitCode:
@@ -122,6 +128,14 @@ def in_one_line(error: str) -> str:
     """What happened: the first line of our own errors, the last one of a traceback."""
     lines = error.strip().splitlines() or [""]
     return lines[0 if lines[0].startswith("HP") else -1].strip()
+
+
+def visible(text: str) -> str:
+    """Text of somebody else's, so that it can be shown on a terminal: what that would obey becomes ``\\u001b``.
+
+    JSON stays the same JSON.
+    """
+    return _OBEYED.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import anyio
 
-from hotport.errors import ConfigError, ExitCode, HotportError
+from hotport.errors import ConfigError, ExitCode, HotportError, visible
 from hotport.kernel.process import ends_with_terminal, has_terminal, reap_orphans
 from hotport.model.lifecycle import Phase
 from hotport.model.service import RequestStop
@@ -73,7 +73,7 @@ def run(
             flags["bind"] = (bind,) if isinstance(bind, str) else tuple(bind)
         code = supervise(read)
     except HotportError as error:
-        print(error, file=sys.stderr)
+        print(visible(str(error)), file=sys.stderr)
         raise SystemExit(error.exit_code) from error
     if code != ExitCode.DONE:
         raise SystemExit(code)
@@ -166,7 +166,7 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
     if isinstance(supervisor.failure, HotportError):
         raise supervisor.failure
     if supervisor.failure:
-        print(supervisor.failure, file=sys.stderr)
+        print(visible(supervisor.failure), file=sys.stderr)
     return supervisor.exit_code
 
 

@@ -433,6 +433,19 @@ async def test_application_that_raises_is_a_500_and_a_log_line(caplog: pytest.Lo
     assert "ValueError: broken" in caplog.text
 
 
+async def test_log_names_a_path_as_it_was_sent(caplog: pytest.LogCaptureFixture) -> None:
+    """A quoted line break in it forged a line of the log."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise ValueError("broken")
+
+    async with serving(app) as rig:
+        client, _ = await rig.connect()
+        await client.send(get("/%1b[2J%0aforged"))
+        assert (await client.answer()).status == 500
+    assert "the application raised: GET /%1b[2J%0aforged" in caplog.text
+
+
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 @pytest.mark.parametrize("how", ["raises", "returns", "cancels"])
 async def test_answer_that_fails_midway_does_not_look_whole(version: str, how: str) -> None:

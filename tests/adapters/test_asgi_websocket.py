@@ -270,10 +270,15 @@ async def test_application_sets_headers_and_chooses_a_subprotocol() -> None:
     [
         {"headers": [(b"x", b"a\r\nset-cookie: evil")]},
         {"headers": [(b"x\n", b"a")]},
+        {"headers": [(b"", b"a")]},
+        {"headers": [(b"x y", b"a")]},
+        {"headers": [(b"x:", b"a")]},
+        {"headers": [(b"x", b"a\0")]},
+        {"headers": [("x", "a")]},
         {"headers": [(b"sec-websocket-protocol", b"a")]},
         {"subprotocol": "b"},
     ],
-    ids=["injection", "name", "subprotocol-header", "not-offered"],
+    ids=["injection", "name", "empty", "space", "colon", "nul", "text", "subprotocol-header", "not-offered"],
 )
 async def test_wrong_accept_is_the_applications_error_and_a_500(
     message: Message, caplog: pytest.LogCaptureFixture
@@ -281,6 +286,17 @@ async def test_wrong_accept_is_the_applications_error_and_a_500(
     wire = await answer_to_accept(message, "sec-websocket-protocol: a")
     assert wire.status == 500
     assert "RuntimeError" in caplog.text
+
+
+async def test_log_names_a_path_as_it_was_sent(caplog: pytest.LogCaptureFixture) -> None:
+    """A quoted line break in it forged a line of the log."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise ValueError(scope["path"].encode().hex())
+
+    async with serving(app) as rig:
+        await open_raw(rig, "/%1b[2J%0aforged")
+    assert "the application raised: WebSocket /%1b[2J%0aforged" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,13 @@ from itertools import groupby
 from typing import IO, Any, Final
 
 import msgspec
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from hotport.cli import is_terminal
-from hotport.errors import ConfigError, ExitCode, describe_errno
+from hotport.errors import ConfigError, ExitCode, describe_errno, visible
 from hotport.model.guarantee import GUARANTEES, Strategy
 from hotport.wire.messages import Report, Status, TlsReport
 
@@ -41,7 +42,14 @@ _TAKES_NO_MORE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errn
 
 
 class _Console(Console):
-    """A console whose readers may leave: ``hotport restart | head -1`` has the restart's outcome all the same."""
+    """A console that shows what a terminal would obey, and whose readers may leave.
+
+    ``hotport restart | head -1`` has the restart's outcome all the same.
+    """
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else visible(text), style, control)
 
     def on_broken_pipe(self) -> None:
         swallow(self.file)
@@ -96,7 +104,7 @@ def waiting(what: str) -> Iterator[None]:
 
 
 def write(text: str) -> None:
-    """Lines of data on stdout, as they are."""
+    """Lines of data on stdout."""
     console().out(text, highlight=False)
 
 
@@ -199,7 +207,7 @@ def print_status(status: Status) -> None:
             _number(worker.connections),
             _number(worker.requests),
             _mib(worker.rss_bytes or 0),
-            worker.status,
+            Text(visible(worker.status)),
         )
     out.print(table)
     for worker in status.workers:

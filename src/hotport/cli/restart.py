@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import click
+from rich.text import Text
 
 from hotport.cli import HELP
 from hotport.cli.client import ask, raise_failure
@@ -90,7 +91,7 @@ def follow(name: str | None, request: Any, what: str, *, as_json: bool) -> Repor
             raise_failure(reply)
             if isinstance(reply, Progress) and reply.event in WORDS:
                 said = WORDS[reply.event].format(generation=reply.generation, detail=reply.detail)
-                shown.update(said)
+                shown.update(Text(said))
                 if not as_json:
                     words.print(f"{reply.ms:8.0f} ms  {said}", markup=False)
             elif isinstance(reply, Report):

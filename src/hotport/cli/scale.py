@@ -6,7 +6,7 @@ import click
 
 from hotport.cli import HELP
 from hotport.cli.client import ask, raise_failure
-from hotport.cli.output import console, print_json, waiting
+from hotport.cli.output import print_json, waiting, write
 from hotport.errors import ExitCode
 from hotport.wire.messages import ScaleRequest
 
@@ -22,5 +22,5 @@ def command(workers: int, name: str | None, as_json: bool) -> int:
     with waiting("scaling"):
         for reply in ask(name, ScaleRequest(workers=workers)):
             raise_failure(reply)
-            print_json(reply) if as_json else console().print(reply.detail)
+            print_json(reply) if as_json else write(reply.detail)
     return ExitCode.DONE

@@ -6,7 +6,7 @@ import click
 
 from hotport.cli import HELP
 from hotport.cli.client import ask, raise_failure
-from hotport.cli.output import console, print_json
+from hotport.cli.output import print_json, write
 from hotport.cli.restart import follow
 from hotport.errors import ExitCode
 from hotport.wire.messages import UndoRequest
@@ -28,7 +28,7 @@ def command(name: str | None, keep: bool, as_json: bool) -> int:
     if keep:
         for reply in ask(name, UndoRequest(keep=True)):
             raise_failure(reply)
-            print_json(reply) if as_json else console().print(reply.detail)
+            print_json(reply) if as_json else write(reply.detail)
         return ExitCode.DONE
     report = follow(name, UndoRequest(), "undo", as_json=as_json)
     if report is None:

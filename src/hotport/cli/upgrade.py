@@ -8,7 +8,7 @@ import click
 
 from hotport.cli import HELP
 from hotport.cli.client import ask, raise_failure
-from hotport.cli.output import console, print_json, waiting
+from hotport.cli.output import print_json, waiting, write
 from hotport.errors import ExitCode
 from hotport.wire.messages import UpgradeRequest
 
@@ -29,5 +29,5 @@ def command(name: str | None, python: str | None, as_json: bool) -> int:
     with waiting("upgrade"):
         for reply in ask(name, UpgradeRequest(python=python)):
             raise_failure(reply)
-            print_json(reply) if as_json else console().print(reply.detail)
+            print_json(reply) if as_json else write(reply.detail)
     return ExitCode.DONE

@@ -6,15 +6,18 @@ columns on a terminal. Lines go to stderr with one write each; stdout belongs to
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 import msgspec
+
+from hotport.errors import visible
 
 __all__ = ["configure", "get_logger", "get_shared_logger", "renderer", "revive", "write"]
 
@@ -38,6 +41,10 @@ def _import_structlog() -> Any:
 
 
 structlog = _import_structlog()
+
+
+#: With one of these, values are written by `repr` (structlog's ConsoleRenderer), which shows what is not printable.
+_QUOTED: Final = frozenset(" \t=\r\n\"'")
 
 
 @dataclass
@@ -128,9 +135,8 @@ def configure(*, format: str, level: str, stream: TextIO | None = None, **bound:
     rendering: list[Any]
     if is_console:
         use_colours = out.isatty() and not os.environ.get("NO_COLOR")
-        rendering = [
-            structlog.dev.ConsoleRenderer(colors=use_colours, exception_formatter=structlog.dev.plain_traceback)
-        ]
+        columns = structlog.dev.ConsoleRenderer(colors=use_colours, exception_formatter=_visible_traceback)
+        rendering = [lambda logger, name, event: columns(logger, name, _visible_values(event))]
     else:
         rendering = [
             structlog.processors.format_exc_info,
@@ -160,6 +166,32 @@ def configure(*, format: str, level: str, stream: TextIO | None = None, **bound:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+
+
+def _visible_values(event: dict[str, Any]) -> dict[str, Any]:
+    """A line of ours for a terminal: it may quote clients and programs, who must not write lines or move the cursor.
+
+    An application's own lines are its own.
+    """
+    if not str(event.get("logger", "")).startswith("hotport."):
+        return event
+    return {key: _visible_value(key, value) if isinstance(value, str) else value for key, value in event.items()}
+
+
+def _visible_value(key: str, value: str) -> str:
+    if value.isprintable():
+        return value
+    if key == "event":
+        return visible(value).replace("\n", "\n    ")
+    if key in ("exception", "stack"):
+        return visible(value)
+    return value if set(value) & _QUOTED else visible(value)
+
+
+def _visible_traceback(stream: TextIO, exc_info: Any) -> None:
+    text = io.StringIO()
+    structlog.dev.plain_traceback(text, exc_info)
+    stream.write(visible(text.getvalue()))
 
 
 def revive() -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hotport.adapters.asgi.http import HttpConnection
     from hotport.adapters.asgi.websocket import WebSocketConnection
 
-__all__ = ["ANSWERED", "HELD", "STATUS_LINES", "STREAMING", "WAITING", "ClientLeft", "Exchange"]
+__all__ = ["ANSWERED", "HELD", "STATUS_LINES", "STREAMING", "WAITING", "ClientLeft", "Exchange", "check_field"]
 
 log = logging.getLogger("hotport.error")
 
@@ -147,7 +147,8 @@ class Exchange:
         self._blocked: asyncio.Future[None] | None = None  # while the kernel takes no more of a file
 
     def __str__(self) -> str:
-        return f"{self.scope['method']} {self.scope['path']}"
+        # As it came: what was quoted in it is not for a log.
+        return f"{self.scope['method']} {self.scope['raw_path'].decode('latin-1')}"
 
     # -- the connection's side -----------------------------------------------------------------------------
 
@@ -528,15 +529,20 @@ def _length(value: Any) -> int:
     return int(value)
 
 
-def _render(field: Any) -> tuple[bytes, bytes]:
-    """A field's name in lower case, and its line, which is remembered if it may come again."""
-    name, value = field
+def check_field(name: Any, value: Any) -> None:
+    """Raises RuntimeError: An application's header field cannot be sent as it is (RFC 9110, section 5)."""
     if not isinstance(name, bytes) or not isinstance(value, bytes):
-        raise RuntimeError(f"a header field is a pair of byte strings, not {field!r}")
+        raise RuntimeError(f"a header field is a pair of byte strings, not {(name, value)!r}")
     if not NAME.fullmatch(name):
         raise RuntimeError(f"{name!r} is not the name of a header field")
     if FORBIDDEN.search(value):
         raise RuntimeError(f"the header field {name!r} contains a line break or a NUL")
+
+
+def _render(field: Any) -> tuple[bytes, bytes]:
+    """A field's name in lower case, and its line, which is remembered if it may come again."""
+    name, value = field
+    check_field(name, value)
     name = name.lower()
     line = b"%b: %b\r\n" % (name, value)
     if name not in NOTED and len(line) <= LINE_BYTES_MAX:

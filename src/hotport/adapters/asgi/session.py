@@ -65,7 +65,7 @@ class Session:
         self._held: tuple[Message, ...] = ()
 
     def __str__(self) -> str:
-        return f"WebSocket {self.scope['path']}"
+        return f"WebSocket {self.scope['raw_path'].decode('latin-1')}"
 
     @property
     def is_receiving(self) -> bool:

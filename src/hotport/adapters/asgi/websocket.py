@@ -27,7 +27,7 @@ from websockets.server import ServerProtocol
 from websockets.streams import StreamReader
 
 from hotport.adapters.asgi.deadlines import Deadlines
-from hotport.adapters.asgi.exchange import ANSWERED, STREAMING, Exchange
+from hotport.adapters.asgi.exchange import ANSWERED, STREAMING, Exchange, check_field
 from hotport.adapters.asgi.session import Session
 from hotport.adapters.asgi.spec import Message, Scope
 from hotport.adapters.asgi.states import WEBSOCKET_STATES, Manner
@@ -701,9 +701,8 @@ class WebSocketConnection(asyncio.Protocol):
         answer = self._response.headers
         fields: list[tuple[str, str]] = []
         for raw_name, raw_value in headers:
+            check_field(raw_name, raw_value)
             name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
-            if any(c in "\r\n" for c in name + value):
-                raise RuntimeError("a header field contains a line break")
             if name == "sec-websocket-protocol":
                 raise RuntimeError("'sec-websocket-protocol' is no header of 'websocket.accept': use 'subprotocol'")
             if name not in RESERVED:
