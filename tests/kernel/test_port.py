@@ -120,6 +120,15 @@ def test_datagram_socket_is_read(stack: ExitStack) -> None:
     assert [old.state for old in port.sockets] == [State.BOUND]
 
 
+def test_service_is_stopped_by_its_name_wherever_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOTPORT_RUNTIME_DIR", "/run/ours")
+    assert port_module._stopping("/run/ours/web") == "hotport stop web"
+    assert port_module._stopping("/run/the others/web") == "HOTPORT_RUNTIME_DIR='/run/the others' hotport stop web"
+    assert port_module._stopping("") == ""
+    monkeypatch.setenv("HOTPORT_RUNTIME_DIR", "relative")
+    assert port_module._stopping("/run/ours/web") == "HOTPORT_RUNTIME_DIR=/run/ours hotport stop web"
+
+
 def test_kernel_that_hides_bound_sockets_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "x", "6.1.0-18-amd64", "x", "x")))
     assert "Linux 6.8 does" in read(1).unread[0]

@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ from hotport.kernel.procfs import (
     has_timewaits,
     holders,
     listening,
+    is_suspended,
     owner,
     queue_overflows,
+    runtime_of,
     sysctl,
     unit_of,
     user_name,
@@ -114,6 +117,33 @@ def test_generation_is_read_from_the_environment_of_a_worker() -> None:
         assert generation(pid) == 7
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def test_service_is_known_by_its_worker_and_by_its_supervisor(tmp_path: Path) -> None:
+    runtime = tmp_path / "svc"
+    runtime.mkdir()
+    (runtime / "control.sock").touch()
+    assert runtime_of(os.getpid()) == ""
+    assert runtime_of(2**22) == ""
+    lock = os.open(runtime, os.O_RDONLY)
+    try:
+        assert runtime_of(os.getpid()) == str(runtime)
+    finally:
+        os.close(lock)
+    worker = {"HOTPORT_GENERATION": "1", "NOTIFY_SOCKET": f"{runtime}/notify.sock"}
+    with subprocess.Popen(["sleep", "1000"], env={**os.environ, **worker}) as process:
+        assert runtime_of(process.pid) == str(runtime)
+        process.kill()
+
+
+def test_suspended_process_is_told_from_one_that_runs() -> None:
+    assert not is_suspended(os.getpid())
+    assert not is_suspended(2**22)
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        assert is_suspended(process.pid)
+        process.kill()
 
 
 def test_capabilities_of_root_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

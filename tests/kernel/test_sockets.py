@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import os
 import re
+import select
+import signal
 import socket
 import stat
 import traceback
@@ -33,6 +35,8 @@ from hotport.kernel.sockets import (
     peer_credentials,
     unlink_if_ours,
 )
+from hotport.model.port import UnixName
+from tests.support import DEADLINE_S
 
 needs_ipv6 = pytest.mark.skipif(
     not Path("/proc/net/if_inet6").exists() or "0" * 31 + "1" not in Path("/proc/net/if_inet6").read_text(),
@@ -303,6 +307,54 @@ def test_socket_file_on_which_somebody_listens_is_not_taken(stack: ExitStack, ru
     assert os.stat("app.sock").st_ino == before.st_ino
 
 
+def test_socket_file_whose_maker_is_gone_names_who_holds_it(run_dir: Path) -> None:
+    """A pre-forked server's worker held the listener, and the error said to kill its dead master."""
+    said, says = os.pipe()
+    master = os.fork()
+    if master == 0:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.bind("app.sock")
+        sock.listen()
+        worker = os.fork()
+        if worker == 0:
+            os.close(says)
+            while True:
+                signal.pause()
+        os.write(says, f"{worker}\n".encode())
+        os._exit(0)
+    os.waitpid(master, 0)
+    os.close(says)
+    with open(said) as lines:
+        worker = int(lines.readline())
+    pidfd = os.pidfd_open(worker)
+    try:
+        error = refused("unix:app.sock")
+        assert error.cause.startswith(f"pid {worker} (")
+        assert error.fix == f"--bind another path, or first: kill {worker}"
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        select.select([pidfd], [], [], DEADLINE_S)
+        os.close(pidfd)
+        os.unlink("app.sock")
+
+
+def test_holder_that_cannot_be_seen_or_is_gone_is_no_dead_end(
+    stack: ExitStack, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound(stack, "unix:app.sock")
+
+    def gone(address: UnixAddress) -> UnixName:
+        return UnixName(str(address), address.path)
+
+    def forbidden(address: UnixAddress) -> UnixName:
+        raise KernelError("HP130", "cannot ask", errno=1, cause="a sandbox forbids netlink", fix="ss -lx")
+
+    monkeypatch.setattr("hotport.kernel.port.read_name", gone)
+    assert refused("unix:app.sock").fix == "hotport why unix:app.sock"
+    monkeypatch.setattr("hotport.kernel.port.read_name", forbidden)
+    assert refused("unix:app.sock").fix == "ss -lx"
+
+
 def test_socket_file_with_a_full_accept_queue_is_not_taken(stack: ExitStack, run_dir: Path) -> None:
     """A server that is only slow must not lose its path to us."""
     bound(stack, "unix:app.sock", backlog=0)
@@ -399,7 +451,7 @@ def test_abstract_socket_accepts_and_is_not_shared(stack: ExitStack, run_dir: Pa
 def test_abstract_name_that_does_not_listen_is_taken_all_the_same(stack: ExitStack) -> None:
     name = f"hotport-sleeper-{os.getpid()}"
     stack.enter_context(socket.socket(socket.AF_UNIX)).bind("\0" + name)
-    assert "may not look at" in refused(UnixAddress("@" + name)).cause
+    assert refused(UnixAddress("@" + name)).cause.endswith(f" is bound to @{name}")
 
 
 def test_socket_file_of_ours_is_unlinked(stack: ExitStack, run_dir: Path) -> None:

@@ -42,12 +42,40 @@ def test_process_is_named_with_what_is_known_of_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "ending"),
+    ("process", "endings"),
     [
-        ("/opt/bin/hotport serve app:app", "hotport stop"),
-        ("python -m hotport.worker app", "hotport stop"),
-        ("nginx: master", "kill 7"),
+        (Process(7, "python -m hotport.worker web/1.1", "www", stop="hotport stop web"), ("hotport stop web",)),
+        (Process(7, "hotport serve app:app", "www"), ("kill 7",)),
+        (Process(7, "nginx: master", "www"), ("kill 7",)),
     ],
 )
-def test_service_of_ours_is_stopped_and_others_are_killed(command: str, ending: str) -> None:
-    assert Process(7, command, "www").ending == ending
+def test_service_of_ours_is_stopped_by_its_name_and_others_are_killed(
+    process: Process, endings: tuple[str, ...]
+) -> None:
+    """``hotport stop`` alone is refused where several services run."""
+    assert process.endings == endings
+
+
+@pytest.mark.parametrize("stop", ["", "hotport stop web"])
+def test_suspended_process_is_told_to_go_on_before_it_can_end(stop: str) -> None:
+    """``kill`` alone does nothing to it."""
+    process = Process(7, "nginx", "www", stop=stop, is_suspended=True)
+    assert str(process) == "pid 7 (nginx, user www, suspended)"
+    ending, going_on, at_once = process.endings
+    assert ending.startswith("kill 7 && kill -CONT 7  #")
+    assert going_on.startswith("kill -CONT 7  #")
+    assert "fg" in going_on
+    assert at_once.startswith("kill -KILL 7  #")
+
+
+@pytest.mark.parametrize(
+    ("process", "is_ours"),
+    [
+        (Process(7, "/opt/bin/hotport serve app:app", "www"), True),
+        (Process(7, "python -m hotport.worker app", "www"), True),
+        (Process(7, "python server.py", "www", stop="hotport stop web"), True),
+        (Process(7, "nginx", "www"), False),
+    ],
+)
+def test_process_of_a_service_is_ours(process: Process, is_ours: bool) -> None:
+    assert process.is_ours == is_ours

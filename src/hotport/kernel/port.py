@@ -7,19 +7,24 @@ import fcntl
 import os
 import socket
 import stat
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from itertools import chain, islice
+from pathlib import Path
+from shlex import quote
 from typing import Any, Final, NamedTuple
 
 from hotport.address import TcpAddress, UdpAddress, UnixAddress
+from hotport.errors import ConfigError
 from hotport.kernel import procfs, sockdiag
 from hotport.kernel.process import duplicate_descriptor
 from hotport.kernel.sockdiag import InetSocket
 from hotport.model.port import Asker, Host, Local, Options, Port, Process, Sockets, State, UnixName
+from hotport.options import runtime_root
 
 __all__ = ["Taken", "options_of", "ourselves", "read_name", "read_port"]
 
@@ -294,9 +299,28 @@ def _described(group: _Alike, holders: dict[int, list[tuple[int, int]]]) -> Iter
 def _processes(inodes: Sequence[int], holders: dict[int, list[tuple[int, int]]]) -> tuple[Process, ...]:
     pids = dict.fromkeys(pid for inode in inodes for pid, _ in holders.get(inode, ()))
     return tuple(
-        Process(pid, procfs.command(pid), procfs.owner(pid), procfs.unit_of(pid), procfs.generation(pid))
+        Process(
+            pid,
+            procfs.command(pid),
+            procfs.owner(pid),
+            procfs.unit_of(pid),
+            procfs.generation(pid),
+            _stopping(procfs.runtime_of(pid)),
+            procfs.is_suspended(pid),
+        )
         for pid in list(pids)[:NAMED_MAX]
     )
+
+
+def _stopping(directory: str) -> str:
+    """The command that stops the service with this runtime directory."""
+    if not directory:
+        return ""
+    root, _, name = directory.rpartition("/")
+    with suppress(ConfigError):
+        if str(runtime_root(os.environ, os.geteuid(), Path(tempfile.gettempdir()))) == root:
+            return f"hotport stop {quote(name)}"
+    return f"HOTPORT_RUNTIME_DIR={quote(root)} hotport stop {quote(name)}"
 
 
 def _lingering(port: int) -> Iterator[Sockets]:

@@ -44,6 +44,7 @@ __all__ = [
 
 _OVERFLOWS: Final = frozenset({"ListenOverflows", "ListenDrops", "TCPReqQFullDrop", "TCPReqQFullDoCookies"})
 _COMMAND_CHARS_MAX: Final = 60
+_RUNTIME_FDS: Final = 64  # among the first of a supervisor is its runtime directory
 _FIRST: Final = 256  # descriptors of a process that are looked at before those of the next one
 _ACCEPTS: Final = 0x10000  # __SO_ACCEPTCON
 _CGROUPS: Final = "/sys/fs/cgroup"
@@ -369,6 +370,32 @@ def generation(pid: int) -> int:
         if found := re.search(rb"(?:^|\0)HOTPORT_GENERATION=([0-9]{1,9})\0", file.read()):
             return int(found[1])
     return 0
+
+
+def runtime_of(pid: int) -> str:
+    """The runtime directory of the service of hotport's that a process works for or supervises.
+
+    Empty if there is none, or where we may not look.
+
+    Sources: proc_pid_environ(5), proc_pid_fd(5). A supervisor holds the directory, locked; a worker and what it has
+        started have ``NOTIFY_SOCKET`` in there.
+    """
+    variables = environment(pid)
+    if "HOTPORT_GENERATION" in variables and variables.get("NOTIFY_SOCKET", "").endswith("/notify.sock"):
+        return variables["NOTIFY_SOCKET"].removesuffix("/notify.sock")
+    for fd in range(_RUNTIME_FDS):
+        with suppress(OSError):
+            named = os.readlink(f"/proc/{pid}/fd/{fd}")
+            if named.startswith("/") and os.path.exists(f"{named}/control.sock"):
+                return named
+    return ""
+
+
+def is_suspended(pid: int) -> bool:
+    """Whether a process was stopped by a signal or a debugger. Sources: proc_pid_stat(5), state."""
+    with suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
+    return False
 
 
 def has_capability(number: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import socket
 import stat
 import struct
@@ -17,7 +18,6 @@ from hotport.address import Address, FdAddress, SystemdAddress, TcpAddress, UdpA
 from hotport.errors import ConfigError, KernelError
 from hotport.kernel import procfs
 from hotport.kernel.resolve import resolve
-from hotport.model.port import Process
 from hotport.wire.listenfds import parse_listen_environment
 
 __all__ = [
@@ -411,7 +411,7 @@ def _bind_abstract(address: UnixAddress, path: str, backlog: int) -> socket.sock
         sock.listen(backlog)
     except OSError as error:
         sock.close()
-        raise _refused(address, error, *_explain_unix(error, path, _answering("\0" + path[1:]))) from error
+        raise _refused(address, error, *_explain_unix(error, address)) from error
     return sock
 
 
@@ -428,9 +428,9 @@ def _bind_unix(address: UnixAddress, path: str, backlog: int) -> socket.socket:
             cause=f"{path} is a file, a directory or a link, and not a socket that could be replaced",
             fix=f"ls -ld {path}",
         )
-    if mode and (holder := _answering(path)) is not None:
+    if mode and _is_answered(path):
         error = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-        raise _refused(address, error, *_explain_unix(error, path, holder))
+        raise _refused(address, error, *_explain_unix(error, address))
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.setblocking(False)
     try:
@@ -445,18 +445,16 @@ def _bind_unix(address: UnixAddress, path: str, backlog: int) -> socket.socket:
         ) from None
     except OSError as error:
         sock.close()
-        raise _refused(address, error, *_explain_unix(error, path, None)) from error
+        raise _refused(address, error, *_explain_unix(error, address)) from error
     return sock
 
 
-def _explain_unix(error: OSError, path: str, holder: int | None) -> tuple[str, str]:
+def _explain_unix(error: OSError, address: UnixAddress) -> tuple[str, str]:
+    path = address.path
     directory = os.path.dirname(path) or "."
     match error.errno:
-        case errno.EADDRINUSE if holder:
-            process = Process(holder, procfs.command(holder), procfs.owner(holder))
-            return f"{process} is listening on it", f"--bind another path, or first: {process.ending}"
         case errno.EADDRINUSE:
-            return "a process that we may not look at listens on it or is bound to it", "sudo ss -lxp"
+            return _explain_name_in_use(address)
         case errno.ENOENT:
             return f"there is no directory {directory}", f"mkdir -p {directory}"
         case errno.EACCES | errno.EPERM | errno.EROFS:
@@ -465,8 +463,26 @@ def _explain_unix(error: OSError, path: str, holder: int | None) -> tuple[str, s
             return f"the kernel does not say more for {path}", f"ls -ld {directory} {path}"
 
 
-def _answering(path: str) -> int | None:
-    """The pid behind a socket address (0 if it cannot be seen), None if nobody is there.
+def _explain_name_in_use(address: UnixAddress) -> tuple[str, str]:
+    """Who holds a socket of that name, and what to do about it.
+
+    That need not be who has called listen: a master may be gone, and a worker of it hold what it has inherited.
+    """
+    from hotport.kernel.port import read_name  # most binds succeed
+    from hotport.model.bind import Can, judge_name, remedies_of_name
+
+    try:
+        name = read_name(address)
+    except KernelError as error:
+        return f"somebody listens on it or is bound to it, and we cannot see who: {error.cause}", error.fix
+    answer = judge_name(name)
+    if answer.can == Can.YES or not name.is_held:
+        return "whoever had it is gone by now", f"hotport why {shlex.quote(str(address))}"
+    return answer.who, f"--bind another path, or first: {next(remedies_of_name(name, answer))}"
+
+
+def _is_answered(path: str) -> bool:
+    """Whether somebody has a socket at this address.
 
     Sources: connect(2): ECONNREFUSED and ENOENT mean nobody; EAGAIN is a full queue, EPROTOTYPE a datagram
         socket, EACCES somebody else's: all of them alive, or not ours to judge.
@@ -477,8 +493,8 @@ def _answering(path: str) -> int | None:
             probe.connect(path)
         except OSError as error:
             # Any other error comes back from bind, in its own words.
-            return 0 if error.errno in {errno.EAGAIN, errno.EPROTOTYPE, errno.EACCES} else None
-        return peer_credentials(probe)[0]
+            return error.errno in {errno.EAGAIN, errno.EPROTOTYPE, errno.EACCES}
+        return True
 
 
 def _bind_private(path: str, kind: socket.SocketKind) -> socket.socket:

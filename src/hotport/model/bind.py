@@ -241,7 +241,7 @@ def remedies(port: Port, answer: Answer) -> Iterator[str]:
             yield f"wait {answer.ends_in_s or old.ends_in_s:.0f} s"
             yield "set SO_REUSEADDR before bind, in the old server and in the new one"
         elif old.holders:
-            yield from dict.fromkeys(holder.ending for holder in old.holders)
+            yield from dict.fromkeys(ending for holder in old.holders for ending in holder.endings)
         elif not old.is_held:
             state = _SS.get(old.state, "all")
             yield f"ss -K state {state} sport = :{port.number}  # as root; what is unsent is lost"
@@ -261,7 +261,7 @@ def remedies_of_name(name: UnixName, answer: Answer) -> Iterator[str]:
     elif name.found == "socket" and not name.is_held:
         yield f"rm {path}"
     elif name.holders:
-        yield from dict.fromkeys(holder.ending for holder in name.holders)
+        yield from dict.fromkeys(ending for holder in name.holders for ending in holder.endings)
     elif name.user:
         yield f"sudo hotport why {quote(name.address)}"
     elif name.is_held:  # in a network namespace that one of these processes is in

@@ -77,6 +77,9 @@ class Process:
         user: A name, or the number where it has none.
         unit: The systemd unit or container that its control group is named after; empty if there is none.
         generation: Of a worker of hotport's, the generation that it runs; 0 for others.
+        stop: The command that stops the service of hotport's that it belongs to; empty if it belongs to none, or
+            that cannot be seen.
+        is_suspended: Stopped by Ctrl-Z, SIGSTOP or a debugger: it answers nobody, and no signal but KILL and CONT.
     """
 
     pid: int
@@ -84,21 +87,30 @@ class Process:
     user: str
     unit: str = ""
     generation: int = 0
+    stop: str = ""
+    is_suspended: bool = False
 
     @property
     def is_ours(self) -> bool:
         """A supervisor of hotport's, or a worker."""
-        return _OURS.search(self.command) is not None
+        return bool(self.stop) or _OURS.search(self.command) is not None
 
     @property
-    def ending(self) -> str:
-        """What ends it kindly."""
-        return "hotport stop" if self.is_ours else f"kill {self.pid}"
+    def endings(self) -> tuple[str, ...]:
+        """What ends it kindly, and what else helps."""
+        if self.is_suspended:
+            return (
+                f"kill {self.pid} && kill -CONT {self.pid}  # it ends; suspended as it is, it does not hear the first",
+                f"kill -CONT {self.pid}  # it serves on, as after fg in the shell that started it",
+                f"kill -KILL {self.pid}  # it ends at once, and its connections are cut",
+            )
+        return (self.stop or f"kill {self.pid}",)
 
     def __str__(self) -> str:
         generation = f", hotport generation {self.generation}" if self.generation else ""
         unit = f", {self.unit}" if self.unit else ""
-        return f"pid {self.pid} ({self.command}, user {self.user}{unit}{generation})"
+        suspended = ", suspended" if self.is_suspended else ""
+        return f"pid {self.pid} ({self.command}, user {self.user}{unit}{generation}{suspended})"
 
 
 @dataclass(frozen=True, slots=True)
