@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import itertools
 import logging
@@ -431,6 +432,59 @@ async def test_application_that_raises_is_a_500_and_a_log_line(caplog: pytest.Lo
         assert connection.state is State.IDLE
     assert "the application raised: GET /a" in caplog.text
     assert "ValueError: broken" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("sent", "name"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"this is a TLS handshake"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\x12\x04\0", b"this is the preface of HTTP/2"),
+        (b"nonsense\r\n\r\n", b""),
+    ],
+    ids=["tls", "http2", "nonsense"],
+)
+async def test_what_is_no_http_1_is_called_by_its_name_with_who_sent_it(
+    sent: bytes, name: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    async with serving(echo) as rig:
+        sock, _ = await rig.connect_socket()
+        client, (host, port) = Client(sock), sock.getsockname()
+        await client.send(sent)
+        answer = await client.answer()
+        assert answer.status == 400
+        assert answer.body.startswith(name)
+        client.close()
+        await rig.connections.wait_empty()
+    assert f"refused with 400: {name.decode()}" in caplog.text
+    assert f"it came from {host} port {port}" in caplog.text
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+async def test_log_tells_a_cut_from_a_client_that_has_left(is_cut: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """What was cut at the drain deadline was logged as left by its client."""
+    caplog.set_level("INFO")
+    has_begun = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        has_begun.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await receive()
+        assert (await receive())["type"] == "http.disconnect"
+        raise OSError("nobody is there")
+
+    async with serving(app) as rig:
+        client, _ = await rig.connect()
+        await client.send(get())
+        await has_begun.wait()
+        if is_cut:
+            rig.connections.cut()
+        client.close()
+        await rig.connections.wait_empty()
+        await until(lambda: "the application ended" in caplog.text)
+    assert ("its connection was cut" in caplog.text) == is_cut
+    assert ("its client had left" in caplog.text) != is_cut
 
 
 async def test_log_names_a_path_as_it_was_sent(caplog: pytest.LogCaptureFixture) -> None:

@@ -288,6 +288,31 @@ async def test_wrong_accept_is_the_applications_error_and_a_500(
     assert "RuntimeError" in caplog.text
 
 
+@pytest.mark.parametrize("is_cut", [False, True])
+async def test_log_tells_a_cut_from_a_client_that_has_left(is_cut: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        with contextlib.suppress(asyncio.CancelledError):
+            await receive()
+        await receive()
+        raise OSError("nobody is there")
+
+    async with serving(app) as rig:
+        client, _ = await rig.connect()
+        await client.send(handshake())
+        await client.received()
+        if is_cut:
+            rig.connections.cut()
+        client.close()
+        await rig.connections.wait_empty()
+        await until(lambda: "the application ended" in caplog.text)
+    assert ("its connection was cut" in caplog.text) == is_cut
+    assert ("its client had left" in caplog.text) != is_cut
+
+
 async def test_log_names_a_path_as_it_was_sent(caplog: pytest.LogCaptureFixture) -> None:
     """A quoted line break in it forged a line of the log."""
 

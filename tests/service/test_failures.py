@@ -211,6 +211,16 @@ def test_service_that_hangs_at_its_start_says_for_how_long_it_may(tmp_path: Path
         assert lost["why"] == "did not say READY=1 in time"
 
 
+def test_service_that_ends_without_a_word_is_not_said_to_have_written_one(tmp_path: Path) -> None:
+    """ "What it wrote is above", and there was nothing above."""
+    write_code(tmp_path / "app.py", "import os; os._exit(7)")
+    with Service(tmp_path, "app:app") as service:
+        assert service.wait() == 3
+        error = "\n".join(line for line in service.log().splitlines() if not line.startswith("{"))
+        assert_three_lines(error, "HP403")
+        assert "worker 1 exited 7; if it has written why, that is above" in error
+
+
 @pytest.mark.measured
 def test_second_restart_is_told_that_one_is_in_progress(tmp_path: Path) -> None:
     gate = Gate(tmp_path)

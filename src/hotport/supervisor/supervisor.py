@@ -735,7 +735,7 @@ class Supervisor:
         if news is News.WORKER_LOST:
             bound = f"ready_timeout is {format_duration(self.options.ready_timeout_s)}"
             self._loss = f"worker {announcement.worker} {announcement.why}; " + (
-                bound if is_stuck else "what it wrote is above"
+                bound if is_stuck else "if it has written why, that is above"
             )
             if error := self._errors.get(announcement.worker):
                 shown["exception"] = error  # the key under which renderers keep lines apart

@@ -17,7 +17,18 @@ if TYPE_CHECKING:
     from hotport.adapters.asgi.http import HttpConnection
     from hotport.adapters.asgi.websocket import WebSocketConnection
 
-__all__ = ["ANSWERED", "HELD", "STATUS_LINES", "STREAMING", "WAITING", "ClientLeft", "Exchange", "check_field"]
+__all__ = [
+    "ANSWERED",
+    "CLIENT_LEFT",
+    "CUT",
+    "HELD",
+    "STATUS_LINES",
+    "STREAMING",
+    "WAITING",
+    "ClientLeft",
+    "Exchange",
+    "check_field",
+]
 
 log = logging.getLogger("hotport.error")
 
@@ -41,6 +52,10 @@ JOIN_BYTES_MAX: Final = 16 * 1024
 #: Turns of the event loop that a head waits for its body. Middleware that runs the application in a task of its own
 #: (Starlette's BaseHTTPMiddleware) passes the body on one or two turns after the head.
 HELD_TURNS: Final = 4
+
+#: Why nobody reads an answer, as the log has it.
+CLIENT_LEFT: Final = "its client had left"
+CUT: Final = "its connection was cut"
 
 #: Header fields of an answer that are not just passed on.
 NOTED: Final = frozenset({b"connection", b"content-length", b"date", b"server", b"transfer-encoding"})
@@ -95,6 +110,7 @@ class Exchange:
         "_left",
         "_trailers",
         "_wakeup",
+        "_why_gone",
         "application",
         "began",
         "body",
@@ -143,6 +159,7 @@ class Exchange:
         self._is_head = scope["method"] == "HEAD"
         self._is_delivered = False
         self._is_told = False  # the application knows that the client has left
+        self._why_gone = CLIENT_LEFT
         self._wakeup: asyncio.Event | None = None
         self._blocked: asyncio.Future[None] | None = None  # while the kernel takes no more of a file
 
@@ -173,11 +190,12 @@ class Exchange:
         if self._wakeup is not None:
             self._wakeup.set()
 
-    def leave(self) -> None:
-        """Nobody will read the answer."""
+    def leave(self, why: str = CLIENT_LEFT) -> None:
+        """Nobody will read the answer; `why` is the first word's."""
         if self.request is not None:
             self.log(self.status)
-        self.is_gone = True
+        if not self.is_gone:
+            self.is_gone, self._why_gone = True, why
         self._unblock()
         self.wake()
 
@@ -222,7 +240,7 @@ class Exchange:
         if is_over and is_cancelled:
             return
         if self._is_told:  # as a rule this is what a framework makes of `ClientLeft`, or of a disconnect
-            log.info("the application ended with %r because its client had left: %s", error, self)
+            log.info("the application ended with %r because %s: %s", error, self._why_gone, self)
         else:
             log.error("the application %s: %s", "was cancelled" if is_cancelled else "raised", self, exc_info=error)
         if not is_over:

@@ -22,7 +22,7 @@ from urllib.parse import unquote
 
 import httptools
 
-from hotport.adapters.asgi.exchange import ANSWERED, HELD, STREAMING, UNTIL_CLOSE, Exchange
+from hotport.adapters.asgi.exchange import ANSWERED, CUT, HELD, STREAMING, UNTIL_CLOSE, Exchange
 from hotport.adapters.asgi.proxy import forwarded
 from hotport.adapters.asgi.shared import ASGI, Shared
 from hotport.adapters.asgi.spec import Receive, Scope, Send
@@ -232,7 +232,7 @@ class HttpConnection(asyncio.Protocol):
             current.log(503)
         for exchange in (current, *self._pipeline):
             if exchange is not None:
-                exchange.leave()
+                exchange.leave(CUT)
                 if exchange.task is not None:
                     exchange.task.cancel()
         if not self._is_attached:
@@ -523,19 +523,19 @@ class HttpConnection(asyncio.Protocol):
         except httptools.HttpParserUpgrade as upgrade:
             behind = upgrade.args[0]
         except httptools.HttpParserError as error:
-            self._on_parser_error(error)
+            self._on_parser_error(error, piece)
         if behind >= 0:  # not in the handler: what is raised there would have the upgrade as its context
             self._upgrade(bytes(piece[behind:]))
         arriving = self._arriving
         if arriving is not None and arriving.length is None:
             self._note_framing(arriving)
 
-    def _on_parser_error(self, error: httptools.HttpParserError) -> None:
+    def _on_parser_error(self, error: httptools.HttpParserError, piece: bytes | memoryview) -> None:
         match error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else error:
             case _Refused(status=status, why=why):
                 self._refuse(status, why)
             case httptools.HttpParserError() as malformed:
-                self._refuse(400, str(malformed))
+                self._refuse(400, _spoken(self._head or bytes(piece), str(malformed)))
             case bug:
                 log.error("a parser callback raised", exc_info=bug)
                 self._refuse(500, "")
@@ -732,7 +732,8 @@ class HttpConnection(asyncio.Protocol):
 
     def _refuse(self, status: int, why: str) -> None:
         """Read no further; say why when everything before it is answered."""
-        log.info("refused with %d: %s", status, why)
+        client = f"{self._client[0]} port {self._client[1]}" if self._client else "a unix socket"
+        log.info("refused with %d: %s; it came from %s", status, why, client)
         if self.adopted is not None:  # a handshake that was answered long ago: the client would not understand
             self._is_deaf = True
             self.transport.abort()
@@ -905,6 +906,18 @@ class _BodyOnly:
 
     def on_message_complete(self) -> None:
         self._connection.end_body_only()
+
+
+def _spoken(begin: bytes, error: str) -> str:
+    """What it is that is no HTTP/1 request, by its name if that can be told; else the parser's error.
+
+    Sources: RFC 8446 section 5.1, TLSPlaintext; RFC 9113 section 3.4, of which llhttp reads the first line.
+    """
+    if begin.startswith(b"\x16"):
+        return "this is a TLS handshake, and the port speaks HTTP without TLS: use http://, or set tls_cert"
+    if "PRI/Upgrade" in error:
+        return "this is the preface of HTTP/2, and the port speaks HTTP/1.1"
+    return error
 
 
 def _check(headers: list[tuple[bytes, bytes]], is_http10: bool) -> None:

@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from hotport.adapters.asgi.exchange import STREAMING, WAITING, ClientLeft, Exchange
+from hotport.adapters.asgi.exchange import CLIENT_LEFT, STREAMING, WAITING, ClientLeft, Exchange
 from hotport.adapters.asgi.spec import Message, Scope
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Session:
         "scope",
         "task",
         "undelivered",
+        "why_gone",
     )
 
     def __init__(self, connection: WebSocketConnection, request: Exchange, state: Any = None) -> None:
@@ -60,6 +61,7 @@ class Session:
         #: The application has closed, denied, raised or returned: it is not interested in messages any more.
         self.has_finished = False
         self._is_told = False  # the application knows that the client has left
+        self.why_gone = CLIENT_LEFT  # or why else the application was told so
         self._waiters: list[asyncio.Future[None]] = []
         self._receiving = 0
         self._held: tuple[Message, ...] = ()
@@ -140,7 +142,7 @@ class Session:
         if is_over and is_cancelled:
             return
         if self._is_told:  # as a rule this is what a framework makes of `ClientLeft`
-            log.info("the application ended with %r because its client had left: %s", error, self)
+            log.info("the application ended with %r because %s: %s", error, self.why_gone, self)
         else:
             log.error("the application %s: %s", "was cancelled" if is_cancelled else "raised", self, exc_info=error)
             self.connection.shared.registry.errors += not is_cancelled

@@ -27,7 +27,7 @@ from websockets.server import ServerProtocol
 from websockets.streams import StreamReader
 
 from hotport.adapters.asgi.deadlines import Deadlines
-from hotport.adapters.asgi.exchange import ANSWERED, STREAMING, Exchange, check_field
+from hotport.adapters.asgi.exchange import ANSWERED, CUT, STREAMING, Exchange, check_field
 from hotport.adapters.asgi.session import Session
 from hotport.adapters.asgi.spec import Message, Scope
 from hotport.adapters.asgi.states import WEBSOCKET_STATES, Manner
@@ -384,6 +384,8 @@ class WebSocketConnection(asyncio.Protocol):
             self._session.end(1012, RESTART)
             self.transport.abort()
             return "cut_offered"
+        if self._session.disconnect is None:
+            self._session.why_gone = CUT
         if self._session.task is not None:
             self._session.task.cancel()
         self._stop_timers()
