@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import resource
@@ -21,6 +22,7 @@ from anyio.abc import SocketAttribute
 import hotport
 from hotport.address import parse_address
 from hotport.errors import ConfigError, KernelError, StartError
+from tests.support import DEADLINE_S
 
 pytestmark = pytest.mark.anyio
 
@@ -340,6 +342,55 @@ async def test_a_wrong_option_is_a_clear_error() -> None:
     with pytest.raises(ConfigError, match="HP304"):
         async with hotport.serve(echo, bind="127.0.0.1:0", drain_timeout="soon"):
             pass
+
+
+async def test_a_unix_socket_whose_file_is_removed_is_bound_again(tmp_path: Path) -> None:
+    """Nobody could connect any more, and a restart passed the dead listener on."""
+    path = tmp_path / "app.sock"
+    async with hotport.serve(echo, bind=[f"unix:{path}", "tcp://127.0.0.1:0"], tasks=2) as server:
+        async with await anyio.connect_unix(path) as before:
+            for _ in range(2):
+                os.unlink(path)
+                with anyio.fail_after(DEADLINE_S):
+                    while not os.access(path, os.F_OK):
+                        await anyio.lowlevel.checkpoint()
+            async with await anyio.connect_unix(path) as client:
+                for each in (before, client):
+                    await each.send(b"hello")
+                    assert await each.receive() == b"hello"
+        async with await anyio.connect_tcp("127.0.0.1", int(server.addresses[1].rpartition(":")[2])) as other:
+            await other.send(b"hello")
+            assert await other.receive() == b"hello"
+    assert not os.access(path, os.F_OK)
+
+
+@pytest.mark.parametrize("what", ["another server", "an application that takes no more"])
+async def test_a_unix_socket_that_cannot_be_bound_again_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    path = tmp_path / "app.sock"
+
+    async def takes_no_more(sockets: list[socket.socket], lifetime: hotport.Lifetime) -> None:
+        lifetime.started()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            for each in sockets:
+                each.close()
+
+    app: Any = echo if what == "another server" else takes_no_more
+    async with hotport.serve(app, bind=f"unix:{path}", drain_timeout="10ms") as server:
+        os.unlink(path)
+        with socket.socket(socket.AF_UNIX) as other:
+            if what == "another server":
+                other.bind(str(path))
+                other.listen()
+            assert not await server._mend_in_between()
+        assert "is gone, and is not made again" in caplog.text
+        assert os.access(path, os.F_OK) == (what == "another server")
+    assert os.access(path, os.F_OK) == (what == "another server")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 async def test_a_unix_socket_is_served_and_removed(tmp_path: Path) -> None:

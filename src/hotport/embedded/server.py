@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import anyio
 
 from hotport.adapters.base import Connections, Context
 from hotport.address import UnixAddress, parse_address
+from hotport.embedded.keeper import keeping
 from hotport.embedded.manager import Manager
 from hotport.embedded.predecessor import Predecessor
 from hotport.embedded.program import Program, Start
@@ -106,6 +107,35 @@ class _Listener:
         self.is_ours = not is_adopted
         self._is_dropped = False
 
+    @property
+    def path(self) -> str:
+        """Its socket file, if it has one that we have made or a predecessor of ours."""
+        return self._path
+
+    @property
+    def is_gone(self) -> bool:
+        """Its socket file was removed or replaced: new clients do not find it."""
+        is_kept = bool(self._path) and self.is_ours and not self._is_dropped
+        return is_kept and (self._file is None or socket_file(self._path) != self._file)
+
+    async def remake(self, adopt: Callable[[Mapping[str, socket.socket]], Awaitable[None]]) -> None:
+        """Bind its path again, and have the server accept there.
+
+        Raises:
+            KernelError: Another process has the path, or nothing can be made there.
+            OSError: The application takes no listener any more; nothing has changed.
+        """
+        sock = bind_listener(UnixAddress(self._path), backlog=self._backlog)
+        file = socket_file(self._path)
+        try:
+            await adopt({self.address: sock.dup()})
+        except BaseException:
+            sock.close()
+            unlink_if_ours(self._path, file)
+            raise
+        self.kept.close()
+        self.kept, self._file = sock, file
+
     def drop(self) -> None:
         """The successor does not want it: nobody accepts there once the server has closed `socket`."""
         self._is_dropped = True
@@ -165,9 +195,34 @@ class Server:
         self._program = Program.snapshot()
         self._closed = asyncio.Event()
         self._restarting: asyncio.Task[Restarted] | None = None
+        self._mending = asyncio.Lock()
         self._has_committed = False
         self._is_succeeded = False
         self._is_ending = False
+
+    async def _mend_in_between(self) -> bool:
+        """Bind socket files of listeners again that have disappeared; whether any was bound.
+
+        A running restart is waited for: its successor has what was passed to it.
+        """
+        if self._restarting is not None and not self._restarting.done():
+            await asyncio.wait({self._restarting})
+        return await self._mend()
+
+    async def _mend(self) -> bool:
+        has_made = False
+        async with self._mending:
+            for listener in self._listeners:
+                if not listener.is_gone or self._is_ending or self._is_succeeded:
+                    continue
+                try:
+                    await listener.remake(self._inner.adopt)
+                except OSError as error:
+                    log.error("the socket file of %s is gone, and is not made again: %s", listener.address, error)
+                else:
+                    log.warning("the socket file of %s was gone, and is made again", listener.address)
+                    has_made = True
+        return has_made
 
     def close(self) -> None:
         """Let `wait_closed` return, and so the ``async with`` block end and drain."""
@@ -252,6 +307,7 @@ class Server:
         if self._predecessor is not None:
             await self._predecessor.over.wait()
         start = self._program.resolve(argv, self.generation)
+        await self._mend()  # or the successor would listen where nobody finds it
         await self._manager.say(reloading=True, monotonic_s=began_s, status="restarting")
         try:
             successor, dropped = await self._bring_up(start)
@@ -417,7 +473,8 @@ async def serve(
                     listeners.append(listener)  # noqa: PERF402  what there is when another one fails, is closed below
             connections = Connections(maximum=settings.connections_max)
             context = Context(connections, generation=predecessor.spec.generation if predecessor is not None else 1)
-            inner = make_server(app, context, settings, [listener.socket for listener in listeners])
+            names = [listener.address for listener in listeners]
+            inner = make_server(app, context, settings, [listener.socket for listener in listeners], names)
             server = Server(inner, listeners, settings, predecessor)
             await inner.startup()
             if predecessor is not None:
@@ -442,7 +499,9 @@ async def serve(
     timeout_s = 0.0
     _servers.add(server)
     try:
-        with _restarting_on_hup(server, predecessor) if restart_on_hup else nullcontext():
+        paths = [listener.path for listener in listeners if listener.path]
+        restarting = _restarting_on_hup(server, predecessor) if restart_on_hup else nullcontext()
+        with restarting, keeping(paths, server._mend_in_between):
             yield server
             timeout_s = settings.drain_timeout_s
     finally:

@@ -77,7 +77,7 @@ class Server(Protocol):
         """
 
     async def resume(self, listeners: Sequence[socket.socket]) -> None:
-        """Accept again, from these listeners, after a drain that was cancelled or has ended.
+        """Accept again, from these listeners (those of the start, in that order), after a drain that has ended or not.
 
         Connections that were told to leave do leave.
         """
@@ -126,7 +126,8 @@ class ConnectionServer:
         self._proxies = proxies
         self._tasks = tasks
         self._acceptors = [a for listener in listeners for a in self._acceptors_of(listener)]
-        self._names = [name for name in names for _ in range(tasks)]  # of each acceptor; none in one's own event loop
+        self._names = [name for name in names for _ in range(tasks)]  # of each acceptor
+        self._first_names = tuple(self._names)
         self._is_accepting = False
         connections.on_full = self._stop_acceptors
         connections.on_room = self._on_room
@@ -197,6 +198,7 @@ class ConnectionServer:
         for acceptor in self._all:
             acceptor.close()
         self._acceptors = [a for listener in listeners for a in self._acceptors_of(listener)]
+        self._names = list(self._first_names)
         self.connections.resume()
         await self.accept()
 
