@@ -59,6 +59,23 @@ def test_service_lives_on_when_everything_that_it_has_made_is_removed(tmp_path: 
         assert not list(service.runtime.iterdir())
 
 
+def test_workers_without_a_supervisor_are_found_by_the_next_one_though_their_directory_was_removed(
+    tmp_path: Path,
+) -> None:
+    """The next supervisor took them for workers that were starting, and killed them."""
+    write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
+    with Service(tmp_path, "app:app", "--kind", "stream", "--workers", "2") as service:
+        pids, port = service.wait_ready().worker_pids(), service.port
+        service.kill()
+        shutil.rmtree(service.runtime.parent, ignore_errors=True)
+        sockets = {"worker-1.1.sock", "worker-1.2.sock"}
+        eventually(lambda: sockets <= {each.name for each in service.runtime.glob("*")}, "they listen again")
+        with Service(tmp_path, "app:app", "--kind", "stream", "--workers", "2") as successor:
+            assert successor.wait_ready().worker_pids() == pids
+            assert ask_line(port).generation == "1"
+            assert successor.stop() == 0
+
+
 def test_program_whose_socket_file_is_removed_has_it_again_after_a_restart(tmp_path: Path) -> None:
     """The restart was done, nobody could connect, and doctor found nothing."""
     (tmp_path / "server.py").write_text(

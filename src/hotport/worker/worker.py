@@ -25,7 +25,9 @@ import msgspec
 import hotport
 from hotport.adapters.base import Connection, Connections, Context
 from hotport.adapters.target import load_target
-from hotport.errors import ControlError, ExitCode, HotportError, StartError
+from hotport.errors import ControlError, ExitCode, HotportError, KernelError, StartError
+from hotport.kernel.fds import private_directory
+from hotport.kernel.inotify import Watch
 from hotport.kernel.notify import notify
 from hotport.kernel.process import open_descriptors, raise_descriptor_limit, rss_bytes
 from hotport.kernel.scm import send_descriptors
@@ -141,6 +143,7 @@ class Worker:
         self._orphan_timer: asyncio.TimerHandle | None = None
         self._has_expired = False
         self._is_accepting: bool | None = None  # None before the first order to accept
+        self._watch: Watch | None = None  # of the runtime directory, while nobody supervises
         self._memory: Memory | None = None
 
     async def run(self) -> int:
@@ -155,6 +158,7 @@ class Worker:
             self._lag.close()
             for peer in list(self._peers):
                 peer.close()
+            self._unwatch_files()
             self._close_control()
             unlink_if_ours(self._control_path, self._control_file)
 
@@ -286,6 +290,29 @@ class Worker:
             delay = self._options.orphan_timeout_s + extra_s
             self._orphan_timer = self._loop.call_later(delay, self._orphaned, delay)
 
+    def _watch_files(self) -> None:
+        """Without a supervisor to look after it, look after the control socket's file: the next one comes by it."""
+        with suppress(KernelError):
+            self._watch = Watch()
+            self._watch.add_directory(self._spec.directory)
+            self._loop.add_reader(self._watch.fileno(), self._on_files_changed)
+
+    def _unwatch_files(self) -> None:
+        if self._watch is not None:
+            self._loop.remove_reader(self._watch.fileno())
+            self._watch.close()
+            self._watch = None
+
+    def _on_files_changed(self) -> None:
+        if self._watch is None:
+            return
+        self._watch.drain()
+        with suppress(HotportError):  # what is in the way stays, and `_keep_listening` says so
+            private_directory(os.path.dirname(self._spec.directory))
+            private_directory(self._spec.directory)
+        self._watch.add_directory(self._spec.directory)
+        self._run_beside(self._keep_listening())
+
     def _orphaned(self, delay: float) -> None:
         self._log.warning("worker.orphaned", waited_s=delay)
         self._leave(DrainOrder(timeout_s=self._options.drain_timeout_s, is_last=True))
@@ -295,6 +322,7 @@ class Worker:
     def peer_joined(self, peer: _Peer) -> None:
         """Somebody of our user has connected to the control socket."""
         self._peers.add(peer)
+        self._unwatch_files()
         self._watch_for_orphanhood()
         spec = self._spec
         peer.say(
@@ -322,6 +350,8 @@ class Worker:
         if peer in self._peers:
             self._peers.discard(peer)
             self._watch_for_orphanhood()
+            if not self._peers and self._watch is None and self._server is not None and not self._leaving.is_set():
+                self._watch_files()
 
     async def _listen(self, control: socket.socket) -> None:
         self._control_file = socket_file(self._control_path)
