@@ -5,6 +5,8 @@ import os
 import signal
 import socket
 import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,13 +23,24 @@ from hotport.kernel.procfs import (
     is_suspended,
     listening,
     owner,
+    parent,
     queue_overflows,
     runtime_of,
+    supervises,
     sysctl,
     unit_of,
     user_name,
 )
-from tests.support import DEADLINE_S
+from tests.support import DEADLINE_S, eventually
+
+
+@contextmanager
+def sleeping(variables: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "1000"], env={**os.environ, **(variables or {})}) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def refuse_to_open(*_: object) -> None:
@@ -131,19 +144,38 @@ def test_service_is_known_by_its_worker_and_by_its_supervisor(tmp_path: Path) ->
     finally:
         os.close(lock)
     worker = {"HOTPORT_GENERATION": "1", "NOTIFY_SOCKET": f"{runtime}/notify.sock"}
-    with subprocess.Popen(["sleep", "1000"], env={**os.environ, **worker}) as process:
-        assert runtime_of(process.pid) == str(runtime)
-        process.kill()
+    with sleeping(worker) as process:
+        # The kernel shows an environment a little later than the exec that Popen waits for.
+        eventually(lambda: runtime_of(process.pid) == str(runtime), "the worker is known")
+
+
+def test_supervisor_is_known_though_its_directory_was_removed(tmp_path: Path) -> None:
+    runtime = tmp_path / "svc"
+    runtime.mkdir()
+    assert not supervises(os.getpid(), str(runtime))
+    lock = os.open(runtime, os.O_RDONLY)
+    try:
+        assert supervises(os.getpid(), str(runtime))
+        runtime.rmdir()
+        assert supervises(os.getpid(), str(runtime))
+        assert not supervises(2**22, str(runtime))
+    finally:
+        os.close(lock)
+
+
+def test_parent_of_a_process_is_read() -> None:
+    with sleeping() as process:
+        assert parent(process.pid) == os.getpid()
+    assert parent(2**22) == 0
 
 
 def test_suspended_process_is_told_from_one_that_runs() -> None:
     assert not is_suspended(os.getpid())
     assert not is_suspended(2**22)
-    with subprocess.Popen(["sleep", "1000"]) as process:
+    with sleeping() as process:
         process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED)
         assert is_suspended(process.pid)
-        process.kill()
 
 
 def test_capabilities_of_root_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

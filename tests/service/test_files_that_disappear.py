@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import socket
 from pathlib import Path
 
-from tests.support import DEADLINE_S, HOTPORT, LINE_APP, Service, ask_line, eventually, write_code
+from tests.support import DEADLINE_S, HOTPORT, LINE_APP, Service, ask_line, assert_three_lines, eventually, write_code
 
 
 def ask_unix(path: Path, question: str = "who") -> str:
@@ -74,6 +75,22 @@ def test_workers_without_a_supervisor_are_found_by_the_next_one_though_their_dir
             assert successor.wait_ready().worker_pids() == pids
             assert ask_line(port).generation == "1"
             assert successor.stop() == 0
+
+
+def test_second_supervisor_does_not_adopt_the_workers_of_one_that_lives(tmp_path: Path) -> None:
+    """Its lock was gone with the directory, it could not look just then, and both ordered the same workers."""
+    write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
+    with Service(tmp_path, "app:app", "--kind", "stream") as service:
+        port, workers = service.wait_ready().port, service.worker_pids()
+        service.process.send_signal(signal.SIGSTOP)
+        shutil.rmtree(service.runtime)
+        second = service.run("serve", "app:app", "--bind", "127.0.0.1:0", "--name", service.name)
+        assert second.returncode == 2
+        assert_three_lines(second.stderr.partition("HP630")[1] + second.stderr.partition("HP630")[2], "HP630")
+        service.process.send_signal(signal.SIGCONT)
+        eventually(lambda: (service.runtime / "control.sock").exists(), "its files are there again")
+        assert service.worker_pids() == workers
+        assert ask_line(port).version == "one"
 
 
 def test_program_whose_socket_file_is_removed_has_it_again_after_a_restart(tmp_path: Path) -> None:

@@ -383,19 +383,42 @@ def runtime_of(pid: int) -> str:
     variables = environment(pid)
     if "HOTPORT_GENERATION" in variables and variables.get("NOTIFY_SOCKET", "").endswith("/notify.sock"):
         return variables["NOTIFY_SOCKET"].removesuffix("/notify.sock")
+    return next((named for named in _open_early(pid) if os.path.exists(f"{named}/control.sock")), "")
+
+
+def supervises(pid: int, directory: str) -> bool:
+    """Whether a process supervises the service with this runtime directory, also if that was removed meanwhile.
+
+    Sources: proc_pid_fd(5): what was removed is called so.
+    """
+    return not {directory, f"{directory} (deleted)"}.isdisjoint(_open_early(pid))
+
+
+def _open_early(pid: int) -> Iterator[str]:
+    """Paths of what a process has open, among its first descriptors."""
     for fd in range(_RUNTIME_FDS):
         with suppress(OSError):
             named = os.readlink(f"/proc/{pid}/fd/{fd}")
-            if named.startswith("/") and os.path.exists(f"{named}/control.sock"):
-                return named
-    return ""
+            if named.startswith("/"):
+                yield named
+
+
+def parent(pid: int) -> int:
+    """Who has started a process, or has adopted it; 0 when it is gone. Sources: proc_pid_stat(5), ppid."""
+    return int(state[1]) if (state := _state(pid)) else 0
 
 
 def is_suspended(pid: int) -> bool:
     """Whether a process was stopped by a signal or a debugger. Sources: proc_pid_stat(5), state."""
+    state = _state(pid)
+    return bool(state) and state[0] in ("T", "t")
+
+
+def _state(pid: int) -> list[str]:
+    """What the kernel says of a process behind its name; empty when it is gone."""
     with suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
-        return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
-    return False
+        return file.read().rpartition(b")")[2].decode().split()
+    return []
 
 
 def has_capability(number: int) -> bool:

@@ -18,6 +18,7 @@ import anyio
 
 from hotport.address import Address, FdAddress, parse_address
 from hotport.errors import ConfigError, KernelError
+from hotport.kernel import procfs
 from hotport.kernel.fds import lock_directory, private_directory
 from hotport.kernel.process import reap_orphans
 from hotport.kernel.sockets import (
@@ -79,6 +80,7 @@ def move_in(name: str, options: Options, manager: Manager, stack: ExitStack, *, 
         house = House.enter(directory, lock, stack)
         stack.callback(house.leave)
         found = anyio.run(survey, directory)
+        _refuse_beside_another(name, directory, found)
         if found.going in found.listeners:
             _park(found.listeners[found.going], options, manager)
         else:
@@ -128,6 +130,26 @@ def open_status_port(supervisor: Supervisor, place: Place, stack: ExitStack) -> 
             unlink_if_ours(path, supervisor.status_port.file)
 
     stack.callback(close)
+
+
+def _refuse_beside_another(name: str, directory: str, found: Found) -> None:
+    """Raise if the workers that were found have a supervisor: the directory that it has locked was removed.
+
+    Raises:
+        ConfigError: They have (HP630).
+    """
+    parents = {procfs.parent(survivor.pid) for survivor in found.survivors} - {0, os.getpid()}
+    alive = sorted(pid for pid in parents if procfs.supervises(pid, directory))
+    if not alive:
+        return
+    for listener in {id(each): each for listeners in found.listeners.values() for each in listeners.values()}.values():
+        listener.close()
+    raise ConfigError(
+        "HP630",
+        f"the service {name} is already running",
+        cause=f"its supervisor is pid {alive[0]}, and {directory}, which it had locked, was removed meanwhile",
+        fix=f"kill -HUP {alive[0]}",
+    )
 
 
 def _directory(name: str) -> str:
