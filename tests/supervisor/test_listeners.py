@@ -191,11 +191,27 @@ def test_restart_binds_a_socket_file_again_that_somebody_has_removed(tmp_path: P
 @pytest.mark.parametrize("passed", ["systemd:web", "fd://3"])
 def test_socket_file_of_a_service_manager_is_its_own_to_keep(tmp_path: Path, passed: str) -> None:
     path = tmp_path / "a.sock"
-    with bind_listener(parse_address(f"unix:{path}"), backlog=16) as sock:
-        listeners = Listeners({1: {f"unix:{path}": sock}}, {1: (passed,)})
-        path.unlink()
+    text = f"unix:{path}"
+    with bind_listener(parse_address(text), backlog=16) as sock:
+        listeners = Listeners({1: {text: sock}}, {1: (passed,)})
         assert listeners.gone == {}
-        assert listeners.paths == []
+        path.rename(tmp_path / "b.sock")
+        assert listeners.remake(options(text)) == []
+        assert listeners.gone.keys() == {text}
+        assert "systemctl restart its socket unit" in listeners.gone[text]
+        (tmp_path / "b.sock").rename(path)
+        assert listeners.gone == {}
+        listeners.close()
+    assert path.exists()
+    path.unlink()
+
+
+def test_socket_file_of_a_service_manager_may_lie_where_we_cannot_see_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.sock"
+    with bind_listener(parse_address(f"unix:{path}"), backlog=16) as sock:
+        path.unlink()
+        listeners = Listeners({1: {f"unix:{path}": sock}}, {1: ("systemd:web",)})
+        assert listeners.gone == {}
         listeners.close()
 
 

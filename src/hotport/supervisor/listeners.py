@@ -7,6 +7,7 @@ import socket
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Final
 
 from hotport.address import Address, FdAddress, SystemdAddress, TcpAddress, parse_address
 from hotport.errors import ConfigError, HotportError
@@ -29,6 +30,9 @@ from hotport.options import Options
 
 __all__ = ["Listener", "Listeners", "Rebound", "listen"]
 
+#: Why a socket file is not made again that a service manager has made.
+NOT_OURS: Final = "a service manager made it: systemctl restart its socket unit, and then the service"
+
 
 @dataclass(eq=False, slots=True)
 class Listener:
@@ -40,8 +44,9 @@ class Listener:
         sock: None while somebody else has the address.
         why_lost: Who that is.
         before: The listener of the same address that this one takes over from, if it has a socket of its own.
-        path: Its socket file, if that is ours to keep; empty if there is none.
+        path: Its socket file; empty if there is none, or it is another process's by now.
         file: Device and inode of that file.
+        is_passed: A service manager has made the socket and its file, and keeps them.
         access: Mode, owner and group of that file.
         why_gone: Why that file could not be made again.
     """
@@ -53,6 +58,7 @@ class Listener:
     before: Listener | None = None
     path: str = ""
     file: tuple[int, int] | None = None
+    is_passed: bool = False
     access: tuple[int, int, int] | None = None
     why_gone: str = ""
 
@@ -64,7 +70,9 @@ class Listener:
     @property
     def is_gone(self) -> bool:
         """Its socket file was removed or replaced: new clients do not find it."""
-        return bool(self.path) and (self.file is None or socket_file(self.path) != self.file)
+        if self.file is None:  # what a service manager has made may lie where we cannot see it
+            return bool(self.path) and not self.is_passed
+        return socket_file(self.path) != self.file
 
     def leave_file(self) -> None:
         """The socket file is another listener's, or another process's, from now on."""
@@ -74,7 +82,8 @@ class Listener:
         """Close it, and remove its socket file."""
         if self.sock is not None:
             self.sock.close()
-        unlink_if_ours(self.path, self.file)
+        if not self.is_passed:
+            unlink_if_ours(self.path, self.file)
 
 
 @dataclass(slots=True)
@@ -146,7 +155,8 @@ class Listeners:
     @property
     def gone(self) -> dict[str, str]:
         """Addresses whose socket file is not in its place any more, and why it could not be made again."""
-        return {each.address: each.why_gone for each in self._each() if self._is_gone(each)}
+        gone = [each for each in self._each() if self._is_gone(each)]
+        return {each.address: NOT_OURS if each.is_passed else each.why_gone for each in gone}
 
     @property
     def paths(self) -> list[str]:
@@ -193,7 +203,7 @@ class Listeners:
                         continue
                 kept = next(iter(found), None)
                 taken.add(kept)
-                if kept is not None and self._is_gone(kept):
+                if kept is not None and self._is_gone(kept) and not kept.is_passed:
                     kept = None
                 if kept is not None and strategy is not Strategy.OVERLAP:
                     plan.append(kept)
@@ -292,7 +302,7 @@ class Listeners:
         """
         made: list[Listener] = []
         for each in self._each():
-            if not self._is_gone(each):
+            if not self._is_gone(each) or each.is_passed:
                 continue
             try:
                 new = _bind(each.address, options)
@@ -312,7 +322,7 @@ class Listeners:
     def note_access(self) -> None:
         """Remember who may connect to each socket file, for the one that takes its place if it is removed."""
         for each in self._each():
-            if each.path and not each.is_gone:
+            if each.path and not each.is_passed and not each.is_gone:
                 each.access = access_of(each.path)
 
     def blame(self, why: str) -> None:
@@ -464,9 +474,10 @@ def _join(kept: Listener, options: Options) -> Listener:
 
 
 def _known(asked: str, address: str, sock: socket.socket) -> Listener:
-    """A listener, and its socket file if we are to keep that; a service manager keeps those that it has made."""
-    path = "" if _is_passed(asked) else file_path(parse_address(address))
-    return Listener(asked, address, sock, path=path, file=socket_file(path) if path else None)
+    """A listener with its socket file, if it has one."""
+    path = file_path(parse_address(address))
+    file = socket_file(path) if path else None
+    return Listener(asked, address, sock, path=path, file=file, is_passed=_is_passed(asked))
 
 
 def _empty(listener: socket.socket) -> list[socket.socket]:
