@@ -276,6 +276,29 @@ async def test_without_inotify_the_service_runs_on(
     assert "files.not_watched" in logged(capsys)
 
 
+async def test_error_that_is_not_expected_costs_a_log_line_and_not_the_supervisor(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    errors = [RuntimeError("a bug of ours"), FileNotFoundError("removed between two calls")]
+
+    def fail(supervisor: Supervisor) -> dict[str, str]:
+        if errors:
+            raise errors.pop()
+        return {}
+
+    monkeypatch.setattr(keeper, "FAILED_PAUSE_S", 0.0)
+    monkeypatch.setattr(keeper, "_mend_status_port", fail)
+    async with kept(place):
+        (place.directory / "control.sock").unlink()
+        await until((place.directory / "control.sock").exists)
+        await until(lambda: not errors)
+    assert logged(capsys).count("] files.failed") == 2
+    monkeypatch.setattr(House, "_mend", lambda *_: 1 / 0)
+    place.supervisor.mend = lambda: place.house.mend(place.supervisor)
+    place.supervisor.mend()
+    assert "ZeroDivisionError" in logged(capsys)
+
+
 # -- listeners ----------------------------------------------------------------------------------------------
 
 

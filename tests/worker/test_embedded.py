@@ -364,7 +364,7 @@ async def test_a_unix_socket_whose_file_is_removed_is_bound_again(tmp_path: Path
     assert not os.access(path, os.F_OK)
 
 
-@pytest.mark.parametrize("what", ["another server", "an application that takes no more"])
+@pytest.mark.parametrize("what", ["another server", "a file", "an application that takes no more"])
 async def test_a_unix_socket_that_cannot_be_bound_again_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str
 ) -> None:
@@ -378,17 +378,19 @@ async def test_a_unix_socket_that_cannot_be_bound_again_is_said(
             for each in sockets:
                 each.close()
 
-    app: Any = echo if what == "another server" else takes_no_more
+    app: Any = takes_no_more if what == "an application that takes no more" else echo
     async with hotport.serve(app, bind=f"unix:{path}", drain_timeout="10ms") as server:
         os.unlink(path)
         with socket.socket(socket.AF_UNIX) as other:
             if what == "another server":
                 other.bind(str(path))
                 other.listen()
+            elif what == "a file":
+                os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
             assert not await server._mend_in_between()
         assert "is gone, and is not made again" in caplog.text
-        assert os.access(path, os.F_OK) == (what == "another server")
-    assert os.access(path, os.F_OK) == (what == "another server")
+        assert os.access(path, os.F_OK) == (app is echo)
+    assert os.access(path, os.F_OK) == (app is echo)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
 

@@ -217,7 +217,7 @@ class Server:
                     continue
                 try:
                     await listener.remake(self._inner.adopt)
-                except OSError as error:
+                except (OSError, HotportError) as error:
                     log.error("the socket file of %s is gone, and is not made again: %s", listener.address, error)
                 else:
                     log.warning("the socket file of %s was gone, and is made again", listener.address)

@@ -79,8 +79,8 @@ class House:
         why = ""
         try:
             why = self._mend(supervisor, made)
-        except HotportError as error:
-            why = str(error)
+        except Exception as error:  # whatever it is, the service has its workers and serves
+            why = str(error) if isinstance(error, HotportError) else repr(error)
         if made:
             log.warning("files.remade", directory=self.directory, files=made)
         if why and why != self._why_not:

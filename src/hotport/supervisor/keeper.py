@@ -29,6 +29,9 @@ __all__ = ["keep_files"]
 #: Between two looks: whoever removes files in a loop must not keep the supervisor busy.
 PAUSE_S: Final = 0.1
 
+#: After an error that nobody expects.
+FAILED_PAUSE_S: Final = 10.0
+
 log = get_logger("hotport.supervisor")
 
 
@@ -45,18 +48,36 @@ async def keep_files(supervisor: Supervisor, house: House) -> None:
             log.warning("files.not_watched", error=str(error))
             return
         while True:
-            _watch_all(watch, supervisor)
-            has_made = house.mend(supervisor)
-            why_no_status = _mend_status_port(supervisor)
-            if supervisor.owned.gone and _is_busy(supervisor):
-                await supervisor.wait_stepped()
-                continue
-            has_made = await _mend_listeners(supervisor) or has_made
-            told = _tell(told, {**supervisor.owned.gone, **why_no_status})
-            if not has_made:  # else what was made may be gone again, and is not watched yet
-                await anyio.wait_readable(watch.fileno())
-                watch.drain()
-                await anyio.sleep(PAUSE_S)
+            try:
+                await _look(watch, supervisor, house, told)
+            except Exception:  # a bug of ours must not cost the service its supervisor
+                log.exception("files.failed")
+                await anyio.sleep(FAILED_PAUSE_S)
+            await anyio.sleep(PAUSE_S)
+
+
+async def _look(watch: Watch, supervisor: Supervisor, house: House, told: dict[str, str]) -> None:
+    """Make again what is gone, or wait until something changes if nothing is.
+
+    Args:
+        told: Why addresses are gone, as the log has it; kept from one look to the next.
+    """
+    _watch_all(watch, supervisor)
+    has_made = house.mend(supervisor)
+    why_no_status = _mend_status_port(supervisor)
+    if supervisor.owned.gone and _is_busy(supervisor):
+        await supervisor.wait_stepped()
+        return
+    has_made = await _mend_listeners(supervisor) or has_made
+    gone = {**supervisor.owned.gone, **why_no_status}
+    for address, why in gone.items():
+        if told.get(address) != why:
+            log.error("listener.gone", address=address, why=why)
+    told.clear()
+    told.update(gone)
+    if not has_made:  # else what was made may be gone again, and is not watched yet
+        await anyio.wait_readable(watch.fileno())
+        watch.drain()
 
 
 def _watch_all(watch: Watch, supervisor: Supervisor) -> None:
@@ -117,11 +138,3 @@ async def _mend_listeners(supervisor: Supervisor) -> bool:
             owned.unmake(made, f"no worker takes it while it serves; {restart}")
     supervisor.manager.follow(supervisor.listeners)
     return has_made
-
-
-def _tell(told: dict[str, str], gone: dict[str, str]) -> dict[str, str]:
-    """Log what is gone, unless that was said before."""
-    for address, why in gone.items():
-        if told.get(address) != why:
-            log.error("listener.gone", address=address, why=why)
-    return gone
