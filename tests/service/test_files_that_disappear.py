@@ -7,6 +7,8 @@ import signal
 import socket
 from pathlib import Path
 
+import pytest
+
 from tests.support import DEADLINE_S, HOTPORT, LINE_APP, Service, ask_line, assert_three_lines, eventually, write_code
 
 
@@ -18,6 +20,7 @@ def ask_unix(path: Path, question: str = "who") -> str:
         return sock.makefile().readline()
 
 
+@pytest.mark.measured
 def test_service_lives_on_when_everything_that_it_has_made_is_removed(tmp_path: Path) -> None:
     """It served, and could never again be restarted, stopped by a command, or replace a worker."""
     write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
@@ -60,6 +63,7 @@ def test_service_lives_on_when_everything_that_it_has_made_is_removed(tmp_path: 
         assert not list(service.runtime.iterdir())
 
 
+@pytest.mark.measured
 def test_workers_without_a_supervisor_are_found_by_the_next_one_though_their_directory_was_removed(
     tmp_path: Path,
 ) -> None:

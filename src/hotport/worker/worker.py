@@ -294,8 +294,8 @@ class Worker:
         """Without a supervisor to look after it, look after the control socket's file: the next one comes by it."""
         with suppress(KernelError):
             self._watch = Watch()
-            self._watch.add_directory(self._spec.directory)
             self._loop.add_reader(self._watch.fileno(), self._on_files_changed)
+            self._on_files_changed()  # what is gone already tells nobody
 
     def _unwatch_files(self) -> None:
         if self._watch is not None:
