@@ -13,6 +13,7 @@ from typing import Any, Final
 import anyio
 
 from hotport.errors import ConfigError, ExitCode, HotportError
+from hotport.kernel.fork import withhold
 from hotport.kernel.process import ends_with_terminal, has_terminal, reap_orphans
 from hotport.model.lifecycle import Phase
 from hotport.model.service import RequestStop
@@ -187,6 +188,8 @@ async def _answer_probes(supervisor: Supervisor, place: Place) -> None:
 
 async def _supervise(supervisor: Supervisor, place: Place) -> None:
     log = get_logger("hotport.supervisor")
+    withhold(supervisor)
+    withhold(place.house)
     at = {"status_address": supervisor.status_port.address} if supervisor.status_port else {}
     log.info("service.starting", addresses=list(supervisor.listeners), **at)
     async with anyio.create_task_group() as tasks:
