@@ -31,7 +31,7 @@ from hotport.kernel.notify import notify
 from hotport.kernel.process import open_descriptors, raise_descriptor_limit, rss_bytes
 from hotport.kernel.scm import send_descriptors
 from hotport.kernel.sockets import may_command, peer_credentials, socket_file, unlink_if_ours
-from hotport.observe.logs import get_logger, revive
+from hotport.observe.logs import dropped, get_logger, revive
 from hotport.options import Options
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import (
@@ -452,6 +452,7 @@ class Worker:
             descriptors=_descriptors(),
             errors=connections.errors if connections else 0,
             lag_s=self._lag.read() if is_watched else 0.0,
+            log_dropped=dropped(),
         )
 
     def _reload_tls(self) -> str:
