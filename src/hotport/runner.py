@@ -13,7 +13,7 @@ from typing import Any, Final
 import anyio
 
 from hotport.errors import ConfigError, ExitCode, HotportError
-from hotport.kernel.fork import withhold
+from hotport.kernel.fork import withheld, withhold
 from hotport.kernel.process import ends_with_terminal, has_terminal, reap_orphans
 from hotport.model.lifecycle import Phase
 from hotport.model.service import RequestStop
@@ -180,7 +180,8 @@ async def _answer_probes(supervisor: Supervisor, place: Place) -> None:
             await supervisor.wait_stepped()  # until then the other one answers
     is_over = anyio.Event()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(serve_status_port, supervisor, supervisor.status_port.listener.dup(), is_over)
+        listener = withheld(supervisor.status_port.listener.dup())
+        tasks.start_soon(serve_status_port, supervisor, listener, is_over)
         while not (supervisor.is_succeeded and supervisor.service.is_stopping):
             await supervisor.wait_stepped()
         is_over.set()
@@ -193,7 +194,7 @@ async def _supervise(supervisor: Supervisor, place: Place) -> None:
     at = {"status_address": supervisor.status_port.address} if supervisor.status_port else {}
     log.info("service.starting", addresses=list(supervisor.listeners), **at)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(serve_control, supervisor, place.house.control.dup(), place.house)
+        tasks.start_soon(serve_control, supervisor, withheld(place.house.control.dup()), place.house)
         async with anyio.create_task_group() as until_the_end:
             until_the_end.start_soon(_handle_signals, supervisor, place.house, until_the_end)
             until_the_end.start_soon(_succeed, supervisor, place)

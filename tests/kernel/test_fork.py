@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 
 from hotport.kernel import fork
-from hotport.kernel.fork import has_forked, withhold
+from hotport.kernel.fork import has_forked, withheld, withhold
 from hotport.kernel.spawn import spawn
 from tests.support import DEADLINE_S
 
@@ -69,6 +69,12 @@ def test_child_finds_a_peer_that_has_hung_up_in_place_of_each_descriptor(pair: P
     assert pair.ours.recv(100) == b"for the parent"
     pair.ours.close()
     assert pair.theirs.recv(1) == b""  # the child that is gone could not have kept it open, nor could a live one
+
+
+def test_single_socket_is_withheld_while_it_lives(pair: Pair) -> None:
+    pair.theirs.sendall(b"for the parent")
+    assert withheld(pair.ours) is pair.ours
+    assert in_child("os.read(pair.ours.fileno(), 100) == b''", {"pair": pair})
 
 
 def test_number_stays_taken_so_that_nothing_else_can_be_closed_by_it(pair: Pair) -> None:

@@ -24,7 +24,7 @@ from functools import partial
 from typing import Final, Protocol
 from weakref import WeakSet
 
-__all__ = ["Owner", "has_forked", "withhold"]
+__all__ = ["Owner", "has_forked", "withheld", "withhold"]
 
 log = logging.getLogger("hotport.fork")
 
@@ -44,6 +44,7 @@ class _Withheld:
 
     def __init__(self) -> None:
         self.owners: WeakSet[Owner] = WeakSet()
+        self.sockets: WeakSet[socket.socket] = WeakSet()
         self.loops: WeakSet[asyncio.AbstractEventLoop] = WeakSet()
         self.is_hooked = False
         self.has_forked = False
@@ -66,10 +67,21 @@ def withhold(owner: Owner) -> None:
 
     Sources: fork(2); epoll(7), question 6; dup2(2); `os.register_at_fork`.
     """
+    _withheld.owners.add(owner)
+    _hook()
+
+
+def withheld(sock: socket.socket) -> socket.socket:
+    """A socket that no owner tells of, kept from children as in `withhold`."""
+    _withheld.sockets.add(sock)
+    _hook()
+    return sock
+
+
+def _hook() -> None:
     if not _withheld.is_hooked:
         _withheld.is_hooked = True
         os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)
-    _withheld.owners.add(owner)
     if (loop := asyncio._get_running_loop()) is not None:
         _withheld.loops.add(loop)
 
@@ -105,7 +117,7 @@ def _in_child() -> None:
 
 
 def _withhold_all() -> None:
-    descriptors: set[int] = set()
+    descriptors = {sock.fileno() for sock in list(_withheld.sockets)}
     for owner in list(_withheld.owners):
         try:
             descriptors.update(owner.descriptors())
@@ -116,6 +128,7 @@ def _withhold_all() -> None:
         if not loop.is_closed():
             _leave(loop)
     _withheld.owners.clear()
+    _withheld.sockets.clear()
     _withheld.loops.clear()
     _withheld.has_forked = False
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from hotport.errors import RestartError
+from hotport.kernel.fork import withheld
 from hotport.kernel.sockets import bind_control, bind_notify, socket_file, unlink_if_ours
 from hotport.model.service import Refusal
 from hotport.supervisor.supervisor import Supervisor
@@ -62,7 +63,7 @@ class House:
         self.control.close()
         self.control = bind_control(os.path.join(self.directory, "control.sock"))
         self._note()
-        return self.control.dup()
+        return withheld(self.control.dup())
 
     def leave(self) -> None:
         """Remove the paths, unless they are another supervisor's by now; let go of the lock."""

@@ -207,6 +207,7 @@ def become(argv: list[str], baggage: Baggage, directory: str) -> NoReturn:
         os.execvpe(argv[0], argv, environment)
     except OSError as error:
         print(f"hotport: cannot execute {argv[0]}: {error.strerror}; going on as before", file=sys.stderr)
+        logs.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
