@@ -5,8 +5,8 @@ when we close it; a listener goes on listening; a signal to the child wakes our 
 child has.
 
 A program that is executed gets nothing of this: descriptors are close-on-exec, and handlers do not survive. So a child
-that is about to execute one is left alone. It is known by its blocked signals: `hotport.kernel.spawn` and libuv block
-all of them over the fork, those that nobody has a use for included. `subprocess` runs no Python code in the child.
+that is about to execute one is left alone. It is recognised by its blocked signals: `hotport.kernel.spawn` and libuv
+block all of them during the fork. `subprocess` runs no Python code in the child.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ __all__ = ["Owner", "has_forked", "withheld", "withhold"]
 
 log = logging.getLogger("hotport.fork")
 
-#: Who forks to execute a program blocks these as well.
+#: Blocked in a child only if it is about to execute a program: servers have no use for these signals.
 BLOCKED_FOR_EXEC: Final = frozenset({signal.SIGURG, signal.SIGWINCH, signal.SIGIO})
 
 
 class Owner(Protocol):
-    """Something that owns descriptors which are no child's."""
+    """Something that owns descriptors which a forked child must not have."""
 
     def descriptors(self) -> Iterable[int]:
-        """Those that are open now; -1 is passed over. Called in the child, where nothing must be awaited or closed."""
+        """Those that are open now; -1 is ignored. Called in the child; must not wait or close anything."""
 
 
 class _Withheld:
@@ -58,12 +58,12 @@ _withheld: Final = _Withheld()
 def withhold(owner: Owner) -> None:
     """Keep an owner's descriptors, and the event loop that runs now, from children that are forked from now on.
 
-    Such a child finds a socket whose peer has hung up in place of each descriptor: the number stays taken, so that an
-    object that is copied with the process, and closes it later, closes nothing of the child's own. Nothing is done to
-    the event loop, which shares its epoll instance with ours; the child gets another one. Signals that the loop
-    handled have their defaults.
+    In the child, a socket whose peer has hung up takes the place of each descriptor. The number stays in use: an object
+    that was copied with the process may close it later, and must not close something of the child's own. Transports are
+    not closed, since that would change the epoll instance that the child's copy of the loop shares with ours; the copy
+    gets another one. Signals that the loop handled get their default handlers.
 
-    Ends with the owner, to which only a weak reference is kept.
+    Only a weak reference to the owner is kept.
 
     Sources: fork(2); epoll(7), question 6; dup2(2); `os.register_at_fork`.
     """
@@ -72,7 +72,7 @@ def withhold(owner: Owner) -> None:
 
 
 def withheld(sock: socket.socket) -> socket.socket:
-    """A socket that no owner tells of, kept from children as in `withhold`."""
+    """As `withhold`, for a socket without an owner that could name it; returns the socket."""
     _withheld.sockets.add(sock)
     _hook()
     return sock
@@ -87,15 +87,15 @@ def _hook() -> None:
 
 
 def has_forked() -> bool:
-    """Whether a child may have duplicates of descriptors here, in spite of `withhold`.
+    """Whether a child may have duplicates of our connections in spite of `withhold`.
 
-    One that was forked in the middle of an accept or a close has; so has one that was given them.
+    A child has if it was forked by another thread in the middle of an accept or a close, or if it was given duplicates.
     """
     return _withheld.has_forked
 
 
 def _before() -> None:
-    """Let signals to the child wait until its handlers are its own: before, they go to our wake-up descriptor."""
+    """Hold signals to the child back until its handlers are reset: before that they go to our wake-up descriptor."""
     _withheld.thread.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _handled() - BLOCKED_FOR_EXEC)
 
 
@@ -121,7 +121,7 @@ def _withhold_all() -> None:
     for owner in list(_withheld.owners):
         try:
             descriptors.update(owner.descriptors())
-        except Exception:  # the others' are withheld all the same
+        except Exception:  # withhold those of the other owners all the same
             log.exception("descriptors of %r stay open in a forked child", owner)
     _put_away(descriptors - {-1})
     for loop in list(_withheld.loops):
@@ -134,7 +134,7 @@ def _withhold_all() -> None:
 
 
 def _default_signals() -> None:
-    """Handlers of an event loop do nothing in a child but wake the parent's."""
+    """Reset what an event loop handles: in a child its handlers do nothing but wake the parent's loop."""
     signal.set_wakeup_fd(-1)
     for number in _handled():
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -167,12 +167,12 @@ def _put_away(descriptors: set[int]) -> None:
 
 
 def _leave(loop: asyncio.AbstractEventLoop) -> None:
-    """Whatever this child does to the loop must not change what the parent's waits for; and it must not run here."""
+    """Give the child's copy of the loop an epoll instance of its own, and end the child if it runs that copy."""
     poll = _poll_descriptor(loop)
     if poll >= 0:
         with suppress(OSError), select.epoll() as empty:
             os.dup2(empty.fileno(), poll, inheritable=False)
-    with suppress(RuntimeError):  # in debug mode, if another thread has forked: then nobody comes back to it
+    with suppress(RuntimeError):  # in debug mode, if another thread has forked: the child cannot come back to it
         loop.call_soon(_end)
 
 
@@ -185,9 +185,9 @@ def _poll_descriptor(loop: asyncio.AbstractEventLoop) -> int:
 
 
 def _end() -> None:
-    """End a child that has come back into its parent's event loop: it would run the parent's tasks a second time.
+    """End a child that has come back into its parent's event loop, where it would run the parent's tasks again.
 
-    So do an exception and ``sys.exit()`` in a handler: they end handlers and tasks on their way out of the loop.
+    An exception and ``sys.exit()`` in a handler come back, too: the loop cancels its tasks before it lets them out.
     """
     log.error(
         "a forked child, pid %d, has come back into its parent's event loop, and is ended; "
