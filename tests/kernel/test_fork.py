@@ -19,6 +19,8 @@ from hotport.kernel.fork import has_forked, withheld, withhold
 from hotport.kernel.spawn import spawn
 from tests.support import DEADLINE_S
 
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
 
 class Pair:
     """Owns one end of a socket pair."""

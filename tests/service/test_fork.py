@@ -13,8 +13,6 @@ import pytest
 
 from tests.support import DEADLINE_S, Service, http_get, write_code
 
-pytestmark = pytest.mark.unmeasured
-
 APP = """\
 import asyncio, json, multiprocessing, os, time
 
