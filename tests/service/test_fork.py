@@ -81,6 +81,7 @@ def test_session_of_a_child_keeps_neither_port_nor_connection(tmp_path: Path) ->
         child = said(service, "/session")["child"]
         try:
             assert service.run("stop", "svc").returncode == 5  # this client is cut
+            assert service.wait() == 5
             assert client.recv(1) == b""
             with pytest.raises(ConnectionRefusedError):
                 socket.create_connection(("127.0.0.1", port))
