@@ -14,6 +14,7 @@ from typing import Any, Final
 import anyio
 
 from hotport.errors import ConfigError, ExitCode, HotportError, visible
+from hotport.kernel.fork import withheld, withhold
 from hotport.kernel.process import ends_with_terminal, has_terminal, reap_orphans
 from hotport.model.lifecycle import Phase
 from hotport.model.service import RequestStop
@@ -186,13 +187,15 @@ async def _answer_probes(supervisor: Supervisor, place: Place) -> None:
             if supervisor.status_port is not port:
                 is_over.set()
                 port, is_over = supervisor.status_port, anyio.Event()
-                tasks.start_soon(serve_status_port, supervisor, port.listener.dup(), is_over)
+                tasks.start_soon(serve_status_port, supervisor, withheld(port.listener.dup()), is_over)
             await supervisor.wait_stepped()
         is_over.set()
 
 
 async def _supervise(supervisor: Supervisor, place: Place) -> None:
     log = get_logger("hotport.supervisor")
+    withhold(supervisor)
+    withhold(place.house)
     at = {"status_address": supervisor.status_port.address} if supervisor.status_port else {}
     log.info("service.starting", addresses=list(supervisor.listeners), **at)
     supervisor.mend = partial(place.house.mend, supervisor)

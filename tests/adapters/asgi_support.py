@@ -265,6 +265,7 @@ class Rig:
         theirs.setblocking(False)
         ours.setblocking(False)
         connection = self.adapter.connection()
+        connection.sock = ours
         await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, ours, ssl=tls)
         return theirs, connection
 

@@ -17,14 +17,15 @@ def console() -> Iterator[io.StringIO]:
     """What would be on the terminal; everything is as before afterwards."""
     loggers = [logging.getLogger(), logging.getLogger("hotport")]
     before = [(each, each.handlers[:], each.level, each.propagate) for each in loggers]
-    look = (logs._look.out, logs._look.values, logs._look.console)
+    look = (logs._look.output, logs._look.values, logs._look.console)
     out = io.StringIO()
-    logs.configure(format="console", level="info", stream=out)
+    logs._look.output = out  # type: ignore[assignment]  # whoever writes lines only calls `write`
+    logs.configure(format="console", level="info")
     yield out
     for logger, handlers, level, propagate in before:
         logger.handlers[:], logger.propagate = handlers, propagate
         logger.setLevel(level)
-    logs._look.out, logs._look.values, logs._look.console = look
+    logs._look.output, logs._look.values, logs._look.console = look
     logging.captureWarnings(False)
     structlog.reset_defaults()
 

@@ -169,3 +169,102 @@ def test_application_that_configures_logging_for_itself_does_not_touch_ours(tmp_
         [failure] = service.log_events("stream handler failed")
         assert "RuntimeError: broken" in failure["exception"]
         assert "own said\n" in service.log()
+
+
+PAGES = """\
+async def app(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+"""
+
+
+def answers(service: Service, count: int) -> int:
+    """How many of so many requests are answered, 50 at once, each with a long line in the access log."""
+    request = b"GET /%b HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n" % (b"x" * 3000)
+    port, seen = service.port, 0
+    for _ in range(count // 50):
+        clients = [socket.create_connection(("127.0.0.1", port), DEADLINE_S) for _ in range(50)]
+        for client in clients:
+            client.sendall(request)
+        for client in clients:
+            with client, client.makefile("rb") as answer:
+                seen += answer.read().count(b"HTTP/1.1 200 OK")
+    return seen
+
+
+def test_service_whose_log_is_not_read_serves_restarts_and_stops(tmp_path: Path) -> None:
+    """Workers and supervisor were blocked in write(2): no client got an answer, and only SIGKILL helped.
+
+    What a worker has not written when it ends is lost: it waits a second for its reader.
+    """
+    write_code(tmp_path / "app.py", PAGES)
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    prefix = ("sh", "-c", 'exec "$0" "$@" 2>fifo')
+    try:
+        with Service(tmp_path, "app:app", "--access-log", "structured", prefix=prefix).wait_ready() as service:
+            assert answers(service, 600) == 600
+            status = service.status()
+            [worker] = status["workers"]
+            assert worker["log_dropped"] > 0
+            assert status["log_dropped"] == 0  # it has little to say: it waits
+            assert f"worker 1 has dropped {worker['log_dropped']} lines of its log" in service.run("status").stdout
+            assert service.restart()["outcome"] == "done"
+            assert answers(service, 600) == 600
+            told = read_until(reader, b'"log.dropped"')
+            [worker] = service.status()["workers"]
+            service.process.send_signal(signal.SIGTERM)
+            told += read_until(reader, b'"service.ended"')
+            assert service.wait() == 0
+    finally:
+        os.close(reader)
+    lines = [json.loads(line) for line in told.splitlines()]
+    [dropped] = [line for line in lines if line["event"] == "log.dropped"]
+    assert (dropped["worker"], dropped["lines"]) == (2, worker["log_dropped"])
+    events = [line["event"] for line in lines if line.get("role") == "supervisor"]
+    assert {"service.started", "restart.done", "service.ended"} <= {*events}
+
+
+def read_until(fd: int, what: bytes) -> bytes:
+    """All that comes, up to the end of the line that has `what` in it."""
+    told = b""
+    while what not in told or not told.endswith(b"\n"):
+        assert select.select([fd], [], [], DEADLINE_S)[0]
+        told += os.read(fd, 1 << 20)
+    return told
+
+
+@pytest.mark.parametrize("where", ["fifo", "/dev/full"])
+def test_service_whose_log_cannot_be_written_answers_and_restarts(where: str, tmp_path: Path) -> None:
+    """An access log that raised cost clients their answers, and connections stayed open for ever."""
+    write_code(tmp_path / "app.py", PAGES)
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    prefix = ("sh", "-c", f'exec "$0" "$@" 2>{where}')
+    with Service(tmp_path, "app:app", "--access-log", "combined", prefix=prefix).wait_ready() as service:
+        os.close(reader)
+        assert answers(service, 200) == 200
+        assert service.restart()["outcome"] == "done"
+        assert answers(service, 50) == 50
+        status = service.status()
+        if where == "fifo":
+            assert status["log_dropped"] > 0
+            assert status["workers"][0]["log_dropped"] > 0
+        assert service.stop() == 0
+
+
+def test_failed_start_with_a_log_that_is_not_read_ends(tmp_path: Path) -> None:
+    """Its first line waited for ever, and so did the traceback of the application."""
+    write_code(tmp_path / "app.py", "raise RuntimeError('never')\n")
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(tmp_path / "fifo", os.O_WRONLY | os.O_NONBLOCK)
+    try:
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"x" * 4096)
+        with Service(tmp_path, "app:app", prefix=("sh", "-c", 'exec "$0" "$@" 2>fifo')) as service:
+            assert service.wait() == 3
+    finally:
+        os.close(reader)
+        os.close(writer)

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,54 @@ def test_whoever_calls_run_can_ask_what_was_wrong(capsys: pytest.CaptureFixture[
     assert isinstance(caught.value.__cause__, hotport.ConfigError)
     assert caught.value.code == 2
     assert_three_lines(capsys.readouterr().err, "HP302")
+
+
+FORKING = """
+if __name__ == "__main__":
+    import os, signal, threading
+
+    def fork():
+        open("go").read()
+        pid = os.fork()
+        if pid == 0:
+            with open("ready", "w") as ready:
+                ready.write(str(os.getpid()))
+            signal.pause()
+
+    threading.Thread(target=fork, daemon=True).start()
+    hotport.run(echo, bind="unix:s")
+"""
+
+
+def test_child_that_a_script_forks_has_nothing_of_the_supervisor(tmp_path: Path) -> None:
+    """It held the service's lock and its sockets, so that no other supervisor could be started."""
+    (tmp_path / "server.py").write_text(ECHO + FORKING)
+    for name in ("go", "ready"):
+        os.mkfifo(tmp_path / name)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "manager"))
+        manager.settimeout(DEADLINE_S)
+        env = {**os.environ, "HOTPORT_RUNTIME_DIR": str(tmp_path / "run"), "NOTIFY_SOCKET": str(tmp_path / "manager")}
+        with subprocess.Popen([sys.executable, "server.py"], cwd=tmp_path, env=env) as process:
+            while b"READY=1" not in manager.recv(4096):
+                pass
+            (tmp_path / "go").write_text("go")
+            child = int((tmp_path / "ready").read_text())
+            try:
+                of_supervisor, of_child = open_in(process.pid), open_in(child)
+                assert str(tmp_path / "run" / "server" / "lock") in of_supervisor - of_child
+                shared = {each for each in of_supervisor & of_child if each.startswith("socket:")}
+                assert len(shared) <= 3  # by which asyncio wakes itself up, and what is told to the service manager
+                os.kill(child, signal.SIGTERM)
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(DEADLINE_S) == 0
+            finally:
+                process.kill()
+                with suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+        (tmp_path / "manager").unlink()
+
+
+def open_in(pid: int) -> set[str]:
+    """What a process has open."""
+    return {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}

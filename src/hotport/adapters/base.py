@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+import socket
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from hotport.kernel.fork import has_forked, withhold
+from hotport.kernel.sockets import end, reset
 from hotport.wire.envelope import Envelope, State
 
 __all__ = [
@@ -25,8 +28,11 @@ __all__ = [
     "NotAdopted",
     "Offer",
     "Ready",
+    "abort_for_client",
+    "end_for_client",
     "make_offer",
     "may_leave",
+    "reset_for_client",
     "stands_still",
 ]
 
@@ -98,6 +104,8 @@ class Connection(Protocol):
     kind: str
     #: The peer's address and ours, if they are known.
     endpoints: tuple[Any, Any] | None
+    #: What was accepted; None before that is known. The transport owns it, and its descriptor is -1 once it is closed.
+    sock: socket.socket | None
 
     def drain(self) -> None:
         """The worker leaves: finish what was begun, and let the next answer be the last.
@@ -174,6 +182,29 @@ class Handoff:
         self.is_offered = False
 
 
+def end_for_client(connection: Connection, handoff: Handoff | None) -> None:
+    """In `connection_lost`: let the client see the end even if a forked child has a duplicate of the descriptor.
+
+    Not of a connection that another process may serve by now. Of one that speaks TLS the descriptor is closed before
+    that is called; its client was told the end by TLS, or by `abort`.
+    """
+    if has_forked() and connection.sock is not None and not stands_still(handoff):
+        end(connection.sock)
+
+
+def abort_for_client(connection: Connection, transport: asyncio.Transport, handoff: Handoff | None) -> None:
+    """End a connection at once, for the client as in `end_for_client`: what was written and has not left is lost."""
+    end_for_client(connection, handoff)
+    transport.abort()
+
+
+def reset_for_client(connection: Connection, transport: asyncio.Transport) -> None:
+    """End a connection that has not moved at once, so that its client cannot take it for an orderly end."""
+    if connection.sock is not None:
+        reset(connection.sock, is_shared=has_forked())
+    transport.abort()
+
+
 def may_leave(transport: asyncio.Transport) -> bool:
     """Whether nothing that was written is still in this process; if not, ``resume_writing`` is called when so."""
     if transport.is_closing():
@@ -215,6 +246,11 @@ class Connections:
         self._empty: asyncio.Event | None = None
         self._loop = asyncio.get_running_loop()
         self._now = self._loop.time
+        withhold(self)
+
+    def descriptors(self) -> Iterator[int]:
+        """Of the sockets of all that are open: a forked child must not have them."""
+        return (connection.sock.fileno() for connection in self.open if connection.sock is not None)
 
     def opened(self, connection: Connection) -> None:
         """Take a connection into the registry; it is told at once if the worker is already leaving."""
@@ -390,8 +426,8 @@ class Adapter(Protocol):
     def connection(self) -> asyncio.BaseProtocol:
         """One protocol object for one accepted socket; it registers itself before it returns.
 
-        Before ``connection_made`` its attribute ``endpoints`` is set to the peer's address and our own, as they are or
-        as a trusted proxy has told them; in the second case ``is_proxied`` to True.
+        Before ``connection_made`` its attribute ``sock`` is set to the socket, and ``endpoints`` to the peer's address
+        and our own, as they are or as a trusted proxy has told them; in the second case ``is_proxied`` to True.
         """
 
     def adopt(self, envelope: Envelope) -> asyncio.BaseProtocol:

@@ -8,10 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable
 from typing import Any, Protocol, cast, runtime_checkable
 
-from hotport.adapters.base import Context, Handoff, NotAdopted, Offer, Ready, make_offer, may_leave, stands_still
+from hotport.adapters.base import (
+    Context,
+    Handoff,
+    NotAdopted,
+    Offer,
+    Ready,
+    end_for_client,
+    make_offer,
+    may_leave,
+    stands_still,
+)
 from hotport.wire.envelope import Envelope, ProtocolState, encode_state
 
 __all__ = ["ProtocolAdapter", "Transferable"]
@@ -105,6 +116,7 @@ class _TrackedBase(asyncio.BaseProtocol):
     def __init__(self, application: Any, context: Context) -> None:
         self.endpoints: tuple[Any, Any] | None = None
         self.is_proxied = False
+        self.sock: socket.socket | None = None
         self._application = application
         self._connections = context.connections
         self._transport: asyncio.Transport | None = None
@@ -127,6 +139,7 @@ class _TrackedBase(asyncio.BaseProtocol):
             self._connections.tell(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        end_for_client(self, self._handoff)
         self._connections.closed(self)
         self._application.connection_lost(exc)
 

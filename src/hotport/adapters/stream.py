@@ -10,9 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import struct
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
 from contextvars import Context as Variables
 from contextvars import ContextVar
 from typing import Any, TypeVar, cast
@@ -27,8 +25,10 @@ from hotport.adapters.base import (
     NotAdopted,
     Offer,
     Ready,
+    end_for_client,
     make_offer,
     may_leave,
+    reset_for_client,
     stands_still,
 )
 from hotport.wire.envelope import Envelope, StreamState, encode_state
@@ -39,8 +39,6 @@ log = logging.getLogger("hotport.stream")
 
 #: Reading pauses while more than this waits for the application.
 UNREAD_BYTES_MAX = 256 * 1024
-
-LINGER_0 = struct.pack("ii", 1, 0)
 
 
 class StreamAttribute(anyio.TypedAttributeSet):
@@ -125,6 +123,7 @@ class Stream(ByteStream, asyncio.Protocol):
         self.state: Any = None
         self.endpoints: tuple[Any, Any] | None = None
         self.is_proxied = False
+        self.sock: socket.socket | None = None
         self._handler = handler
         self._moved = moved
         self._connections = context.connections
@@ -167,6 +166,7 @@ class Stream(ByteStream, asyncio.Protocol):
         return True  # the other direction stays open: half-closed clients still want their answer
 
     def connection_lost(self, exc: Exception | None) -> None:
+        end_for_client(self, self._handoff)
         self._is_lost = True
         self._is_at_eof = self._is_at_eof or exc is None
         self._is_writable.set()
@@ -417,7 +417,7 @@ class Stream(ByteStream, asyncio.Protocol):
                 self._connections.errors += 1
             self._is_closed = True
             if not self._is_lost:
-                self._reset()
+                reset_for_client(self, self._transport)
         finally:
             _current.reset(token)  # else stream, task and context would keep each other until the collector comes by
             self._close()
@@ -430,13 +430,6 @@ class Stream(ByteStream, asyncio.Protocol):
             self._wake()
             if self._transport is not None:
                 self._transport.close()
-
-    def _reset(self) -> None:
-        """Close without an orderly end: socket(7), SO_LINGER with a time of 0."""
-        assert self._transport is not None
-        with suppress(OSError):  # a unix socket has no such thing, and no need of it
-            self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
-        self._transport.abort()
 
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():

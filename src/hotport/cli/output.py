@@ -210,12 +210,22 @@ def print_status(status: Status) -> None:
             Text(visible(worker.status)),
         )
     out.print(table)
+    for who, lines in _log_dropped(status):
+        out.print(f"{who} has dropped {lines:,} lines of its log: they are not read, or there is no room", markup=False)
     for worker in status.workers:
         for each in worker.lingering:
             out.print(
                 f"worker {worker.worker} waits for {each.peer}: {each.kind}, {_age(each.age_s)} old, {each.why}",
                 markup=False,
             )
+
+
+def _log_dropped(status: Status) -> Iterator[tuple[str, int]]:
+    if status.log_dropped:
+        yield "the supervisor", status.log_dropped
+    for worker in status.workers:
+        if worker.log_dropped:
+            yield f"worker {worker.worker}", worker.log_dropped
 
 
 def _leaving(status: Status) -> str:

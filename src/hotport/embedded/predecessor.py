@@ -18,6 +18,7 @@ from hotport.address import UnixAddress, parse_address
 from hotport.embedded.manager import Manager
 from hotport.errors import ControlError
 from hotport.kernel.abstract import bind_abstract
+from hotport.kernel.fork import withhold
 from hotport.kernel.notify import notify, open_notify
 from hotport.kernel.sockets import bound_address, inherited_listener, location, may_command, peer_credentials
 from hotport.wire.frames import encode_frame
@@ -59,6 +60,12 @@ class Predecessor:
         self._committed = asyncio.Event()
         self._order: Channel | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        withhold(self)
+
+    def descriptors(self) -> tuple[int, ...]:
+        """What a forked child must not have."""
+        sockets = (*self._listeners.values(), *((self._control,) if self._control is not None else ()))
+        return tuple(each.fileno() for each in sockets)
 
     @classmethod
     def claim(cls) -> Predecessor | None:

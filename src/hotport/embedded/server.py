@@ -25,6 +25,7 @@ from hotport.embedded.predecessor import Predecessor
 from hotport.embedded.program import Program, Start
 from hotport.embedded.successor import Successor
 from hotport.errors import ConfigError, HotportError, RestartError
+from hotport.kernel.fork import withhold
 from hotport.kernel.process import ends_with_terminal, has_terminal
 from hotport.kernel.sockets import (
     bind_listener,
@@ -106,6 +107,11 @@ class _Listener:
         #: While a predecessor may still serve here, its socket file is not ours to remove.
         self.is_ours = not is_adopted
         self._is_dropped = False
+        withhold(self)
+
+    def descriptors(self) -> tuple[int, ...]:
+        """What a forked child must not have."""
+        return self.socket.fileno(), self.kept.fileno()
 
     @property
     def path(self) -> str:

@@ -14,6 +14,7 @@ from hotport.address import listener_name, parse_address
 from hotport.embedded.program import Start
 from hotport.errors import ControlError, HotportError, RestartError, in_one_line
 from hotport.kernel.abstract import abstract_name, bind_abstract, sockaddr
+from hotport.kernel.fork import withhold
 from hotport.kernel.notify import receive_notification
 from hotport.kernel.process import describe_exit, reap, send_signal
 from hotport.kernel.sockets import check_peer
@@ -60,6 +61,11 @@ class Successor:
         self._timeout: asyncio.Timeout | None = None
         self._loop.add_reader(notify_socket, self._hear)
         self._loop.add_reader(self._pidfd, self._on_end)
+        withhold(self)
+
+    def descriptors(self) -> tuple[int]:
+        """What a forked child must not have."""
+        return (self._notify_socket.fileno(),)
 
     @classmethod
     def start(

@@ -29,6 +29,7 @@ __all__ = [
     "bind_notify",
     "bound_address",
     "check_peer",
+    "end",
     "file_path",
     "inherited_listener",
     "location",
@@ -36,6 +37,7 @@ __all__ = [
     "passed_addresses",
     "peer_credentials",
     "rebind",
+    "reset",
     "set_access",
     "socket_file",
     "unlink_if_ours",
@@ -54,6 +56,7 @@ _KEPT: Final[dict[int, tuple[tuple[int, int], ...]]] = {
 }
 _KEPT[socket.AF_INET6] = (*_KEPT[socket.AF_INET], (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
 _UCRED: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
+_LINGER_0: Final = struct.pack("ii", 1, 0)
 
 
 def bind_listener(address: Address, *, backlog: int, shares_port: bool = False, listens: bool = True) -> socket.socket:
@@ -180,6 +183,32 @@ def accept_queue_length(listener: socket.socket) -> int:
         return 0
     info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
     return int.from_bytes(info[24:28], sys.byteorder)
+
+
+def end(sock: socket.socket) -> None:
+    """End a connection for its peer, whoever has duplicates of it: what was written still arrives, then the end.
+
+    close(2) does that only to the last duplicate. Nothing happens to a socket that is closed or not connected.
+
+    Sources: shutdown(2) SHUT_RDWR.
+    """
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def reset(sock: socket.socket, *, is_shared: bool) -> None:
+    """Let a connection end with a reset when it is closed, or now if others have duplicates. A unix socket has none.
+
+    Sources: socket(7), SO_LINGER with a time of 0; connect(2), AF_UNSPEC: kernel ``tcp_disconnect``.
+    """
+    if sock.family not in {socket.AF_INET, socket.AF_INET6}:
+        return
+    with suppress(OSError):  # the peer was quicker
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_0)
+    if is_shared:
+        import ctypes  # 10 ms, and seldom needed
+
+        ctypes.CDLL(None).connect(sock.fileno(), bytes(16), 16)
 
 
 def bind_control(path: str) -> socket.socket:

@@ -1,16 +1,19 @@
 """One chain for every log line of a process: ours, the libraries', the application's.
 
 Everything goes through the standard library's root logger and one structlog formatter: a line of JSON, or coloured
-columns on a terminal. Lines go to stderr with one write each; stdout belongs to the application and to ``--json``.
+columns on a terminal. Lines go to stderr with one write each, which never waits and never fails: see
+`hotport.observe.output`. Stdout belongs to the application and to ``--json``.
 """
 
 from __future__ import annotations
 
+import atexit
 import io
 import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TextIO
@@ -18,8 +21,13 @@ from typing import Any, Final, TextIO
 import msgspec
 
 from hotport.errors import visible
+from hotport.kernel.output import open_sink
+from hotport.observe.output import Output, stream_over
 
-__all__ = ["configure", "get_logger", "get_shared_logger", "renderer", "revive", "write"]
+__all__ = ["configure", "dropped", "flush", "get_logger", "get_shared_logger", "renderer", "revive", "write"]
+
+#: How long a process that ends waits for a reader of its last lines.
+FLUSH_TIMEOUT_S: Final = 1.0
 
 
 def _import_structlog() -> Any:
@@ -51,7 +59,7 @@ _QUOTED: Final = frozenset(" \t=\r\n\"'")
 class _Look:
     """How lines of this process look and where they go."""
 
-    out: TextIO = field(default_factory=lambda: sys.stderr)
+    output: Output | None = None
     values: Mapping[str, object] = field(default_factory=dict)
     console: Callable[[Any, str, dict[str, Any]], str] | None = None
 
@@ -60,19 +68,49 @@ _look = _Look()
 
 
 def write(text: str) -> None:
-    """Write whole lines where log lines go, at once."""
-    _look.out.write(text)
-    _look.out.flush()
+    """Write whole lines where log lines go: at once if there is room, in order, and without waiting or failing."""
+    _output().write(text)
 
 
-def renderer(name: str) -> Callable[[dict[str, Any]], str]:
+def dropped() -> int:
+    """How many lines this process has dropped, since they could not be written and too many waited already."""
+    return _look.output.dropped if _look.output is not None else 0
+
+
+def flush(timeout_s: float = FLUSH_TIMEOUT_S) -> None:
+    """Write what still waits, as far as it is taken within `timeout_s` seconds."""
+    if _look.output is not None:
+        _look.output.flush(timeout_s)
+
+
+def _output() -> Output:
+    """Opened for the first line."""
+    if _look.output is None:
+        fd = _stderr()
+        _look.output = Output(open_sink(os.open(os.devnull, os.O_WRONLY) if fd is None else fd), _dropped_line)
+    return _look.output
+
+
+def _stderr() -> int | None:
+    """Its descriptor; None if it is closed, or something else stands for it."""
+    try:
+        return sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _dropped_line(lines: int, why: str) -> str:
+    return renderer("hotport.log", level="warning")({"event": "log.dropped", "lines": lines, "why": why})
+
+
+def renderer(name: str, *, level: str = "info") -> Callable[[dict[str, Any]], str]:
     """Makes lines of events at a fraction of what a logger takes for it, for those who write very many.
 
-    They look like a logger's of that name at level ``info``; call it after `configure`.
+    They look like a logger's of that name; call it after `configure`.
     """
-    console, values = _look.console, {**_look.values, "level": "info", "logger": name}
+    console, values = _look.console, {**_look.values, "level": level, "logger": name}
     if console is not None:
-        return lambda event: console(None, "info", {**values, **event, "timestamp": _timestamp()}) + "\n"
+        return lambda event: console(None, level, {**values, **event, "timestamp": _timestamp()}) + "\n"
     prefix = msgspec.json.encode(values)[:-1].decode()
     encode = msgspec.json.Encoder().encode
     return lambda event: f'{prefix},{encode(event)[1:-1].decode()},"timestamp":"{_timestamp()}"}}\n'
@@ -107,17 +145,36 @@ def get_shared_logger(name: str) -> Any:
     )
 
 
-def configure(*, format: str, level: str, stream: TextIO | None = None, **bound: object) -> None:
-    """Set up logging for this process; nothing else in hotport does.
+class _Handler(logging.Handler):
+    """Writes what the formatter makes of a record."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)
+        except Exception:
+            self.handleError(record)
+        else:
+            write(text + "\n")
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say where the line was made that cannot be shown; the library's own way writes to stderr, and waits."""
+        where = f"a line of {record.name} cannot be shown, from {record.pathname}:{record.lineno}"
+        write(f"{where}\n{traceback.format_exc()}")
+
+
+def configure(*, format: str, level: str, **bound: object) -> None:
+    """Set up logging for this process, and `sys.stderr`; nothing else in hotport does.
+
+    Whatever is written to `sys.stderr` from now on is written as log lines are: it does not wait either. File
+    descriptor 2 stays as it is.
 
     Args:
-        format: ``console``, ``json``, or ``auto`` (console if the stream is a terminal).
+        format: ``console``, ``json``, or ``auto`` (console if stderr is a terminal).
         level: Name of the lowest level that is written.
         bound: Put on every line, whoever writes it (generation, worker).
     """
-    # Without any: we were started with stderr closed, and keep this one for as long as we live.
-    out = stream or sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    is_console = format == "console" or (format == "auto" and out.isatty())
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    is_console = format == "console" or (format == "auto" and is_terminal)
     values = {**bound, "pid": os.getpid()}
 
     def add_bound(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +191,7 @@ def configure(*, format: str, level: str, stream: TextIO | None = None, **bound:
     ]
     rendering: list[Any]
     if is_console:
-        use_colours = out.isatty() and not os.environ.get("NO_COLOR")
+        use_colours = is_terminal and not os.environ.get("NO_COLOR")
         columns = structlog.dev.ConsoleRenderer(colors=use_colours, exception_formatter=_visible_traceback)
         rendering = [lambda logger, name, event: columns(logger, name, _visible_values(event))]
     else:
@@ -142,12 +199,17 @@ def configure(*, format: str, level: str, stream: TextIO | None = None, **bound:
             structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(ensure_ascii=False, default=str),
         ]
-    _look.out, _look.values, _look.console = out, values, rendering[0] if is_console else None
+    _look.values, _look.console = values, rendering[0] if is_console else None
+    if _look.output is None:
+        output, fd = _output(), _stderr()
+        atexit.register(flush)
+        if fd is not None:
+            sys.stderr = stream_over(output, fd)
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared,
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
     )
-    handler = logging.StreamHandler(out)
+    handler = _Handler()
     handler.setFormatter(formatter)
     # Applications configure the root logger as they like (Litestar does by itself); ours are ours.
     for logger in (logging.getLogger(), logging.getLogger("hotport")):

@@ -12,6 +12,7 @@ import anyio
 from anyio.abc import SocketAttribute, SocketStream, UNIXSocketStream
 
 from hotport.errors import ConfigError, ControlError, HotportError
+from hotport.kernel.fork import withheld
 from hotport.kernel.sockets import may_command, peer_credentials
 from hotport.model.service import Announce
 from hotport.observe.logs import get_logger
@@ -94,7 +95,7 @@ async def serve_control(supervisor: Supervisor, house: House) -> None:
 
     async def listen() -> None:
         nonlocal listening
-        with anyio.CancelScope() as listening, house.control.dup() as control:
+        with anyio.CancelScope() as listening, withheld(house.control.dup()) as control:
             control.setblocking(False)
             await accept(control)
 

@@ -26,7 +26,7 @@ _PATHS: Final = ("control.sock", "notify.sock")
 log = get_logger("hotport.supervisor")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class House:
     """A runtime directory that is ours.
 
@@ -61,6 +61,10 @@ class House:
         notify = stack.enter_context(bind_notify(os.path.join(directory, "notify.sock")))
         control = stack.enter_context(bind_control(os.path.join(directory, "control.sock")))
         return cls(directory, lock, control, notify)
+
+    def descriptors(self) -> tuple[int, ...]:
+        """What a forked child must not have: it would keep the lock for as long as it runs."""
+        return self.lock, self.control.fileno(), -1 if self.client is None else self.client.fileno()
 
     def reclaim(self, supervisor: Supervisor) -> None:
         """Make the paths again: another supervisor had put its own there, and is gone."""

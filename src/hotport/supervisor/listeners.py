@@ -387,6 +387,11 @@ class Listeners:
         for guard in self._guards.values():
             guard.close()
 
+    def all_sockets(self) -> list[socket.socket]:
+        """Every socket that is owned here, guards included."""
+        listeners = (each.sock for each in (*self._each(), *self._abandoned))
+        return [*(sock for sock in listeners if sock is not None), *self._guards.values()]
+
     def _settle(self, closed: Listener) -> None:
         """A socket is alone at its address again: nothing is steered there any more."""
         for each in self._each():

@@ -89,9 +89,15 @@ class Process:
         self.control_path = control_path
         self._orders, self._pending = anyio.create_memory_object_stream[bytes](math.inf)
         self.is_talking = False
+        self._socket: Any = None
         self._has_said_all = anyio.Event()
         self._asked: list[tuple[type[Any], anyio.Event, list[Any]]] = []
         self._log = get_logger("hotport.supervisor").bind(worker=worker, generation=generation)
+
+    @property
+    def descriptor(self) -> int:
+        """Of the control connection; -1 while there is none."""
+        return self._socket.fileno() if self._socket is not None and self.is_talking else -1
 
     def order(self, message: Any) -> None:
         """Queue an order; it leaves when the worker's control socket has been reached."""
@@ -115,6 +121,7 @@ class Process:
         self.is_talking = True
         try:
             async with await _connect(self.control_path) as stream, anyio.create_task_group() as tasks:
+                self._socket = stream.extra(SocketAttribute.raw_socket)
                 tasks.start_soon(self._send_orders, stream)
                 await self._receive_words(stream, hear)
                 tasks.cancel_scope.cancel()

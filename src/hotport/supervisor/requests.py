@@ -28,7 +28,7 @@ from hotport.model.service import (
     Step,
     refusal,
 )
-from hotport.observe.logs import get_logger
+from hotport.observe.logs import dropped, get_logger
 from hotport.options import Options
 from hotport.supervisor.launch import Launch
 from hotport.supervisor.process import Process
@@ -378,6 +378,7 @@ async def describe(supervisor: Supervisor) -> Status:
         lost=supervisor.owned.lost,
         gone=supervisor.owned.gone,
         watch=_describe_watch(supervisor),
+        log_dropped=dropped(),
     )
 
 
@@ -403,4 +404,5 @@ def _describe_worker(process: Process, phase: Phase, seen: Inspection | None, no
         lingering=seen.lingering if seen else (),
         requests=seen.requests if seen else None,
         rss_bytes=seen.rss_bytes if seen else rss_bytes(process.pid),
+        log_dropped=seen.log_dropped if seen else None,
     )

@@ -287,6 +287,14 @@ class Supervisor:
         self.is_departing = True
         self._put.send_nowait(None)
 
+    def descriptors(self) -> Iterator[int]:
+        """What a forked child must not have."""
+        sockets = (self.notify_socket, *self.owned.all_sockets(), *self._left)
+        yield from (sock.fileno() for sock in sockets)
+        if self.status_port is not None:
+            yield self.status_port.listener.fileno()
+        yield from (process.descriptor for process in self.processes.values())
+
     def close(self) -> None:
         """Close what `run` was given; unlinking paths is the caller's affair."""
         self.notify_socket.close()

@@ -22,6 +22,7 @@ import msgspec
 from hotport import __version__
 from hotport.errors import RestartError
 from hotport.kernel.sockets import inherited_listener
+from hotport.observe import logs
 from hotport.supervisor.supervisor import StatusPort, Supervisor
 from hotport.wire.frames import encode_frame
 from hotport.wire.listenfds import LISTEN_VARIABLES
@@ -202,9 +203,11 @@ def become(argv: list[str], baggage: Baggage, directory: str) -> NoReturn:
         environment.pop(name, None)
     try:
         os.chdir(directory)
+        logs.flush()
         os.execvpe(argv[0], argv, environment)
     except OSError as error:
         print(f"hotport: cannot execute {argv[0]}: {error.strerror}; going on as before", file=sys.stderr)
+        logs.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 

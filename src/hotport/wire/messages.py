@@ -241,6 +241,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True, tag="inspection"):
         lingering: The oldest connections of one that drains.
         errors: Requests that failed: answers of 5xx, and those that were broken off.
         lag_s: How long its event loop was held up at most since it was last asked, if it was asked for that.
+        log_dropped: Lines of its log that could not be written.
     """
 
     connections: int
@@ -252,6 +253,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True, tag="inspection"):
     descriptors: int
     errors: int = 0
     lag_s: float = 0.0
+    log_dropped: int = 0
 
 
 class TlsReloaded(msgspec.Struct, frozen=True, kw_only=True, tag="tls_reloaded"):
@@ -445,7 +447,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
 
 
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One worker, as the supervisor sees it."""
+    """One worker, as the supervisor sees it.
+
+    Attributes:
+        log_dropped: Lines of its log that could not be written.
+    """
 
     worker: int
     generation: int
@@ -459,6 +465,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     requests: int | None = None
     rss_bytes: int | None = None
     lingering: tuple[Lingering, ...] = ()
+    log_dropped: int | None = None
 
 
 class WatchStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -480,6 +487,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
         strategies: Every strategy, and why it cannot work here; empty if it can.
         lost: Addresses that somebody else has taken, and who; they are tried again.
         gone: Addresses whose socket file was removed or replaced, and why it could not be made again.
+        log_dropped: Lines of the supervisor's log that could not be written.
     """
 
     service: str
@@ -503,6 +511,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     lost: dict[str, str] = {}
     gone: dict[str, str] = {}
     watch: WatchStatus | None = None
+    log_dropped: int = 0
 
 
 class WorkerTls(msgspec.Struct, frozen=True, kw_only=True):

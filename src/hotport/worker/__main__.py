@@ -35,12 +35,6 @@ def main() -> int:
     notify_path = os.environ.pop("NOTIFY_SOCKET", None)
     for name in LISTEN_VARIABLES:  # they were for us, not for what the application starts
         os.environ.pop(name, None)
-    path = os.path.join(spec.directory, worker_socket(spec.generation, spec.worker))
-    try:
-        control = bind_control(path)
-    except HotportError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
     logs.configure(
         format=spec.options.log_format,
         level=spec.options.log_level,
@@ -48,6 +42,12 @@ def main() -> int:
         generation=spec.generation,
         worker=spec.worker,
     )
+    path = os.path.join(spec.directory, worker_socket(spec.generation, spec.worker))
+    try:
+        control = bind_control(path)
+    except HotportError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     _keep_no_racy_byte_code()
 
     async def run() -> int:

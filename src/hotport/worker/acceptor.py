@@ -15,6 +15,7 @@ from collections.abc import Coroutine
 from typing import Any, Final
 
 from hotport.adapters.base import Adapter, Connections
+from hotport.kernel.fork import withhold
 from hotport.kernel.sockets import accept_queue_length
 from hotport.trust import Trusted
 from hotport.wire.proxyprotocol import HEADER_BYTES_MAX, ProxyHeader, ProxyHeaderError, parse_proxy_header
@@ -139,6 +140,7 @@ class Acceptor:
         self._is_accepting = False
         self._pause: asyncio.TimerHandle | None = None
         self._attaching: set[asyncio.Task[None]] = set()
+        withhold(self)
 
     def start(self) -> None:
         """Accept from now on."""
@@ -198,6 +200,10 @@ class Acceptor:
         """The listener's descriptor; -1 after `close`."""
         return self._listener.fileno()
 
+    def descriptors(self) -> tuple[int]:
+        """What a forked child must not have."""
+        return (self.fileno(),)
+
     def waiting(self) -> int:
         """How many connections wait in the accept queue; 0 where the kernel does not say, or after `close`."""
         return accept_queue_length(self._listener) if self._listener.fileno() >= 0 else 0
@@ -235,6 +241,7 @@ class Acceptor:
             log.exception("the application's protocol factory failed; the connection is closed")
             accepted.close()
             return
+        protocol.sock = accepted  # type: ignore[attr-defined]
         protocol.endpoints = (peer, self._sockname or accepted.getsockname())  # type: ignore[attr-defined]
         if self._proxies is not None and self._proxies.peer(peer):
             self._start_attaching(self._introduce(accepted, protocol, peer))

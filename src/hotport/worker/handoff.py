@@ -29,6 +29,7 @@ import msgspec
 from hotport.adapters.base import Adapter, Connection, Connections, NotAdopted, Offer
 from hotport.errors import ControlError
 from hotport.kernel.abstract import sockaddr
+from hotport.kernel.fork import withhold
 from hotport.kernel.scm import DESCRIPTORS_MAX, receive_descriptors, send_descriptors
 from hotport.kernel.sockets import check_peer
 from hotport.observe.logs import get_shared_logger
@@ -73,6 +74,11 @@ class Channel:
         self._sock = sock
         self._loop = asyncio.get_running_loop()
         self._descriptors: list[int] = []
+        withhold(self)
+
+    def descriptors(self) -> tuple[int, ...]:
+        """What a forked child must not have."""
+        return (self._sock.fileno(), *self._descriptors)
 
     async def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
         """Send all of it; the descriptors leave with the first byte, and stay open here.
@@ -180,9 +186,16 @@ class _Successor:
         self.waiting: deque[Connection] = deque()
         #: Served there, and not closed here yet.
         self.moved: list[Connection] = []
+        #: The batch before; the event loop closes it in its next turn.
+        self.released: list[Connection] = []
         self.has_work = asyncio.Event()
         self.is_closing = False
         self.task: asyncio.Task[None] | None = None
+        withhold(self)
+
+    def descriptors(self) -> tuple[int, ...]:
+        """What a forked child must not have: of connections that are in no registry any more."""
+        return tuple(each.sock.fileno() for each in (*self.moved, *self.released) if each.sock is not None)
 
 
 class Mover:
@@ -391,8 +404,8 @@ class Mover:
 
     def _release(self, successor: _Successor) -> None:
         """Close the descriptors of the last batch, which is served elsewhere by now."""
-        moved, successor.moved = successor.moved, []
-        for connection in moved:
+        successor.released, successor.moved = successor.moved, []
+        for connection in successor.released:
             connection.release()
 
     async def _withdraw(self, channel: Channel) -> bool:
@@ -495,6 +508,7 @@ def _adopt(
             sock.close()
             refused.append(number)
             continue
+        protocol.sock = sock  # type: ignore[attr-defined]
         protocol.endpoints = envelope.endpoints  # type: ignore[attr-defined]
         protocol.is_proxied = envelope.is_proxied  # type: ignore[attr-defined]
         adopted.append((sock, protocol))

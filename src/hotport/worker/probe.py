@@ -36,6 +36,7 @@ async def probe(adapter: Adapter, connections: Connections, path: str, timeout_s
         theirs.setblocking(False)
         accepted = PlainSocket(theirs.family, theirs.type, theirs.proto, fileno=theirs.detach())
         protocol = adapter.connection()
+        protocol.sock = accepted  # type: ignore[attr-defined]
         connections.count_own()
         attach(loop, accepted, protocol, connections)
         begin = b""

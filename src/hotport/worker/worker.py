@@ -16,7 +16,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, cast
 
@@ -27,12 +27,13 @@ from hotport.adapters.base import Connection, Connections, Context
 from hotport.adapters.target import load_target
 from hotport.errors import ControlError, ExitCode, HotportError, KernelError, StartError
 from hotport.kernel.fds import private_directory
+from hotport.kernel.fork import withhold
 from hotport.kernel.inotify import Watch
 from hotport.kernel.notify import notify
 from hotport.kernel.process import open_descriptors, raise_descriptor_limit, rss_bytes
 from hotport.kernel.scm import send_descriptors
 from hotport.kernel.sockets import bind_control, may_command, peer_credentials, socket_file, unlink_if_ours
-from hotport.observe.logs import get_logger, revive
+from hotport.observe.logs import dropped, get_logger, revive
 from hotport.options import Options
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import (
@@ -145,6 +146,13 @@ class Worker:
         self._is_accepting: bool | None = None  # None before the first order to accept
         self._watch: Watch | None = None  # of the runtime directory, while nobody supervises
         self._memory: Memory | None = None
+        withhold(self)
+
+    def descriptors(self) -> Iterator[int]:
+        """What a forked child must not have, beside what its parts own."""
+        yield self._control.fileno()
+        yield from (listener.fileno() for listener in self._listeners.values())
+        yield from (peer.fileno() for peer in self._peers)
 
     async def run(self) -> int:
         """Start up, serve until told to leave, drain; return the process's exit code."""
@@ -497,6 +505,7 @@ class Worker:
             descriptors=_descriptors(),
             errors=connections.errors if connections else 0,
             lag_s=self._lag.read() if is_watched else 0.0,
+            log_dropped=dropped(),
         )
 
     def _reload_tls(self) -> str:
@@ -559,10 +568,15 @@ class _Peer(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
+    def fileno(self) -> int:
+        """The connection's descriptor; -1 once it is closed."""
+        assert self._transport is not None
+        return int(self._transport.get_extra_info("socket").fileno())
+
     def detach(self) -> socket.socket:
         """Go on with the connection as a socket: nothing is read or written here any more."""
         assert self._transport is not None
-        sock = socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno()))
+        sock = socket.socket(fileno=os.dup(self.fileno()))
         sock.setblocking(False)
         self._transport.abort()
         self._worker.peer_left(self)

@@ -12,7 +12,6 @@ import os
 import random
 import re
 import socket
-import struct
 import termios
 from collections import deque
 from functools import lru_cache
@@ -29,7 +28,17 @@ from hotport.adapters.asgi.spec import Receive, Scope, Send
 from hotport.adapters.asgi.states import STATES, Manner, State
 from hotport.adapters.asgi.tls import tls_extension
 from hotport.adapters.asgi.websocket import SPREAD, Resumption, WebSocketConnection, is_handshake
-from hotport.adapters.base import Handoff, Offer, Ready, make_offer, may_leave, stands_still
+from hotport.adapters.base import (
+    Handoff,
+    Offer,
+    Ready,
+    abort_for_client,
+    end_for_client,
+    make_offer,
+    may_leave,
+    reset_for_client,
+    stands_still,
+)
 from hotport.wire.envelope import HttpState
 
 __all__ = ["HttpConnection"]
@@ -117,6 +126,7 @@ class HttpConnection(asyncio.Protocol):
         "is_closed",
         "is_proxied",
         "shared",
+        "sock",
         "transport",
         "writable",
     )
@@ -132,6 +142,7 @@ class HttpConnection(asyncio.Protocol):
         #: Who is connected with whom, if the acceptor knows.
         self.endpoints: tuple[Any, Any] | None = None
         self.is_proxied = False
+        self.sock: socket.socket | None = None
         #: The tick at which it has waited too long for its client (`Deadlines`).
         self.due = 0
 
@@ -363,7 +374,7 @@ class HttpConnection(asyncio.Protocol):
         self.transport = transport  # type: ignore[assignment]  # a full one: it was made for a stream socket
         self._is_attached = True
         if self.is_closed:  # cut before it was attached
-            self.transport.abort()
+            self.abort()
             return
         shared = self.shared
         shared.deadlines.add(self)
@@ -397,6 +408,7 @@ class HttpConnection(asyncio.Protocol):
                 self.due = due  # its time has begun there
 
     def connection_lost(self, exc: Exception | None) -> None:
+        end_for_client(self, self._handoff)
         self.is_closed = True
         self.shared.deadlines.discard(self)
         self._forget_requests()
@@ -736,7 +748,7 @@ class HttpConnection(asyncio.Protocol):
         log.info("refused with %d: %s; it came from %s", status, why, client)
         if self.adopted is not None:  # a handshake that was answered long ago: the client would not understand
             self._is_deaf = True
-            self.transport.abort()
+            self.abort()
             return
         self._is_deaf = True
         self._head = self._tail = b""
@@ -800,12 +812,11 @@ class HttpConnection(asyncio.Protocol):
         return self._asks_kernel(termios.TIOCOUTQ)
 
     def _asks_kernel(self, question: int) -> bool:
-        sock = self.transport.get_extra_info("socket") if self._is_attached else None
-        if sock is None:
+        if self.sock is None:
             return False
         try:
-            return bool(fcntl.ioctl(sock.fileno(), question, bytes(4)) != bytes(4))
-        except OSError:
+            return bool(fcntl.ioctl(self.sock, question, bytes(4)) != bytes(4))
+        except (OSError, ValueError):  # closed
             return False
 
     # -- endings -------------------------------------------------------------------------------------------
@@ -816,7 +827,7 @@ class HttpConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """End now."""
-        self.transport.abort()
+        abort_for_client(self, self.transport, self._handoff)
 
     def expire(self) -> None:
         """The client has had its time; but not while an answer is on its way, or something has come just now."""
@@ -841,7 +852,7 @@ class HttpConnection(asyncio.Protocol):
         if not self.transport.is_closing():
             self._close()
         elif (was_flushed := self._is_flushed) and not self._has_unsent():
-            self.transport.abort()  # the client has had everything, and does not say goodbye
+            self.abort()  # the client has had everything, and does not say goodbye
         else:
             # TLS has a buffer below the one that it tells of. If the kernel has nothing to send, it is empty; seen
             # twice, because an event loop that was held up looks at its timers before it goes on sending.
@@ -851,14 +862,12 @@ class HttpConnection(asyncio.Protocol):
     def truncate(self) -> None:
         """End so that the answer that has begun does not look whole."""
         current = self._current
-        if current is not None and current.framing == UNTIL_CLOSE:
-            # A close would be its regular end; only a reset is not (socket(7), SO_LINGER).
-            sock = self.transport.get_extra_info("socket")
-            if sock is not None:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._has_said_goodbye = self._is_deaf = True
         self._forget_requests()
-        self.transport.abort()
+        if current is not None and current.framing == UNTIL_CLOSE:
+            reset_for_client(self, self.transport)  # a close would be its regular end
+        else:
+            self.abort()
 
     def _close(self) -> None:
         """Close when everything written is flushed."""

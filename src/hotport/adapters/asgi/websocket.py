@@ -32,7 +32,17 @@ from hotport.adapters.asgi.session import Session
 from hotport.adapters.asgi.spec import Message, Scope
 from hotport.adapters.asgi.states import WEBSOCKET_STATES, Manner
 from hotport.adapters.asgi.states import WebSocketState as State
-from hotport.adapters.base import Handoff, NotAdopted, Offer, Ready, make_offer, may_leave, stands_still
+from hotport.adapters.base import (
+    Handoff,
+    NotAdopted,
+    Offer,
+    Ready,
+    abort_for_client,
+    end_for_client,
+    make_offer,
+    may_leave,
+    stands_still,
+)
 from hotport.wire.envelope import WebSocketState, encode_state
 
 if TYPE_CHECKING:
@@ -251,6 +261,7 @@ class WebSocketConnection(asyncio.Protocol):
         "handoff",
         "has_eof",
         "shared",
+        "sock",
         "transport",
         "writable",
     )
@@ -282,6 +293,7 @@ class WebSocketConnection(asyncio.Protocol):
         self.due = 0
         self._fate = "finished"
 
+        self.sock = before.sock
         self.endpoints, self._is_proxied = before.endpoints, before.is_proxied
         self._is_movable = common.all_movable
         self._has_agreed = False  # the application has said so by itself
@@ -550,6 +562,7 @@ class WebSocketConnection(asyncio.Protocol):
     # -- what the transport says ---------------------------------------------------------------------------
 
     def connection_lost(self, exc: Exception | None) -> None:
+        end_for_client(self, self.handoff)
         if exc is not None and self._protocol.close_rcvd is None:
             self._fate = "finished"  # the client has left by itself, whatever it was told
         self._is_closed = self._has_said_goodbye = True
@@ -766,7 +779,7 @@ class WebSocketConnection(asyncio.Protocol):
     def truncate(self) -> None:
         """End so that the denial, which has begun, does not look whole: it has a length, or chunks."""
         self._has_said_goodbye = True
-        self.transport.abort()
+        self.abort()
 
     # -- messages ------------------------------------------------------------------------------------------
 
@@ -812,7 +825,7 @@ class WebSocketConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """End now."""
-        self.transport.abort()
+        abort_for_client(self, self.transport, self.handoff)
 
     def expire(self) -> None:
         """What was waited for has not come."""
@@ -870,7 +883,7 @@ class WebSocketConnection(asyncio.Protocol):
             self._fate = "cut_websocket"
         self._end()
         self._has_said_goodbye = True
-        self.transport.abort()
+        self.abort()
 
     def _end(self) -> None:
         """Tell the application that it is over, and why: the close frame that came first says it."""
