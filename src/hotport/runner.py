@@ -13,9 +13,10 @@ from typing import Any, Final
 import anyio
 
 from hotport.errors import ConfigError, ExitCode, HotportError
-from hotport.kernel.process import ends_with_terminal, has_terminal, reap_orphans
+from hotport.kernel.process import ends_with_terminal, has_terminal, holding, numbers, reap_orphans
 from hotport.model.lifecycle import Phase
 from hotport.model.service import RequestStop
+from hotport.model.signals import HELD, NOTES, TERMINATING
 from hotport.observe.logs import configure, get_logger
 from hotport.options import service_name
 from hotport.options.loading import Loaded, load
@@ -134,6 +135,7 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
     name = baggage.service if baggage is not None else service_name(options)
     configure(format=options.log_format, level=options.log_level, service=name, role="supervisor")
     with ExitStack() as stack:
+        stack.enter_context(holding(numbers(HELD)))  # until they are handled, they would end this process
         manager = Manager(os.environ, os.getpid())
         stack.callback(manager.close)
         place = move_in(name, options, manager, stack, takes_over=takes_over)
@@ -213,15 +215,7 @@ async def _succeed(supervisor: Supervisor, place: Place) -> None:
         await retire(place.predecessor, supervisor)
 
 
-_SIGNALS: Final = (
-    signal.SIGHUP,
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGQUIT,
-    signal.SIGTTIN,
-    signal.SIGTTOU,
-    signal.SIGUSR2,
-)
+_SIGNALS: Final = numbers(HELD | TERMINATING)
 
 
 async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc.TaskGroup) -> None:
@@ -246,7 +240,8 @@ async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc
                 signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
                 os.kill(os.getpid(), number)
                 continue
-            log.debug("signal.received", signal=signal.Signals(number).name)
+            name = signal.Signals(number).name
+            log.debug("signal.received", signal=name)
             match number:
                 case signal.SIGHUP if is_bound_to_terminal and not has_terminal():
                     if not has_hung_up:  # the shell and the kernel may both say it, and a second stop is at once
@@ -268,5 +263,7 @@ async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc
                     tasks.start_soon(answer, lambda wanted=wanted: scale(supervisor, wanted))
                 case signal.SIGCHLD:
                     reap_orphans({process.pid for process in supervisor.processes.values()})
+                case signal.SIGUSR1:
+                    log.info("signal.ignored", signal=name, why=NOTES[name])
                 case signal.SIGUSR2:
                     tasks.start_soon(answer, lambda: house.upgrade(supervisor, None))

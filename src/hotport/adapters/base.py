@@ -10,6 +10,7 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -67,6 +68,10 @@ class Draining:
     def _start(self, timeout_s: float) -> None:
         self._deadline = asyncio.get_running_loop().time() + timeout_s
         self._event.set()
+
+    def _hurry(self) -> None:
+        if self.is_set():
+            self._deadline = asyncio.get_running_loop().time()
 
     def _stop(self) -> None:
         self._deadline = math.inf
@@ -210,6 +215,8 @@ class Connections:
         self._is_counting = False
         self._is_full = False
         self._is_draining = False
+        self._is_hurried = False
+        self._deadline: asyncio.Timeout | None = None
         self._ready: Ready | None = None
         self._untold: list[Connection] = []
         self._empty: asyncio.Event | None = None
@@ -293,15 +300,28 @@ class Connections:
         if not is_counting:
             self.fates.clear()
 
+    def deadline(self, timeout_s: float) -> asyncio.Timeout:
+        """The timeout of a drain, which `hurry` brings forward to now; also if that was called before."""
+        self._deadline = asyncio.timeout(0.0 if self._is_hurried else timeout_s)
+        return self._deadline
+
     def drain(self, timeout_s: float) -> None:
         """Tell the application, and every connection soon, that the worker leaves in `timeout_s` seconds."""
         self._is_counting = self._is_draining = True
         self.draining._start(timeout_s)
         self.lead(self._ready)
 
+    def hurry(self) -> None:
+        """End the drain now, or as soon as it begins: the server cuts what is open, and counts it."""
+        self._is_hurried = True
+        self.draining._hurry()
+        if self._deadline is not None:
+            with suppress(RuntimeError):  # that drain has ended
+                self._deadline.reschedule(self._now())
+
     def resume(self) -> None:
         """The worker stays after all. Whoever was told that it leaves, leaves; nobody else is."""
-        self._is_draining = False
+        self._is_draining = self._is_hurried = False
         self._ready = None
         self._untold = []
         self.draining._stop()
@@ -344,6 +364,7 @@ class Connections:
 
     def cut(self) -> None:
         """Close what is still open and count it by kind."""
+        self._is_counting = True
         for connection in list(self.open):
             self.closed(connection, connection.cut())
 

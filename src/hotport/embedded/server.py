@@ -341,7 +341,7 @@ class Server:
             if not self._has_committed:
                 restarting.cancel()
             elif not timeout_s:
-                self.connections.cut()
+                self.connections.hurry()
             await asyncio.wait({restarting})
         if self._predecessor is not None:
             self._predecessor.leaving()

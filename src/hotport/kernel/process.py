@@ -6,8 +6,8 @@ import fcntl
 import os
 import resource
 import signal
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from hotport.kernel import procfs
@@ -17,7 +17,9 @@ __all__ = [
     "duplicate_descriptor",
     "ends_with_terminal",
     "has_terminal",
+    "holding",
     "kill_group",
+    "numbers",
     "open_descriptors",
     "raise_descriptor_limit",
     "reap",
@@ -43,6 +45,24 @@ def send_signal(pidfd: int, signum: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def numbers(names: Collection[str]) -> frozenset[signal.Signals]:
+    """Signals by their names."""
+    return frozenset(signal.Signals[name] for name in names)
+
+
+@contextmanager
+def holding(signals: Collection[int]) -> Iterator[None]:
+    """Let these signals wait until they are unblocked, at the latest until the end of the block.
+
+    Sources: pthread_sigmask(3); execve(2): the mask survives it, handlers do not.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def kill_group(pgid: int) -> None:

@@ -25,13 +25,14 @@ import anyio.abc
 from hotport.address import listener_name, parse_address
 from hotport.errors import ExitCode, HotportError, RestartError, StartError
 from hotport.kernel.notify import receive_notification
-from hotport.kernel.process import send_signal
+from hotport.kernel.process import numbers, send_signal
 from hotport.kernel.procfs import age_s, environment, queue_overflows
 from hotport.kernel.spawn import Child, spawn
 from hotport.model import service as model
 from hotport.model.guarantee import Strategy
 from hotport.model.lifecycle import Event, Phase
 from hotport.model.service import Announce, Clock, Exited, News, Said, Service, Timer
+from hotport.model.signals import HELD, TERMINATING
 from hotport.observe.logs import get_logger
 from hotport.options import Options, format_duration
 from hotport.supervisor.health import watch_health
@@ -49,6 +50,7 @@ from hotport.wire.messages import (
     DrainOrder,
     Expired,
     Hello,
+    HurryOrder,
     Memory,
     Quiesced,
     QuiesceOrder,
@@ -227,6 +229,8 @@ class Supervisor:
     def _adopt(self) -> None:
         """Begin: with the first generation, or with what is left of the last supervisor's."""
         found, here = self._found, []
+        has_served = (Phase.SERVING, Phase.QUIESCED, Phase.DRAINING)
+        serving = {worker.id for worker in found.workers if worker.phase in has_served}
         for survivor in found.survivors:
             try:
                 child = Child(survivor.pid, os.pidfd_open(survivor.pid))
@@ -244,6 +248,7 @@ class Supervisor:
                 age_s=age_s(survivor.pid),
             )
             process.held = set(survivor.listeners.values())
+            process.owes = survivor.worker in serving
             self.processes[survivor.worker] = process
             self._tasks.start_soon(self._watch, process)
             if not process.is_foreign and os.path.exists(process.control_path):
@@ -331,13 +336,10 @@ class Supervisor:
                 self._steer(generation, 1 if isinstance(effect, model.Steer) else 0)
             case model.Drain(worker, is_last):
                 self._drain(worker, is_last)
-            case model.Terminate(worker):
-                if process := self.processes.get(worker):
-                    process.signal(signal.SIGTERM)
+            case model.Terminate(worker, is_hurried):
+                self._terminate(worker, is_hurried)
             case model.Kill(worker):
                 if process := self.processes.get(worker):
-                    # It may have had connections, and cannot tell any more.
-                    self._has_cut = self._has_cut or (self.service.is_stopping and process.is_talking)
                     process.kill()
             case model.StartTimer(timer, seconds):
                 self._timers.start(timer, self._duration(timer.clock) if seconds is None else seconds)
@@ -370,6 +372,7 @@ class Supervisor:
                 cwd=launch.directory,
                 listeners=[listener.fileno() for listener in listeners.values()],
                 listen_names=[listener_name(parse_address(address)) for address in listeners],
+                held=() if launch.options.command else numbers(HELD | TERMINATING),
             )
         except (HotportError, OSError, ValueError) as error:
             self._errors[worker] = str(error)
@@ -392,6 +395,8 @@ class Supervisor:
             process.released.set()
         if process.error:
             self._errors[process.worker] = process.error
+        # One that owes its account was killed, by whomever. An account may come before we know that the service stops.
+        self._has_cut = self._has_cut or (self.service.is_stopping and (process.owes or process.has_cut))
         self.input(Exited(process.worker, why))
 
     def _open(self, worker: int) -> None:
@@ -500,6 +505,17 @@ class Supervisor:
             process.order(
                 DrainOrder(timeout_s=self.options.drain_timeout_s, is_last=is_last, successors=process.successors)
             )
+
+    def _terminate(self, worker: int, is_hurried: bool) -> None:
+        process = self.processes.get(worker)
+        if process is None:
+            return
+        if process.is_talking:  # a signal would be taken for one of somebody who does not know of the order to drain
+            process.order(HurryOrder())
+        elif is_hurried:
+            process.kill()
+        else:
+            process.signal(signal.SIGTERM)
 
     def _abandoned(self, process: Process) -> dict[str, socket.socket]:
         """Listeners of a worker that leaves which nobody serves after it."""
@@ -638,6 +654,8 @@ class Supervisor:
             case Accepting(at_s=at_s, fates=fates):
                 self.reports.taken_back(self.service.restart, worker, fates)
                 self.reports.note(self.service.restart, worker, Event.ACCEPTING, at_s)
+                if process := self.processes.get(worker):
+                    process.owes = True
                 self.input(Said(worker, Event.ACCEPTING))
             case Quiesced(at_s=at_s):
                 self.reports.note(self.service.restart, worker, Event.QUIESCED, at_s)
@@ -652,8 +670,8 @@ class Supervisor:
             case Expired():
                 self.input(model.Expired(worker))
             case Drained(fates=fates):
-                if self.service.is_stopping:
-                    self._has_cut = self._has_cut or any(self._is_cut(fate) for fate in fates)
+                if process := self.processes.get(worker):
+                    process.owes, process.has_cut = False, any(self._is_cut(fate) for fate in fates)
                 self.reports.drained(worker, fates)
             case TlsReloaded(error=error) if error:  # nobody waits: it was told while it started
                 self._log.warning("tls.kept", worker=worker, error=error)

@@ -63,6 +63,10 @@ class DrainOrder(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
     successors: tuple[str, ...] = ()
 
 
+class HurryOrder(msgspec.Struct, frozen=True, kw_only=True, tag="hurry"):
+    """Cut what is open, say what that was, and leave now."""
+
+
 class SuccessorsOrder(msgspec.Struct, frozen=True, kw_only=True, tag="successors"):
     """To a worker that drains or is quiesced: these workers can go on with its connections from now on."""
 
@@ -151,6 +155,7 @@ Order = (
     AcceptOrder
     | QuiesceOrder
     | DrainOrder
+    | HurryOrder
     | SuccessorsOrder
     | OfferOrder
     | InspectOrder

@@ -244,12 +244,12 @@ class ConnectionServer:
 
     async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[str]:
         self.quiesce()
-        await self._end_stay()
-        self.connections.moves_early = False
-        await self._follow(successors)
-        self.connections.drain(timeout_s)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with self.connections.deadline(timeout_s) as deadline:
+                await self._end_stay()
+                self.connections.moves_early = False
+                await self._follow(successors)
+                self.connections.drain(_left_s(deadline))
                 if is_last:
                     for acceptor in self._acceptors:
                         await acceptor.empty()
@@ -261,6 +261,8 @@ class ConnectionServer:
         except TimeoutError:
             self._count_unaccepted(is_last)
             await self._stop_moving()
+            if not self.connections.draining.is_set():  # it has looked for successors until now
+                self.connections.drain(0.0)
             self.connections.cut()
             for acceptor in self._all:
                 acceptor.cut_attaching()
@@ -349,7 +351,7 @@ class DatagramServer:
                 transport.empty()
             transport.drain()
         try:
-            async with asyncio.timeout(timeout_s):
+            async with self.connections.deadline(timeout_s):
                 for transport in self._transports:
                     await transport.closed.wait()
         except TimeoutError:
@@ -378,7 +380,7 @@ class SocketsServer:
         """It has accepted since it said that it had started."""
 
     async def resume(self, listeners: Sequence[socket.socket]) -> None:
-        await self._adapter.finish(0)
+        await self._adapter.abort()
         for listener in self._listeners:
             listener.close()
         self._listeners = listeners
@@ -413,13 +415,23 @@ class SocketsServer:
 
     async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[str]:
         self.connections.drain(timeout_s)
-        is_cut = await self._adapter.finish(timeout_s)
+        fate = "server_finished"
+        try:
+            async with self.connections.deadline(timeout_s):
+                await self._adapter.finish()
+        except TimeoutError:
+            fate = "cut_server"
+            await self._adapter.abort()
         for listener in self._listeners:
             listener.close()
-        return Counter({"cut_server": 1} if is_cut else {"server_finished": 1})
+        return Counter({fate: 1})
 
     async def shutdown(self) -> None:
         """Its own affair."""
+
+
+def _left_s(deadline: asyncio.Timeout) -> float:
+    return max(0.0, (deadline.when() or 0.0) - asyncio.get_running_loop().time())
 
 
 async def _empty(acceptors: Sequence[Acceptor], timeout_s: float) -> None:

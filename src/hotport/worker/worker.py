@@ -16,8 +16,8 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Final, cast
 
 import msgspec
@@ -27,9 +27,10 @@ from hotport.adapters.base import Connection, Connections, Context
 from hotport.adapters.target import load_target
 from hotport.errors import ControlError, ExitCode, HotportError, StartError
 from hotport.kernel.notify import notify
-from hotport.kernel.process import open_descriptors, raise_descriptor_limit, rss_bytes
+from hotport.kernel.process import numbers, open_descriptors, raise_descriptor_limit, rss_bytes
 from hotport.kernel.scm import send_descriptors
 from hotport.kernel.sockets import may_command, peer_credentials, socket_file, unlink_if_ours
+from hotport.model.signals import HELD, NOTES, SUSPENDING, TERMINATING, WORKER, Does, Moment
 from hotport.observe.logs import get_logger, revive
 from hotport.options import Options
 from hotport.wire.frames import FrameDecoder, encode_frame
@@ -40,6 +41,7 @@ from hotport.wire.messages import (
     DrainOrder,
     Expired,
     Hello,
+    HurryOrder,
     Inspection,
     InspectOrder,
     Lingering,
@@ -135,20 +137,21 @@ class Worker:
         self._drain_order = DrainOrder(timeout_s=self._options.drain_timeout_s, is_last=True)
         self._leaving = asyncio.Event()
         self._is_asking = False  # who goes on with the connections, by having said that this worker leaves
+        self._signals = 0  # that told it to leave; orders are none
         self._orphan_timer: asyncio.TimerHandle | None = None
         self._has_expired = False
         self._is_accepting: bool | None = None  # None before the first order to accept
         self._memory: Memory | None = None
+        self._drained: Drained | None = None
 
     async def run(self) -> int:
         """Start up, serve until told to leave, drain; return the process's exit code."""
         file = socket_file(self._control_path)
         control = await self._loop.create_unix_server(lambda: _Peer(self), sock=self._control)
-        self._loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
-        self._loop.add_signal_handler(signal.SIGINT, self._on_sigterm)
         self._watch_for_orphanhood(self._options.ready_timeout_s)
         try:
-            return await self._serve()
+            with self._handling_signals():
+                return await self._serve()
         finally:
             self._lag.close()
             for peer in list(self._peers):
@@ -243,18 +246,63 @@ class Worker:
 
     # -- leave ---------------------------------------------------------------------------------------------
 
-    def _on_sigterm(self) -> None:
-        """Leave as if drained, once the supervisor has said who goes on; a second one cuts what is left."""
-        if not self._leaving.is_set() and not self._is_asking:
-            self._is_asking = True
-            self._tell(stopping=True, status="draining")
-            if self._server is not None and self._peers:
-                self._loop.call_later(SUCCESSORS_TIMEOUT_S, self._leaving.set)
-            else:
-                self._leaving.set()
-        elif self._server is not None:
+    @contextmanager
+    def _handling_signals(self) -> Iterator[None]:
+        """Do what `WORKER` says; an application that is imported later may decide otherwise."""
+        handled = [name for name, row in WORKER.items() if set(row.values()) != {Does.NOTHING}]
+        for name in handled:
+            self._loop.add_signal_handler(signal.Signals[name], self._on_signal, name)
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers(SUSPENDING)}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers(HELD | TERMINATING))
+        try:
+            yield
+        finally:
+            for name in handled:
+                self._loop.remove_signal_handler(signal.Signals[name])
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, name: str) -> None:
+        self._signals += name in TERMINATING
+        does = WORKER[name][self._moment()]
+        if does is Does.NOTE:
+            self._log.info("signal.ignored", signal=name, why=NOTES[name])
+            return
+        self._log.info("signal.received", signal=name, does=does.value)
+        match does:
+            case Does.LEAVE | Does.DRAIN:
+                self._ask_to_leave()
+            case Does.CUT:
+                self._hurry()
+            case Does.SECOND if self._signals > 1:
+                self._hurry()
+            case _:
+                pass
+
+    def _moment(self) -> Moment:
+        if self._leaving.is_set() or self._is_asking:
+            return Moment.STOPPING if self._drain_order.is_last else Moment.DRAINING
+        if self._server is None:
+            return Moment.STARTING
+        return Moment.RESTARTING if self._is_quiesced else Moment.SERVING
+
+    def _ask_to_leave(self) -> None:
+        """Leave as if drained, once the supervisor has said who goes on."""
+        self._is_asking = True
+        self._tell(stopping=True, status="draining")
+        if self._server is not None and self._peers:
+            self._loop.call_later(SUCCESSORS_TIMEOUT_S, self._leaving.set)
+        else:
             self._leaving.set()
-            self._server.connections.cut()
+
+    def _hurry(self) -> None:
+        """Leave now; what is open is cut."""
+        self._log.info("drain.hurried")
+        if not self._leaving.is_set():
+            self._tell(stopping=True, status="leaving at once")
+        if self._server is not None:
+            self._server.connections.hurry()
+        self._leaving.set()
 
     def _leave(self, order: DrainOrder) -> None:
         self._drain_order = order
@@ -265,7 +313,8 @@ class Worker:
         self._log.info("drain.began", connections=len(server.connections.open))
         fates = await server.drain(order.timeout_s, is_last=order.is_last, successors=order.successors)
         self._log.info("drain.ended", **fates)
-        self._broadcast(Drained(fates=dict(fates)))
+        self._drained = Drained(fates=dict(fates))
+        self._broadcast(self._drained)
         try:
             async with asyncio.timeout(self._options.kill_timeout_s):
                 await server.shutdown()
@@ -306,6 +355,8 @@ class Worker:
         )
         if self._has_expired:
             peer.say(Expired(why="expired before"))
+        if self._drained is not None:
+            peer.say(self._drained)
 
     def _phase(self) -> str:
         if self._leaving.is_set():
@@ -325,12 +376,14 @@ class Worker:
         match order:
             case DrainOrder():
                 self._leave(order)
+            case HurryOrder():
+                self._hurry()
             case InspectOrder():
                 peer.say(self._inspect(is_watched=order.is_watched))
             case SuccessorsOrder(successors=successors):
                 self._drain_order = msgspec.structs.replace(self._drain_order, successors=successors)
                 if self._server is not None and self._draining is not None:
-                    await self._server.follow(successors)
+                    self._run_beside(self._server.follow(successors))  # it may take a while, and the next order hurry
                 elif self._is_asking:
                     self._leaving.set()
                 elif self._is_quiesced:
