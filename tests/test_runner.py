@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from hotport import runner
 from hotport.errors import RestartError
+from hotport.kernel.process import numbers
 from hotport.model.service import (
     Clock,
     Drain,
@@ -125,6 +127,15 @@ async def after(name: str, supervised: Any, log: Log) -> None:
                 else:
                     await supervised.asked.wait()
                 tasks.cancel_scope.cancel()
+
+
+@pytest.fixture(autouse=True)
+def handlers_stay() -> Iterator[None]:
+    """anyio restores defaults; a shell may have started the tests with some signals ignored."""
+    before = {number: signal.getsignal(number) for number in numbers(SUPERVISOR.keys())}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 REQUESTS = {

@@ -474,10 +474,10 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class Terminate:
-    """Tell a worker to cut what it has and to leave; one that takes no orders gets SIGTERM.
+    """Tell a worker to leave soon: one that drains, to cut what it has; one that takes no orders gets SIGTERM.
 
     Attributes:
-        is_hurried: Somebody does not want to wait: one that takes no orders is killed.
+        is_hurried: Somebody does not want to wait: it cuts what it has; one that takes no orders is killed.
     """
 
     worker: int

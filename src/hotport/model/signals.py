@@ -106,8 +106,8 @@ TERMINATING: Final = frozenset({"SIGTERM", "SIGINT", "SIGQUIT"})
 #: By default they stop a process in the middle of whatever it does; a worker ignores them.
 SUSPENDING: Final = frozenset({"SIGTTIN", "SIGTTOU"})
 
-#: They wait from a process's first moment until it can handle them; by default they would end or suspend it. Without
-#: TERM, INT and QUIT: before it can handle those, a process that they end has nothing to lose.
+#: They wait until a supervisor can handle them; by default they would end or suspend it. Without TERM, INT and QUIT:
+#: before it can handle those, a process that they end has nothing to lose. For a worker all of its signals wait.
 HELD: Final = frozenset({"SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU"})
 
 

@@ -55,6 +55,7 @@ class Process:
         successors: Whom it was told to hand its connections to, if it leaves.
         is_talking: Its control socket is connected, or being connected.
         memory: What was left with it last, for a next supervisor.
+        is_leaving: It was told to drain.
         owes: It serves connections, and has not said what became of them.
         has_cut: It has said that some of them were cut.
         held: Listeners that it has, or is being given.
@@ -83,7 +84,7 @@ class Process:
         self.status = ""
         self.successors: tuple[str, ...] = ()
         self.memory: Memory | None = None
-        self.owes = self.has_cut = False
+        self.is_leaving = self.owes = self.has_cut = False
         self.held: set[socket.socket] = set()
         self.releasing: dict[str, socket.socket] = {}
         self.released: anyio.Event | None = None

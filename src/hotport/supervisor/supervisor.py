@@ -32,7 +32,7 @@ from hotport.model import service as model
 from hotport.model.guarantee import Strategy
 from hotport.model.lifecycle import Event, Phase
 from hotport.model.service import Announce, Clock, Exited, News, Said, Service, Timer
-from hotport.model.signals import HELD, TERMINATING
+from hotport.model.signals import WORKER
 from hotport.observe.logs import get_logger
 from hotport.options import Options, format_duration
 from hotport.supervisor.health import watch_health
@@ -372,7 +372,7 @@ class Supervisor:
                 cwd=launch.directory,
                 listeners=[listener.fileno() for listener in listeners.values()],
                 listen_names=[listener_name(parse_address(address)) for address in listeners],
-                held=() if launch.options.command else numbers(HELD | TERMINATING),
+                held=() if launch.options.command else numbers(WORKER.keys()),
             )
         except (HotportError, OSError, ValueError) as error:
             self._errors[worker] = str(error)
@@ -498,6 +498,7 @@ class Supervisor:
         if process.is_foreign or not process.is_talking:
             process.signal(signal.SIGTERM)  # ours drain on it, too
         else:
+            process.is_leaving = True
             process.successors = () if is_last else self._successors(worker)
             if abandoned := self._abandoned(process):
                 process.releasing |= abandoned
@@ -510,8 +511,11 @@ class Supervisor:
         process = self.processes.get(worker)
         if process is None:
             return
-        if process.is_talking:  # a signal would be taken for one of somebody who does not know of the order to drain
+        if process.is_talking and (is_hurried or process.is_leaving):
             process.order(HurryOrder())
+        elif process.is_talking:  # not by a signal: the worker counts those; and it may accept, after a recovery
+            successors = self._successors(worker)
+            process.order(DrainOrder(timeout_s=self.options.kill_timeout_s, successors=successors))
         elif is_hurried:
             process.kill()
         else:

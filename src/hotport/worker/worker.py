@@ -30,7 +30,7 @@ from hotport.kernel.notify import notify
 from hotport.kernel.process import numbers, open_descriptors, raise_descriptor_limit, rss_bytes
 from hotport.kernel.scm import send_descriptors
 from hotport.kernel.sockets import may_command, peer_credentials, socket_file, unlink_if_ours
-from hotport.model.signals import HELD, NOTES, SUSPENDING, TERMINATING, WORKER, Does, Moment
+from hotport.model.signals import NOTES, SUSPENDING, TERMINATING, WORKER, Does, Moment
 from hotport.observe.logs import get_logger, revive
 from hotport.options import Options
 from hotport.wire.frames import FrameDecoder, encode_frame
@@ -250,10 +250,12 @@ class Worker:
     def _handling_signals(self) -> Iterator[None]:
         """Do what `WORKER` says; an application that is imported later may decide otherwise."""
         handled = [name for name, row in WORKER.items() if set(row.values()) != {Does.NOTHING}]
+        before = {number: signal.getsignal(number) for number in numbers(WORKER.keys())}
         for name in handled:
             self._loop.add_signal_handler(signal.Signals[name], self._on_signal, name)
-        before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers(SUSPENDING)}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers(HELD | TERMINATING))
+        for number in numbers(SUSPENDING):
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, before.keys())
         try:
             yield
         finally:
