@@ -24,6 +24,7 @@ from hotport.address import (
 from hotport.errors import ConfigError, KernelError
 from hotport.kernel.sockets import (
     accept_queue_length,
+    as_sockets,
     bind_control,
     bind_listener,
     bind_notify,
@@ -586,3 +587,18 @@ def test_control_socket_that_cannot_be_placed_is_an_error(run_dir: Path) -> None
     with pytest.raises(KernelError, match="HP604"):
         bind_control("control.sock")
     assert os.listdir() == ["control.sock"]
+
+
+def test_descriptors_that_came_become_sockets_all_or_none() -> None:
+    """One that was no socket left the others open for ever."""
+    left, right = socket.socketpair()
+    reading, writing = os.pipe()
+    with pytest.raises(OSError, match="socket"):
+        as_sockets([left.detach(), writing, os.dup(right.fileno())])
+    assert os.read(reading, 1) == b""
+    right.setblocking(False)
+    assert right.recv(1) == b""  # nobody has the other end
+    (sock,) = as_sockets([right.detach()])
+    assert sock.gettimeout() == 0.0
+    sock.close()
+    os.close(reading)

@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import DEADLINE_S, HOTPORT, LINE_APP, Gate, Service, ask_line, eventually, need, write_code
+from tests.support import (
+    DEADLINE_S,
+    HOTPORT,
+    LINE_APP,
+    Gate,
+    Service,
+    ask_line,
+    eventually,
+    need,
+    read_response,
+    write_code,
+)
 
 
 def limited(descriptors: int) -> tuple[str, ...]:
@@ -224,3 +235,34 @@ def test_service_with_closed_standard_streams(tmp_path: Path, closing: str) -> N
     finally:
         process.terminate()
         assert process.wait(DEADLINE_S) == 0
+
+
+HTTP_APP = """\
+async def app(scope, receive, send):
+    await receive()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+"""
+
+
+def test_full_service_with_a_queue_closes_nobody_in_a_restart(tmp_path: Path) -> None:
+    """Newcomers filled the new worker from the accept queue, and every connection of the old one was closed."""
+    write_code(tmp_path / "app.py", HTTP_APP)
+    limits = ("--connections-max", "30", "--keep-alive", "1h", "--lifespan", "off")
+    with Service(tmp_path, "app:app", *limits).wait_ready() as service, ExitStack() as stack:
+
+        def connect() -> socket.socket:
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", service.port), DEADLINE_S))
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+            return sock
+
+        idle = [connect() for _ in range(30)]
+        assert [read_response(sock) for sock in idle] == [(200, b"ok")] * 30
+        queued = [connect() for _ in range(30)]
+        assert service.restart()["connections"] == {"moved_http": 30}
+        assert service.status()["workers"][0]["connections"] == 30
+        for sock in idle:
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+            assert read_response(sock) == (200, b"ok")
+            sock.close()
+        assert [read_response(sock) for sock in queued] == [(200, b"ok")] * 30

@@ -297,7 +297,8 @@ class Server:
         try:
             channel = await successor.ready(self._settings.ready_timeout_s)
             self._has_committed = True  # it may have connections from here on: nobody can change his mind
-            committed = await successor.commit(channel)
+            hands_off = self._settings.handoff != "off" and not self._settings.tls_cert
+            committed = await successor.commit(channel, len(self.connections.open) if hands_off else 0)
         except BaseException:
             self._has_committed = False
             with anyio.CancelScope(shield=True):

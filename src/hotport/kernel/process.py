@@ -14,6 +14,7 @@ from hotport.kernel import procfs
 
 __all__ = [
     "describe_exit",
+    "descriptors_left",
     "duplicate_descriptor",
     "ends_with_terminal",
     "has_terminal",
@@ -45,6 +46,19 @@ def send_signal(pidfd: int, signum: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def descriptors_left() -> int:
+    """How many more descriptors this process may open at most, as far as its lowest free one tells; 0 if none.
+
+    Sources: open(2): the lowest number that is free is taken; getrlimit(2) RLIMIT_NOFILE.
+    """
+    try:
+        lowest = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # EMFILE, ENFILE
+        return 0
+    os.close(lowest)
+    return max(0, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - lowest)
 
 
 def numbers(names: Collection[str]) -> frozenset[signal.Signals]:

@@ -143,6 +143,29 @@ def inherited_listener(fd: int, *, is_in_use: bool = False) -> socket.socket:
     return sock
 
 
+def as_sockets(descriptors: Sequence[int]) -> list[socket.socket]:
+    """Non-blocking sockets of descriptors that another process has sent.
+
+    Raises:
+        OSError: One of them is no socket (ENOTSOCK).
+
+    Descriptors: owned by the sockets; if this raises, all are closed.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        for fd in descriptors:
+            sockets.append(socket.socket(fileno=fd))  # noqa: PERF401  those before one that is none are closed below
+    except OSError:
+        for sock in sockets:
+            sock.close()
+        for fd in descriptors[len(sockets) :]:
+            os.close(fd)
+        raise
+    for sock in sockets:
+        sock.setblocking(False)
+    return sockets
+
+
 def bound_address(address: Address, listener: socket.socket) -> Address:
     """Where the listener of an address is: port 0 is a number now, ``fd://`` and ``systemd:`` are a place."""
     if isinstance(address, UnixAddress):

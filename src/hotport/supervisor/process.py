@@ -58,6 +58,7 @@ class Process:
         is_leaving: It was told to drain.
         owes: It serves connections, and has not said what became of them.
         has_cut: It has said that some of them were cut.
+        expects: Names of workers for whose connections it keeps room.
         held: Listeners that it has, or is being given.
         releasing: Listeners that it was told to release, by address, until it says that it has closed them.
         released: Set when it has closed the listeners that it was told to release; None if it was not told.
@@ -85,6 +86,7 @@ class Process:
         self.successors: tuple[str, ...] = ()
         self.memory: Memory | None = None
         self.is_leaving = self.owes = self.has_cut = False
+        self.expects: set[str] = set()
         self.held: set[socket.socket] = set()
         self.releasing: dict[str, socket.socket] = {}
         self.released: anyio.Event | None = None

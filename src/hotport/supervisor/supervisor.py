@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -48,9 +48,12 @@ from hotport.wire.messages import (
     AcceptOrder,
     Drained,
     DrainOrder,
+    ExpectOrder,
     Expired,
     Hello,
     HurryOrder,
+    Inspection,
+    InspectOrder,
     Memory,
     Quiesced,
     QuiesceOrder,
@@ -69,6 +72,9 @@ __all__ = ["StatusPort", "Supervisor"]
 
 #: Bounds the answer to an order that a worker can carry out at once.
 ANSWER_TIMEOUT_S: Final = 5.0
+
+#: How long a worker that leaves may take to say how many connections it has, before others accept.
+COUNT_TIMEOUT_S: Final = 1.0
 
 #: So long without losing a worker, and the next loss counts as the first again.
 STABLE_S: Final = 10.0
@@ -397,25 +403,68 @@ class Supervisor:
             self._errors[process.worker] = process.error
         # One that owes its account was killed, by whomever. An account may come before we know that the service stops.
         self._has_cut = self._has_cut or (self.service.is_stopping and (process.owes or process.has_cut))
+        name = os.path.basename(process.control_path)
+        for other in self.processes.values():
+            if name in other.expects:
+                other.expects.discard(name)
+                other.order(ExpectOrder(connections={name: 0}))
         self.input(Exited(process.worker, why))
 
     def _open(self, worker: int) -> None:
         process = self.processes.get(worker)
-        if process is None or process.is_foreign or (not self._missing(process) and process.released is None):
+        leaving = self._leaving(worker)
+        is_whole = process is None or (not self._missing(process) and process.released is None)
+        if process is None or process.is_foreign or (is_whole and not leaving):
             self._order(worker, AcceptOrder(), Event.ACCEPTING)
         else:
-            self._tasks.start_soon(self._give, process, AcceptOrder())
+            self._tasks.start_soon(self._give, process, AcceptOrder(), leaving)
+
+    def _leaving(self, worker: int) -> list[Process]:
+        """Workers whose connections move to one that is about to accept: it keeps room for them."""
+        service, restart = self.service, self.service.restart
+        if self.options.handoff == "off" or self.options.tls_cert or self.options.command or service.is_stopping:
+            return []
+        numbers: set[int | None] = {*service.ids(Phase.QUIESCING, Phase.QUIESCED, Phase.DRAINING)}
+        if this := service.workers.get(worker):
+            numbers.add(this.replaces)
+        if restart is not None and worker in restart.new:
+            old = [each.id for each in service.current if each.generation != restart.generation]
+            numbers.update(old[: len(restart.new)] if restart.is_phased else old)
+        elif restart is not None and restart.step is model.Step.UNDOING:
+            numbers |= restart.new
+        found = (self.processes.get(number) for number in numbers - {worker, None} if number is not None)
+        return [process for process in found if process is not None and process.is_talking]
+
+    async def _announce(self, process: Process, leaving: Sequence[Process]) -> None:
+        """Tell a worker for how many connections of others to keep room."""
+        counts: dict[str, int] = {}
+
+        async def ask(other: Process) -> None:
+            found = await other.ask(InspectOrder(), Inspection, COUNT_TIMEOUT_S)
+            if found is not None and found.connections:
+                counts[os.path.basename(other.control_path)] = -(-found.connections // receivers)
+
+        restart = self.service.restart
+        is_new = restart is not None and process.worker in restart.new
+        receivers = restart.wanted if restart is not None and is_new and not restart.is_phased else 1
+        async with anyio.create_task_group() as tasks:
+            for other in leaving:
+                tasks.start_soon(ask, other)
+        if counts:
+            process.expects |= counts.keys()
+            process.order(ExpectOrder(connections=counts))
 
     def _missing(self, process: Process) -> dict[str, socket.socket]:
         """The listeners of a worker's generation that it has not got."""
         sockets = self.owned.sockets(process.generation)
         return {address: sock for address, sock in sockets.items() if sock not in process.held}
 
-    async def _give(self, process: Process, then: AcceptOrder | None = None) -> None:
+    async def _give(self, process: Process, then: AcceptOrder | None = None, leaving: Sequence[Process] = ()) -> None:
         """Give a worker the listeners that it lacks, and connections that nobody has taken; then an order.
 
         If that fails there is no order, and the timer that bounds its answer decides.
         """
+        await self._announce(process, leaving)
         if process.released is not None:  # it must not close what it is given now
             await process.released.wait()
             process.released = None

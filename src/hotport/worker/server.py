@@ -16,6 +16,7 @@ from hotport.adapters.target import kind_of, make_adapter
 from hotport.errors import StartError
 from hotport.options import Options
 from hotport.trust import Trusted
+from hotport.wire.messages import worker_socket
 from hotport.worker.acceptor import Acceptor
 from hotport.worker.handoff import Channel, Mover, take_connections
 from hotport.worker.probe import probe
@@ -83,7 +84,7 @@ class Server(Protocol):
     async def probe(self, path: str, timeout_s: float) -> str:
         """Ask the application for `path` by HTTP; why that failed, or nothing."""
 
-    async def take(self, channel: Channel, version: int) -> None:
+    async def take(self, channel: Channel, version: int, sender: str = "") -> None:
         """Go on with the connections that another worker offers, in envelopes of `version`, until it has closed."""
 
     async def shutdown(self) -> None:
@@ -107,8 +108,10 @@ class ConnectionServer:
         proxies: Trusted | None = None,
         hands_off: bool = True,
         names: Sequence[str] = (),
+        control_name: str = "",
     ) -> None:
         self.connections = connections
+        self._control_name = control_name
         self._may_hand_off = self._hands_off = hands_off
         self._mover: Mover | None = None
         self._released: list[Acceptor] = []
@@ -183,7 +186,8 @@ class ConnectionServer:
     async def accept(self) -> None:
         self._is_accepting = True
         self.connections.count_fates(False)
-        self._start_acceptors()
+        if not self.connections.is_full:
+            self._start_acceptors()
         if self._mover is not None:  # taken back; what is under way arrives, or comes back
             self._staying = asyncio.get_running_loop().create_task(self._stay(self._mover))
             self._mover = None
@@ -233,14 +237,14 @@ class ConnectionServer:
     async def _follow(self, successors: Sequence[str]) -> None:
         if self._hands_off and (successors or self._mover is not None):
             if self._mover is None:
-                self._mover = Mover(self.connections)
+                self._mover = Mover(self.connections, self._control_name)
             await self._mover.follow(successors)
 
     async def probe(self, path: str, timeout_s: float) -> str:
         return await probe(self._adapter, self.connections, path, timeout_s)
 
-    async def take(self, channel: Channel, version: int) -> None:
-        await take_connections(channel, version, self._adapter, self.connections)
+    async def take(self, channel: Channel, version: int, sender: str = "") -> None:
+        await take_connections(channel, version, self._adapter, self.connections, sender=sender)
 
     async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[str]:
         self.quiesce()
@@ -339,7 +343,7 @@ class DatagramServer:
     async def probe(self, path: str, timeout_s: float) -> str:
         return "takes datagrams, and cannot be asked by HTTP: remove health_path"
 
-    async def take(self, channel: Channel, version: int) -> None:
+    async def take(self, channel: Channel, version: int, sender: str = "") -> None:
         """It has no connections."""
         channel.close()
 
@@ -409,7 +413,7 @@ class SocketsServer:
     async def probe(self, path: str, timeout_s: float) -> str:
         return "has a server of its own, which cannot be asked but over the port: remove health_path"
 
-    async def take(self, channel: Channel, version: int) -> None:
+    async def take(self, channel: Channel, version: int, sender: str = "") -> None:
         """It has no way of going on with a connection."""
         channel.close()
 
@@ -518,4 +522,5 @@ def make_server(
         proxies=Trusted(options.trusted_proxy) if options.proxy_protocol else None,
         hands_off=options.handoff != "off",
         names=names,
+        control_name=worker_socket(context.generation, context.worker),
     )

@@ -29,7 +29,7 @@ from hotport.errors import ControlError, ExitCode, HotportError, StartError
 from hotport.kernel.notify import notify
 from hotport.kernel.process import numbers, open_descriptors, raise_descriptor_limit, rss_bytes
 from hotport.kernel.scm import send_descriptors
-from hotport.kernel.sockets import may_command, peer_credentials, socket_file, unlink_if_ours
+from hotport.kernel.sockets import as_sockets, may_command, peer_credentials, socket_file, unlink_if_ours
 from hotport.model.signals import NOTES, SUSPENDING, TERMINATING, WORKER, Does, Moment
 from hotport.observe.logs import get_logger, revive
 from hotport.options import Options
@@ -39,6 +39,7 @@ from hotport.wire.messages import (
     AcceptOrder,
     Drained,
     DrainOrder,
+    ExpectOrder,
     Expired,
     Hello,
     HurryOrder,
@@ -142,6 +143,7 @@ class Worker:
         self._has_expired = False
         self._is_accepting: bool | None = None  # None before the first order to accept
         self._memory: Memory | None = None
+        self._expected: set[str] = set()  # workers that were said to hand connections over
         self._drained: Drained | None = None
 
     async def run(self) -> int:
@@ -372,6 +374,8 @@ class Worker:
         if peer in self._peers:
             self._peers.discard(peer)
             self._watch_for_orphanhood()
+            if not self._peers:  # nobody would tell that those have ended who were expected
+                self._expect(dict.fromkeys(self._expected, 0))
 
     async def obey(self, order: Order, peer: _Peer) -> None:
         """Carry out one order and say what has become true."""
@@ -390,8 +394,10 @@ class Worker:
                     self._leaving.set()
                 elif self._is_quiesced:
                     self._follow(successors)
-            case OfferOrder(version=version):
-                self._take(version, peer)
+            case OfferOrder(version=version, sender=sender):
+                self._take(version, sender, peer)
+            case ExpectOrder(connections=connections):
+                self._expect(connections)
             case ReloadTlsOrder():
                 peer.say(TlsReloaded(error=self._reload_tls()))
             case RememberOrder(memory=memory):
@@ -437,13 +443,19 @@ class Worker:
 
         self._following = self._loop.create_task(follow())
 
-    def _take(self, version: int, peer: _Peer) -> None:
+    def _expect(self, connections: Mapping[str, int]) -> None:
+        self._expected |= connections.keys()
+        if self._server is not None:
+            for name, count in connections.items():
+                self._server.connections.keep(name, count)
+
+    def _take(self, version: int, sender: str, peer: _Peer) -> None:
         """Another worker has connections for us; its control connection carries nothing else from here on."""
         channel = Channel(peer.detach())
         if self._server is None:
             channel.close()
             return
-        self._run_beside(self._server.take(channel, version))
+        self._run_beside(self._server.take(channel, version, sender))
 
     def _pass_listeners(self, peer: _Peer) -> None:
         """To whoever supervises from now on: duplicates of the listeners that are still open."""
@@ -467,9 +479,7 @@ class Worker:
                 return
             await channel.send(encode_frame(encode(Welcome(room=count))))
             async with asyncio.timeout(TRANSFER_TIMEOUT_S):
-                sockets = [socket.socket(fileno=fd) for fd in await channel.receive_descriptors(count)]
-            for sock in sockets:
-                sock.setblocking(False)
+                sockets = as_sockets(await channel.receive_descriptors(count))
             listeners = dict(zip(order.addresses, sockets, strict=False))
             await self._server.adopt(listeners, sockets[len(listeners) :])
             await channel.send(encode_frame(encode(Transferred(count=count))))
@@ -596,7 +606,12 @@ def _lingering(connections: Connections) -> tuple[Lingering, ...]:
     now = asyncio.get_running_loop().time()
     oldest = sorted(connections.open.items(), key=lambda item: item[1])[:LINGERING_MAX]
     return tuple(
-        Lingering(peer=_peer_name(each), kind=each.kind, age_s=round(now - since, 3), why=each.why_here())
+        Lingering(
+            peer=_peer_name(each),
+            kind=each.kind,
+            age_s=round(now - since, 3),
+            why="no new worker has room for it" if each in connections.crowded else each.why_here(),
+        )
         for each, since in oldest
     )
 
