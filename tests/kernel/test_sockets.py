@@ -32,6 +32,7 @@ from hotport.kernel.sockets import (
     inherited_listener,
     passed_addresses,
     peer_credentials,
+    take_waiting,
     unlink_if_ours,
 )
 
@@ -602,3 +603,13 @@ def test_descriptors_that_came_become_sockets_all_or_none() -> None:
     assert sock.gettimeout() == 0.0
     sock.close()
     os.close(reading)
+
+
+def test_all_that_waits_in_an_accept_queue_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        clients = [socket.create_connection(listener.getsockname()) for _ in range(3)]
+        taken = take_waiting(listener)
+        assert sorted(sock.getpeername() for sock in taken) == sorted(sock.getsockname() for sock in clients)
+        assert take_waiting(listener) == []
+        for sock in (*clients, *taken):
+            sock.close()

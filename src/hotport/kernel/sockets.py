@@ -10,6 +10,7 @@ import struct
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from hotport.address import Address, FdAddress, SystemdAddress, TcpAddress, UdpAddress, UnixAddress, parse_address
@@ -199,6 +200,21 @@ def accept_queue_length(listener: socket.socket) -> int:
         return 0
     info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
     return int.from_bytes(info[24:28], sys.byteorder)
+
+
+def take_waiting(listener: socket.socket) -> list[socket.socket]:
+    """Accept what waits in an accept queue, as far as there are descriptors for it.
+
+    The listener does not block any more.
+
+    Sources: accept(2): EMFILE, and EAGAIN at the end.
+    """
+    accepted = []
+    listener.setblocking(False)  # programs get it blocking
+    with suppress(OSError):
+        while True:
+            accepted.append(listener.accept()[0])
+    return accepted
 
 
 def bind_control(path: str) -> socket.socket:

@@ -19,6 +19,7 @@ from hotport.kernel.sockets import (
     file_path,
     rebind,
     socket_file,
+    take_waiting,
     unlink_if_ours,
 )
 from hotport.kernel.steer import deafen, share_port, steer, unsteer
@@ -227,7 +228,7 @@ class Listeners:
                 deafen(each.sock)
         for each in common:
             assert each.sock is not None
-            result.accepted += _empty(each.sock)
+            result.accepted += take_waiting(each.sock)
         before = resets_sent()
         for each in common:
             assert each.sock is not None
@@ -272,7 +273,7 @@ class Listeners:
         for each in [each for each in self._abandoned if each.sock not in held]:
             self._abandoned.remove(each)
             if each.sock is not None and each.is_listening:
-                accepted += _empty(each.sock)
+                accepted += take_waiting(each.sock)
             each.close()
             self._unguard(each.address)
             self._settle(each)
@@ -381,13 +382,3 @@ def _join(kept: Listener, options: Options) -> Listener:
 
 def _file(address: str) -> tuple[int, int] | None:
     return socket_file(file_path(parse_address(address)))
-
-
-def _empty(listener: socket.socket) -> list[socket.socket]:
-    """What waits in an accept queue, as far as there are descriptors for it."""
-    accepted = []
-    listener.setblocking(False)  # programs get it blocking
-    with suppress(OSError):
-        while True:
-            accepted.append(listener.accept()[0])
-    return accepted
