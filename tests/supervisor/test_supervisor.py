@@ -119,7 +119,7 @@ async def test_each_new_worker_is_told_of_its_share(phased: bool, expected: dict
 @pytest.mark.parametrize(
     ("is_talking", "is_leaving", "is_hurried", "expected"),
     [
-        (True, False, False, DrainOrder(timeout_s=5.0, successors=("/run/next.sock",))),
+        (True, False, False, DrainOrder(timeout_s=2.5, successors=("/run/next.sock",))),
         (True, True, False, HurryOrder()),
         (True, False, True, HurryOrder()),
         (False, False, False, 15),

@@ -235,8 +235,7 @@ class Supervisor:
     def _adopt(self) -> None:
         """Begin: with the first generation, or with what is left of the last supervisor's."""
         found, here = self._found, []
-        has_served = (Phase.SERVING, Phase.QUIESCED, Phase.DRAINING)
-        serving = {worker.id for worker in found.workers if worker.phase in has_served}
+        phases = {worker.id: worker.phase for worker in found.workers}
         for survivor in found.survivors:
             try:
                 child = Child(survivor.pid, os.pidfd_open(survivor.pid))
@@ -254,7 +253,9 @@ class Supervisor:
                 age_s=age_s(survivor.pid),
             )
             process.held = set(survivor.listeners.values())
-            process.owes = survivor.worker in serving
+            phase = phases.get(survivor.worker)
+            process.owes = phase in (Phase.SERVING, Phase.QUIESCED, Phase.DRAINING)
+            process.is_leaving = phase is Phase.DRAINING
             self.processes[survivor.worker] = process
             self._tasks.start_soon(self._watch, process)
             if not process.is_foreign and os.path.exists(process.control_path):
@@ -563,8 +564,8 @@ class Supervisor:
         if process.is_talking and (is_hurried or process.is_leaving):
             process.order(HurryOrder())
         elif process.is_talking:  # not by a signal: the worker counts those; and it may accept, after a recovery
-            successors = self._successors(worker)
-            process.order(DrainOrder(timeout_s=self.options.kill_timeout_s, successors=successors))
+            timeout_s = self.options.kill_timeout_s / 2  # it has to say what it has cut, before it is killed
+            process.order(DrainOrder(timeout_s=timeout_s, successors=self._successors(worker)))
         elif is_hurried:
             process.kill()
         else:
