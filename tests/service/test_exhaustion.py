@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -243,6 +244,48 @@ async def app(scope, receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
     await send({"type": "http.response.body", "body": b"ok"})
 """
+
+
+#: The second generation may open a few descriptors only, until it is let go.
+SHORT = """\
+import os, resource, threading
+
+if os.environ["HOTPORT_GENERATION"] == "2":
+    used, limits = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 30, limits[1]))
+
+    def relieve():
+        open("gate").close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    threading.Thread(target=relieve, daemon=True).start()
+"""
+
+
+def test_new_worker_that_is_short_of_descriptors_gets_the_rest_when_there_are_some(tmp_path: Path) -> None:
+    """All of 300 connections were closed after the first batch, which did not fit."""
+    gate = Gate(tmp_path)
+    write_code(tmp_path / "app.py", SHORT + HTTP_APP)
+    with (
+        Service(tmp_path, "app:app", "--keep-alive", "1h", "--lifespan", "off").wait_ready() as service,
+        ExitStack() as stack,
+    ):
+        address = ("127.0.0.1", service.port)
+        socks = [stack.enter_context(socket.create_connection(address, DEADLINE_S)) for _ in range(100)]
+
+        def ask_all() -> None:
+            for sock in socks:
+                sock.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+                assert read_response(sock) == (200, b"ok")
+
+        ask_all()
+        command = service.start("restart", service.name, "--json")
+        eventually(lambda: len(service.log_events("restart.draining")) > 0, "the old worker leaves")
+        eventually(lambda: 0 < service.status()["workers"][-1]["connections"] < 30, "some have moved")
+        ask_all()
+        gate.open()
+        assert json.loads(command.communicate(timeout=DEADLINE_S)[0])["connections"] == {"moved_http": 100}
+        ask_all()
 
 
 def test_full_service_with_a_queue_closes_nobody_in_a_restart(tmp_path: Path) -> None:
