@@ -502,8 +502,9 @@ SIGNALS_ALL: Final = """
 systemd's default `KillMode=control-group` signals every process of a service at once, and so do many tools that
 signal a process tree. The result is that of the first table: what a worker does about its own signal does not hinder
 what the supervisor does. With a lame duck, a TERM to all gives up a restart, and replaces the workers for that time;
-and programs that an application has started are signalled as well. `KillMode=mixed` ([run under
-systemd](../how-to/run-under-systemd.md)) avoids both, and `hotport doctor` says which mode a service has.
+programs that an application has started are signalled as well; and a program after `--` gets SIGTERM from both sides,
+which some take for an order to hurry. `KillMode=mixed` ([run under systemd](../how-to/run-under-systemd.md)) avoids
+all of that, and `hotport doctor` says which mode a service has.
 """
 
 SIGNALS_TAIL: Final = """

@@ -39,8 +39,8 @@ NEARLY_FULL: Final = 0.8
 
 #: What comes of a service manager's ways to end a service, other than those that are right.
 KILL_MODES: Final = {
-    "control-group": "a stop ends programs of the application before the requests that need them, and a lame duck's "
-    "workers leave at once and are replaced for that time",
+    "control-group": "a stop ends programs of the application before the requests that need them, a program after -- "
+    "gets SIGTERM twice, and a lame duck's workers leave at once and are replaced for that time",
     "none": "a stop ends no process: workers and connections stay, and so does the port",
 }
 
