@@ -343,7 +343,7 @@ class Mover:
     def _spread(self) -> None:
         """There may be room now for connections that have waited for it."""
         for connection in list(self._connections.crowded):
-            if not any(each.room > len(each.waiting) for each in self._successors.values()):
+            if self._is_closed or not any(each.room > len(each.waiting) for each in self._successors.values()):
                 return
             self._connections.tell(connection)
 
@@ -359,7 +359,7 @@ class Mover:
 
     def _lose_patience(self) -> None:
         self._is_late = True
-        for connection in self._connections.crowded:
+        for connection in list(self._connections.crowded):
             connection.drain()
 
     def _tell_rest(self) -> None:
@@ -386,7 +386,7 @@ class Mover:
                     successor.answer.set_result(decode_ack(payload))
                 else:
                     raise EOFError(f"an acknowledgement was expected, not {kind.name}")
-        except (OSError, EOFError, ControlError) as error:
+        except Exception as error:  # `_serve` says what it was
             successor.failure = error
             if successor.answer is not None and not successor.answer.done():
                 successor.answer.set_exception(error)
