@@ -15,8 +15,6 @@ from hotport.errors import ExitCode
 from hotport.model.signals import ALL, Does, Moment
 from tests.support import DEADLINE_S, Gate, Service, eventually, http_get, read_response, write_code
 
-pytestmark = pytest.mark.unmeasured
-
 APP = """\
 async def app(scope, receive, send):
     await receive()

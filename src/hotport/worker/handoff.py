@@ -265,6 +265,7 @@ class Mover:
                 self._is_between = False
                 if not self._is_closed:
                     self._connections.lead(self._ready if self._successors else None)
+                    self._tell_rest()
 
     async def close(self) -> None:
         """Move nothing any more; return when what was under way has arrived, or has been taken back.
