@@ -10,7 +10,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +24,7 @@ from docs.states import states_page
 from hotport.cli import COMMANDS
 from hotport.errors import ExitCode
 from hotport.model.guarantee import GUARANTEES, Facts, table
+from hotport.model.signals import ALL, SUPERVISOR, WORKER, Does, Moment
 from hotport.options import OPTIONS, Option
 
 __all__ = ["PAGES", "ErrorSite", "error_sites"]
@@ -484,11 +485,74 @@ def _markdown(doc: str) -> str:
 # -- all of them --------------------------------------------------------------------------------------------
 
 #: What is written where.
+# -- signals ------------------------------------------------------------------------------------------------
+
+SIGNALS_HEAD: Final = """
+What a signal does depends on who gets it and what that process is doing. These tables are in the source
+(`hotport.model.signals`); the tests send each signal in each of these states.
+
+- **starting**: nothing serves yet; of a worker: it has not said `READY=1`
+- **serving**
+- **restarting**: a restart is in progress or can still be undone; of a worker: it accepts no more and can be taken back
+- **draining**: the service serves, and workers of older generations finish; of a worker: it was told to leave
+- **stopping**: the service was told to stop; of a worker: it was told to leave as one of the last
+""".lstrip()
+
+SIGNALS_ALL: Final = """
+systemd's default `KillMode=control-group` signals every process of a service at once, and so do many tools that
+signal a process tree. The result is that of the first table: what a worker does about its own signal does not hinder
+what the supervisor does. With a lame duck, a TERM to all gives up a restart, and replaces the workers for that time;
+programs that an application has started are signalled as well; and a program after `--` gets SIGTERM from both sides,
+which some take for an order to hurry. `KillMode=mixed` ([run under systemd](../how-to/run-under-systemd.md)) avoids
+all of that, and `hotport doctor` says which mode a service has.
+"""
+
+SIGNALS_TAIL: Final = """
+## What else there is to know
+
+- An order of the supervisor is no signal. A worker cuts connections before the drain deadline only at its own
+  second TERM or INT, at QUIT, or when the supervisor was told to hurry: by a second TERM or INT, by QUIT, or by
+  `hotport stop --now`.
+- What is cut is counted: in the worker's log line `drain.ended`, in the [report](report.md) of a restart, and by
+  exit code 5 of the supervisor when the service stops. A worker that is killed while the service stops counts as
+  cut.
+- Nothing is reopened on USR1: logs go to stdout and stderr. Let a service manager, or the program that reads them,
+  rotate them.
+- Ctrl-C and Ctrl-Z in a terminal reach the supervisor alone: each worker has a process group of its own. A
+  supervisor that is suspended (Ctrl-Z, STOP) does nothing until it is continued (`fg`, CONT); its workers serve on.
+- HUP because the terminal is gone stops the supervisor as INT does, unless it was started by nohup or setsid.
+- KILL ends a supervisor without a word; its workers [serve on](../how-to/upgrade-the-supervisor.md#lose-it). A
+  worker that is killed is replaced.
+- Workers ignore TTIN and TTOU, which would suspend them. All other signals of these tables wait while a process
+  cannot handle them yet; only TERM, INT and QUIT end a supervisor that has not begun to serve.
+- An application may set handlers of its own for signals that its worker gets, in its module or later; they replace
+  those of the worker.
+- A program after `--` has the signals of any program that is started: default handling, none blocked. The
+  supervisor sends it SIGTERM when it should leave, and SIGKILL to its process group when that takes too long or the
+  supervisor is told to hurry.
+- A server in your own event loop (`hotport.serve`) handles no signal but HUP, and that only with `restart_on_hup`.
+""".lstrip()
+
+
+def signals_page() -> str:
+    """What each signal does."""
+
+    def rows(table: Mapping[str, Mapping[Moment, Does]]) -> str:
+        lines = [[name.removeprefix("SIG"), *(row[at].value for at in Moment)] for name, row in table.items()]
+        return _table(["signal", *(moment.value for moment in Moment)], lines)
+
+    parts = ["# Signals\n", GENERATED, SIGNALS_HEAD]
+    parts += ["## To the supervisor\n", rows(SUPERVISOR) + "\n", "## To one worker\n", rows(WORKER) + "\n"]
+    parts += ["## To every process at once\n", rows(ALL), SIGNALS_ALL, SIGNALS_TAIL]
+    return "\n".join(parts)
+
+
 PAGES: Final[dict[str, Callable[[], str]]] = {
     "docs/reference/options.md": options_page,
     "docs/reference/errors.md": errors_page,
     "docs/reference/cli.md": cli_page,
     "docs/reference/python-api.md": api_page,
+    "docs/reference/signals.md": signals_page,
     "docs/reference/states.md": states_page,
     "docs/reference/strategies.md": strategies_page,
 }

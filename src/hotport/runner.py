@@ -15,9 +15,10 @@ import anyio
 
 from hotport.errors import ConfigError, ExitCode, HotportError, visible
 from hotport.kernel.fork import withheld, withhold
-from hotport.kernel.process import ends_with_terminal, has_terminal, reap_orphans
+from hotport.kernel.process import ends_with_terminal, has_terminal, holding, numbers, reap_orphans
 from hotport.model.lifecycle import Phase
 from hotport.model.service import RequestStop
+from hotport.model.signals import HELD, NOTES, TERMINATING
 from hotport.observe.logs import configure, get_logger
 from hotport.options import service_name
 from hotport.options.loading import Loaded, load
@@ -137,6 +138,7 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
     name = baggage.service if baggage is not None else service_name(options)
     configure(format=options.log_format, level=options.log_level, service=name, role="supervisor")
     with ExitStack() as stack:
+        stack.enter_context(holding(numbers(HELD)))  # until they are handled, they would end this process
         manager = Manager(os.environ, os.getpid())
         stack.callback(manager.close)
         place = move_in(name, options, manager, stack, takes_over=takes_over)
@@ -224,15 +226,7 @@ async def _succeed(supervisor: Supervisor, place: Place) -> None:
         await retire(place.predecessor, supervisor)
 
 
-_SIGNALS: Final = (
-    signal.SIGHUP,
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGQUIT,
-    signal.SIGTTIN,
-    signal.SIGTTOU,
-    signal.SIGUSR2,
-)
+_SIGNALS: Final = numbers(HELD | TERMINATING)
 
 
 async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc.TaskGroup) -> None:
@@ -257,7 +251,8 @@ async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc
                 signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
                 os.kill(os.getpid(), number)
                 continue
-            log.debug("signal.received", signal=signal.Signals(number).name)
+            name = signal.Signals(number).name
+            log.debug("signal.received", signal=name)
             match number:
                 case signal.SIGHUP if is_bound_to_terminal and not has_terminal():
                     if not has_hung_up:  # the shell and the kernel may both say it, and a second stop is at once
@@ -279,5 +274,7 @@ async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc
                     tasks.start_soon(answer, lambda wanted=wanted: scale(supervisor, wanted))
                 case signal.SIGCHLD:
                     reap_orphans({process.pid for process in supervisor.processes.values()})
+                case signal.SIGUSR1:
+                    log.info("signal.ignored", signal=name, why=NOTES[name])
                 case signal.SIGUSR2:
                     tasks.start_soon(answer, lambda: house.upgrade(supervisor, None))

@@ -22,6 +22,8 @@ class Idle:
     def __init__(self) -> None:
         self.said: list[str] = []
 
+    will_move = True
+
     def drain(self) -> None:
         self.said.append("drain")
 

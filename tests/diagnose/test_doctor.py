@@ -12,6 +12,7 @@ import pytest
 from hotport.diagnose.doctor import (
     Listener,
     Machine,
+    Managed,
     Member,
     examine,
     examine_service,
@@ -105,13 +106,23 @@ def test_each_weakness_of_a_service_is_found(
 
 
 def test_socket_file_that_is_gone_is_found() -> None:
-    (finding,) = examine_service([], [], {"unix:/run/app.sock": "pid 9 (thief) is listening on it"})
+    (finding,) = examine_service([], [], gone={"unix:/run/app.sock": "pid 9 (thief) is listening on it"})
     assert (
         finding.what
         == "the socket file of unix:/run/app.sock was removed or replaced (pid 9 (thief) is listening on it)"
     )
     assert finding.consequence
     assert finding.fix
+
+
+@pytest.mark.parametrize(
+    ("kill_mode", "is_sound"),
+    [("control-group", False), ("none", False), ("mixed", True), ("process", True), ("", True)],
+)
+def test_ways_of_systemd_to_end_a_service_are_known(kill_mode: str, is_sound: bool) -> None:
+    findings = list(examine_service([], [], managed=Managed("shop.service", kill_mode)))
+    assert [finding.what for finding in findings] == ([] if is_sound else [f"shop.service has KillMode={kill_mode}"])
+    assert all(finding.consequence and "systemctl edit shop.service" in finding.fix for finding in findings)
 
 
 def test_sound_service_has_nothing_to_repair() -> None:
@@ -170,7 +181,7 @@ def test_service_is_read_with_strangers_and_what_is_inheritable() -> None:
                 rss_bytes=0,
                 workers=(WorkerStatus(worker=1, generation=1, pid=2**30, phase="serving", age_s=0),),
             )
-            (listener,), (supervisor, worker) = read_service(status)
+            (listener,), (supervisor, worker), _ = read_service(status)
         finally:
             heir.kill()
             heir.wait()

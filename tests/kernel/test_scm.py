@@ -10,7 +10,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from hotport.kernel.scm import DESCRIPTORS_MAX, DescriptorsLostError, receive_descriptors, send_descriptors
+from hotport.kernel.process import descriptors_left
+from hotport.kernel.scm import (
+    DESCRIPTORS_MAX,
+    DescriptorsLostError,
+    receive_descriptors,
+    receive_what_fits,
+    send_descriptors,
+)
 
 
 @pytest.fixture
@@ -91,3 +98,20 @@ def test_other_ancillary_data_is_not_taken_for_descriptors() -> None:
         left.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [left.fileno()]))])
         _, (received,) = receive_descriptors(right, 1)
         os.close(received)
+
+
+def test_first_descriptors_of_a_message_are_received_if_not_all_fit(pair: tuple[socket.socket, socket.socket]) -> None:
+    left, right = pair
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(5)]
+    try:
+        send_descriptors(left, b"x", files)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft - descriptors_left() + 3, hard))
+        assert descriptors_left() == 3
+        data, received, is_whole = receive_what_fits(right, 1)
+        assert descriptors_left() == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (data, len(received), is_whole) == (b"x", 3, False)
+    for fd in (*files, *received):
+        os.close(fd)

@@ -26,6 +26,7 @@ from hotport.address import (
 from hotport.errors import ConfigError, KernelError
 from hotport.kernel.sockets import (
     accept_queue_length,
+    as_sockets,
     bind_control,
     bind_listener,
     bind_notify,
@@ -33,6 +34,7 @@ from hotport.kernel.sockets import (
     inherited_listener,
     passed_addresses,
     peer_credentials,
+    take_waiting,
     unlink_if_ours,
 )
 from hotport.model.port import UnixName
@@ -638,3 +640,28 @@ def test_control_socket_that_cannot_be_placed_is_an_error(run_dir: Path) -> None
     with pytest.raises(KernelError, match="HP604"):
         bind_control("control.sock")
     assert os.listdir() == ["control.sock"]
+
+
+def test_descriptors_that_came_become_sockets_all_or_none() -> None:
+    """One that was no socket left the others open for ever."""
+    left, right = socket.socketpair()
+    reading, writing = os.pipe()
+    with pytest.raises(OSError, match="socket"):
+        as_sockets([left.detach(), writing, os.dup(right.fileno())])
+    assert os.read(reading, 1) == b""
+    right.setblocking(False)
+    assert right.recv(1) == b""  # nobody has the other end
+    (sock,) = as_sockets([right.detach()])
+    assert sock.gettimeout() == 0.0
+    sock.close()
+    os.close(reading)
+
+
+def test_all_that_waits_in_an_accept_queue_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        clients = [socket.create_connection(listener.getsockname()) for _ in range(3)]
+        taken = take_waiting(listener)
+        assert sorted(sock.getpeername() for sock in taken) == sorted(sock.getsockname() for sock in clients)
+        assert take_waiting(listener) == []
+        for sock in (*clients, *taken):
+            sock.close()

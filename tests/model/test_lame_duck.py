@@ -11,7 +11,6 @@ from hotport.model.service import (
     CloseListeners,
     Drain,
     Finish,
-    Kill,
     News,
     Quiesce,
     Refusal,
@@ -62,17 +61,17 @@ def test_a_second_stop_ends_the_time_and_a_third_the_draining(lame_duck_s: float
     world.take()
     assert StopTimer(TIMER) in world.effects
     assert Drain(1, is_last=True) in world.effects
-    assert Kill(1) not in world.effects
+    assert Terminate(1, is_hurried=True) not in world.effects
     world.stop(lame_duck_s=lame_duck_s)
     world.take()
-    assert Kill(1) in world.effects
+    assert Terminate(1, is_hurried=True) in world.effects
 
 
 def test_a_stop_now_waits_for_nothing() -> None:
     world = lame_duck()
     world.stop(now=True)
     world.run()
-    assert Kill(1) in world.effects
+    assert Terminate(1, is_hurried=True) in world.effects
     assert world.effects[-1] == Finish()
 
 
@@ -81,7 +80,7 @@ def test_now_is_stronger_than_a_time_in_one_request() -> None:
     world.stop(now=True, lame_duck_s=10.0)
     world.run()
     assert News.LAME_DUCK not in news(world.effects)
-    assert Kill(1) in world.effects
+    assert Terminate(1, is_hurried=True) in world.effects
 
 
 def test_a_service_that_has_never_served_stops_at_once() -> None:

@@ -615,23 +615,38 @@ def test_stop_drains_every_worker_and_finishes_when_the_last_is_gone() -> None:
     assert world.effects[-1] == Finish()
 
 
-def test_second_stop_kills_what_is_left() -> None:
+def test_second_stop_has_connections_cut_and_a_third_kills() -> None:
+    """Workers that were killed at the second one could not say what they had cut."""
     world = serving(1)
     world.stop()
     world.run(slow=(1,))
     world.effects.clear()
     world.stop()
+    world.take()
+    assert orders(world.effects) == [Terminate(1, is_hurried=True)]
+    assert StartTimer(Timer(Clock.KILL, 1)) in world.effects
+    world.stop()
     world.run()
-    assert world.effects[0] == Kill(1)
+    assert orders(world.effects)[1:] == [Kill(1)]
     assert world.effects[-1] == Finish()
 
 
-def test_stop_now_kills_at_once_and_loses_nobody() -> None:
+def test_stop_now_has_connections_cut_at_once_and_loses_nobody() -> None:
     world = serving(1)
     world.stop(now=True)
     world.run()
-    assert Kill(1) in world.effects
+    assert Terminate(1, is_hurried=True) in world.effects
+    assert Kill(1) not in world.effects
     assert News.WORKER_LOST not in news(world.effects)
+    assert world.effects[-1] == Finish()
+
+
+def test_stop_now_kills_workers_that_have_no_connections_yet() -> None:
+    world = World(1)
+    world.take()
+    world.stop(now=True)
+    world.run()
+    assert orders(world.effects) == [Spawn(1, 1), Terminate(1), Kill(1)]
     assert world.effects[-1] == Finish()
 
 

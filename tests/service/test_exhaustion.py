@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -11,7 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import DEADLINE_S, HOTPORT, LINE_APP, Gate, Service, ask_line, eventually, need, write_code
+from tests.support import (
+    DEADLINE_S,
+    HOTPORT,
+    LINE_APP,
+    Gate,
+    Service,
+    ask_line,
+    eventually,
+    need,
+    read_response,
+    write_code,
+)
 
 
 def limited(descriptors: int) -> tuple[str, ...]:
@@ -224,3 +236,76 @@ def test_service_with_closed_standard_streams(tmp_path: Path, closing: str) -> N
     finally:
         process.terminate()
         assert process.wait(DEADLINE_S) == 0
+
+
+HTTP_APP = """\
+async def app(scope, receive, send):
+    await receive()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+"""
+
+
+#: The second generation may open a few descriptors only, until it is let go.
+SHORT = """\
+import os, resource, threading
+
+if os.environ["HOTPORT_GENERATION"] == "2":
+    used, limits = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 30, limits[1]))
+
+    def relieve():
+        open("gate").close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    threading.Thread(target=relieve, daemon=True).start()
+"""
+
+
+def test_new_worker_that_is_short_of_descriptors_gets_the_rest_when_there_are_some(tmp_path: Path) -> None:
+    """All of 300 connections were closed after the first batch, which did not fit."""
+    gate = Gate(tmp_path)
+    write_code(tmp_path / "app.py", SHORT + HTTP_APP)
+    with (
+        Service(tmp_path, "app:app", "--keep-alive", "1h", "--lifespan", "off").wait_ready() as service,
+        ExitStack() as stack,
+    ):
+        address = ("127.0.0.1", service.port)
+        socks = [stack.enter_context(socket.create_connection(address, DEADLINE_S)) for _ in range(100)]
+
+        def ask_all() -> None:
+            for sock in socks:
+                sock.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+                assert read_response(sock) == (200, b"ok")
+
+        ask_all()
+        command = service.start("restart", service.name, "--json")
+        eventually(lambda: len(service.log_events("restart.draining")) > 0, "the old worker leaves")
+        eventually(lambda: 0 < service.status()["workers"][-1]["connections"] < 30, "some have moved")
+        ask_all()
+        gate.open()
+        assert json.loads(command.communicate(timeout=DEADLINE_S)[0])["connections"] == {"moved_http": 100}
+        ask_all()
+
+
+def test_full_service_with_a_queue_closes_nobody_in_a_restart(tmp_path: Path) -> None:
+    """Newcomers filled the new worker from the accept queue, and every connection of the old one was closed."""
+    write_code(tmp_path / "app.py", HTTP_APP)
+    limits = ("--connections-max", "30", "--keep-alive", "1h", "--lifespan", "off")
+    with Service(tmp_path, "app:app", *limits).wait_ready() as service, ExitStack() as stack:
+
+        def connect() -> socket.socket:
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", service.port), DEADLINE_S))
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+            return sock
+
+        idle = [connect() for _ in range(30)]
+        assert [read_response(sock) for sock in idle] == [(200, b"ok")] * 30
+        queued = [connect() for _ in range(30)]
+        assert service.restart()["connections"] == {"moved_http": 30}
+        assert service.status()["workers"][0]["connections"] == 30
+        for sock in idle:
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+            assert read_response(sock) == (200, b"ok")
+            sock.close()
+        assert [read_response(sock) for sock in queued] == [(200, b"ok")] * 30

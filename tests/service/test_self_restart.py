@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,21 @@ def test_an_import_that_fails_leaves_the_old_one_serving(tmp_path: Path) -> None
         program.write(lines("two"))
         program.restart()
         assert program.hello() == ("two", program.pid)
+
+
+def test_full_program_with_a_queue_closes_nobody(tmp_path: Path) -> None:
+    """Its successor filled up from the accept queue, and had no room for what came from the old process."""
+    options = "OPTIONS = {'connections_max': 3}\n"
+    with Embedded(tmp_path, lines("one") + options) as program, ExitStack() as stack:
+        clients = [stack.enter_context(program.connect()) for _ in range(3)]
+        assert [hello(client) for client in clients] == [("one", program.pid)] * 3
+        queued = [stack.enter_context(program.connect()) for _ in range(3)]
+        program.write(lines("two") + options)
+        assert program.restart()["connections"] == {"moved_stream": 3}
+        for client in clients:
+            assert hello(client) == ("two", program.pid)
+            client.close()
+        assert [hello(client) for client in queued] == [("two", program.pid)] * 3
 
 
 # -- under load ---------------------------------------------------------------------------------------------

@@ -228,3 +228,9 @@ def test_worker_that_holds_a_listener_is_found(listeners: Listeners) -> None:
     assert listeners.lingering({}, 1) == ()
     listeners.add(2, listeners.prepare(options("tcp://127.0.0.2:0"), Strategy.REBIND, 1))
     assert listeners.lingering({7: os.getpid()}, 1, 2) == ()  # what is dropped may stay open
+
+
+def test_status_is_told_while_the_service_stops(listeners: Listeners) -> None:
+    """``hotport status`` and health checks had no answer as soon as the listeners were closed."""
+    listeners.close()
+    assert listeners.lingering({7: os.getpid()}, 1) == ()

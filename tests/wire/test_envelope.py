@@ -21,6 +21,7 @@ from hotport.wire.envelope import (
     WebSocketState,
     decode_ack,
     decode_batch,
+    decode_count,
     encode_frame,
     encode_state,
     pack,
@@ -88,7 +89,7 @@ def test_what_is_no_frame_is_refused(header: bytes) -> None:
 
 @given(st.binary(max_size=60))
 def test_garbage_is_refused_and_nothing_else_happens(garbage: bytes) -> None:
-    for decode in (decode_batch, decode_ack):
+    for decode in (decode_batch, decode_ack, decode_count):
         with contextlib.suppress(ControlError):
             decode(garbage)
 
@@ -114,3 +115,9 @@ def test_envelope_that_cannot_travel_is_refused_before_it_does() -> None:
 def test_envelope_that_is_none_leaves_the_others_alone() -> None:
     good, bad = (Envelope("", "", False, unread, StreamState(None)) for unread in (b"good", "bad"))  # type: ignore[arg-type]
     assert decode_batch(encode_frame(Frame.BATCH, [good, pack(bad), pack(good)])[HEADER_BYTES:]) == [good, None, good]
+
+
+def test_number_of_connections_is_none_below_zero() -> None:
+    assert decode_count(encode_frame(Frame.REST, 7)[HEADER_BYTES:]) == 7
+    with pytest.raises(ControlError, match="HP220"):
+        decode_count(b"\xff")

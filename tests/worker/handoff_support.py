@@ -13,9 +13,9 @@ from typing import Any
 
 from hotport.adapters.base import Connections, Context
 from hotport.options import Options
-from hotport.wire.envelope import ENVELOPE_VERSION, Envelope, Frame, decode_batch
+from hotport.wire.envelope import Envelope, Frame, decode_batch
 from hotport.wire.frames import encode_frame
-from hotport.wire.messages import Hello, OfferOrder, Welcome, encode
+from hotport.wire.messages import Hello, OfferOrder, Order, Welcome, encode
 from hotport.worker.handoff import Channel
 from hotport.worker.server import ConnectionServer, make_server
 from hotport.worker.worker import _Peer
@@ -83,7 +83,8 @@ class Generation:
 
     async def obey(self, order: Any, peer: _Peer) -> None:
         assert isinstance(order, OfferOrder)
-        task = asyncio.get_running_loop().create_task(self.server.take(self.channel_type(peer.detach()), order.version))
+        channel = self.channel_type(peer.detach())
+        task = asyncio.get_running_loop().create_task(self.server.take(channel, order.version, order.sender))
         self._taking.add(task)
 
 
@@ -134,11 +135,13 @@ class Successor:
     async def welcome(self, *, room: int = 100, connections: int = 0) -> None:
         self.sock, _ = await asyncio.get_running_loop().sock_accept(self._listener)
         self.channel = Channel(self.sock)
-        await self.channel._receive(len(encode_frame(encode(OfferOrder(version=ENVELOPE_VERSION)))))
+        assert isinstance(await self.channel.receive_word(Order), OfferOrder)
         await self.channel.send(encode_frame(encode(Welcome(room=room, connections=connections))))
 
     async def batch(self) -> tuple[list[Envelope], list[int]]:
-        kind, payload, descriptors = await self.channel.receive_frame()
+        kind = Frame.REST
+        while kind is Frame.REST:
+            kind, payload, descriptors = await self.channel.receive_frame()
         assert kind is Frame.BATCH
         return [each for each in decode_batch(payload) if each is not None], descriptors
 

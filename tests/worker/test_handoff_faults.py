@@ -14,7 +14,6 @@ import pytest
 
 from hotport.adapters.base import NotAdopted
 from hotport.errors import ControlError
-from hotport.kernel.scm import DescriptorsLostError, receive_descriptors
 from hotport.wire.envelope import ENVELOPE_VERSION, Ack, Envelope, Frame, HttpState, decode_batch, encode_frame
 from hotport.wire.frames import encode_frame as encode_message_frame
 from hotport.wire.messages import OfferOrder, Welcome, encode
@@ -252,7 +251,7 @@ async def test_connections_are_not_handed_to_another_user(tmp_path: Path, monkey
             await until(lambda: len(old.connections.open) == 1)
             new = await port.start(app)
             monkeypatch.setattr("hotport.kernel.sockets.peer_credentials", lambda sock: STRANGER)
-            assert await old.leave(new) == {"idle_closed": 1}
+            assert await old.leave(new, timeout_s=0.1) == {"cut_fresh": 1}
         assert not new.connections.open
 
 
@@ -391,31 +390,6 @@ async def test_sender_that_sends_nonsense_costs_the_successor_nothing(tmp_path: 
             await channel.receive_frame()
         channel.close()
         assert not new.connections.open
-
-
-async def test_successor_out_of_descriptors_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernel then does is in tests/kernel/test_scm.py; the sender has every connection still."""
-    app = App()
-    async with service(tmp_path) as port:
-        old = await port.start(app)
-        await old.server.accept()
-        client = Client(await port.connect())
-        await until(lambda: len(old.connections.open) == 1)
-        new = await port.start(app)
-
-        def lose(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
-            data, descriptors = receive_descriptors(sock, size)
-            if descriptors:
-                for fd in descriptors:
-                    os.close(fd)
-                raise DescriptorsLostError("out of descriptors")
-            return data, descriptors
-
-        monkeypatch.setattr(handoff, "receive_descriptors", lose)
-        task = asyncio.ensure_future(old.leave(new))
-        await until(old.connections.draining.is_set)
-        await answers_here(client)
-        assert await task == {"told_to_close": 1}
 
 
 async def test_connection_that_is_cut_while_it_stands_still_gets_no_answer_from_here(tmp_path: Path) -> None:

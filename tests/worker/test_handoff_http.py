@@ -318,27 +318,6 @@ async def test_connections_are_spread_so_that_successors_have_equally_many(tmp_p
         assert len(first.connections.open) == len(second.connections.open) == 300
 
 
-async def test_without_room_at_any_successor_connections_are_told_to_close(tmp_path: Path) -> None:
-    app = App()
-    async with service(tmp_path) as port, contextlib.AsyncExitStack() as stack:
-        old = await port.start(app)
-        await old.server.accept()
-        clients = [Client(await port.connect()) for _ in range(5)]
-        for client in clients:
-            stack.callback(client.close)
-        await until(lambda: len(old.connections.open) == 5)
-        new = await port.start(app, maximum=3)
-        leaving = asyncio.ensure_future(old.leave(new))
-        await until(lambda: len(new.connections.open) == 3)
-        for client in clients:
-            await client.send(get("/a"))
-        answers = [await client.answer() for client in clients]
-        assert sorted(answer.says_close for answer in answers) == [False, False, False, True, True]
-        for client in clients:
-            client.close()
-        assert await leaving == {"moved_http": 3, "told_to_close": 2}
-
-
 async def test_handoff_off_is_off(tmp_path: Path) -> None:
     app = App()
     async with service(tmp_path) as port:

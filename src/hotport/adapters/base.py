@@ -11,6 +11,7 @@ import math
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -74,6 +75,10 @@ class Draining:
         self._deadline = asyncio.get_running_loop().time() + timeout_s
         self._event.set()
 
+    def _hurry(self) -> None:
+        if self.is_set():
+            self._deadline = asyncio.get_running_loop().time()
+
     def _stop(self) -> None:
         self._deadline = math.inf
         self._event.clear()
@@ -106,6 +111,10 @@ class Connection(Protocol):
     endpoints: tuple[Any, Any] | None
     #: What was accepted; None before that is known. The transport owns it, and its descriptor is -1 once it is closed.
     sock: socket.socket | None
+
+    @property
+    def will_move(self) -> bool:
+        """After `prepare_handoff`: whether it comes to a safe point sooner or later, as far as is known."""
 
     def drain(self) -> None:
         """The worker leaves: finish what was begun, and let the next answer be the last.
@@ -238,9 +247,19 @@ class Connections:
         self.on_requests_max: Callable[[], None] | None = None
         #: Connections move as soon as there is somebody who takes them, though the worker does not drain.
         self.moves_early = False
+        #: Could move, but no successor has room for them; oldest first.
+        self.crowded: dict[Connection, None] = {}
+        #: Called when fewer connections are left to move.
+        self.on_fewer: Callable[[], None] | None = None
+        self._moving: set[Connection] = set()
+        self._kept: dict[object, int] = {}
+        self._kept_sum = 0
+        self._freed: asyncio.Event | None = None
         self._is_counting = False
         self._is_full = False
         self._is_draining = False
+        self._is_hurried = False
+        self._deadline: asyncio.Timeout | None = None
         self._ready: Ready | None = None
         self._untold: list[Connection] = []
         self._empty: asyncio.Event | None = None
@@ -258,10 +277,37 @@ class Connections:
         self.accepted += 1
         if self.is_leading:
             self.tell(connection)
-        if self.maximum and len(self.open) >= self.maximum and not self._is_full:
+        if self.maximum and len(self.open) + self._kept_sum >= self.maximum:
+            self._see_full()
+
+    def keep(self, whose: object, count: int) -> None:
+        """Keep room for so many connections that come from another worker, `whose`; 0: none of them comes any more.
+
+        Fewer are accepted meanwhile.
+        """
+        if count:
+            self._kept[whose] = count
+        else:
+            self._kept.pop(whose, None)
+        self._kept_sum = sum(self._kept.values())
+        if self.maximum:
+            self._see_full()
+            self._see_room()
+
+    def _see_full(self) -> None:
+        if not self._is_full and len(self.open) + self._kept_sum >= self.maximum:
             self._is_full = True
             if self.on_full is not None:
                 self.on_full()
+
+    def _see_room(self) -> None:
+        if self._is_full and len(self.open) + self._kept_sum < self.maximum:
+            self._is_full = False
+            if self.on_room is not None:
+                self.on_room()
+        if self._freed is not None and len(self.open) < self.maximum:
+            self._freed.set()
+            self._freed = None
 
     def count_adopted(self) -> None:
         """A connection that was taken in was not accepted here: another worker has handed it off."""
@@ -280,6 +326,7 @@ class Connections:
     def replace(self, connection: Connection, successor: Connection) -> None:
         """A connection goes on as another object; it stays one connection, and is told if the worker is leaving."""
         self.open[successor] = self.open.pop(connection)
+        self._stops_moving(connection)
         if self.is_leading:
             self.tell(successor)
 
@@ -291,10 +338,9 @@ class Connections:
     def _let_go(self, connection: Connection) -> bool:
         if self.open.pop(connection, None) is None:
             return False
-        if self._is_full and len(self.open) < self.maximum:
-            self._is_full = False
-            if self.on_room is not None:
-                self.on_room()
+        self._stops_moving(connection)
+        if self.maximum:
+            self._see_room()
         if self._empty is not None and not self.open:
             self._empty.set()
             self._empty = None
@@ -306,11 +352,35 @@ class Connections:
         return self._is_full
 
     @property
+    def is_leaving(self) -> bool:
+        """The worker drains."""
+        return self._is_draining
+
+    @property
     def room(self) -> int:
         """How many more connections may come from other workers."""
         if self._is_draining:
             return 0
         return max(0, self.maximum - len(self.open)) if self.maximum else ROOM_MAX
+
+    async def wait_freed(self) -> None:
+        """Return when one more connection may come from another worker."""
+        while self.maximum and len(self.open) >= self.maximum:
+            if self._freed is None:
+                self._freed = asyncio.Event()
+            await self._freed.wait()
+
+    @property
+    def moving(self) -> int:
+        """How many connections may still move to other workers."""
+        return len(self._moving) + len(self._untold) if self._ready is not None else 0
+
+    def _stops_moving(self, connection: Connection) -> None:
+        if connection in self._moving:
+            self._moving.discard(connection)
+            self.crowded.pop(connection, None)
+            if self.on_fewer is not None:
+                self.on_fewer()
 
     def count_request(self) -> None:
         """One more request was taken up (for ``max_requests`` and the status)."""
@@ -329,17 +399,32 @@ class Connections:
         if not is_counting:
             self.fates.clear()
 
+    def deadline(self, timeout_s: float) -> asyncio.Timeout:
+        """The timeout of a drain, which `hurry` brings forward to now; also if that was called before."""
+        self._deadline = asyncio.timeout(0.0 if self._is_hurried else timeout_s)
+        return self._deadline
+
     def drain(self, timeout_s: float) -> None:
         """Tell the application, and every connection soon, that the worker leaves in `timeout_s` seconds."""
         self._is_counting = self._is_draining = True
         self.draining._start(timeout_s)
         self.lead(self._ready)
 
+    def hurry(self) -> None:
+        """End the drain now, or as soon as it begins: the server cuts what is open, and counts it."""
+        self._is_hurried = True
+        self.draining._hurry()
+        if self._deadline is not None:
+            with suppress(RuntimeError):  # that drain has ended
+                self._deadline.reschedule(self._now())
+
     def resume(self) -> None:
         """The worker stays after all. Whoever was told that it leaves, leaves; nobody else is."""
-        self._is_draining = False
+        self._is_draining = self._is_hurried = False
         self._ready = None
         self._untold = []
+        self._moving.clear()
+        self.crowded.clear()
         self.draining._stop()
 
     def lead(self, ready: Ready | None) -> None:
@@ -349,6 +434,8 @@ class Connections:
             ready: Called with each connection that is at a safe point; None if nobody takes them.
         """
         was_leading, self._ready = self.is_leading, ready
+        self._moving.clear()
+        self.crowded.clear()
         if was_leading or self.is_leading:
             self._untold = list(self.open)
             self._tell_some()
@@ -370,9 +457,16 @@ class Connections:
         """Be handed off, or drain if the worker leaves, or else stay."""
         if self._ready is None or not connection.prepare_handoff(self._ready):
             self.not_taken(connection)
+        elif connection.will_move and connection in self.open:
+            self.will_move(connection)
+
+    def will_move(self, connection: Connection) -> None:
+        """A connection comes to a safe point, or is at one."""
+        self._moving.add(connection)
 
     def not_taken(self, connection: Connection) -> None:
         """Nobody goes on with this connection: it drains if the worker leaves, or else stays."""
+        self._stops_moving(connection)
         if self._is_draining:
             connection.drain()
         else:
@@ -380,8 +474,11 @@ class Connections:
 
     def cut(self) -> None:
         """Close what is still open and count it by kind."""
+        self._is_counting = True
         for connection in list(self.open):
-            self.closed(connection, connection.cut())
+            is_crowded = connection in self.crowded
+            fate = connection.cut()
+            self.closed(connection, "closed_no_room" if is_crowded and fate == "idle_closed" else fate)
 
     async def wait_empty(self) -> None:
         """Return when no connection is open."""

@@ -166,6 +166,10 @@ class _TrackedBase(asyncio.BaseProtocol):
 
     # -- handing it off ------------------------------------------------------------------------------------
 
+    @property
+    def will_move(self) -> bool:
+        return self._handoff is not None
+
     def prepare_handoff(self, ready: Ready) -> bool:
         """A `Transferable` can move, but not over TLS, whose state cannot be had from OpenSSL."""
         transport = self._transport

@@ -17,11 +17,15 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
 
 from hotport.adapters.base import Context, Draining
 from hotport.errors import StartError
 
 __all__ = ["Lifetime", "SocketsAdapter", "SocketsApp"]
+
+#: How long an application that was cancelled may take to return.
+ABORT_TIMEOUT_S: Final = 1.0
 
 
 class Lifetime:
@@ -72,12 +76,13 @@ class SocketsAdapter:
                 fix="call lifetime.started() once it accepts, then await lifetime.draining.wait()",
             )
 
-    async def finish(self, timeout_s: float) -> bool:
-        """Wait for the application to return; cancel it after `timeout_s` seconds and say True."""
+    async def finish(self) -> None:
+        """Wait for the application to return. Cancellation: safe; the application runs on."""
         assert self._task is not None
-        done, _ = await asyncio.wait({self._task}, timeout=timeout_s)
-        if not done:
-            self._task.cancel()
-            await asyncio.wait({self._task}, timeout=1.0)
-            return True
-        return False
+        await asyncio.wait({self._task})
+
+    async def abort(self) -> None:
+        """Cancel the application, and wait a moment for its end."""
+        assert self._task is not None
+        self._task.cancel()
+        await asyncio.wait({self._task}, timeout=ABORT_TIMEOUT_S)

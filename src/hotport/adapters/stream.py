@@ -219,6 +219,11 @@ class Stream(ByteStream, asyncio.Protocol):
         is_waiting = self._reader is not None and not self._reader.done()
         return is_waiting and getattr(self._handler, "is_restartable", False)
 
+    @property
+    def will_move(self) -> bool:
+        """A handler that agrees now and then is not known before it does."""
+        return self._handoff is not None and (self._is_at_safe_point or getattr(self._handler, "is_restartable", False))
+
     def prepare_handoff(self, ready: Ready) -> bool:
         """A handler may agree at any time; not over TLS, whose state cannot be had from OpenSSL."""
         if self._transport is not None and self._transport.get_extra_info("ssl_object") is not None:

@@ -40,7 +40,8 @@ def command(name: str | None, as_json: bool) -> int:
     findings = list(examine(read_machine(root), loaded.options))
     status = _status(name)
     if status is not None:
-        findings += examine_service(*read_service(status), status.gone)
+        listeners, members, managed = read_service(status)
+        findings += examine_service(listeners, members, gone=status.gone, managed=managed)
     if as_json:
         print_json(findings)
     else:

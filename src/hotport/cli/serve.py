@@ -72,8 +72,8 @@ def command(
 
     Signals: HUP restarts. TERM and INT stop after draining, a second one at once; QUIT stops at once. With
     --lame-duck the first TERM only begins that time, and the next one ends it. TTIN and TTOU mean one worker more or
-    less. Closing the terminal stops as TERM does, unless it was started by nohup
-    or setsid.
+    less, USR2 upgrades the supervisor, USR1 does nothing. Closing the terminal stops as TERM does, unless it was
+    started by nohup or setsid.
     """
 
     def read(directory: Path) -> Loaded:

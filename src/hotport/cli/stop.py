@@ -28,7 +28,7 @@ def command(name: str | None, now: bool, lame_duck: str | None, as_json: bool) -
 
     A second stop ends the time of a lame duck; one more, or --now, does not wait for connections either.
 
-    Exit codes: 0 stopped; 5 stopped, and connections were cut at the drain deadline; 6 no supervisor there.
+    Exit codes: 0 stopped; 5 stopped, and connections were cut; 6 no supervisor there.
     """
     lame_duck_s = None if lame_duck is None else _duration(lame_duck)
     code: int = ExitCode.DONE

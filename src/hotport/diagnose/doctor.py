@@ -16,15 +16,33 @@ from hotport.errors import ConfigError
 from hotport.kernel import procfs
 from hotport.kernel.port import ourselves, read_port
 from hotport.kernel.resolve import resolve
+from hotport.kernel.unit import kill_mode, unit_of
 from hotport.model.port import Ephemeral, State
 from hotport.options import Options
 from hotport.wire.messages import Status
 
-__all__ = ["Finding", "Listener", "Machine", "Member", "examine", "examine_service", "read_machine", "read_service"]
+__all__ = [
+    "Finding",
+    "Listener",
+    "Machine",
+    "Managed",
+    "Member",
+    "examine",
+    "examine_service",
+    "read_machine",
+    "read_service",
+]
 
 #: Descriptors that a worker needs beside those of connections: listeners, its event loop, files, libraries.
 SPARE: Final = 100
 NEARLY_FULL: Final = 0.8
+
+#: What comes of a service manager's ways to end a service, other than those that are right.
+KILL_MODES: Final = {
+    "control-group": "a stop ends programs of the application before the requests that need them, a program after -- "
+    "gets SIGTERM twice, and a lame duck's workers leave at once and are replaced for that time",
+    "none": "a stop ends no process: workers and connections stay, and so does the port",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +130,15 @@ def read_machine(root: Path) -> Machine:
     )
 
 
-def read_service(status: Status) -> tuple[list[Listener], list[Member]]:
+@dataclass(frozen=True, slots=True)
+class Managed:
+    """The unit of a service manager in which the service runs, and how the manager ends it."""
+
+    unit: str
+    kill_mode: str
+
+
+def read_service(status: Status) -> tuple[list[Listener], list[Member], Managed | None]:
     """Look at a running service; what may not be looked at is left out.
 
     Raises:
@@ -125,7 +151,8 @@ def read_service(status: Status) -> tuple[list[Listener], list[Member]]:
         inheritable = tuple(fd for fd, (_, is_inherited) in procfs.sockets_of(pid).items() if is_inherited)
         members.append(Member(name, pid, inheritable, procfs.descriptor_use(pid)))
     listeners = [found for text in status.addresses if (found := _listener(text, frozenset(names))) is not None]
-    return listeners, members
+    unit = unit_of(status.pid)
+    return listeners, members, Managed(unit.name, kill_mode(unit)) if unit is not None else None
 
 
 def examine(machine: Machine, options: Options) -> Iterator[Finding]:
@@ -171,13 +198,23 @@ def examine(machine: Machine, options: Options) -> Iterator[Finding]:
 
 
 def examine_service(
-    listeners: Sequence[Listener], members: Sequence[Member], gone: Mapping[str, str] | None = None
+    listeners: Sequence[Listener],
+    members: Sequence[Member],
+    *,
+    gone: Mapping[str, str] | None = None,
+    managed: Managed | None = None,
 ) -> Iterator[Finding]:
     """What is wrong with a running service; a pure function.
 
     Args:
         gone: Addresses whose socket file is not in its place, and why.
     """
+    if managed is not None and managed.kill_mode in KILL_MODES:
+        yield Finding(
+            f"{managed.unit} has KillMode={managed.kill_mode}",
+            KILL_MODES[managed.kill_mode],
+            f"KillMode=mixed in its section [Service]: systemctl edit {managed.unit}",
+        )
     for address, why in (gone or {}).items():
         yield Finding(
             f"the socket file of {address} was removed or replaced" + (f" ({why})" if why else ""),

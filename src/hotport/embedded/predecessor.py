@@ -23,7 +23,7 @@ from hotport.kernel.notify import notify, open_notify
 from hotport.kernel.sockets import bound_address, inherited_listener, location, may_command, peer_credentials
 from hotport.wire.frames import encode_frame
 from hotport.wire.listenfds import LISTEN_VARIABLES, parse_listen_environment
-from hotport.wire.messages import OfferOrder, encode
+from hotport.wire.messages import OfferOrder, encode, worker_socket
 from hotport.wire.sdnotify import encode_notification
 from hotport.wire.succession import SUCCESSION_VARIABLE, Ask, CommitOrder, Committed, Succession
 from hotport.worker.handoff import Channel
@@ -51,6 +51,7 @@ class Predecessor:
         self.spec = spec
         self.over = asyncio.Event()
         self.manager = Manager(spec.manager)
+        self._name = worker_socket(spec.generation - 1, 1)  # as it calls itself when it offers its connections
         self._listeners = listeners
         self._pidfd = pidfd
         self._notify_path = os.environ.get("NOTIFY_SOCKET", "")
@@ -198,6 +199,8 @@ class Predecessor:
                 os.environ["NOTIFY_SOCKET"] = self.spec.manager
             else:
                 del os.environ["NOTIFY_SOCKET"]
+        if self._server is not None:
+            self._server.connections.keep(self._name, 0)
         self.over.set()
         await self.manager.say(ready=True, main_pid=os.getpid(), status=f"generation {self.spec.generation} serves")
 
@@ -215,9 +218,10 @@ class Predecessor:
         assert self._server is not None
         try:
             match await channel.receive_word(Ask):
-                case OfferOrder(version=version):
-                    await self._server.take(channel, version)
-                case CommitOrder() if self._order is None and not self._ordered.is_set():
+                case OfferOrder(version=version, sender=sender):
+                    await self._server.take(channel, version, sender)
+                case CommitOrder(connections=connections) if self._order is None and not self._ordered.is_set():
+                    self._server.connections.keep(self._name, connections)
                     self._order = channel
                     self._ordered.set()
                 case _:

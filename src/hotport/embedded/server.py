@@ -34,6 +34,7 @@ from hotport.kernel.sockets import (
     location,
     passed_addresses,
     socket_file,
+    take_waiting,
     unlink_if_ours,
 )
 from hotport.options import Options
@@ -330,7 +331,7 @@ class Server:
             for number in dropped:
                 self._listeners[number].drop()
             await self._manager.say(ready=True, status=f"generation {self.generation + 1} serves, pid {successor.pid}")
-            fates = await self._leave(successor)
+            fates = await self._leave(successor, is_last=bool(dropped))
             if not successor.ended.is_set():
                 await self._manager.pass_to(successor.pid)
         finally:
@@ -359,7 +360,8 @@ class Server:
         try:
             channel = await successor.ready(self._settings.ready_timeout_s)
             self._has_committed = True  # it may have connections from here on: nobody can change his mind
-            committed = await successor.commit(channel)
+            hands_off = self._settings.handoff != "off" and not self._settings.tls_cert
+            committed = await successor.commit(channel, len(self.connections.open) if hands_off else 0)
         except BaseException:
             self._has_committed = False
             with anyio.CancelScope(shield=True):
@@ -367,19 +369,25 @@ class Server:
             raise
         return successor, committed.dropped
 
-    async def _leave(self, successor: Successor) -> Mapping[str, int]:
-        """Hand off, drain, and say what became of the connections; serve again if the successor dies meanwhile."""
+    async def _leave(self, successor: Successor, *, is_last: bool) -> Mapping[str, int]:
+        """Hand off, drain, and say what became of the connections; serve again if the successor dies meanwhile.
+
+        Args:
+            is_last: The successor does not accept from every listener: what waits there is served here.
+        """
         loop = asyncio.get_running_loop()
         drain = loop.create_task(
-            self._inner.drain(self._settings.drain_timeout_s, is_last=True, successors=[successor.control])
+            self._inner.drain(self._settings.drain_timeout_s, is_last=is_last, successors=[successor.control])
         )
         leaves = loop.create_task(successor.leaves.wait())
         await asyncio.wait({drain, leaves}, return_when=asyncio.FIRST_COMPLETED)
         leaves.cancel()
         if not successor.leaves.is_set() or successor.has_left or self._closed.is_set() or self._is_ending:
             if successor.leaves.is_set():
-                for listener in self._listeners:
-                    listener.kept.close()  # or clients would wait there for nobody
+                for listener in self._listeners:  # or clients would wait there for nobody
+                    if listener.kept.fileno() >= 0 and listener.kept.type == socket.SOCK_STREAM:
+                        await self._inner.adopt({}, take_waiting(listener.kept))
+                    listener.kept.close()
             return await drain
         drain.cancel()
         await asyncio.wait({drain})
@@ -403,7 +411,7 @@ class Server:
             if not self._has_committed:
                 restarting.cancel()
             elif not timeout_s:
-                self.connections.cut()
+                self.connections.hurry()
             await asyncio.wait({restarting})
         if self._predecessor is not None:
             self._predecessor.leaving()

@@ -156,15 +156,15 @@ class Successor:
             self._timeout = None
         raise self._has_ended("start up")
 
-    async def commit(self, channel: Channel) -> Committed:
-        """Order it to accept, and wait until it does. `channel` is closed.
+    async def commit(self, channel: Channel, connections: int) -> Committed:
+        """Order it to accept, and to keep room for so many, and wait until it does. `channel` is closed.
 
         Raises:
             RestartError: It has ended (HP445), or does not answer (HP446): then it must not live on.
         """
         try:
             async with asyncio.timeout(COMMIT_TIMEOUT_S):
-                await channel.send(encode_frame(encode(CommitOrder())))
+                await channel.send(encode_frame(encode(CommitOrder(connections=connections))))
                 answer = await channel.receive_word(Committed)
             assert isinstance(answer, Committed)
             return answer

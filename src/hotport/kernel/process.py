@@ -6,19 +6,22 @@ import fcntl
 import os
 import resource
 import signal
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from hotport.kernel import procfs
 
 __all__ = [
     "describe_exit",
+    "descriptors_left",
     "duplicate_descriptor",
     "ends_with_terminal",
     "has_terminal",
+    "holding",
     "is_stopped",
     "kill_group",
+    "numbers",
     "open_descriptors",
     "raise_descriptor_limit",
     "reap",
@@ -44,6 +47,37 @@ def send_signal(pidfd: int, signum: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def descriptors_left() -> int:
+    """How many more descriptors this process may open at most, as far as its lowest free one tells; 0 if none.
+
+    Sources: open(2): the lowest number that is free is taken; getrlimit(2) RLIMIT_NOFILE.
+    """
+    try:
+        lowest = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # EMFILE, ENFILE
+        return 0
+    os.close(lowest)
+    return max(0, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - lowest)
+
+
+def numbers(names: Collection[str]) -> frozenset[signal.Signals]:
+    """Signals by their names."""
+    return frozenset(signal.Signals[name] for name in names)
+
+
+@contextmanager
+def holding(signals: Collection[int]) -> Iterator[None]:
+    """Let these signals wait until they are unblocked, at the latest until the end of the block.
+
+    Sources: pthread_sigmask(3); execve(2): the mask survives it, handlers do not.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def kill_group(pgid: int) -> None:

@@ -6,9 +6,16 @@ import array
 import os
 import socket
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
-__all__ = ["DESCRIPTORS_MAX", "DescriptorsLostError", "receive_descriptors", "send_descriptors"]
+__all__ = [
+    "DESCRIPTORS_MAX",
+    "DescriptorsLostError",
+    "Received",
+    "receive_descriptors",
+    "receive_what_fits",
+    "send_descriptors",
+]
 
 #: SCM_MAX_FD (include/net/scm.h): one more is EINVAL.
 DESCRIPTORS_MAX: Final = 253
@@ -18,6 +25,14 @@ _INT_BYTES: Final = array.array("i").itemsize
 
 class DescriptorsLostError(OSError):
     """The kernel could not install every descriptor of a message here; those that it could are closed again."""
+
+
+class Received(NamedTuple):
+    """Bytes and the descriptors that came with them; `is_whole` is False if others could not be installed here."""
+
+    data: bytes
+    descriptors: list[int]
+    is_whole: bool
 
 
 def send_descriptors(sock: socket.socket, data: bytes | memoryview, descriptors: Sequence[int]) -> int:
@@ -42,17 +57,33 @@ def send_descriptors(sock: socket.socket, data: bytes | memoryview, descriptors:
 
 
 def receive_descriptors(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
-    """Receive up to `size` bytes, and the descriptors that came with them.
-
-    Returns:
-        No bytes at the end of the stream. The descriptors are close-on-exec, and the caller's to close.
+    """As `receive_what_fits`; all descriptors, or none.
 
     Raises:
         BlockingIOError: There is nothing yet.
         DescriptorsLostError: MSG_CTRUNC: this process is out of descriptors; the sender has all of them still.
+    """
+    data, descriptors, is_whole = receive_what_fits(sock, size)
+    if not is_whole:
+        for fd in descriptors:
+            os.close(fd)
+        raise DescriptorsLostError("out of descriptors: a message did not arrive whole")
+    return data, descriptors
+
+
+def receive_what_fits(sock: socket.socket, size: int) -> Received:
+    """Receive up to `size` bytes, and as many of the descriptors that came with them as this process has room for.
+
+    Returns:
+        No bytes at the end of the stream. The descriptors are close-on-exec, the caller's to close, and the first ones
+        of the message, in its order.
+
+    Raises:
+        BlockingIOError: There is nothing yet.
 
     Sources: unix(7) SCM_RIGHTS: what does not fit is closed, without an error; recvmsg(2) MSG_CTRUNC,
-        MSG_CMSG_CLOEXEC. A stream never merges two messages that carry descriptors.
+        MSG_CMSG_CLOEXEC. A stream never merges two messages that carry descriptors. scm_detach_fds() in net/core/scm.c
+        installs them in order, up to the first one that fails.
     """
     space = socket.CMSG_SPACE(DESCRIPTORS_MAX * _INT_BYTES)
     data, ancillary, flags, _ = sock.recvmsg(size, space, socket.MSG_CMSG_CLOEXEC)
@@ -62,8 +93,4 @@ def receive_descriptors(sock: socket.socket, size: int) -> tuple[bytes, list[int
             received = array.array("i")
             received.frombytes(raw[: len(raw) - len(raw) % _INT_BYTES])
             descriptors.extend(received)
-    if flags & socket.MSG_CTRUNC:
-        for fd in descriptors:
-            os.close(fd)
-        raise DescriptorsLostError("out of descriptors: a message did not arrive whole")
-    return data, descriptors
+    return Received(data, descriptors, not flags & socket.MSG_CTRUNC)

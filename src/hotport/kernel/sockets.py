@@ -150,6 +150,29 @@ def inherited_listener(fd: int, *, is_in_use: bool = False) -> socket.socket:
     return sock
 
 
+def as_sockets(descriptors: Sequence[int]) -> list[socket.socket]:
+    """Non-blocking sockets of descriptors that another process has sent.
+
+    Raises:
+        OSError: One of them is no socket (ENOTSOCK).
+
+    Descriptors: owned by the sockets; if this raises, all are closed.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        for fd in descriptors:
+            sockets.append(socket.socket(fileno=fd))  # noqa: PERF401  those before one that is none are closed below
+    except OSError:
+        for sock in sockets:
+            sock.close()
+        for fd in descriptors[len(sockets) :]:
+            os.close(fd)
+        raise
+    for sock in sockets:
+        sock.setblocking(False)
+    return sockets
+
+
 def bound_address(address: Address, listener: socket.socket) -> Address:
     """Where the listener of an address is: port 0 is a number now, ``fd://`` and ``systemd:`` are a place."""
     if isinstance(address, UnixAddress):
@@ -209,6 +232,21 @@ def reset(sock: socket.socket, *, is_shared: bool) -> None:
         import ctypes  # 10 ms, and seldom needed
 
         ctypes.CDLL(None).connect(sock.fileno(), bytes(16), 16)
+
+
+def take_waiting(listener: socket.socket) -> list[socket.socket]:
+    """Accept what waits in an accept queue, as far as there are descriptors for it.
+
+    The listener does not block any more.
+
+    Sources: accept(2): EMFILE, and EAGAIN at the end.
+    """
+    accepted = []
+    listener.setblocking(False)  # programs get it blocking
+    with suppress(OSError):
+        while True:
+            accepted.append(listener.accept()[0])
+    return accepted
 
 
 def bind_control(path: str) -> socket.socket:

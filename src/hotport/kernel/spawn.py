@@ -45,13 +45,14 @@ def spawn(
     listen_names: Sequence[str] = (),
     is_successor: bool = False,
     ignored: Collection[int] = (),
+    held: Collection[int] = (),
     is_orphan: bool = False,
 ) -> Child:
     """Start a program and return when it has been exec'ed.
 
     The program gets exactly stdin (``/dev/null``), our stdout and stderr (``/dev/null`` if we have none), and
-    the listeners from descriptor 3 up; a process group of its own, no blocked signal, and none ignored but
-    `ignored`; and `environment` plus the LISTEN variables, with the right ``LISTEN_PID``. Blocks for the time of
+    the listeners from descriptor 3 up; a process group of its own, no blocked signal but `held`, and none ignored
+    but `ignored`; and `environment` plus the LISTEN variables, with the right ``LISTEN_PID``. Blocks for the time of
     fork and exec: a few milliseconds, more in a process with much memory.
 
     A signal that kills the child before its exec is no failure here: its pidfd is readable, and its status
@@ -69,6 +70,7 @@ def spawn(
         is_successor: It is to take our place: it gets our stdin as well, stays in our process group, so that Ctrl-C
             and whoever signals the group means it, too.
         ignored: Signals that it ignores from the beginning, as after nohup(1).
+        held: Signals that wait until it unblocks them: it handles them, and is not there yet.
         is_orphan: It is a child of init (or of the nearest subreaper) from the beginning: systemd ends a main process
             that is not its own child with SIGKILL. How it ends is not known here.
 
@@ -101,7 +103,7 @@ def spawn(
             try:
                 pid = os.fork()
                 if pid == 0:
-                    _become(argv, pristine, cwd, listeners, report, parent, is_successor, ignored, is_orphan)
+                    _become(argv, pristine, cwd, listeners, report, parent, is_successor, ignored, held, is_orphan)
                 pidfd = os.pidfd_open(pid)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
@@ -139,6 +141,7 @@ def _become(
     parent: int,
     is_successor: bool,
     ignored: Collection[int],
+    held: Collection[int],
     is_orphan: bool,
 ) -> NoReturn:
     """The child's whole life before its exec; all signals are blocked when it starts."""
@@ -180,7 +183,7 @@ def _become(
         step = "execute"
         if listeners:
             environment["LISTEN_PID"] = str(os.getpid())
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
         if os.getppid() != parent and not is_successor:  # which would be the last one that has the listeners
             os._exit(127)  # it was killed: the next supervisor could not know of us, and does not miss us
         os.execvpe(argv[0], list(argv), environment)

@@ -266,7 +266,7 @@ class RequestScale:
 
 @dataclass(frozen=True, slots=True)
 class RequestStop:
-    """End the service; a second request, or `now`, ends it without waiting for connections.
+    """End the service; a second request, or `now`, has connections cut; one more kills the workers.
 
     Attributes:
         is_succeeded: Another supervisor's workers accept already: nobody has to empty the accept queue.
@@ -474,9 +474,14 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class Terminate:
-    """Send a worker SIGTERM."""
+    """Tell a worker to leave soon: one that drains, to cut what it has; one that takes no orders gets SIGTERM.
+
+    Attributes:
+        is_hurried: Somebody does not want to wait: it cuts what it has; one that takes no orders is killed.
+    """
 
     worker: int
+    is_hurried: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -695,9 +700,9 @@ class _Draft:
         self.move(worker, Event.DRAIN)
         self.emit(Drain(worker, is_last), StartTimer(Timer(Clock.DRAIN, worker)))
 
-    def terminate(self, worker: int) -> None:
+    def terminate(self, worker: int, *, is_hurried: bool = False) -> None:
         self.move(worker, Event.TERMINATE)
-        self.emit(Terminate(worker), StartTimer(Timer(Clock.KILL, worker)))
+        self.emit(Terminate(worker, is_hurried), StartTimer(Timer(Clock.KILL, worker)))
 
     def release(self, worker: int, *, is_last: bool = False) -> None:
         """Let a worker go in the kindest way that its phase allows; one that is going is left alone."""
@@ -889,7 +894,9 @@ def _request_stop(draft: _Draft, event: RequestStop) -> None:
         is_at_once = event.now or before.is_stopping
         if is_at_once or event.is_succeeded or was.phase not in _ACCEPTING:
             draft.release(worker, is_last=not event.is_succeeded)
-        if is_at_once:
+        if is_at_once and draft.service.workers[worker].phase is Phase.DRAINING:
+            draft.terminate(worker, is_hurried=True)  # it can still say what it has cut
+        elif is_at_once:
             draft.emit(Kill(worker))
     _drain_last(draft)
     if before.restart is not None:

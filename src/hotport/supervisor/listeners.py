@@ -22,6 +22,7 @@ from hotport.kernel.sockets import (
     rebind,
     set_access,
     socket_file,
+    take_waiting,
     unlink_if_ours,
 )
 from hotport.kernel.steer import deafen, share_port, steer, unsteer
@@ -170,7 +171,8 @@ class Listeners:
             other: Look only for what this generation has in common with it.
         """
         found = self.common(generation, other) if other else (*self.of(generation), *self._abandoned)
-        inodes = {os.fstat(each.sock.fileno()).st_ino for each in found if each.sock is not None}
+        numbers = [each.sock.fileno() for each in found if each.sock is not None]
+        inodes = {os.fstat(number).st_ino for number in numbers if number >= 0}  # closed when the service stops
         return tuple(worker for worker, pid in pids.items() if has_socket(pid, inodes))
 
     def common(self, old: int, new: int) -> list[Listener]:
@@ -265,7 +267,7 @@ class Listeners:
                 deafen(each.sock)
         for each in common:
             assert each.sock is not None
-            result.accepted += _empty(each.sock)
+            result.accepted += take_waiting(each.sock)
         before = resets_sent()
         for each in common:
             assert each.sock is not None
@@ -367,7 +369,7 @@ class Listeners:
         for each in [each for each in self._abandoned if each.sock not in held]:
             self._abandoned.remove(each)
             if each.sock is not None and each.is_listening:
-                accepted += _empty(each.sock)
+                accepted += take_waiting(each.sock)
             each.close()
             self._unguard(each.address)
             self._settle(each)
@@ -483,13 +485,3 @@ def _known(asked: str, address: str, sock: socket.socket) -> Listener:
     path = file_path(parse_address(address))
     file = socket_file(path) if path else None
     return Listener(asked, address, sock, path=path, file=file, is_passed=_is_passed(asked))
-
-
-def _empty(listener: socket.socket) -> list[socket.socket]:
-    """What waits in an accept queue, as far as there are descriptors for it."""
-    accepted = []
-    listener.setblocking(False)  # programs get it blocking
-    with suppress(OSError):
-        while True:
-            accepted.append(listener.accept()[0])
-    return accepted

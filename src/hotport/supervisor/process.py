@@ -56,6 +56,10 @@ class Process:
         successors: Whom it was told to hand its connections to, if it leaves.
         is_talking: Its control socket is connected, or being connected.
         memory: What was left with it last, for a next supervisor.
+        is_leaving: It was told to drain.
+        owes: It serves connections, and has not said what became of them.
+        has_cut: It has said that some of them were cut.
+        expects: Names of workers for whose connections it keeps room.
         held: Listeners that it has, or is being given.
         releasing: Listeners that it was told to release, by address, until it says that it has closed them.
         released: Set when it has closed the listeners that it was told to release; None if it was not told.
@@ -82,6 +86,8 @@ class Process:
         self.status = ""
         self.successors: tuple[str, ...] = ()
         self.memory: Memory | None = None
+        self.is_leaving = self.owes = self.has_cut = False
+        self.expects: set[str] = set()
         self.held: set[socket.socket] = set()
         self.releasing: dict[str, socket.socket] = {}
         self.released: anyio.Event | None = None

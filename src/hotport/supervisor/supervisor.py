@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -25,13 +25,14 @@ import anyio.abc
 from hotport.address import listener_name, parse_address
 from hotport.errors import ExitCode, HotportError, RestartError, StartError
 from hotport.kernel.notify import receive_notification
-from hotport.kernel.process import is_stopped, send_signal
+from hotport.kernel.process import is_stopped, numbers, send_signal
 from hotport.kernel.procfs import age_s, environment, queue_overflows
 from hotport.kernel.spawn import Child, spawn
 from hotport.model import service as model
 from hotport.model.guarantee import Strategy
 from hotport.model.lifecycle import Event, Phase
 from hotport.model.service import Announce, Clock, Exited, News, Said, Service, Timer
+from hotport.model.signals import WORKER
 from hotport.observe.logs import get_logger
 from hotport.options import Options, format_duration
 from hotport.supervisor.foreign import find_unaware
@@ -48,8 +49,12 @@ from hotport.wire.messages import (
     AcceptOrder,
     Drained,
     DrainOrder,
+    ExpectOrder,
     Expired,
     Hello,
+    HurryOrder,
+    Inspection,
+    InspectOrder,
     Memory,
     Quiesced,
     QuiesceOrder,
@@ -68,6 +73,9 @@ __all__ = ["StatusPort", "Supervisor"]
 
 #: Bounds the answer to an order that a worker can carry out at once.
 ANSWER_TIMEOUT_S: Final = 5.0
+
+#: How long a worker that leaves may take to say how many connections it has, before others accept.
+COUNT_TIMEOUT_S: Final = 1.0
 
 #: So long without losing a worker, and the next loss counts as the first again.
 STABLE_S: Final = 10.0
@@ -232,6 +240,7 @@ class Supervisor:
     def _adopt(self) -> None:
         """Begin: with the first generation, or with what is left of the last supervisor's."""
         found, here = self._found, []
+        phases = {worker.id: worker.phase for worker in found.workers}
         for survivor in found.survivors:
             try:
                 child = Child(survivor.pid, os.pidfd_open(survivor.pid))
@@ -249,6 +258,9 @@ class Supervisor:
                 age_s=age_s(survivor.pid),
             )
             process.held = set(survivor.listeners.values())
+            phase = phases.get(survivor.worker)
+            process.owes = phase in (Phase.SERVING, Phase.QUIESCED, Phase.DRAINING)
+            process.is_leaving = phase is Phase.DRAINING
             self.processes[survivor.worker] = process
             self._tasks.start_soon(self._watch, process)
             if not process.is_foreign and os.path.exists(process.control_path):
@@ -344,13 +356,10 @@ class Supervisor:
                 self._steer(generation, 1 if isinstance(effect, model.Steer) else 0)
             case model.Drain(worker, is_last):
                 self._drain(worker, is_last)
-            case model.Terminate(worker):
-                if process := self.processes.get(worker):
-                    process.signal(signal.SIGTERM)
+            case model.Terminate(worker, is_hurried):
+                self._terminate(worker, is_hurried)
             case model.Kill(worker):
                 if process := self.processes.get(worker):
-                    # It may have had connections, and cannot tell any more.
-                    self._has_cut = self._has_cut or (self.service.is_stopping and process.is_talking)
                     process.kill()
             case model.StartTimer(timer, seconds):
                 self._timers.start(timer, self._duration(timer) if seconds is None else seconds)
@@ -384,6 +393,7 @@ class Supervisor:
                 cwd=launch.directory,
                 listeners=[listener.fileno() for listener in listeners.values()],
                 listen_names=[listener_name(parse_address(address)) for address in listeners],
+                held=() if launch.options.command else numbers(WORKER.keys()),
             )
         except (HotportError, OSError, ValueError) as error:
             self._errors[worker] = str(error)
@@ -423,14 +433,58 @@ class Supervisor:
             process.released.set()
         if process.error:
             self._errors[process.worker] = process.error
+        # One that owes its account was killed, by whomever. An account may come before we know that the service stops.
+        self._has_cut = self._has_cut or (self.service.is_stopping and (process.owes or process.has_cut))
+        name = os.path.basename(process.control_path)
+        for other in self.processes.values():
+            if name in other.expects:
+                other.expects.discard(name)
+                other.order(ExpectOrder(connections={name: 0}))
         self.input(Exited(process.worker, why))
 
     def _open(self, worker: int) -> None:
         process = self.processes.get(worker)
-        if process is None or process.is_foreign or (not self._missing(process) and process.released is None):
+        leaving = self._leaving(worker)
+        is_whole = process is None or (not self._missing(process) and process.released is None)
+        if process is None or process.is_foreign or (is_whole and not leaving):
             self._order(worker, AcceptOrder(), Event.ACCEPTING)
         else:
-            self._tasks.start_soon(self._give, process, AcceptOrder())
+            self._tasks.start_soon(self._give, process, AcceptOrder(), leaving)
+
+    def _leaving(self, worker: int) -> list[Process]:
+        """Workers whose connections move to one that is about to accept: it keeps room for them."""
+        service, restart = self.service, self.service.restart
+        if self.options.handoff == "off" or self.options.tls_cert or self.options.command or service.is_stopping:
+            return []
+        numbers: set[int | None] = {*service.ids(Phase.QUIESCING, Phase.QUIESCED, Phase.DRAINING)}
+        if this := service.workers.get(worker):
+            numbers.add(this.replaces)
+        if restart is not None and worker in restart.new:
+            old = [each.id for each in service.current if each.generation != restart.generation]
+            numbers.update(old[: len(restart.new)] if restart.is_phased else old)
+        elif restart is not None and restart.step is model.Step.UNDOING:
+            numbers |= restart.new
+        found = (self.processes.get(number) for number in numbers - {worker, None} if number is not None)
+        return [process for process in found if process is not None and process.is_talking]
+
+    async def _announce(self, process: Process, leaving: Sequence[Process]) -> None:
+        """Tell a worker for how many connections of others to keep room."""
+        counts: dict[str, int] = {}
+
+        async def ask(other: Process) -> None:
+            found = await other.ask(InspectOrder(), Inspection, COUNT_TIMEOUT_S)
+            if found is not None and found.connections:
+                counts[os.path.basename(other.control_path)] = -(-found.connections // receivers)
+
+        restart = self.service.restart
+        is_new = restart is not None and process.worker in restart.new
+        receivers = restart.wanted if restart is not None and is_new and not restart.is_phased else 1
+        async with anyio.create_task_group() as tasks:
+            for other in leaving:
+                tasks.start_soon(ask, other)
+        if counts:
+            process.expects |= counts.keys()
+            process.order(ExpectOrder(connections=counts))
 
     async def give_all(self) -> None:
         """Give every worker that accepts the listeners that it lacks, and wait until each has taken them or not."""
@@ -446,11 +500,12 @@ class Supervisor:
         sockets = self.owned.sockets(process.generation)
         return {address: sock for address, sock in sockets.items() if sock not in process.held}
 
-    async def _give(self, process: Process, then: AcceptOrder | None = None) -> None:
+    async def _give(self, process: Process, then: AcceptOrder | None = None, leaving: Sequence[Process] = ()) -> None:
         """Give a worker the listeners that it lacks, and connections that nobody has taken; then an order.
 
         If that fails there is no order, and the timer that bounds its answer decides.
         """
+        await self._announce(process, leaving)
         if process.released is not None:  # it must not close what it is given now
             await process.released.wait()
             process.released = None
@@ -534,6 +589,7 @@ class Supervisor:
         if process.is_foreign or not process.is_talking:
             process.signal(signal.SIGTERM)  # ours drain on it, too
         else:
+            process.is_leaving = True
             process.successors = () if is_last else self._successors(worker)
             if abandoned := self._abandoned(process):
                 process.releasing |= abandoned
@@ -541,6 +597,20 @@ class Supervisor:
             process.order(
                 DrainOrder(timeout_s=self.options.drain_timeout_s, is_last=is_last, successors=process.successors)
             )
+
+    def _terminate(self, worker: int, is_hurried: bool) -> None:
+        process = self.processes.get(worker)
+        if process is None:
+            return
+        if process.is_talking and (is_hurried or process.is_leaving):
+            process.order(HurryOrder())
+        elif process.is_talking:  # not by a signal: the worker counts those; and it may accept, after a recovery
+            timeout_s = self.options.kill_timeout_s / 2  # it has to say what it has cut, before it is killed
+            process.order(DrainOrder(timeout_s=timeout_s, successors=self._successors(worker)))
+        elif is_hurried:
+            process.kill()
+        else:
+            process.signal(signal.SIGTERM)
 
     def _abandoned(self, process: Process) -> dict[str, socket.socket]:
         """Listeners of a worker that leaves which nobody serves after it."""
@@ -697,6 +767,8 @@ class Supervisor:
             case Accepting(at_s=at_s, fates=fates):
                 self.reports.taken_back(self.service.restart, worker, fates)
                 self.reports.note(self.service.restart, worker, Event.ACCEPTING, at_s)
+                if process := self.processes.get(worker):
+                    process.owes = True
                 self.input(Said(worker, Event.ACCEPTING))
             case Quiesced(at_s=at_s):
                 self.reports.note(self.service.restart, worker, Event.QUIESCED, at_s)
@@ -711,8 +783,8 @@ class Supervisor:
             case Expired():
                 self.input(model.Expired(worker))
             case Drained(fates=fates):
-                if self.service.is_stopping:
-                    self._has_cut = self._has_cut or any(self._is_cut(fate) for fate in fates)
+                if process := self.processes.get(worker):
+                    process.owes, process.has_cut = False, any(self._is_cut(fate) for fate in fates)
                 self.reports.drained(worker, fates)
             case TlsReloaded(error=error) if error:  # nobody waits: it was told while it started
                 self._log.warning("tls.kept", worker=worker, error=error)

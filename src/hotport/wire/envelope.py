@@ -3,10 +3,12 @@
 A connection is a descriptor and an envelope. Between two workers of one service they travel in batches, over the
 control socket of the worker that takes them (`hotport.worker.handoff`)::
 
+    REST       so many connections may come in all: keep room for them
     BATCH      envelopes, in the order of the descriptors that come with the frame
     ACK        which of them are not taken, and how many more would be
     GO         they are not served here any more: serve them
     WITHDRAW   they are served here again: let go of them
+    ROOM       from the one that takes them, when it had none: so many more would be taken
 
 Every structure here is an array on the wire, so the order of fields is part of `ENVELOPE_VERSION`.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -35,6 +37,7 @@ __all__ = [
     "WebSocketState",
     "decode_ack",
     "decode_batch",
+    "decode_count",
     "encode_frame",
     "encode_state",
     "pack",
@@ -42,7 +45,7 @@ __all__ = [
 ]
 
 #: Grows when anything in this module changes; workers of different versions do not hand connections to each other.
-ENVELOPE_VERSION: Final = 1
+ENVELOPE_VERSION: Final = 2
 
 #: The longest frame that is believed. Undelivered messages travel, and a batch may hold many connections.
 FRAME_BYTES_MAX: Final = 1 << 30
@@ -59,6 +62,8 @@ class Frame(enum.IntEnum):
     ACK = 2
     GO = 3
     WITHDRAW = 4
+    REST = 5
+    ROOM = 6
 
 
 class HttpState(msgspec.Struct, frozen=True, array_like=True, tag="http"):
@@ -151,9 +156,10 @@ _encoder: Final = msgspec.msgpack.Encoder()
 _batches: Final = msgspec.msgpack.Decoder(list[msgspec.Raw])
 _envelopes: Final = msgspec.msgpack.Decoder(Envelope)
 _acks: Final = msgspec.msgpack.Decoder(Ack)
+_counts: Final = msgspec.msgpack.Decoder(Annotated[int, msgspec.Meta(ge=0)])
 
 
-def encode_frame(frame: Frame, content: Sequence[msgspec.Raw | Envelope] | Ack | None = None) -> bytes:
+def encode_frame(frame: Frame, content: Sequence[msgspec.Raw | Envelope] | Ack | int | None = None) -> bytes:
     """One frame, whole."""
     payload = b"" if content is None else _encoder.encode(content)
     return _HEADER.pack(frame, len(payload)) + payload
@@ -215,6 +221,15 @@ def decode_ack(payload: bytes) -> Ack:
         ControlError: It is not one (HP220).
     """
     return _decode(_acks, payload)  # type: ignore[no-any-return]
+
+
+def decode_count(payload: bytes) -> int:
+    """A number of connections.
+
+    Raises:
+        ControlError: It is not one (HP220).
+    """
+    return _decode(_counts, payload)  # type: ignore[no-any-return]
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[Any], payload: bytes) -> Any:

@@ -63,6 +63,10 @@ class DrainOrder(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
     successors: tuple[str, ...] = ()
 
 
+class HurryOrder(msgspec.Struct, frozen=True, kw_only=True, tag="hurry"):
+    """Cut what is open, say what that was, and leave now."""
+
+
 class SuccessorsOrder(msgspec.Struct, frozen=True, kw_only=True, tag="successors"):
     """To a worker that drains or is quiesced: these workers can go on with its connections from now on."""
 
@@ -73,9 +77,23 @@ class OfferOrder(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
     """From another worker, not from the supervisor: take my connections.
 
     After the `Welcome` this connection carries `hotport.wire.envelope` frames, and no messages any more.
+
+    Attributes:
+        sender: The name of its own control socket, as in `ExpectOrder`.
     """
 
     version: int
+    sender: str = ""
+
+
+class ExpectOrder(msgspec.Struct, frozen=True, kw_only=True, tag="expect"):
+    """Keep room for connections of workers that are about to leave, until these say themselves how many come.
+
+    Attributes:
+        connections: How many by the name of the worker's control socket; 0: none any more.
+    """
+
+    connections: dict[str, int]
 
 
 class InspectOrder(msgspec.Struct, frozen=True, kw_only=True, tag="inspect"):
@@ -155,8 +173,10 @@ Order = (
     AcceptOrder
     | QuiesceOrder
     | DrainOrder
+    | HurryOrder
     | SuccessorsOrder
     | OfferOrder
+    | ExpectOrder
     | InspectOrder
     | ListenOrder
     | ReloadTlsOrder
@@ -206,7 +226,7 @@ class Quiesced(msgspec.Struct, frozen=True, kw_only=True, tag="quiesced"):
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
-    """The answer to an offer: how many connections may come, and how many there are; without room, why."""
+    """The answer to an offer: how many connections may come by now, and how many there are; why none ever may."""
 
     room: int
     connections: int = 0

@@ -37,7 +37,13 @@ class Succession(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CommitOrder(msgspec.Struct, frozen=True, kw_only=True, tag="commit"):
-    """Accept connections now, and say so: whoever gives this order stops accepting then."""
+    """Accept connections now, and say so: whoever gives this order stops accepting then.
+
+    Attributes:
+        connections: How many may come from there: keep room for them.
+    """
+
+    connections: int = 0
 
 
 class Committed(msgspec.Struct, frozen=True, kw_only=True, tag="committed"):

@@ -4,6 +4,7 @@ A batch of connections changes hands in four steps, so that at no moment two pro
 connection is lost only with the process that serves it::
 
     old                                       new
+    REST                                   -> keeps room for so many
     offers stand still; BATCH, descriptors -> adopts each one, reads nothing
                                            <- ACK: taken, but for these
     closes its descriptors; GO             -> serves them
@@ -11,12 +12,16 @@ connection is lost only with the process that serves it::
 
 What the new one has when the old one ends without a word is the new one's to serve: an old one that goes on says so.
 
+A new one that has as many connections as it may, or as many descriptors, takes as many of a batch as fit; the others
+stay with the old one and are served there until ROOM comes, or until the drain deadline.
+
 Sources: unix(7) SCM_RIGHTS: a descriptor under way keeps its connection open.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 from collections import deque
@@ -30,7 +35,8 @@ from hotport.adapters.base import Adapter, Connection, Connections, NotAdopted, 
 from hotport.errors import ControlError
 from hotport.kernel.abstract import sockaddr
 from hotport.kernel.fork import withhold
-from hotport.kernel.scm import DESCRIPTORS_MAX, receive_descriptors, send_descriptors
+from hotport.kernel.process import descriptors_left
+from hotport.kernel.scm import DESCRIPTORS_MAX, DescriptorsLostError, receive_what_fits, send_descriptors
 from hotport.kernel.sockets import check_peer
 from hotport.observe.logs import get_shared_logger
 from hotport.wire.envelope import (
@@ -40,6 +46,7 @@ from hotport.wire.envelope import (
     Frame,
     decode_ack,
     decode_batch,
+    decode_count,
     encode_frame,
     pack,
     parse_header,
@@ -60,6 +67,16 @@ WELCOME_TIMEOUT_S: Final = 5.0
 #: How much of a frame is read at once.
 PIECE_BYTES: Final = 256 * 1024
 
+#: Descriptors that a process keeps for everything but connections that it takes over.
+SPARE_DESCRIPTORS: Final = 8
+
+#: How soon it is looked again for descriptors, which become free without a word, and how long the sender waits when
+#: too many of its user are under way (ETOOMANYREFS).
+PAUSE_S: Final = 0.5
+
+#: Connections without room are told to close in the last part of a drain, so that they end between two requests.
+PATIENCE: Final = 0.5
+
 #: Envelopes as large as that in all make a batch: a larger one would take too much of `ACK_TIMEOUT_S`.
 BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
 
@@ -74,6 +91,8 @@ class Channel:
         self._sock = sock
         self._loop = asyncio.get_running_loop()
         self._descriptors: list[int] = []
+        #: Some of the descriptors of the last frame could not be installed here.
+        self.has_lost = False
         withhold(self)
 
     def descriptors(self) -> tuple[int, ...]:
@@ -96,13 +115,14 @@ class Channel:
             left, descriptors = left[sent:], ()
 
     async def receive_frame(self) -> tuple[Frame, bytes, list[int]]:
-        """The next frame, and the descriptors that came with it: the caller's to close.
+        """The next frame, and those of its descriptors for which there was room: the caller's to close.
 
         Raises:
             EOFError: The peer has closed.
-            OSError: The connection is broken; DescriptorsLostError: this process is out of descriptors.
+            OSError: The connection is broken.
             ControlError: What came is no frame (HP220).
         """
+        self.has_lost = False
         kind, size = parse_header(await self._receive(HEADER_BYTES))
         payload = await self._receive(size)
         descriptors, self._descriptors = self._descriptors, []
@@ -124,10 +144,12 @@ class Channel:
         """So many descriptors, the caller's to close, that come with messages of one byte each.
 
         Raises:
-            EOFError, OSError: As in `receive_frame`.
+            EOFError, OSError: As in `receive_frame`; DescriptorsLostError: this process is out of descriptors.
         """
         while len(self._descriptors) < count:
             await self._receive(1)
+            if self.has_lost:
+                raise DescriptorsLostError("out of descriptors: a message did not arrive whole")
         descriptors, self._descriptors = self._descriptors, []
         return descriptors
 
@@ -143,11 +165,12 @@ class Channel:
         parts = []
         while size:
             try:
-                data, descriptors = receive_descriptors(self._sock, min(size, PIECE_BYTES))
+                data, descriptors, is_whole = receive_what_fits(self._sock, min(size, PIECE_BYTES))
             except BlockingIOError:
                 await self._wait(self._loop.add_reader, self._loop.remove_reader)
                 continue
             self._descriptors += descriptors
+            self.has_lost |= not is_whole
             if not data:
                 raise EOFError("the peer has closed")
             parts.append(data)
@@ -175,7 +198,15 @@ class _Packed(NamedTuple):
 
 
 class _Successor:
-    """A worker that takes connections."""
+    """A worker that takes connections.
+
+    Attributes:
+        room: How many more it takes, as far as it has said.
+        batch_max: How many descriptors the kernel lets travel at once.
+        rest: How many it was told to keep room for.
+        answer: To the batch that is under way.
+        failure: Why nothing more is heard from it.
+    """
 
     def __init__(self, path: str, channel: Channel, welcome: Welcome) -> None:
         self.path = path
@@ -188,6 +219,10 @@ class _Successor:
         self.moved: list[Connection] = []
         #: The batch before; the event loop closes it in its next turn.
         self.released: list[Connection] = []
+        self.batch_max = DESCRIPTORS_MAX
+        self.rest = 0
+        self.answer: asyncio.Future[Ack] | None = None
+        self.failure: Exception | None = None
         self.has_work = asyncio.Event()
         self.is_closing = False
         self.task: asyncio.Task[None] | None = None
@@ -199,10 +234,18 @@ class _Successor:
 
 
 class Mover:
-    """Moves the connections of a worker that leaves or may leave, each to the successor with the fewest by then."""
+    """Moves the connections of a worker that leaves or may leave, each to the successor with the fewest by then.
 
-    def __init__(self, connections: Connections) -> None:
+    Args:
+        name: Of the control socket of the worker that leaves.
+    """
+
+    def __init__(self, connections: Connections, name: str = "") -> None:
         self._connections = connections
+        self._name = name
+        self._patience: asyncio.TimerHandle | None = None
+        self._is_late = False
+        connections.on_fewer = self._tell_rest
         self._loop = asyncio.get_running_loop()
         self._successors: dict[str, _Successor] = {}
         self._waiting: set[Connection] = set()
@@ -215,8 +258,8 @@ class Mover:
     async def follow(self, paths: Sequence[str]) -> None:
         """Hand connections to the workers with these control sockets from now on, and to no others.
 
-        One that does not answer within `WELCOME_TIMEOUT_S`, or has no room, is passed over; without any, connections
-        are told to close if the worker leaves, as if there had never been one.
+        One that does not answer within `WELCOME_TIMEOUT_S` is passed over; without any, connections are told to close
+        if the worker leaves, as if there had never been one. Connections for which none has room wait for it.
         """
         async with self._following:
             self._is_between = True
@@ -236,6 +279,7 @@ class Mover:
                 self._is_between = False
                 if not self._is_closed:
                     self._connections.lead(self._ready if self._successors else None)
+                    self._tell_rest()
 
     async def close(self) -> None:
         """Move nothing any more; return when what was under way has arrived, or has been taken back.
@@ -243,6 +287,9 @@ class Mover:
         That is bounded by the timeouts of a batch; a task that is stuck all the same is not waited for any longer.
         """
         self._is_closed = True
+        if self._patience is not None:
+            self._patience.cancel()
+        self._connections.on_fewer = None
         tasks = []
         for successor in list(self._successors.values()):
             self._dismiss(successor)
@@ -272,10 +319,12 @@ class Mover:
             async with asyncio.timeout(WELCOME_TIMEOUT_S):
                 await self._loop.sock_connect(sock, sockaddr(path))
                 check_peer(sock)
-                await channel.send(encode_message_frame(encode(OfferOrder(version=ENVELOPE_VERSION))))
+                await channel.send(
+                    encode_message_frame(encode(OfferOrder(version=ENVELOPE_VERSION, sender=self._name)))
+                )
                 while not isinstance(word := await channel.receive_word(), Welcome):
                     pass
-            if word.room:
+            if not word.why:
                 return _Successor(path, channel, word)
             why = word.why
         except (OSError, EOFError, ControlError) as error:
@@ -291,46 +340,112 @@ class Mover:
         """A connection is at a safe point."""
         if connection in self._waiting or connection not in self._connections.open:
             return
+        self._connections.will_move(connection)
+        crowded = self._connections.crowded
         open_to = [each for each in self._successors.values() if each.room > len(each.waiting)]
         if not open_to:
-            if not self._is_between:
+            if self._successors:
+                crowded[connection] = None
+                self._be_patient(connection)
+            elif not self._is_between:
                 self._connections.not_taken(connection)
             return
+        crowded.pop(connection, None)
         successor = min(open_to, key=lambda each: each.connections + len(each.waiting))
         self._waiting.add(connection)
         successor.waiting.append(connection)
         successor.has_work.set()
 
+    def _spread(self) -> None:
+        """There may be room now for connections that have waited for it."""
+        for connection in list(self._connections.crowded):
+            if self._is_closed or not any(each.room > len(each.waiting) for each in self._successors.values()):
+                return
+            self._connections.tell(connection)
+
+    def _be_patient(self, connection: Connection) -> None:
+        """Let a connection wait for room, but not until the drain deadline."""
+        draining = self._connections.draining
+        if not draining.is_set():
+            return
+        if self._patience is None:
+            self._patience = self._loop.call_later(draining.remaining_s() * PATIENCE, self._lose_patience)
+        elif self._is_late:
+            connection.drain()
+
+    def _lose_patience(self) -> None:
+        self._is_late = True
+        for connection in list(self._connections.crowded):
+            connection.drain()
+
+    def _tell_rest(self) -> None:
+        for successor in self._successors.values():
+            successor.has_work.set()
+
+    async def _say_rest(self, successor: _Successor) -> None:
+        """How many connections may come to it: its share, as long as several take them."""
+        rest = -(-self._connections.moving // max(1, len(self._successors)))
+        if rest != successor.rest:
+            successor.rest = rest
+            async with asyncio.timeout(ACK_TIMEOUT_S):
+                await successor.channel.send(encode_frame(Frame.REST, rest))
+
+    async def _hear(self, successor: _Successor) -> None:
+        """What the successor says, until it says nothing more."""
+        try:
+            while True:
+                kind, payload, _ = await successor.channel.receive_frame()
+                if kind is Frame.ROOM:
+                    successor.room = decode_count(payload)
+                    self._spread()
+                elif kind is Frame.ACK and successor.answer is not None and not successor.answer.done():
+                    successor.answer.set_result(decode_ack(payload))
+                else:
+                    raise EOFError(f"an acknowledgement was expected, not {kind.name}")
+        except Exception as error:  # `_serve` says what it was
+            successor.failure = error
+            if successor.answer is not None and not successor.answer.done():
+                successor.answer.set_exception(error)
+            successor.has_work.set()
+
     async def _serve(self, successor: _Successor) -> None:
+        hearing = self._loop.create_task(self._hear(successor))
         try:
             while not successor.is_closing:
                 successor.has_work.clear()
+                await self._say_rest(successor)
+                if successor.failure is not None:
+                    raise successor.failure
                 if batch := self._take(successor):
                     await self._move(successor, batch)
                 else:
                     self._release(successor)
                     await successor.has_work.wait()
         except (OSError, EOFError, ControlError) as error:
-            why = str(error) or type(error).__name__
-            self._log.warning("handoff.broken", successor=os.path.basename(successor.path), why=why)
+            if successor.waiting or not isinstance(error, EOFError):  # otherwise it has left, and nothing was under way
+                why = str(error) or type(error).__name__
+                self._log.warning("handoff.broken", successor=os.path.basename(successor.path), why=why)
         except Exception:  # a bug of ours must not leave connections standing still
             self._log.exception("handoff.failed", successor=os.path.basename(successor.path))
         self._release(successor)
-        successor.channel.close()
         self._dismiss(successor)
         self._waiting.difference_update(successor.waiting)
-        if self._is_closed:
-            return
-        if not self._successors and not self._is_between:
-            self._connections.lead(None)
-        for connection in list(successor.waiting):  # to others, if there are any
-            self._ready(connection)
+        if not self._is_closed:
+            if not self._successors and not self._is_between:
+                self._connections.lead(None)
+            for connection in list(successor.waiting):  # to others, if there are any
+                self._ready(connection)
+            self._tell_rest()  # to each of the others it is more
+        hearing.cancel()
+        await asyncio.wait({hearing})
+        successor.channel.close()
 
     def _take(self, successor: _Successor) -> list[_Packed]:
         """The next ones that are at a safe point still; the others say so when they are again."""
         batch: list[_Packed] = []
         size = 0
-        while successor.waiting and len(batch) < DESCRIPTORS_MAX and size < BATCH_BYTES_MAX:
+        most = min(successor.batch_max, successor.room)
+        while successor.waiting and len(batch) < most and size < BATCH_BYTES_MAX:
             connection = successor.waiting.popleft()
             self._waiting.discard(connection)
             if connection not in self._connections.open or (offer := self._offer(connection)) is None:
@@ -361,15 +476,13 @@ class Mover:
         channel = successor.channel
         frame = encode_frame(Frame.BATCH, [each.envelope for each in batch])
         is_sent = False
+        answer = successor.answer = self._loop.create_future()
         try:
             async with asyncio.timeout(ACK_TIMEOUT_S):
                 await channel.send(frame, [each.fd for each in batch])
                 is_sent = True
                 self._release(successor)  # while the other one is busy with this batch
-                kind, payload, _ = await channel.receive_frame()
-            if kind is not Frame.ACK:
-                raise EOFError(f"an acknowledgement was expected, not {kind.name}")
-            ack = decode_ack(payload)
+                ack = await answer
             await channel.send(encode_frame(Frame.GO))
         except BaseException as error:
             is_taken_back = True
@@ -385,7 +498,17 @@ class Mover:
                 else:
                     self._connections.closed(connection, "cut_offered")
                     connection.release()
+            if isinstance(error, OSError) and error.errno == errno.ETOOMANYREFS and not is_sent:
+                successor.room += len(batch)
+                successor.connections -= len(batch)
+                successor.batch_max = max(1, len(batch) // 2)
+                await asyncio.sleep(PAUSE_S)
+                return
             raise
+        finally:
+            successor.answer = None
+            if not answer.cancel() and not answer.cancelled():
+                answer.exception()  # it has been dealt with
         refused = set(ack.refused)
         successor.room = ack.room
         successor.connections -= len(refused)
@@ -401,6 +524,11 @@ class Mover:
             else:
                 self._connections.closed(connection, f"moved_{connection.kind}")
                 successor.moved.append(connection)
+        while len(successor.waiting) > successor.room:  # to others, or until there is room
+            connection = successor.waiting.pop()
+            self._waiting.discard(connection)
+            self._ready(connection)
+        self._spread()
 
     def _release(self, successor: _Successor) -> None:
         """Close the descriptors of the last batch, which is served elsewhere by now."""
@@ -434,25 +562,34 @@ class Mover:
 # -- the worker that comes ----------------------------------------------------------------------------------
 
 
-async def take_connections(channel: Channel, version: int, adapter: Adapter, connections: Connections) -> None:
+async def take_connections(
+    channel: Channel, version: int, adapter: Adapter, connections: Connections, *, sender: str = ""
+) -> None:
     """Answer another worker's offer, and go on with the connections that it sends until it closes the channel.
 
     Args:
         version: Of the envelopes that it would send.
+        sender: Whose connections they are, see `OfferOrder`.
 
     Cancellation: safe between two batches; in the middle of one, its connections are let go of, and stay the other's.
     Descriptors: what is received belongs to the connections made of it, or is closed. `channel` is closed.
     """
     log = get_shared_logger("hotport.handoff")
     adopted: list[tuple[socket.socket, asyncio.BaseProtocol]] = []
+    whose = sender or channel
     try:
         welcome = _welcome(version, connections)
         await channel.send(encode_message_frame(encode(welcome)))
-        while welcome.room:
-            kind, payload, descriptors = await channel.receive_frame()
-            adopted, refused = _adopt(kind, payload, descriptors, adapter, connections)
+        room = welcome.room
+        while not welcome.why:
+            room, (kind, payload, descriptors) = await _receive(channel, connections, room)
+            if kind is Frame.REST:
+                connections.keep(whose, decode_count(payload))
+                continue
+            adopted, refused = _adopt(kind, payload, descriptors, adapter, connections, is_whole=not channel.has_lost)
+            room = 0 if channel.has_lost else _room(connections)
             with suppress(OSError):  # if the other one has closed, what it said before that is still to be heard
-                await channel.send(encode_frame(Frame.ACK, Ack(refused, connections.room)))
+                await channel.send(encode_frame(Frame.ACK, Ack(refused, room)))
             try:
                 kind, _, _ = await channel.receive_frame()
             except (EOFError, OSError):
@@ -466,38 +603,87 @@ async def take_connections(channel: Channel, version: int, adapter: Adapter, con
     except (OSError, ControlError) as error:
         log.warning("handoff.broken", why=str(error))
     finally:
+        connections.keep(whose, 0)
         _let_go(adopted, connections)
         channel.close()
 
 
+async def _receive(channel: Channel, connections: Connections, room: int) -> tuple[int, tuple[Frame, bytes, list[int]]]:
+    """The next frame, and how much room the other one knows of; if it knows of none, it is told as soon as there is."""
+    if room:
+        return room, await channel.receive_frame()
+    receiving = asyncio.create_task(channel.receive_frame())
+    waiting = asyncio.create_task(_wait_room(connections))
+    try:
+        await asyncio.wait({receiving, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if not receiving.done():
+            room = waiting.result()
+            await channel.send(encode_frame(Frame.ROOM, room))
+        return room, await receiving
+    finally:
+        for task in (receiving, waiting):
+            task.cancel()
+        await asyncio.wait({receiving, waiting})
+
+
+async def _wait_room(connections: Connections) -> int:
+    """For how many more connections there is room here, once there is room for one."""
+    while True:
+        await connections.wait_freed()
+        if room := _room(connections):
+            return room
+        await asyncio.sleep(PAUSE_S)  # nobody tells when descriptors become free
+
+
+def _room(connections: Connections) -> int:
+    """For how many more connections there is room here."""
+    return max(0, min(connections.room, descriptors_left() - SPARE_DESCRIPTORS))
+
+
 def _welcome(version: int, connections: Connections) -> Welcome:
-    room, why = connections.room, ""
+    room, why = _room(connections), ""
     if version != ENVELOPE_VERSION:
         room, why = 0, f"envelopes of version {version} came, and those of version {ENVELOPE_VERSION} are understood"
-    elif not room:
-        why = "it leaves, or has as many connections as it may"
+    elif connections.is_leaving:
+        why = "it leaves, too"
     return Welcome(room=room, connections=len(connections.open), why=why)
 
 
 def _adopt(
-    kind: Frame, payload: bytes, descriptors: list[int], adapter: Adapter, connections: Connections
+    kind: Frame,
+    payload: bytes,
+    descriptors: list[int],
+    adapter: Adapter,
+    connections: Connections,
+    *,
+    is_whole: bool,
 ) -> tuple[list[tuple[socket.socket, asyncio.BaseProtocol]], list[int]]:
     """Make connections of a batch, which are not attached yet; and the numbers of those that cannot be made here."""
-    sockets = [PlainSocket(fileno=fd) for fd in descriptors]
+    sockets = [_socket_of(fd) for fd in descriptors]
     adopted: list[tuple[socket.socket, asyncio.BaseProtocol]] = []
     refused: list[int] = []
     try:
         if kind is not Frame.BATCH:
             raise EOFError(f"a batch was expected, not {kind.name}")
         envelopes = decode_batch(payload)
-        if len(envelopes) != len(sockets):
+        if len(envelopes) < len(sockets) or (is_whole and len(envelopes) > len(sockets)):
             raise EOFError(f"{len(envelopes)} envelopes came with {len(sockets)} descriptors")
     except BaseException:
         for sock in sockets:
-            sock.close()
+            if sock is not None:
+                sock.close()
         raise
+    if len(sockets) < len(envelopes):  # it is out of descriptors, and everything else needs some, too
+        fits = max(0, len(sockets) - SPARE_DESCRIPTORS)
+        for sock in sockets[fits:]:
+            if sock is not None:
+                sock.close()
+        refused += range(fits, len(envelopes))
+        del sockets[fits:], envelopes[fits:]
     for number, (sock, envelope) in enumerate(zip(sockets, envelopes, strict=True)):
         try:
+            if sock is None:
+                raise NotAdopted("its descriptor is none of a connection")
             if envelope is None:
                 raise NotAdopted("its envelope cannot be understood")
             if not connections.room:
@@ -505,7 +691,8 @@ def _adopt(
             protocol = adapter.adopt(envelope)
         except Exception as error:
             get_shared_logger("hotport.handoff").warning("handoff.refused", why=str(error) or repr(error))
-            sock.close()
+            if sock is not None:
+                sock.close()
             refused.append(number)
             continue
         protocol.sock = sock  # type: ignore[attr-defined]
@@ -513,6 +700,19 @@ def _adopt(
         protocol.is_proxied = envelope.is_proxied  # type: ignore[attr-defined]
         adopted.append((sock, protocol))
     return adopted, refused
+
+
+def _socket_of(fd: int) -> PlainSocket | None:
+    """The socket of a connection; None if the descriptor is of something else, which is closed."""
+    try:
+        sock = PlainSocket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        return None
+    if sock.type == socket.SOCK_STREAM:
+        return sock
+    sock.close()
+    return None
 
 
 def _go_on(adopted: Iterable[tuple[socket.socket, asyncio.BaseProtocol]], connections: Connections) -> None:

@@ -17,6 +17,7 @@ from hotport.adapters.target import kind_of, make_adapter
 from hotport.errors import StartError
 from hotport.options import Options
 from hotport.trust import Trusted
+from hotport.wire.messages import worker_socket
 from hotport.worker.acceptor import Acceptor
 from hotport.worker.handoff import Channel, Mover, take_connections
 from hotport.worker.probe import probe
@@ -91,7 +92,7 @@ class Server(Protocol):
     async def probe(self, path: str, timeout_s: float) -> str:
         """Ask the application for `path` by HTTP; why that failed, or nothing."""
 
-    async def take(self, channel: Channel, version: int) -> None:
+    async def take(self, channel: Channel, version: int, sender: str = "") -> None:
         """Go on with the connections that another worker offers, in envelopes of `version`, until it has closed."""
 
     async def shutdown(self) -> None:
@@ -115,8 +116,10 @@ class ConnectionServer:
         proxies: Trusted | None = None,
         hands_off: bool = True,
         names: Sequence[str] = (),
+        control_name: str = "",
     ) -> None:
         self.connections = connections
+        self._control_name = control_name
         self._may_hand_off = self._hands_off = hands_off
         self._mover: Mover | None = None
         self._released: list[Acceptor] = []
@@ -205,7 +208,8 @@ class ConnectionServer:
     async def accept(self) -> None:
         self._is_accepting = True
         self.connections.count_fates(False)
-        self._start_acceptors()
+        if not self.connections.is_full:
+            self._start_acceptors()
         if self._mover is not None:  # taken back; what is under way arrives, or comes back
             self._staying = asyncio.get_running_loop().create_task(self._stay(self._mover))
             self._mover = None
@@ -255,23 +259,23 @@ class ConnectionServer:
     async def _follow(self, successors: Sequence[str]) -> None:
         if self._hands_off and (successors or self._mover is not None):
             if self._mover is None:
-                self._mover = Mover(self.connections)
+                self._mover = Mover(self.connections, self._control_name)
             await self._mover.follow(successors)
 
     async def probe(self, path: str, timeout_s: float) -> str:
         return await probe(self._adapter, self.connections, path, timeout_s)
 
-    async def take(self, channel: Channel, version: int) -> None:
-        await take_connections(channel, version, self._adapter, self.connections)
+    async def take(self, channel: Channel, version: int, sender: str = "") -> None:
+        await take_connections(channel, version, self._adapter, self.connections, sender=sender)
 
     async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[str]:
         self.quiesce()
-        await self._end_stay()
-        self.connections.moves_early = False
-        await self._follow(successors)
-        self.connections.drain(timeout_s)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with self.connections.deadline(timeout_s) as deadline:
+                await self._end_stay()
+                self.connections.moves_early = False
+                await self._follow(successors)
+                self.connections.drain(_left_s(deadline))
                 if is_last:
                     for acceptor in self._acceptors:
                         await acceptor.empty()
@@ -283,6 +287,8 @@ class ConnectionServer:
         except TimeoutError:
             self._count_unaccepted(is_last)
             await self._stop_moving()
+            if not self.connections.draining.is_set():  # it has looked for successors until now
+                self.connections.drain(0.0)
             self.connections.cut()
             for acceptor in self._all:
                 acceptor.cut_attaching()
@@ -359,7 +365,7 @@ class DatagramServer:
     async def probe(self, path: str, timeout_s: float) -> str:
         return "takes datagrams, and cannot be asked by HTTP: remove health_path"
 
-    async def take(self, channel: Channel, version: int) -> None:
+    async def take(self, channel: Channel, version: int, sender: str = "") -> None:
         """It has no connections."""
         channel.close()
 
@@ -371,7 +377,7 @@ class DatagramServer:
                 transport.empty()
             transport.drain()
         try:
-            async with asyncio.timeout(timeout_s):
+            async with self.connections.deadline(timeout_s):
                 for transport in self._transports:
                     await transport.closed.wait()
         except TimeoutError:
@@ -400,7 +406,7 @@ class SocketsServer:
         """It has accepted since it said that it had started."""
 
     async def resume(self, listeners: Sequence[socket.socket]) -> None:
-        await self._adapter.finish(0)
+        await self._adapter.abort()
         for listener in self._listeners:
             listener.close()
         self._listeners = listeners
@@ -429,19 +435,29 @@ class SocketsServer:
     async def probe(self, path: str, timeout_s: float) -> str:
         return "has a server of its own, which cannot be asked but over the port: remove health_path"
 
-    async def take(self, channel: Channel, version: int) -> None:
+    async def take(self, channel: Channel, version: int, sender: str = "") -> None:
         """It has no way of going on with a connection."""
         channel.close()
 
     async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[str]:
         self.connections.drain(timeout_s)
-        is_cut = await self._adapter.finish(timeout_s)
+        fate = "server_finished"
+        try:
+            async with self.connections.deadline(timeout_s):
+                await self._adapter.finish()
+        except TimeoutError:
+            fate = "cut_server"
+            await self._adapter.abort()
         for listener in self._listeners:
             listener.close()
-        return Counter({"cut_server": 1} if is_cut else {"server_finished": 1})
+        return Counter({fate: 1})
 
     async def shutdown(self) -> None:
         """Its own affair."""
+
+
+def _left_s(deadline: asyncio.Timeout) -> float:
+    return max(0.0, (deadline.when() or 0.0) - asyncio.get_running_loop().time())
 
 
 async def _empty(acceptors: Sequence[Acceptor], timeout_s: float) -> None:
@@ -529,4 +545,5 @@ def make_server(
         proxies=Trusted(options.trusted_proxy) if options.proxy_protocol else None,
         hands_off=options.handoff != "off",
         names=names,
+        control_name=worker_socket(context.generation, context.worker),
     )

@@ -17,7 +17,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Final, cast
 
 import msgspec
@@ -30,9 +30,17 @@ from hotport.kernel.fds import private_directory
 from hotport.kernel.fork import withhold
 from hotport.kernel.inotify import Watch
 from hotport.kernel.notify import notify
-from hotport.kernel.process import open_descriptors, raise_descriptor_limit, rss_bytes
+from hotport.kernel.process import numbers, open_descriptors, raise_descriptor_limit, rss_bytes
 from hotport.kernel.scm import send_descriptors
-from hotport.kernel.sockets import bind_control, may_command, peer_credentials, socket_file, unlink_if_ours
+from hotport.kernel.sockets import (
+    as_sockets,
+    bind_control,
+    may_command,
+    peer_credentials,
+    socket_file,
+    unlink_if_ours,
+)
+from hotport.model.signals import NOTES, SUSPENDING, TERMINATING, WORKER, Does, Moment
 from hotport.observe.logs import dropped, get_logger, revive
 from hotport.options import Options
 from hotport.wire.frames import FrameDecoder, encode_frame
@@ -41,8 +49,10 @@ from hotport.wire.messages import (
     AcceptOrder,
     Drained,
     DrainOrder,
+    ExpectOrder,
     Expired,
     Hello,
+    HurryOrder,
     Inspection,
     InspectOrder,
     Lingering,
@@ -141,11 +151,14 @@ class Worker:
         self._drain_order = DrainOrder(timeout_s=self._options.drain_timeout_s, is_last=True)
         self._leaving = asyncio.Event()
         self._is_asking = False  # who goes on with the connections, by having said that this worker leaves
+        self._signals = 0  # that told it to leave; orders are none
         self._orphan_timer: asyncio.TimerHandle | None = None
         self._has_expired = False
         self._is_accepting: bool | None = None  # None before the first order to accept
         self._watch: Watch | None = None  # of the runtime directory, while nobody supervises
         self._memory: Memory | None = None
+        self._expected: set[str] = set()  # workers that were said to hand connections over
+        self._drained: Drained | None = None
         withhold(self)
 
     def descriptors(self) -> Iterator[int]:
@@ -157,11 +170,10 @@ class Worker:
     async def run(self) -> int:
         """Start up, serve until told to leave, drain; return the process's exit code."""
         await self._listen(self._control)
-        self._loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
-        self._loop.add_signal_handler(signal.SIGINT, self._on_sigterm)
         self._watch_for_orphanhood(self._options.ready_timeout_s)
         try:
-            return await self._serve()
+            with self._handling_signals():
+                return await self._serve()
         finally:
             self._lag.close()
             for peer in list(self._peers):
@@ -258,18 +270,65 @@ class Worker:
 
     # -- leave ---------------------------------------------------------------------------------------------
 
-    def _on_sigterm(self) -> None:
-        """Leave as if drained, once the supervisor has said who goes on; a second one cuts what is left."""
-        if not self._leaving.is_set() and not self._is_asking:
-            self._is_asking = True
-            self._tell(stopping=True, status="draining")
-            if self._server is not None and self._peers:
-                self._loop.call_later(SUCCESSORS_TIMEOUT_S, self._leaving.set)
-            else:
-                self._leaving.set()
-        elif self._server is not None:
+    @contextmanager
+    def _handling_signals(self) -> Iterator[None]:
+        """Do what `WORKER` says; an application that is imported later may decide otherwise."""
+        handled = [name for name, row in WORKER.items() if set(row.values()) != {Does.NOTHING}]
+        before = {number: signal.getsignal(number) for number in numbers(WORKER.keys())}
+        for name in handled:
+            self._loop.add_signal_handler(signal.Signals[name], self._on_signal, name)
+        for number in numbers(SUSPENDING):
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, before.keys())
+        try:
+            yield
+        finally:
+            for name in handled:
+                self._loop.remove_signal_handler(signal.Signals[name])
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, name: str) -> None:
+        self._signals += name in TERMINATING
+        does = WORKER[name][self._moment()]
+        if does is Does.NOTE:
+            self._log.info("signal.ignored", signal=name, why=NOTES[name])
+            return
+        self._log.info("signal.received", signal=name, does=does.value)
+        match does:
+            case Does.LEAVE | Does.DRAIN:
+                self._ask_to_leave()
+            case Does.CUT:
+                self._hurry()
+            case Does.SECOND if self._signals > 1:
+                self._hurry()
+            case _:
+                pass
+
+    def _moment(self) -> Moment:
+        if self._leaving.is_set() or self._is_asking:
+            return Moment.STOPPING if self._drain_order.is_last else Moment.DRAINING
+        if self._server is None:
+            return Moment.STARTING
+        return Moment.RESTARTING if self._is_quiesced else Moment.SERVING
+
+    def _ask_to_leave(self) -> None:
+        """Leave as if drained, once the supervisor has said who goes on."""
+        self._is_asking = True
+        self._tell(stopping=True, status="draining")
+        if self._server is not None and self._peers:
+            self._loop.call_later(SUCCESSORS_TIMEOUT_S, self._leaving.set)
+        else:
             self._leaving.set()
-            self._server.connections.cut()
+
+    def _hurry(self) -> None:
+        """Leave now; what is open is cut."""
+        self._log.info("drain.hurried")
+        if not self._leaving.is_set():
+            self._tell(stopping=True, status="leaving at once")
+        if self._server is not None:
+            self._server.connections.hurry()
+        self._leaving.set()
 
     def _leave(self, order: DrainOrder) -> None:
         self._drain_order = order
@@ -280,7 +339,8 @@ class Worker:
         self._log.info("drain.began", connections=len(server.connections.open))
         fates = await server.drain(order.timeout_s, is_last=order.is_last, successors=order.successors)
         self._log.info("drain.ended", **fates)
-        self._broadcast(Drained(fates=dict(fates)))
+        self._drained = Drained(fates=dict(fates))
+        self._broadcast(self._drained)
         try:
             async with asyncio.timeout(self._options.kill_timeout_s):
                 await server.shutdown()
@@ -345,6 +405,8 @@ class Worker:
         )
         if self._has_expired:
             peer.say(Expired(why="expired before"))
+        if self._drained is not None:
+            peer.say(self._drained)
 
     def _phase(self) -> str:
         if self._leaving.is_set():
@@ -360,9 +422,11 @@ class Worker:
             self._watch_for_orphanhood()
             if not self._peers and self._watch is None and self._server is not None and not self._leaving.is_set():
                 self._watch_files()
+            if not self._peers:  # nobody would tell that those have ended who were expected
+                self._expect(dict.fromkeys(self._expected, 0))
 
     async def _listen(self, control: socket.socket) -> None:
-        self._control_file = socket_file(self._control_path)
+        self._control, self._control_file = control, socket_file(self._control_path)
         self._close_control = (await self._loop.create_unix_server(lambda: _Peer(self), sock=control)).close
 
     async def _keep_listening(self) -> None:
@@ -384,20 +448,24 @@ class Worker:
         match order:
             case DrainOrder():
                 self._leave(order)
+            case HurryOrder():
+                self._hurry()
             case InspectOrder():
                 peer.say(self._inspect(is_watched=order.is_watched))
             case SuccessorsOrder(successors=successors):
                 self._drain_order = msgspec.structs.replace(self._drain_order, successors=successors)
                 if self._server is not None and self._draining is not None:
-                    await self._server.follow(successors)
+                    self._run_beside(self._server.follow(successors))  # it may take a while, and the next order hurry
                 elif self._is_asking:
                     self._leaving.set()
                 elif self._is_quiesced:
                     self._follow(successors)
             case ListenOrder():
                 await self._keep_listening()
-            case OfferOrder(version=version):
-                self._take(version, peer)
+            case OfferOrder(version=version, sender=sender):
+                self._take(version, sender, peer)
+            case ExpectOrder(connections=connections):
+                self._expect(connections)
             case ReloadTlsOrder():
                 peer.say(TlsReloaded(error=self._reload_tls()))
             case RememberOrder(memory=memory):
@@ -443,13 +511,19 @@ class Worker:
 
         self._following = self._loop.create_task(follow())
 
-    def _take(self, version: int, peer: _Peer) -> None:
+    def _expect(self, connections: Mapping[str, int]) -> None:
+        self._expected |= connections.keys()
+        if self._server is not None:
+            for name, count in connections.items():
+                self._server.connections.keep(name, count)
+
+    def _take(self, version: int, sender: str, peer: _Peer) -> None:
         """Another worker has connections for us; its control connection carries nothing else from here on."""
         channel = Channel(peer.detach())
         if self._server is None:
             channel.close()
             return
-        self._run_beside(self._server.take(channel, version))
+        self._run_beside(self._server.take(channel, version, sender))
 
     def _pass_listeners(self, peer: _Peer) -> None:
         """To whoever supervises from now on: duplicates of the listeners that are still open."""
@@ -473,9 +547,7 @@ class Worker:
                 return
             await channel.send(encode_frame(encode(Welcome(room=count))))
             async with asyncio.timeout(TRANSFER_TIMEOUT_S):
-                sockets = [socket.socket(fileno=fd) for fd in await channel.receive_descriptors(count)]
-            for sock in sockets:
-                sock.setblocking(False)
+                sockets = as_sockets(await channel.receive_descriptors(count))
             listeners = dict(zip(order.addresses, sockets, strict=False))
             await self._server.adopt(listeners, sockets[len(listeners) :])
             await channel.send(encode_frame(encode(Transferred(count=count))))
@@ -608,7 +680,12 @@ def _lingering(connections: Connections) -> tuple[Lingering, ...]:
     now = asyncio.get_running_loop().time()
     oldest = sorted(connections.open.items(), key=lambda item: item[1])[:LINGERING_MAX]
     return tuple(
-        Lingering(peer=_peer_name(each), kind=each.kind, age_s=round(now - since, 3), why=each.why_here())
+        Lingering(
+            peer=_peer_name(each),
+            kind=each.kind,
+            age_s=round(now - since, 3),
+            why="no new worker has room for it" if each in connections.crowded else each.why_here(),
+        )
         for each, since in oldest
     )
 

@@ -273,6 +273,10 @@ class HttpConnection(asyncio.Protocol):
             and not self.has_eof
         )
 
+    @property
+    def will_move(self) -> bool:
+        return self._handoff is not None
+
     def prepare_handoff(self, ready: Ready) -> bool:
         """Every plain connection can move. Its requests are answered first, without a word about closing.
 

@@ -454,6 +454,10 @@ class WebSocketConnection(asyncio.Protocol):
             raise RuntimeError("a WebSocket is made movable before 'websocket.accept', or it is not compressed")
         self._is_movable = self._has_agreed = True
 
+    @property
+    def will_move(self) -> bool:
+        return self.handoff is not None
+
     def prepare_handoff(self, ready: Ready) -> bool:
         """One whose application has agreed can move, unless it speaks TLS."""
         if self._is_established and (not self._is_movable or self._is_tls):
