@@ -52,13 +52,12 @@ class House:
         control = stack.enter_context(bind_control(os.path.join(directory, "control.sock")))
         return cls(directory, lock, control, notify)
 
-    def reclaim(self, supervisor: Supervisor) -> socket.socket:
-        """Make the paths again: another supervisor had put its own there, and is gone. Returns the control socket."""
+    def reclaim(self, supervisor: Supervisor) -> None:
+        """Make the paths again: another supervisor had put its own there, and is gone."""
         supervisor.listen_on(bind_notify(os.path.join(self.directory, "notify.sock")))
-        self.control.close()
-        self.control = bind_control(os.path.join(self.directory, "control.sock"))
+        control, self.control = self.control, bind_control(os.path.join(self.directory, "control.sock"))
+        control.close()
         self._note()
-        return self.control.dup()
 
     def leave(self) -> None:
         """Remove the paths, unless they are another supervisor's by now; let go of the lock."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -27,6 +27,7 @@ from hotport.kernel.sockets import inherited_listener
 from hotport.model.lifecycle import Phase
 from hotport.model.service import RequestStop
 from hotport.observe.logs import get_logger
+from hotport.supervisor.contain import retried
 from hotport.supervisor.process import receive_message
 from hotport.supervisor.supervisor import StatusPort, Supervisor
 from hotport.wire.frames import FrameDecoder, encode_frame
@@ -57,14 +58,18 @@ log = get_logger("hotport.takeover")
 
 
 async def hand_over(
-    supervisor: Supervisor, request: TakeOverRequest, stream: SocketStream, lock: int, reclaim: Callable[[], Any]
+    supervisor: Supervisor,
+    request: TakeOverRequest,
+    stream: SocketStream,
+    lock: int,
+    reclaim: Callable[[], Awaitable[None]],
 ) -> Done | None:
     """Give the listeners to another supervisor, and leave when its workers accept.
 
     Args:
         lock: Of the runtime directory; a duplicate goes.
-        reclaim: Called when the other one is gone without having committed: the paths in the runtime directory are
-            the other's by then. What it returns is awaited.
+        reclaim: Awaited when the other one is gone without having committed: the paths in the runtime directory are
+            the other's by then.
 
     Returns:
         The last word to the newcomer; None if it is not there any more.
@@ -86,6 +91,7 @@ async def hand_over(
     )
     log.info("take_over.began", version=request.version)
     committed: Committed | None = None
+    failure: Exception | None = None
     try:
         listeners = [*supervisor.listeners.values(), *([status.listener] if status else [])]
         descriptors = [lock, *(listener.fileno() for listener in listeners)]
@@ -93,13 +99,17 @@ async def hand_over(
         committed = await receive_message(stream, Committed)
     except (OSError, ControlError, anyio.BrokenResourceError, anyio.EndOfStream) as error:
         log.warning("take_over.failed", error=str(error) or "the other supervisor is gone")
+    except Exception as error:  # an error of ours: this supervisor goes on all the same, and the other one is told
+        failure = error
     supervisor.owned.shared = frozenset()
     if committed is None:
         supervisor.is_succeeded = False
         own = supervisor.service.generations
-        async with anyio.create_task_group() as tasks:  # some of its workers may accept already
-            tasks.start_soon(_drain_orphans, supervisor, lambda generation: generation > own)
-            await reclaim()
+        # Some of its workers may accept already. They are not waited for: this conversation has no client any more.
+        supervisor.start("take_over.drain", _drain_orphans, supervisor, lambda generation: generation > own)
+        await retried("take_over.reclaim", reclaim)
+        if failure is not None:
+            raise failure
         return None
     names = tuple(filter(parse_worker_socket, committed.workers))
     supervisor.heirs = tuple(os.path.join(supervisor.directory, name) for name in names)
@@ -215,23 +225,44 @@ async def retire(predecessor: Predecessor, supervisor: Supervisor) -> None:
 
     If it dies meanwhile, its workers, which nobody supervises any more, are told to drain by us.
     """
-    while len(supervisor.service.ids(Phase.SERVING)) < supervisor.service.wanted:
-        await supervisor.wait_stepped()
+    await retried("take_over.wait", _wait_serving, supervisor)
     workers = _serving(supervisor)
     supervisor.owned.shared = frozenset()
-    with predecessor.connection as connection:
-        said = b""
-        with suppress(OSError):
-            connection.send(encode_frame(encode(Committed(workers=workers, addresses=tuple(supervisor.listeners)))))
-            while True:
-                await anyio.wait_readable(connection)
-                data = connection.recv(65536)
-                said += data
-                if not data:
-                    break
-    log.info("take_over.done", predecessor=predecessor.version, has_retired=bool(said))
+    replies: list[Any] = []
+    with predecessor.connection as connection, suppress(OSError):
+        connection.send(encode_frame(encode(Committed(workers=workers, addresses=tuple(supervisor.listeners)))))
+        await retried("take_over.retire", _read_replies, connection, FrameDecoder(), replies)
+    if isinstance(failure := next(iter(replies), None), Failure):
+        _give_up(supervisor, failure)
+        return
+    log.info("take_over.done", predecessor=predecessor.version, has_retired=bool(replies))
     own = predecessor.memory.generations
-    await _drain_orphans(supervisor, lambda generation: generation <= own)
+    await retried("take_over.drain", _drain_orphans, supervisor, lambda generation: generation <= own)
+
+
+async def _wait_serving(supervisor: Supervisor) -> None:
+    while len(supervisor.service.ids(Phase.SERVING)) < supervisor.service.wanted:
+        await supervisor.wait_stepped()
+
+
+async def _read_replies(connection: socket.socket, decoder: FrameDecoder, replies: list[Any]) -> None:
+    """Read to the end of the conversation, which is that of the predecessor."""
+    with suppress(OSError, ControlError):
+        while True:
+            await anyio.wait_readable(connection)
+            if not (data := connection.recv(65536)):
+                return
+            replies += [decode(payload, Reply) for payload in decoder.feed(data)]
+
+
+def _give_up(supervisor: Supervisor, failure: Failure) -> None:
+    """The predecessor goes on, with the listeners and the paths: it has the other copy of the listeners' files, too."""
+    error = failure.error()
+    log.error("take_over.failed", error=str(error))
+    supervisor.is_succeeded = True
+    supervisor.owned.give_away(tuple(supervisor.listeners))
+    supervisor.failure, supervisor.exit_code = error, error.exit_code
+    supervisor.input(RequestStop(is_succeeded=True))
 
 
 def _serving(supervisor: Supervisor) -> tuple[str, ...]:
@@ -257,9 +288,7 @@ async def _drain_orphans(supervisor: Supervisor, is_other: Callable[[int], bool]
                 sock.connect(path)
                 sock.send(order)
                 log.info("take_over.draining", worker=os.path.basename(path))
-                await anyio.wait_readable(sock)
-                while sock.recv(65536):
-                    await anyio.wait_readable(sock)
+                await retried("take_over.drain", _read_to_end, sock)
             except ConnectionRefusedError:
                 os.unlink(path)
             except OSError as error:
@@ -270,3 +299,9 @@ async def _drain_orphans(supervisor: Supervisor, is_other: Callable[[int], bool]
             named = parse_worker_socket(file)
             if named is not None and is_other(named[0]):
                 tasks.start_soon(drain, os.path.join(supervisor.directory, file))
+
+
+async def _read_to_end(sock: socket.socket) -> None:
+    await anyio.wait_readable(sock)
+    while sock.recv(65536):
+        await anyio.wait_readable(sock)
