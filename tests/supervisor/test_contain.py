@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 import hotport
+from hotport.errors import ControlError
 from hotport.kernel.sockets import bind_notify
-from hotport.supervisor import contain, supervisor
+from hotport.supervisor import contain, supervisor, takeover
+from hotport.supervisor.takeover import ask_predecessor
 from hotport.wire.messages import (
     Progress,
     ReloadTlsRequest,
@@ -30,7 +32,7 @@ from hotport.wire.messages import (
     UpgradeRequest,
 )
 from tests.supervisor.stage import Nursery, Stage, play
-from tests.support import DEADLINE_S, LINE_APP, RESTARTS, SLOWNESS, Hammer, eventually, write_code
+from tests.support import DEADLINE_S, LINE_APP, RESTARTS, SLOWNESS, Hammer, Service, eventually, write_code
 
 PACKAGE = Path(hotport.__file__).parent
 
@@ -237,6 +239,51 @@ def test_an_error_at_each_await_of_each_task_loses_nothing(trial: Trial, capfd: 
     told = capfd.readouterr().out
     assert len(injector.thrown) > 30
     assert [site for site in injector.thrown if f"InjectedError: at {site}" not in told] == []
+
+
+def test_an_error_at_each_await_of_a_take_over_loses_nothing(
+    tmp_path: Path, nursery: Nursery, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of the supervisor that comes; those of the one that leaves are among the others."""
+    monkeypatch.setattr(contain, "RETRY_PAUSE_S", 0.01)
+    injector = Injector(lambda site, count: site[0] == "supervisor/takeover.py" and count == 1)
+    injector.is_armed = True
+    write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))
+    with Service(tmp_path, "app:app", "--settle", "0").wait_ready() as old, Hammer(old.port) as hammer:
+        write_code(tmp_path / "app.py", LINE_APP.format(version="v2"))
+
+        def client(stage: Stage) -> None:
+            assert old.wait() == 0
+            settle(stage)
+            hammer.wait_answers(5, "v2")
+            assert isinstance(stage.ask(RestartRequest()), Report)
+            assert not hammer.failures
+
+        assert play(tmp_path, nursery, monkeypatch, client, task_factory=injector.make, takes_over=True) == 0
+    told = capfd.readouterr().out
+    assert injector.thrown
+    assert [site for site in injector.thrown if f"InjectedError: at {site}" not in told] == []
+
+
+def test_a_take_over_that_fails_by_an_error_of_the_old_supervisor_leaves_it_as_it_was(
+    tmp_path: Path, nursery: Nursery, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It went on refusing every restart, as if it were being succeeded."""
+
+    def fail(*_: object) -> None:
+        raise InjectedError("while it hands over")
+
+    def client(stage: Stage) -> None:
+        settle(stage)
+        with monkeypatch.context() as patch:
+            patch.setattr(takeover, "send_descriptors", fail)
+            with pytest.raises(ControlError, match="HP642"):
+                ask_predecessor(str(stage.runtime), "svc")
+        settle(stage)
+        assert isinstance(stage.ask(RestartRequest()), Report)
+
+    assert play(tmp_path, nursery, monkeypatch, client) == 0
+    assert "InjectedError: while it hands over" in capfd.readouterr().out
 
 
 @pytest.mark.slow

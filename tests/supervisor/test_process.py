@@ -57,7 +57,6 @@ async def test_conversation_ends_with_its_worker_though_a_child_of_it_holds_the_
             assert process.is_talking
             assert process.collect() == "killed by SIGKILL"
             await has_ended.wait()
-        assert not process.is_talking
         tasks.cancel_scope.cancel()
     for stream in held:
         await stream.aclose()

@@ -28,7 +28,6 @@ from hotport.model.lifecycle import Phase
 from hotport.model.service import RequestStop
 from hotport.observe.logs import get_logger
 from hotport.supervisor.contain import retried
-from hotport.supervisor.process import receive_message
 from hotport.supervisor.supervisor import StatusPort, Supervisor
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import (
@@ -90,19 +89,19 @@ async def hand_over(
         status_address=status.address if status else "",
     )
     log.info("take_over.began", version=request.version)
-    committed: Committed | None = None
+    committed: list[Committed] = []
     failure: Exception | None = None
     try:
         listeners = [*supervisor.listeners.values(), *([status.listener] if status else [])]
         descriptors = [lock, *(listener.fileno() for listener in listeners)]
         send_descriptors(stream.extra(SocketAttribute.raw_socket), encode_frame(encode(estate)), descriptors)
-        committed = await receive_message(stream, Committed)
-    except (OSError, ControlError, anyio.BrokenResourceError, anyio.EndOfStream) as error:
-        log.warning("take_over.failed", error=str(error) or "the other supervisor is gone")
-    except Exception as error:  # an error of ours: this supervisor goes on all the same, and the other one is told
+        await retried("take_over.commit", _read_commit, stream, FrameDecoder(), committed)
+    except OSError as error:
+        log.warning("take_over.failed", error=str(error))
+    except Exception as error:  # this supervisor goes on all the same, and the other one is told
         failure = error
     supervisor.owned.shared = frozenset()
-    if committed is None:
+    if not committed:
         supervisor.is_succeeded = False
         own = supervisor.service.generations
         # Some of its workers may accept already. They are not waited for: this conversation has no client any more.
@@ -111,13 +110,21 @@ async def hand_over(
         if failure is not None:
             raise failure
         return None
-    names = tuple(filter(parse_worker_socket, committed.workers))
+    names = tuple(filter(parse_worker_socket, committed[0].workers))
     supervisor.heirs = tuple(os.path.join(supervisor.directory, name) for name in names)
-    supervisor.owned.give_away(committed.addresses)
+    supervisor.owned.give_away(committed[0].addresses)
     log.info("take_over.committed", workers=names)
     supervisor.input(RequestStop(is_succeeded=True))
     await supervisor.finished.wait()
     return Done(detail="retired", exit_code=supervisor.exit_code)
+
+
+async def _read_commit(stream: SocketStream, decoder: FrameDecoder, committed: list[Committed]) -> None:
+    try:
+        while not committed:
+            committed += [decode(payload, Committed) for payload in decoder.feed(await stream.receive())]
+    except (OSError, ControlError, anyio.BrokenResourceError, anyio.EndOfStream) as error:
+        log.warning("take_over.failed", error=str(error) or "the other supervisor is gone")
 
 
 def _check(supervisor: Supervisor, request: TakeOverRequest) -> None:
@@ -228,14 +235,11 @@ async def retire(predecessor: Predecessor, supervisor: Supervisor) -> None:
     await retried("take_over.wait", _wait_serving, supervisor)
     workers = _serving(supervisor)
     supervisor.owned.shared = frozenset()
-    replies: list[Any] = []
+    said: list[bytes] = []
     with predecessor.connection as connection, suppress(OSError):
         connection.send(encode_frame(encode(Committed(workers=workers, addresses=tuple(supervisor.listeners)))))
-        await retried("take_over.retire", _read_replies, connection, FrameDecoder(), replies)
-    if isinstance(failure := next(iter(replies), None), Failure):
-        _give_up(supervisor, failure)
-        return
-    log.info("take_over.done", predecessor=predecessor.version, has_retired=bool(replies))
+        await retried("take_over.retire", _read_to_end, connection, said)
+    log.info("take_over.done", predecessor=predecessor.version, has_retired=bool(said))
     own = predecessor.memory.generations
     await retried("take_over.drain", _drain_orphans, supervisor, lambda generation: generation <= own)
 
@@ -245,24 +249,14 @@ async def _wait_serving(supervisor: Supervisor) -> None:
         await supervisor.wait_stepped()
 
 
-async def _read_replies(connection: socket.socket, decoder: FrameDecoder, replies: list[Any]) -> None:
-    """Read to the end of the conversation, which is that of the predecessor."""
-    with suppress(OSError, ControlError):
+async def _read_to_end(sock: socket.socket, said: list[bytes]) -> None:
+    """Note whatever comes until the other side has closed."""
+    with suppress(OSError):
         while True:
-            await anyio.wait_readable(connection)
-            if not (data := connection.recv(65536)):
+            await anyio.wait_readable(sock)
+            if not (data := sock.recv(65536)):
                 return
-            replies += [decode(payload, Reply) for payload in decoder.feed(data)]
-
-
-def _give_up(supervisor: Supervisor, failure: Failure) -> None:
-    """The predecessor goes on, with the listeners and the paths: it has the other copy of the listeners' files, too."""
-    error = failure.error()
-    log.error("take_over.failed", error=str(error))
-    supervisor.is_succeeded = True
-    supervisor.owned.give_away(tuple(supervisor.listeners))
-    supervisor.failure, supervisor.exit_code = error, error.exit_code
-    supervisor.input(RequestStop(is_succeeded=True))
+            said.append(data)
 
 
 def _serving(supervisor: Supervisor) -> tuple[str, ...]:
@@ -288,7 +282,7 @@ async def _drain_orphans(supervisor: Supervisor, is_other: Callable[[int], bool]
                 sock.connect(path)
                 sock.send(order)
                 log.info("take_over.draining", worker=os.path.basename(path))
-                await retried("take_over.drain", _read_to_end, sock)
+                await retried("take_over.drain", _read_to_end, sock, [])
             except ConnectionRefusedError:
                 os.unlink(path)
             except OSError as error:
@@ -299,9 +293,3 @@ async def _drain_orphans(supervisor: Supervisor, is_other: Callable[[int], bool]
             named = parse_worker_socket(file)
             if named is not None and is_other(named[0]):
                 tasks.start_soon(drain, os.path.join(supervisor.directory, file))
-
-
-async def _read_to_end(sock: socket.socket) -> None:
-    await anyio.wait_readable(sock)
-    while sock.recv(65536):
-        await anyio.wait_readable(sock)
