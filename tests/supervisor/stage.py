@@ -188,10 +188,11 @@ def play(
 
     async def supervise(supervisor: Supervisor, place: Any) -> None:
         stage.supervisor = supervisor
+        loop = asyncio.get_running_loop()
         if task_factory is not None:
-            asyncio.get_running_loop().set_task_factory(task_factory)
+            loop.set_task_factory(task_factory)
         stage.began.set()
-        await original(supervisor, place)
+        await loop.create_task(original(supervisor, place))
 
     def act() -> None:
         assert stage.began.wait(DEADLINE_S)
