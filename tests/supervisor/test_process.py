@@ -62,6 +62,30 @@ async def test_conversation_ends_with_its_worker_though_a_child_of_it_holds_the_
         await stream.aclose()
 
 
+async def test_worker_that_closes_the_conversation_and_lives_on_is_connected_to_again(tmp_path: Path) -> None:
+    """It left after orphan_timeout, as if its supervisor had died: one order had failed."""
+    control = str(tmp_path / "worker.sock")
+    process = Process(1, 1, Child(os.getpid(), -1), control, is_foreign=False)
+    has_come_again = anyio.Event()
+    count = 0
+
+    async def greet(stream: UNIXSocketStream) -> None:
+        nonlocal count
+        count += 1
+        async with stream:
+            if count == 2:
+                has_come_again.set()
+                os.unlink(control)  # it leaves
+
+    async with await anyio.create_unix_listener(control) as listener, anyio.create_task_group() as tasks:
+        tasks.start_soon(listener.serve, greet)  # type: ignore[arg-type]
+        with anyio.fail_after(DEADLINE_S):
+            await process.converse(lambda *_: None)
+        assert has_come_again.is_set()
+        assert count == 2
+        tasks.cancel_scope.cancel()
+
+
 async def test_conversation_that_fails_is_taken_up_again_with_the_orders_that_are_left(tmp_path: Path) -> None:
     control = str(tmp_path / "worker.sock")
     process = Process(1, 1, Child(os.getpid(), -1), control, is_foreign=False)

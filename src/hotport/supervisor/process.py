@@ -45,6 +45,10 @@ TRANSFER_TIMEOUT_S = 5.0
 LAST_WORDS_S = 1.0
 
 
+#: From the end of a conversation with a worker that lives on to the next one.
+RECONNECT_PAUSE_S = 0.1
+
+
 class Process:
     """A worker that was started here, or was adopted.
 
@@ -112,20 +116,28 @@ class Process:
     async def converse(self, hear: Callable[[int, Word], None]) -> None:
         """Connect to the worker, carry orders there and its words back, until it is gone.
 
-        A worker that cannot be given orders is left to the timers that bound them.
+        A worker that closes the connection and lives on has failed at an order: it is connected to again, since without
+        a supervisor it would leave. One that cannot be given orders is left to the timers that bound them.
         """
-        if self._has_ended:
-            return
+        with anyio.CancelScope() as self._conversation:
+            while not self._has_ended and await self._converse(hear):
+                await anyio.sleep(RECONNECT_PAUSE_S)
+                if not os.path.exists(self.control_path):  # noqa: ASYNC240  it leaves
+                    return
+
+    async def _converse(self, hear: Callable[[int, Word], None]) -> bool:
+        """One connection to its end; False if there was none."""
         self.is_talking = True
         self._has_said_all = anyio.Event()
         try:
-            with anyio.CancelScope() as self._conversation:
-                async with await anyio.connect_unix(self.control_path) as stream, anyio.create_task_group() as tasks:
-                    tasks.start_soon(self._send_orders, stream)
-                    await self._receive_words(stream, hear)
-                    tasks.cancel_scope.cancel()
+            async with await anyio.connect_unix(self.control_path) as stream, anyio.create_task_group() as tasks:
+                tasks.start_soon(self._send_orders, stream)
+                await self._receive_words(stream, hear)
+                tasks.cancel_scope.cancel()
+            return True
         except OSError as error:
             self._log.warning("worker.unreachable", error=str(error))
+            return False
         finally:
             self.is_talking = False
             self._has_said_all.set()
