@@ -42,7 +42,7 @@ from hotport.supervisor.launch import Launch, Surroundings
 from hotport.supervisor.listeners import Listener, Listeners
 from hotport.supervisor.manager import Manager
 from hotport.supervisor.process import Process
-from hotport.supervisor.recovery import Found
+from hotport.supervisor.recovery import Found, Survivor
 from hotport.supervisor.reports import Reports
 from hotport.supervisor.timers import Timers
 from hotport.wire.messages import (
@@ -265,31 +265,34 @@ class Supervisor:
 
     def _adopt(self) -> None:
         """Begin: with the first generation, or with what is left of the last supervisor's."""
-        found, here = self._found, []
+        found = self._found
         for survivor in found.survivors:
-            try:
-                child = Child(survivor.pid, os.pidfd_open(survivor.pid))
-            except ProcessLookupError:  # it has gone since, and may have been killed
-                with suppress(OSError):
-                    os.unlink(survivor.control_path)
-                continue
-            here.append(survivor.worker)
-            process = Process(
-                survivor.worker,
-                survivor.generation,
-                child,
-                survivor.control_path,
-                is_foreign=survivor.is_foreign,
-                age_s=age_s(survivor.pid),
-            )
-            process.held = set(survivor.listeners.values())
-            self.processes[survivor.worker] = process
-            self.start("worker.watch", self._watch, process)
-            if not process.is_foreign and os.path.exists(process.control_path):
-                self._tasks.start_soon(retried, "worker.conversation", process.converse, self._hear_word)
-        workers = tuple(worker for worker in found.workers if worker.id in here)
+            with Containing("worker.adopt", worker=survivor.worker):
+                self._adopt_worker(survivor)
+        workers = tuple(worker for worker in found.workers if worker.id in self.processes)
         wanted = found.wanted or self.options.workers
         self.input(model.Adopt(workers, wanted, found.generations, found.spawned, found.favoured))
+
+    def _adopt_worker(self, survivor: Survivor) -> None:
+        try:
+            child = Child(survivor.pid, os.pidfd_open(survivor.pid))
+        except ProcessLookupError:  # it has gone since, and may have been killed
+            with suppress(OSError):
+                os.unlink(survivor.control_path)
+            return
+        process = Process(
+            survivor.worker,
+            survivor.generation,
+            child,
+            survivor.control_path,
+            is_foreign=survivor.is_foreign,
+            age_s=age_s(survivor.pid),
+        )
+        process.held = set(survivor.listeners.values())
+        self.processes[survivor.worker] = process
+        self.start("worker.watch", self._watch, process)
+        if not process.is_foreign and os.path.exists(process.control_path):
+            self._tasks.start_soon(retried, "worker.conversation", process.converse, self._hear_word)
 
     @property
     def memory(self) -> Memory:
