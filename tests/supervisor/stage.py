@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,17 @@ class Stage:
         assert self.supervisor is not None
         return int(next(iter(self.supervisor.listeners)).rpartition(":")[2])
 
+    @property
+    def status_port(self) -> int:
+        assert self.supervisor is not None
+        assert self.supervisor.status_port is not None
+        return int(self.supervisor.status_port.address.rpartition(":")[2])
+
+    @property
+    def is_gone(self) -> bool:
+        """The service has ended."""
+        return self.supervisor is not None and self.supervisor.finished.is_set()
+
     def ask(self, request: msgspec.Struct) -> Any:
         """The last word of a conversation."""
         *_, last = self.replies(request)
@@ -145,6 +157,13 @@ class Stage:
                 os.close(fd)
         if descriptors:
             eventually(lambda: path.exists() and path.stat().st_ino != before, "it has made its paths anew")
+
+    def is_stopped(self) -> bool:
+        """The service has ended, which it is asked for."""
+        if not self.is_gone:
+            with suppress(OSError):  # a conversation may fail, too
+                list(self.replies(StopRequest()))
+        return self.is_gone
 
     def wait_serving(self, workers: int = 1) -> None:
         """Return when so many workers serve, and nothing else goes on."""
@@ -200,8 +219,7 @@ def play(
         try:
             client(stage)
         finally:
-            if not stage.supervisor.finished.is_set():
-                list(stage.replies(StopRequest()))
+            eventually(stage.is_stopped, "it ends")
 
     original = runner._supervise
     with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:

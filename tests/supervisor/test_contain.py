@@ -178,10 +178,7 @@ def settle(stage: Stage) -> None:
 
 
 def probe(stage: Stage, path: bytes) -> bytes:
-    assert stage.supervisor is not None
-    assert stage.supervisor.status_port is not None
-    port = int(stage.supervisor.status_port.address.rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port), DEADLINE_S) as sock:
+    with socket.create_connection(("127.0.0.1", stage.status_port), DEADLINE_S) as sock:
         sock.sendall(b"GET %s HTTP/1.1\r\n\r\n" % path)
         return b"".join(iter(lambda: sock.recv(65536), b""))
 

@@ -133,7 +133,8 @@ class Listeners:
             other: Look only for what this generation has in common with it.
         """
         found = self.common(generation, other) if other else (*self.of(generation), *self._abandoned)
-        inodes = {os.fstat(each.sock.fileno()).st_ino for each in found if each.sock is not None}
+        numbers = [each.sock.fileno() for each in found if each.sock is not None]
+        inodes = {os.fstat(number).st_ino for number in numbers if number >= 0}  # closed when the service stops
         return tuple(worker for worker, pid in pids.items() if has_socket(pid, inodes))
 
     def common(self, old: int, new: int) -> list[Listener]:
