@@ -105,7 +105,7 @@ def throw(stage: Stage, mutator: Mutator) -> None:
             sock.send(mutator.mangled(mutator.choice(NOTIFICATIONS)) or b"x")
         return
     if where == "status":
-        with socket.create_connection(("127.0.0.1", stage.status_port), 1.0) as sock, suppress(OSError):
+        with suppress(OSError), socket.create_connection(("127.0.0.1", stage.status_port), 1.0) as sock:
             sock.sendall(mutator.mangled(mutator.choice(QUESTIONS)))
         return
     path = stage.runtime / "control.sock"
