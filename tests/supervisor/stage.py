@@ -160,7 +160,8 @@ class Stage:
 
     def is_stopped(self) -> bool:
         """The service has ended, which it is asked for."""
-        if not self.is_gone:
+        assert self.supervisor is not None
+        if not self.is_gone and not self.supervisor.service.is_stopping:  # a second request would cut
             with suppress(OSError):  # a conversation may fail, too
                 list(self.replies(StopRequest()))
         return self.is_gone

@@ -303,6 +303,7 @@ def test_a_take_over_that_fails_by_an_error_of_the_old_supervisor_leaves_it_as_i
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_soak(trial: Trial, capfd: pytest.CaptureFixture[str]) -> None:
     """As above, each in a life of its own."""

@@ -133,6 +133,7 @@ def test_hotport_toml_that_is_nested_too_deeply_is_refused_by_restart_and_by_sig
     assert run(client) == 0
 
 
+@pytest.mark.soak
 def test_nothing_is_left_open_after_take_overs_that_fail_restarts_and_upgrades(run: Play) -> None:
     """300 take-overs that failed left 600 descriptors open; without any left, control.sock was gone."""
 

@@ -125,6 +125,7 @@ def throw(stage: Stage, mutator: Mutator) -> None:
             sock.recv(65536)
 
 
+@pytest.mark.soak
 def test_nothing_dies_and_nothing_leaks(
     tmp_path: Path, nursery: Nursery, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
