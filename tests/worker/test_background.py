@@ -11,7 +11,7 @@ from hotport.worker import background
 pytestmark = pytest.mark.anyio
 
 
-async def test_error_is_logged_at_once_and_ends_only_the_task(caplog: pytest.LogCaptureFixture) -> None:
+async def test_error_is_logged_at_once_and_ends_only_the_task(log: pytest.LogCaptureFixture) -> None:
     async def fail() -> None:
         raise LookupError("a bug of ours")
 
@@ -21,14 +21,14 @@ async def test_error_is_logged_at_once_and_ends_only_the_task(caplog: pytest.Log
     await asyncio.wait(tasks)
     await asyncio.sleep(0)
     assert not tasks
-    assert "probe.failed" in caplog.text
-    assert "a bug of ours" in caplog.text
+    assert "probe.failed" in log.text
+    assert "a bug of ours" in log.text
 
 
-async def test_cancellation_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+async def test_cancellation_is_no_error(log: pytest.LogCaptureFixture) -> None:
     tasks: set[asyncio.Task[None]] = set()
     background.start("probe", asyncio.Event().wait(), tasks).cancel()  # type: ignore[arg-type]
     await asyncio.wait(tasks)
     await asyncio.sleep(0)
     assert not tasks
-    assert not caplog.text
+    assert not log.text

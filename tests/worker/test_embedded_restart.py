@@ -243,7 +243,7 @@ async def test_each_kind_of_application_serves_again_if_its_successor_dies(
 
 
 async def test_drain_that_fails_does_not_take_the_service_back_from_the_successor(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     """It drained again as if it still served, and removed the socket file on which its successor listened."""
     path = tmp_path / "app.sock"
@@ -255,7 +255,7 @@ async def test_drain_that_fails_does_not_take_the_service_back_from_the_successo
         monkeypatch.setattr(server.connections, "wait_empty", fail)
         done = await server.restart([sys.executable, str(tmp_path / "stays.py"), "echo", server.addresses[0]])
     try:
-        assert "a bug of ours" in caplog.text
+        assert "a bug of ours" in log.text
         assert path.exists()
         async with await anyio.connect_unix(path) as client:
             await client.send(b"hello")
@@ -267,7 +267,7 @@ async def test_drain_that_fails_does_not_take_the_service_back_from_the_successo
 
 
 async def test_restart_on_hup_that_fails_unexpectedly_is_logged(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     async def fail(_: hotport.Server) -> None:
         raise LookupError("a bug of ours")
@@ -275,9 +275,9 @@ async def test_restart_on_hup_that_fails_unexpectedly_is_logged(
     monkeypatch.setattr(hotport.Server, "restart", fail)
     async with hotport.serve(echo, bind="127.0.0.1:0", restart_on_hup=True) as server:
         os.kill(os.getpid(), signal.SIGHUP)
-        while "restart.failed" not in caplog.text:
+        while "restart.failed" not in log.text:
             await anyio.lowlevel.checkpoint()
-        assert "a bug of ours" in caplog.text
+        assert "a bug of ours" in log.text
         assert await answers(server)
 
 

@@ -23,7 +23,7 @@ async def hold(stream: Any) -> None:
 
 
 async def test_drain_that_fails_cuts_what_is_left_and_counts_it(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     """The worker ended with a traceback, and its connections were counted as those of one that was killed."""
 
@@ -44,5 +44,5 @@ async def test_drain_that_fails_cuts_what_is_left_and_counts_it(
             fates = await server.drain(DEADLINE_S)
         await server.shutdown()
         assert fates == {"cut_stream": 1}
-        assert "drain.failed" in caplog.text
+        assert "drain.failed" in log.text
         writer.close()
