@@ -474,6 +474,7 @@ def test_the_status_port_has_one_address_of_connections(tmp_path: Path) -> None:
     [
         (b"workers = \n", "hotport.toml is not TOML", "line 1"),
         (b"\xff", "hotport.toml is not TOML", "utf-8"),
+        (b"x = " + b"[" * 5000 + b"]" * 5000, "hotport.toml is not TOML", "nested too deeply"),
     ],
 )
 def test_file_that_is_not_toml_says_where(tmp_path: Path, content: bytes, what: str, cause: str) -> None:

@@ -20,8 +20,9 @@ from hotport.model.lifecycle import Phase
 from hotport.model.service import RequestStop
 from hotport.model.signals import HELD, NOTES, TERMINATING
 from hotport.observe.logs import configure, get_logger
-from hotport.options import service_name
+from hotport.options import WORKERS_MAX, service_name
 from hotport.options.loading import Loaded, load
+from hotport.supervisor.contain import Containing, contained, retried
 from hotport.supervisor.control import serve_control
 from hotport.supervisor.house import House
 from hotport.supervisor.keeper import keep_files
@@ -178,7 +179,7 @@ async def _answer_probes(supervisor: Supervisor, place: Place) -> None:
     if supervisor.status_port is None:
         return
     if place.baggage is not None or place.found.survivors:
-        await supervisor.wait_stepped()  # before that we know of no worker
+        await supervisor.begun.wait()  # before that we know of no worker
     before = place.predecessor.status_port if place.predecessor is not None else None
     if before is not None and before.listener is supervisor.status_port.listener:
         while len(supervisor.service.ids(Phase.SERVING)) < supervisor.service.wanted:
@@ -202,12 +203,12 @@ async def _supervise(supervisor: Supervisor, place: Place) -> None:
     log.info("service.starting", addresses=list(supervisor.listeners), **at)
     supervisor.mend = partial(place.house.mend, supervisor)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(serve_control, supervisor, place.house)
+        tasks.start_soon(retried, "control", serve_control, supervisor, place.house)
         async with anyio.create_task_group() as until_the_end:
-            until_the_end.start_soon(_handle_signals, supervisor, place.house, until_the_end)
-            until_the_end.start_soon(_succeed, supervisor, place)
-            until_the_end.start_soon(_answer_probes, supervisor, place)
-            until_the_end.start_soon(keep_files, supervisor, place.house)
+            until_the_end.start_soon(retried, "signals", _handle_signals, supervisor, place.house, until_the_end)
+            until_the_end.start_soon(contained, "succession", _succeed, supervisor, place)
+            until_the_end.start_soon(retried, "status_port", _answer_probes, supervisor, place)
+            until_the_end.start_soon(retried, "files", keep_files, supervisor, place.house)
             await supervisor.run()
             if supervisor.is_departing:  # signals wait for the handlers of the next supervisor
                 signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -220,7 +221,7 @@ async def _supervise(supervisor: Supervisor, place: Place) -> None:
 async def _succeed(supervisor: Supervisor, place: Place) -> None:
     """Bring to its end what has made us the supervisor."""
     if place.baggage is not None:
-        await supervisor.wait_stepped()
+        await retried("succession", supervisor.begun.wait)
         get_logger("hotport.supervisor").info("supervisor.upgraded", detail=report(place.baggage, supervisor))
     if place.predecessor is not None:
         await retire(place.predecessor, supervisor)
@@ -238,14 +239,15 @@ async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc
         handled.append(signal.SIGCHLD)
 
     async def answer(what: Callable[[], Any], refused: Callable[[str], None] = lambda why: None) -> None:
-        try:
-            await what()
-        except HotportError as error:  # nobody waits for an answer: the log has to tell
-            log.warning("request.failed", error=str(error))
-            refused(str(error))
+        with Containing("request", lambda error: refused(repr(error))):
+            try:
+                await what()
+            except HotportError as error:  # nobody waits for an answer: the log has to tell
+                log.warning("request.failed", error=str(error))
+                refused(str(error))
 
-    with anyio.open_signal_receiver(*handled) as signals:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # blocked by the supervisor that this process was
+    async def answer_each() -> None:
+        nonlocal has_hung_up
         async for number in signals:
             if supervisor.has_departed:  # it is for the next supervisor
                 signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -270,7 +272,7 @@ async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc
                     supervisor.input(RequestStop(now=True))
                 case signal.SIGTTIN | signal.SIGTTOU:
                     change = 1 if number == signal.SIGTTIN else -1
-                    wanted = max(1, supervisor.service.wanted + change)
+                    wanted = min(max(1, supervisor.service.wanted + change), WORKERS_MAX)
                     tasks.start_soon(answer, lambda wanted=wanted: scale(supervisor, wanted))
                 case signal.SIGCHLD:
                     reap_orphans({process.pid for process in supervisor.processes.values()})
@@ -278,3 +280,7 @@ async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc
                     log.info("signal.ignored", signal=name, why=NOTES[name])
                 case signal.SIGUSR2:
                     tasks.start_soon(answer, lambda: house.upgrade(supervisor, None))
+
+    with anyio.open_signal_receiver(*handled) as signals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # blocked by the supervisor that this process was
+        await retried("signals", answer_each)  # inside: a signal without a handler ends the process

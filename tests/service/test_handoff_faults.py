@@ -67,7 +67,7 @@ class Kept:
             assert byte, "the connection was closed"
             head += byte
         assert head.startswith(b"HTTP/1.1 200")
-        body = file.read(len(f"1 {path}"))
+        body = file.read(int(head.lower().partition(b"content-length:")[2].split()[0]))
         generation, answered = body.decode().split(" ", 1)
         assert answered == path
         return int(generation), b"connection: close" in head.lower()

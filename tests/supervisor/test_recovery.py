@@ -65,6 +65,23 @@ def test_nothing_is_taken_over_from_another_users_socket(tmp_path: Path, monkeyp
     (tmp_path / "control.sock").unlink()
 
 
+@pytest.mark.parametrize(
+    "garbage", [{"HOTPORT_GENERATION": "one"}, {"HOTPORT_WORKER": '{"x":' + "[" * 60_000}], ids=["number", "JSON"]
+)
+async def test_process_with_garbage_for_an_environment_costs_only_itself(
+    tmp_path: Path, garbage: dict[str, str]
+) -> None:
+    """No supervisor could start as long as it ran."""
+    (tmp_path / "notify.sock").touch()
+    environment = {"NOTIFY_SOCKET": str(tmp_path / "notify.sock"), "HOTPORT_GENERATION": "1", **garbage}
+    with subprocess.Popen(["sleep", "60"], env=environment, start_new_session=True) as stray:  # noqa: ASYNC220
+        try:
+            found = await ask(tmp_path, answers=True)
+        finally:
+            stray.kill()
+    assert [(each.pid, each.phase) for each in found.survivors] == [(os.getpid(), Phase.SERVING)]
+
+
 @pytest.mark.parametrize("is_program", [False, True])
 async def test_process_that_a_worker_has_started_is_none(tmp_path: Path, is_program: bool) -> None:
     (tmp_path / "notify.sock").touch()

@@ -44,12 +44,6 @@ async def read_order(stream: UNIXSocketStream) -> TransferOrder:
             return order
 
 
-def forget(process: Process) -> None:
-    """Close what only waiting for its end would close."""
-    process._orders.close()
-    process._pending.close()
-
-
 async def give(path: Path, behaviour: Behaviour, *args: object) -> None:
     """Let a process whose worker behaves like this transfer something."""
     control = str(path / "worker.sock")
@@ -68,7 +62,6 @@ async def give(path: Path, behaviour: Behaviour, *args: object) -> None:
             failure = error
         tasks.cancel_scope.cancel()
     os.unlink(control)
-    forget(process)
     if failure is not None:
         raise failure
 
@@ -151,4 +144,3 @@ async def test_worker_that_is_gone_cannot_be_given_anything(listeners: dict[str,
     process = Process(1, 1, Child(os.getpid(), -1), "/nowhere/worker.sock", is_foreign=False)
     with pytest.raises(OSError, match="No such file"):
         await process.transfer(listeners)
-    forget(process)

@@ -66,7 +66,18 @@ def test_garbage_is_refused(kinds: Any, payload: bytes) -> None:
 
 @pytest.mark.parametrize("kinds", SETS.values(), ids=SETS)
 def test_what_is_no_message_is_refused(kinds: Any) -> None:
-    for payload in (b"", b"{", b"[]", b"null", b"{}", b'{"type":1}', b'{"type":"\xff"}', b"\xff\xfe", b'{"type":null}'):
+    for payload in (
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"{}",
+        b'{"type":1}',
+        b'{"type":"\xff"}',
+        b"\xff\xfe",
+        b'{"type":null}',
+        b"[" * 60_000,
+    ):
         with pytest.raises(ControlError, match="HP602"):
             decode(payload, kinds)
 

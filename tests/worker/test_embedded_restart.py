@@ -91,6 +91,9 @@ async def main():
 asyncio.run(main())
 """
 
+#: Serves the same, until it is killed.
+STAYS = DIES.replace("os.kill(os.getpid(), signal.SIGKILL)", "await asyncio.Event().wait()")
+
 #: Says that it is ready, and is no server of ours.
 FOREIGN = """\
 import os, time
@@ -113,7 +116,7 @@ time.sleep(1000)
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Successors import this module, and have the environment from before the monkey."""
-    for name, text in {"dies": DIES, "foreign": FOREIGN, "deaf": DEAF}.items():
+    for name, text in {"dies": DIES, "stays": STAYS, "foreign": FOREIGN, "deaf": DEAF}.items():
         root = repr(str(Path(__file__).parent.parent.parent))
         (tmp_path / f"{name}.py").write_text(f"import sys\nsys.path.insert(0, {root})\n{text}")
 
@@ -252,6 +255,45 @@ async def test_each_kind_of_application_serves_again_if_its_successor_dies(
                     assert await anyio.to_thread.run_sync(client.recv, 5) == b"again"
             held.close()
             raise ZeroDivisionError  # this cuts at once
+
+
+async def test_drain_that_fails_does_not_take_the_service_back_from_the_successor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    """It drained again as if it still served, and removed the socket file on which its successor listened."""
+    path = tmp_path / "app.sock"
+
+    async def fail() -> None:
+        raise LookupError("a bug of ours")
+
+    async with hotport.serve(echo, bind=f"unix:{path}") as server:
+        monkeypatch.setattr(server.connections, "wait_empty", fail)
+        done = await server.restart([sys.executable, str(tmp_path / "stays.py"), "echo", server.addresses[0]])
+    try:
+        assert "a bug of ours" in log.text
+        assert path.exists()
+        async with await anyio.connect_unix(path) as client:
+            await client.send(b"hello")
+            assert await client.receive() == b"hello"
+    finally:
+        os.kill(done.pid, signal.SIGKILL)
+        os.waitpid(done.pid, 0)  # noqa: ASYNC222
+        path.unlink()
+
+
+async def test_restart_on_hup_that_fails_unexpectedly_is_logged(
+    monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    async def fail(_: hotport.Server) -> None:
+        raise LookupError("a bug of ours")
+
+    monkeypatch.setattr(hotport.Server, "restart", fail)
+    async with hotport.serve(echo, bind="127.0.0.1:0", restart_on_hup=True) as server:
+        os.kill(os.getpid(), signal.SIGHUP)
+        while "restart.failed" not in log.text:
+            await anyio.lowlevel.checkpoint()
+        assert "a bug of ours" in log.text
+        assert await answers(server)
 
 
 async def test_hup_restarts_and_the_log_says_why_not(caplog: pytest.LogCaptureFixture) -> None:

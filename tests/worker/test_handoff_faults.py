@@ -175,6 +175,28 @@ async def test_successor_that_cannot_be_reached_is_passed_over(tmp_path: Path, p
         assert await task == {"told_to_close": 1}
 
 
+async def test_unexpected_error_with_one_successor_keeps_no_connection_from_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The drain ended with it, and every connection was lost uncounted."""
+
+    def sockaddr(path: str) -> str:
+        if path == "bad":
+            raise LookupError("a bug of ours")
+        return path
+
+    monkeypatch.setattr(handoff, "sockaddr", sockaddr)
+    app = App()
+    async with service(tmp_path) as port:
+        old = await port.start(app)
+        await old.server.accept()
+        client = Client(await port.connect())
+        await until(lambda: len(old.connections.open) == 1)
+        new = await port.start(app)
+        assert await start_leaving(old, "bad", new.path) == {"moved_http": 1}
+        client.close()
+
+
 async def test_successor_that_says_nothing_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handoff, "WELCOME_TIMEOUT_S", 0.05)
     app = App()

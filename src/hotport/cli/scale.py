@@ -8,13 +8,14 @@ from hotport.cli import HELP
 from hotport.cli.client import ask, raise_failure
 from hotport.cli.output import print_json, waiting, write
 from hotport.errors import ExitCode
+from hotport.options import WORKERS_MAX
 from hotport.wire.messages import ScaleRequest
 
 __all__ = ["command"]
 
 
 @click.command("scale", context_settings=HELP)
-@click.argument("workers", type=click.IntRange(min=1, max=1024))
+@click.argument("workers", type=click.IntRange(min=1, max=WORKERS_MAX))
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(workers: int, name: str | None, as_json: bool) -> int:

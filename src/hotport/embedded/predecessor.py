@@ -26,6 +26,7 @@ from hotport.wire.listenfds import LISTEN_VARIABLES, parse_listen_environment
 from hotport.wire.messages import OfferOrder, encode, worker_socket
 from hotport.wire.sdnotify import encode_notification
 from hotport.wire.succession import SUCCESSION_VARIABLE, Ask, CommitOrder, Committed, Succession
+from hotport.worker import background
 from hotport.worker.handoff import Channel
 from hotport.worker.server import Server
 
@@ -35,6 +36,9 @@ log = logging.getLogger("hotport.embedded")
 
 #: How long READY=1 waits for room in the queue before it is looked whether the predecessor is there at all.
 READY_TIMEOUT_S: Final = 1.0
+
+#: How long to leave the socket alone when nothing can be accepted.
+ACCEPT_PAUSE_S: Final = 0.1
 
 
 class Predecessor:
@@ -169,10 +173,7 @@ class Predecessor:
     # -- tasks ---------------------------------------------------------------------------------------------
 
     def _start(self, steps: Any) -> asyncio.Task[Any]:
-        task = asyncio.get_running_loop().create_task(steps)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+        return background.start("succession", steps, self._tasks)
 
     async def _say_ready(self) -> None:
         said = encode_notification(ready=True, status="ready")
@@ -231,7 +232,7 @@ class Predecessor:
         except ControlError as error:
             log.warning("what came from the predecessor cannot be understood: %s", error)
             channel.close()
-        except asyncio.CancelledError:
+        except BaseException:
             channel.close()
             raise
 
@@ -257,8 +258,13 @@ def _listens(path: str) -> bool:
 async def _accept_each(control: socket.socket, converse: Callable[[socket.socket], None]) -> None:
     loop = asyncio.get_running_loop()
     while True:
-        sock, _ = await loop.sock_accept(control)
-        converse(sock)
+        try:
+            sock, _ = await loop.sock_accept(control)
+        except OSError as error:  # for want of descriptors or memory
+            log.error("cannot accept what the predecessor hands over: %s", error)
+            await asyncio.sleep(ACCEPT_PAUSE_S)
+        else:
+            converse(sock)
 
 
 def _is_at(listener: socket.socket, place: str) -> bool:

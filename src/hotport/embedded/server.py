@@ -39,6 +39,7 @@ from hotport.kernel.sockets import (
 )
 from hotport.options import Options
 from hotport.options.loading import load
+from hotport.worker import background
 from hotport.worker.server import ConnectionServer, DatagramServer, SocketsServer, make_server
 
 __all__ = ["Restarted", "Server", "serve"]
@@ -413,17 +414,19 @@ class Server:
             elif not timeout_s:
                 self.connections.hurry()
             await asyncio.wait({restarting})
-        if self._predecessor is not None:
-            self._predecessor.leaving()
-        for listener in self._listeners:
-            listener.kept.close()  # the server's own is the last one
-        if not self._is_succeeded:
-            await self._inner.drain(timeout_s, is_last=True)
-        if self._predecessor is not None:
-            await self._predecessor.close()
-        await self._inner.shutdown()
-        for listener in self._listeners:
-            listener.close(is_passed_on=self._is_succeeded)
+        try:
+            if self._predecessor is not None:
+                self._predecessor.leaving()
+            for listener in self._listeners:
+                listener.kept.close()  # the server's own is the last one
+            if not self._is_succeeded:
+                await self._inner.drain(timeout_s, is_last=True)
+            if self._predecessor is not None:
+                await self._predecessor.close()
+            await self._inner.shutdown()
+        finally:
+            for listener in self._listeners:
+                listener.close(is_passed_on=self._is_succeeded)
 
 
 def _refused(why: str, serving: int) -> RestartError:
@@ -542,9 +545,7 @@ def _restarting_on_hup(server: Server, predecessor: Predecessor | None) -> Itera
             log.info("the terminal is gone")
             server.close()
             return
-        task = loop.create_task(restart())
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
+        background.start("restart", restart(), tasks)
 
     async def handle_hup_after(predecessor: Predecessor) -> None:
         await predecessor.over.wait()

@@ -7,11 +7,12 @@ worker does not need.
 
 from __future__ import annotations
 
-from hotport.options.definition import OPTIONS, Option, Options, runtime_root, service_name
+from hotport.options.definition import OPTIONS, WORKERS_MAX, Option, Options, runtime_root, service_name
 from hotport.options.values import format_duration, format_size, parse_duration, parse_size
 
 __all__ = [
     "OPTIONS",
+    "WORKERS_MAX",
     "Option",
     "Options",
     "format_duration",

@@ -34,6 +34,7 @@ __all__ = [
     "NAME",
     "NAME_CHARS_MAX",
     "OPTIONS",
+    "WORKERS_MAX",
     "Option",
     "Options",
     "as_name",
@@ -45,6 +46,9 @@ ENVIRONMENT_PREFIX: Final = "HOTPORT_"
 
 NAME_CHARS_MAX: Final = 48
 """Leaves room in the 107 bytes of a unix path for the runtime directory and a worker's socket."""
+
+WORKERS_MAX: Final = 1024
+"""However the number of workers is asked for: each of them is a process."""
 
 Kind: TypeAlias = Literal["auto", "asgi", "stream", "protocol", "datagram", "sockets"]
 Loop: TypeAlias = Literal["uvloop", "asyncio"]
@@ -83,7 +87,7 @@ class Options:
         "What the target is; auto looks at it.",
     )
     factory: bool = _option(False, switch(), "The target is a function that returns the application.")
-    workers: int = _option(1, count(1, 1024), "Worker processes.")
+    workers: int = _option(1, count(1, WORKERS_MAX), "Worker processes.")
     tasks: int = _option(1, count(1, 1024), "Acceptor tasks in each worker.")
     loop: Loop = _option("uvloop", choice("uvloop", "asyncio"), "The event loop of a worker.")
     backlog: int = _option(4096, count(1), "The accept queue; the kernel caps it at net.core.somaxconn.")
@@ -207,7 +211,9 @@ class Options:
         0.0, duration(), "How long the old generation stays after a restart, to be taken back; 0: not at all."
     )
     canary: int = _option(
-        0, count(0, 1024), "New workers that serve beside the old ones, and bake, before the others start; 0: none."
+        0,
+        count(0, WORKERS_MAX),
+        "New workers that serve beside the old ones, and bake, before the others start; 0: none.",
     )
     bake_s: float = _option(60.0, duration(is_positive=True), "How long a canary is watched before the others start.")
     health_path: str | None = _option(

@@ -21,7 +21,7 @@ from hotport.options.definition import (
     as_name,
 )
 
-__all__ = ["Loaded", "Row", "load", "meant_flag", "rows", "show"]
+__all__ = ["Loaded", "Row", "checked", "load", "meant_flag", "rows", "show"]
 
 ENVIRONMENT_OTHERS: Final = frozenset(
     {
@@ -112,6 +112,17 @@ def load(
     return loaded
 
 
+def checked(values: Mapping[str, object]) -> dict[str, Any]:
+    """Values of options by field, as they came over a control socket, with the checks of flags; None passes.
+
+    Raises:
+        ConfigError: One of them cannot be used (HP304, HP11x).
+    """
+    fields = {option.field: option for option in OPTIONS}
+    given = {field: value for field, value in values.items() if value is not None}
+    return {field: _read(fields[field], value, fields[field].flag or _ARGUMENT) for field, value in given.items()}
+
+
 def _read_file(file: Path | None, cwd: Path) -> tuple[Mapping[str, object], str]:
     """The table of options, and what to call it in messages."""
     if file is not None:
@@ -135,8 +146,9 @@ def _read_toml(path: Path, name: str) -> tuple[Mapping[str, object], str]:
     except OSError as error:
         cause = f"{error.strerror or error}".lower()
         raise ConfigError("HP301", f"cannot read {name}", cause=cause, fix=f"ls -ld {path}") from error
-    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
-        cause = " ".join(str(error).split())
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError; or one in another
+        is_deep = isinstance(error, RecursionError)
+        cause = "it is nested too deeply" if is_deep else " ".join(str(error).split())
         fix = f"correct {name}; see https://toml.io"
         raise ConfigError("HP301", f"{name} is not TOML", cause=cause, fix=fix) from error
     if path.name != "pyproject.toml":

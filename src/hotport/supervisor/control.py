@@ -9,13 +9,17 @@ from contextlib import suppress
 from typing import Any, Final, TypeAlias
 
 import anyio
+import msgspec
 from anyio.abc import SocketAttribute, SocketStream, UNIXSocketStream
 
-from hotport.errors import ConfigError, ControlError, HotportError
+from hotport.errors import ControlError, HotportError
 from hotport.kernel.fork import withheld
 from hotport.kernel.sockets import may_command, peer_credentials
 from hotport.model.service import Announce
 from hotport.observe.logs import get_logger
+from hotport.options import OPTIONS
+from hotport.options.loading import checked
+from hotport.supervisor.contain import Containing, retried
 from hotport.supervisor.house import House
 from hotport.supervisor.process import receive_message
 from hotport.supervisor.requests import describe, keep, reload_tls, restart, scale, undo
@@ -52,8 +56,16 @@ GOODBYE_TIMEOUT_S: Final = 1.0
 
 CLIENTS_MAX: Final = 64
 
+#: How much of an unexpected error a client is told.
+ERROR_CHARS_MAX: Final = 500
+
 #: How long to leave the socket alone when nothing can be accepted, for want of descriptors or memory.
 ACCEPT_PAUSE_S: Final = 0.1
+
+#: How it shows that a client has left.
+_GONE: Final = (anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream)
+
+_OPTIONS: Final = frozenset(option.field for option in OPTIONS)
 
 Hear: TypeAlias = Callable[[Announce, float], None]
 
@@ -70,12 +82,10 @@ async def serve_control(supervisor: Supervisor, house: House) -> None:
 
     async def handle(connection: socket.socket) -> None:
         try:
-            async with await UNIXSocketStream.from_socket(connection) as stream:
-                await _converse(supervisor, stream, house)
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream):
-            pass  # a client that leaves ends its conversation, never what it asked for
-        except Exception:
-            log.exception("control.failed")  # a bug of ours must not cost the service its supervisor
+            with connection, Containing("control"), suppress(*_GONE):
+                # A client that leaves ends its conversation, never what it asked for.
+                async with await UNIXSocketStream.from_socket(connection) as stream:
+                    await _converse(supervisor, stream, house)
         finally:
             room.release()
 
@@ -85,28 +95,29 @@ async def serve_control(supervisor: Supervisor, house: House) -> None:
             try:
                 await anyio.wait_readable(control)  # anyio's listeners take AF_UNIX sockets from 4.14 on
                 conversations.start_soon(handle, control.accept()[0])
+            except BlockingIOError:  # its client has left
+                room.release()
             except BaseException as error:
                 room.release()
                 if not isinstance(error, OSError):
                     raise
-                if not isinstance(error, BlockingIOError):  # else its client has left
-                    log.error("control.accept_failed", error=str(error))
-                    await anyio.sleep(ACCEPT_PAUSE_S)
+                log.error("control.accept_failed", error=str(error))
+                await anyio.sleep(ACCEPT_PAUSE_S)
 
     async def listen() -> None:
         nonlocal listening
         with anyio.CancelScope() as listening, withheld(house.control.dup()) as control:
             control.setblocking(False)
-            await accept(control)
+            await retried("control", accept, control)
 
     def relisten() -> None:
         listening.cancel()
-        accepting.start_soon(listen)
+        accepting.start_soon(retried, "control", listen)
 
     async with anyio.create_task_group() as conversations:
         async with anyio.create_task_group() as accepting:
             house.relisten = relisten
-            accepting.start_soon(listen)
+            accepting.start_soon(retried, "control", listen)
             await supervisor.finished.wait()
             house.relisten = lambda: None
             accepting.cancel_scope.cancel()
@@ -127,20 +138,30 @@ async def _converse(supervisor: Supervisor, stream: SocketStream, house: House) 
         reply = await _carry_out(supervisor, request, stream, house, by=f"pid {pid} of uid {uid}")
     except HotportError as error:
         log.warning("control.refused", error=error.what, cause=error.cause)
-        reply = Failure(
-            code=error.code,
-            what=error.what,
-            cause=error.cause,
-            fix=error.fix,
-            exit_code=error.exit_code,
+        reply = _failure(error)
+    except _GONE:
+        raise
+    except Exception as error:  # a bug of ours, and whoever asked must not wait for the answer
+        failed = HotportError(
+            "HP642",
+            f"{supervisor.name} could not do this",
+            cause=f"an error that hotport did not expect: {type(error).__name__} ({str(error)[:ERROR_CHARS_MAX]})",
+            fix=f"hotport status {supervisor.name}, and see its log",
         )
+        with suppress(*_GONE):
+            await _say(stream, _failure(failed))
+        raise
     if reply is not None:
         await _say(stream, reply)
 
 
+def _failure(error: HotportError) -> Failure:
+    return Failure(code=error.code, what=error.what, cause=error.cause, fix=error.fix, exit_code=error.exit_code)
+
+
 async def _read_request(stream: SocketStream) -> Any:
     with anyio.move_on_after(REQUEST_TIMEOUT_S):
-        return await receive_message(stream, Request, frame_bytes_max=REQUEST_BYTES_MAX)
+        return _checked(await receive_message(stream, Request, frame_bytes_max=REQUEST_BYTES_MAX))
     raise ControlError(
         "HP641",
         "no request came",
@@ -149,11 +170,24 @@ async def _read_request(stream: SocketStream) -> Any:
     )
 
 
+def _checked(request: Any) -> Any:
+    """The request, once what it says of options has passed their checks: clients may be of any make."""
+    options = {name: getattr(request, name) for name in _OPTIONS.intersection(request.__struct_fields__)}
+    return msgspec.structs.replace(request, **checked(options))
+
+
 async def _say(stream: SocketStream, message: Any) -> None:
     await stream.send(encode_frame(encode(message)))
 
 
-async def _carry_out(supervisor: Supervisor, request: Any, stream: SocketStream, house: House, *, by: str) -> Any:
+async def _carry_out(
+    supervisor: Supervisor,
+    request: Any,
+    stream: SocketStream,
+    house: House,
+    *,
+    by: str,
+) -> Any:
     match request:
         case StatusRequest():
             return await describe(supervisor)
@@ -175,13 +209,6 @@ async def _carry_out(supervisor: Supervisor, request: Any, stream: SocketStream,
         case UndoRequest():
             return await _until_reported(stream, lambda hear: undo(supervisor, f"hotport undo ({by})", hear=hear))
         case ScaleRequest(workers=workers):
-            if workers < 1:
-                raise ConfigError(
-                    "HP312",
-                    f"cannot scale {supervisor.name} to {workers} workers",
-                    cause="a service has at least one worker",
-                    fix=f"hotport stop {supervisor.name}, to end it",
-                )
             await scale(supervisor, workers)
             return Done(detail=f"{workers} workers serve")
         case ReloadTlsRequest():
@@ -223,7 +250,7 @@ async def _until_reported(stream: SocketStream, run: Callable[[Hear], Awaitable[
             async for progress in receive:
                 await _say(stream, progress)
 
-    async with anyio.create_task_group() as tasks, send:
+    async with receive, anyio.create_task_group() as tasks, send:
         tasks.start_soon(forward)
         try:
             report = await run(hear)

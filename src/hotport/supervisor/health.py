@@ -15,6 +15,7 @@ from hotport.kernel.process import rss_bytes
 from hotport.model.health import Rules, Sample, verdict
 from hotport.model.service import Step, Unhealthy
 from hotport.options import Options
+from hotport.supervisor.contain import Containing
 from hotport.supervisor.process import Process
 from hotport.wire.messages import Inspection, InspectOrder, Probed, ProbeOrder
 
@@ -36,7 +37,20 @@ OWN_LAG_MAX_S: Final = 0.1
 
 
 async def watch_health(supervisor: Supervisor, generation: int, step: Step) -> None:
-    """Look at the new workers of this restart until it leaves this step, and say when they are not well."""
+    """Look at the new workers of this restart until it leaves this step, and say when they are not well.
+
+    Workers that cannot be looked at are not taken to be well.
+    """
+
+    def give_up(error: Exception) -> None:
+        why = f"its health could not be watched: {type(error).__name__} ({error})"
+        supervisor.input(Unhealthy(generation, why))
+
+    with Containing("health", give_up, generation=generation):
+        await _watch(supervisor, generation, step)
+
+
+async def _watch(supervisor: Supervisor, generation: int, step: Step) -> None:
     options = supervisor.options
     rules = Rules(
         errors_max=options.health_errors_max,

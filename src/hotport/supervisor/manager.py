@@ -26,6 +26,7 @@ from hotport.kernel.notify import notify_barrier, open_notify, send_notification
 from hotport.kernel.sockets import location
 from hotport.model.service import Announce, Clock, News
 from hotport.observe.logs import get_logger
+from hotport.supervisor.contain import retried
 from hotport.supervisor.timers import Timers
 from hotport.wire.sdnotify import encode_notification, encode_store, encode_store_remove, store_name
 
@@ -107,9 +108,9 @@ class Manager:
         if not self._path:
             return
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._deliver)
+            tasks.start_soon(retried, "manager.deliver", self._deliver)
             if self.watchdog_s is not None:
-                tasks.start_soon(self._keep_watchdog, self.watchdog_s)
+                tasks.start_soon(retried, "manager.watchdog", self._keep_watchdog, self.watchdog_s)
 
     # -- the store -----------------------------------------------------------------------------------------
 
@@ -264,13 +265,13 @@ class Manager:
 
     async def _deliver(self) -> None:
         while True:
-            await self._is_late.wait()
-            self._is_late = anyio.Event()
             while self._late and self._sock is not None:
                 await anyio.wait_writable(self._sock)
                 while self._late and self._try(self._late[0]):
                     self._late.popleft()
             self._late.clear()
+            self._is_late = anyio.Event()
+            await self._is_late.wait()
 
     async def _keep_watchdog(self, watchdog_s: float) -> None:
         while True:

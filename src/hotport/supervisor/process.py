@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -44,6 +44,10 @@ TRANSFER_TIMEOUT_S = 5.0
 
 #: How long the last words of a worker that is gone are waited for.
 LAST_WORDS_S = 1.0
+
+
+#: From the end of a conversation with a worker that lives on to the next one.
+RECONNECT_PAUSE_S = 0.1
 
 
 class Process:
@@ -93,10 +97,13 @@ class Process:
         self.released: anyio.Event | None = None
         self._pidfd = child.pidfd
         self.control_path = control_path
-        self._orders, self._pending = anyio.create_memory_object_stream[bytes](math.inf)
+        self._orders: deque[bytes] = deque()
+        self._has_orders = anyio.Event()
         self.is_talking = False
         self._socket: Any = None
         self._has_said_all = anyio.Event()
+        self._conversation: anyio.CancelScope | None = None
+        self._has_ended = False
         self._asked: list[tuple[type[Any], anyio.Event, list[Any]]] = []
         self._log = get_logger("hotport.supervisor").bind(worker=worker, generation=generation)
 
@@ -107,8 +114,8 @@ class Process:
 
     def order(self, message: Any) -> None:
         """Queue an order; it leaves when the worker's control socket has been reached."""
-        with suppress(anyio.ClosedResourceError, anyio.BrokenResourceError):
-            self._orders.send_nowait(encode_frame(encode(message)))
+        self._orders.append(encode_frame(encode(message)))
+        self._has_orders.set()
 
     def signal(self, number: int) -> None:
         """Send a signal to exactly this process."""
@@ -122,21 +129,34 @@ class Process:
     async def converse(self, hear: Callable[[int, Word], None]) -> None:
         """Connect to the worker, carry orders there and its words back, until it is gone.
 
-        A worker that cannot be given orders is left to the timers that bound them.
+        A worker that closes the connection and lives on has failed at an order: it is connected to again, since without
+        a supervisor it would leave. One that cannot be given orders is left to the timers that bound them.
         """
+        with anyio.CancelScope() as self._conversation:
+            while not self._has_ended and await self._converse(hear):
+                await anyio.sleep(RECONNECT_PAUSE_S)
+                if not os.path.exists(self.control_path):  # noqa: ASYNC240  it leaves
+                    return
+
+    async def _converse(self, hear: Callable[[int, Word], None]) -> bool:
+        """One connection to its end; False if there was none."""
         self.is_talking = True
+        self._has_said_all = anyio.Event()
         try:
             async with await _connect(self.control_path) as stream, anyio.create_task_group() as tasks:
                 self._socket = stream.extra(SocketAttribute.raw_socket)
                 tasks.start_soon(self._send_orders, stream)
                 await self._receive_words(stream, hear)
                 tasks.cancel_scope.cancel()
+            return True
         except OSError as error:
             self._log.warning("worker.unreachable", error=str(error))
+            return False
         finally:
             self.is_talking = False
             self._has_said_all.set()
-            for _, event, _ in self._asked:
+            asked, self._asked = self._asked, []
+            for _, event, _ in asked:
                 event.set()
 
     async def ask(self, order: Any, kind: type[Answer], timeout_s: float) -> Answer | None:
@@ -184,8 +204,12 @@ class Process:
 
     async def _send_orders(self, stream: ByteStream) -> None:
         with suppress(anyio.BrokenResourceError):  # then the other direction ends, too
-            async for frame in self._pending:
-                await stream.send(frame)
+            while True:
+                while self._orders:
+                    await stream.send(self._orders[0])
+                    self._orders.popleft()
+                self._has_orders = anyio.Event()
+                await self._has_orders.wait()
 
     async def _receive_words(self, stream: ByteStream, hear: Callable[[int, Word], None]) -> None:
         decoder = FrameDecoder()
@@ -207,22 +231,24 @@ class Process:
         except ControlError as error:
             self._log.warning("worker.garbage", error=str(error))
 
-    async def wait_ended(self, before: Callable[[], None]) -> str:
-        """Wait for the end, hear its last words, collect it, and say how it ended.
-
-        Args:
-            before: Called between the end and the collecting, while the pid still is nobody else's.
-        """
+    async def wait_ended(self) -> None:
+        """Wait for the end, and for its last words; may be called again."""
         await anyio.wait_readable(self._pidfd)
         if self.is_talking:
             with anyio.move_on_after(LAST_WORDS_S):
                 await self._has_said_all.wait()
-        before()
+
+    def collect(self) -> str:
+        """Let go of a worker that has ended, and say how it did.
+
+        Its conversation is ended here: a child that it has forked may hold the other end of the connection.
+        """
+        self._has_ended = True
+        if self._conversation is not None:
+            self._conversation.cancel()
         kill_group(self.pid)  # what it has started ends with it; its zombie keeps the group's id ours
         status = reap(self.pid)
         os.close(self._pidfd)
-        self._orders.close()
-        self._pending.close()
         with suppress(OSError):  # a worker that was killed leaves its socket behind
             os.unlink(self.control_path)
         return describe_exit(status)

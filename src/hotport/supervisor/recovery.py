@@ -25,6 +25,7 @@ from hotport.kernel.sockets import check_peer, inherited_listener, peer_credenti
 from hotport.model import service as model
 from hotport.model.lifecycle import Phase
 from hotport.observe.logs import get_logger
+from hotport.supervisor.contain import Containing
 from hotport.supervisor.launch import PRIVATE_VARIABLES, Launch
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.listenfds import parse_listen_environment
@@ -140,11 +141,11 @@ async def survey(
     errors: list[HotportError] = []
 
     async def ask(survivor: Survivor) -> None:
-        try:
-            with anyio.move_on_after(ANSWER_TIMEOUT_S):
+        with Containing("survey", path=survivor.control_path), anyio.move_on_after(ANSWER_TIMEOUT_S):
+            try:
                 await _ask(survivor)
-        except HotportError as error:
-            errors.append(error)
+            except HotportError as error:
+                errors.append(error)
 
     async with anyio.create_task_group() as tasks:
         for survivor in asked:
@@ -225,23 +226,26 @@ def _started(directory: str) -> dict[tuple[int, int], Survivor]:
     """Processes that were started to be workers of this service, whether they listen yet or not."""
     found: dict[tuple[int, int], Survivor] = {}
     for pid in procfs.leaders_with("NOTIFY_SOCKET", os.path.join(directory, "notify.sock")):
-        environment = procfs.environment(pid)
-        launch = worker = None
-        generation = int(environment.get("HOTPORT_GENERATION", "0"))
-        if text := environment.get("HOTPORT_WORKER"):
-            with suppress(msgspec.MsgspecError):  # another version's: then it has to say itself who it is
-                spec = msgspec.json.decode(text, type=WorkerSpec)
-                worker = spec.worker
-                launch = _launch(pid, spec, environment)
-            if worker is None:
-                continue
-        elif environment.get("LISTEN_PID") != str(pid):  # started by such a program, in a group of its own
-            continue
-        key = (generation, worker or -pid)
-        path = os.path.join(directory, worker_socket(generation, worker)) if worker else ""
-        phase = Phase.STARTING if worker else Phase.SERVING
-        found.setdefault(key, Survivor(worker or 0, generation, pid, path, not worker, phase, launch))
+        with Containing("survey", worker_pid=pid):  # its environment may be anything
+            if (survivor := _survivor(pid, directory)) is not None:
+                found.setdefault((survivor.generation, survivor.worker or -pid), survivor)
     return found
+
+
+def _survivor(pid: int, directory: str) -> Survivor | None:
+    """What a process was started to be, by its environment; None if that is no worker."""
+    environment = procfs.environment(pid)
+    generation = int(environment.get("HOTPORT_GENERATION", "0"))
+    if text := environment.get("HOTPORT_WORKER"):
+        try:
+            spec = msgspec.json.decode(text, type=WorkerSpec)
+        except msgspec.MsgspecError:  # another version's: then it has to say itself who it is
+            return None
+        path = os.path.join(directory, worker_socket(generation, spec.worker))
+        return Survivor(spec.worker, generation, pid, path, launch=_launch(pid, spec, environment))
+    if environment.get("LISTEN_PID") != str(pid):  # started by such a program, in a group of its own
+        return None
+    return Survivor(0, generation, pid, "", is_foreign=True, phase=Phase.SERVING)
 
 
 def _launch(pid: int, spec: WorkerSpec, environment: Mapping[str, str]) -> Launch | None:

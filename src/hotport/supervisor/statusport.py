@@ -20,6 +20,7 @@ from anyio.abc import ByteStream
 from hotport.model.service import Stage
 from hotport.observe.logs import get_logger
 from hotport.options import Options
+from hotport.supervisor.contain import Containing, retried
 from hotport.supervisor.requests import describe
 from hotport.supervisor.supervisor import Supervisor
 from hotport.wire.messages import Status, encode
@@ -65,15 +66,14 @@ async def serve_status_port(supervisor: Supervisor, sock: socket.socket, is_over
 
     async def converse(connection: socket.socket, scope: anyio.CancelScope) -> None:
         try:
-            with scope, suppress(anyio.BrokenResourceError, anyio.EndOfStream, OSError):
+            gone = suppress(anyio.BrokenResourceError, anyio.EndOfStream, OSError)
+            with Containing("status_port"), scope, gone:
                 connection.getpeername()  # fails if the client has left already
                 async with await anyio.abc.SocketStream.from_socket(connection) as stream:
                     await stream.send(await _answer(supervisor, await _read_question(stream)))
                     await stream.send_eof()
                     while await stream.receive():  # closing on what was not read would reset the connection
                         pass
-        except Exception:
-            log.exception("status_port.failed")  # a bug of ours must not cost the service its supervisor
         finally:
             del clients[connection]
             connection.close()
@@ -97,7 +97,7 @@ async def serve_status_port(supervisor: Supervisor, sock: socket.socket, is_over
     with sock:
         async with anyio.create_task_group() as conversations:
             async with anyio.create_task_group() as accepting:
-                accepting.start_soon(accept)
+                accepting.start_soon(retried, "status_port", accept)
                 await is_over.wait()
                 accepting.cancel_scope.cancel()
             sock.close()  # before the last answer, so that nobody waits in our queue for nothing

@@ -7,20 +7,21 @@ never busy with a restart, it is only ever between two steps of one.
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVarTuple
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 
 from hotport.address import listener_name, parse_address
 from hotport.errors import ExitCode, HotportError, RestartError, StartError
@@ -35,13 +36,14 @@ from hotport.model.service import Announce, Clock, Exited, News, Said, Service, 
 from hotport.model.signals import WORKER
 from hotport.observe.logs import get_logger
 from hotport.options import Options, format_duration
+from hotport.supervisor.contain import Containing, contained, retried
 from hotport.supervisor.foreign import find_unaware
 from hotport.supervisor.health import watch_health
 from hotport.supervisor.launch import Launch, Surroundings
 from hotport.supervisor.listeners import Listener, Listeners
 from hotport.supervisor.manager import Manager
 from hotport.supervisor.process import Process
-from hotport.supervisor.recovery import Found
+from hotport.supervisor.recovery import Found, Survivor
 from hotport.supervisor.reports import Reports
 from hotport.supervisor.timers import Timers
 from hotport.wire.messages import (
@@ -71,6 +73,8 @@ from hotport.wire.sdnotify import Notification
 
 __all__ = ["StatusPort", "Supervisor"]
 
+Arguments = TypeVarTuple("Arguments")
+
 #: Bounds the answer to an order that a worker can carry out at once.
 ANSWER_TIMEOUT_S: Final = 5.0
 
@@ -87,6 +91,9 @@ class Asked:
     Args:
         launch: Of a restart: what the next generation is started from.
         plan: Of a restart: the listeners of the next generation.
+
+    Attributes:
+        error: Why the model could not even answer.
     """
 
     def __init__(self, launch: Launch | None = None, plan: list[Listener] | None = None) -> None:
@@ -95,6 +102,7 @@ class Asked:
         self.is_answered = anyio.Event()
         self.generation = 0
         self.refusal: model.Refusal | None = None
+        self.error: Exception | None = None
 
 
 class StatusPort(NamedTuple):
@@ -121,6 +129,7 @@ class Supervisor:
         is_departing: It ends without its workers: this process becomes another supervisor of them.
         mend: Makes again what has disappeared of the runtime directory; called before a worker is started in it.
         has_departed: It takes no input any more; until then, it stays if somebody asks for the end of the service.
+        begun: Set when there is a first worker, or what is left of a last supervisor's is known.
         is_succeeded: Another process has the listeners, and the paths in `directory`.
         heirs: Control sockets of that process's workers.
         status_port: Owned by whoever has set it first.
@@ -165,10 +174,12 @@ class Supervisor:
         self._asked: dict[int, Asked] = {}
         self._subscribers: list[Callable[[Announce | Report], None]] = []
         self._stepped = anyio.Event()
+        self.begun = anyio.Event()
         self._has_cut = False
         self._left: list[socket.socket] = []  # connections that were taken from a queue, for the next who accepts
         self.finished = anyio.Event()
-        self._put, self._inputs = anyio.create_memory_object_stream[model.Input | None](math.inf)
+        self._inputs: deque[model.Input | None] = deque()
+        self._has_inputs = anyio.Event()
         self._log = get_logger("hotport.supervisor")
         self.started_at = time.monotonic()
         self._tasks: anyio.abc.TaskGroup
@@ -191,30 +202,57 @@ class Supervisor:
             return
         async with anyio.create_task_group() as self._tasks:
             self._timers = Timers(self._tasks, lambda timer: self.input(model.Elapsed(timer)))
-            self._tasks.start_soon(self._receive_notifications)
-            self._tasks.start_soon(self.manager.run)
+            self._tasks.start_soon(retried, "notifications", self._receive_notifications)
+            self._tasks.start_soon(retried, "manager", self.manager.run)
+            await retried("begin", anyio.lowlevel.checkpoint)  # signals are handled before anything is started
             self._adopt()
-            async for event in self._inputs:
-                if event is None:
-                    if self.is_departing and not (self.service.is_stopping or self.service.is_lame_duck):
-                        self.has_departed = True
-                        break
-                    self.is_departing = False  # the end of the service was asked for first
-                    continue
-                self.service, effects = model.step(self.service, event)
-                is_finished = False
-                for effect in effects:
-                    is_finished = self._carry_out(effect) or is_finished
-                self._redirect()
-                self._deposit()
-                self._close_listeners()
-                self.manager.extend(self._timers)
-                self._stepped.set()
-                self._stepped = anyio.Event()
-                if is_finished:
-                    break
+            await retried("inputs", self._take_inputs)
             self._tasks.cancel_scope.cancel()
         self.finished.set()
+
+    def start(self, what: str, run: Callable[[*Arguments], Awaitable[None]], *args: *Arguments) -> None:
+        """Start a task that ends with the supervisor; an unexpected error ends only this one."""
+        self._tasks.start_soon(contained, what, run, *args)
+
+    async def _take_inputs(self) -> None:
+        """Step the model with each input, in order, until the last worker is gone or this supervisor departs."""
+        while True:
+            while self._inputs:
+                event = self._inputs.popleft()
+                if event is not None:
+                    if self._step(event):
+                        return
+                elif self.is_departing and not (self.service.is_stopping or self.service.is_lame_duck):
+                    self.has_departed = True
+                    return
+                else:
+                    self.is_departing = False  # the end of the service was asked for first
+            self._has_inputs = anyio.Event()
+            await self._has_inputs.wait()
+
+    def _step(self, event: model.Input) -> bool:
+        """Step the model once and carry out its effects; True if the service has ended."""
+        effects: Sequence[model.Effect] = ()
+        with Containing("step", lambda error: self._give_up(event, error), input=str(event)):
+            self.service, effects = model.step(self.service, event)
+        for effect in effects:
+            with Containing("effect", effect=str(effect)):
+                self._carry_out(effect)
+        for follow in (self._redirect, self._deposit, self._close_listeners):
+            with Containing("step", after=str(event)):
+                follow()
+        with Containing("manager"):
+            self.manager.extend(self._timers)
+        self.begun.set()
+        self._stepped.set()
+        self._stepped = anyio.Event()
+        return any(isinstance(effect, model.Finish) for effect in effects)
+
+    def _give_up(self, event: model.Input, error: Exception) -> None:
+        """The model has failed at an input: the service is as it was, and a request gets the error for an answer."""
+        if (asked := self._asked.pop(getattr(event, "request", 0), None)) is not None:
+            asked.error = error
+            asked.is_answered.set()
 
     def _asked_of(self, found: Found) -> dict[int, tuple[str, ...]]:
         """The addresses of each generation as its options name them."""
@@ -239,35 +277,37 @@ class Supervisor:
 
     def _adopt(self) -> None:
         """Begin: with the first generation, or with what is left of the last supervisor's."""
-        found, here = self._found, []
+        found = self._found
         phases = {worker.id: worker.phase for worker in found.workers}
         for survivor in found.survivors:
-            try:
-                child = Child(survivor.pid, os.pidfd_open(survivor.pid))
-            except ProcessLookupError:  # it has gone since, and may have been killed
-                with suppress(OSError):
-                    os.unlink(survivor.control_path)
-                continue
-            here.append(survivor.worker)
-            process = Process(
-                survivor.worker,
-                survivor.generation,
-                child,
-                survivor.control_path,
-                is_foreign=survivor.is_foreign,
-                age_s=age_s(survivor.pid),
-            )
-            process.held = set(survivor.listeners.values())
-            phase = phases.get(survivor.worker)
-            process.owes = phase in (Phase.SERVING, Phase.QUIESCED, Phase.DRAINING)
-            process.is_leaving = phase is Phase.DRAINING
-            self.processes[survivor.worker] = process
-            self._tasks.start_soon(self._watch, process)
-            if not process.is_foreign and os.path.exists(process.control_path):
-                self._tasks.start_soon(process.converse, self._hear_word)
-        workers = tuple(worker for worker in found.workers if worker.id in here)
+            with Containing("worker.adopt", worker=survivor.worker):
+                self._adopt_worker(survivor, phases.get(survivor.worker))
+        workers = tuple(worker for worker in found.workers if worker.id in self.processes)
         wanted = found.wanted or self.options.workers
         self.input(model.Adopt(workers, wanted, found.generations, found.spawned, found.favoured))
+
+    def _adopt_worker(self, survivor: Survivor, phase: Phase | None) -> None:
+        try:
+            child = Child(survivor.pid, os.pidfd_open(survivor.pid))
+        except ProcessLookupError:  # it has gone since, and may have been killed
+            with suppress(OSError):
+                os.unlink(survivor.control_path)
+            return
+        process = Process(
+            survivor.worker,
+            survivor.generation,
+            child,
+            survivor.control_path,
+            is_foreign=survivor.is_foreign,
+            age_s=age_s(survivor.pid),
+        )
+        process.held = set(survivor.listeners.values())
+        process.owes = phase in (Phase.SERVING, Phase.QUIESCED, Phase.DRAINING)
+        process.is_leaving = phase is Phase.DRAINING
+        self.processes[survivor.worker] = process
+        self.start("worker.watch", self._watch, process)
+        if not process.is_foreign and os.path.exists(process.control_path):
+            self._tasks.start_soon(retried, "worker.conversation", process.converse, self._hear_word)
 
     @property
     def memory(self) -> Memory:
@@ -297,7 +337,7 @@ class Supervisor:
     def depart(self) -> None:
         """End `run` as soon as everything that has happened is dealt with; the workers serve on."""
         self.is_departing = True
-        self._put.send_nowait(None)
+        self._put(None)
 
     def descriptors(self) -> Iterator[int]:
         """What a forked child must not have."""
@@ -318,7 +358,11 @@ class Supervisor:
         """Put an input at the end of the queue."""
         if isinstance(event, model.RequestStop):
             self.is_departing = self.has_departed
-        self._put.send_nowait(event)
+        self._put(event)
+
+    def _put(self, event: model.Input | None) -> None:
+        self._inputs.append(event)
+        self._has_inputs.set()
 
     def stop(self, *, now: bool = False, lame_duck_s: float | None = None) -> None:
         """Ask for the end of the service; `lame_duck_s` None leaves that time to the options."""
@@ -332,8 +376,7 @@ class Supervisor:
 
     # -- effects -------------------------------------------------------------------------------------------
 
-    def _carry_out(self, effect: model.Effect) -> bool:
-        """Carry out one effect; True if it was the last."""
+    def _carry_out(self, effect: model.Effect) -> None:
         match effect:
             case model.Spawn():
                 self._spawn(effect.worker, effect.generation)
@@ -351,7 +394,7 @@ class Supervisor:
                 self.input(model.Bound(self.owned.regain(self.options)))
             case model.Share(worker):
                 if process := self.processes.get(worker):
-                    self._tasks.start_soon(self._give, process)
+                    self.start("transfer", self._give, process)
             case model.Steer(generation) | model.Unsteer(generation):
                 self._steer(generation, 1 if isinstance(effect, model.Steer) else 0)
             case model.Drain(worker, is_last):
@@ -376,8 +419,6 @@ class Supervisor:
                 self._publish(effect)
             case model.Finish(has_failed):
                 self._finish(has_failed)
-                return True
-        return False
 
     def _spawn(self, worker: int, generation: int) -> None:
         self.mend()
@@ -395,9 +436,11 @@ class Supervisor:
                 listen_names=[listener_name(parse_address(address)) for address in listeners],
                 held=() if launch.options.command else numbers(WORKER.keys()),
             )
-        except (HotportError, OSError, ValueError) as error:
+        except Exception as error:
             self._errors[worker] = str(error)
             self.input(Exited(worker, "could not be executed"))
+            if not isinstance(error, HotportError | OSError | ValueError):
+                raise
             return
         path = os.path.join(self.directory, worker_socket(generation, worker))
         is_foreign = bool(launch.options.command)
@@ -405,9 +448,9 @@ class Supervisor:
         process.held = set(listeners.values())
         self.processes[worker] = process
         self._log.info("worker.spawned", worker=worker, generation=generation, worker_pid=child.pid)
-        self._tasks.start_soon(self._watch, process)
+        self.start("worker.watch", self._watch, process)
         if is_foreign and launch.options.ready == "exec":
-            self._tasks.start_soon(self._examine, process, launch.options.settle_s)
+            self.start("worker.examine", self._examine, process, launch.options.settle_s)
             self.input(Said(worker, Event.READY))
 
     async def _examine(self, process: Process, after_s: float = 0.0) -> None:
@@ -427,7 +470,12 @@ class Supervisor:
             )
 
     async def _watch(self, process: Process) -> None:
-        why = await process.wait_ended(self._read_notifications)
+        await retried("worker.watch", process.wait_ended)
+        with Containing("notifications"):
+            self._read_notifications()  # while its pid is nobody else's
+        why = "ended"
+        with Containing("worker.collect", worker=process.worker):
+            why = process.collect()
         del self.processes[process.worker]
         if process.released is not None:
             process.released.set()
@@ -449,7 +497,7 @@ class Supervisor:
         if process is None or process.is_foreign or (is_whole and not leaving):
             self._order(worker, AcceptOrder(), Event.ACCEPTING)
         else:
-            self._tasks.start_soon(self._give, process, AcceptOrder(), leaving)
+            self.start("transfer", self._give, process, AcceptOrder(), leaving)
 
     def _leaving(self, worker: int) -> list[Process]:
         """Workers whose connections move to one that is about to accept: it keeps room for them."""
@@ -517,10 +565,12 @@ class Supervisor:
             process.held |= set(missing.values())
             if missing or accepted:
                 await process.transfer(missing, accepted)
-        except OSError as error:
+        except Exception as error:
             process.held -= set(missing.values())
-            self._log.warning("transfer.failed", worker=process.worker, error=str(error) or type(error).__name__)
             self.reports.lost(len(accepted))
+            if not isinstance(error, OSError):
+                raise
+            self._log.warning("transfer.failed", worker=process.worker, error=str(error) or type(error).__name__)
         else:
             process.held -= self.owned.superseded(missing)
             if then is not None:
@@ -570,7 +620,7 @@ class Supervisor:
         if self._left and not (self.service.restart and self.service.restart.step is model.Step.REBINDING):
             serving = (self.processes.get(number) for number in reversed(self.service.ids(Phase.SERVING)))
             if process := next((each for each in serving if each is not None and each.is_talking), None):
-                self._tasks.start_soon(self._give, process)
+                self.start("transfer", self._give, process)
 
     def _order(self, worker: int, order: AcceptOrder | QuiesceOrder, answer: Event) -> None:
         process = self.processes.get(worker)
@@ -718,11 +768,12 @@ class Supervisor:
     def _read_notifications(self) -> None:
         while (received := receive_notification(self.notify_socket)) is not None:
             pid, _, payload = received
-            process, said = self._process_of(pid), Notification.parse(payload)
-            if process is not None:
-                self._hear_notification(process, said)
-            elif said.ready:
-                self._dismiss(pid)
+            with Containing("notification", worker_pid=pid):
+                process, said = self._process_of(pid), Notification.parse(payload)
+                if process is not None:
+                    self._hear_notification(process, said)
+                elif said.ready:
+                    self._dismiss(pid)
 
     def _dismiss(self, pid: int) -> None:
         """End a worker that a supervisor has started in its last moment, so that nobody knew of it."""
@@ -753,9 +804,9 @@ class Supervisor:
             self.input(model.MoreTime(process.worker, said.extend_timeout_s))
         if said.ready:
             if not process.is_foreign and not process.is_talking:
-                self._tasks.start_soon(process.converse, self._hear_word)
+                self._tasks.start_soon(retried, "worker.conversation", process.converse, self._hear_word)
             if process.is_foreign and process.worker in self.service.ids(Phase.STARTING):
-                self._tasks.start_soon(self._examine, process)
+                self.start("worker.examine", self._examine, process)
             self.input(Said(process.worker, Event.READY))
         if said.stopping:
             self.input(Said(process.worker, Event.LEAVING))
@@ -829,11 +880,12 @@ class Supervisor:
             is_tracked = not self.options.command
             self.reports.begin(self.service.restart, self.service.generation, is_tracked=is_tracked)
         elif news in (News.BAKING, News.WATCHING) and self.service.restart is not None:
-            self._tasks.start_soon(watch_health, self, announcement.generation, self.service.restart.step)
+            self.start("health", watch_health, self, announcement.generation, self.service.restart.step)
         why = self._errors.get(announcement.worker, "")
-        if news is News.DONE:
-            self.manager.follow(self.listeners)
-        self.manager.hear(announcement, serving=self.service.generation, why=why)
+        with Containing("manager"):
+            if news is News.DONE:
+                self.manager.follow(self.listeners)
+            self.manager.hear(announcement, serving=self.service.generation, why=why)
         self._tell_subscribers(announcement)
         ended = self.reports.hear(
             announcement,
@@ -857,7 +909,8 @@ class Supervisor:
 
     def _tell_subscribers(self, news: Announce | Report) -> None:
         for subscriber in list(self._subscribers):
-            subscriber(news)
+            with Containing("subscriber"):
+                subscriber(news)
 
     def _forget(self) -> None:
         """Let go of what belongs to generations and workers that are over."""
@@ -905,6 +958,9 @@ class Supervisor:
         self._asked[self._requests] = asked
         self.input(make(self._requests))
         await asked.is_answered.wait()
+        if asked.error is not None:
+            self.owned.discard(asked.plan)
+            raise asked.error
         if asked.refusal is not None:
             self.owned.discard(asked.plan)
             raise self.refused(asked.refusal, asked.generation)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -27,7 +27,7 @@ from hotport.kernel.sockets import check_peer, inherited_listener
 from hotport.model.lifecycle import Phase
 from hotport.model.service import RequestStop
 from hotport.observe.logs import get_logger
-from hotport.supervisor.process import receive_message
+from hotport.supervisor.contain import retried
 from hotport.supervisor.supervisor import StatusPort, Supervisor
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import (
@@ -57,14 +57,18 @@ log = get_logger("hotport.takeover")
 
 
 async def hand_over(
-    supervisor: Supervisor, request: TakeOverRequest, stream: SocketStream, lock: int, reclaim: Callable[[], Any]
+    supervisor: Supervisor,
+    request: TakeOverRequest,
+    stream: SocketStream,
+    lock: int,
+    reclaim: Callable[[], Awaitable[None]],
 ) -> Done | None:
     """Give the listeners to another supervisor, and leave when its workers accept.
 
     Args:
         lock: Of the runtime directory; a duplicate goes.
-        reclaim: Called when the other one is gone without having committed: the paths in the runtime directory are
-            the other's by then. What it returns is awaited.
+        reclaim: Awaited when the other one is gone without having committed: the paths in the runtime directory are
+            the other's by then.
 
     Returns:
         The last word to the newcomer; None if it is not there any more.
@@ -85,29 +89,42 @@ async def hand_over(
         status_address=status.address if status else "",
     )
     log.info("take_over.began", version=request.version)
-    committed: Committed | None = None
+    committed: list[Committed] = []
+    failure: Exception | None = None
     try:
         listeners = [*supervisor.listeners.values(), *([status.listener] if status else [])]
         descriptors = [lock, *(listener.fileno() for listener in listeners)]
         send_descriptors(stream.extra(SocketAttribute.raw_socket), encode_frame(encode(estate)), descriptors)
-        committed = await receive_message(stream, Committed)
-    except (OSError, ControlError, anyio.BrokenResourceError, anyio.EndOfStream) as error:
-        log.warning("take_over.failed", error=str(error) or "the other supervisor is gone")
+        await retried("take_over.commit", _read_commit, stream, FrameDecoder(), committed)
+    except OSError as error:
+        log.warning("take_over.failed", error=str(error))
+    except Exception as error:  # this supervisor goes on all the same, and the other one is told
+        failure = error
     supervisor.owned.shared = frozenset()
-    if committed is None:
+    if not committed:
         supervisor.is_succeeded = False
         own = supervisor.service.generations
-        async with anyio.create_task_group() as tasks:  # some of its workers may accept already
-            tasks.start_soon(_drain_orphans, supervisor, lambda generation: generation > own)
-            await reclaim()
+        # Some of its workers may accept already. They are not waited for: this conversation has no client any more.
+        supervisor.start("take_over.drain", _drain_orphans, supervisor, lambda generation: generation > own)
+        await retried("take_over.reclaim", reclaim)
+        if failure is not None:
+            raise failure
         return None
-    names = tuple(filter(parse_worker_socket, committed.workers))
+    names = tuple(filter(parse_worker_socket, committed[0].workers))
     supervisor.heirs = tuple(os.path.join(supervisor.directory, name) for name in names)
-    supervisor.owned.give_away(committed.addresses)
+    supervisor.owned.give_away(committed[0].addresses)
     log.info("take_over.committed", workers=names)
     supervisor.input(RequestStop(is_succeeded=True))
     await supervisor.finished.wait()
     return Done(detail="retired", exit_code=supervisor.exit_code)
+
+
+async def _read_commit(stream: SocketStream, decoder: FrameDecoder, committed: list[Committed]) -> None:
+    try:
+        while not committed:
+            committed += [decode(payload, Committed) for payload in decoder.feed(await stream.receive())]
+    except (OSError, ControlError, anyio.BrokenResourceError, anyio.EndOfStream) as error:
+        log.warning("take_over.failed", error=str(error) or "the other supervisor is gone")
 
 
 def _check(supervisor: Supervisor, request: TakeOverRequest) -> None:
@@ -216,23 +233,31 @@ async def retire(predecessor: Predecessor, supervisor: Supervisor) -> None:
 
     If it dies meanwhile, its workers, which nobody supervises any more, are told to drain by us.
     """
-    while len(supervisor.service.ids(Phase.SERVING)) < supervisor.service.wanted:
-        await supervisor.wait_stepped()
+    await retried("take_over.wait", _wait_serving, supervisor)
     workers = _serving(supervisor)
     supervisor.owned.shared = frozenset()
-    with predecessor.connection as connection:
-        said = b""
-        with suppress(OSError):
-            connection.send(encode_frame(encode(Committed(workers=workers, addresses=tuple(supervisor.listeners)))))
-            while True:
-                await anyio.wait_readable(connection)
-                data = connection.recv(65536)
-                said += data
-                if not data:
-                    break
+    said: list[bytes] = []
+    with predecessor.connection as connection, suppress(OSError):
+        connection.send(encode_frame(encode(Committed(workers=workers, addresses=tuple(supervisor.listeners)))))
+        await retried("take_over.retire", _read_to_end, connection, said)
     log.info("take_over.done", predecessor=predecessor.version, has_retired=bool(said))
     own = predecessor.memory.generations
-    await _drain_orphans(supervisor, lambda generation: generation <= own)
+    await retried("take_over.drain", _drain_orphans, supervisor, lambda generation: generation <= own)
+
+
+async def _wait_serving(supervisor: Supervisor) -> None:
+    while len(supervisor.service.ids(Phase.SERVING)) < supervisor.service.wanted:
+        await supervisor.wait_stepped()
+
+
+async def _read_to_end(sock: socket.socket, said: list[bytes]) -> None:
+    """Note whatever comes until the other side has closed."""
+    with suppress(OSError):
+        while True:
+            await anyio.wait_readable(sock)
+            if not (data := sock.recv(65536)):
+                return
+            said.append(data)
 
 
 def _serving(supervisor: Supervisor) -> tuple[str, ...]:
@@ -259,9 +284,7 @@ async def _drain_orphans(supervisor: Supervisor, is_other: Callable[[int], bool]
                 check_peer(sock)
                 sock.send(order)
                 log.info("take_over.draining", worker=os.path.basename(path))
-                await anyio.wait_readable(sock)
-                while sock.recv(65536):
-                    await anyio.wait_readable(sock)
+                await retried("take_over.drain", _read_to_end, sock, [])
             except ConnectionRefusedError:
                 os.unlink(path)
             except OSError as error:

@@ -8,6 +8,7 @@ import anyio
 import anyio.abc
 
 from hotport.model.service import Clock, Timer
+from hotport.supervisor.contain import retried
 
 __all__ = ["Timers"]
 
@@ -24,8 +25,9 @@ class Timers:
         """Start a timer; one that runs under the same name is replaced."""
         self.stop(timer)
         scope = anyio.CancelScope()
-        self._running[timer] = scope, anyio.current_time() + seconds
-        self._tasks.start_soon(self._run, timer, seconds, scope)
+        end = anyio.current_time() + seconds
+        self._running[timer] = scope, end
+        self._tasks.start_soon(self._run, timer, end, scope)
 
     def extend(self, timer: Timer, seconds: float) -> None:
         """Let a timer that runs end in `seconds` from now, unless it ends later anyway."""
@@ -50,9 +52,9 @@ class Timers:
         """
         return max((end for timer, (_, end) in self._running.items() if timer.clock not in ignored), default=None)
 
-    async def _run(self, timer: Timer, seconds: float, scope: anyio.CancelScope) -> None:
+    async def _run(self, timer: Timer, end: float, scope: anyio.CancelScope) -> None:
         with scope:
-            await anyio.sleep(seconds)
+            await retried("timer", anyio.sleep_until, end)
             if self._running.get(timer, (None,))[0] is scope:  # not replaced in the moment in which it ended
                 del self._running[timer]
                 self._elapsed(timer)

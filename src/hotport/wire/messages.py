@@ -634,7 +634,7 @@ def decode(payload: bytes, kind: Any) -> Any:
         decoder = _decoders[kind] = msgspec.json.Decoder(kind)
     try:
         return decoder.decode(payload)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:  # the last one: [[[[...
         raise ControlError(
             "HP602",
             "cannot understand a control message",

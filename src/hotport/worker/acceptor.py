@@ -19,6 +19,7 @@ from hotport.kernel.fork import withhold
 from hotport.kernel.sockets import accept_queue_length
 from hotport.trust import Trusted
 from hotport.wire.proxyprotocol import HEADER_BYTES_MAX, ProxyHeader, ProxyHeaderError, parse_proxy_header
+from hotport.worker import background
 from hotport.worker.tls import Tls
 
 __all__ = ["Acceptor", "PlainSocket", "attach"]
@@ -262,9 +263,7 @@ class Acceptor:
         self._start_attaching(self._shake_hands(attaching, protocol))
 
     def _start_attaching(self, steps: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(steps)
-        self._attaching.add(task)
-        task.add_done_callback(self._attaching.discard)
+        background.start("connection", steps, self._attaching)
 
     async def _introduce(self, accepted: socket.socket, protocol: asyncio.BaseProtocol, peer: Any) -> None:
         """Let a proxy say for whom it speaks; then its connection is like any other."""
@@ -272,12 +271,14 @@ class Acceptor:
             accepted.setblocking(False)
             async with asyncio.timeout(PROXY_HEADER_TIMEOUT_S):
                 header = await self._read_proxy_header(accepted)
-        except (OSError, ProxyHeaderError, asyncio.CancelledError) as error:  # a timeout is an OSError
+        except BaseException as error:
             if isinstance(error, ProxyHeaderError | TimeoutError):
                 why = str(error) or f"it has not come within {PROXY_HEADER_TIMEOUT_S:g} s"
                 log.info("no PROXY header from %s: %s; the connection is closed", peer or "a unix socket", why)
             _not_attached(protocol, self._connections, error)
             accepted.close()
+            if not isinstance(error, OSError | ProxyHeaderError | asyncio.CancelledError):  # a timeout is an OSError
+                raise
         else:
             if header.endpoints is not None:
                 protocol.endpoints = header.endpoints  # type: ignore[attr-defined]
@@ -319,8 +320,10 @@ class Acceptor:
     async def _shake_hands(self, attaching: Coroutine[Any, Any, object], protocol: asyncio.BaseProtocol) -> None:
         try:
             await attaching
-        except OSError as error:  # ssl.SSLError is one: the peer left, or spoke no TLS
+        except Exception as error:
             _not_attached(protocol, self._connections, error)
+            if not isinstance(error, OSError):  # ssl.SSLError is one: the peer left, or spoke no TLS
+                raise
 
     def _wait(self, error: OSError) -> None:
         log.error("cannot accept: %s; trying again in %g s", error, PAUSE_S)

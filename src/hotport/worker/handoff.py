@@ -329,6 +329,9 @@ class Mover:
             why = word.why
         except (OSError, EOFError, ControlError) as error:
             why = str(error) or type(error).__name__
+        except Exception as error:  # a bug of ours must not keep connections from the other successors
+            why = f"{type(error).__name__}: {error}"
+            self._log.exception("handoff.failed", successor=os.path.basename(path))
         except BaseException:
             channel.close()
             raise

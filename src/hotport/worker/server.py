@@ -15,9 +15,11 @@ from hotport.adapters.datagram import DatagramAdapter, Datagrams
 from hotport.adapters.sockets import SocketsAdapter
 from hotport.adapters.target import kind_of, make_adapter
 from hotport.errors import StartError
+from hotport.observe.logs import get_shared_logger
 from hotport.options import Options
 from hotport.trust import Trusted
 from hotport.wire.messages import worker_socket
+from hotport.worker import background
 from hotport.worker.acceptor import Acceptor
 from hotport.worker.handoff import Channel, Mover, take_connections
 from hotport.worker.probe import probe
@@ -124,6 +126,7 @@ class ConnectionServer:
         self._mover: Mover | None = None
         self._released: list[Acceptor] = []
         self._staying: asyncio.Task[None] | None = None
+        self._beside: set[asyncio.Task[None]] = set()
         self._adapter = adapter
         self._tls = tls
         self._proxies = proxies
@@ -211,7 +214,7 @@ class ConnectionServer:
         if not self.connections.is_full:
             self._start_acceptors()
         if self._mover is not None:  # taken back; what is under way arrives, or comes back
-            self._staying = asyncio.get_running_loop().create_task(self._stay(self._mover))
+            self._staying = background.start("handoff", self._stay(self._mover), self._beside)
             self._mover = None
 
     async def _stay(self, mover: Mover) -> None:
@@ -269,6 +272,14 @@ class ConnectionServer:
         await take_connections(channel, version, self._adapter, self.connections, sender=sender)
 
     async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[str]:
+        try:
+            await self._drain(timeout_s, is_last, successors)
+        except Exception:  # the worker leaves all the same: what is left is cut, and counted
+            get_shared_logger("hotport.worker").exception("drain.failed")
+            await self._cut(is_last)
+        return self.connections.fates
+
+    async def _drain(self, timeout_s: float, is_last: bool, successors: Sequence[str]) -> None:
         self.quiesce()
         try:
             async with self.connections.deadline(timeout_s) as deadline:
@@ -285,16 +296,19 @@ class ConnectionServer:
                 await self.connections.wait_empty()
                 await self._adapter.finish()
         except TimeoutError:
-            self._count_unaccepted(is_last)
-            await self._stop_moving()
-            if not self.connections.draining.is_set():  # it has looked for successors until now
-                self.connections.drain(0.0)
-            self.connections.cut()
-            for acceptor in self._all:
-                acceptor.cut_attaching()
-            await asyncio.sleep(0)  # transports close their sockets in the next turn of the loop
+            await self._cut(is_last)
         await self._stop_moving()
-        return self.connections.fates
+
+    async def _cut(self, is_last: bool) -> None:
+        self._count_unaccepted(is_last)
+        await self._stop_moving()
+        if not self.connections.draining.is_set():  # it has looked for successors until now
+            self.connections.drain(0.0)
+        self.connections.cut()
+        for acceptor in self._all:
+            acceptor.close()
+            acceptor.cut_attaching()
+        await asyncio.sleep(0)  # transports close their sockets in the next turn of the loop
 
     async def _stop_moving(self) -> None:
         if self._mover is not None:

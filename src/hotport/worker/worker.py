@@ -16,7 +16,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final, cast
 
@@ -80,6 +80,7 @@ from hotport.wire.messages import (
     encode,
 )
 from hotport.wire.sdnotify import encode_notification
+from hotport.worker import background
 from hotport.worker.handoff import Channel
 from hotport.worker.lag import LagMeter
 from hotport.worker.server import ConnectionServer, Server, make_server
@@ -143,7 +144,7 @@ class Worker:
         self._server: Server | None = None
         self._starting: asyncio.Task[Server] | None = None
         self._draining: asyncio.Task[None] | None = None
-        self._beside: set[asyncio.Task[None]] = set()
+        self._beside: set[asyncio.Task[None]] = set()  # what the next order does not wait for
         self._lag = LagMeter()
         self._is_quiesced = False
         self._following: asyncio.Task[None] | None = None  # while it is quiesced and hands connections over
@@ -379,7 +380,7 @@ class Worker:
             private_directory(os.path.dirname(self._spec.directory))
             private_directory(self._spec.directory)
         self._watch.add_directory(self._spec.directory)
-        self._run_beside(self._keep_listening())
+        background.start("control", self._keep_listening(), self._beside)
 
     def _orphaned(self, delay: float) -> None:
         self._log.warning("worker.orphaned", waited_s=delay)
@@ -455,7 +456,9 @@ class Worker:
             case SuccessorsOrder(successors=successors):
                 self._drain_order = msgspec.structs.replace(self._drain_order, successors=successors)
                 if self._server is not None and self._draining is not None:
-                    self._run_beside(self._server.follow(successors))  # it may take a while, and the next order hurry
+                    background.start(
+                        "handoff", self._server.follow(successors), self._beside
+                    )  # it may take a while, and the next order hurry
                 elif self._is_asking:
                     self._leaving.set()
                 elif self._is_quiesced:
@@ -475,7 +478,7 @@ class Worker:
             case TransferOrder():
                 self._take_listeners(order, peer)
             case ProbeOrder() if self._server is not None:
-                self._run_beside(self._probe(self._server, order, peer))
+                background.start("probe", self._probe(self._server, order, peer), self._beside)
             case _ if self._server is None or self._leaving.is_set():
                 self._log.warning("control.too_early_or_late", order=type(order).__name__)
             case AcceptOrder():
@@ -509,7 +512,7 @@ class Worker:
                 await asyncio.wait({before})
             await server.follow(successors)
 
-        self._following = self._loop.create_task(follow())
+        self._following = background.start("handoff", follow(), self._beside)
 
     def _expect(self, connections: Mapping[str, int]) -> None:
         self._expected |= connections.keys()
@@ -523,7 +526,7 @@ class Worker:
         if self._server is None:
             channel.close()
             return
-        self._run_beside(self._server.take(channel, version, sender))
+        background.start("handoff", self._server.take(channel, version, sender), self._beside)
 
     def _pass_listeners(self, peer: _Peer) -> None:
         """To whoever supervises from now on: duplicates of the listeners that are still open."""
@@ -538,7 +541,7 @@ class Worker:
 
     def _take_listeners(self, order: TransferOrder, peer: _Peer) -> None:
         """Listeners come, on a control connection that carries nothing else from here on."""
-        self._run_beside(self._receive_listeners(order, Channel(peer.detach())))
+        background.start("transfer", self._receive_listeners(order, Channel(peer.detach())), self._beside)
 
     async def _receive_listeners(self, order: TransferOrder, channel: Channel) -> None:
         count = len(order.addresses) + order.connections
@@ -555,12 +558,6 @@ class Worker:
             self._log.warning("transfer.failed", error=str(error) or type(error).__name__)
         finally:
             channel.close()
-
-    def _run_beside(self, what: Coroutine[Any, Any, None]) -> None:
-        """What the next order does not wait for."""
-        task = self._loop.create_task(what)
-        self._beside.add(task)
-        task.add_done_callback(self._beside.discard)
 
     async def _probe(self, server: Server, order: ProbeOrder, peer: _Peer) -> None:
         peer.say(Probed(why=await server.probe(order.path, order.timeout_s)))
