@@ -10,6 +10,7 @@ from hotport.model.guarantee import Strategy
 from hotport.model.lifecycle import Event, Phase
 from hotport.model.service import Clock, Elapsed, Expired, MoreTime, StartTimer, Timer
 from tests.model.world import World
+from tests.support import RESTARTS
 
 FACTS = (Event.READY, Event.ACCEPTING, Event.QUIESCED, Event.LEAVING)
 COUNTS = st.integers(1, 4)
@@ -200,4 +201,4 @@ class Chaos(RuleBasedStateMachine):
 
 
 TestChaos = Chaos.TestCase
-TestChaos.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+TestChaos.settings = settings(max_examples=40 * RESTARTS, stateful_step_count=60, deadline=None)

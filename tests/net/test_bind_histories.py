@@ -24,6 +24,7 @@ from tests.net.cells import (
     new_port,
     opened,
 )
+from tests.support import RESTARTS
 
 STEPS_MAX = 8
 
@@ -125,7 +126,7 @@ def test_no_history_makes_the_rule_disagree_with_the_kernel() -> None:
 def run() -> bool:
     counts = {Can.YES: 0, Can.NO: 0, Can.UNKNOWN: 0}
 
-    @settings(max_examples=300, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=50 * RESTARTS, suppress_health_check=list(HealthCheck), database=None)
     @given(histories, where, options, uid)
     def check(history: list[Bind | Visit | Close], where: Where, options: Options, uid: int) -> None:
         with ExitStack() as stack:

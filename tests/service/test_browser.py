@@ -195,7 +195,6 @@ async def app(scope, receive, send):
 
 
 @pytest.mark.slow
-@pytest.mark.unmeasured
 def test_event_source_without_an_event_opens_and_comes_back_after_the_deadline(tmp_path: Path) -> None:
     """It stayed closed until the first event, and was answered with 503 at the deadline: then it gives up for ever."""
     need("chromium")

@@ -492,7 +492,7 @@ def test_many_restarts_leave_nothing_behind(tmp_path: Path) -> None:
                 rss[number] = supervisor.memory_info().rss
         assert counts[last] == counts[warm]
         assert rss[last] < rss[warm] + (1 << 20)
-        assert len(list(service.runtime.iterdir())) == 4  # lock, control, notify, one worker
+        assert len(list(service.runtime.iterdir())) == 3  # control, notify, one worker
 
 
 def test_edits_of_one_size_in_one_second_are_all_served(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_child_that_a_script_forks_has_nothing_of_the_supervisor(tmp_path: Path)
             child = int((tmp_path / "ready").read_text())
             try:
                 of_supervisor, of_child = open_in(process.pid), open_in(child)
-                assert str(tmp_path / "run" / "server" / "lock") in of_supervisor - of_child
+                assert str(tmp_path / "run" / "server") in of_supervisor - of_child  # its lock
                 shared = {each for each in of_supervisor & of_child if each.startswith("socket:")}
                 assert len(shared) <= 3  # by which asyncio wakes itself up, and what is told to the service manager
                 os.kill(child, signal.SIGTERM)

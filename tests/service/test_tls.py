@@ -18,6 +18,7 @@ import pytest
 from hotport.wire.messages import ReloadTlsRequest, Report, RestartRequest, TlsReport
 from tests.support import (
     DEADLINE_S,
+    RESTARTS,
     SLOWNESS,
     Answer,
     Gate,
@@ -77,8 +78,9 @@ def parse(answer: http.client.HTTPResponse) -> Answer:
     return Answer(version, generation, int(pid))
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-def test_twenty_restarts_under_https_load_cost_no_request(tmp_path: Path, pki: Pki, loop: str) -> None:
+def test_restarts_under_https_load_cost_no_request(tmp_path: Path, pki: Pki, loop: str) -> None:
     # Their last answers are spread over the drain: it is short here, and a tenth of it is left for the last one.
     with serve(tmp_path, pki, "--workers", "2", "--loop", loop, "--drain-timeout", f"{SLOWNESS:g}s") as service:
         port = service.wait_ready().port
@@ -105,7 +107,7 @@ def test_twenty_restarts_under_https_load_cost_no_request(tmp_path: Path, pki: P
                 raise ConnectionError from error
 
         with Hammer(port, ask=ask_once) as once, Hammer(port, ask=ask_keeping) as keeping:
-            for number in range(1, 21):
+            for number in range(1, RESTARTS + 1):
                 deploy(tmp_path, f"v{number}")
                 report = service.ask(RestartRequest())[-1]
                 assert isinstance(report, Report)

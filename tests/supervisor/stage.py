@@ -10,6 +10,7 @@ import array
 import asyncio
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -225,6 +226,7 @@ def play(
             eventually(stage.is_stopped, "it ends")
 
     original = runner._supervise
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
         patch.setenv("HOTPORT_RUNTIME_DIR", str(directory / "run"))
         patch.chdir(directory)
@@ -234,4 +236,6 @@ def play(
         acting = pool.submit(act)
         code = runner.supervise(lambda cwd: load(file=None, environ={}, flags=flags, cwd=cwd), takes_over=takes_over)
         acting.result(DEADLINE_S)
+    for number, handler in handlers.items():  # coverage has one of its own
+        signal.signal(number, handler)
     return code
