@@ -15,7 +15,7 @@ import anyio
 
 from hotport.errors import ConfigError, ExitCode, HotportError, visible
 from hotport.kernel.fork import withheld, withhold
-from hotport.kernel.process import ends_with_terminal, has_terminal, holding, numbers, reap_orphans
+from hotport.kernel.process import discard, ends_with_terminal, has_terminal, holding, numbers, reap_orphans
 from hotport.model.lifecycle import Phase
 from hotport.model.service import RequestStop
 from hotport.model.signals import HELD, NOTES, TERMINATING
@@ -140,6 +140,7 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
     configure(format=options.log_format, level=options.log_level, service=name, role="supervisor")
     with ExitStack() as stack:
         stack.enter_context(holding(numbers(HELD)))  # until they are handled, they would end this process
+        stack.callback(discard, _SIGNALS)
         manager = Manager(os.environ, os.getpid())
         stack.callback(manager.close)
         place = move_in(name, options, manager, stack, takes_over=takes_over)
@@ -210,8 +211,9 @@ async def _supervise(supervisor: Supervisor, place: Place) -> None:
             until_the_end.start_soon(retried, "status_port", _answer_probes, supervisor, place)
             until_the_end.start_soon(retried, "files", keep_files, supervisor, place.house)
             await supervisor.run()
-            if supervisor.is_departing:  # signals wait for the handlers of the next supervisor
-                signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            # From here on they wait: for the handlers of the next supervisor, or until there is nothing left to end.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            if supervisor.is_departing:
                 tasks.cancel_scope.cancel()
             until_the_end.cancel_scope.cancel()
     if not supervisor.is_departing:

@@ -12,6 +12,7 @@ import pytest
 
 from hotport.options import WORKERS_MAX
 from hotport.supervisor import control
+from hotport.supervisor.house import House
 from hotport.wire.messages import (
     Done,
     Failure,
@@ -180,3 +181,19 @@ def test_stop_is_answered(run: Play) -> None:
         assert stage.ask(StopRequest()) == Done(detail="stopped")
 
     assert run(client) == 0
+
+
+def test_signals_at_the_very_end_find_nothing_to_end(
+    run: Play, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One that came after the last worker's end killed the supervisor before it had removed its sockets."""
+    leave = House.leave
+
+    def leave_under_signals(house: House) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGQUIT)
+        leave(house)
+
+    monkeypatch.setattr(House, "leave", leave_under_signals)
+    assert run(Stage.wait_serving) == 0
+    assert list((tmp_path / "run" / "svc").iterdir()) == []

@@ -15,6 +15,7 @@ from hotport.kernel import procfs
 __all__ = [
     "describe_exit",
     "descriptors_left",
+    "discard",
     "duplicate_descriptor",
     "ends_with_terminal",
     "has_terminal",
@@ -78,6 +79,16 @@ def holding(signals: Collection[int]) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def discard(signals: Collection[int]) -> None:
+    """Forget which of these signals wait; handlers stay as they are.
+
+    Sources: POSIX.1-2017, 2.4.3: setting the action to SIG_IGN discards a pending signal, blocked or not.
+    """
+    for number in signals:
+        handler = signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def kill_group(pgid: int) -> None:
