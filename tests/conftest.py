@@ -23,6 +23,11 @@ from tests.support import SLOWNESS, collect
 #: Thousands of interpreters are started; where byte code is forbidden, each would compile all of hotport.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+#: A shell has commands in the background ignore these, which they would pass on to all that they start (POSIX, 2.11).
+for _number in (signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
+
 hypothesis.settings.register_profile("hotport", deadline=None)  # these machines are noisy
 hypothesis.settings.load_profile("hotport")
 
