@@ -131,7 +131,7 @@ def in_one_line(error: str) -> str:
 
 
 def visible(text: str) -> str:
-    """Text of somebody else's, so that it can be shown on a terminal: what that would obey becomes ``\\u001b``.
+    """Make foreign text safe to show on a terminal: a control character becomes its escape, for example ``\\u001b``.
 
     JSON stays the same JSON.
     """

@@ -155,7 +155,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 class _Changes:
-    """Changes of code, in bursts; what changes while nobody asks for them is kept.
+    """Yield changes of code in bursts; changes between two requests are kept for the next one.
 
     Threads: one for the directories that are watched with all that is below them, one for single entries; `end` ends
     them within 50 ms.

@@ -209,7 +209,7 @@ def accept_queue_length(listener: socket.socket) -> int:
 
 
 def end(sock: socket.socket) -> None:
-    """End a connection for its peer, whoever has duplicates of it: what was written still arrives, then the end.
+    """Shut a connection down even if other processes hold duplicates: what was written still arrives, then FIN.
 
     close(2) does that only to the last duplicate. Nothing happens to a socket that is closed or not connected.
 
@@ -549,7 +549,7 @@ def _explain_name_in_use(address: UnixAddress) -> tuple[str, str]:
 
 
 def _is_answered(path: str) -> bool:
-    """Whether somebody has a socket at this address.
+    """Tell whether a socket is bound to this address.
 
     Sources: connect(2): ECONNREFUSED and ENOENT mean nobody; EAGAIN is a full queue, EPROTOTYPE a datagram
         socket, EACCES somebody else's: all of them alive, or not ours to judge.

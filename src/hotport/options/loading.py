@@ -43,7 +43,7 @@ EXEC_SETTLE_S: Final = 5.0
 """A program that cannot say that it is ready has to prove it by living on; an import error takes its time to show."""
 
 WATCH_DRAIN_S: Final = 1.0
-"""Whoever edits code waits for the next restart; a page that holds a stream open comes back by itself."""
+"""Short, because an edit waits for it, and a page that holds a stream open reconnects by itself."""
 
 _DEFAULT: Final = "default"
 _ARGUMENT: Final = "command line"

@@ -334,7 +334,7 @@ class Listeners:
                 each.why_gone = why
 
     def unmake(self, made: Listener, why: str) -> None:
-        """Nobody accepts from a listener that was made again: what it stands for is gone as it was."""
+        """Take back a listener that was made again and that no worker accepts from: its address is gone again."""
         before = next((each for each in reversed(self._abandoned) if each.address == made.address), None)
         if before is None:
             return

@@ -191,7 +191,7 @@ class Exchange:
             self._wakeup.set()
 
     def leave(self, why: str = CLIENT_LEFT) -> None:
-        """Nobody will read the answer; `why` is the first word's."""
+        """Drop the rest of the answer, which has no reader any more; only the first `why` is kept."""
         if self.request is not None:
             self.log(self.status)
         if not self.is_gone:

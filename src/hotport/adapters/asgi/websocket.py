@@ -169,7 +169,7 @@ class WebSockets:
         return protocol, requests[0]
 
     def warn_of_state(self, session: Session) -> None:
-        """Say once that an application goes on with a client of which it knows nothing, and never agreed to that."""
+        """Log once that an application was resumed that never called ``movable()``: it may not know this client."""
         if not self.has_warned:
             self.has_warned = True
             log.warning(
