@@ -136,7 +136,7 @@ async def test_restarts_are_performed_meanwhile_and_told_as_they_go() -> None:
     result = await run(Experiment(plan(duration_ms=1000), restarts=restarts), observer)
     assert told == ["1 ", "1 done", "2 ", "2 done"]
     assert [mark.number for mark in result.restarts] == [1, 2]
-    assert result.restarts[0].began_ms >= 50
+    assert result.restarts[0].began_ms > 49  # timers of uvloop count whole milliseconds
     assert len(result.accept_gap_ms) == 2
     assert result.verdict.exit_code == 0
 
