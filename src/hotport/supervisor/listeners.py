@@ -345,7 +345,7 @@ class Listeners:
         made.close()
 
     def superseded(self, addresses: Collection[str]) -> set[socket.socket]:
-        """The sockets that whoever gets listeners of these addresses has closed by then."""
+        """The old sockets of these addresses, which a worker closes when it is given their replacements."""
         return {each.sock for each in self._abandoned if each.sock is not None and each.address in addresses}
 
     def _is_gone(self, each: Listener) -> bool:

@@ -255,7 +255,7 @@ class Process:
 
 
 async def _connect(path: str) -> UNIXSocketStream:
-    """Raises OSError: Nobody listens there, or another user does."""
+    """Connect to a worker of our user; raises OSError if there is none, or if another user listens."""
     stream = await anyio.connect_unix(path)
     try:
         check_peer(stream.extra(SocketAttribute.raw_socket))

@@ -744,7 +744,7 @@ class Supervisor:
                 return ANSWER_TIMEOUT_S
 
     def _is_stopped(self, worker: int) -> bool:
-        """Whether somebody has stopped a worker's process, which is said: it finishes nothing until it is continued."""
+        """Tell, and log, whether a worker is suspended by a signal: it finishes nothing until it is continued."""
         process = self.processes.get(worker)
         if process is None or not is_stopped(process.pid):
             return False

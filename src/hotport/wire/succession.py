@@ -37,7 +37,7 @@ class Succession(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CommitOrder(msgspec.Struct, frozen=True, kw_only=True, tag="commit"):
-    """Accept connections now, and say so: whoever gives this order stops accepting then.
+    """Accept connections now, and confirm it: the predecessor then stops accepting.
 
     Attributes:
         connections: How many may come from there: keep room for them.

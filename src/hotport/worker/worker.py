@@ -314,7 +314,7 @@ class Worker:
         return Moment.RESTARTING if self._is_quiesced else Moment.SERVING
 
     def _ask_to_leave(self) -> None:
-        """Leave as if drained, once the supervisor has said who goes on."""
+        """Leave as if drained, once the supervisor has named the workers that take the connections."""
         self._is_asking = True
         self._tell(stopping=True, status="draining")
         if self._server is not None and self._peers:
