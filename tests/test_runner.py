@@ -26,7 +26,7 @@ from hotport.model.service import (
     refusal,
     step,
 )
-from hotport.model.signals import ALL, NOTES, SUPERVISOR, WORKER, Does, Moment, moment
+from hotport.model.signals import ALL, NOTES, SUPERVISOR, WORKER, Does, Moment
 from hotport.supervisor.supervisor import Supervisor
 from tests.model.world import World, news
 from tests.support import DEADLINE_S
@@ -54,6 +54,17 @@ def service_at(at: Moment) -> Service:
         world.stop()
         world.run(slow=(1,))
     return world.service
+
+
+def moment(service: Service) -> Moment:
+    """What a supervisor is doing."""
+    if service.is_stopping:
+        return Moment.STOPPING
+    if service.generation == 0:
+        return Moment.STARTING
+    if service.restart is not None:
+        return Moment.RESTARTING
+    return Moment.DRAINING if service.draining_generations else Moment.SERVING
 
 
 class Supervised:

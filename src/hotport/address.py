@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass
 from typing import Final, TypeAlias
+
+import msgspec
 
 from hotport.errors import ConfigError, nearest
 
@@ -34,8 +35,7 @@ _LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _FD_NAME: Final = re.compile(r"[!-9;-~]{1,255}")  # sd_listen_fds_with_names(3): ASCII, no colon
 
 
-@dataclass(frozen=True, slots=True)
-class TcpAddress:
+class TcpAddress(msgspec.Struct, frozen=True):
     """A TCP port; `host` is a name, an IPv4 or (without brackets) an IPv6 address, port 0 is any free one."""
 
     host: str
@@ -45,8 +45,7 @@ class TcpAddress:
         return f"tcp://{_host_port(self.host, self.port)}"
 
 
-@dataclass(frozen=True, slots=True)
-class UdpAddress:
+class UdpAddress(msgspec.Struct, frozen=True):
     """A UDP port; as `TcpAddress`."""
 
     host: str
@@ -56,8 +55,7 @@ class UdpAddress:
         return f"udp://{_host_port(self.host, self.port)}"
 
 
-@dataclass(frozen=True, slots=True)
-class UnixAddress:
+class UnixAddress(msgspec.Struct, frozen=True):
     """A socket file, absolute or relative to the working directory; ``@name`` is an abstract one."""
 
     path: str
@@ -71,8 +69,7 @@ class UnixAddress:
         return f"unix:{self.path}"
 
 
-@dataclass(frozen=True, slots=True)
-class FdAddress:
+class FdAddress(msgspec.Struct, frozen=True):
     """A socket that this process inherited as descriptor `fd`."""
 
     fd: int
@@ -81,8 +78,7 @@ class FdAddress:
         return f"fd://{self.fd}"
 
 
-@dataclass(frozen=True, slots=True)
-class SystemdAddress:
+class SystemdAddress(msgspec.Struct, frozen=True):
     """The sockets that the service manager passed under this ``FileDescriptorName=``."""
 
     name: str

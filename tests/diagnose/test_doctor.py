@@ -4,10 +4,10 @@ import json
 import os
 import socket
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from hotport.diagnose.doctor import (
     Listener,
@@ -68,7 +68,7 @@ def test_sound_machine_has_nothing_to_repair() -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_each_weakness_of_a_machine_is_found(change: dict[str, object], words: str) -> None:
-    (what,) = whats(replace(SOUND, **change))  # type: ignore[arg-type]
+    (what,) = whats(replace(SOUND, **change))
     assert words in what
 
 
@@ -98,7 +98,7 @@ def test_ports_that_may_not_be_bound_or_be_given_away_are_found() -> None:
 def test_each_weakness_of_a_service_is_found(
     listener: dict[str, object], member: dict[str, object], words: str
 ) -> None:
-    changed = replace(LISTENER, **listener), replace(MEMBER, **member)  # type: ignore[arg-type]
+    changed = replace(LISTENER, **listener), replace(MEMBER, **member)
     (finding,) = examine_service([changed[0]], [changed[1]])
     assert words in finding.what
     assert finding.consequence

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from ipaddress import ip_address
+
+from msgspec.structs import replace
 
 from hotport.diagnose.diagnosis import Diagnosis
 from hotport.diagnose.page import page

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
+from msgspec.structs import replace
 
 from hotport.diagnose.risks import risks_of
 from hotport.model.port import Local, Options, Port, Process, Sockets, State

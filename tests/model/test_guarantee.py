@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from hotport.model.guarantee import GUARANTEES, Choice, Facts, Strategy, choose, obstacle, table
 

@@ -8,10 +8,11 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from ipaddress import ip_address
 from itertools import count
 from typing import Final, TypeAlias
+
+from msgspec.structs import replace
 
 from benchmarks.netns import sysctl
 from hotport.address import TcpAddress, UdpAddress

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-import dataclasses
-
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,7 +35,7 @@ NOTIFICATIONS = st.builds(
 
 @given(NOTIFICATIONS)
 def test_what_is_said_is_what_is_heard(said: Notification) -> None:
-    assert Notification.parse(encode_notification(**dataclasses.asdict(said))) == said
+    assert Notification.parse(encode_notification(**msgspec.structs.asdict(said))) == said
 
 
 @given(st.binary(max_size=200))

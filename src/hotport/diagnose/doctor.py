@@ -7,9 +7,10 @@ import resource
 import socket
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from hotport.address import TcpAddress, parse_address
 from hotport.errors import ConfigError
@@ -45,8 +46,7 @@ KILL_MODES: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True):
     """Something to repair.
 
     Attributes:
@@ -60,8 +60,7 @@ class Finding:
     fix: str
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
+class Machine(msgspec.Struct, frozen=True):
     """What the machine allows; None where it could not be read."""
 
     kernel: tuple[int, int]
@@ -77,8 +76,7 @@ class Machine:
     overflows: int
 
 
-@dataclass(frozen=True, slots=True)
-class Listener:
+class Listener(msgspec.Struct, frozen=True):
     """A TCP listener of the service.
 
     Attributes:
@@ -94,8 +92,7 @@ class Listener:
     migrates: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(msgspec.Struct, frozen=True):
     """A process of the service.
 
     Attributes:
@@ -130,8 +127,7 @@ def read_machine(root: Path) -> Machine:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Managed:
+class Managed(msgspec.Struct, frozen=True):
     """The unit of a service manager in which the service runs, and how the manager ends it."""
 
     unit: str

@@ -11,12 +11,14 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from itertools import chain, islice
 from pathlib import Path
 from shlex import quote
 from typing import Any, Final, NamedTuple
+
+from msgspec.structs import replace
 
 from hotport.address import TcpAddress, UdpAddress, UnixAddress
 from hotport.errors import ConfigError

@@ -18,10 +18,12 @@ sk_reuseport_match; ``net/ipv4/udp.c`` udp_lib_lport_inuse; ``net/ipv6/af_inet6.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from enum import StrEnum
 from shlex import quote
 from typing import Final
+
+import msgspec
+from msgspec.structs import replace
 
 from hotport.model.port import LEFT, Asker, Local, Options, Port, Process, Sockets, State, UnixName
 
@@ -56,8 +58,7 @@ class Can(StrEnum):
     UNKNOWN = "unknown"
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """Whether one can bind and listen with some options.
 
     Attributes:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 __all__ = ["GUARANTEES", "Choice", "Facts", "Guarantee", "Row", "Strategy", "choose", "obstacle", "table"]
 
@@ -23,8 +24,7 @@ class Strategy(enum.Enum):
     REBIND = "rebind"
 
 
-@dataclass(frozen=True, slots=True)
-class Guarantee:
+class Guarantee(msgspec.Struct, frozen=True):
     """What a strategy is and promises.
 
     Attributes:
@@ -91,8 +91,7 @@ GUARANTEES: Final[Mapping[Strategy, Guarantee]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(msgspec.Struct, frozen=True):
     """What is known of a service and the restart that it wants.
 
     Attributes:
@@ -145,8 +144,7 @@ def obstacle(strategy: Strategy, facts: Facts) -> str:
     return ""
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True):
     """The strategy of a restart, and why this one; without one, why not."""
 
     strategy: Strategy | None
@@ -163,8 +161,7 @@ def choose(wanted: str, facts: Facts) -> Choice:
     return Choice(best, "auto: the best there is, and it can always work within one supervisor")
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(msgspec.Struct, frozen=True):
     """One strategy for one service: what it promises, and why the service cannot have it, if it cannot."""
 
     strategy: Strategy

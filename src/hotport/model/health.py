@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 __all__ = ["Ill", "Rules", "Sample", "verdict"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
+class Rules(msgspec.Struct, frozen=True, kw_only=True):
     """What the user calls well; a bound of 0 allows anything.
 
     Attributes:
@@ -24,8 +24,7 @@ class Rules:
     memory_max_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """What was seen of one new worker.
 
     Attributes:
@@ -44,8 +43,7 @@ class Sample:
     probe: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Ill:
+class Ill(msgspec.Struct, frozen=True):
     """Why the new workers are not well; `worker` is 0 if all of them together are meant."""
 
     why: str

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final, TypeAlias
+
+import msgspec
 
 __all__ = ["LEFT", "Asker", "Ephemeral", "Host", "Local", "Options", "Port", "Process", "Sockets", "State", "UnixName"]
 
@@ -36,8 +37,7 @@ _OURS: Final = re.compile(r"\bhotport(\.worker| serve) ")
 LEFT: Final = frozenset({State.FIN_WAIT1, State.FIN_WAIT2, State.CLOSING, State.TIME_WAIT, State.LAST_ACK})
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(msgspec.Struct, frozen=True):
     """``SO_REUSEADDR`` and ``SO_REUSEPORT`` of a socket."""
 
     reuse_address: bool = False
@@ -48,8 +48,7 @@ class Options:
         return " and ".join(names) or "neither option"
 
 
-@dataclass(frozen=True, slots=True)
-class Local:
+class Local(msgspec.Struct, frozen=True):
     """Where a socket is, or would be, bound.
 
     Attributes:
@@ -68,8 +67,7 @@ class Local:
         return f"[{self.host}]" if self.host.version == 6 else str(self.host)
 
 
-@dataclass(frozen=True, slots=True)
-class Process:
+class Process(msgspec.Struct, frozen=True):
     """A process that holds a socket.
 
     Attributes:
@@ -113,8 +111,7 @@ class Process:
         return f"pid {self.pid} ({self.command}, user {self.user}{unit}{generation}{suspended})"
 
 
-@dataclass(frozen=True, slots=True)
-class Sockets:
+class Sockets(msgspec.Struct, frozen=True):
     """Sockets on the port that are alike in everything that decides about a bind.
 
     Attributes:
@@ -153,8 +150,7 @@ class Sockets:
     nodelay: bool | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Asker:
+class Asker(msgspec.Struct, frozen=True):
     """Who would bind.
 
     Attributes:
@@ -166,8 +162,7 @@ class Asker:
     may_bind_low: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Ephemeral:
+class Ephemeral(msgspec.Struct, frozen=True):
     """Ports that the kernel gives to outgoing connections, from `low` to `high`.
 
     Attributes:
@@ -191,8 +186,7 @@ class Ephemeral:
         return f"sysctl -w net.ipv4.ip_local_reserved_ports={self.reserved}{',' * bool(self.reserved)}{port}"
 
 
-@dataclass(frozen=True, slots=True)
-class Port:
+class Port(msgspec.Struct, frozen=True):
     """Everything that was read about a port.
 
     Attributes:
@@ -218,8 +212,7 @@ class Port:
     unread: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class UnixName:
+class UnixName(msgspec.Struct, frozen=True):
     """A socket file, or an abstract name, as it was found.
 
     Attributes:

@@ -41,9 +41,11 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final
+
+import msgspec
+from msgspec.structs import replace
 
 from hotport.model.guarantee import Strategy
 from hotport.model.lifecycle import CURRENT, TRANSITIONS, Event, Phase, advance
@@ -79,8 +81,7 @@ GENERATIONS_DRAINING_MAX: Final = 8
 # -- state --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Worker:
+class Worker(msgspec.Struct, frozen=True):
     """One worker process.
 
     Attributes:
@@ -117,8 +118,7 @@ _COMMITTED: Final = frozenset({Step.QUIESCING, Step.SETTLING, Step.WATCHING})
 WATCHED: Final = frozenset({Step.BAKING, Step.WATCHING})
 
 
-@dataclass(frozen=True, slots=True)
-class Restart:
+class Restart(msgspec.Struct, frozen=True):
     """A restart in progress.
 
     Attributes:
@@ -154,8 +154,7 @@ class Stage(enum.Enum):
     STOPPING = "stopping"
 
 
-@dataclass(frozen=True, slots=True)
-class Service:
+class Service(msgspec.Struct, frozen=True):
     """Everything that decisions are made from.
 
     Attributes:
@@ -172,7 +171,7 @@ class Service:
     generation: int = 0
     generations: int = 0
     spawned: int = 0
-    workers: Mapping[int, Worker] = field(default_factory=lambda: MappingProxyType({}))
+    workers: Mapping[int, Worker] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     restart: Restart | None = None
     is_stopping: bool = False
     failures: int = 0
@@ -218,8 +217,7 @@ class Service:
 # -- events -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Adopt:
+class Adopt(msgspec.Struct, frozen=True):
     """Begin: with the workers of a supervisor that is gone, or was this process before its exec; or without any.
 
     Attributes:
@@ -238,8 +236,7 @@ class Adopt:
     favoured: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class RequestRestart:
+class RequestRestart(msgspec.Struct, frozen=True):
     """Somebody asks for a restart; `request` is given back with the answer.
 
     Attributes:
@@ -256,16 +253,14 @@ class RequestRestart:
     is_watched: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class RequestScale:
+class RequestScale(msgspec.Struct, frozen=True):
     """Somebody asks for another number of workers."""
 
     request: int
     wanted: int
 
 
-@dataclass(frozen=True, slots=True)
-class RequestStop:
+class RequestStop(msgspec.Struct, frozen=True):
     """End the service; a second request, or `now`, has connections cut; one more kills the workers.
 
     Attributes:
@@ -278,39 +273,34 @@ class RequestStop:
     lame_duck_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Said:
+class Said(msgspec.Struct, frozen=True):
     """A worker said something (one of the facts in `Event` but ``EXITED``)."""
 
     worker: int
     event: Event
 
 
-@dataclass(frozen=True, slots=True)
-class Exited:
+class Exited(msgspec.Struct, frozen=True):
     """A worker is gone and has been reaped, or could not be started at all."""
 
     worker: int
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class Expired:
+class Expired(msgspec.Struct, frozen=True):
     """A worker has served long enough and should be replaced."""
 
     worker: int
 
 
-@dataclass(frozen=True, slots=True)
-class MoreTime:
+class MoreTime(msgspec.Struct, frozen=True):
     """A worker asked for `seconds` from now (``EXTEND_TIMEOUT_USEC``, sd_notify(3))."""
 
     worker: int
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Bound:
+class Bound(msgspec.Struct, frozen=True):
     """`Rebind` or `Regain` has been carried out; with a `why`, somebody else has an address.
 
     Attributes:
@@ -321,23 +311,20 @@ class Bound:
     is_kept: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class RequestUndo:
+class RequestUndo(msgspec.Struct, frozen=True):
     """Somebody, `by` name, wants the old generation back."""
 
     request: int
     by: str
 
 
-@dataclass(frozen=True, slots=True)
-class RequestKeep:
+class RequestKeep(msgspec.Struct, frozen=True):
     """Somebody has seen enough of the new workers: end the bake or the undo window now."""
 
     request: int
 
 
-@dataclass(frozen=True, slots=True)
-class Unhealthy:
+class Unhealthy(msgspec.Struct, frozen=True):
     """The new workers of a restart are not well; `worker` is 0 if all of them together are meant."""
 
     generation: int
@@ -362,16 +349,14 @@ class Clock(enum.Enum):
     WATCH = "watch"
 
 
-@dataclass(frozen=True, slots=True)
-class Timer:
+class Timer(msgspec.Struct, frozen=True):
     """One timer; starting it again replaces it."""
 
     clock: Clock
     worker: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Elapsed:
+class Elapsed(msgspec.Struct, frozen=True):
     """A timer has ended. One that nobody waits for any more changes nothing."""
 
     timer: Timer
@@ -397,23 +382,20 @@ Input = (
 # -- effects ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Spawn:
+class Spawn(msgspec.Struct, frozen=True):
     """Start a worker."""
 
     worker: int
     generation: int
 
 
-@dataclass(frozen=True, slots=True)
-class Open:
+class Open(msgspec.Struct, frozen=True):
     """Tell a worker to accept; it is given the listeners that it has not got."""
 
     worker: int
 
 
-@dataclass(frozen=True, slots=True)
-class Quiesce:
+class Quiesce(msgspec.Struct, frozen=True):
     """Tell a worker to stop accepting and to keep its connections.
 
     Attributes:
@@ -424,56 +406,48 @@ class Quiesce:
     empties: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
+class Release(msgspec.Struct, frozen=True):
     """Tell a worker to empty the accept queue, to close its listeners, and to keep its connections."""
 
     worker: int
 
 
-@dataclass(frozen=True, slots=True)
-class Rebind:
+class Rebind(msgspec.Struct, frozen=True):
     """Close the listeners and bind their addresses again; `Bound` says what came of it."""
 
     generation: int
 
 
-@dataclass(frozen=True, slots=True)
-class Regain:
+class Regain(msgspec.Struct, frozen=True):
     """Try again to bind the addresses that somebody else has; `Bound` says what came of it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(msgspec.Struct, frozen=True):
     """Give a worker that accepts the listeners that it has not got."""
 
     worker: int
 
 
-@dataclass(frozen=True, slots=True)
-class Steer:
+class Steer(msgspec.Struct, frozen=True):
     """Let every new connection come to the sockets of this generation, and none to those of the one before it."""
 
     generation: int
 
 
-@dataclass(frozen=True, slots=True)
-class Unsteer:
+class Unsteer(msgspec.Struct, frozen=True):
     """Let every new connection come to the sockets of the generation before this one again."""
 
     generation: int
 
 
-@dataclass(frozen=True, slots=True)
-class Drain:
+class Drain(msgspec.Struct, frozen=True):
     """Tell a worker to finish its connections and leave; `is_last` if nobody will serve after it."""
 
     worker: int
     is_last: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Terminate:
+class Terminate(msgspec.Struct, frozen=True):
     """Tell a worker to leave soon: one that drains, to cut what it has; one that takes no orders gets SIGTERM.
 
     Attributes:
@@ -484,38 +458,33 @@ class Terminate:
     is_hurried: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Kill:
+class Kill(msgspec.Struct, frozen=True):
     """Send a worker's process group SIGKILL."""
 
     worker: int
 
 
-@dataclass(frozen=True, slots=True)
-class StartTimer:
+class StartTimer(msgspec.Struct, frozen=True):
     """Start a timer; without `seconds` it lasts as long as the options say for its clock."""
 
     timer: Timer
     seconds: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ExtendTimer:
+class ExtendTimer(msgspec.Struct, frozen=True):
     """Let a running timer end in `seconds` from now, unless it ends later anyway."""
 
     timer: Timer
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class StopTimer:
+class StopTimer(msgspec.Struct, frozen=True):
     """Forget a timer."""
 
     timer: Timer
 
 
-@dataclass(frozen=True, slots=True)
-class CloseListeners:
+class CloseListeners(msgspec.Struct, frozen=True):
     """Give up the supervisor's own listeners: the service is ending."""
 
 
@@ -533,8 +502,7 @@ class Refusal(enum.Enum):
     NOT_WATCHED = "no restart is being watched"
 
 
-@dataclass(frozen=True, slots=True)
-class Refuse:
+class Refuse(msgspec.Struct, frozen=True):
     """Answer a request with a refusal; `generation` is the restart in progress, if there is one."""
 
     request: int
@@ -542,8 +510,7 @@ class Refuse:
     generation: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Accept:
+class Accept(msgspec.Struct, frozen=True):
     """Answer a request: it is being carried out."""
 
     request: int
@@ -575,8 +542,7 @@ class News(enum.Enum):
     UNDONE = "restart.undone"
 
 
-@dataclass(frozen=True, slots=True)
-class Announce:
+class Announce(msgspec.Struct, frozen=True):
     """Something worth telling has happened."""
 
     news: News
@@ -586,8 +552,7 @@ class Announce:
     workers: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
+class Finish(msgspec.Struct, frozen=True):
     """The supervisor may leave; `has_failed` if the service never served."""
 
     has_failed: bool = False
@@ -657,7 +622,7 @@ class _Draft:
         self.effects: list[Effect] = []
 
     def set(self, **changes: object) -> None:
-        self.service = replace(self.service, **changes)  # type: ignore[arg-type]
+        self.service = replace(self.service, **changes)
 
     def emit(self, *effects: Effect) -> None:
         self.effects.extend(effects)

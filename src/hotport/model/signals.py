@@ -12,9 +12,7 @@ import enum
 from collections.abc import Mapping
 from typing import Final
 
-from hotport.model.service import Service
-
-__all__ = ["ALL", "HELD", "NOTES", "SUPERVISOR", "SUSPENDING", "TERMINATING", "WORKER", "Does", "Moment", "moment"]
+__all__ = ["ALL", "HELD", "NOTES", "SUPERVISOR", "SUSPENDING", "TERMINATING", "WORKER", "Does", "Moment"]
 
 
 class Moment(enum.Enum):
@@ -109,14 +107,3 @@ SUSPENDING: Final = frozenset({"SIGTTIN", "SIGTTOU"})
 #: They wait until a supervisor can handle them; by default they would end or suspend it. Without TERM, INT and QUIT:
 #: before it can handle those, a process that they end has nothing to lose. For a worker all of its signals wait.
 HELD: Final = frozenset({"SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU"})
-
-
-def moment(service: Service) -> Moment:
-    """What a supervisor is doing."""
-    if service.is_stopping:
-        return Moment.STOPPING
-    if service.generation == 0:
-        return Moment.STARTING
-    if service.restart is not None:
-        return Moment.RESTARTING
-    return Moment.DRAINING if service.draining_generations else Moment.SERVING

@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVarTuple
@@ -22,6 +21,7 @@ from typing import Final, NamedTuple, TypeVarTuple
 import anyio
 import anyio.abc
 import anyio.lowlevel
+from msgspec.structs import replace
 
 from hotport.address import listener_name, parse_address
 from hotport.errors import ExitCode, HotportError, RestartError, StartError

@@ -7,8 +7,9 @@ Source: HAProxy, ``doc/proxy-protocol.txt`` (sections 2.1, 2.2).
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
 from typing import Final, NamedTuple
+
+import msgspec
 
 __all__ = ["HEADER_BYTES_MAX", "Endpoints", "ProxyHeader", "ProxyHeaderError", "parse_proxy_header"]
 
@@ -43,8 +44,7 @@ class Endpoints(NamedTuple):
     destination: tuple[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class ProxyHeader:
+class ProxyHeader(msgspec.Struct, frozen=True):
     """A whole header.
 
     Attributes:

@@ -11,7 +11,6 @@ Sources: sd_notify(3), well-known assignments; sd_pid_notify_with_fds(3).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote, unquote_to_bytes
 
@@ -44,8 +43,7 @@ _STATUS_CHARS_MAX: Final = 1000
 _USEC_PER_S: Final = 1_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Notification:
+class Notification(msgspec.Struct, frozen=True):
     """What one datagram says; a field that it does not mention keeps its default.
 
     Attributes:
