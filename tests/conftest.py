@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import signal
@@ -135,18 +136,14 @@ def _processes_of(test: str) -> list[psutil.Process]:
 
     pytest names the running test in its environment, we name the run, and every process that is started inherits that.
     """
+    marks = f"{RUN}={os.environ[RUN]}\0".encode(), f"PYTEST_CURRENT_TEST={test} ".encode()
     found = []
-    for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and _is_of(process.environ(), test):
-                found.append(process)
-        except psutil.Error:
-            continue
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with contextlib.suppress(OSError, psutil.Error):  # it has ended, or is not ours
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+            if pid != os.getpid() and all(mark in environment for mark in marks):
+                found.append(psutil.Process(pid))
     return found
-
-
-def _is_of(environment: dict[str, str], test: str) -> bool:
-    return environment.get(RUN) == os.environ[RUN] and environment.get("PYTEST_CURRENT_TEST", "").startswith(f"{test} ")
 
 
 def _socket_files(directory: Path) -> list[Path]:

@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 SMALL = {
-    "steady.py": ("--seconds", "1"),
+    "steady.py": ("--seconds", "0.2"),
     "restart.py": (),
     "http.py": (
         *("--seconds", "0.2", "--servers", "hotport", "uvicorn"),
@@ -29,7 +29,7 @@ SMALL = {
     "timewait.py": ("--entries", "0", "20", "--seconds", "0.2"),
     "peers.py": ("--servers", "hotport", "--times", "1"),
     "handoff.py": ("--counts", "20", "--seconds", "0.2"),
-    "power.py": ("--seconds", "1"),
+    "power.py": ("--seconds", "0.5"),
     "why.py": ("--established", "20", "--timewait", "20"),
 }
 

@@ -30,9 +30,6 @@ from tests.support import (
     write_code,
 )
 
-pytestmark = pytest.mark.measured
-
-
 NOBODY = 65534
 
 
@@ -476,13 +473,12 @@ def test_readers_that_leave_do_not_change_the_outcome(line_app: Path, unbuffered
 
     with Service(line_app, "app:app", env={"PYTHONUNBUFFERED": unbuffered}).wait_ready() as service:
         env = service.env
-        for args in (("restart",), ("restart", "--json"), ("status",), ("status", "--json"), ("scale", "2")):
+        for args in (("restart",), ("status", "--json"), ("scale", "2"), ("serve", "--show-config")):
             assert run(*args) == 0, args
-        assert run("serve", "--show-config") == 0
         assert run("restart", "nobody") == 6
         write_code(line_app / "app.py", "raise RuntimeError")
         assert run("restart") == 4
-        assert service.status()["generation"] == 3
+        assert service.status()["generation"] == 2
         assert run("stop") == 0
 
 

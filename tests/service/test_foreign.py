@@ -13,9 +13,6 @@ import pytest
 
 from tests.support import Answer, Hammer, Service, ask_line, http_get, need, write_code
 
-pytestmark = pytest.mark.measured
-
-
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 PERL = """\

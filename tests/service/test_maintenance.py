@@ -15,8 +15,6 @@ import pytest
 from hotport.wire.messages import RestartRequest, ScaleRequest
 from tests.support import DEADLINE_S, LINE_APP, Hammer, Service, ask_line, eventually, watching_pid, write_code
 
-pytestmark = pytest.mark.measured
-
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:

@@ -26,9 +26,6 @@ from tests.support import (
     write_code,
 )
 
-pytestmark = pytest.mark.measured
-
-
 CUT = (b"", b"(reset)")
 
 

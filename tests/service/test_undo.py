@@ -16,8 +16,6 @@ import pytest
 from tests.service.undo_support import Clients, write_version
 from tests.support import DEADLINE_S, Service, assert_three_lines, http_get
 
-pytestmark = pytest.mark.measured
-
 
 @contextmanager
 def serving(directory: Path, *args: str, workers: int = 2) -> Iterator[Service]:

@@ -20,9 +20,6 @@ from hotport.errors import ConfigError
 from hotport.options import Options
 from tests.support import DEADLINE_S, Service, eventually, write_code
 
-pytestmark = pytest.mark.measured
-
-
 CODE = "async def app(stream):\n    await stream.send({answer!r})\n"
 
 
