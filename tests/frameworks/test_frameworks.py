@@ -291,7 +291,7 @@ def test_application_notices_that_the_reader_of_its_events_has_left(client: http
 def test_application_notices_that_the_client_of_a_slow_request_has_left(service: Service, client: httpx.Client) -> None:
     with socket.create_connection(("127.0.0.1", service.port), DEADLINE_S) as sock:
         sock.sendall(b"GET /slow HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-        assert client.get("/hello/ann").is_success  # by now the other one is being worked on
+        wait_seen(client, "slow has begun")
     wait_seen(client, "slow")
 
 

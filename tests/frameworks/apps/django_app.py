@@ -125,6 +125,7 @@ async def old(request):
 
 
 async def slow(request):
+    SEEN.append("slow has begun")
     try:
         await asyncio.sleep(600)
     finally:

@@ -150,6 +150,7 @@ async def old(request: Request):
 
 @app.get("/slow")
 async def slow(request: Request):
+    SEEN.append("slow has begun")
     while not await request.is_disconnected():
         await asyncio.sleep(0.02)
     SEEN.append("slow")

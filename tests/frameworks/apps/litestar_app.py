@@ -150,6 +150,7 @@ async def old() -> Redirect:
 
 @get("/slow")
 async def slow(request: Request) -> None:
+    SEEN.append("slow has begun")
     while (await request.receive())["type"] != "http.disconnect":
         pass
     SEEN.append("slow")

@@ -141,6 +141,7 @@ async def old():
 
 @app.get("/slow")
 async def slow():
+    SEEN.append("slow has begun")
     try:
         await asyncio.sleep(600)
     finally:

@@ -135,6 +135,7 @@ async def old(request):
 
 
 async def slow(request):
+    SEEN.append("slow has begun")
     while not await request.is_disconnected():
         await asyncio.sleep(0.02)
     SEEN.append("slow")
