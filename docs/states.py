@@ -14,7 +14,7 @@ from typing import Any, Final
 from hotport.adapters.asgi.states import STATES, WEBSOCKET_STATES, Row
 from hotport.model import lifecycle, service
 from hotport.model.lifecycle import CURRENT, TRANSITIONS, Event, Phase
-from hotport.model.service import INVERSE, Effect, Open, Quiesce, Rebind, Release, Spawn, Step
+from hotport.model.service import INVERSE, STEPS, Clock, Effect, Open, Quiesce, Rebind, Release, Spawn, Step
 
 __all__ = ["PAGE", "states_page"]
 
@@ -54,17 +54,15 @@ the new workers at the commit (`Steer`; its inverse is `Unsteer`), and what is q
 strategies are is told in [strategies.md](strategies.md).
 """
 
-#: What a batch waits for in each step, and what ends the waiting if it does not come.
-STEPS: Final[dict[Step, tuple[type[Effect] | None, str, str]]] = {
-    Step.STARTING: (Spawn, "every new worker has said `READY=1`", "ready_timeout: abort"),
-    Step.RELEASING: (Release, "every old worker has emptied the accept queue and closed the listeners", "5 s: abort"),
-    Step.REBINDING: (Rebind, "the addresses are bound again", "at once: done, or abort"),
-    Step.OPENING: (Open, "every new worker has acknowledged that it accepts: the commit", "5 s: abort"),
-    Step.BAKING: (None, "the canary, if there is one, has been well for so long", "bake: the others start"),
-    Step.QUIESCING: (Quiesce, "every old worker has acknowledged that it stopped accepting", "5 s: go on"),
-    Step.SETTLING: (None, "no new worker has failed for a moment", "settle: the end of this step"),
-    Step.WATCHING: (None, "the new workers have been well for an undo window, if there is one", "undo_window: its end"),
-    Step.UNDOING: (Open, "every old worker accepts again or has failed to; then `Drain` each new one", "5 s: go on"),
+#: How long the clocks of steps are.
+LASTS: Final = {
+    Clock.READY: "ready_timeout",
+    Clock.OPEN: "5 s",
+    Clock.QUIESCE: "5 s",
+    Clock.SETTLE: "settle",
+    Clock.BAKE: "bake",
+    Clock.WATCH: "undo_window",
+    None: "at once",
 }
 
 WHO: Final = {
@@ -179,11 +177,12 @@ def _rank(move: tuple[Phase, Phase, Event]) -> tuple[int, int]:
 def _steps() -> str:
     rows = []
     for step in Step:
-        effect, awaited, bound = STEPS[step]
+        row = STEPS[step]
+        effect = row.does
         is_undoing = step is Step.UNDOING
         does = f"`{effect.__name__}` {WHO_UNDOING if is_undoing else WHO[effect]}" if effect else ""
         inverse = f"`{INVERSE[effect].__name__}` {INVERTED.get(effect, 'it')}" if effect and not is_undoing else ""
-        rows.append((step.value, does, inverse, awaited, bound))
+        rows.append((step.value, does, inverse, row.awaits, f"{LASTS[row.clock]}: {row.late}"))
     rows.append(("(done)", "`Drain` each old worker", "none", "", ""))
     return _table(("step", "effect", "inverse", "goes on when", "at the latest"), rows)
 

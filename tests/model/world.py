@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from hotport.model.guarantee import Strategy
 from hotport.model.lifecycle import CURRENT, Event, Phase
 from hotport.model.service import (
-    WATCHED,
+    STEPS,
     Accept,
     Adopt,
     Announce,
@@ -349,7 +349,7 @@ class World:
             )
         elif isinstance(event, RequestKeep):
             generation = before.restart.generation if before.restart else 0
-            is_watched = before.restart is not None and before.restart.step in WATCHED
+            is_watched = before.restart is not None and STEPS[before.restart.step].is_watched
             assert answer == (
                 Accept(event.request, generation)
                 if is_watched
@@ -360,7 +360,7 @@ class World:
         elif before.regains and before.restart is None and isinstance(event, RequestRestart):
             assert answer == Refuse(event.request, Refusal.PORT_LOST) or before.generation == 0 or before.ids(*LEAVING)
         elif before.restart is not None:
-            why = Refusal.WATCHED if before.restart.step in WATCHED else Refusal.IN_PROGRESS
+            why = Refusal.WATCHED if STEPS[before.restart.step].is_watched else Refusal.IN_PROGRESS
             assert answer == Refuse(event.request, why, before.restart.generation)
         elif isinstance(event, RequestRestart) and isinstance(answer, Accept):
             assert answer.generation == self._generations[-1] + 1

@@ -54,12 +54,15 @@ __all__ = [
     "BACKOFF_MAX_S",
     "GENERATIONS_DRAINING_MAX",
     "INVERSE",
+    "STEPS",
     "Effect",
     "Input",
     "Restart",
+    "Row",
     "Service",
     "Stage",
     "Step",
+    "Undoing",
     "Worker",
     "refusal",
     "step",
@@ -109,13 +112,6 @@ class Step(enum.Enum):
     SETTLING = "settling"
     WATCHING = "watching"
     UNDOING = "undoing"
-
-
-#: Steps in which the new workers are to stay, unless something happens.
-_COMMITTED: Final = frozenset({Step.QUIESCING, Step.SETTLING, Step.WATCHING})
-
-#: Steps in which the new workers serve, are watched, and are taken back if they are not well.
-WATCHED: Final = frozenset({Step.BAKING, Step.WATCHING})
 
 
 class Restart(msgspec.Struct, frozen=True):
@@ -198,7 +194,7 @@ class Service(msgspec.Struct, frozen=True):
     def favoured(self) -> int:
         """The generation that a next supervisor should go on with if several serve whole."""
         restart = self.restart
-        if restart is not None and restart.step in _COMMITTED and not restart.remaining:
+        if restart is not None and STEPS[restart.step].is_committed and not restart.remaining:
             return restart.generation
         return self.generation
 
@@ -598,8 +594,95 @@ _BOUNDS: Final[Mapping[Phase, Clock]] = {
     Phase.STOPPING: Clock.KILL,
 }
 
-#: Timers of a restart.
-_CLOCKS: Final = (Clock.QUIESCE, Clock.SETTLE, Clock.BAKE, Clock.WATCH)
+
+class Undoing(enum.Enum):
+    """How a restart is taken back."""
+
+    ABORT = "abort"  # at once
+    UNDO = "undo"  # in two steps, so that connections can go back
+    NONE = "nothing"  # that is being done already
+
+
+class Row(msgspec.Struct, frozen=True):
+    """What a step of a restart is, and how it ends.
+
+    Attributes:
+        does: The effect that it begins with; None if it only waits.
+        awaits: What ends it, in the words of the reference.
+        clock: What bounds it: `READY` and `OPEN` each worker by itself, the others the restart; None: nothing does.
+        late: What follows when that has elapsed, in the words of the reference.
+        lost: What follows when a new worker is lost.
+        unwanted: What follows when the new workers are not well, or somebody wants the old ones back.
+        is_committed: The new workers are to stay, and newcomers are steered to them.
+        is_watched: The new workers serve and are judged.
+    """
+
+    does: type[Effect] | None
+    awaits: str
+    clock: Clock | None
+    late: str
+    lost: Undoing = Undoing.ABORT
+    unwanted: Undoing = Undoing.ABORT
+    is_committed: bool = False
+    is_watched: bool = False
+
+
+STEPS: Final[Mapping[Step, Row]] = {
+    Step.STARTING: Row(Spawn, "every new worker has said `READY=1`", Clock.READY, "abort"),
+    Step.RELEASING: Row(
+        Release, "every old worker has emptied the accept queue and closed the listeners", Clock.QUIESCE, "abort"
+    ),
+    Step.REBINDING: Row(Rebind, "the addresses are bound again", None, "done, or abort"),
+    Step.OPENING: Row(Open, "every new worker has acknowledged that it accepts: the commit", Clock.OPEN, "abort"),
+    Step.BAKING: Row(
+        None,
+        "the canary, if there is one, has been well for so long",
+        Clock.BAKE,
+        "the others start",
+        lost=Undoing.UNDO,
+        unwanted=Undoing.UNDO,
+        is_watched=True,
+    ),
+    Step.QUIESCING: Row(
+        Quiesce,
+        "every old worker has acknowledged that it stopped accepting",
+        Clock.QUIESCE,
+        "go on",
+        unwanted=Undoing.UNDO,
+        is_committed=True,
+    ),
+    Step.SETTLING: Row(
+        None,
+        "no new worker has failed for a moment",
+        Clock.SETTLE,
+        "the end of this step",
+        unwanted=Undoing.UNDO,
+        is_committed=True,
+    ),
+    Step.WATCHING: Row(
+        None,
+        "the new workers have been well for an undo window, if there is one",
+        Clock.WATCH,
+        "its end",
+        lost=Undoing.UNDO,
+        unwanted=Undoing.UNDO,
+        is_committed=True,
+        is_watched=True,
+    ),
+    Step.UNDOING: Row(
+        Open,
+        "every old worker accepts again or has failed to; then `Drain` each new one",
+        Clock.OPEN,
+        "go on",
+        lost=Undoing.NONE,
+        unwanted=Undoing.NONE,
+    ),
+}
+
+#: Timers that belong to the restart, not to one of its workers.
+_CLOCKS: Final = tuple(
+    dict.fromkeys(row.clock for row in STEPS.values() if row.clock not in (None, Clock.READY, Clock.OPEN))
+)
 
 #: Phases of workers that accept, or have been told to.
 _ACCEPTING: Final = frozenset({Phase.OPENING, Phase.SERVING})
@@ -803,7 +886,7 @@ def refusal(service: Service, *, is_restart: bool) -> tuple[Refusal, int] | None
     if service.is_lame_duck:
         return Refusal.LAME_DUCK, 0
     if service.restart is not None:
-        why = Refusal.WATCHED if service.restart.step in WATCHED else Refusal.IN_PROGRESS
+        why = Refusal.WATCHED if STEPS[service.restart.step].is_watched else Refusal.IN_PROGRESS
         return why, service.restart.generation
     if service.generation == 0:
         return Refusal.STARTING, 0
@@ -824,9 +907,8 @@ def _request_verdict(draft: _Draft, event: RequestUndo | RequestKeep) -> None:
             draft.emit(Refuse(event.request, Refusal.NOTHING_TO_UNDO))
             return
         draft.emit(Accept(event.request, restart.generation))
-        if restart.step is not Step.UNDOING:
-            _take_back(draft, restart, f"{event.by} asked for it")
-    elif restart is None or restart.step not in WATCHED:
+        _take_back(draft, restart, f"{event.by} asked for it")
+    elif restart is None or not STEPS[restart.step].is_watched:
         draft.emit(Refuse(event.request, Refusal.NOT_WATCHED, restart.generation if restart else 0))
     else:
         draft.emit(Accept(event.request, restart.generation))
@@ -835,7 +917,7 @@ def _request_verdict(draft: _Draft, event: RequestUndo | RequestKeep) -> None:
 
 def _unhealthy(draft: _Draft, event: Unhealthy) -> None:
     restart = draft.service.restart
-    if restart is not None and restart.generation == event.generation and restart.step in WATCHED:
+    if restart is not None and restart.generation == event.generation and STEPS[restart.step].is_watched:
         _take_back(draft, restart, event.why, event.worker)
 
 
@@ -969,18 +1051,6 @@ def _elapsed(draft: _Draft, timer: Timer) -> None:
             draft.terminate(timer.worker)
         case Clock.KILL, Phase.STOPPING:
             draft.emit(Kill(timer.worker))
-        case Clock.QUIESCE, _ if restart is not None and restart.step is Step.QUIESCING:
-            late = restart.old.intersection(service.ids(Phase.OPENING, Phase.QUIESCING))  # they are drained as they are
-            _settle(draft, restart, why=f"no answer from {_named(late)}")
-        case Clock.QUIESCE, _ if restart is not None and restart.step is Step.RELEASING:
-            holding = restart.old.intersection(service.ids(*_HOLDING))  # so the listeners cannot be bound again
-            _abort(draft, restart, f"{_named(holding)} did not let go of the listeners")
-        case Clock.SETTLE, _ if restart is not None and restart.step is Step.SETTLING:
-            _watch(draft, restart) if restart.is_watched else _finish_batch(draft, restart)
-        case Clock.BAKE, _ if restart is not None and restart.step is Step.BAKING:
-            _end_watch(draft, restart)
-        case Clock.WATCH, _ if restart is not None and restart.step is Step.WATCHING:
-            _end_watch(draft, restart)
         case Clock.BACKOFF, _:
             draft.set(is_backing_off=False)
         case Clock.STABLE, _:
@@ -989,6 +1059,25 @@ def _elapsed(draft: _Draft, timer: Timer) -> None:
             _request_stop(draft, RequestStop())
         case Clock.REGAIN, _ if service.regains:
             draft.emit(Regain())
+        case clock, _ if restart is not None and clock in _CLOCKS and clock is STEPS[restart.step].clock:
+            _elapsed_step(draft, restart)
+
+
+def _elapsed_step(draft: _Draft, restart: Restart) -> None:
+    """The time of a restart's step is over."""
+    match restart.step:
+        case Step.RELEASING:
+            holding = restart.old.intersection(draft.service.ids(*_HOLDING))  # so they cannot be bound again
+            _abort(draft, restart, f"{_named(holding)} did not let go of the listeners")
+        case Step.QUIESCING:
+            late = restart.old.intersection(draft.service.ids(Phase.OPENING, Phase.QUIESCING))  # drained as they are
+            _settle(draft, restart, why=f"no answer from {_named(late)}")
+        case Step.SETTLING if restart.is_watched:
+            _watch(draft, restart)
+        case Step.SETTLING:
+            _finish_batch(draft, restart)
+        case _:
+            _end_watch(draft, restart)
 
 
 def _named(workers: Iterable[int]) -> str:
@@ -1006,24 +1095,24 @@ def _begin_batch(draft: _Draft, restart: Restart) -> None:
 
 
 def _take_back(draft: _Draft, restart: Restart, why: str, culprit: int = 0, *, is_lost: bool = False) -> None:
-    """Abort the restart or undo it, as its step demands; a new worker that `is_lost` while it is undone is no news."""
-    if restart.step is Step.UNDOING:
-        return
-    if restart.step in WATCHED or (restart.step in (Step.QUIESCING, Step.SETTLING) and not is_lost):
-        draft.emit(
-            *(StopTimer(Timer(clock)) for clock in _CLOCKS),
-            Announce(
-                News.UNDOING,
-                generation=restart.generation,
-                worker=culprit,
-                why=why,
-                workers=tuple(sorted(restart.new)),
-            ),
-        )
-        _unsteer(draft, restart)
-        draft.set(restart=replace(restart, step=Step.UNDOING, why=why))
-    else:
-        _abort(draft, restart, why, culprit)
+    """Abort the restart or undo it, as the table says for its step."""
+    row = STEPS[restart.step]
+    match row.lost if is_lost else row.unwanted:
+        case Undoing.ABORT:
+            _abort(draft, restart, why, culprit)
+        case Undoing.UNDO:
+            _undo(draft, restart, why, culprit)
+
+
+def _undo(draft: _Draft, restart: Restart, why: str, culprit: int) -> None:
+    """Begin to take back what serves: the new ones go when the old ones can have their connections."""
+    new = tuple(sorted(restart.new))
+    draft.emit(
+        *(StopTimer(Timer(clock)) for clock in _CLOCKS),
+        Announce(News.UNDOING, generation=restart.generation, worker=culprit, why=why, workers=new),
+    )
+    _unsteer(draft, restart)
+    draft.set(restart=replace(restart, step=Step.UNDOING, why=why))
 
 
 def _abort(draft: _Draft, restart: Restart, why: str, culprit: int = 0) -> None:
@@ -1035,7 +1124,7 @@ def _abort(draft: _Draft, restart: Restart, why: str, culprit: int = 0) -> None:
 
 
 def _unsteer(draft: _Draft, restart: Restart) -> None:
-    if restart.strategy is Strategy.OVERLAP and restart.step in (Step.QUIESCING, Step.SETTLING, Step.WATCHING):
+    if restart.strategy is Strategy.OVERLAP and STEPS[restart.step].is_committed:
         draft.emit(Unsteer(restart.generation))
 
 

@@ -17,7 +17,7 @@ from hotport.kernel.steer import can_steer
 from hotport.model.guarantee import Facts, Strategy, choose, table
 from hotport.model.lifecycle import CURRENT, Phase
 from hotport.model.service import (
-    WATCHED,
+    STEPS,
     Announce,
     Input,
     Refusal,
@@ -384,7 +384,7 @@ async def describe(supervisor: Supervisor) -> Status:
 
 def _describe_watch(supervisor: Supervisor) -> WatchStatus | None:
     restart = supervisor.service.restart
-    if restart is None or restart.step not in WATCHED:
+    if restart is None or not STEPS[restart.step].is_watched:
         return None
     left_s = round(supervisor.watched_for_s(), 3)
     return WatchStatus(generation=restart.generation, step=restart.step.value, left_s=left_s)
