@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from hotport.adapters.asgi.states import STATES, WEBSOCKET_STATES, Row
-from hotport.model import lifecycle, service
+from hotport.model import lifecycle, rules
+from hotport.model.effects import INVERSE, Effect, Open, Quiesce, Rebind, Release, Spawn
+from hotport.model.inputs import Clock
 from hotport.model.lifecycle import CURRENT, TRANSITIONS, Event, Phase
-from hotport.model.service import INVERSE, STEPS, Clock, Effect, Open, Quiesce, Rebind, Release, Spawn, Step
+from hotport.model.steps import STEPS, Step
 
 __all__ = ["PAGE", "states_page"]
 
@@ -26,7 +28,7 @@ HEAD: Final = """
 <!-- Written by docs/states.py from the source; do not edit. -->
 
 What may happen to a worker is a table, `TRANSITIONS` in `hotport.model.lifecycle`; what a service does next is one pure
-function, `step` in `hotport.model.service`; what becomes of a connection is a table in `hotport.adapters.asgi.states`.
+function, `step` in `hotport.model.rules`; what becomes of a connection is a table in `hotport.adapters.asgi.states`.
 This page is written from them.
 
 ## The life of one worker
@@ -190,11 +192,11 @@ def _steps() -> str:
 def states_page() -> str:
     """The page, as it should be."""
     tail = TAIL.format(
-        first=service.BACKOFF_FIRST_S,
-        most=service.BACKOFF_MAX_S,
-        generations=service.GENERATIONS_DRAINING_MAX,
-        regain=service.REGAIN_FIRST_S,
-        regains=service.REGAIN_MAX_S,
+        first=rules.BACKOFF_FIRST_S,
+        most=rules.BACKOFF_MAX_S,
+        generations=rules.GENERATIONS_DRAINING_MAX,
+        regain=rules.REGAIN_FIRST_S,
+        regains=rules.REGAIN_MAX_S,
     )
     parts = (HEAD, _diagram() + "\n", AFTER_DIAGRAM.lstrip(), _phases() + "\n", RESTART.lstrip(), _steps() + "\n")
     connections = (CONNECTIONS, _connections(STATES) + "\n" + WEBSOCKETS, _connections(WEBSOCKET_STATES) + "\n")

@@ -14,18 +14,10 @@ import pytest
 from hotport import runner
 from hotport.errors import RestartError
 from hotport.kernel.process import numbers
-from hotport.model.service import (
-    Clock,
-    Drain,
-    Effect,
-    Kill,
-    News,
-    RequestStop,
-    Service,
-    Terminate,
-    refusal,
-    step,
-)
+from hotport.model.effects import Drain, Effect, Kill, News, Terminate
+from hotport.model.inputs import Clock, RequestStop
+from hotport.model.rules import refusal, step
+from hotport.model.service import Service
 from hotport.model.signals import ALL, NOTES, SUPERVISOR, WORKER, Does, Moment
 from hotport.supervisor.supervisor import Supervisor
 from tests.model.world import World, news

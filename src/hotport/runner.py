@@ -16,8 +16,8 @@ import anyio
 from hotport.errors import ConfigError, ExitCode, HotportError, visible
 from hotport.kernel.fork import withheld, withhold
 from hotport.kernel.process import discard, ends_with_terminal, has_terminal, holding, numbers, reap_orphans
+from hotport.model.inputs import RequestStop
 from hotport.model.lifecycle import Phase
-from hotport.model.service import RequestStop
 from hotport.model.signals import HELD, NOTES, TERMINATING
 from hotport.observe.logs import configure, get_logger
 from hotport.options import WORKERS_MAX, service_name

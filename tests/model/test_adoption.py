@@ -4,24 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from hotport.model.lifecycle import Phase
-from hotport.model.service import (
-    Adopt,
-    Announce,
-    Clock,
-    Drain,
-    Effect,
-    News,
-    Open,
-    Service,
-    Spawn,
-    StartTimer,
-    Terminate,
-    Timer,
-    Worker,
-    step,
-    surviving,
-)
+from hotport.model.effects import Announce, Drain, Effect, News, Open, Spawn, StartTimer, Terminate
+from hotport.model.inputs import Adopt, Clock, Timer
+from hotport.model.lifecycle import Phase, Worker
+from hotport.model.rules import step
+from hotport.model.service import Service, surviving
 
 S, R, Q, D, X = Phase.SERVING, Phase.READY, Phase.QUIESCED, Phase.DRAINING, Phase.STARTING
 

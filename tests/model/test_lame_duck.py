@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hotport.model.lifecycle import Phase
-from hotport.model.service import (
+from hotport.model.effects import (
     Announce,
-    Clock,
     CloseListeners,
     Drain,
     Finish,
@@ -16,12 +14,13 @@ from hotport.model.service import (
     Refusal,
     Refuse,
     Spawn,
-    Stage,
     StartTimer,
     StopTimer,
     Terminate,
-    Timer,
 )
+from hotport.model.inputs import Clock, Timer
+from hotport.model.lifecycle import Phase
+from hotport.model.service import Stage
 from tests.model.world import World, news
 
 TIMER = Timer(Clock.LAME_DUCK)

@@ -4,8 +4,10 @@ from itertools import product
 
 import pytest
 
-from hotport.model.lifecycle import CURRENT, TRANSITIONS, Event, IllegalTransition, Phase, advance
-from hotport.model.service import Clock, Elapsed, Exited, Said, Service, Timer, Worker, step
+from hotport.model.inputs import Clock, Elapsed, Exited, Said, Timer
+from hotport.model.lifecycle import CURRENT, TRANSITIONS, Event, IllegalTransition, Phase, Worker, advance
+from hotport.model.rules import step
+from hotport.model.service import Service
 
 PAIRS = list(product(Phase, Event))
 KNOWN = [pair for pair in PAIRS if pair in TRANSITIONS]

@@ -6,9 +6,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from hotport.model.effects import StartTimer
 from hotport.model.guarantee import Strategy
+from hotport.model.inputs import Clock, Elapsed, Expired, MoreTime, Timer
 from hotport.model.lifecycle import Event, Phase
-from hotport.model.service import Clock, Elapsed, Expired, MoreTime, StartTimer, Timer
 from tests.model.world import World
 from tests.support import RESTARTS
 

@@ -2,25 +2,16 @@ from __future__ import annotations
 
 import pytest
 
-from hotport.model.guarantee import Strategy
-from hotport.model.lifecycle import Event, Phase
-from hotport.model.service import (
-    BACKOFF_MAX_S,
-    GENERATIONS_DRAINING_MAX,
+from hotport.model.effects import (
     INVERSE,
     Accept,
     Announce,
-    Clock,
     CloseListeners,
     Drain,
     Effect,
-    Elapsed,
-    Exited,
-    Expired,
     ExtendTimer,
     Finish,
     Kill,
-    MoreTime,
     News,
     Open,
     Quiesce,
@@ -31,11 +22,14 @@ from hotport.model.service import (
     Spawn,
     StartTimer,
     Steer,
-    Step,
     Terminate,
-    Timer,
     Unsteer,
 )
+from hotport.model.guarantee import Strategy
+from hotport.model.inputs import Clock, Elapsed, Exited, Expired, MoreTime, Timer
+from hotport.model.lifecycle import Event, Phase
+from hotport.model.rules import BACKOFF_MAX_S, GENERATIONS_DRAINING_MAX
+from hotport.model.steps import Step
 from tests.model.world import World, news
 
 Order = Spawn | Open | Quiesce | Drain | Terminate | Kill

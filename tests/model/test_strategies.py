@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from hotport.model.guarantee import Strategy
-from hotport.model.lifecycle import Event, Phase
-from hotport.model.service import (
-    REGAIN_FIRST_S,
-    REGAIN_MAX_S,
+from hotport.model.effects import (
     Announce,
-    Bound,
-    Clock,
     Drain,
     Effect,
-    Elapsed,
     Kill,
     News,
     Open,
@@ -28,11 +21,14 @@ from hotport.model.service import (
     Spawn,
     StartTimer,
     Steer,
-    Step,
     Terminate,
-    Timer,
     Unsteer,
 )
+from hotport.model.guarantee import Strategy
+from hotport.model.inputs import Bound, Clock, Elapsed, Timer
+from hotport.model.lifecycle import Event, Phase
+from hotport.model.rules import REGAIN_FIRST_S, REGAIN_MAX_S
+from hotport.model.steps import Step
 from tests.model.world import World, news
 
 Deed = Spawn | Open | Quiesce | Drain | Terminate | Kill | Release | Rebind | Regain | Share | Steer | Unsteer

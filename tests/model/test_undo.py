@@ -4,25 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from hotport.model.effects import Accept, Announce, Drain, News, Open, Quiesce, Refusal, Refuse, Spawn, Terminate
+from hotport.model.inputs import Clock, Elapsed, Expired, Timer, Unhealthy
 from hotport.model.lifecycle import Event, Phase
-from hotport.model.service import (
-    Accept,
-    Announce,
-    Clock,
-    Drain,
-    Elapsed,
-    Expired,
-    News,
-    Open,
-    Quiesce,
-    Refusal,
-    Refuse,
-    Spawn,
-    Step,
-    Terminate,
-    Timer,
-    Unhealthy,
-)
+from hotport.model.steps import Step
 from tests.model.test_service import orders, phases, reached, serving
 from tests.model.world import World, news
 

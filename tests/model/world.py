@@ -13,22 +13,13 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from hotport.model.guarantee import Strategy
-from hotport.model.lifecycle import CURRENT, Event, Phase
-from hotport.model.service import (
-    STEPS,
+from hotport.model.effects import (
     Accept,
-    Adopt,
     Announce,
-    Bound,
-    Clock,
     CloseListeners,
     Drain,
     Effect,
-    Elapsed,
-    Exited,
     Finish,
-    Input,
     Kill,
     News,
     Open,
@@ -38,26 +29,35 @@ from hotport.model.service import (
     Refuse,
     Regain,
     Release,
+    Share,
+    Spawn,
+    StartTimer,
+    Steer,
+    StopTimer,
+    Terminate,
+    Unsteer,
+)
+from hotport.model.guarantee import Strategy
+from hotport.model.inputs import (
+    Adopt,
+    Bound,
+    Clock,
+    Elapsed,
+    Exited,
+    Input,
     RequestKeep,
     RequestRestart,
     RequestScale,
     RequestStop,
     RequestUndo,
     Said,
-    Service,
-    Share,
-    Spawn,
-    StartTimer,
-    Steer,
-    Step,
-    StopTimer,
-    Terminate,
     Timer,
     Unhealthy,
-    Unsteer,
-    Worker,
-    step,
 )
+from hotport.model.lifecycle import CURRENT, Event, Phase, Worker
+from hotport.model.rules import step
+from hotport.model.service import Service
+from hotport.model.steps import STEPS, Step
 
 #: The worker timer that bounds each phase in which an answer is awaited.
 BOUNDS = {

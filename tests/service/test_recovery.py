@@ -27,7 +27,7 @@ CRASHES = """
 import os, signal, sys
 at = int(os.environ.get("CRASH_AT", "0"))
 if at and "serve" in sys.orig_argv:
-    from hotport.model import service as model
+    from hotport.model import effects
     from hotport.supervisor.supervisor import Supervisor
 
     carry_out = Supervisor._carry_out
@@ -35,7 +35,7 @@ if at and "serve" in sys.orig_argv:
 
     def crash(self, effect):
         global passed
-        is_visible = not isinstance(effect, model.StartTimer | model.StopTimer | model.ExtendTimer)
+        is_visible = not isinstance(effect, effects.StartTimer | effects.StopTimer | effects.ExtendTimer)
         if is_visible and (passed or self.service.restart is not None):
             passed += 1
             if passed == at:

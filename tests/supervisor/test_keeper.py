@@ -20,7 +20,7 @@ from hotport.kernel.fds import lock_directory, private_directory
 from hotport.kernel.notify import notify
 from hotport.kernel.sockets import bind_listener, socket_file
 from hotport.kernel.spawn import Child
-from hotport.model import service as model
+from hotport.model import lifecycle, service
 from hotport.model.lifecycle import Phase
 from hotport.options import Options
 from hotport.supervisor import keeper
@@ -102,8 +102,8 @@ class Place:
         self.given: list[str] = []
 
     def set_service(self, **changes: Any) -> None:
-        workers = {1: model.Worker(1, 1, Phase.SERVING)}
-        self.supervisor.service = model.Service(wanted=1, workers=workers, generations=1, **changes)
+        workers = {1: lifecycle.Worker(1, 1, Phase.SERVING)}
+        self.supervisor.service = service.Service(wanted=1, workers=workers, generations=1, **changes)
 
     def takes(self, monkeypatch: pytest.MonkeyPatch, *, does: bool = True) -> None:
         """Whether the worker takes listeners that it is given."""

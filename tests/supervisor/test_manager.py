@@ -15,7 +15,8 @@ import anyio
 import pytest
 from trio.testing import MockClock
 
-from hotport.model.service import Announce, Clock, News, Timer
+from hotport.model.effects import Announce, News
+from hotport.model.inputs import Clock, Timer
 from hotport.supervisor import manager as manager_module
 from hotport.supervisor.manager import LATE_MAX, Manager
 from hotport.supervisor.timers import Timers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hotport.model.service import Announce, News
+from hotport.model.effects import Announce, News
 from hotport.supervisor.reports import RestartRecord
 
 

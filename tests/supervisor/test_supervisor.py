@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import structlog
 
-from hotport.model.service import Clock, Expired, Timer
+from hotport.model.inputs import Clock, Expired, Timer
 from hotport.options import Options
 from hotport.supervisor import supervisor as module
 from hotport.supervisor.supervisor import ANSWER_TIMEOUT_S, Supervisor

@@ -8,7 +8,7 @@ import anyio
 import pytest
 from trio.testing import MockClock
 
-from hotport.model.service import Clock, Timer
+from hotport.model.inputs import Clock, Timer
 from hotport.supervisor.timers import Timers
 
 pytestmark = pytest.mark.anyio

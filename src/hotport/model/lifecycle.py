@@ -2,7 +2,7 @@
 
 Two kinds of event move a worker from phase to phase. *Decisions* are ours (`Event.OPEN` and the other verbs);
 *facts* are the worker's word or the kernel's (`Event.READY` and the other participles). Everything that can
-change a phase is in `TRANSITIONS`; what several workers mean together is decided in `hotport.model.service`.
+change a phase is in `TRANSITIONS`; what several workers mean together is decided in `hotport.model.rules`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import enum
 from collections.abc import Mapping
 from typing import Final
 
-__all__ = ["CURRENT", "TRANSITIONS", "Event", "IllegalTransition", "Phase", "advance"]
+import msgspec
+
+__all__ = ["CURRENT", "TRANSITIONS", "Event", "IllegalTransition", "Phase", "Worker", "advance"]
 
 
 class Phase(enum.Enum):
@@ -100,3 +102,19 @@ def advance(phase: Phase, event: Event) -> Phase:
         return TRANSITIONS[phase, event]
     except KeyError:
         raise IllegalTransition(f"{event} in {phase}") from None
+
+
+class Worker(msgspec.Struct, frozen=True):
+    """One worker process.
+
+    Attributes:
+        id: Numbered from 1 over the life of the service, never reused.
+        replaces: The worker that is drained as soon as this one serves, if it was started for that.
+        is_expired: It has served long enough (``max_requests`` and the like) and waits for its replacement.
+    """
+
+    id: int
+    generation: int
+    phase: Phase = Phase.STARTING
+    replaces: int | None = None
+    is_expired: bool = False

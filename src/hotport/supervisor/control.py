@@ -15,7 +15,7 @@ from anyio.abc import SocketAttribute, SocketStream, UNIXSocketStream
 from hotport.errors import ControlError, HotportError
 from hotport.kernel.fork import withheld
 from hotport.kernel.sockets import may_command, peer_credentials
-from hotport.model.service import Announce
+from hotport.model.effects import Announce
 from hotport.observe.logs import get_logger
 from hotport.options import OPTIONS
 from hotport.options.loading import checked

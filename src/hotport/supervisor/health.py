@@ -13,7 +13,8 @@ import anyio
 
 from hotport.kernel.process import rss_bytes
 from hotport.model.health import Rules, Sample, verdict
-from hotport.model.service import Step, Unhealthy
+from hotport.model.inputs import Unhealthy
+from hotport.model.steps import Step
 from hotport.options import Options
 from hotport.supervisor.contain import Containing
 from hotport.supervisor.process import Process

@@ -13,7 +13,7 @@ from typing import Final
 from hotport.errors import HotportError, RestartError
 from hotport.kernel.fds import is_at, lock_directory, private_directory
 from hotport.kernel.sockets import bind_control, bind_notify, socket_file, unlink_if_ours
-from hotport.model.service import Refusal
+from hotport.model.effects import Refusal
 from hotport.observe.logs import get_logger
 from hotport.supervisor.supervisor import Supervisor
 from hotport.supervisor.upgrade import preflight

@@ -17,7 +17,7 @@ from hotport.errors import HotportError
 from hotport.kernel.inotify import Watch
 from hotport.kernel.sockets import bind_listener, file_path, socket_file
 from hotport.model.guarantee import Strategy, obstacle
-from hotport.model.service import Step
+from hotport.model.steps import Step
 from hotport.observe.logs import get_logger
 from hotport.supervisor.house import House
 from hotport.supervisor.place import STATUS_BACKLOG

@@ -24,7 +24,8 @@ import anyio
 from hotport.errors import in_one_line
 from hotport.kernel.notify import notify_barrier, open_notify, send_notification
 from hotport.kernel.sockets import location
-from hotport.model.service import Announce, Clock, News
+from hotport.model.effects import Announce, News
+from hotport.model.inputs import Clock
 from hotport.observe.logs import get_logger
 from hotport.supervisor.contain import retried
 from hotport.supervisor.timers import Timers

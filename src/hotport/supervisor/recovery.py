@@ -22,7 +22,7 @@ from hotport.kernel import procfs
 from hotport.kernel.process import duplicate_descriptor
 from hotport.kernel.scm import receive_descriptors
 from hotport.kernel.sockets import check_peer, inherited_listener, peer_credentials
-from hotport.model import service as model
+from hotport.model import lifecycle, service
 from hotport.model.lifecycle import Phase
 from hotport.observe.logs import get_logger
 from hotport.supervisor.contain import Containing
@@ -98,9 +98,9 @@ class Found:
     listeners: dict[int, dict[str, socket.socket]] = field(default_factory=dict)
 
     @property
-    def workers(self) -> tuple[model.Worker, ...]:
+    def workers(self) -> tuple[lifecycle.Worker, ...]:
         """The survivors, as the model knows workers."""
-        return tuple(model.Worker(each.worker, each.generation, each.phase) for each in self.survivors)
+        return tuple(lifecycle.Worker(each.worker, each.generation, each.phase) for each in self.survivors)
 
     @property
     def going(self) -> int:
@@ -194,7 +194,7 @@ def _number(survivors: Sequence[Survivor], memory: Memory | None, numbers: Mappi
     options = [each.launch.options.workers for each in ordered if each.launch]
     wanted = latest.wanted if latest else max(options, default=0)
     found = Found(ordered, wanted, generations, spawned, latest.favoured if latest else 0)
-    return replace(found, generation=model.surviving(found.workers, max(1, wanted), found.favoured))
+    return replace(found, generation=service.surviving(found.workers, max(1, wanted), found.favoured))
 
 
 def _gather(found: Found, carried: Mapping[str, socket.socket], directory: str) -> None:

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Set
 from datetime import UTC, datetime
 
+from hotport.model.effects import Announce, News
 from hotport.model.lifecycle import Event
-from hotport.model.service import Announce, News, Restart
+from hotport.model.service import Restart
 from hotport.options import format_duration
 from hotport.wire.messages import PhaseTime, Report
 

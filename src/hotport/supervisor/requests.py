@@ -14,20 +14,12 @@ from hotport import __version__
 from hotport.errors import ConfigError, HotportError, RestartError, StartError
 from hotport.kernel.process import rss_bytes
 from hotport.kernel.steer import can_steer
+from hotport.model.effects import Announce, Refusal
 from hotport.model.guarantee import Facts, Strategy, choose, table
+from hotport.model.inputs import Input, RequestKeep, RequestRestart, RequestScale, RequestUndo
 from hotport.model.lifecycle import CURRENT, Phase
-from hotport.model.service import (
-    STEPS,
-    Announce,
-    Input,
-    Refusal,
-    RequestKeep,
-    RequestRestart,
-    RequestScale,
-    RequestUndo,
-    Step,
-    refusal,
-)
+from hotport.model.rules import refusal
+from hotport.model.steps import STEPS, Step
 from hotport.observe.logs import dropped, get_logger
 from hotport.options import Options
 from hotport.supervisor.launch import Launch

@@ -1,4 +1,4 @@
-"""The supervisor: carries out what `hotport.model.service` decides, and tells it what has happened.
+"""The supervisor: carries out what `hotport.model.rules` decides, and tells it what has happened.
 
 One task takes inputs from one queue, steps the model and carries out the effects, in order. Everything else
 (a worker's end, its words, a signal, a command, a timer) only puts an input into that queue; so the supervisor is
@@ -29,10 +29,12 @@ from hotport.kernel.notify import receive_notification
 from hotport.kernel.process import is_stopped, numbers, send_signal
 from hotport.kernel.procfs import age_s, environment, queue_overflows
 from hotport.kernel.spawn import Child, spawn
-from hotport.model import service as model
+from hotport.model import effects, inputs, rules, steps
+from hotport.model.effects import Announce, News
 from hotport.model.guarantee import Strategy
+from hotport.model.inputs import Clock, Exited, Said, Timer
 from hotport.model.lifecycle import Event, Phase
-from hotport.model.service import Announce, Clock, Exited, News, Said, Service, Timer
+from hotport.model.service import Service
 from hotport.model.signals import WORKER
 from hotport.observe.logs import get_logger
 from hotport.options import Options, format_duration
@@ -101,7 +103,7 @@ class Asked:
         self.plan = plan or []
         self.is_answered = anyio.Event()
         self.generation = 0
-        self.refusal: model.Refusal | None = None
+        self.refusal: effects.Refusal | None = None
         self.error: Exception | None = None
 
 
@@ -178,7 +180,7 @@ class Supervisor:
         self._has_cut = False
         self._left: list[socket.socket] = []  # connections that were taken from a queue, for the next who accepts
         self.finished = anyio.Event()
-        self._inputs: deque[model.Input | None] = deque()
+        self._inputs: deque[inputs.Input | None] = deque()
         self._has_inputs = anyio.Event()
         self._log = get_logger("hotport.supervisor")
         self.started_at = time.monotonic()
@@ -201,7 +203,7 @@ class Supervisor:
             self.finished.set()
             return
         async with anyio.create_task_group() as self._tasks:
-            self._timers = Timers(self._tasks, lambda timer: self.input(model.Elapsed(timer)))
+            self._timers = Timers(self._tasks, lambda timer: self.input(inputs.Elapsed(timer)))
             self._tasks.start_soon(retried, "notifications", self._receive_notifications)
             self._tasks.start_soon(retried, "manager", self.manager.run)
             await retried("begin", anyio.lowlevel.checkpoint)  # signals are handled before anything is started
@@ -230,12 +232,12 @@ class Supervisor:
             self._has_inputs = anyio.Event()
             await self._has_inputs.wait()
 
-    def _step(self, event: model.Input) -> bool:
+    def _step(self, event: inputs.Input) -> bool:
         """Step the model once and carry out its effects; True if the service has ended."""
-        effects: Sequence[model.Effect] = ()
+        wanted: Sequence[effects.Effect] = ()
         with Containing("step", lambda error: self._give_up(event, error), input=str(event)):
-            self.service, effects = model.step(self.service, event)
-        for effect in effects:
+            self.service, wanted = rules.step(self.service, event)
+        for effect in wanted:
             with Containing("effect", effect=str(effect)):
                 self._carry_out(effect)
         for follow in (self._redirect, self._deposit, self._close_listeners):
@@ -246,9 +248,9 @@ class Supervisor:
         self.begun.set()
         self._stepped.set()
         self._stepped = anyio.Event()
-        return any(isinstance(effect, model.Finish) for effect in effects)
+        return any(isinstance(effect, effects.Finish) for effect in wanted)
 
-    def _give_up(self, event: model.Input, error: Exception) -> None:
+    def _give_up(self, event: inputs.Input, error: Exception) -> None:
         """The model has failed at an input: the service is as it was, and a request gets the error for an answer."""
         if (asked := self._asked.pop(getattr(event, "request", 0), None)) is not None:
             asked.error = error
@@ -284,7 +286,7 @@ class Supervisor:
                 self._adopt_worker(survivor, phases.get(survivor.worker))
         workers = tuple(worker for worker in found.workers if worker.id in self.processes)
         wanted = found.wanted or self.options.workers
-        self.input(model.Adopt(workers, wanted, found.generations, found.spawned, found.favoured))
+        self.input(inputs.Adopt(workers, wanted, found.generations, found.spawned, found.favoured))
 
     def _adopt_worker(self, survivor: Survivor, phase: Phase | None) -> None:
         try:
@@ -327,11 +329,11 @@ class Supervisor:
         if self.is_succeeded or self.is_departing:
             return "another supervisor is taking over"
         if service.is_stopping:
-            return model.Refusal.STOPPING.value
+            return effects.Refusal.STOPPING.value
         if service.restart is not None:
-            return f"{model.Refusal.IN_PROGRESS.value} (generation {service.restart.generation})"
+            return f"{effects.Refusal.IN_PROGRESS.value} (generation {service.restart.generation})"
         if service.generation == 0:
-            return model.Refusal.STARTING.value
+            return effects.Refusal.STARTING.value
         return f"somebody else has {', '.join(self.owned.lost)}" if self.owned.lost else ""
 
     def depart(self) -> None:
@@ -354,20 +356,20 @@ class Supervisor:
         for sock in self._left:
             sock.close()
 
-    def input(self, event: model.Input) -> None:
+    def input(self, event: inputs.Input) -> None:
         """Put an input at the end of the queue."""
-        if isinstance(event, model.RequestStop):
+        if isinstance(event, inputs.RequestStop):
             self.is_departing = self.has_departed
         self._put(event)
 
-    def _put(self, event: model.Input | None) -> None:
+    def _put(self, event: inputs.Input | None) -> None:
         self._inputs.append(event)
         self._has_inputs.set()
 
     def stop(self, *, now: bool = False, lame_duck_s: float | None = None) -> None:
         """Ask for the end of the service; `lame_duck_s` None leaves that time to the options."""
         seconds = self.options.lame_duck_s if lame_duck_s is None else lame_duck_s
-        self.input(model.RequestStop(now=now, lame_duck_s=seconds))
+        self.input(inputs.RequestStop(now=now, lame_duck_s=seconds))
 
     @property
     def lame_duck_left_s(self) -> float | None:
@@ -376,48 +378,48 @@ class Supervisor:
 
     # -- effects -------------------------------------------------------------------------------------------
 
-    def _carry_out(self, effect: model.Effect) -> None:
+    def _carry_out(self, effect: effects.Effect) -> None:
         match effect:
-            case model.Spawn():
+            case effects.Spawn():
                 self._spawn(effect.worker, effect.generation)
-            case model.Open(worker):
+            case effects.Open(worker):
                 if process := self.processes.get(worker):
                     process.successors = ()  # whatever it handed over, it stops
                 self._open(worker)
-            case model.Quiesce(worker, empties):
+            case effects.Quiesce(worker, empties):
                 self._order(worker, QuiesceOrder(empties=empties), Event.QUIESCED)
-            case model.Release(worker):
+            case effects.Release(worker):
                 self._release(worker)
-            case model.Rebind(generation):
+            case effects.Rebind(generation):
                 self._rebind(generation)
-            case model.Regain():
-                self.input(model.Bound(self.owned.regain(self.options)))
-            case model.Share(worker):
+            case effects.Regain():
+                self.input(inputs.Bound(self.owned.regain(self.options)))
+            case effects.Share(worker):
                 if process := self.processes.get(worker):
                     self.start("transfer", self._give, process)
-            case model.Steer(generation) | model.Unsteer(generation):
-                self._steer(generation, 1 if isinstance(effect, model.Steer) else 0)
-            case model.Drain(worker, is_last):
+            case effects.Steer(generation) | effects.Unsteer(generation):
+                self._steer(generation, 1 if isinstance(effect, effects.Steer) else 0)
+            case effects.Drain(worker, is_last):
                 self._drain(worker, is_last)
-            case model.Terminate(worker, is_hurried):
+            case effects.Terminate(worker, is_hurried):
                 self._terminate(worker, is_hurried)
-            case model.Kill(worker):
+            case effects.Kill(worker):
                 if process := self.processes.get(worker):
                     process.kill()
-            case model.StartTimer(timer, seconds):
+            case effects.StartTimer(timer, seconds):
                 self._timers.start(timer, self._duration(timer) if seconds is None else seconds)
-            case model.ExtendTimer(timer, seconds):
+            case effects.ExtendTimer(timer, seconds):
                 self._timers.extend(timer, seconds)
-            case model.StopTimer(timer):
+            case effects.StopTimer(timer):
                 self._timers.stop(timer)
-            case model.CloseListeners():
+            case effects.CloseListeners():
                 self.owned.give_away([each for each in self.listeners if self.manager.keeps(each)])
                 self.owned.close()
-            case model.Accept() | model.Refuse():
+            case effects.Accept() | effects.Refuse():
                 self._answer(effect)
             case Announce():
                 self._publish(effect)
-            case model.Finish(has_failed):
+            case effects.Finish(has_failed):
                 self._finish(has_failed)
 
     def _spawn(self, worker: int, generation: int) -> None:
@@ -510,7 +512,7 @@ class Supervisor:
         if restart is not None and worker in restart.new:
             old = [each.id for each in service.current if each.generation != restart.generation]
             numbers.update(old[: len(restart.new)] if restart.is_phased else old)
-        elif restart is not None and restart.step is model.Step.UNDOING:
+        elif restart is not None and restart.step is steps.Step.UNDOING:
             numbers |= restart.new
         found = (self.processes.get(number) for number in numbers - {worker, None} if number is not None)
         return [process for process in found if process is not None and process.is_talking]
@@ -594,13 +596,13 @@ class Supervisor:
         old = self.service.generation
         leaving = {number: process.pid for number, process in self.processes.items() if process.generation <= old}
         if lingering := self.owned.lingering(leaving, old, generation):  # then to close ours would not free the port
-            self.input(model.Bound(f"worker {lingering[0]} still has a listener open", is_kept=True))
+            self.input(inputs.Bound(f"worker {lingering[0]} still has a listener open", is_kept=True))
             return
         result = self.owned.rebind(old, generation, self.options.backlog)
         self._left += result.accepted
         self.reports.rebound(generation, gap_s=result.gap_s, refused=result.refused, reset=result.reset)
         self._log.info("port.rebound", gap_us=round(result.gap_s * 1e6, 1), taken=len(result.accepted))
-        self.input(model.Bound(result.why))
+        self.input(inputs.Bound(result.why))
 
     def _steer(self, generation: int, index: int) -> None:
         try:
@@ -617,7 +619,7 @@ class Supervisor:
             wanted.add(self.service.restart.generation)
         held = {sock for process in self.processes.values() for sock in process.held}
         self._left += self.owned.keep(wanted, held)
-        if self._left and not (self.service.restart and self.service.restart.step is model.Step.REBINDING):
+        if self._left and not (self.service.restart and self.service.restart.step is steps.Step.REBINDING):
             serving = (self.processes.get(number) for number in reversed(self.service.ids(Phase.SERVING)))
             if process := next((each for each in serving if each is not None and each.is_talking), None):
                 self.start("transfer", self._give, process)
@@ -680,7 +682,7 @@ class Supervisor:
         serving = [self.service.workers[number] for number in self.service.ids(Phase.SERVING) if number != leaving]
         restart, generations = self.service.restart, {worker.generation for worker in serving}
         going = self.service.favoured
-        if restart is not None and restart.is_phased and restart.step is not model.Step.UNDOING:
+        if restart is not None and restart.is_phased and restart.step is not steps.Step.UNDOING:
             going = restart.generation
         if going not in generations:
             going = max(generations, default=0)
@@ -690,7 +692,7 @@ class Supervisor:
     def _redirect(self) -> None:
         """Tell workers that drain, or may be taken back, who can go on with their connections, if that has changed."""
         restart = self.service.restart
-        is_watching = restart is not None and restart.step is model.Step.WATCHING
+        is_watching = restart is not None and restart.step is steps.Step.WATCHING
         for number in self.service.ids(Phase.DRAINING, *((Phase.QUIESCED,) if is_watching else ())):
             process = self.processes.get(number)
             if process is None or process.is_foreign or not process.is_talking:
@@ -801,7 +803,7 @@ class Supervisor:
         if said.error is not None:
             process.error = said.error
         if said.extend_timeout_s is not None:
-            self.input(model.MoreTime(process.worker, said.extend_timeout_s))
+            self.input(inputs.MoreTime(process.worker, said.extend_timeout_s))
         if said.ready:
             if not process.is_foreign and not process.is_talking:
                 self._tasks.start_soon(retried, "worker.conversation", process.converse, self._hear_word)
@@ -832,7 +834,7 @@ class Supervisor:
                 self.reports.note(self.service.restart, worker, Event.QUIESCED, at_s)
                 self.input(Said(worker, Event.QUIESCED))
             case Expired():
-                self.input(model.Expired(worker))
+                self.input(inputs.Expired(worker))
             case Drained(fates=fates):
                 if process := self.processes.get(worker):
                     process.owes, process.has_cut = False, any(self._is_cut(fate) for fate in fates)
@@ -943,7 +945,7 @@ class Supervisor:
         """Return after the next step of the model, or when the status port was replaced."""
         await self._stepped.wait()
 
-    async def ask(self, asked: Asked, make: Callable[[int], model.Input]) -> None:
+    async def ask(self, asked: Asked, make: Callable[[int], inputs.Input]) -> None:
         """Put a request to the model and wait for its answer; raise RestartError if it is refused."""
         if self.is_succeeded or self.is_departing:
             self.owned.discard(asked.plan)
@@ -965,9 +967,9 @@ class Supervisor:
             self.owned.discard(asked.plan)
             raise self.refused(asked.refusal, asked.generation)
 
-    def refused(self, refusal: model.Refusal, generation: int = 0) -> RestartError:
+    def refused(self, refusal: effects.Refusal, generation: int = 0) -> RestartError:
         """The error for a request that is not carried out."""
-        last = self.reports.last_in_words() if refusal is model.Refusal.NOTHING_TO_UNDO else ""
+        last = self.reports.last_in_words() if refusal is effects.Refusal.NOTHING_TO_UNDO else ""
         number = f" (generation {generation})" if generation else ""
         return RestartError(
             "HP410",
@@ -981,10 +983,10 @@ class Supervisor:
         """Seconds left of a bake or an undo window; 0 outside of one."""
         return max(self._timers.left_s(Timer(clock)) or 0.0 for clock in (Clock.BAKE, Clock.WATCH))
 
-    def _answer(self, answer: model.Accept | model.Refuse) -> None:
+    def _answer(self, answer: effects.Accept | effects.Refuse) -> None:
         asked = self._asked.pop(answer.request)
         asked.generation = answer.generation
-        if isinstance(answer, model.Refuse):
+        if isinstance(answer, effects.Refuse):
             asked.refusal = answer.why
         elif asked.launch is not None:
             self.owned.add(answer.generation, asked.plan)
@@ -993,12 +995,12 @@ class Supervisor:
         asked.is_answered.set()
 
 
-def _fix(name: str, refusal: model.Refusal) -> str:
+def _fix(name: str, refusal: effects.Refusal) -> str:
     """What somebody can do whose request was refused."""
     match refusal:
-        case model.Refusal.WATCHED:
+        case effects.Refusal.WATCHED:
             return f"hotport undo {name}, or hotport undo --keep {name}"
-        case model.Refusal.NOTHING_TO_UNDO:
+        case effects.Refusal.NOTHING_TO_UNDO:
             return f"deploy the old code and hotport restart {name}; next time with --undo-window 30s"
         case _:
             return f"hotport status {name}"

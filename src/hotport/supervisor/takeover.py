@@ -24,8 +24,8 @@ from hotport import __version__
 from hotport.errors import ControlError, RestartError
 from hotport.kernel.scm import DescriptorsLostError, receive_descriptors, send_descriptors
 from hotport.kernel.sockets import check_peer, inherited_listener
+from hotport.model.inputs import RequestStop
 from hotport.model.lifecycle import Phase
-from hotport.model.service import RequestStop
 from hotport.observe.logs import get_logger
 from hotport.supervisor.contain import retried
 from hotport.supervisor.supervisor import StatusPort, Supervisor

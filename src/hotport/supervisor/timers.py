@@ -7,7 +7,7 @@ from collections.abc import Callable, Container
 import anyio
 import anyio.abc
 
-from hotport.model.service import Clock, Timer
+from hotport.model.inputs import Clock, Timer
 from hotport.supervisor.contain import retried
 
 __all__ = ["Timers"]

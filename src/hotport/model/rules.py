@@ -1,0 +1,786 @@
+"""What a service does next: one pure function over everything that can happen to it.
+
+``step(service, event)`` returns the service that follows and the effects that the supervisor has to carry out,
+in order. Nothing here knows a clock, a process or a socket: a timer is an effect, and its end an event.
+
+A restart is a *batch* of new workers that take over from a batch of old ones. In the default mode one batch
+holds all of them; a phased restart is a series of batches of one. For each batch::
+
+    STARTING    spawn the new ones, wait until every one has said READY=1
+    OPENING     tell them to accept, wait until every one has acknowledged     <- the commit
+    QUIESCING   tell the old ones to stop accepting, wait for the acknowledgements
+    SETTLING    watch the new ones for a moment; the old ones can still be taken back
+    WATCHING    if that was asked for: the undo window. The old ones stay, quiesced, and hand their connections over
+    (done)      drain the old ones; only this has no inverse
+
+How the listeners reach the new ones is the restart's `Strategy`. For *inherit* and *transfer* nothing changes here.
+*overlap* gives the new generation sockets of its own: at the commit newcomers are steered to them. *rebind* has two
+steps more before OPENING, and none of the old ones is left to be quiesced after it::
+
+    RELEASING   tell the old ones to empty the accept queue and to close the listeners, wait for the acknowledgements
+    REBINDING   close the last descriptor and bind again; if somebody else was quicker, the restart aborts, and the
+                address is tried again and again
+
+Before the line *(done)* anything that goes wrong with a new worker aborts the restart by the inverses in
+`INVERSE`, and the old generation serves on. What goes wrong in the undo window is *undone*, in two steps so that
+connections can go back::
+
+    UNDOING     tell the old ones to accept again, wait until each one does, or has failed to
+    (undone)    drain the new ones
+
+A restart with a canary has one batch that comes in two parts. After OPENING its first part is BAKING: it serves beside
+the old ones, all of which go on accepting, until the bake is over and the rest starts, or until it is undone. There is
+none with *rebind*, for which the old ones cannot go on accepting.
+
+The restart's number and the wanted count become the service's own only
+with the last batch; until then whatever is started outside of the restart is of the old generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Final
+
+from msgspec.structs import replace
+
+from hotport.model.effects import (
+    Accept,
+    Announce,
+    CloseListeners,
+    Drain,
+    Effect,
+    ExtendTimer,
+    Finish,
+    Kill,
+    News,
+    Open,
+    Quiesce,
+    Rebind,
+    Refusal,
+    Refuse,
+    Regain,
+    Release,
+    Share,
+    Spawn,
+    StartTimer,
+    Steer,
+    StopTimer,
+    Terminate,
+    Unsteer,
+)
+from hotport.model.guarantee import Strategy
+from hotport.model.inputs import (
+    Adopt,
+    Bound,
+    Clock,
+    Exited,
+    Expired,
+    Input,
+    MoreTime,
+    RequestKeep,
+    RequestRestart,
+    RequestScale,
+    RequestStop,
+    RequestUndo,
+    Said,
+    Timer,
+    Unhealthy,
+)
+from hotport.model.lifecycle import CURRENT, TRANSITIONS, Event, Phase, Worker, advance
+from hotport.model.service import Restart, Service, surviving
+from hotport.model.steps import STEPS, Step, Undoing
+
+__all__ = [
+    "BACKOFF_MAX_S",
+    "GENERATIONS_DRAINING_MAX",
+    "refusal",
+    "step",
+]
+
+
+BACKOFF_FIRST_S: Final = 0.5
+
+
+BACKOFF_MAX_S: Final = 30.0
+
+
+#: Between attempts to bind an address that somebody has taken. Seldom in the end: a bind that fails slows the port
+#: down, with many connections in TIME_WAIT by milliseconds.
+REGAIN_FIRST_S: Final = 0.1
+
+
+REGAIN_MAX_S: Final = 5.0
+
+
+#: A restart is refused while this many older generations still drain: each of them holds memory.
+GENERATIONS_DRAINING_MAX: Final = 8
+
+
+#: What bounds each phase of a worker in which something is awaited of it.
+_BOUNDS: Final[Mapping[Phase, Clock]] = {
+    Phase.STARTING: Clock.READY,
+    Phase.DRAINING: Clock.DRAIN,
+    Phase.STOPPING: Clock.KILL,
+}
+
+
+#: Timers that belong to the restart, not to one of its workers.
+_CLOCKS: Final = tuple(
+    dict.fromkeys(row.clock for row in STEPS.values() if row.clock not in (None, Clock.READY, Clock.OPEN))
+)
+
+
+#: Phases of workers that accept, or have been told to.
+_ACCEPTING: Final = frozenset({Phase.OPENING, Phase.SERVING})
+
+
+#: Phases of workers that have listeners open while they are told to release them.
+_HOLDING: Final = (Phase.OPENING, Phase.SERVING, Phase.QUIESCING, Phase.STOPPING)
+
+
+class _Draft:
+    """A service being changed: the one place where values are replaced and effects are listed."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.effects: list[Effect] = []
+
+    def set(self, **changes: object) -> None:
+        self.service = replace(self.service, **changes)
+
+    def emit(self, *effects: Effect) -> None:
+        self.effects.extend(effects)
+
+    def put(self, worker: Worker) -> None:
+        self.set(workers=MappingProxyType({**self.service.workers, worker.id: worker}))
+
+    def remove(self, worker: int) -> None:
+        left = {i: w for i, w in self.service.workers.items() if i != worker}
+        self.set(workers=MappingProxyType(left))
+
+    def move(self, worker: int, event: Event) -> Phase:
+        before = self.service.workers[worker]
+        phase = advance(before.phase, event)
+        self.put(replace(before, phase=phase))
+        return phase
+
+    # what may be done to one worker: the decision, its effect, and the timer that bounds the answer
+
+    def spawn(self, generation: int, *, replaces: int | None = None) -> int:
+        worker = self.service.spawned + 1
+        self.set(spawned=worker)
+        self.put(Worker(worker, generation, replaces=replaces))
+        self.emit(Spawn(worker, generation), StartTimer(Timer(Clock.READY, worker)))
+        return worker
+
+    def open(self, worker: int) -> None:
+        self.move(worker, Event.OPEN)
+        self.emit(Open(worker), StartTimer(Timer(Clock.OPEN, worker)))
+
+    def quiesce(self, worker: int, restart: Restart) -> None:
+        """By the kind of the restart; the answer is the same."""
+        self.move(worker, Event.QUIESCE)
+        if restart.step is Step.RELEASING:
+            self.emit(Release(worker))
+        else:
+            self.emit(Quiesce(worker, restart.strategy is Strategy.OVERLAP))
+
+    def drain(self, worker: int, *, is_last: bool = False) -> None:
+        self.move(worker, Event.DRAIN)
+        self.emit(Drain(worker, is_last), StartTimer(Timer(Clock.DRAIN, worker)))
+
+    def terminate(self, worker: int, *, is_hurried: bool = False) -> None:
+        self.move(worker, Event.TERMINATE)
+        self.emit(Terminate(worker, is_hurried), StartTimer(Timer(Clock.KILL, worker)))
+
+    def release(self, worker: int, *, is_last: bool = False) -> None:
+        """Let a worker go in the kindest way that its phase allows; one that is going is left alone."""
+        phase = self.service.workers[worker].phase
+        if (phase, Event.DRAIN) in TRANSITIONS:
+            self.drain(worker, is_last=is_last)
+        elif phase in CURRENT:
+            self.terminate(worker)
+
+
+def step(service: Service, event: Input) -> tuple[Service, tuple[Effect, ...]]:
+    """What follows from `event`: the new state and the effects to carry out, in order."""
+    draft = _Draft(service)
+    match event:
+        case Adopt():
+            _adopt(draft, event)
+        case RequestRestart():
+            _request_restart(draft, event)
+        case RequestScale():
+            _request_scale(draft, event)
+        case RequestStop():
+            _request_stop(draft, event)
+        case Said():
+            _said(draft, event)
+        case Exited():
+            _exited(draft, event)
+        case Expired():
+            _expired(draft, event.worker)
+        case MoreTime():
+            _more_time(draft, event)
+        case Bound():
+            _bound(draft, event.why, is_kept=event.is_kept)
+        case RequestUndo() | RequestKeep():
+            _request_verdict(draft, event)
+        case Unhealthy():
+            _unhealthy(draft, event)
+        case _:
+            _elapsed(draft, event.timer)
+    _go_on(draft)
+    return draft.service, tuple(draft.effects)
+
+
+def _adopt(draft: _Draft, event: Adopt) -> None:
+    """Everything that a restart can be broken off at ends in one of two ways: its commit was reached, or it was not."""
+    workers = MappingProxyType({worker.id: worker for worker in sorted(event.workers, key=lambda w: w.id)})
+    generation = surviving(event.workers, event.wanted, event.favoured)
+    draft.set(
+        workers=workers,
+        wanted=event.wanted,
+        generation=generation,
+        generations=max([event.generations, *(worker.generation for worker in event.workers)]),
+        spawned=max([event.spawned, *workers]),
+    )
+    if workers:
+        draft.emit(Announce(News.ADOPTED, generation=generation, workers=tuple(workers)))
+    for worker in event.workers:
+        if clock := _BOUNDS.get(worker.phase):
+            draft.emit(StartTimer(Timer(clock, worker.id)))
+    # Before the first commit there is nothing to go back to: the newest that starts goes on with it.
+    kept = generation or max((w.generation for w in draft.service.current), default=0)
+    accepting = 0
+    for worker in [w for w in draft.service.current if w.generation == kept]:
+        if worker.phase is Phase.SERVING:
+            draft.emit(Open(worker.id))  # an order of its last supervisor to cease may have been under way
+        elif worker.phase is not Phase.STARTING:
+            draft.open(worker.id)
+        accepting += worker.phase is not Phase.STARTING
+    for worker in [w for w in draft.service.current if w.generation != kept]:
+        if worker.phase is Phase.SERVING and accepting < event.wanted:
+            draft.put(replace(worker, is_expired=True))  # it is missed until another serves in its place
+        else:
+            draft.release(worker.id)
+    if not draft.service.current:
+        first = draft.service.generations + 1
+        draft.set(generations=first)
+        for _ in range(event.wanted):
+            draft.spawn(first)
+
+
+def _request_restart(draft: _Draft, event: RequestRestart) -> None:
+    if _is_refused(draft, event):
+        return
+    generation = draft.service.generations + 1
+    wanted = draft.service.wanted if event.wanted is None else event.wanted
+    draft.set(generations=generation)
+    draft.emit(Accept(event.request, generation), Announce(News.RESTART_BEGAN, generation=generation))
+    _begin_batch(
+        draft,
+        Restart(
+            generation,
+            wanted,
+            wanted,
+            event.is_phased and not event.canary,
+            strategy=event.strategy,
+            canary=0 if event.strategy is Strategy.REBIND else event.canary,
+            is_watched=event.is_watched,
+        ),
+    )
+
+
+def _request_scale(draft: _Draft, event: RequestScale) -> None:
+    if _is_refused(draft, event):
+        return
+    draft.set(wanted=event.wanted)
+    draft.emit(Accept(event.request, draft.service.generation))
+
+
+def _is_refused(draft: _Draft, event: RequestRestart | RequestScale) -> bool:
+    refused = refusal(draft.service, is_restart=isinstance(event, RequestRestart))
+    if refused is not None:
+        draft.emit(Refuse(event.request, *refused))
+    return refused is not None
+
+
+def refusal(service: Service, *, is_restart: bool) -> tuple[Refusal, int] | None:
+    """Why a restart, or another number of workers, is refused now, and the generation that is the reason (or 0)."""
+    if service.is_stopping:
+        return Refusal.STOPPING, 0
+    if service.is_lame_duck:
+        return Refusal.LAME_DUCK, 0
+    if service.restart is not None:
+        why = Refusal.WATCHED if STEPS[service.restart.step].is_watched else Refusal.IN_PROGRESS
+        return why, service.restart.generation
+    if service.generation == 0:
+        return Refusal.STARTING, 0
+    if is_restart and service.draining_generations >= GENERATIONS_DRAINING_MAX:
+        return Refusal.TOO_MANY_DRAINING, 0
+    if is_restart and service.regains:
+        return Refusal.PORT_LOST, 0
+    return None
+
+
+def _request_verdict(draft: _Draft, event: RequestUndo | RequestKeep) -> None:
+    """Somebody decides about the new workers before the time is over."""
+    service, restart = draft.service, draft.service.restart
+    if service.is_stopping:
+        draft.emit(Refuse(event.request, Refusal.STOPPING))
+    elif isinstance(event, RequestUndo):
+        if restart is None:
+            draft.emit(Refuse(event.request, Refusal.NOTHING_TO_UNDO))
+            return
+        draft.emit(Accept(event.request, restart.generation))
+        _take_back(draft, restart, f"{event.by} asked for it")
+    elif restart is None or not STEPS[restart.step].is_watched:
+        draft.emit(Refuse(event.request, Refusal.NOT_WATCHED, restart.generation if restart else 0))
+    else:
+        draft.emit(Accept(event.request, restart.generation))
+        _end_watch(draft, restart)
+
+
+def _unhealthy(draft: _Draft, event: Unhealthy) -> None:
+    restart = draft.service.restart
+    if restart is not None and restart.generation == event.generation and STEPS[restart.step].is_watched:
+        _take_back(draft, restart, event.why, event.worker)
+
+
+def _request_stop(draft: _Draft, event: RequestStop) -> None:
+    before = draft.service
+    is_first = not (before.is_stopping or before.is_lame_duck)
+    if is_first and event.lame_duck_s and before.generation and not event.now:  # else nobody is sent here yet
+        seconds = event.lame_duck_s
+        draft.set(is_lame_duck=True)
+        draft.emit(Announce(News.LAME_DUCK, why=f"{seconds:g} s"), StartTimer(Timer(Clock.LAME_DUCK), seconds))
+        return
+    draft.set(is_stopping=True, is_lame_duck=False)
+    if before.is_lame_duck:
+        draft.emit(StopTimer(Timer(Clock.LAME_DUCK)))
+    if not before.is_stopping:
+        draft.emit(Announce(News.STOPPING), CloseListeners())
+        if before.regains:
+            draft.set(regains=0)
+            draft.emit(StopTimer(Timer(Clock.REGAIN)))
+    for worker, was in before.workers.items():
+        is_at_once = event.now or before.is_stopping
+        if is_at_once or event.is_succeeded or was.phase not in _ACCEPTING:
+            draft.release(worker, is_last=not event.is_succeeded)
+        if is_at_once and draft.service.workers[worker].phase is Phase.DRAINING:
+            draft.terminate(worker, is_hurried=True)  # it can still say what it has cut
+        elif is_at_once:
+            draft.emit(Kill(worker))
+    _drain_last(draft)
+    if before.restart is not None:
+        _give_up(draft, before.restart, "the service is stopping")
+
+
+def _drain_last(draft: _Draft) -> None:
+    """Let those that accept empty the queue and leave, once nobody else holds the listeners any more.
+
+    A worker that is stuck in its start-up would keep the port open and never accept: what queued behind it would be
+    reset when it is killed. So the others serve until it is gone.
+    """
+    if not draft.service.ids(Phase.STARTING, Phase.READY, Phase.STOPPING):
+        for worker in draft.service.current:
+            draft.release(worker.id, is_last=True)
+
+
+def _said(draft: _Draft, event: Said) -> None:
+    worker = draft.service.workers.get(event.worker)
+    if worker is None or (worker.phase, event.event) not in TRANSITIONS:
+        return  # a foreign program may say what it likes, when it likes
+    before = worker.phase
+    phase = draft.move(worker.id, event.event)
+    if phase is Phase.DRAINING and event.event is Event.QUIESCED:  # it was late, and has all its time from here on
+        draft.emit(StartTimer(Timer(Clock.DRAIN, worker.id)))
+    if phase is before:
+        return
+    match phase:
+        case Phase.READY:
+            draft.emit(StopTimer(Timer(Clock.READY, worker.id)))
+            restart = draft.service.restart
+            if restart is None or worker.id not in restart.new | restart.old:
+                draft.open(worker.id)
+        case Phase.SERVING:
+            draft.emit(StopTimer(Timer(Clock.OPEN, worker.id)), StartTimer(Timer(Clock.STABLE)))
+            if draft.service.generation == 0:
+                draft.set(generation=worker.generation)
+                draft.emit(Announce(News.STARTED, generation=worker.generation))
+        case Phase.DRAINING:
+            draft.emit(StartTimer(Timer(Clock.DRAIN, worker.id)))
+        case Phase.STOPPING:
+            draft.emit(StartTimer(Timer(Clock.KILL, worker.id)))
+    if phase in (Phase.DRAINING, Phase.STOPPING):
+        _lost(draft, worker, "left by itself")
+
+
+def _exited(draft: _Draft, event: Exited) -> None:
+    worker = draft.service.workers.get(event.worker)
+    if worker is None:
+        return
+    draft.move(worker.id, Event.EXITED)
+    draft.remove(worker.id)
+    for clock in (Clock.READY, Clock.OPEN, Clock.DRAIN, Clock.KILL):
+        draft.emit(StopTimer(Timer(clock, worker.id)))
+    if worker.phase in CURRENT:
+        _lost(draft, worker, event.why)
+    draft.emit(Announce(News.WORKER_RETIRED, generation=worker.generation, worker=worker.id, why=event.why))
+
+
+def _lost(draft: _Draft, worker: Worker, why: str) -> None:
+    """A worker that was wanted is leaving or gone."""
+    draft.emit(Announce(News.WORKER_LOST, generation=worker.generation, worker=worker.id, why=why))
+    restart = draft.service.restart
+    if restart is not None and worker.id in restart.new:
+        _take_back(draft, restart, f"worker {worker.id} {why}", worker.id, is_lost=True)
+        return
+    draft.emit(StopTimer(Timer(Clock.STABLE)))  # this spell was not quiet
+    if draft.service.is_backing_off:
+        return  # several that fall together are one failure
+    failures = draft.service.failures + 1
+    draft.set(failures=failures)
+    if failures > 1:  # the first one is replaced at once
+        seconds = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** min(failures - 2, 16))
+        draft.set(is_backing_off=True)
+        draft.emit(
+            Announce(News.BACKING_OFF, why=f"{seconds:g} s"),
+            StartTimer(Timer(Clock.BACKOFF), seconds),
+        )
+
+
+def _expired(draft: _Draft, worker: int) -> None:
+    if worker in draft.service.workers:
+        draft.put(replace(draft.service.workers[worker], is_expired=True))
+
+
+def _more_time(draft: _Draft, event: MoreTime) -> None:
+    worker = draft.service.workers.get(event.worker)
+    if worker is not None and worker.phase is Phase.STARTING:
+        draft.emit(ExtendTimer(Timer(Clock.READY, worker.id), event.seconds))
+    elif worker is not None and worker.phase is Phase.DRAINING:
+        draft.emit(ExtendTimer(Timer(Clock.DRAIN, worker.id), event.seconds))
+
+
+def _elapsed(draft: _Draft, timer: Timer) -> None:
+    service, restart = draft.service, draft.service.restart
+    worker = service.workers.get(timer.worker)
+    match timer.clock, worker.phase if worker else None:
+        case (Clock.READY, Phase.STARTING) | (Clock.OPEN, Phase.OPENING):
+            assert worker is not None
+            word = "READY=1" if timer.clock is Clock.READY else "that it accepts"
+            why = f"did not say {word} in time"
+            draft.release(worker.id)
+            _lost(draft, worker, why)
+        case Clock.DRAIN, Phase.DRAINING:
+            draft.terminate(timer.worker)
+        case Clock.KILL, Phase.STOPPING:
+            draft.emit(Kill(timer.worker))
+        case Clock.BACKOFF, _:
+            draft.set(is_backing_off=False)
+        case Clock.STABLE, _:
+            draft.set(failures=0)
+        case Clock.LAME_DUCK, _ if service.is_lame_duck:
+            _request_stop(draft, RequestStop())
+        case Clock.REGAIN, _ if service.regains:
+            draft.emit(Regain())
+        case clock, _ if restart is not None and clock in _CLOCKS and clock is STEPS[restart.step].clock:
+            _elapsed_step(draft, restart)
+
+
+def _elapsed_step(draft: _Draft, restart: Restart) -> None:
+    """The time of a restart's step is over."""
+    match restart.step:
+        case Step.RELEASING:
+            holding = restart.old.intersection(draft.service.ids(*_HOLDING))  # so they cannot be bound again
+            _abort(draft, restart, f"{_named(holding)} did not let go of the listeners")
+        case Step.QUIESCING:
+            late = restart.old.intersection(draft.service.ids(Phase.OPENING, Phase.QUIESCING))  # drained as they are
+            _settle(draft, restart, why=f"no answer from {_named(late)}")
+        case Step.SETTLING if restart.is_watched:
+            _watch(draft, restart)
+        case Step.SETTLING:
+            _finish_batch(draft, restart)
+        case _:
+            _end_watch(draft, restart)
+
+
+def _named(workers: Iterable[int]) -> str:
+    return ", ".join(f"worker {number}" for number in sorted(workers))
+
+
+def _begin_batch(draft: _Draft, restart: Restart) -> None:
+    size = 1 if restart.is_phased else min(restart.canary or restart.remaining, restart.remaining)
+    new = frozenset(draft.spawn(restart.generation) for _ in range(size))
+    remaining = restart.remaining - size
+    draft.set(restart=replace(restart, remaining=remaining, step=Step.STARTING, new=new, old=frozenset()))
+
+
+def _take_back(draft: _Draft, restart: Restart, why: str, culprit: int = 0, *, is_lost: bool = False) -> None:
+    """Abort the restart or undo it, as the table says for its step."""
+    row = STEPS[restart.step]
+    match row.lost if is_lost else row.unwanted:
+        case Undoing.ABORT:
+            _abort(draft, restart, why, culprit)
+        case Undoing.UNDO:
+            _undo(draft, restart, why, culprit)
+
+
+def _undo(draft: _Draft, restart: Restart, why: str, culprit: int) -> None:
+    """Begin to take back what serves: the new ones go when the old ones can have their connections."""
+    new = tuple(sorted(restart.new))
+    draft.emit(
+        *(StopTimer(Timer(clock)) for clock in _CLOCKS),
+        Announce(News.UNDOING, generation=restart.generation, worker=culprit, why=why, workers=new),
+    )
+    _unsteer(draft, restart)
+    draft.set(restart=replace(restart, step=Step.UNDOING, why=why))
+
+
+def _abort(draft: _Draft, restart: Restart, why: str, culprit: int = 0) -> None:
+    """Take back what the restart has done: the old ones accept again, the new ones go."""
+    _unsteer(draft, restart)
+    _reopen(draft, restart)
+    _dismiss(draft, restart)
+    _give_up(draft, restart, why, culprit)
+
+
+def _unsteer(draft: _Draft, restart: Restart) -> None:
+    if restart.strategy is Strategy.OVERLAP and STEPS[restart.step].is_committed:
+        draft.emit(Unsteer(restart.generation))
+
+
+def _reopen(draft: _Draft, restart: Restart) -> None:
+    for old in _alive(draft, restart.old):
+        if (draft.service.workers[old].phase, Event.OPEN) in TRANSITIONS:
+            draft.open(old)
+
+
+def _dismiss(draft: _Draft, restart: Restart) -> None:
+    """Let the new ones go.
+
+    New ones on whom the port depends wait for a replacement of the old code first: those of earlier batches,
+    and every one that serves if no old one is left.
+    """
+    current = draft.service.current
+    is_served = any(w.phase in _ACCEPTING for w in current if w.generation != restart.generation)
+    for worker in [w for w in current if w.generation == restart.generation]:
+        if worker.id in restart.new and (is_served or worker.phase is not Phase.SERVING):
+            draft.release(worker.id)
+        else:
+            draft.put(replace(worker, is_expired=True))
+
+
+def _give_up(draft: _Draft, restart: Restart, why: str, culprit: int = 0, news: News = News.ABORTED) -> None:
+    leaving = restart.new - {w.id for w in draft.service.current}
+    if news is News.UNDONE:  # an abort is told in the same step as a worker's end, and before it
+        leaving &= draft.service.workers.keys()
+    draft.set(restart=None)
+    draft.emit(
+        *(StopTimer(Timer(clock)) for clock in _CLOCKS),
+        Announce(
+            news,
+            generation=restart.generation,
+            worker=culprit,
+            why=why,
+            workers=tuple(sorted(leaving)),
+        ),
+    )
+
+
+def _go_on(draft: _Draft) -> None:
+    """Whatever has become possible by the last event."""
+    service = draft.service
+    if not service.workers and (service.generation == 0 or service.is_stopping):
+        draft.emit(Finish(has_failed=not service.is_stopping))
+        return
+    if service.is_stopping:
+        _drain_last(draft)
+    if service.restart is not None:
+        _go_on_restarting(draft, service.restart)
+    restart = draft.service.restart
+    if restart is None or restart.step is Step.BAKING:
+        _go_on_maintaining(draft)
+
+
+def _go_on_restarting(draft: _Draft, restart: Restart) -> None:
+    phases = {draft.service.workers[i].phase for i in _alive(draft, restart.new)}
+    match restart.step:
+        case Step.STARTING if phases <= {Phase.READY, Phase.SERVING}:
+            draft.emit(Announce(News.READY, generation=restart.generation))
+            (_release if restart.strategy is Strategy.REBIND else _open)(draft, restart)
+        case Step.RELEASING:
+            _go_on_releasing(draft, restart)
+        case Step.OPENING if phases == {Phase.SERVING}:
+            _bake(draft, restart) if restart.canary else _commit(draft, restart)
+        case Step.QUIESCING | Step.SETTLING | Step.WATCHING:
+            for worker in sorted(restart.old.intersection(draft.service.ids(Phase.SERVING))):
+                draft.quiesce(worker, restart)  # one that was being opened at the commit as soon as it has answered
+            if restart.step is Step.QUIESCING and restart.old.isdisjoint(
+                draft.service.ids(Phase.OPENING, Phase.QUIESCING)
+            ):
+                _settle(draft, restart)
+            if restart.step is Step.WATCHING and restart.old.isdisjoint(w.id for w in draft.service.current):
+                _end_watch(draft, restart)  # there is nobody left to be taken back
+        case Step.UNDOING:
+            _reopen(draft, restart)
+            if restart.old.isdisjoint(draft.service.ids(Phase.OPENING)):
+                _dismiss(draft, restart)
+                _give_up(draft, restart, restart.why, news=News.UNDONE)
+        case _:
+            pass
+
+
+def _bake(draft: _Draft, restart: Restart) -> None:
+    draft.emit(
+        Announce(News.BAKING, generation=restart.generation, workers=tuple(sorted(restart.new))),
+        StartTimer(Timer(Clock.BAKE)),
+    )
+    draft.set(restart=replace(restart, step=Step.BAKING))
+
+
+def _watch(draft: _Draft, restart: Restart) -> None:
+    draft.emit(Announce(News.WATCHING, generation=restart.generation), StartTimer(Timer(Clock.WATCH)))
+    draft.set(restart=replace(restart, step=Step.WATCHING))
+
+
+def _end_watch(draft: _Draft, restart: Restart) -> None:
+    """The new workers have shown that they are well, or somebody is satisfied with them."""
+    if restart.step is Step.WATCHING:
+        draft.emit(StopTimer(Timer(Clock.WATCH)))
+        _finish_batch(draft, restart)
+        return
+    draft.emit(StopTimer(Timer(Clock.BAKE)))
+    rest = frozenset(draft.spawn(restart.generation) for _ in range(restart.remaining))
+    after = replace(restart, canary=0, remaining=0, step=Step.STARTING, new=restart.new | rest)
+    draft.set(restart=after)
+    if not rest:
+        _commit(draft, after)
+
+
+def _alive(draft: _Draft, workers: Iterable[int]) -> list[int]:
+    return sorted(i for i in workers if i in draft.service.workers)
+
+
+def _open(draft: _Draft, restart: Restart) -> None:
+    for worker in sorted(restart.new.intersection(draft.service.ids(Phase.READY))):  # a canary serves already
+        draft.open(worker)
+    draft.set(restart=replace(restart, step=Step.OPENING))
+
+
+def _release(draft: _Draft, restart: Restart) -> None:
+    """Begin to close the listeners. A worker that is only starting would keep them open, and is not wanted any more."""
+    draft.emit(StartTimer(Timer(Clock.QUIESCE)))
+    old = [w for w in draft.service.current if w.generation != restart.generation]
+    for worker in old:
+        if worker.phase in (Phase.STARTING, Phase.READY):
+            draft.terminate(worker.id)
+    restart = replace(restart, step=Step.RELEASING, old=frozenset(w.id for w in old))
+    draft.set(restart=restart)
+    _go_on_releasing(draft, restart)
+
+
+def _go_on_releasing(draft: _Draft, restart: Restart) -> None:
+    for worker in sorted(restart.old.intersection(draft.service.ids(Phase.SERVING))):
+        draft.quiesce(worker, restart)
+    if restart.old.isdisjoint(draft.service.ids(*_HOLDING)):
+        draft.emit(StopTimer(Timer(Clock.QUIESCE)), Rebind(restart.generation))
+        draft.set(restart=replace(restart, step=Step.REBINDING))
+
+
+def _bound(draft: _Draft, why: str, *, is_kept: bool) -> None:
+    """The addresses have been bound again, or somebody was quicker."""
+    restart, regains = draft.service.restart, draft.service.regains
+    if draft.service.is_stopping:
+        return
+    if why:
+        if restart is not None and restart.step is Step.REBINDING:
+            _abort(draft, restart, why)
+        if is_kept:
+            return
+        draft.set(regains=regains + 1)
+        if not regains:
+            draft.emit(Announce(News.PORT_LOST, generation=draft.service.generation, why=why))
+        seconds = min(REGAIN_MAX_S, REGAIN_FIRST_S * 2.0 ** min(regains, 16))
+        draft.emit(StartTimer(Timer(Clock.REGAIN), seconds))
+    elif regains:
+        draft.set(regains=0)
+        draft.emit(*(Share(worker) for worker in draft.service.ids(Phase.OPENING, Phase.SERVING)))
+        draft.emit(Announce(News.PORT_REGAINED, generation=draft.service.generation))
+    elif restart is not None and restart.step is Step.REBINDING:
+        _open(draft, restart)
+
+
+def _commit(draft: _Draft, restart: Restart) -> None:
+    draft.emit(Announce(News.COMMITTED, generation=restart.generation), StartTimer(Timer(Clock.QUIESCE)))
+    if restart.strategy is Strategy.OVERLAP:
+        draft.emit(Steer(restart.generation))
+    old = [w.id for w in draft.service.current if w.generation != restart.generation]
+    if restart.remaining:  # a phased restart takes the oldest, one for one
+        old = old[: len(restart.new)]
+    restart = replace(restart, step=Step.QUIESCING, old=frozenset(old))
+    draft.set(restart=restart)
+    _go_on_restarting(draft, restart)
+
+
+def _settle(draft: _Draft, restart: Restart, why: str = "") -> None:
+    draft.emit(
+        StopTimer(Timer(Clock.QUIESCE)),
+        Announce(News.QUIESCED, generation=restart.generation, why=why),
+        StartTimer(Timer(Clock.SETTLE)),
+    )
+    draft.set(restart=replace(restart, step=Step.SETTLING))
+
+
+def _finish_batch(draft: _Draft, restart: Restart) -> None:
+    old = _alive(draft, restart.old)
+    draft.emit(Announce(News.DRAINING, generation=restart.generation, workers=tuple(old)))
+    for worker in old:
+        draft.release(worker)
+    if restart.remaining:
+        _begin_batch(draft, restart)
+        return
+    draft.set(restart=None, generation=restart.generation, wanted=restart.wanted, failures=0, is_backing_off=False)
+    draft.emit(StopTimer(Timer(Clock.BACKOFF)), Announce(News.DONE, generation=restart.generation))
+
+
+def _go_on_maintaining(draft: _Draft) -> None:
+    """Keep as many workers as are wanted; replace one that has expired, start first, one at a time.
+
+    A canary that bakes is none of them.
+    """
+    service = draft.service
+    if service.is_stopping or service.generation == 0:
+        return
+    for worker in _counted(draft):  # a replacement that serves relieves the one it was started for
+        if worker.phase is Phase.SERVING and worker.replaces is not None:
+            if worker.replaces in service.workers:
+                draft.release(worker.replaces)
+            draft.put(replace(worker, replaces=None))
+    while len(lasting := _lasting(draft)) > service.wanted:  # let go first of those that are missed least
+        least = min(lasting, key=lambda w: (w.phase in _ACCEPTING, not w.is_expired, -w.id))
+        draft.release(least.id)
+    if service.is_backing_off:
+        return
+    for _ in range(service.wanted - len(lasting)):
+        draft.spawn(service.generation)
+    current = _counted(draft)
+    expired = [w for w in current if w.is_expired and w.phase is Phase.SERVING]
+    if expired and len(current) == service.wanted:  # nobody is being relieved yet
+        draft.spawn(service.generation, replaces=expired[0].id)
+
+
+def _lasting(draft: _Draft) -> list[Worker]:
+    """Current workers but those that leave as soon as their replacement serves."""
+    current = _counted(draft)
+    relieved = {w.replaces for w in current}
+    return [w for w in current if w.id not in relieved]
+
+
+def _counted(draft: _Draft) -> list[Worker]:
+    """Current workers, without those of a restart that has not replaced any yet."""
+    restart = draft.service.restart
+    return [w for w in draft.service.current if restart is None or w.id not in restart.new]
