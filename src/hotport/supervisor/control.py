@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import anyio
 import msgspec
@@ -22,7 +22,7 @@ from hotport.options.loading import checked
 from hotport.supervisor.contain import Containing, retried
 from hotport.supervisor.house import House
 from hotport.supervisor.process import receive_message
-from hotport.supervisor.requests import describe, keep, reload_tls, restart, scale, undo
+from hotport.supervisor.requests import Hear, describe, keep, reload_tls, restart, scale, undo
 from hotport.supervisor.supervisor import Supervisor
 from hotport.supervisor.takeover import hand_over
 from hotport.wire.frames import encode_frame
@@ -66,8 +66,6 @@ ACCEPT_PAUSE_S: Final = 0.1
 _GONE: Final = (anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream)
 
 _OPTIONS: Final = frozenset(option.field for option in OPTIONS)
-
-Hear: TypeAlias = Callable[[Announce, float], None]
 
 log = get_logger("hotport.control")
 
@@ -192,22 +190,11 @@ async def _carry_out(
         case StatusRequest():
             return await describe(supervisor)
         case RestartRequest():
-            return await _until_reported(
-                stream,
-                lambda hear: restart(
-                    supervisor,
-                    is_phased=request.phased,
-                    strategy=request.strategy,
-                    canary=request.canary,
-                    bake_s=request.bake_s,
-                    undo_window_s=request.undo_window_s,
-                    hear=hear,
-                ),
-            )
+            return await _report_progress(stream, lambda hear: restart(supervisor, request, hear))
         case UndoRequest(keep=True):
             return Done(detail=await keep(supervisor))
         case UndoRequest():
-            return await _until_reported(stream, lambda hear: undo(supervisor, f"hotport undo ({by})", hear=hear))
+            return await _report_progress(stream, lambda hear: undo(supervisor, f"hotport undo ({by})", hear))
         case ScaleRequest(workers=workers):
             await scale(supervisor, workers)
             return Done(detail=f"{workers} workers serve")
@@ -229,7 +216,7 @@ async def _carry_out(
     raise AssertionError(request)
 
 
-async def _until_reported(stream: SocketStream, run: Callable[[Hear], Awaitable[Report]]) -> Report:
+async def _report_progress(stream: SocketStream, run: Callable[[Hear], Awaitable[Report]]) -> Report:
     """Restart, or undo a restart; progress goes to the client, but does not wait for one that does not read."""
     send, receive = anyio.create_memory_object_stream[Progress](256)
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Final, TypeAlias
 
 import anyio
 
@@ -30,6 +31,7 @@ from hotport.wire.messages import (
     InspectOrder,
     ReloadTlsOrder,
     Report,
+    RestartRequest,
     Status,
     TlsReloaded,
     TlsReport,
@@ -38,7 +40,13 @@ from hotport.wire.messages import (
     WorkerTls,
 )
 
-__all__ = ["describe", "keep", "reload_tls", "restart", "scale", "undo"]
+__all__ = ["Hear", "describe", "keep", "reload_tls", "restart", "scale", "undo"]
+
+#: Is told of each piece of news about a restart, with the milliseconds since it began.
+Hear: TypeAlias = Callable[[Announce, float], None]
+
+#: A restart as the options want it.
+RESTART: Final = RestartRequest()
 
 #: A worker that is busy with its application is shown without figures rather than waited for.
 INSPECT_TIMEOUT_S = 0.5
@@ -53,24 +61,14 @@ _NO_CANARY = {
 }
 
 
-async def restart(
-    supervisor: Supervisor,
-    *,
-    is_phased: bool | None = None,
-    strategy: str | None = None,
-    canary: int | None = None,
-    bake_s: float | None = None,
-    undo_window_s: float | None = None,
-    hear: Callable[[Announce, float], None] = lambda news, ms: None,
-) -> Report:
+def unheard(news: Announce, ms: float) -> None:
+    """What a restart says to a caller that only wants its outcome."""
+
+
+async def restart(supervisor: Supervisor, request: RestartRequest = RESTART, hear: Hear = unheard) -> Report:
     """Restart and wait until the outcome is known and the losers are gone.
 
     Args:
-        is_phased: Replace workers one by one; None leaves it to the options. So do the next four.
-        strategy: How listeners reach the new generation.
-        canary: So many new workers serve for a while before the others start.
-        bake_s: How long.
-        undo_window_s: How long the old generation stays when all is done, to be taken back.
         hear: Called with each piece of news about it, and the milliseconds since it began.
 
     Raises:
@@ -80,9 +78,7 @@ async def restart(
     """
     before = supervisor.options
     try:
-        options = _override(
-            supervisor.read_options(Path(supervisor.surroundings.directory)), is_phased, canary, bake_s, undo_window_s
-        )
+        options = _override(supervisor.read_options(Path(supervisor.surroundings.directory)), request)
         launch = Launch.resolve(options, supervisor.surroundings)
     except HotportError as error:
         raise _refused(error.code, error.what, supervisor, cause=error.cause, fix=error.fix) from error
@@ -90,11 +86,12 @@ async def restart(
         raise supervisor.refused(*refused)
     if supervisor.owned.lost:
         raise supervisor.refused(Refusal.PORT_LOST)
-    chosen = choose(strategy or options.strategy, facts(supervisor, options))
+    strategy = request.strategy or options.strategy
+    chosen = choose(strategy, facts(supervisor, options))
     if chosen.strategy is None:
         raise _refused(
             "HP420",
-            f"the strategy {strategy or options.strategy} cannot work",
+            f"the strategy {strategy} cannot work",
             supervisor,
             cause=chosen.why,
             fix=f"hotport restart {supervisor.name} --strategy auto",
@@ -124,51 +121,40 @@ async def restart(
     get_logger("hotport.supervisor").info("restart.strategy", strategy=wants.value, why=chosen.why)
     wanted = options.workers if options.workers != before.workers else None
 
-    def make(request: int) -> RequestRestart:
+    def make(number: int) -> RequestRestart:
         is_watched = options.undo_window_s > 0
-        return RequestRestart(request, options.phased, wanted, wants, options.canary, is_watched)
+        return RequestRestart(number, options.phased, wanted, wants, options.canary, is_watched)
 
-    return await _until_reported(supervisor, Asked(launch, plan), make, hear)
-
-
-def _override(
-    options: Options,
-    is_phased: bool | None,
-    canary: int | None,
-    bake_s: float | None,
-    undo_window_s: float | None,
-) -> Options:
-    """The options for one restart, as somebody wants it who knows better than the file."""
-    phased = options.phased if is_phased is None else is_phased
-    if phased and canary:
-        if is_phased:
-            raise ConfigError(
-                "HP305",
-                "--canary cannot be used with --phased",
-                cause="a phased restart starts with one new worker anyway",
-                fix="--undo-window 30s watches each worker of a phased restart",
-            )
-        phased = False
-    elif phased:
-        canary = 0
-    return replace(
-        options,
-        phased=phased,
-        canary=options.canary if canary is None else canary,
-        bake_s=options.bake_s if bake_s is None else bake_s,
-        undo_window_s=options.undo_window_s if undo_window_s is None else undo_window_s,
-    )
+    return await _ask_for_report(supervisor, Asked(launch, plan), make, hear)
 
 
-async def undo(
-    supervisor: Supervisor, by: str, *, hear: Callable[[Announce, float], None] = lambda news, ms: None
-) -> Report:
+def _override(options: Options, request: RestartRequest) -> Options:
+    """The options for one restart: what the request says is stronger than the file."""
+    said = {
+        name: value
+        for name in ("phased", "canary", "bake_s", "undo_window_s")
+        if (value := getattr(request, name)) is not None
+    }
+    options = replace(options, **said)
+    if not (options.phased and options.canary):
+        return options
+    if request.phased and request.canary:
+        raise ConfigError(
+            "HP305",
+            "--canary cannot be used with --phased",
+            cause="a phased restart starts with one new worker anyway",
+            fix="--undo-window 30s watches each worker of a phased restart",
+        )
+    return replace(options, phased=False) if request.canary else replace(options, canary=0)
+
+
+async def undo(supervisor: Supervisor, by: str, hear: Hear = unheard) -> Report:
     """Take back the restart that is in progress or in its undo window, and wait until the new workers are gone.
 
     Raises:
         RestartError: There is none, or the service is stopping (HP410).
     """
-    return await _until_reported(supervisor, Asked(), lambda request: RequestUndo(request, by), hear)
+    return await _ask_for_report(supervisor, Asked(), lambda request: RequestUndo(request, by), hear)
 
 
 async def keep(supervisor: Supervisor) -> str:
@@ -184,12 +170,7 @@ async def keep(supervisor: Supervisor) -> str:
     return f"generation {asked.generation} stays: {rest}"
 
 
-async def _until_reported(
-    supervisor: Supervisor,
-    asked: Asked,
-    make: Callable[[int], Input],
-    hear: Callable[[Announce, float], None],
-) -> Report:
+async def _ask_for_report(supervisor: Supervisor, asked: Asked, make: Callable[[int], Input], hear: Hear) -> Report:
     """Make a request, pass on what is told about the restart that it is about, and return its report."""
     done = anyio.Event()
     result: list[Report] = []
