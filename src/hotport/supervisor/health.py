@@ -6,22 +6,17 @@ worker is an event, and the model's.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Final
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, TypeAlias
 
 import anyio
 
 from hotport.kernel.process import rss_bytes
 from hotport.model.health import Rules, Sample, verdict
-from hotport.model.inputs import Unhealthy
-from hotport.model.steps import Step
 from hotport.options import Options
 from hotport.supervisor.contain import Containing
 from hotport.supervisor.process import Process
 from hotport.wire.messages import Inspection, InspectOrder, Probed, ProbeOrder
-
-if TYPE_CHECKING:
-    from hotport.supervisor.supervisor import Supervisor
 
 __all__ = ["watch_health"]
 
@@ -37,22 +32,27 @@ ANSWER_TIMEOUT_S: Final = 0.5
 OWN_LAG_MAX_S: Final = 0.1
 
 
-async def watch_health(supervisor: Supervisor, generation: int, step: Step) -> None:
-    """Look at the new workers of this restart until it leaves this step, and say when they are not well.
+Tell: TypeAlias = Callable[[str, int], None]
+
+
+async def watch_health(workers: Callable[[], Sequence[Process]], options: Options, tell: Tell) -> None:
+    """Look at the new workers of a restart, and say once when they are not well.
 
     Workers that cannot be looked at are not taken to be well.
+
+    Args:
+        workers: Those to look at now; none when the watch is over.
+        tell: Called with what is wrong, and the worker's number: 0 if all of them together are meant.
     """
 
     def give_up(error: Exception) -> None:
-        why = f"its health could not be watched: {type(error).__name__} ({error})"
-        supervisor.input(Unhealthy(generation, why))
+        tell(f"its health could not be watched: {type(error).__name__} ({error})", 0)
 
-    with Containing("health", give_up, generation=generation):
-        await _watch(supervisor, generation, step)
+    with Containing("health", give_up):
+        await _watch(workers, options, tell)
 
 
-async def _watch(supervisor: Supervisor, generation: int, step: Step) -> None:
-    options = supervisor.options
+async def _watch(workers: Callable[[], Sequence[Process]], options: Options, tell: Tell) -> None:
     rules = Rules(
         errors_max=options.health_errors_max,
         requests_min=options.health_requests_min,
@@ -60,19 +60,9 @@ async def _watch(supervisor: Supervisor, generation: int, step: Step) -> None:
         memory_max_bytes=options.health_memory_max_bytes,
     )
     last: dict[int, Inspection] = {}
-    watched = supervisor.service.restart
-
-    def new_workers() -> list[Process]:
-        restart = supervisor.service.restart
-        if restart is None or restart.generation != generation or restart.step is not step:
-            return []
-        if watched is None or restart.new != watched.new:  # the next batch of a phased one: it has a watch of its own
-            return []
-        found = (supervisor.processes.get(number) for number in sorted(restart.new))
-        return [process for process in found if process is not None]
 
     async def look_again(interval_s: float, look: Callable[[Process], Awaitable[Sample]]) -> None:
-        while processes := new_workers():
+        while processes := workers():
             began = anyio.current_time()
             samples: list[Sample] = []
 
@@ -83,7 +73,7 @@ async def _watch(supervisor: Supervisor, generation: int, step: Step) -> None:
                 for process in processes:
                     looks.start_soon(note, process)
             if ill := verdict(rules, samples):
-                supervisor.input(Unhealthy(generation, ill.why, ill.worker))
+                tell(ill.why, ill.worker)
                 return
             await anyio.sleep_until(began + interval_s)
 

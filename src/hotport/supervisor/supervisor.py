@@ -34,7 +34,7 @@ from hotport.model.effects import Announce, News
 from hotport.model.guarantee import Strategy
 from hotport.model.inputs import Clock, Exited, Said, Timer
 from hotport.model.lifecycle import Event, Phase
-from hotport.model.service import Service
+from hotport.model.service import Restart, Service
 from hotport.model.signals import WORKER
 from hotport.observe.logs import get_logger
 from hotport.options import Options, format_duration
@@ -882,7 +882,7 @@ class Supervisor:
             is_tracked = not self.options.command
             self.reports.begin(self.service.restart, self.service.generation, is_tracked=is_tracked)
         elif news in (News.BAKING, News.WATCHING) and self.service.restart is not None:
-            self.start("health", watch_health, self, announcement.generation, self.service.restart.step)
+            self._watch_health(self.service.restart)
         why = self._errors.get(announcement.worker, "")
         with Containing("manager"):
             if news is News.DONE:
@@ -966,6 +966,20 @@ class Supervisor:
         if asked.refusal is not None:
             self.owned.discard(asked.plan)
             raise self.refused(asked.refusal, asked.generation)
+
+    def _watch_health(self, restart: Restart) -> None:
+        """Look at the new workers of a restart until it leaves its step."""
+
+        def workers() -> list[Process]:
+            now = self.service.restart
+            if now is None or (now.generation, now.step, now.new) != (restart.generation, restart.step, restart.new):
+                return []
+            return [self.processes[number] for number in sorted(now.new) if number in self.processes]
+
+        def tell(why: str, worker: int) -> None:
+            self.input(inputs.Unhealthy(restart.generation, why, worker))
+
+        self.start("health", watch_health, workers, self.options, tell)
 
     def refused(self, refusal: effects.Refusal, generation: int = 0) -> RestartError:
         """The error for a request that is not carried out."""
