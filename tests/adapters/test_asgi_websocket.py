@@ -857,7 +857,7 @@ async def test_end_of_the_application_closes(how: str, code: int, caplog: pytest
         connection, wire = await open_raw(rig)
         assert wire.closed_with == code
         connection.data_received(text("too late") * 100 + close(code))
-        assert wire.transport.has_ended
+        await until(lambda: wire.transport.has_ended)
         assert connection.undelivered == ()
     assert ("the application" in caplog.text) == (how != "returns")
 
@@ -1153,6 +1153,7 @@ def test_application_sees_the_same_wherever_the_bytes_are_split(
             for data in cut_at(stream, places):
                 transport.get_protocol().data_received(data)
                 await turns(3)
+                await until(lambda: transport.is_reading() or transport.is_closed)
             if not transport.is_closed:
                 transport.get_protocol().eof_received()
             transport.close()

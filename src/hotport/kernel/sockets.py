@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import select
 import shlex
 import socket
 import stat
 import struct
 import sys
+import termios
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -30,6 +33,7 @@ __all__ = [
     "bound_address",
     "check_peer",
     "end",
+    "ended_by_peer",
     "file_path",
     "inherited_listener",
     "location",
@@ -41,6 +45,7 @@ __all__ = [
     "set_access",
     "socket_file",
     "unlink_if_ours",
+    "unsent_bytes",
 ]
 
 _CONTROL_BACKLOG: Final = 64
@@ -232,6 +237,28 @@ def reset(sock: socket.socket, *, is_shared: bool) -> None:
         import ctypes  # 10 ms, and seldom needed
 
         ctypes.CDLL(None).connect(sock.fileno(), bytes(16), 16)
+
+
+def ended_by_peer(descriptors: Iterable[int]) -> list[int]:
+    """Those of some connections whose peer sends no more, or is gone; also if what it sent before was not read.
+
+    Sources: poll(2) POLLRDHUP, POLLHUP, POLLERR.
+    """
+    poll = select.poll()
+    for fd in descriptors:
+        poll.register(fd, select.POLLRDHUP)
+    return [fd for fd, _ in poll.poll(0)]
+
+
+def unsent_bytes(sock: socket.socket) -> int:
+    """How much was written to a connection and is not acknowledged, or not sent; 0 if it is closed.
+
+    Sources: tcp(7) SIOCOUTQ; unix(7) has it too.
+    """
+    try:
+        return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    except (OSError, ValueError):
+        return 0
 
 
 def take_waiting(listener: socket.socket) -> list[socket.socket]:

@@ -118,6 +118,12 @@ class Options:
         30.0, duration(), "How long a request head may take to arrive, counted from connecting at first; 0: for ever."
     )
     body_max_bytes: int = _option(0, size(), "The largest HTTP request body; above it the answer is 413; 0: any.")
+    connection_buffer_bytes: int = _option(
+        256 * 1024, size(), "How much may wait for one connection, in either direction, before reading pauses."
+    )
+    send_timeout_s: float = _option(
+        60.0, duration(), "How long a client may take nothing of what is sent to it; 0: for ever."
+    )
     concurrency_max: int = _option(
         0, count(0), "Requests under way in a worker above which the answer is 503; 0: any number."
     )

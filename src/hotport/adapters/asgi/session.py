@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from sys import getsizeof
+from typing import TYPE_CHECKING, Any, Final
 
 from hotport.adapters.asgi.exchange import CLIENT_LEFT, STREAMING, WAITING, ClientLeft, Exchange
 from hotport.adapters.asgi.spec import Message, Scope
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["Session"]
 
 log = logging.getLogger("hotport.error")
+
+#: What a message costs beside its content: a dict, and its place in a queue.
+MESSAGE_BYTES: Final = 256
 
 
 class Session:
@@ -39,6 +43,7 @@ class Session:
         "scope",
         "task",
         "undelivered",
+        "waiting_bytes",
         "why_gone",
     )
 
@@ -56,6 +61,8 @@ class Session:
         self.task: asyncio.Task[None] | None = None
         #: What has arrived whole and the application has not received, oldest first.
         self.undelivered: deque[Message] = deque([{"type": "websocket.connect"}])
+        #: Memory of all of these; what has been held is not counted.
+        self.waiting_bytes = _cost(self.undelivered[0])
         #: Received after all of the above; there is nobody to send to once it is set.
         self.disconnect: Message | None = None
         #: The application has closed, denied, raised or returned: it is not interested in messages any more.
@@ -76,10 +83,11 @@ class Session:
 
     # -- the connection's side -----------------------------------------------------------------------------
 
-    def deliver(self, message: Message) -> None:
-        """A message has arrived whole."""
+    def deliver(self, kind: str, content: str | bytes) -> None:
+        """A message has arrived whole: its content is ``"text"`` or ``"bytes"``."""
         if not self.has_finished:
-            self.undelivered.append(message)
+            self.undelivered.append({"type": "websocket.receive", kind: content})
+            self.waiting_bytes += MESSAGE_BYTES + getsizeof(content)
             if self._waiters:
                 self._wake()
 
@@ -93,12 +101,13 @@ class Session:
     def hold(self) -> tuple[Message, ...]:
         """Take back what the application has not received: also if it has been woken for that, and not run yet."""
         self._held = tuple(self.undelivered)
-        self.undelivered.clear()
+        self._clear()
         return self._held
 
     def let_go(self) -> None:
         """Put back what `hold` has taken."""
         self.undelivered.extend(self._held)
+        self.waiting_bytes += sum(map(_cost, self._held))
         self._held = ()
         self._wake()
 
@@ -108,9 +117,13 @@ class Session:
             if not waiter.done():
                 waiter.set_result(None)
 
+    def _clear(self) -> None:
+        self.undelivered.clear()
+        self.waiting_bytes = 0
+
     def _finish(self) -> None:
         self.has_finished = True
-        self.undelivered.clear()
+        self._clear()
         self.connection.resume_reading_if_room()
 
     # -- the application's side ----------------------------------------------------------------------------
@@ -157,6 +170,7 @@ class Session:
         while True:
             if undelivered:
                 message = undelivered.popleft()
+                self.waiting_bytes = self.waiting_bytes - _cost(message) if undelivered else 0
                 self.connection.resume_reading_if_room()
                 return message
             if self.disconnect is not None:
@@ -219,6 +233,12 @@ class Session:
             self._finish()
         else:
             raise RuntimeError(f"{kind!r} was sent where 'websocket.accept' was expected")
+
+
+def _cost(message: Message) -> int:
+    """Bytes of memory that a message takes. A text takes up to four for each of its characters."""
+    content = message.get("text")
+    return MESSAGE_BYTES + getsizeof(message.get("bytes") if content is None else content)
 
 
 def _scope(request: Scope) -> Scope:

@@ -16,6 +16,7 @@ from hotport.adapters.asgi.session import Session
 from hotport.adapters.asgi.spec import Application
 from hotport.adapters.asgi.websocket import WebSockets
 from hotport.adapters.base import Context
+from hotport.adapters.stalls import Stalls
 from hotport.trust import Trusted
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Shared:
         "root_path",
         "run",
         "running",
+        "stalls",
         "state",
         "trusted",
         "variables",
@@ -96,6 +98,7 @@ class Shared:
         self.keep_alive_ticks = self.deadlines.ticks(options.keep_alive_s)
         self.linger_ticks = self.deadlines.ticks(LINGER_S)
         self.head_ticks = self.deadlines.ticks(options.head_timeout_s) if options.head_timeout_s else 0
+        self.stalls = Stalls(loop, options.send_timeout_s)
         self.websockets = WebSockets(options, self.deadlines)
         self.held: list[Exchange] = []
         self.running: set[Exchange | Session] = set()

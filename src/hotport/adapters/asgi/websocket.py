@@ -16,6 +16,7 @@ import logging
 import random
 from collections.abc import Callable, Iterable
 from enum import Enum
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from websockets.exceptions import ProtocolError
@@ -24,10 +25,10 @@ from websockets.frames import Opcode
 from websockets.http11 import Request, Response
 from websockets.protocol import State as ProtocolState
 from websockets.server import ServerProtocol
-from websockets.streams import StreamReader
 
 from hotport.adapters.asgi.deadlines import Deadlines
 from hotport.adapters.asgi.exchange import ANSWERED, CUT, STREAMING, Exchange, check_field
+from hotport.adapters.asgi.frames import COMPRESSED_BYTES_MAX, Assembly, Cutter, Violation
 from hotport.adapters.asgi.session import Session
 from hotport.adapters.asgi.spec import Message, Scope
 from hotport.adapters.asgi.states import WEBSOCKET_STATES, Manner
@@ -41,8 +42,10 @@ from hotport.adapters.base import (
     end_for_client,
     make_offer,
     may_leave,
+    reset_for_client,
     stands_still,
 )
+from hotport.adapters.turns import LONG_READ_BYTES, TURN_S
 from hotport.wire.envelope import WebSocketState, encode_state
 
 if TYPE_CHECKING:
@@ -91,14 +94,21 @@ RESERVED: Final = frozenset(
     }
 )
 
+#: A frame up to this size that is not compressed is read at once.
+SHORT_BYTES_MAX: Final = 16 * 1024
+
 #: Why a WebSocket is closed with 1012.
 RESTART: Final = "service restart"
+
+#: Why an application is told that a client has left that is still there.
+STUCK: Final = "the client takes nothing of what is sent"
 
 #: How a resumed WebSocket is closed whose application does not accept it, by the status that a new one would get.
 REFUSALS: Final = {403: (1008, "not resumed"), 503: (1012, RESTART)}
 
 CONNECTING: Final = ProtocolState.CONNECTING
 OPEN: Final = ProtocolState.OPEN
+PING: Final = Opcode.PING
 TEXT: Final = Opcode.TEXT
 BINARY: Final = Opcode.BINARY
 
@@ -160,7 +170,10 @@ class WebSockets:
                 compress_settings={"memLevel": 5},
             )
             extensions = [deflate]
-        protocol = ServerProtocol(extensions=extensions, max_size=self.message_bytes_max, logger=self.log)
+        # A part of a compressed message may be longer than what it becomes. The limit is looked at in `_on_frame`.
+        protocol = ServerProtocol(
+            extensions=extensions, max_size=self.message_bytes_max + COMPRESSED_BYTES_MAX, logger=self.log
+        )
         protocol.receive_data(handshake)
         requests = protocol.events_received()
         if not requests:
@@ -233,28 +246,35 @@ class WebSocketConnection(asyncio.Protocol):
     kind = "websocket"
 
     __slots__ = (
+        "_assembly",
+        "_buffer_bytes",
         "_common",
+        "_cutter",
         "_drain_timer",
         "_early",
         "_export",
         "_fate",
-        "_fragments",
+        "_gone_due",
         "_has_agreed",
         "_has_heard",
         "_has_said_goodbye",
+        "_is_behind",
         "_is_bounded",
         "_is_closed",
         "_is_draining",
+        "_is_in_detail",
         "_is_movable",
         "_is_proxied",
         "_is_reading_paused",
         "_is_resuming",
-        "_is_text",
+        "_is_scheduled",
+        "_pong",
         "_protocol",
         "_queue_low",
         "_queue_max",
         "_response",
         "_session",
+        "_untaken",
         "_waits_for",
         "due",
         "endpoints",
@@ -277,11 +297,24 @@ class WebSocketConnection(asyncio.Protocol):
         options = self.shared.options
         self._queue_max = options.ws_queue
         self._queue_low = options.ws_queue // 4
+        self._buffer_bytes = options.connection_buffer_bytes
         self._early = early  # there until the handshake is answered
-        #: The frames of a message that has not arrived whole.
-        self._fragments: list[bytes] = []
-        self._is_text = False
+        #: What has come and is not read yet.
+        self._cutter = Cutter(common.message_bytes_max)
+        #: A message that has not arrived whole.
+        self._assembly: Assembly | None = None
+        #: The answer to the newest ping, while the client does not take what was sent before. The older ones need none
+        #: (RFC 6455 section 5.5.3).
+        self._pong = b""
 
+        #: Not even a short frame may be read at once: the handshake is not answered, reading is paused, or a part of a
+        #: frame has come.
+        self._is_in_detail = True
+        self._is_behind = False  # there is more to read in the cutter, when there is room or in the next turn
+        self._is_scheduled = False  # for the next turn
+        #: What was here when we last saw that the client is gone, and the tick at which that is too long ago.
+        self._untaken: object = None
+        self._gone_due = 0
         self._is_reading_paused = False
         self._is_draining = False
         self._has_heard = False  # anything, since the last ping
@@ -309,6 +342,9 @@ class WebSocketConnection(asyncio.Protocol):
         self.transport.set_protocol(self)
         self.shared.deadlines.discard(before)
         self.shared.deadlines.add(self)
+        self.shared.stalls.forget(before)
+        if self.writable is not None:
+            self.shared.stalls.pauses_writing(self)
         if resumption is None:
             self._shake_hands()
         else:
@@ -351,7 +387,7 @@ class WebSocketConnection(asyncio.Protocol):
     @property
     def is_mid_message(self) -> bool:
         """A fragmented message has begun and not ended."""
-        return bool(self._fragments)
+        return self._assembly is not None
 
     @property
     def is_resumed(self) -> bool:
@@ -360,16 +396,11 @@ class WebSocketConnection(asyncio.Protocol):
 
     @property
     def is_between_frames(self) -> bool:
-        """The parser holds no part of a frame, so a new one that is fed what comes next is where ours is.
+        """Everything that has come is read, so a new parser that is fed what comes next is where ours is.
 
-        Its buffer alone does not say it: the parser takes a frame's header out before the rest has come.
+        The library's parser never holds a part of a frame: it is fed whole ones.
         """
-        if not self.is_open:
-            return False
-        waits: Any = self._protocol.parser
-        while waits.gi_yieldfrom is not None:
-            waits = waits.gi_yieldfrom
-        return waits.gi_code is StreamReader.at_eof.__code__
+        return self.is_open and self._cutter.is_between_frames
 
     def drain(self) -> None:
         """Close with 1012 at a random moment: clients reconnect when they are closed, and not all at once like this."""
@@ -541,6 +572,7 @@ class WebSocketConnection(asyncio.Protocol):
         self._session.end(1012, RESTART)
         self.resume_writing()
         self._stop_timers()
+        self._forget()
         self.transport.abort()  # closes the descriptor, and nothing else: the connection lives on
 
     def why_here(self) -> str:
@@ -572,16 +604,35 @@ class WebSocketConnection(asyncio.Protocol):
         self._is_closed = self._has_said_goodbye = True
         self._end()
         self._stop_timers()
+        self._forget()
         self.shared.deadlines.discard(self)
         self.shared.registry.closed(self, self._fate)
 
+    def _forget(self) -> None:
+        """Free what costs memory. The connection and its application refer to each other, so it may live on a while."""
+        self._drop_unread()
+        self._early = self._pong = b""
+        self._protocol.extensions = []  # zlib's windows
+        self.shared.stalls.forget(self)
+
+    def _drop_unread(self) -> None:
+        self._cutter.clear()
+        self._assembly = None
+        self._is_behind = False
+
     def pause_writing(self) -> None:
         self.writable = asyncio.Event()
+        self.shared.stalls.pauses_writing(self)
 
     def resume_writing(self) -> None:
         if self.writable is not None:
             self.writable.set()
             self.writable = None
+            self.shared.stalls.resumes_writing(self)
+        if self._pong:
+            pong, self._pong = self._pong, b""
+            if self._is_established and not self.transport.is_closing():
+                self.transport.write(pong)
         if self.handoff is not None:
             self.come_to_rest()
 
@@ -595,55 +646,192 @@ class WebSocketConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._has_heard = True
-        protocol = self._protocol
-        if protocol.state is CONNECTING:
-            if not self._has_said_goodbye:
-                self._early += data
-                if len(self._early) > EARLY_BYTES_MAX:
-                    self._pause_reading()
+        # Nearly every read is exactly one short frame (RFC 6455 section 5.2), and nothing is in its way.
+        # What is compressed in 125 bytes becomes at most 129,000.
+        size = len(data)
+        if size < 132:
+            is_one_frame = size > 1 and data[1] - 0x80 + 6 == size
+        else:
+            is_one_frame = (
+                data[1] == 0xFE
+                and size <= SHORT_BYTES_MAX
+                and (data[2] << 8 | data[3]) + 8 == size
+                and not data[0] & 0x40
+            )
+        if not is_one_frame or self._is_in_detail:
+            self._receive(data)
             return
+        protocol = self._protocol
         protocol.receive_data(data)
-        for frame in protocol.events_received():
-            self._on_frame(frame)
+        if events := protocol.events:
+            self._on_frame(events.pop())
         if protocol.writes:
             self._flush()
         if self.handoff is not None:
             self.come_to_rest()
 
+    def _receive(self, data: bytes) -> None:
+        """Take in anything but one short frame."""
+        if self._has_said_goodbye:
+            return
+        if self._protocol.state is CONNECTING:
+            self._early += data
+            if len(self._early) > EARLY_BYTES_MAX:
+                self._pause_reading()
+            return
+        self._cutter.add(data)
+        if not self._is_behind:
+            self._read()
+            if len(data) >= LONG_READ_BYTES and not self._is_reading_paused:
+                self._go_on_in_next_turn()
+
+    def _read(self) -> None:
+        """Read frames, as far as there is room for what comes of them and until this turn is over."""
+        protocol, cutter = self._protocol, self._cutter
+        ends = monotonic() + TURN_S
+        self._is_behind = True
+        while not self._is_full:
+            try:
+                data = cutter.next(0 if self._assembly is None else self._assembly.size)
+            except Violation as error:
+                protocol.fail(error.code, error.reason)
+                data = None
+            if data is None:
+                self._is_behind = False
+                break
+            protocol.receive_data(data)
+            if protocol.events:
+                frame: Any = protocol.events.pop()
+                if cutter.is_compressed and frame.opcode < Opcode.CLOSE:
+                    cutter.inflated(len(data), len(frame.data))
+                self._on_frame(frame)
+            if protocol.eof_sent:  # it is over, for one reason or another
+                break
+            if monotonic() >= ends:
+                self._go_on_in_next_turn()
+                break
+        else:
+            self._pause_reading()
+        if protocol.eof_sent:
+            self._drop_unread()
+        else:
+            cutter.settle()
+        if protocol.writes:
+            self._flush()
+        self._is_in_detail = self._is_reading_paused or not cutter.is_between_frames
+        self.resume_reading_if_room()
+        if self.handoff is not None:
+            self.come_to_rest()
+
+    @property
+    def _is_full(self) -> bool:
+        """As much waits for the application as may."""
+        session = self._session
+        return len(session.undelivered) >= self._queue_max or session.waiting_bytes > self._buffer_bytes
+
+    def _go_on_in_next_turn(self) -> None:
+        """Let others have their turn first."""
+        self._is_behind = True
+        self._pause_reading()
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self.shared.loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self._is_scheduled = False
+        if self._is_behind and not self._has_said_goodbye and not stands_still(self.handoff):
+            self._read()
+
     def _on_frame(self, frame: Any) -> None:
         opcode = frame.opcode
-        data = bytes(frame.data)
         if opcode is TEXT or opcode is BINARY:
-            self._is_text = opcode is TEXT
+            is_text = opcode is TEXT
             if not frame.fin:
-                self._fragments.append(data)
+                self._assembly = Assembly(is_text=is_text)
+                self._assemble(frame.data, is_last=False)
                 return
-        elif opcode is Opcode.CONT:
-            self._fragments.append(data)
-            if not frame.fin:
+            data = bytes(frame.data)
+            if len(data) > self._common.message_bytes_max:
+                self._refuse_large()
                 return
-            data = b"".join(self._fragments)
-            self._fragments.clear()
-        else:
-            if opcode is Opcode.PONG:
-                self._on_pong()
-            return
-        session = self._session
-        if session.disconnect is not None:
-            return
-        if self._is_text:
+            if not is_text:
+                self._deliver("bytes", data)
+                return
             try:
-                message: Message = {"type": "websocket.receive", "text": data.decode()}
+                text = data.decode()
             except UnicodeDecodeError as error:
-                reason = f"{error.reason} at position {error.start}"
-                self._protocol.fail(1007, reason)
-                session.end(1007, reason)
+                self._refuse_text(error)
                 return
-        else:
-            message = {"type": "websocket.receive", "bytes": data}
-        session.deliver(message)
-        if len(session.undelivered) >= self._queue_max:
-            self._pause_reading()
+            self._deliver("text", text)
+        elif opcode is Opcode.CONT:
+            self._assemble(frame.data, is_last=frame.fin)
+        elif opcode is PING:
+            if self.writable is not None:  # the library has put its answer behind everything else
+                self._pong = self._protocol.writes.pop()
+        elif opcode is Opcode.PONG:
+            self._on_pong()
+
+    def _assemble(self, data: bytes, *, is_last: bool) -> None:
+        """A part of a message has come."""
+        assembly = self._assembly
+        assert assembly is not None  # the library refuses what continues nothing
+        try:
+            assembly.add(data, is_last=is_last)
+        except UnicodeDecodeError as error:
+            self._refuse_text(error)
+            return
+        if assembly.size > self._common.message_bytes_max:
+            self._refuse_large()
+        elif is_last:
+            self._assembly = None
+            content = assembly.content()
+            self._deliver("text" if isinstance(content, str) else "bytes", content)
+
+    def _deliver(self, kind: str, content: str | bytes) -> None:
+        """A message has arrived whole."""
+        session = self._session
+        if session.disconnect is None:
+            session.deliver(kind, content)
+            if len(session.undelivered) >= self._queue_max or session.waiting_bytes > self._buffer_bytes:
+                self._pause_reading()
+
+    def _refuse_text(self, error: UnicodeDecodeError) -> None:
+        self._protocol.fail(1007, f"{error.reason} at position {error.start}")
+
+    def _refuse_large(self) -> None:
+        self._protocol.fail(1009, f"a message of more than {self._common.message_bytes_max} bytes")
+
+    # -- clients that stand still (`hotport.adapters.stalls`) -------------------------------------------------
+
+    def client_gone(self) -> None:
+        """The client has left while we read nothing. What it had sent is still delivered, while messages are taken."""
+        if self._is_closed or stands_still(self.handoff):
+            return
+        cutter, now = self._cutter, self.shared.deadlines.now
+        untaken = (len(self._session.undelivered), len(cutter.rest), cutter.place, cutter.left)
+        if untaken != self._untaken:
+            self._untaken = untaken
+            self._gone_due = now + self.shared.linger_ticks
+        elif now >= self._gone_due:
+            self._give_up()
+            self.abort()
+
+    def client_stuck(self) -> None:
+        """The client has taken nothing for too long."""
+        if self._is_closed or stands_still(self.handoff):
+            return
+        address = self._session.scope["client"]
+        client = f"{address[0]} port {address[1]}" if address else "a unix socket"
+        limit_s = self.shared.options.send_timeout_s
+        log.info("closed because %s for %g s: %s; it came from %s", STUCK, limit_s, self._session, client)
+        self._fate = "cut_slow_reader"
+        self._session.why_gone = STUCK
+        self._give_up()
+        reset_for_client(self, self.transport)  # or the kernel would keep what it has, and try for minutes
+
+    def _give_up(self) -> None:
+        self._end()
+        self._has_said_goodbye = True
 
     # -- the handshake -------------------------------------------------------------------------------------
 
@@ -690,6 +878,7 @@ class WebSocketConnection(asyncio.Protocol):
         state = resumption.state
         self._protocol, self._response = resumption.protocol, resumption.answer
         self._is_movable = True
+        self._is_in_detail = False
         self._has_heard = state.has_heard
         waits_for = _Wait[state.waits_for]
         ticks = self.shared.deadlines.ticks(state.wait_s) if state.wait_s else 0
@@ -697,7 +886,7 @@ class WebSocketConnection(asyncio.Protocol):
         self._wait(waits_for, ticks or (self._common.ping_ticks if waits_for is _Wait.PING else 0))
         for content in state.undelivered:
             kind = "text" if isinstance(content, str) else "bytes"
-            self._session.deliver({"type": "websocket.receive", kind: content})
+            self._session.deliver(kind, content)
         self._run()
 
     def _run(self) -> None:
@@ -743,6 +932,7 @@ class WebSocketConnection(asyncio.Protocol):
         self._wait(_Wait.PING, self._common.ping_ticks)
         if self._is_draining or self.handoff is not None:
             self.shared.registry.tell(self)
+        self._is_in_detail = self._is_reading_paused
         early, self._early = self._early, b""
         if early:
             self.data_received(early)
@@ -810,13 +1000,31 @@ class WebSocketConnection(asyncio.Protocol):
 
     def _pause_reading(self) -> None:
         if not self._is_reading_paused:
-            self._is_reading_paused = True
+            self._is_reading_paused = self._is_in_detail = True
+            self._untaken = None
             self.transport.pause_reading()
+            self.shared.stalls.pauses_reading(self)
 
     def resume_reading_if_room(self) -> None:
-        """Read on if few enough messages wait for the application."""
-        if self._is_reading_paused and len(self._session.undelivered) <= self._queue_low and not self._early:
+        """Read on if few enough messages wait for the application; first what has come and was not read."""
+        session = self._session
+        if (
+            not self._is_reading_paused
+            or self._early
+            or len(session.undelivered) > self._queue_low
+            or session.waiting_bytes > self._buffer_bytes // 4
+        ):
+            return
+        if self._is_behind:
+            self._go_on_in_next_turn()
+        else:
+            self._resume_reading()
+
+    def _resume_reading(self) -> None:
+        if self._is_reading_paused:
             self._is_reading_paused = False
+            self._is_in_detail = not self._cutter.is_between_frames
+            self.shared.stalls.resumes_reading(self)
             if not self.transport.is_closing():
                 self.transport.resume_reading()
 
@@ -885,8 +1093,7 @@ class WebSocketConnection(asyncio.Protocol):
         """The client has not finished the closing handshake, or not closed; it had the time."""
         if self._fate == "told_to_close" and self.transport.get_write_buffer_size():
             self._fate = "cut_websocket"
-        self._end()
-        self._has_said_goodbye = True
+        self._give_up()
         self.abort()
 
     def _end(self) -> None:
@@ -900,10 +1107,9 @@ class WebSocketConnection(asyncio.Protocol):
         """Say the end of our side, and throw away what comes until the client closes."""
         self._has_said_goodbye = True
         self._early = b""
+        self._drop_unread()
         self._bound()
-        if self._is_reading_paused and not self.transport.is_closing():
-            self._is_reading_paused = False
-            self.transport.resume_reading()
+        self._resume_reading()
         if not self.has_eof and self.transport.can_write_eof():
             try:
                 self.transport.write_eof()
