@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from unittest import mock
 
 import h11
 
 from hotport.adapters.asgi import AsgiAdapter
+from hotport.adapters.asgi import http as http_module
 from hotport.adapters.asgi.http import HttpConnection
 from hotport.adapters.asgi.spec import Application, Receive, Scope, Send
 from hotport.adapters.base import Connections, Context
@@ -295,12 +298,18 @@ def _pair(family: socket.AddressFamily) -> tuple[socket.socket, socket.socket]:
 
 
 @contextlib.asynccontextmanager
-async def serving(application: Application, **options: Any) -> AsyncIterator[Rig]:
-    """A started adapter; at the end its clients leave and it is shut down."""
+async def serving(application: Application, *, turn_s: float = math.inf, **options: Any) -> AsyncIterator[Rig]:
+    """A started adapter; at the end its clients leave and it is shut down.
+
+    Args:
+        turn_s: How long one connection works at a time. So how fast the machine is changes nothing by default; with 0
+            each piece of work has a turn of the event loop for itself.
+    """
     rig = Rig(application, **options)
     await rig.adapter.startup()
     try:
-        yield rig
+        with mock.patch.object(http_module, "TURN_S", turn_s):
+            yield rig
     finally:
         rig.close()
         for connection in list(rig.connections.open):

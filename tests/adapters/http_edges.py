@@ -304,8 +304,10 @@ FIELDS = [
     ),
     refuses("value-too-long", GET + b"X: " + b"x" * 70_000 + b"\r\n\r\n", status=431),
     refuses("value-endless", GET + b"X: " + b"x" * 70_000, status=431),
-    serves("fields-many", GET + b"X: y\r\n" * 8_000 + END, replace(ROOT, headers=(HOST, *[(b"x", b"y")] * 8_000))),
-    refuses("fields-too-many", GET + b"X: y\r\n" * 12_000 + END, status=431),
+    serves("fields-many", GET + b"X: y\r\n" * 127 + END, replace(ROOT, headers=(HOST, *[(b"x", b"y")] * 127))),
+    refuses("fields-too-many", GET + b"X: y\r\n" * 128 + END, status=431),
+    refuses("fields-tiny", GET + b"a:\r\n" * 128 + END, status=431),
+    refuses("fields-far-too-many", GET + b"a:\r\n" * 15_900 + END, status=431),
 ]
 
 TARGET = [

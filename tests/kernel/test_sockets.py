@@ -26,6 +26,7 @@ from hotport.address import (
 from hotport.errors import ConfigError, KernelError
 from hotport.kernel.sockets import (
     accept_queue_length,
+    acknowledged_bytes,
     as_sockets,
     bind_control,
     bind_listener,
@@ -133,6 +134,24 @@ def test_backlog_is_the_given_one(stack: ExitStack) -> None:
     # tcpi_sacked of a listener is its backlog: kernel tcp_get_info, the sixth 32-bit word after eight bytes.
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
     assert int.from_bytes(info[28:32], "little") == 7
+
+
+def test_bytes_that_the_peer_has_taken_are_counted(stack: ExitStack) -> None:
+    listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    client = stack.enter_context(socket.create_connection(listener.getsockname()))
+    server = stack.enter_context(listener.accept()[0])
+    before = acknowledged_bytes(server)
+    server.sendall(bytes(1000))
+    assert len(client.recv(1000, socket.MSG_WAITALL)) == 1000
+    client.sendall(b"x")  # its acknowledgement comes with that, if it has not come before
+    server.recv(1)
+    assert acknowledged_bytes(server) - before == 1000
+    server.close()
+    assert acknowledged_bytes(server) == 0
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(b"x")
+        assert acknowledged_bytes(ours) == 0
 
 
 def test_accept_queue_is_counted(stack: ExitStack, run_dir: Path) -> None:

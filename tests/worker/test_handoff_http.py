@@ -239,6 +239,25 @@ async def test_client_that_reads_slowly_gets_the_whole_answer_before_its_connect
         assert (await client.answer()).body == b"2 /next "
 
 
+async def test_requests_for_which_there_was_no_room_move_unparsed_behind_those_that_wait(tmp_path: Path) -> None:
+    app = App()
+    async with old_and_client(tmp_path, app) as (port, old, client):
+        await client.send(get("/held") + b"".join(get(f"/{number}") for number in range(100)) + get("/half")[:9])
+        await until(lambda: only(old)._is_reading_paused)
+        assert only(old).unconsumed.endswith(get("/half")[:9])
+        new = await port.start(app)
+        leaving, _ = await offering(old, new)
+        app.go.set()
+        bodies = [(await client.answer()).body for _ in range(101)]
+        assert [body.split(b" ")[1] for body in bodies] == [b"/held", *(b"/%d" % number for number in range(100))]
+        generations = [int(body.split(b" ")[0]) for body in bodies]
+        assert (generations[0], generations[-1]) == (1, 2)
+        assert generations == sorted(generations)
+        assert await leaving == {"moved_http": 1}
+        await client.send(get("/half")[9:])
+        assert (await client.answer()).body == b"2 /half "
+
+
 async def test_client_that_has_said_its_last_is_answered_here(tmp_path: Path) -> None:
     app = App()
     async with service(tmp_path) as port:

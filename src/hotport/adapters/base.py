@@ -235,6 +235,8 @@ class Connections:
         self.open: dict[Connection, float] = {}
         self.draining = Draining()
         self.fates: Counter[str] = Counter()
+        #: Connections that were cut, by fate, since the start; `fates` has those of a drain.
+        self.cuts: Counter[str] = Counter()
         self.accepted = 0
         self.adopted = 0
         self.requests = 0
@@ -331,9 +333,13 @@ class Connections:
             self.tell(successor)
 
     def closed(self, connection: Connection, fate: str = "finished") -> None:
-        """Let a connection go, and count its fate if the worker accepts no more."""
-        if self._let_go(connection) and self._is_counting:
+        """Let a connection go, and count its fate if the worker accepts no more, or if it was cut."""
+        if not self._let_go(connection):
+            return
+        if self._is_counting:
             self.fates[fate] += 1
+        if fate.startswith("cut_"):
+            self.cuts[fate] += 1
 
     def _let_go(self, connection: Connection) -> bool:
         if self.open.pop(connection, None) is None:

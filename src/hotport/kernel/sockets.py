@@ -26,6 +26,7 @@ from hotport.wire.listenfds import parse_listen_environment
 __all__ = [
     "accept_queue_length",
     "access_of",
+    "acknowledged_bytes",
     "bind_control",
     "bind_guard",
     "bind_listener",
@@ -62,6 +63,7 @@ _KEPT: Final[dict[int, tuple[tuple[int, int], ...]]] = {
 _KEPT[socket.AF_INET6] = (*_KEPT[socket.AF_INET], (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
 _UCRED: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
 _LINGER_0: Final = struct.pack("ii", 1, 0)
+_BYTES_ACKED: Final = 120  # offsetof(struct tcp_info, tcpi_bytes_acked)
 
 
 def bind_listener(address: Address, *, backlog: int, shares_port: bool = False, listens: bool = True) -> socket.socket:
@@ -211,6 +213,20 @@ def accept_queue_length(listener: socket.socket) -> int:
         return 0
     info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
     return int.from_bytes(info[24:28], sys.byteorder)
+
+
+def acknowledged_bytes(sock: socket.socket) -> int:
+    """How many bytes the peer's kernel has taken since the connection began; 0 if this is no TCP socket, or closed.
+
+    Sources: tcp(7) TCP_INFO; ``tcpi_bytes_acked`` of struct tcp_info (linux/tcp.h), since Linux 4.1.
+    """
+    if sock.family not in {socket.AF_INET, socket.AF_INET6}:
+        return 0
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED + 8)
+    except OSError:
+        return 0
+    return int.from_bytes(info[_BYTES_ACKED : _BYTES_ACKED + 8], sys.byteorder)
 
 
 def end(sock: socket.socket) -> None:

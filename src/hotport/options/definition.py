@@ -114,6 +114,9 @@ class Options:
     orphan_timeout_s: float = _option(60.0, duration(), "How long workers serve on without a supervisor.")
     keep_alive_s: float = _option(5.0, duration(), "How long an idle HTTP connection stays open.")
     head_max_bytes: int = _option(65536, size(), "The largest HTTP request head; above it the answer is 431.")
+    header_fields_max: int = _option(
+        128, count(1), "The most header fields of an HTTP request; above it the answer is 431."
+    )
     head_timeout_s: float = _option(
         30.0, duration(), "How long a request head may take to arrive, counted from connecting at first; 0: for ever."
     )
@@ -123,6 +126,15 @@ class Options:
     )
     send_timeout_s: float = _option(
         60.0, duration(), "How long a client may take nothing of what is sent to it; 0: for ever."
+    )
+    body_timeout_s: float = _option(
+        60.0, duration(), "How long nothing of an HTTP request body may arrive; then the answer is 408; 0: for ever."
+    )
+    rate_min_bytes: int = _option(
+        500,
+        size(),
+        "Bytes a second below which an HTTP client sends too slowly over body_timeout, or reads too slowly over "
+        "send_timeout.",
     )
     concurrency_max: int = _option(
         0, count(0), "Requests under way in a worker above which the answer is 503; 0: any number."

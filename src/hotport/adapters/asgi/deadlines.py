@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import select
+import socket
+from collections.abc import Callable
 from typing import Final, Generic, Protocol, TypeVar
 
-__all__ = ["Deadlines", "Member"]
+__all__ = ["Deadlines", "Member", "Pace", "Paused"]
 
 log = logging.getLogger("hotport.error")
 
@@ -31,6 +34,15 @@ class Member(Protocol):
         """It has waited long enough. `due` is 0 again."""
 
 
+class Paused(Protocol):
+    """A connection that is not read from, so that the event loop does not see how it ends."""
+
+    sock: socket.socket | None
+
+    def hung_up(self, *, is_gone: bool) -> None:
+        """The client sends no more, or it `is_gone`: it has reset the connection. Called at each tick."""
+
+
 M = TypeVar("M", bound=Member)
 
 
@@ -46,15 +58,18 @@ class Deadlines(Generic[M]):
 
     Attributes:
         now: Ticks since the beginning; 1 at first.
+        paused: Members that are not read from now: once a tick the kernel is asked whether their clients have left,
+            with one poll(2) for all of them. A pause that is over before the next tick costs nothing.
     """
 
-    __slots__ = ("_empty", "_loop", "_members", "_tick_s", "_timer", "now")
+    __slots__ = ("_empty", "_loop", "_members", "_tick_s", "_timer", "now", "paused")
 
     def __init__(self, shortest_s: float, loop: asyncio.AbstractEventLoop) -> None:
         self.now = 1
         self._tick_s = min(max(shortest_s / SHARE, TICK_MIN_S), TICK_MAX_S)
         self._loop = loop
         self._members: set[M] = set()
+        self.paused: set[Paused] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._empty: asyncio.Event | None = None
 
@@ -90,6 +105,7 @@ class Deadlines(Generic[M]):
         """Let nothing expire any more, and return what was looked at."""
         left = list(self._members)
         self._members.clear()
+        self.paused.clear()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -103,4 +119,80 @@ class Deadlines(Generic[M]):
                 member.expire()
             except Exception:
                 log.exception("a deadline failed")  # the others have theirs all the same
+        if self.paused:
+            self._see_hangups()
         self._timer = self._loop.call_later(self._tick_s, self._on_timer) if self._members else None
+
+    def _see_hangups(self) -> None:
+        """Sources: poll(2) POLLRDHUP; POLLHUP and POLLERR are reported without being asked for."""
+        poll = select.poll()
+        members: dict[int, Paused] = {}
+        for member in self.paused:
+            if member.sock is not None and (fd := member.sock.fileno()) >= 0:
+                members[fd] = member
+                poll.register(fd, select.POLLRDHUP)
+        for fd, events in poll.poll(0):
+            try:
+                members[fd].hung_up(is_gone=bool(events & (select.POLLHUP | select.POLLERR)))
+            except Exception:
+                log.exception("the end of a connection was not dealt with")
+
+
+class Pace:
+    """A member of `Deadlines` that sees to it that something moves on: so many bytes within each period.
+
+    It looks `SHARE` times a period, so it acts after a period without progress, or a quarter later. Of what goes on by
+    itself within a tick it never hears.
+
+    Args:
+        period_s: Seconds in which `bytes_min` bytes have to move.
+        moved_bytes: How many have moved since some beginning; None while nothing has to, which ends the watch.
+        on_slow: Called when fewer have moved; the watch has ended.
+    """
+
+    __slots__ = ("_bytes_min", "_deadlines", "_moved_bytes", "_on_slow", "_seen", "_since", "_ticks", "due")
+
+    def __init__(
+        self,
+        deadlines: Deadlines[Member],
+        period_s: float,
+        bytes_min: float,
+        moved_bytes: Callable[[], int | None],
+        on_slow: Callable[[], None],
+    ) -> None:
+        self.due = 0
+        self._deadlines = deadlines
+        self._ticks = deadlines.ticks(period_s)
+        self._bytes_min = max(1, bytes_min)
+        self._moved_bytes = moved_bytes
+        self._on_slow = on_slow
+        self._seen: int | None = None
+        self._since = 0
+        deadlines.add(self)
+
+    def start(self) -> None:
+        """Begin a period, whether or not one was under way."""
+        self._seen = None
+        self.due = self._deadlines.now + 1
+
+    def stop(self) -> None:
+        """End the watch until the next `start`."""
+        self.due = 0
+
+    def discard(self) -> None:
+        """End it for good: what it belongs to has ended."""
+        self._deadlines.discard(self)
+
+    def abort(self) -> None:
+        """It has nothing to end: what it belongs to is a member itself."""
+
+    def expire(self) -> None:
+        moved, now = self._moved_bytes(), self._deadlines.now
+        if moved is None:
+            return
+        if self._seen is None or moved - self._seen >= self._bytes_min:
+            self._seen, self._since = moved, now
+        elif now - self._since >= self._ticks:
+            self._on_slow()
+            return
+        self.due = now + max(1, self._ticks // SHARE)

@@ -8,7 +8,7 @@ import os
 import re
 from functools import lru_cache
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from hotport.adapters.asgi.sendfile import send_file
 from hotport.adapters.asgi.spec import Application, Message, Scope
@@ -24,6 +24,7 @@ __all__ = [
     "HELD",
     "STATUS_LINES",
     "STREAMING",
+    "TOO_SLOW",
     "WAITING",
     "ClientLeft",
     "Exchange",
@@ -56,6 +57,7 @@ HELD_TURNS: Final = 4
 #: Why nobody reads an answer, as the log has it.
 CLIENT_LEFT: Final = "its client had left"
 CUT: Final = "its connection was cut"
+TOO_SLOW: Final = "its client was too slow"
 
 #: Header fields of an answer that are not just passed on.
 NOTED: Final = frozenset({b"connection", b"content-length", b"date", b"server", b"transfer-encoding"})
@@ -118,7 +120,9 @@ class Exchange:
         "connection",
         "expects_continue",
         "framing",
+        "held_bytes",
         "is_complete",
+        "is_ended",
         "is_gone",
         "keeps_alive",
         "length",
@@ -155,6 +159,10 @@ class Exchange:
         self.expects_continue = False
         self.is_complete = False
         self.is_gone = False
+        #: The client sends no more, but what it has sent is not read yet.
+        self.is_ended = False
+        #: What it takes while it waits for its turn, without its body.
+        self.held_bytes = 0
         self._is_http10 = is_http10
         self._is_head = scope["method"] == "HEAD"
         self._is_delivered = False
@@ -266,12 +274,12 @@ class Exchange:
                 self._is_delivered = self.is_complete
                 connection.resume_reading_if_room()
                 return {"type": "http.request", "body": bytes(body), "more_body": not self.is_complete}
-            if self.is_gone or connection.has_eof:
+            if self.is_gone or self.is_ended or connection.has_eof:
                 self._is_told = True
                 break
             if self.expects_continue and self.stage < STREAMING:
                 self.expects_continue = False
-                connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                cast("HttpConnection", connection).ask_for_body()  # no handshake has a body
             if self._wakeup is None:
                 self._wakeup = asyncio.Event()
             self._wakeup.clear()
@@ -497,11 +505,17 @@ class Exchange:
         end = b"" if self._has_trailers else b"0\r\n\r\n"
         return (b"%x\r\n" % size, b"\r\n" + end) if size else (b"", end)
 
+    @property
+    def is_blocked(self) -> bool:
+        """The kernel takes no more of the file that is being sent."""
+        return self._blocked is not None
+
     async def wait_writable(self, fd: int) -> None:
         """Return when more can be written to the descriptor, or nobody is interested any more."""
         loop = self.connection.shared.loop
         self._blocked = loop.create_future()
         loop.add_writer(fd, self._unblock)
+        cast("HttpConnection", self.connection).see_client_read()  # a WebSocket's denial has no files
         try:
             await self._blocked
         finally:

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import socket
+import sys
 import termios
 from collections import deque
 from functools import lru_cache
@@ -21,7 +22,8 @@ from urllib.parse import unquote
 
 import httptools
 
-from hotport.adapters.asgi.exchange import ANSWERED, CUT, HELD, STREAMING, UNTIL_CLOSE, Exchange
+from hotport.adapters.asgi.deadlines import Pace
+from hotport.adapters.asgi.exchange import ANSWERED, CUT, HELD, STREAMING, TOO_SLOW, UNTIL_CLOSE, Exchange
 from hotport.adapters.asgi.proxy import forwarded
 from hotport.adapters.asgi.shared import ASGI, Shared
 from hotport.adapters.asgi.spec import Receive, Scope, Send
@@ -39,6 +41,8 @@ from hotport.adapters.base import (
     reset_for_client,
     stands_still,
 )
+from hotport.adapters.turns import TURN_S
+from hotport.kernel.sockets import acknowledged_bytes
 from hotport.wire.envelope import HttpState
 
 __all__ = ["HttpConnection"]
@@ -50,8 +54,16 @@ END_OF_HEAD: Final = b"\r\n\r\n"
 #: Reading pauses while more of a request's body than this waits for the application.
 BODY_HIGH_WATER_BYTES: Final = 64 * 1024
 
-#: Reading pauses while more pipelined requests than this wait for their turn.
-PIPELINE_MAX: Final = 64
+#: No other request is parsed while that many wait for their turn; half of it must be free before parsing goes on.
+PIPELINE_MAX: Final = 16
+
+#: What a request that waits for its turn takes beside its head: the exchange, its scope and their containers. And what
+#: each of its header fields takes: a tuple, two byte strings and their place in a list. Measured with tracemalloc.
+REQUEST_BYTES: Final = 3 * 1024
+FIELD_BYTES: Final = 136
+
+#: So much of a chunked body is parsed between two looks at the clock: a chunk may hold one byte.
+PIECE_BYTES: Final = 16 * 1024
 
 #: Stands for the length of a chunked body.
 CHUNKED: Final = -1
@@ -79,6 +91,16 @@ class _Refused(Exception):
     def __init__(self, status: int, why: str) -> None:
         self.status = status
         self.why = why
+
+
+class _Ignored(list[tuple[bytes, bytes]]):
+    """Takes the fields of trailers, which no application asks for."""
+
+    def append(self, field: tuple[bytes, bytes]) -> None:
+        """Keep nothing."""
+
+
+TRAILERS: Final = _Ignored()
 
 
 class HttpConnection(asyncio.Protocol):
@@ -111,11 +133,15 @@ class HttpConnection(asyncio.Protocol):
         "_is_flushed",
         "_is_reading_paused",
         "_is_trusted",
+        "_is_turn_due",
         "_is_upgrade",
         "_parser",
         "_pipeline",
+        "_reading_pace",
         "_refusal",
+        "_rest",
         "_scheme",
+        "_sending_pace",
         "_server",
         "_tail",
         "_url",
@@ -151,8 +177,12 @@ class HttpConnection(asyncio.Protocol):
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._is_upgrade = False
-        #: Of a request whose head has not arrived whole, raw; and everything behind it while that is parked.
+        #: Of a request whose head has not arrived whole, raw; the parser has it.
         self._head = unread
+        #: What has been read behind that and was not parsed: there is no room for another request, others have their
+        #: turn, or requests are parked. Reading pauses meanwhile, so it is one read at most (some if it is parked).
+        self._rest = b""
+        self._is_turn_due = False  # `_take_turn` will be called
         self._tail = b""  # the last bytes of a chunked body that has not arrived whole
         self._between = 0  # how much of it has come since its last data: extensions, trailers
 
@@ -169,6 +199,9 @@ class HttpConnection(asyncio.Protocol):
         self._is_attached = False  # there is a transport
         self._is_advancing = False
         self._has_served = False
+        #: Made when the client takes its time: whether it sends its body, and whether it reads, fast enough.
+        self._sending_pace: Pace | None = None
+        self._reading_pace: Pace | None = None
         self._is_reading_paused = False
         self._is_draining = False
         self._is_deaf = False  # no other request will be read
@@ -193,9 +226,11 @@ class HttpConnection(asyncio.Protocol):
             if current.stage >= STREAMING:
                 return State.STREAMING
             return State.BODY if self._arriving is current else State.IN_FLIGHT
+        if self._pipeline:
+            return State.IN_FLIGHT  # it begins in the next turn
         if self._arriving is not None:
             return State.SURPLUS
-        if self._head:
+        if self._head or self._rest:
             return State.HALF_HEAD
         return State.IDLE if self._has_served else State.FRESH
 
@@ -206,11 +241,8 @@ class HttpConnection(asyncio.Protocol):
 
     @property
     def unconsumed(self) -> bytes:
-        """The raw bytes of a request head that has not arrived whole; a parser that is fed them is where ours is.
-
-        While requests are parked, these too.
-        """
-        return self._head
+        """What no request was made of, raw: a head that has not arrived whole, and what was not parsed behind it."""
+        return self._head + self._rest
 
     def drain(self) -> None:
         """Let the next answer that has no request behind it be the last."""
@@ -324,10 +356,11 @@ class HttpConnection(asyncio.Protocol):
         handoff.is_wanted = False
         if handoff.is_offered:
             handoff.is_offered = False
-            self._wait(self.shared.head_ticks if self._head else self.shared.keep_alive_ticks)
+            self._wait(self.shared.head_ticks if self.unconsumed else self.shared.keep_alive_ticks)
         if handoff.is_parking:
             self._is_deaf = handoff.is_parking = False
-            self._parse_parked()
+        if self._rest:
+            self._pause_reading()
         self.transport.set_write_buffer_limits()
         self.resume_reading_if_room()
 
@@ -357,20 +390,8 @@ class HttpConnection(asyncio.Protocol):
     def _park(self) -> None:
         """Parse nothing any more: requests that have not been parsed are the next process's."""
         assert self._handoff is not None
-        if not self._is_deaf:
+        if not self._is_deaf and not self.has_eof:  # after its end it stays here
             self._is_deaf = self._handoff.is_parking = True
-
-    def _parse_parked(self) -> None:
-        """Parse what was kept as it was, after all."""
-        parked, self._head = self._head, b""
-        self._parser, self._url, self._headers = None, b"", []
-        if parked:
-            self.data_received(parked)
-
-    def _receive_parked(self, data: bytes) -> None:
-        self._head += data
-        if len(self._head) > BODY_HIGH_WATER_BYTES:
-            self._pause_reading()
 
     # -- what the transport says ---------------------------------------------------------------------------
 
@@ -414,32 +435,54 @@ class HttpConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         end_for_client(self, self._handoff)
         self.is_closed = True
-        self.shared.deadlines.discard(self)
+        self._end_watches()
         self._forget_requests()
         self._parser = None  # it holds our methods, and a cycle would keep both until the collector comes by
         self._handoff = None  # what is closed is at no safe point
         self.resume_writing()
         self.shared.registry.closed(self, self._fate)
 
+    def _end_watches(self) -> None:
+        """Leave `Deadlines`: it ends, or goes on as another object."""
+        deadlines = self.shared.deadlines
+        deadlines.discard(self)
+        deadlines.paused.discard(self)
+        for pace in (self._sending_pace, self._reading_pace):
+            if pace is not None:
+                pace.discard()
+        self._sending_pace = self._reading_pace = None
+
     def pause_writing(self) -> None:
         self.writable = asyncio.Event()
+        self.see_client_read()
 
     def resume_writing(self) -> None:
         if self.writable is not None:
             self.writable.set()
             self.writable = None
-        if self._handoff is not None and self._is_at_safe_point:
-            self._come_to_rest()
+        if self._reading_pace is not None and not self._has_said_goodbye:
+            self._reading_pace.stop()
+        if self._handoff is not None and self._is_at_safe_point and self._come_to_rest():
+            return
+        self.resume_reading_if_room()
 
     def eof_received(self) -> bool:
         """The client sends no more. It may still read (shutdown(2), SHUT_WR), so whole requests are answered."""
         if self._handoff is not None:  # it ends here
             self.drain()
         self.has_eof = True
-        self._head = b""
+        if self._rest and self._scheme == "http":
+            return True  # it came before the end; `_work` goes on from here
+        return self._end_input()
+
+    def _end_input(self) -> bool:
+        """Everything that has come is parsed: True if something of it is still to be answered."""
+        self._head = self._rest = b""
         if self._pipeline and self._arriving is self._pipeline[-1]:
             self._pipeline.pop()
             self._arriving = None
+        if self._pipeline and self._current is None:  # they begin in the next turn
+            return self._scheme == "http"
         if self._current is None or self._arriving is not None or self._has_said_goodbye:
             return False
         self._current.wake()
@@ -448,23 +491,75 @@ class HttpConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._is_deaf and self._arriving is None:
             if self._handoff is not None and self._handoff.is_parking:
-                self._receive_parked(data)
+                self._rest += data
+                if len(self._rest) > BODY_HIGH_WATER_BYTES:
+                    self._pause_reading()
             return
-        # Nearly all requests come like this: one read, which ends where a head ends. Then nothing half-read can
-        # be left behind it, so it may go through the parser in one piece.
+        # Nearly all requests come like this: one read, which is one head, and nothing waits before it. Then nothing
+        # half-read can be left behind it, so it may go through the parser in one piece.
+        size = len(data)
         if (
-            data.endswith(END_OF_HEAD)
+            self._current is None
             and self._arriving is None
             and not self._head
-            and len(data) <= self.shared.options.head_max_bytes
+            and not self._rest
+            and data.find(END_OF_HEAD) == size - 4
+            and (
+                size <= self.shared.small_head_bytes
+                or (size <= self.shared.options.head_max_bytes and data.count(b"\n") <= self.shared.head_lines_max)
+            )
+            and size >= 4
         ):
             self._parse(data)
-            self._go_on()
+            if self._pipeline:  # let the application run, now that the parser is not in the midst of anything
+                self._advance()
             return
+        self._rest = self._rest + data if self._rest else data
+        if self._is_reading_paused:  # transports begin to read after `connection_made`, and those of TLS may go on
+            self.transport.pause_reading()
+        if not self._is_turn_due:
+            self._work()
+
+    def _take_turn(self) -> None:
+        """Go on where the turn before this one has ended."""
+        self._is_turn_due = False
+        if self.is_closed or self._has_said_goodbye or stands_still(self._handoff):
+            return
+        if self._handoff is not None and self._handoff.is_wanted and self._is_at_safe_point:
+            return  # it leaves, and takes the rest with it
+        if self._current is None and self._pipeline:
+            self._advance()
+        if self._rest:
+            self._work()
+        else:
+            self.resume_reading_if_room()
+
+    def _take_turn_soon(self) -> None:
+        if not self._is_turn_due:
+            self._is_turn_due = True
+            self.shared.loop.call_soon(self._take_turn)
+
+    def _work(self) -> None:
+        """Parse what has come, and begin requests: as far as there is room, for `TURN_S`. The rest waits."""
         had_begun = bool(self._head) or not self._has_served
-        self._parse_in_pieces(data)
-        self._go_on()
-        if self._current is None and not self._has_said_goodbye:
+        until = perf_counter() + TURN_S
+        while self._rest:
+            rest, self._rest = self._rest, b""
+            self._rest = self._parse_in_pieces(rest, until)
+            # Now that the parser is not in the midst of anything: applications may answer at once.
+            if self._current is None and self._pipeline:
+                self._advance()
+            if not self._may_parse() or perf_counter() >= until:
+                break
+        if self.is_closed or self._has_said_goodbye:
+            return
+        if self.has_eof and not self._rest and not self._end_input():
+            self._close()
+            return
+        if self._rest or not self._has_room():
+            self._pause_reading()
+            self.resume_reading_if_room()
+        if self._current is None:
             if self._arriving is not None:  # a body that nobody reads
                 self._wait(self.shared.keep_alive_ticks)
             elif self._head and not had_begun:
@@ -472,13 +567,33 @@ class HttpConnection(asyncio.Protocol):
         if self._handoff is not None and self._is_at_safe_point:
             self._come_to_rest()
 
-    def _go_on(self) -> None:
-        """Let applications run, now that the parser is not in the midst of anything: they may answer at once."""
-        if self._pipeline:
-            if self._current is None:
-                self._advance()
-            if len(self._pipeline) > PIPELINE_MAX:
-                self._pause_reading()
+    # -- room ----------------------------------------------------------------------------------------------
+
+    def _waiting_bytes(self) -> int:
+        """What waits for the application, about as much as it takes of memory."""
+        waiting = 0 if self._current is None else len(self._current.body)
+        for exchange in self._pipeline:
+            waiting += exchange.held_bytes + len(exchange.body)
+        return waiting
+
+    def _has_room(self) -> bool:
+        """Whether to read on, as far as this connection's part of memory is concerned.
+
+        Each reason why not ends with something that calls `resume_reading_if_room`: an answer, a ``receive()``, or
+        the client's taking what was sent to it.
+        """
+        if len(self._pipeline) > PIPELINE_MAX // 2:
+            return False
+        arriving = self._arriving
+        if arriving is None:
+            if self.writable is not None:
+                return False  # it asks, and does not read what it has asked for
+        elif len(arriving.body) > BODY_HIGH_WATER_BYTES:
+            return False
+        return self._waiting_bytes() <= self.shared.options.connection_buffer_bytes
+
+    def _may_parse(self) -> bool:
+        return not (self._is_deaf and self._arriving is None) and self._has_room()
 
     # -- parsing -------------------------------------------------------------------------------------------
 
@@ -488,47 +603,74 @@ class HttpConnection(asyncio.Protocol):
         parser.set_dangerous_leniencies(lenient_data_after_close=True)
         return parser
 
-    def _parse_in_pieces(self, data: bytes) -> None:
+    def _parse_in_pieces(self, data: bytes, until: float) -> bytes:
         """Parse, and know at any time which bytes belong to a head that has not arrived whole.
 
         The parser does not say where a request ended. But one can end only behind an empty line (a head, a
         chunked body) or where its content-length says, so the input is cut in those places.
+
+        Args:
+            until: When to stop, by `perf_counter`.
+
+        Returns:
+            What was not parsed because of that, or because there is no room for another request, or since it is parked.
         """
         view = memoryview(data)
         start, size = 0, len(data)
-        while start < size and not (self._is_deaf and self._arriving is None):
+        options = self.shared.options
+        room = options.connection_buffer_bytes - self._waiting_bytes()
+        while start < size:
             arriving = self._arriving
             if arriving is None:
+                if self._is_deaf or room < 0 or self.writable is not None or len(self._pipeline) >= PIPELINE_MAX:
+                    break
                 end = _end_of_piece(data, start, self._head[-3:])
                 piece = data[start:end]
                 # Empty lines in front of a request belong to nothing (RFC 9112 section 2.2).
                 head = self._head + piece if self._head else piece.lstrip(b"\r\n")
-                if len(head) > self.shared.options.head_max_bytes:
-                    self._refuse(431, "the request head is too large")
-                    return
-                self._head = b"" if head.endswith(END_OF_HEAD) else head
+                if len(head) > self.shared.small_head_bytes:
+                    if len(head) > options.head_max_bytes:
+                        self._refuse(431, "the request head is too large")
+                        return b""
+                    if head.count(b"\n") > self.shared.head_lines_max:
+                        self._refuse(431, "the request has too many header fields")
+                        return b""
+                is_whole = head.endswith(END_OF_HEAD)
+                self._head = b"" if is_whole else head
                 self._parse(piece)
                 if self.is_closed:  # it goes on as a WebSocket
                     if end < size:
                         self.transport.get_protocol().data_received(data[end:])  # type: ignore[attr-defined]
-                    return
+                    return b""
+                if is_whole and self._pipeline:
+                    scope = self._pipeline[-1].scope
+                    held = (
+                        REQUEST_BYTES + len(head) + sys.getsizeof(scope["path"]) + FIELD_BYTES * len(scope["headers"])
+                    )
+                    self._pipeline[-1].held_bytes = held
+                    room -= held
             elif arriving.length == CHUNKED:
-                end = _end_of_piece(data, start, self._tail)
+                end = min(_end_of_piece(data, start, self._tail), start + PIECE_BYTES)
                 tail = (self._tail + data[max(start, end - 4) : end])[-4:]
                 self._tail = b"" if tail == END_OF_HEAD else tail[-3:]
                 received = arriving.received
                 self._parse(view[start:end])
+                room -= end - start
                 self._between = self._between + end - start if arriving.received == received else 0
-                if self._between > self.shared.options.head_max_bytes and self._arriving is arriving:
+                if self._between > options.head_max_bytes and self._arriving is arriving:
                     self._refuse(431, "the trailers or chunk extensions are too large")
-                    return
+                    return b""
             else:
                 assert arriving.length is not None  # noted when its head was parsed
                 end = min(size, start + arriving.length - arriving.received)
                 self._parse(view[start:end])
+                room -= end - start
             start = end
-        if start < size and self._handoff is not None and self._handoff.is_parking:
-            self._receive_parked(data[start:])
+            if perf_counter() >= until:
+                break
+        if self._is_deaf and self._arriving is None and (self._handoff is None or not self._handoff.is_parking):
+            return b""
+        return data[start:]
 
     def _parse(self, piece: bytes | memoryview) -> None:
         behind = -1
@@ -565,8 +707,17 @@ class HttpConnection(asyncio.Protocol):
                 exchange.length = int(value)
             elif name == b"expect" and value.lower() == b"100-continue":
                 exchange.expects_continue = exchange.scope["http_version"] != "1.0" and not exchange.received
-        if 0 < self.shared.options.body_max_bytes < exchange.length:
+        options = self.shared.options
+        if 0 < options.body_max_bytes < exchange.length:
             self._refuse(413, "the request body is too large")
+        elif options.body_timeout_s:
+            if self._sending_pace is None:
+                timeout_s = options.body_timeout_s
+                bytes_min = timeout_s * options.rate_min_bytes
+                self._sending_pace = Pace(
+                    self.shared.deadlines, timeout_s, bytes_min, self._arrived_bytes, self._on_slow_body
+                )
+            self._sending_pace.start()
 
     def _upgrade(self, rest: bytes) -> None:
         """A request to speak something else from here on: a WebSocket, if no other request waits for its answer.
@@ -582,14 +733,15 @@ class HttpConnection(asyncio.Protocol):
             self._pipeline.clear()
             self._arriving = self._parser = None
             self.is_closed = self._is_deaf = self._has_said_goodbye = True  # here; it goes on as another object
+            self._resume_reading()
+            self._end_watches()
             WebSocketConnection(self, exchange, rest)
             return
         self._parser = httptools.HttpRequestParser(_BodyOnly(self))
         framing = (f for f in exchange.scope["headers"] if f[0] in (b"content-length", b"transfer-encoding"))
         lines = b"".join(b"%b: %b\r\n" % field for field in framing)
         self._parse(b"POST / HTTP/1.1\r\n" + lines + b"\r\n")
-        if rest:
-            self._parse_in_pieces(rest)
+        assert not rest  # the piece has ended with the head
 
     def end_body_only(self) -> None:
         """The body of a declined upgrade request has arrived."""
@@ -607,7 +759,7 @@ class HttpConnection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         parser = self._parser
         shared = self.shared
-        headers, self._headers = self._headers, []
+        headers, self._headers = self._headers, TRAILERS
         url, self._url = self._url, b""
         method = parser.get_method()
         version = parser.get_http_version()
@@ -659,14 +811,11 @@ class HttpConnection(asyncio.Protocol):
         exchange.add_body(body)
         if 0 < self.shared.options.body_max_bytes < exchange.received:
             raise _Refused(413, "the request body is too large")
-        if len(exchange.body) > BODY_HIGH_WATER_BYTES:
-            self._pause_reading()
 
     def on_message_complete(self) -> None:
+        self._headers = []
         if self._is_upgrade:
             return  # llhttp's idea of it: what follows the head is not HTTP
-        if self._headers:
-            self._headers = []  # trailers
         exchange, self._arriving = self._arriving, None
         assert exchange is not None
         exchange.complete()
@@ -682,10 +831,18 @@ class HttpConnection(asyncio.Protocol):
             ending: Applications that have given their answer just now, in whose last ``send()`` we are.
         """
         self._is_advancing = True
+        until = 0.0
         while self._current is None and self._pipeline:
+            if len(self._pipeline) > 1:
+                if not until:
+                    until = perf_counter() + TURN_S
+                elif perf_counter() >= until:
+                    self._pause_reading()
+                    self._take_turn_soon()
+                    break
             self._begin(self._pipeline.popleft(), ending)
         self._is_advancing = False
-        if self._current is None and self._refusal is not None and not self._has_said_goodbye:
+        if self._refusal is not None and self._current is None and not self._pipeline and not self._has_said_goodbye:
             self._answer_refusal(*self._refusal)
 
     def _begin(self, exchange: Exchange, ending: int) -> None:
@@ -712,10 +869,12 @@ class HttpConnection(asyncio.Protocol):
         self._has_announced_close = self._is_deaf = True
         if self._handoff is not None:
             self._handoff.is_parking = False  # nobody will answer what is parked
+        if self._rest and self._arriving is None:
+            self._rest = b""
         return True
 
     def _has_request_behind(self) -> bool:
-        if self._pipeline or self._head or self._refusal is not None:
+        if self._pipeline or self._head or self._rest or self._refusal is not None:
             return True
         return self._arriving is None and not self.has_eof and self._has_unread()
 
@@ -734,7 +893,7 @@ class HttpConnection(asyncio.Protocol):
         if self._pipeline or self._refusal is not None:
             if not self._is_advancing:
                 self._advance(ending=1)
-        elif self.has_eof:
+        elif self.has_eof and not self._rest:
             self._close()
             return
         else:
@@ -755,7 +914,7 @@ class HttpConnection(asyncio.Protocol):
             self.abort()
             return
         self._is_deaf = True
-        self._head = self._tail = b""
+        self._head = self._tail = self._rest = b""
         broken, self._arriving = self._arriving, None
         if broken is not None:  # its body; otherwise it has not become an exchange
             broken.log(status if broken.stage < STREAMING else broken.status)
@@ -786,18 +945,90 @@ class HttpConnection(asyncio.Protocol):
         if not self._is_reading_paused:
             self._is_reading_paused = True
             self.transport.pause_reading()
+            self.shared.deadlines.paused.add(self)
 
     def resume_reading_if_room(self) -> None:
-        """Read on if neither a body nor the pipeline is too full."""
-        if not self._is_reading_paused or len(self._pipeline) > PIPELINE_MAX:
+        """Read on if neither bodies nor requests take too much; but first, parse what was read before."""
+        if not self._is_reading_paused or not self._has_room():
             return
-        if self._arriving is None or len(self._arriving.body) <= BODY_HIGH_WATER_BYTES:
+        if not self._rest and not (self._pipeline and self._current is None):
             self._resume_reading()
+        elif not self._is_deaf or self._arriving is not None:
+            self._take_turn_soon()
 
     def _resume_reading(self) -> None:
         if self._is_reading_paused and not self.transport.is_closing():
             self._is_reading_paused = False
             self.transport.resume_reading()
+            self.shared.deadlines.paused.discard(self)
+            if self._arriving is not None and self._sending_pace is not None:
+                self._sending_pace.start()  # it could not send
+
+    def hung_up(self, *, is_gone: bool) -> None:
+        """The client has left, or sends no more, while nothing is read from it."""
+        if stands_still(self._handoff):
+            return
+        if is_gone:
+            self.abort()
+        elif self._current is not None and not self._current.is_ended:
+            self._current.is_ended = True
+            self._current.wake()
+
+    def ask_for_body(self) -> None:
+        """Let a client that asked whether its body is wanted send it (RFC 9110 section 10.1.1)."""
+        self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self._sending_pace is not None:
+            self._sending_pace.start()
+
+    def _arrived_bytes(self) -> int | None:
+        """What has come of the body that arrives; None while the client must not or cannot send it."""
+        arriving = self._arriving
+        return None if arriving is None or arriving.expects_continue or self._is_reading_paused else arriving.received
+
+    def _on_slow_body(self) -> None:
+        self._fate = "cut_slow_body"
+        self._refuse(408, "the request body arrived too slowly")
+
+    def see_client_read(self) -> None:
+        """See to it that the client takes what waits for it in time."""
+        if self._reading_pace is None:
+            timeout_s = self.shared.options.send_timeout_s
+            if not timeout_s or self.is_closed:
+                return
+            bytes_min = timeout_s * self.shared.options.rate_min_bytes
+            self._reading_pace = Pace(
+                self.shared.deadlines, timeout_s, bytes_min, self._taken_bytes, self._on_slow_reader
+            )
+        if not self._reading_pace.due:
+            self._reading_pace.start()
+
+    def _taken_bytes(self) -> int | None:
+        """What the client has taken; None while nothing waits for it.
+
+        An answer under way that is not held up waits for its application.
+        """
+        current = self._current
+        unsent = self.transport.get_write_buffer_size()
+        if current is not None:
+            waits = self.writable is not None or current.is_blocked
+        else:
+            waits = bool(unsent) or (self.is_tls and self._has_said_goodbye and self._has_unsent())
+        if not waits:
+            return None
+        if self.sock is not None and (taken := acknowledged_bytes(self.sock)):
+            return taken
+        return -unsent - self._ask_kernel(termios.TIOCOUTQ)
+
+    def _on_slow_reader(self) -> None:
+        client = f"{self._client[0]} port {self._client[1]}" if self._client else "a unix socket"
+        log.info("cut: the client takes too little of what is sent to it; it is %s", client)
+        self._fate = "cut_slow_reader"
+        self._has_said_goodbye = self._is_deaf = True
+        for exchange in (self._current, *self._pipeline):
+            if exchange is not None:
+                exchange.leave(TOO_SLOW)
+        self._forget_requests()
+        reset_for_client(self, self.transport)  # or the kernel would hold for minutes what it has
 
     async def flush(self) -> None:
         """Return when everything that was written is in the kernel, or the client has left."""
@@ -809,19 +1040,19 @@ class HttpConnection(asyncio.Protocol):
 
     def _has_unread(self) -> bool:
         """Whether bytes of the client wait in the kernel (tcp(7), SIOCINQ)."""
-        return self._asks_kernel(termios.FIONREAD)
+        return self._ask_kernel(termios.FIONREAD) > 0
 
     def _has_unsent(self) -> bool:
         """Whether bytes for the client wait in the kernel, or are not acknowledged (tcp(7), SIOCOUTQ)."""
-        return self._asks_kernel(termios.TIOCOUTQ)
+        return self._ask_kernel(termios.TIOCOUTQ) > 0
 
-    def _asks_kernel(self, question: int) -> bool:
+    def _ask_kernel(self, question: int) -> int:
         if self.sock is None:
-            return False
+            return 0
         try:
-            return bool(fcntl.ioctl(self.sock, question, bytes(4)) != bytes(4))
+            return int.from_bytes(fcntl.ioctl(self.sock, question, bytes(4)), sys.byteorder)
         except (OSError, ValueError):  # closed
-            return False
+            return 0
 
     # -- endings -------------------------------------------------------------------------------------------
 
@@ -837,11 +1068,12 @@ class HttpConnection(asyncio.Protocol):
         """The client has had its time; but not while an answer is on its way, or something has come just now."""
         state = self.state
         if state is State.HALF_HEAD:
-            if self._handoff is not None and self._handoff.is_parking:  # it may be here whole: nobody has looked
-                self._wait(self.shared.head_ticks)
+            if self._rest or (self._handoff is not None and self._handoff.is_parking):
+                self._wait(self.shared.head_ticks)  # it may be here whole: nobody has looked
             else:
                 self._refuse(408, "the request head did not arrive in time")
         elif self.transport.get_write_buffer_size():
+            self.see_client_read()
             self._wait(self.shared.linger_ticks)
         elif state is State.CLOSING:
             self._expire_closing()
@@ -861,6 +1093,7 @@ class HttpConnection(asyncio.Protocol):
             # TLS has a buffer below the one that it tells of. If the kernel has nothing to send, it is empty; seen
             # twice, because an event loop that was held up looks at its timers before it goes on sending.
             self._is_flushed = not was_flushed and not self._has_unsent()
+            self.see_client_read()
             self._wait(self.shared.linger_ticks)
 
     def truncate(self) -> None:
@@ -878,6 +1111,8 @@ class HttpConnection(asyncio.Protocol):
         self._has_said_goodbye = self._is_deaf = True
         self._forget_requests()
         if not self.transport.is_closing():
+            if self.transport.get_write_buffer_size():
+                self.see_client_read()
             self.transport.close()
             if self._scheme == "https":  # which waits for the client's goodbye
                 self._wait(self.shared.linger_ticks)
@@ -900,6 +1135,7 @@ class HttpConnection(asyncio.Protocol):
         self._wait(self.shared.linger_ticks)
 
     def _forget_requests(self) -> None:
+        self._rest = b""
         if self._current is None and not self._pipeline and not self._head and self._arriving is None:
             return  # as nearly always
         for exchange in (self._current, *self._pipeline):

@@ -55,6 +55,7 @@ class Shared:
         "deadlines",
         "defaults",
         "extensions",
+        "head_lines_max",
         "head_ticks",
         "held",
         "keep_alive_ticks",
@@ -66,6 +67,7 @@ class Shared:
         "root_path",
         "run",
         "running",
+        "small_head_bytes",
         "stalls",
         "state",
         "trusted",
@@ -93,12 +95,22 @@ class Shared:
         self.loop = loop = asyncio.get_running_loop()
         self.can_gather = not isinstance(loop, asyncio.BaseEventLoop)  # but uvloop's
         self.extensions = {"hotport": context.extension, **EXTENSIONS}
-        waits = (LINGER_S, options.keep_alive_s, options.head_timeout_s, options.ws_ping_interval_s)
+        waits = (
+            LINGER_S,
+            options.keep_alive_s,
+            options.head_timeout_s,
+            options.body_timeout_s,
+            options.send_timeout_s,
+            options.ws_ping_interval_s,
+        )
         self.deadlines: Deadlines[Member] = Deadlines(min(s for s in (*waits, options.ws_ping_timeout_s) if s), loop)
         self.keep_alive_ticks = self.deadlines.ticks(options.keep_alive_s)
         self.linger_ticks = self.deadlines.ticks(LINGER_S)
         self.head_ticks = self.deadlines.ticks(options.head_timeout_s) if options.head_timeout_s else 0
         self.stalls = Stalls(loop, options.send_timeout_s)
+        #: A head of that size holds no more fields than it may: the shortest one is ``a:`` and the end of its line.
+        self.small_head_bytes = min(4 * options.header_fields_max, options.head_max_bytes)
+        self.head_lines_max = options.header_fields_max + 2  # with the request line and the empty one
         self.websockets = WebSockets(options, self.deadlines)
         self.held: list[Exchange] = []
         self.running: set[Exchange | Session] = set()
