@@ -21,7 +21,7 @@ from websockets.frames import Frame, Opcode
 from websockets.protocol import Protocol, Side
 from websockets.protocol import State as ProtocolState
 
-from hotport.adapters import stalls as stalls_module
+from hotport.adapters.asgi import deadlines
 from hotport.adapters.asgi import websocket as websocket_module
 from hotport.adapters.asgi.frames import COMPRESSED_BYTES_MAX, PART_BYTES_MIN, Cutter, Violation
 from hotport.adapters.asgi.spec import Receive, Scope, Send
@@ -308,7 +308,7 @@ async def opened(rig: Rig) -> tuple[socket.socket, WebSocketConnection]:
 async def test_client_that_takes_nothing_is_cut_and_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(stalls_module, "LOOK_S", 0.001)
+    monkeypatch.setattr(deadlines, "TICK_MAX_S", deadlines.TICK_MIN_S)
     errors: list[BaseException] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -329,25 +329,23 @@ async def test_client_that_takes_nothing_is_cut_and_logged(
             await until(lambda: bool(errors))
             client.close()
     assert f"it came from {host} port {port}" in caplog.text
-    assert "takes nothing" in caplog.text
+    assert "takes too little" in caplog.text
 
 
 async def test_client_that_takes_a_little_now_and_then_stays() -> None:
-    """What counts is that less is unsent than ever before since writing has paused."""
-    async with serving(Takes(), send_timeout_s=10) as rig:
+    """Less than that, and it is cut."""
+    async with serving(Takes(), send_timeout_s=10, rate_min_bytes=100, ws_ping_interval_s=0) as rig:
         connection, wire = await open_raw(rig)
-        stalls = connection.shared.stalls
-        now = 0.0
-        stalls._loop = type("Loop", (), {"time": lambda _: now, "call_later": lambda *_: None})()
-        wire.transport.unsent_bytes = 100_000
+        watches = connection.shared.deadlines
+        wire.transport.unsent_bytes = 1_000_000
         connection.pause_writing()
-        for _ in range(50):
-            now += 9
-            wire.transport.unsent_bytes -= 1
-            stalls._look()
+        for _ in range(500):
+            wire.transport.unsent_bytes -= 100 * watches.ticks(1)
+            watches._on_timer()
         assert connection.state is State.OPEN
-        now += 10
-        stalls._look()
+        for _ in range(watches.ticks(15)):
+            wire.transport.unsent_bytes -= 1
+            watches._on_timer()
         assert wire.transport.is_aborted
 
 
@@ -357,7 +355,7 @@ async def test_client_that_takes_a_little_now_and_then_stays() -> None:
 @pytest.mark.parametrize("how", ["end", "close", "reset"])
 async def test_end_of_a_client_that_is_not_read_is_noticed(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither event loop looks at a paused connection: what waited for a client stayed after it had left."""
-    monkeypatch.setattr(stalls_module, "LOOK_S", 0.001)
+    monkeypatch.setattr(deadlines, "TICK_MAX_S", deadlines.TICK_MIN_S)
     monkeypatch.setattr("hotport.adapters.asgi.shared.LINGER_S", 0.01)
     app = Takes()
     async with serving(app, ws_queue=1, ws_ping_interval_s=0) as rig:
@@ -383,7 +381,7 @@ async def test_end_of_a_client_that_is_not_read_is_noticed(how: str, monkeypatch
 async def test_what_a_client_had_sent_is_still_delivered_while_the_application_takes_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stalls_module, "LOOK_S", 0.001)
+    monkeypatch.setattr(deadlines, "TICK_MAX_S", deadlines.TICK_MIN_S)
     app = Takes()
     async with serving(app, ws_queue=1) as rig:
         client, _ = await opened(rig)
@@ -453,8 +451,8 @@ async def test_connection_that_stands_still_reads_nothing_in_its_next_turn(monke
         connection.handoff = type("Offered", (), {"is_offered": True})()
         await turns()
         assert not wire.transport.is_reading()
-        connection.client_gone()
-        connection.client_stuck()
+        connection.hung_up(is_gone=False)
+        assert connection._taken_bytes() is None
         assert not wire.transport.is_aborted
         connection.handoff = None
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from hotport.kernel.fork import has_forked, withhold
-from hotport.kernel.sockets import end, reset
+from hotport.kernel.sockets import acknowledged_bytes, end, reset, unsent_bytes
 from hotport.wire.envelope import Envelope, State
 
 __all__ = [
@@ -212,6 +212,16 @@ def reset_for_client(connection: Connection, transport: asyncio.Transport) -> No
     if connection.sock is not None:
         reset(connection.sock, is_shared=has_forked())
     transport.abort()
+
+
+def taken_bytes(transport: asyncio.Transport, sock: socket.socket | None) -> int:
+    """How much the peer has taken of what was written, from some beginning on.
+
+    Its kernel says so for TCP. Otherwise it is what is left, which says as much while nothing more is written.
+    """
+    if sock is None:
+        return -transport.get_write_buffer_size()
+    return acknowledged_bytes(sock) or -transport.get_write_buffer_size() - unsent_bytes(sock)
 
 
 def may_leave(transport: asyncio.Transport) -> bool:

@@ -87,7 +87,6 @@ class AsgiAdapter:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LINGER_S):
                     await self._shared.deadlines.wait_empty()
-            self._shared.stalls.cancel()
             for connection in self._shared.deadlines.cancel():
                 connection.abort()
             await asyncio.sleep(0)  # transports close their sockets in the next turn of the loop

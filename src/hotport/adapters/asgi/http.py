@@ -40,9 +40,9 @@ from hotport.adapters.base import (
     may_leave,
     reset_for_client,
     stands_still,
+    taken_bytes,
 )
 from hotport.adapters.turns import TURN_S
-from hotport.kernel.sockets import acknowledged_bytes
 from hotport.wire.envelope import HttpState
 
 __all__ = ["HttpConnection"]
@@ -1015,9 +1015,7 @@ class HttpConnection(asyncio.Protocol):
             waits = bool(unsent) or (self.is_tls and self._has_said_goodbye and self._has_unsent())
         if not waits:
             return None
-        if self.sock is not None and (taken := acknowledged_bytes(self.sock)):
-            return taken
-        return -unsent - self._ask_kernel(termios.TIOCOUTQ)
+        return taken_bytes(self.transport, self.sock)
 
     def _on_slow_reader(self) -> None:
         client = f"{self._client[0]} port {self._client[1]}" if self._client else "a unix socket"

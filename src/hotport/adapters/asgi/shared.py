@@ -16,7 +16,6 @@ from hotport.adapters.asgi.session import Session
 from hotport.adapters.asgi.spec import Application
 from hotport.adapters.asgi.websocket import WebSockets
 from hotport.adapters.base import Context
-from hotport.adapters.stalls import Stalls
 from hotport.trust import Trusted
 
 if TYPE_CHECKING:
@@ -68,7 +67,6 @@ class Shared:
         "run",
         "running",
         "small_head_bytes",
-        "stalls",
         "state",
         "trusted",
         "variables",
@@ -107,7 +105,6 @@ class Shared:
         self.keep_alive_ticks = self.deadlines.ticks(options.keep_alive_s)
         self.linger_ticks = self.deadlines.ticks(LINGER_S)
         self.head_ticks = self.deadlines.ticks(options.head_timeout_s) if options.head_timeout_s else 0
-        self.stalls = Stalls(loop, options.send_timeout_s)
         #: A head of that size holds no more fields than it may: the shortest one is ``a:`` and the end of its line.
         self.small_head_bytes = min(4 * options.header_fields_max, options.head_max_bytes)
         self.head_lines_max = options.header_fields_max + 2  # with the request line and the empty one

@@ -26,7 +26,7 @@ from websockets.http11 import Request, Response
 from websockets.protocol import State as ProtocolState
 from websockets.server import ServerProtocol
 
-from hotport.adapters.asgi.deadlines import Deadlines
+from hotport.adapters.asgi.deadlines import Deadlines, Pace
 from hotport.adapters.asgi.exchange import ANSWERED, CUT, STREAMING, Exchange, check_field
 from hotport.adapters.asgi.frames import COMPRESSED_BYTES_MAX, Assembly, Cutter, Violation
 from hotport.adapters.asgi.session import Session
@@ -44,6 +44,7 @@ from hotport.adapters.base import (
     may_leave,
     reset_for_client,
     stands_still,
+    taken_bytes,
 )
 from hotport.adapters.turns import LONG_READ_BYTES, TURN_S
 from hotport.wire.envelope import WebSocketState, encode_state
@@ -101,7 +102,7 @@ SHORT_BYTES_MAX: Final = 16 * 1024
 RESTART: Final = "service restart"
 
 #: Why an application is told that a client has left that is still there.
-STUCK: Final = "the client takes nothing of what is sent"
+STUCK: Final = "the client takes too little of what is sent to it"
 
 #: How a resumed WebSocket is closed whose application does not accept it, by the status that a new one would get.
 REFUSALS: Final = {403: (1008, "not resumed"), 503: (1012, RESTART)}
@@ -272,6 +273,7 @@ class WebSocketConnection(asyncio.Protocol):
         "_protocol",
         "_queue_low",
         "_queue_max",
+        "_reading_pace",
         "_response",
         "_session",
         "_untaken",
@@ -315,6 +317,7 @@ class WebSocketConnection(asyncio.Protocol):
         #: What was here when we last saw that the client is gone, and the tick at which that is too long ago.
         self._untaken: object = None
         self._gone_due = 0
+        self._reading_pace: Pace | None = None  # since writing was paused first
         self._is_reading_paused = False
         self._is_draining = False
         self._has_heard = False  # anything, since the last ping
@@ -340,11 +343,9 @@ class WebSocketConnection(asyncio.Protocol):
         request.connection = self
         self._session = Session(self, request, resumption.state.application if resumption is not None else None)
         self.transport.set_protocol(self)
-        self.shared.deadlines.discard(before)
         self.shared.deadlines.add(self)
-        self.shared.stalls.forget(before)
         if self.writable is not None:
-            self.shared.stalls.pauses_writing(self)
+            self._see_client_read()
         if resumption is None:
             self._shake_hands()
         else:
@@ -613,7 +614,10 @@ class WebSocketConnection(asyncio.Protocol):
         self._drop_unread()
         self._early = self._pong = b""
         self._protocol.extensions = []  # zlib's windows
-        self.shared.stalls.forget(self)
+        self.shared.deadlines.paused.discard(self)
+        if self._reading_pace is not None:
+            self._reading_pace.discard()
+            self._reading_pace = None
 
     def _drop_unread(self) -> None:
         self._cutter.clear()
@@ -622,13 +626,14 @@ class WebSocketConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.writable = asyncio.Event()
-        self.shared.stalls.pauses_writing(self)
+        self._see_client_read()
 
     def resume_writing(self) -> None:
         if self.writable is not None:
             self.writable.set()
             self.writable = None
-            self.shared.stalls.resumes_writing(self)
+            if self._reading_pace is not None:
+                self._reading_pace.stop()
         if self._pong:
             pong, self._pong = self._pong, b""
             if self._is_established and not self.transport.is_closing():
@@ -801,9 +806,9 @@ class WebSocketConnection(asyncio.Protocol):
     def _refuse_large(self) -> None:
         self._protocol.fail(1009, f"a message of more than {self._common.message_bytes_max} bytes")
 
-    # -- clients that stand still (`hotport.adapters.stalls`) -------------------------------------------------
+    # -- clients that leave unseen, or take nothing -----------------------------------------------------------
 
-    def client_gone(self) -> None:
+    def hung_up(self, *, is_gone: bool) -> None:
         """The client has left while we read nothing. What it had sent is still delivered, while messages are taken."""
         if self._is_closed or stands_still(self.handoff):
             return
@@ -816,14 +821,28 @@ class WebSocketConnection(asyncio.Protocol):
             self._give_up()
             self.abort()
 
-    def client_stuck(self) -> None:
-        """The client has taken nothing for too long."""
-        if self._is_closed or stands_still(self.handoff):
-            return
+    def _see_client_read(self) -> None:
+        """See to it that the client takes what waits for it in time."""
+        options = self.shared.options
+        if self._reading_pace is None and options.send_timeout_s and not self._is_closed:
+            self._reading_pace = Pace(
+                self.shared.deadlines,
+                options.send_timeout_s,
+                options.send_timeout_s * options.rate_min_bytes,
+                self._taken_bytes,
+                self._on_slow_reader,
+            )
+        if self._reading_pace is not None:
+            self._reading_pace.start()
+
+    def _taken_bytes(self) -> int | None:
+        return None if self.writable is None or stands_still(self.handoff) else taken_bytes(self.transport, self.sock)
+
+    def _on_slow_reader(self) -> None:
+        """The client takes too little of what is sent to it."""
         address = self._session.scope["client"]
         client = f"{address[0]} port {address[1]}" if address else "a unix socket"
-        limit_s = self.shared.options.send_timeout_s
-        log.info("closed because %s for %g s: %s; it came from %s", STUCK, limit_s, self._session, client)
+        log.info("closed because %s: %s; it came from %s", STUCK, self._session, client)
         self._fate = "cut_slow_reader"
         self._session.why_gone = STUCK
         self._give_up()
@@ -1003,7 +1022,7 @@ class WebSocketConnection(asyncio.Protocol):
             self._is_reading_paused = self._is_in_detail = True
             self._untaken = None
             self.transport.pause_reading()
-            self.shared.stalls.pauses_reading(self)
+            self.shared.deadlines.paused.add(self)
 
     def resume_reading_if_room(self) -> None:
         """Read on if few enough messages wait for the application; first what has come and was not read."""
@@ -1024,7 +1043,7 @@ class WebSocketConnection(asyncio.Protocol):
         if self._is_reading_paused:
             self._is_reading_paused = False
             self._is_in_detail = not self._cutter.is_between_frames
-            self.shared.stalls.resumes_reading(self)
+            self.shared.deadlines.paused.discard(self)
             if not self.transport.is_closing():
                 self.transport.resume_reading()
 
