@@ -503,12 +503,12 @@ class HttpConnection(asyncio.Protocol):
             and self._arriving is None
             and not self._head
             and not self._rest
-            and data.find(END_OF_HEAD) == size - 4
+            and data.endswith(END_OF_HEAD)
+            and data.rfind(END_OF_HEAD, 0, -4) < 0  # half as long as looking from the front
             and (
                 size <= self.shared.small_head_bytes
                 or (size <= self.shared.options.head_max_bytes and data.count(b"\n") <= self.shared.head_lines_max)
             )
-            and size >= 4
         ):
             self._parse(data)
             if self._pipeline:  # let the application run, now that the parser is not in the midst of anything
@@ -766,6 +766,8 @@ class HttpConnection(asyncio.Protocol):
         is_http10 = version == "1.0"
         if not is_http10 and version != "1.1":
             raise _Refused(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+        if len(headers) > shared.options.header_fields_max:
+            raise _Refused(431, "the request has too many header fields")
         fields = dict(headers)
         if fields.get(b"host") not in HOSTS or len(fields) != len(headers) or b"transfer-encoding" in fields:
             _check(headers, is_http10)

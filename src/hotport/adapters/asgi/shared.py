@@ -31,6 +31,8 @@ LINGER_S: Final = 2.0
 #: How long the default header lines stay as they are: a date has whole seconds.
 DATE_S: Final = 1.0
 
+SMALL_HEAD_BYTES: Final = 4096
+
 ASGI: Final = {"version": "3.0", "spec_version": "2.4"}
 
 
@@ -105,8 +107,8 @@ class Shared:
         self.keep_alive_ticks = self.deadlines.ticks(options.keep_alive_s)
         self.linger_ticks = self.deadlines.ticks(LINGER_S)
         self.head_ticks = self.deadlines.ticks(options.head_timeout_s) if options.head_timeout_s else 0
-        #: A head of that size holds no more fields than it may: the shortest one is ``a:`` and the end of its line.
-        self.small_head_bytes = min(4 * options.header_fields_max, options.head_max_bytes)
+        #: Up to this size the fields of a head are counted when it is parsed: that is cheaper, and takes little memory.
+        self.small_head_bytes = min(SMALL_HEAD_BYTES, options.head_max_bytes)
         self.head_lines_max = options.header_fields_max + 2  # with the request line and the empty one
         self.websockets = WebSockets(options, self.deadlines)
         self.held: list[Exchange] = []
