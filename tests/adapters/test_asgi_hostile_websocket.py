@@ -443,6 +443,14 @@ async def test_long_read_ends_a_turn() -> None:
         assert app.lengths == [200_000]
 
 
+async def test_long_read_that_ends_with_a_close_leaves_the_client_s_end_to_be_seen() -> None:
+    async with serving(Takes(at_once=True)) as rig:
+        connection, wire = await open_raw(rig)
+        connection.data_received(frame(Opcode.BINARY, bytes(70_000)) + close())
+        await until(wire.transport.is_reading)
+        assert connection.state is State.CLOSING
+
+
 async def test_connection_that_stands_still_reads_nothing_in_its_next_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process may serve it by then."""
     async with serving(Takes(at_once=True), handoff="websocket") as rig:

@@ -687,7 +687,7 @@ class WebSocketConnection(asyncio.Protocol):
         self._cutter.add(data)
         if not self._is_behind:
             self._read()
-            if len(data) >= LONG_READ_BYTES and not self._is_reading_paused:
+            if len(data) >= LONG_READ_BYTES and not self._is_reading_paused and not self._has_said_goodbye:
                 self._go_on_in_next_turn()
 
     def _read(self) -> None:
