@@ -84,6 +84,7 @@ bench: $(VENV)/.dev debian
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/handoff.py
 	$(BIN)/python benchmarks/power.py
+	$(BIN)/python benchmarks/hostile.py
 	$(MAKE) bench-report
 
 bench-report: $(VENV)/.dev

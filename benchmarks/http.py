@@ -426,19 +426,18 @@ def started(name: str, row: Row) -> Iterator[Server]:
                 service = stack.enter_context(hotport(directory, name, row.app, *more))
                 port, pid = service.port, service.process.pid
             else:
-                port, pid = stack.enter_context(_other(directory, (*COMMANDS[name], *more, row.app)))
+                command = (*COMMANDS[name], *more, "--port", "0", row.app)
+                port, pid = stack.enter_context(other(directory, command))
         assert http_get(port)[0] == 200
         yield Server(name, port, pid, directory)
 
 
 @contextmanager
-def _other(directory: Path, command: Sequence[str]) -> Iterator[tuple[int, int]]:
+def other(directory: Path, command: Sequence[str]) -> Iterator[tuple[int, int]]:
     """A server that binds the port that it likes: which one is seen from outside."""
     with (
         (directory / "log").open("w+") as log,
-        subprocess.Popen(
-            [sys.executable, "-m", *command, "--port", "0"], cwd=directory, stdout=log, stderr=log
-        ) as process,
+        subprocess.Popen([sys.executable, "-m", *command], cwd=directory, stdout=log, stderr=log) as process,
     ):
         ports: set[int] = set()
 

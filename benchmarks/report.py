@@ -23,6 +23,7 @@ PEERS_PAGE: Final = ROOT / "docs" / "discussion" / "what-restarts-cost-elsewhere
 CHURN_PAGE: Final = ROOT / "docs" / "how-to" / "load-test-restarts.md"
 WHY_PAGE: Final = ROOT / "docs" / "how-to" / "explain-a-busy-port.md"
 GAP_PAGE: Final = ROOT / "docs" / "how-to" / "choose-a-strategy.md"
+LIMITS_PAGE: Final = ROOT / "docs" / "how-to" / "limits-and-logs.md"
 PICTURE: Final = RESULTS / "rebind.svg"
 
 #: Rows of http.py: what they are called, what is compared, and how many decimals that has.
@@ -42,6 +43,9 @@ SERVERS: Final = {
 
 #: What clients of rebind.py may meet.
 LOSSES: Final = ("refused", "reset", "lost")
+
+#: Of hostile.py: so much may be left of what a server has grown by.
+LEFT_MIB_MAX: Final = 16.0
 
 #: Ways of rebind.py, and what they are called.
 WAYS: Final = {
@@ -75,6 +79,7 @@ def main() -> None:
     CHURN_PAGE.write_text(rendered_churn_page(CHURN_PAGE.read_text()))
     WHY_PAGE.write_text(rendered_why_page(WHY_PAGE.read_text()))
     GAP_PAGE.write_text(rendered_gap_page(GAP_PAGE.read_text()))
+    LIMITS_PAGE.write_text(rendered_limits_page(LIMITS_PAGE.read_text()))
     if (results := results_of("rebind")) is not None:
         PICTURE.write_text(drawn(results))
 
@@ -122,6 +127,12 @@ def rendered_why_page(page: str) -> str:
     """The page on busy ports with what each tool tells of one, and how long that takes."""
     results = results_of("why")
     return page if results is None else _between(page, "why", _why(results))
+
+
+def rendered_limits_page(page: str) -> str:
+    """The page on limits with what one hostile client can cost."""
+    results = results_of("hostile")
+    return page if results is None else _between(page, "hostile", _hostile(results))
 
 
 def drawn(results: dict[str, Any]) -> str:
@@ -391,6 +402,62 @@ def _power(results: dict[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _hostile(results: dict[str, Any]) -> str:
+    samples, machine, servers = results["samples"], results["machine"], results["servers"]
+
+    def median(name: str, server: str, what: str) -> float | None:
+        values = samples.get(f"{name}: {server} {what}")
+        return statistics.median(values) if values else None
+
+    def latency(values: list[float | None]) -> str:
+        return " / ".join("?" if value is None else _figure(value) for value in values)
+
+    quiet = []
+    for server in servers:
+        by_row = [[median(name, server, f"{q} ms undisturbed") for name in results["rows"]] for q in ("p50", "p99")]
+        quiet.append(latency([statistics.median(v for v in row if v is not None) for row in by_row]))
+    lines = [
+        f"| each client | clients | {' | '.join(servers)} |",
+        "|---|---|" + "---|" * len(servers),
+        f"| none is hostile | 0 | {' | '.join(quiet)} |",
+    ]
+    for name, row in results["rows"].items():
+        cells = []
+        for server in servers:
+            grown = median(name, server, "MiB a client")
+            endings = [ending for ending in row["endings"].get(server, ()) if ending]
+            cell = []
+            if grown is not None:
+                cell.append(f"{_figure(grown)} MiB")
+                cell.append(latency([median(name, server, f"{q} ms meanwhile") for q in ("p50", "p99")]))
+            if endings:
+                cell.append(endings[0])
+            elif (left := median(name, server, "MiB left")) is not None and left > LEFT_MIB_MAX:
+                cell.append(f"keeps {left:,.0f} MiB")
+            cells.append("; ".join(cell))
+        lines.append(f"| {row['what']} | {row['clients']} | {' | '.join(cells)} |")
+    first = ", all of it before other processes (see there)" if results["first"] else ""
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Memory that one worker grows by for each hostile client, then the latency of a polite client meanwhile",
+            "(p50 and p99 in ms). *Keeps* is what was still there 5 s after all hostile clients had left, if that is",
+            f"more than 16 MiB. They were there for {results['seconds']:g} s, each sent at most 16 MiB a second, and",
+            "came again when it was cut; a server that took more than 1.5 GiB was killed. Where an answer is made in",
+            "one piece, its 10 MiB are the application's own.",
+            f"Linux {machine['kernel']}, {machine['cores']} cores, load average "
+            f"{machine['load_average'][0]:.1f}{first}.",
+            "How: `benchmarks/hostile.py`; samples in `benchmarks/results/hostile.json`.",
+            "",
+        ]
+    )
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _peers(results: dict[str, Any]) -> str:

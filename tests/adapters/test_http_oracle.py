@@ -50,6 +50,8 @@ DIFFERENCES: Final[dict[str, str]] = {
             "value-too-long",
             "value-endless",
             "fields-too-many",
+            "fields-tiny",
+            "fields-far-too-many",
             "target-too-long",
         ],
         "the host in the target counts (RFC 9112 section 3.2.2): a proxy has routed by it": [

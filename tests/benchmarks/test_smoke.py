@@ -30,11 +30,12 @@ SMALL = {
     "peers.py": ("--servers", "hotport", "--times", "1"),
     "handoff.py": ("--counts", "20", "--seconds", "0.2"),
     "power.py": ("--seconds", "0.5"),
+    "hostile.py": ("--seconds", "0.2", "--servers", "hotport", "--only", "bytes", "closes"),
     "why.py": ("--established", "20", "--timewait", "20"),
 }
 
 #: These have clients of their own; in a network namespace if that is permitted, and on loopback if not.
-UNLOADED = ("rebind.py", "gap.py", "timewait.py", "peers.py", "power.py", "why.py")
+UNLOADED = ("rebind.py", "gap.py", "timewait.py", "peers.py", "power.py", "hostile.py", "why.py")
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.report import (
     CHURN_PAGE,
+    LIMITS_PAGE,
     PAGE,
     PEERS_PAGE,
     PICTURE,
@@ -18,6 +19,7 @@ from benchmarks.report import (
     drawn,
     rendered,
     rendered_churn_page,
+    rendered_limits_page,
     rendered_page,
     rendered_peers_page,
     rendered_why_page,
@@ -85,6 +87,11 @@ def test_the_page_on_load_tests_is_what_the_results_say() -> None:
 def test_page_on_busy_ports_has_the_figures_of_the_results() -> None:
     page = WHY_PAGE.read_text()
     assert page == rendered_why_page(page), "run: make bench-report"
+
+
+def test_page_on_limits_has_the_figures_of_the_results() -> None:
+    page = LIMITS_PAGE.read_text()
+    assert page == rendered_limits_page(page), "run: make bench-report"
 
 
 def test_the_picture_of_the_gaps_is_what_the_results_say() -> None:

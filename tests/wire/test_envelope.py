@@ -94,6 +94,12 @@ def test_garbage_is_refused_and_nothing_else_happens(garbage: bytes) -> None:
             decode(garbage)
 
 
+@pytest.mark.parametrize("decode", [decode_batch, decode_ack, decode_count])
+def test_frame_nested_deeper_than_the_stack_is_refused(decode: Any) -> None:
+    with pytest.raises(ControlError, match="HP220"):
+        decode(b"\x91" * 100_000)
+
+
 @pytest.mark.parametrize("state", [object(), {"file": open}, 1 << 80, {1: object()}], ids=["a", "b", "c", "d"])
 def test_state_that_cannot_travel_is_refused_before_anything_moves(state: Any) -> None:
     with pytest.raises(TypeError, match="cannot travel to another process"):
