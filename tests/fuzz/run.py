@@ -1,6 +1,6 @@
 """Search for inputs that break a promise, for as long as wanted: ``python tests/fuzz/run.py http 600``.
 
-With atheris where it is installed (``pip install --group fuzz``), which learns from the branches that an input takes;
+With atheris where there is one for the platform, which learns from the branches that an input takes;
 else with mutations of the seeds. An input that fails is written to a file and named; give it in place of the seconds to
 run it again: ``python tests/fuzz/run.py http build/fuzz/http-crash-1234``.
 """

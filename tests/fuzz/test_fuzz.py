@@ -31,7 +31,7 @@ def test_mutated_seeds_break_no_promise(name: str) -> None:
         raise AssertionError(f"{name} fails with {failed.data!r}") from failed.error
 
 
-@pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed (--group fuzz)")
+@pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="there is no atheris for this platform")
 def test_atheris_drives_the_same_function(tmp_path: Path) -> None:
     options = ("--executions", "100", "--engine", "atheris", "--output", str(tmp_path))
     command = [sys.executable, str(RUN), "proxy", "10", *options]
