@@ -18,7 +18,7 @@ from hotport.errors import RestartError
 from hotport.supervisor import house
 from hotport.wire.messages import Report, RestartRequest, StatusRequest
 from tests.supervisor.stage import Nursery, Stage, play
-from tests.support import RESTARTS, SLOWNESS, eventually
+from tests.support import DEADLINE_S, RESTARTS, SLOWNESS, eventually
 
 #: With HOTPORT_TEST_RESTARTS=1000 it is 200,000 of them.
 FRAMES = 200 * RESTARTS
@@ -122,7 +122,7 @@ def throw(stage: Stage, mutator: Mutator) -> list[str]:
     corpus = ORDERS if where == "worker" else REQUESTS
     messages = [mutator.message(corpus) for _ in range(mutator.choice([1, 1, 1, 3]))]
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(0.05 if mutator.chance(0.05) else 0.0005)
+        sock.settimeout(0.05 if mutator.chance(0.01) else 0.0005)
         try:
             sock.connect(str(path))
         except (FileNotFoundError, ConnectionRefusedError):
@@ -151,6 +151,7 @@ def test_nothing_dies_and_nothing_leaks(
     mutator = Mutator(int(os.environ.get("HOTPORT_TEST_RESTARTS", "3")))
     thrown: Counter[str] = Counter()
     lives = 0
+    options = {"status_bind": "127.0.0.1:0", "drain_timeout": 1, "ready_timeout": 10 * DEADLINE_S}
 
     def client(stage: Stage) -> None:
         stage.wait_serving()
@@ -170,7 +171,7 @@ def test_nothing_dies_and_nothing_leaks(
 
     while thrown.total() < FRAMES:
         begun, lives = thrown.total(), lives + 1
-        code = play(tmp_path, nursery, monkeypatch, client, status_bind="127.0.0.1:0", drain_timeout=1)
+        code = play(tmp_path, nursery, monkeypatch, client, **options)
         told = capfd.readouterr().out
         assert code in (0, 5), told[-5000:]
         assert "Traceback" not in told, told[told.index("Traceback") - 500 :][:5000]

@@ -52,6 +52,7 @@ __all__ = [
     "BACKOFF_MAX_S",
     "GENERATIONS_DRAINING_MAX",
     "INVERSE",
+    "MORE_TIME_MAX_S",
     "Effect",
     "Input",
     "Restart",
@@ -66,6 +67,9 @@ __all__ = [
 
 BACKOFF_FIRST_S: Final = 0.5
 BACKOFF_MAX_S: Final = 30.0
+
+#: So much time a worker may ask for at once; it can ask again before that is over.
+MORE_TIME_MAX_S: Final = 3600.0
 
 #: Between attempts to bind an address that somebody has taken. Seldom in the end: a bind that fails slows the port
 #: down, with many connections in TIME_WAIT by milliseconds.
@@ -984,10 +988,11 @@ def _expired(draft: _Draft, worker: int) -> None:
 
 def _more_time(draft: _Draft, event: MoreTime) -> None:
     worker = draft.service.workers.get(event.worker)
+    seconds = min(event.seconds, MORE_TIME_MAX_S)
     if worker is not None and worker.phase is Phase.STARTING:
-        draft.emit(ExtendTimer(Timer(Clock.READY, worker.id), event.seconds))
+        draft.emit(ExtendTimer(Timer(Clock.READY, worker.id), seconds))
     elif worker is not None and worker.phase is Phase.DRAINING:
-        draft.emit(ExtendTimer(Timer(Clock.DRAIN, worker.id), event.seconds))
+        draft.emit(ExtendTimer(Timer(Clock.DRAIN, worker.id), seconds))
 
 
 def _elapsed(draft: _Draft, timer: Timer) -> None:
