@@ -151,7 +151,7 @@ def test_nothing_dies_and_nothing_leaks(
     mutator = Mutator(int(os.environ.get("HOTPORT_TEST_RESTARTS", "3")))
     thrown: Counter[str] = Counter()
     lives = 0
-    options = {"status_bind": "127.0.0.1:0", "drain_timeout": 1, "ready_timeout": 10 * DEADLINE_S}
+    options: dict[str, Any] = {"status_bind": "127.0.0.1:0", "drain_timeout": 1, "ready_timeout": 10 * DEADLINE_S}
 
     def client(stage: Stage) -> None:
         stage.wait_serving()

@@ -27,7 +27,7 @@ async def test_socket_of_a_worker_that_is_gone_may_be_removed_by_somebody_else_m
         unlink(what)
         unlink(what)
 
-    monkeypatch.setattr(takeover.os, "unlink", unlink_twice)
+    monkeypatch.setattr(os, "unlink", unlink_twice)
     supervisor = Mock(directory=str(tmp_path), processes={})
     supervisor.options.drain_timeout_s = 1.0
     supervisor.service.ids.return_value = ()
