@@ -19,7 +19,7 @@ import pytest
 import trio  # noqa: F401  it hands hypothesis its random source, which must happen before `collect` freezes it
 import uvloop
 
-from tests.support import SLOWNESS, collect
+from tests.support import RESTARTS, SLOWNESS, collect, repetition
 
 #: Thousands of interpreters are started; where byte code is forbidden, each would compile all of hotport.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -71,12 +71,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A test may take longer where everything is slower."""
+    """A test may take longer where everything is slower, and what repeats for as long as it repeats."""
     if config.getoption("timeout") is None:
-        allowed = pytest.mark.timeout(float(config.getini("timeout")) * SLOWNESS)
+        allowed_s = float(config.getini("timeout")) * SLOWNESS
         for item in items:
             if item.get_closest_marker("timeout") is None:
-                item.add_marker(allowed)
+                times = repetition(RESTARTS) if item.get_closest_marker("soak") is not None else 1.0
+                item.add_marker(pytest.mark.timeout(allowed_s * times))
 
 
 @pytest.hookimpl(wrapper=True)

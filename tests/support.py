@@ -37,11 +37,22 @@ RESTARTS = int(os.environ.get("HOTPORT_TEST_RESTARTS", "2"))
 #: Tests that die at each effect of a restart take so many at a time; `make soak` goes through all of them.
 STRIDE = 1 if RESTARTS >= 10 else 5
 
+#: So many repetitions fit into the time that a test is given.
+USUAL_RESTARTS = 20
+
 HOTPORT = (sys.executable, "-m", "hotport")
 
 
 #: Of another user's process, by the kernel's word: pid, uid and gid.
 STRANGER = (4242, 65534, 65534)
+
+
+def repetition(restarts: int) -> float:
+    """How many times the usual time a test needs that repeats so often.
+
+    300 upgrades looked like a service that hung at one of them: the test was ended there, by the time for 20.
+    """
+    return max(1.0, restarts / USUAL_RESTARTS)
 
 
 class Service(ServeProcess):
@@ -65,6 +76,8 @@ class Service(ServeProcess):
         cwd: Path | None = None,
         default_bind: str | None = "127.0.0.1:0",
     ) -> None:
+        self._lines: list[dict[str, Any]] = []
+        self._read_bytes = 0
         options = ["--log-format", "json"]
         if default_bind is not None and "--bind" not in args:
             options += ["--bind", default_bind]
@@ -79,9 +92,13 @@ class Service(ServeProcess):
         return [line for line in self.log_lines() if line.get("event") == event]
 
     def log_lines(self) -> list[dict[str, Any]]:
-        """Every log line that is complete."""
-        lines = self.log().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")]
+        """Every log line that is complete; only those are read that have come since the last call."""
+        with self.log_path.open("rb") as file:
+            file.seek(self._read_bytes)
+            new = file.read().rpartition(b"\n")
+        self._read_bytes += len(new[0] + new[1])
+        self._lines += [json.loads(line) for line in new[0].split(b"\n") if line.startswith(b"{")]
+        return [*self._lines]
 
     def run(self, *args: str, timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
         """``hotport ARGS``, and what it printed."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,9 +13,12 @@ from unittest.mock import Mock
 
 import pytest
 
-from hotport.address import TcpAddress, UdpAddress
+from hotport.address import TcpAddress, UdpAddress, UnixAddress, listener_name
 from hotport.kernel import port as port_module
-from hotport.kernel.port import options_of, ourselves, read_port
+from hotport.kernel.port import options_of, ourselves, read_name, read_port
+from hotport.kernel.process import reap
+from hotport.kernel.sockets import bind_listener
+from hotport.kernel.spawn import spawn
 from hotport.model.port import Options, Port, State
 
 
@@ -127,6 +132,32 @@ def test_service_is_stopped_by_its_name_wherever_it_runs(monkeypatch: pytest.Mon
     assert port_module._stopping("") == ""
     monkeypatch.setenv("HOTPORT_RUNTIME_DIR", "relative")
     assert port_module._stopping("/run/ours/web") == "HOTPORT_RUNTIME_DIR=/run/ours hotport stop web"
+
+
+def test_unix_listener_whose_file_was_removed_is_found_with_who_has_it(tmp_path: Path) -> None:
+    """`why` said that nothing has the name, while a service listened and could not be reached any more."""
+    address = UnixAddress(str(tmp_path / "a.sock"))
+    with bind_listener(address, backlog=1) as listener:
+        names = [listener_name(address)]
+        child = spawn(
+            ["sleep", "1000"],
+            environment={"PATH": os.defpath},
+            cwd="/",
+            listeners=[listener.fileno()],
+            listen_names=names,
+        )
+        try:
+            assert read_name(address).found == "socket"
+            os.unlink(address.path)
+            name = read_name(address)
+            assert (name.found, name.is_listening) == ("nothing", True)
+            assert child.pid in [holder.pid for holder in name.holders]
+            assert not read_name(UnixAddress(str(tmp_path / "b.sock"))).holders
+        finally:
+            os.kill(child.pid, signal.SIGKILL)
+            select.select([child.pidfd], [], [])
+            reap(child.pid)
+            os.close(child.pidfd)
 
 
 def test_kernel_that_hides_bound_sockets_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

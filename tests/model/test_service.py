@@ -110,6 +110,8 @@ def test_worker_that_wants_more_time_gets_it_while_it_starts_or_drains() -> None
     world.take()
     world.queue.append(MoreTime(1, 90.0))
     assert world.take() == (ExtendTimer(Timer(Clock.READY, 1), 90.0),)
+    world.queue.append(MoreTime(1, 1e14))
+    assert world.take() == (ExtendTimer(Timer(Clock.READY, 1), 3600.0),)
     world.run()
     world.queue.append(MoreTime(1, 90.0))
     assert world.take() == ()

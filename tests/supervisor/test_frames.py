@@ -6,6 +6,7 @@ import json
 import os
 import random
 import socket
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from hotport.errors import RestartError
 from hotport.supervisor import house
 from hotport.wire.messages import Report, RestartRequest, StatusRequest
 from tests.supervisor.stage import Nursery, Stage, play
-from tests.support import RESTARTS, eventually
+from tests.support import DEADLINE_S, RESTARTS, SLOWNESS, eventually
 
 #: With HOTPORT_TEST_RESTARTS=1000 it is 200,000 of them.
 FRAMES = 200 * RESTARTS
@@ -58,18 +59,19 @@ class Mutator:
     def chance(self, share: float) -> bool:
         return self._random.random() < share
 
-    def message(self, corpus: Sequence[dict[str, Any]]) -> bytes:
-        """JSON as it may be, with another field or without one, or no JSON any more."""
+    def message(self, corpus: Sequence[dict[str, Any]]) -> tuple[str, bytes]:
+        """What it starts from, and JSON as it may be, with another field or without one, or no JSON any more."""
         found: dict[str, Any] = dict(self._random.choice(corpus))
-        kind = self._random.randrange(6)
-        if kind in (1, 2) and (fields := [key for key in found if key != "type"]):
+        name = " ".join([found["type"], *(key for key in ("canary", "keep") if key in found)])
+        change = self._random.randrange(6)
+        if change in (1, 2) and (fields := [key for key in found if key != "type"]):
             found[self._random.choice(fields)] = self._random.choice(NASTY)
-        elif kind == 3:
+        elif change == 3:
             found[self._random.choice(["type", "workers", "canary", "phased", "python", "x"])] = self._random.choice(
                 NASTY
             )
         payload = json.dumps(found).encode()
-        return self.mangled(payload) if kind == 4 else payload
+        return name, self.mangled(payload) if change == 4 else payload
 
     def mangled(self, data: bytes) -> bytes:
         """Some of it changed, cut off, doubled, or nested."""
@@ -95,37 +97,48 @@ class Mutator:
         return self._random.choice(of)
 
 
-def throw(stage: Stage, mutator: Mutator) -> None:
-    """One attempt at one of the sockets; raises FileNotFoundError or ConnectionError if the service is gone."""
+def throw(stage: Stage, mutator: Mutator) -> list[str]:
+    """Send to one of the sockets, and name what was sent.
+
+    Raises:
+        FileNotFoundError, ConnectionRefusedError: The service is gone.
+    """
     where = mutator.choice(["control"] * 6 + ["worker", "notify", "status"])
     if where == "notify":
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, suppress(BlockingIOError):
             sock.setblocking(False)
             sock.connect(str(stage.runtime / "notify.sock"))
             sock.send(mutator.mangled(mutator.choice(NOTIFICATIONS)) or b"x")
-        return
+            return [where]
+        return []
     if where == "status":
         with suppress(OSError), socket.create_connection(("127.0.0.1", stage.status_port), 1.0) as sock:
             sock.sendall(mutator.mangled(mutator.choice(QUESTIONS)))
-        return
+            return [where]
+        return []
     path = stage.runtime / "control.sock"
     if where == "worker" and (workers := sorted(stage.runtime.glob("worker-*.sock"))):
         path = mutator.choice(workers)
-    payloads = [mutator.message(ORDERS if where == "worker" else REQUESTS) for _ in range(mutator.choice([1, 1, 1, 3]))]
+    corpus = ORDERS if where == "worker" else REQUESTS
+    messages = [mutator.message(corpus) for _ in range(mutator.choice([1, 1, 1, 3]))]
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(0.05 if mutator.chance(0.05) else 0.0005)
-        with suppress(BlockingIOError, BrokenPipeError, ConnectionResetError, TimeoutError):
-            try:
-                sock.connect(str(path))
-            except (FileNotFoundError, ConnectionRefusedError):
-                if where == "worker":
-                    return  # it has left meanwhile
-                raise
-            sock.sendall(b"".join(map(mutator.frame, payloads)))
+        sock.settimeout(0.05 if mutator.chance(0.01) else 0.0005)
+        try:
+            sock.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            if where == "worker":
+                return []  # it has left meanwhile
+            raise
+        except (BlockingIOError, TimeoutError):  # as many as may wait do
+            return []
+        with suppress(BrokenPipeError, ConnectionResetError, TimeoutError):
+            sock.sendall(b"".join(mutator.frame(payload) for _, payload in messages))
             sock.recv(65536)
+    return [f"{where} {name}" for name, _ in messages]
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(60 * SLOWNESS + 3 * SLOWNESS * RESTARTS)
 def test_nothing_dies_and_nothing_leaks(
     tmp_path: Path, nursery: Nursery, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,18 +149,17 @@ def test_nothing_dies_and_nothing_leaks(
 
     monkeypatch.setattr(house, "preflight", refuse)
     mutator = Mutator(int(os.environ.get("HOTPORT_TEST_RESTARTS", "3")))
-    thrown = 0
-    told = ""
+    thrown: Counter[str] = Counter()
+    lives = 0
+    options: dict[str, Any] = {"status_bind": "127.0.0.1:0", "drain_timeout": 1, "ready_timeout": 10 * DEADLINE_S}
 
     def client(stage: Stage) -> None:
-        nonlocal thrown, told
         stage.wait_serving()
         before = descriptors()
         assert stage.supervisor is not None
-        while thrown < FRAMES:
-            thrown += 1
+        while thrown.total() < FRAMES:
             try:
-                throw(stage, mutator)
+                thrown.update(throw(stage, mutator))
             except (FileNotFoundError, ConnectionRefusedError):
                 eventually(lambda: stage.is_gone or (stage.runtime / "control.sock").exists(), "it ends, or goes on")
             if is_leaving(stage):
@@ -157,13 +169,19 @@ def test_nothing_dies_and_nothing_leaks(
             return
         eventually(lambda: descriptors() <= before + 2, "no descriptor is left open")  # of a worker more
 
-    while thrown < FRAMES:
-        begun = thrown
-        code = play(tmp_path, nursery, monkeypatch, client, status_bind="127.0.0.1:0", drain_timeout=1)
+    while thrown.total() < FRAMES:
+        begun, lives = thrown.total(), lives + 1
+        code = play(tmp_path, nursery, monkeypatch, client, **options)
         told = capfd.readouterr().out
         assert code in (0, 5), told[-5000:]
         assert "Traceback" not in told, told[told.index("Traceback") - 500 :][:5000]
-        assert thrown > begun
+        assert thrown.total() > begun
+    if RESTARTS < 10:
+        return
+    begins = {" ".join(kind.split()[:2]) for kind in thrown}
+    assert {f"control {each['type']}" for each in REQUESTS} | {f"worker {each['type']}" for each in ORDERS} <= begins
+    with capfd.disabled():
+        print(f"\n{thrown.total()} frames in {lives} lives of the service: {dict(thrown.most_common())}")
 
 
 def descriptors() -> int:

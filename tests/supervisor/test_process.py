@@ -15,7 +15,7 @@ from hotport.supervisor import process as under_test
 from hotport.supervisor.contain import retried
 from hotport.supervisor.process import Process
 from hotport.wire.frames import FrameDecoder, encode_frame
-from hotport.wire.messages import AcceptOrder, Hello, Order, Word, decode, encode
+from hotport.wire.messages import AcceptOrder, Hello, Order, Probed, ProbeOrder, Word, decode, encode
 from tests.support import DEADLINE_S
 
 pytestmark = pytest.mark.anyio
@@ -117,3 +117,12 @@ async def test_conversation_that_fails_is_taken_up_again_with_the_orders_that_ar
     assert len(connections) == 2
     assert ordered == [AcceptOrder]
     os.unlink(control)
+
+
+async def test_worker_that_answers_nothing_is_asked_a_bounded_number_of_times(tmp_path: Path) -> None:
+    """Each health probe of a worker that was stopped left a question and an order behind."""
+    process = Process(1, 1, Child(os.getpid(), -1), str(tmp_path / "worker.sock"), is_foreign=False)
+    process.is_talking = True
+    for _ in range(2 * under_test.ASKED_MAX):
+        assert await process.ask(ProbeOrder(path="/", timeout_s=1.0), Probed, 0.0) is None
+    assert len(process._asked) == len(process._orders) == under_test.ASKED_MAX

@@ -8,9 +8,10 @@ import signal
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -291,3 +292,22 @@ async def test_application_with_a_server_of_its_own_is_hurried_too(tmp_path: Pat
         os.kill(os.getpid(), signal.SIGTERM)
         assert await run.ends() == ExitCode.DONE
         assert run.fates == {"cut_server": 1}
+
+
+async def test_peer_whose_orders_pile_up_is_hung_up_on() -> None:
+    """Whoever sent orders faster than they were obeyed had the worker keep all of them."""
+    obeying = asyncio.Event()
+
+    async def obey(*_: object) -> None:
+        await obeying.wait()
+
+    told = Mock(obey=obey)
+    ours, theirs = socket.socketpair()
+    loop = asyncio.get_running_loop()
+    with theirs:
+        await loop.connect_accepted_socket(lambda: worker._Peer(told), ours)
+        theirs.setblocking(False)
+        with suppress(BrokenPipeError, ConnectionResetError):
+            await loop.sock_sendall(theirs, encode_frame(encode(InspectOrder())) * (worker.ORDERS_MAX + 2))
+            assert await loop.sock_recv(theirs, 1) == b""
+    told.peer_left.assert_called_once()

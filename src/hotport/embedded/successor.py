@@ -19,6 +19,7 @@ from hotport.kernel.notify import receive_notification
 from hotport.kernel.process import describe_exit, reap, send_signal
 from hotport.kernel.sockets import check_peer
 from hotport.kernel.spawn import Child, spawn
+from hotport.model.lifecycle import MORE_TIME_MAX_S
 from hotport.wire.frames import encode_frame
 from hotport.wire.messages import encode
 from hotport.wire.sdnotify import Notification
@@ -213,7 +214,7 @@ class Successor:
                 continue
             said = Notification.parse(payload)
             if said.extend_timeout_s is not None and self._timeout is not None:
-                until = self._loop.time() + said.extend_timeout_s
+                until = self._loop.time() + min(said.extend_timeout_s, MORE_TIME_MAX_S)
                 if until > (self._timeout.when() or 0):
                     self._timeout.reschedule(until)
             if pid == self.pid:  # what it has started itself does not speak for it

@@ -20,13 +20,14 @@ from typing import Any, Final, NamedTuple
 
 from msgspec.structs import replace
 
-from hotport.address import TcpAddress, UdpAddress, UnixAddress
+from hotport.address import TcpAddress, UdpAddress, UnixAddress, listener_name
 from hotport.errors import ConfigError
 from hotport.kernel import procfs, sockdiag
 from hotport.kernel.process import duplicate_descriptor
 from hotport.kernel.sockdiag import InetSocket
 from hotport.model.port import Asker, Host, Local, Options, Port, Process, Sockets, State, UnixName
 from hotport.options import runtime_root
+from hotport.wire.listenfds import parse_listen_environment
 
 __all__ = ["Taken", "options_of", "ourselves", "read_name", "read_port"]
 
@@ -177,7 +178,10 @@ def read_name(address: UnixAddress) -> UnixName:
         else:
             found = "socket" if stat.S_ISSOCK(status.st_mode) else "something else"
             file = status.st_dev, status.st_ino
-    rows = [row for row in sockdiag.unix() if row.state != 1 and (row.file == file if file else row.name == path)]
+    named = [row for row in sockdiag.unix() if row.state != 1]
+    rows = [row for row in named if (row.file == file if file else row.name == path)]
+    if found == "nothing" and not address.is_abstract:
+        rows = rows or _without_file(address, named)
     if address.is_abstract and rows:
         found = "socket"
     held, gap = procfs.holders([row.inode for row in rows], cpu_s=SEARCH_CPU_S)
@@ -199,6 +203,24 @@ def read_name(address: UnixAddress) -> UnixName:
         obstacle=obstacle,
         unread=() if len(held) == len(rows) and is_hidden is False else (_GAPS[gap],),
     )
+
+
+def _without_file(address: UnixAddress, named: Sequence[sockdiag.UnixSocket]) -> list[sockdiag.UnixSocket]:
+    """Listeners of hotport at a path where no file is any more.
+
+    Their own name is the one that they were bound under, beside that path; workers have the path in their environment.
+    """
+    place = os.path.dirname(address.path)
+    beside = [row for row in named if row.state == 10 and os.path.dirname(row.name) == place]
+    holders, _ = procfs.holders([row.inode for row in beside], cpu_s=SEARCH_CPU_S)
+    return [row for row in beside if any(_was_given(pid, address) for pid, _ in holders.get(row.inode, ()))]
+
+
+def _was_given(pid: int, address: UnixAddress) -> bool:
+    with suppress(ConfigError, OSError):
+        given = parse_listen_environment(procfs.environment(pid), pid)
+        return any(name == listener_name(address) for _, name in given)
+    return False
 
 
 def _is_answered(path: str) -> bool | None:

@@ -147,7 +147,8 @@ def judge_name(name: UnixName) -> Answer:
         case _:
             return Answer(Can.NO, f"nothing can be made at {name.path}", error=name.obstacle)
     if name.found == "nothing":
-        return Answer(Can.YES, "nothing has that name")
+        lost = f"{_seen(name.holders, name.user, '')} listens without it, and clients cannot connect"
+        return Answer(Can.YES, f"its file was removed: {lost}" if name.is_listening else "nothing has that name")
     rule, error = "bind takes no name that exists", "EADDRINUSE"
     if name.found != "socket":
         who = f"{name.path} is a file, a directory or a link, and no socket"

@@ -13,7 +13,7 @@ from typing import Final
 
 import msgspec
 
-__all__ = ["CURRENT", "TRANSITIONS", "Event", "IllegalTransition", "Phase", "Worker", "advance"]
+__all__ = ["CURRENT", "MORE_TIME_MAX_S", "TRANSITIONS", "Event", "IllegalTransition", "Phase", "Worker", "advance"]
 
 
 class Phase(enum.Enum):
@@ -102,6 +102,10 @@ def advance(phase: Phase, event: Event) -> Phase:
         return TRANSITIONS[phase, event]
     except KeyError:
         raise IllegalTransition(f"{event} in {phase}") from None
+
+
+#: So much time a worker may ask for at once; it can ask again before that is over.
+MORE_TIME_MAX_S: Final = 3600.0
 
 
 class Worker(msgspec.Struct, frozen=True):

@@ -87,7 +87,7 @@ from hotport.model.inputs import (
     Timer,
     Unhealthy,
 )
-from hotport.model.lifecycle import CURRENT, TRANSITIONS, Event, Phase, Worker, advance
+from hotport.model.lifecycle import CURRENT, MORE_TIME_MAX_S, TRANSITIONS, Event, Phase, Worker, advance
 from hotport.model.service import Restart, Service, surviving
 from hotport.model.steps import STEPS, Step, Undoing
 
@@ -459,10 +459,11 @@ def _expired(draft: _Draft, worker: int) -> None:
 
 def _more_time(draft: _Draft, event: MoreTime) -> None:
     worker = draft.service.workers.get(event.worker)
+    seconds = min(event.seconds, MORE_TIME_MAX_S)
     if worker is not None and worker.phase is Phase.STARTING:
-        draft.emit(ExtendTimer(Timer(Clock.READY, worker.id), event.seconds))
+        draft.emit(ExtendTimer(Timer(Clock.READY, worker.id), seconds))
     elif worker is not None and worker.phase is Phase.DRAINING:
-        draft.emit(ExtendTimer(Timer(Clock.DRAIN, worker.id), event.seconds))
+        draft.emit(ExtendTimer(Timer(Clock.DRAIN, worker.id), seconds))
 
 
 def _elapsed(draft: _Draft, timer: Timer) -> None:

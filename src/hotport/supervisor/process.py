@@ -46,6 +46,9 @@ TRANSFER_TIMEOUT_S = 5.0
 LAST_WORDS_S = 1.0
 
 
+#: So many questions may wait for a worker's answer: one that is stopped answers none, and is asked on and on.
+ASKED_MAX = 64
+
 #: From the end of a conversation with a worker that lives on to the next one.
 RECONNECT_PAUSE_S = 0.1
 
@@ -165,7 +168,7 @@ class Process:
         Who asks how it is while it owes that answer to others waits for the same one: it may be asked for ever, and
         never answer.
         """
-        if not self.is_talking:
+        if not self.is_talking or len(self._asked) >= ASKED_MAX:
             return None
         shared = (asked for asked in self._asked if isinstance(order, InspectOrder) and asked[0] is kind)
         owed = next(shared, None)

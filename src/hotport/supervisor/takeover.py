@@ -286,7 +286,8 @@ async def _drain_orphans(supervisor: Supervisor, is_other: Callable[[int], bool]
                 log.info("take_over.draining", worker=os.path.basename(path))
                 await retried("take_over.drain", _read_to_end, sock, [])
             except ConnectionRefusedError:
-                os.unlink(path)
+                with suppress(FileNotFoundError):  # somebody else has removed it meanwhile
+                    os.unlink(path)
             except OSError as error:
                 log.warning("take_over.unreachable", worker=os.path.basename(path), error=str(error))
 

@@ -90,6 +90,9 @@ __all__ = ["Worker"]
 #: Orders are short; whoever sends more does not speak our language.
 ORDER_BYTES_MAX: Final = 64 * 1024
 
+#: So many orders of one peer may wait to be obeyed; a supervisor has a few under way.
+ORDERS_MAX: Final = 256
+
 #: Descriptors kept for the application itself when connections are limited by RLIMIT_NOFILE.
 RESERVED_DESCRIPTORS: Final = 128
 
@@ -604,7 +607,7 @@ class _Peer(asyncio.Protocol):
         self._worker = worker
         self._decoder = FrameDecoder(frame_bytes_max=ORDER_BYTES_MAX)
         self._transport: asyncio.Transport | None = None
-        self._orders: asyncio.Queue[Order] = asyncio.Queue()
+        self._orders: asyncio.Queue[Order] = asyncio.Queue(ORDERS_MAX)
         self._task: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -622,6 +625,9 @@ class _Peer(asyncio.Protocol):
                 self._orders.put_nowait(decode(payload, Order))
         except ControlError as error:
             get_logger("hotport.control").warning("control.garbage", error=str(error))
+            self.close()
+        except asyncio.QueueFull:
+            get_logger("hotport.control").warning("control.flooded", orders_max=ORDERS_MAX)
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
