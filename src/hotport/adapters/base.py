@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from hotport.kernel.fork import has_forked, withhold
 from hotport.kernel.sockets import acknowledged_bytes, end, reset, unsent_bytes
@@ -84,6 +84,10 @@ class Draining:
         self._event.clear()
 
 
+#: A connection that holds less than this is not ended for want of memory.
+HELD_BYTES_MIN: Final = 16 * 1024
+
+
 class Offer(NamedTuple):
     """A connection at a safe point: its descriptor, which stays the connection's, and what has to travel with it."""
 
@@ -111,6 +115,13 @@ class Connection(Protocol):
     endpoints: tuple[Any, Any] | None
     #: What was accepted; None before that is known. The transport owns it, and its descriptor is -1 once it is closed.
     sock: socket.socket | None
+
+    @property
+    def held_bytes(self) -> int:
+        """About how much memory holds what waits on its behalf, for the application or for the client."""
+
+    def abort(self) -> None:
+        """End now: what was written and has not left is lost."""
 
     @property
     def will_move(self) -> bool:
@@ -269,6 +280,7 @@ class Connections:
         self._freed: asyncio.Event | None = None
         self._is_counting = False
         self._is_full = False
+        self._is_pressed = False
         self._is_draining = False
         self._is_hurried = False
         self._deadline: asyncio.Timeout | None = None
@@ -289,7 +301,7 @@ class Connections:
         self.accepted += 1
         if self.is_leading:
             self.tell(connection)
-        if self.maximum and len(self.open) + self._kept_sum >= self.maximum:
+        if self.maximum and self._is_over:
             self._see_full()
 
     def keep(self, whose: object, count: int) -> None:
@@ -306,14 +318,42 @@ class Connections:
             self._see_full()
             self._see_room()
 
+    def press(self, is_pressed: bool) -> None:
+        """Accept nothing while memory is short."""
+        self._is_pressed = is_pressed
+        self._see_full()
+        self._see_room()
+
+    def shed(self, wanted_bytes: int) -> tuple[int, int]:
+        """End the connections that hold most, as ``cut_memory``, until about so much memory is free.
+
+        Returns:
+            How many were ended, and how many bytes they held. Those that hold next to nothing stay.
+        """
+        holders = sorted(((each.held_bytes, n, each) for n, each in enumerate(self.open)), reverse=True)
+        count = freed_bytes = 0
+        for held_bytes, _, connection in holders:
+            if freed_bytes >= wanted_bytes or held_bytes < HELD_BYTES_MIN:
+                break
+            if connection.cut() != "cut_offered":  # that one is another worker's by now
+                connection.abort()
+                self.closed(connection, "cut_memory")
+                count, freed_bytes = count + 1, freed_bytes + held_bytes
+        return count, freed_bytes
+
+    @property
+    def _is_over(self) -> bool:
+        """There are as many as may be, or memory is short."""
+        return self._is_pressed or bool(self.maximum and len(self.open) + self._kept_sum >= self.maximum)
+
     def _see_full(self) -> None:
-        if not self._is_full and len(self.open) + self._kept_sum >= self.maximum:
+        if not self._is_full and self._is_over:
             self._is_full = True
             if self.on_full is not None:
                 self.on_full()
 
     def _see_room(self) -> None:
-        if self._is_full and len(self.open) + self._kept_sum < self.maximum:
+        if self._is_full and not self._is_over:
             self._is_full = False
             if self.on_room is not None:
                 self.on_room()

@@ -164,6 +164,14 @@ class _TrackedBase(asyncio.BaseProtocol):
             self._transport.close()
         return "cut_offered" if stands_still(self._handoff) else "cut_protocol"
 
+    @property
+    def held_bytes(self) -> int:
+        return self._transport.get_write_buffer_size() if self._transport is not None else 0
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
     # -- handing it off ------------------------------------------------------------------------------------
 
     @property

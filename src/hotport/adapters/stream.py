@@ -183,6 +183,14 @@ class Stream(ByteStream, asyncio.Protocol):
 
     # -- Connection ----------------------------------------------------------------------------------------
 
+    @property
+    def held_bytes(self) -> int:
+        return len(self._unread) + (self._transport.get_write_buffer_size() if self._transport is not None else 0)
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
     def drain(self) -> None:
         """The handler reads it from `StreamAttribute.draining`."""
         self.stay()

@@ -153,6 +153,11 @@ class Options:
     max_requests: int = _option(0, count(0), "Requests after which a worker is replaced; 0: never.")
     max_requests_jitter: int = _option(0, count(0), "Up to so many requests more, by chance, for each worker.")
     max_memory_bytes: int = _option(0, size(), "Resident memory at which a worker is replaced; 0: never.")
+    memory_pressure_bytes: int = _option(
+        0,
+        size(),
+        "Resident memory above which a worker accepts nothing, and ends the connections that hold most; 0: never.",
+    )
     max_age_s: float = _option(0.0, duration(), "Age at which a worker is replaced; 0: never.")
     trusted_proxy: tuple[str, ...] = _option(
         ("127.0.0.1", "::1", "unix"),

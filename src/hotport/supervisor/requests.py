@@ -378,4 +378,5 @@ def _describe_worker(process: Process, phase: Phase, seen: Inspection | None, no
         requests=seen.requests if seen else None,
         rss_bytes=seen.rss_bytes if seen else rss_bytes(process.pid),
         log_dropped=seen.log_dropped if seen else None,
+        cuts=seen.cuts if seen else {},
     )

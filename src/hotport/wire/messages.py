@@ -262,6 +262,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True, tag="inspection"):
         errors: Requests that failed: answers of 5xx, and those that were broken off.
         lag_s: How long its event loop was held up at most since it was last asked, if it was asked for that.
         log_dropped: Lines of its log that could not be written.
+        cuts: Connections that it has cut, by fate.
     """
 
     connections: int
@@ -274,6 +275,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True, tag="inspection"):
     errors: int = 0
     lag_s: float = 0.0
     log_dropped: int = 0
+    cuts: dict[str, int] = {}
 
 
 class TlsReloaded(msgspec.Struct, frozen=True, kw_only=True, tag="tls_reloaded"):
@@ -471,6 +473,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         log_dropped: Lines of its log that could not be written.
+        cuts: Connections that it has cut, by fate.
     """
 
     worker: int
@@ -486,6 +489,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     rss_bytes: int | None = None
     lingering: tuple[Lingering, ...] = ()
     log_dropped: int | None = None
+    cuts: dict[str, int] = {}
 
 
 class WatchStatus(msgspec.Struct, frozen=True, kw_only=True):

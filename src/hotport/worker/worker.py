@@ -83,6 +83,7 @@ from hotport.wire.sdnotify import encode_notification
 from hotport.worker import background
 from hotport.worker.handoff import Channel
 from hotport.worker.lag import LagMeter
+from hotport.worker.pressure import Pressure
 from hotport.worker.server import ConnectionServer, Server, make_server
 
 __all__ = ["Worker"]
@@ -149,6 +150,7 @@ class Worker:
         self._draining: asyncio.Task[None] | None = None
         self._beside: set[asyncio.Task[None]] = set()  # what the next order does not wait for
         self._lag = LagMeter()
+        self._pressure: Pressure | None = None
         self._is_quiesced = False
         self._following: asyncio.Task[None] | None = None  # while it is quiesced and hands connections over
         # A service manager may signal everybody at once: whoever leaves takes what waits in the accept queue along.
@@ -180,6 +182,8 @@ class Worker:
                 return await self._serve()
         finally:
             self._lag.close()
+            if self._pressure is not None:
+                self._pressure.close()
             for peer in list(self._peers):
                 peer.close()
             self._unwatch_files()
@@ -258,6 +262,8 @@ class Worker:
             self._loop.call_later(age, self._expire, f"served for {age:.0f} s")
         if self._options.max_memory_bytes:
             self._check_memory()
+        if self._options.memory_pressure_bytes and self._server is not None:
+            self._pressure = Pressure(self._server.connections, self._options.memory_pressure_bytes)
 
     def _check_memory(self) -> None:
         used = rss_bytes(os.getpid())
@@ -578,6 +584,7 @@ class Worker:
             errors=connections.errors if connections else 0,
             lag_s=self._lag.read() if is_watched else 0.0,
             log_dropped=dropped(),
+            cuts=dict(connections.cuts) if connections else {},
         )
 
     def _reload_tls(self) -> str:

@@ -244,6 +244,11 @@ class HttpConnection(asyncio.Protocol):
         """What no request was made of, raw: a head that has not arrived whole, and what was not parsed behind it."""
         return self._head + self._rest
 
+    @property
+    def held_bytes(self) -> int:
+        unsent = self.transport.get_write_buffer_size() if self._is_attached else 0
+        return self._waiting_bytes() + len(self._head) + len(self._rest) + unsent
+
     def drain(self) -> None:
         """Let the next answer that has no request behind it be the last."""
         if stands_still(self._handoff):

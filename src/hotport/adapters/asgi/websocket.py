@@ -403,6 +403,12 @@ class WebSocketConnection(asyncio.Protocol):
         """
         return self.is_open and self._cutter.is_between_frames
 
+    @property
+    def held_bytes(self) -> int:
+        arriving = 0 if self._assembly is None else self._assembly.size
+        unread = len(self._early) + len(self._cutter.rest)
+        return self._session.waiting_bytes + arriving + unread + self.transport.get_write_buffer_size()
+
     def drain(self) -> None:
         """Close with 1012 at a random moment: clients reconnect when they are closed, and not all at once like this."""
         if stands_still(self.handoff):
