@@ -55,6 +55,29 @@ def repetition(restarts: int) -> float:
     return max(1.0, restarts / USUAL_RESTARTS)
 
 
+class Footprint(NamedTuple):
+    """What a supervisor has: descriptors, processes below it (zombies too), files of its service, memory of its own.
+
+    The memory is what would be free if it ended (unique set size, /proc/PID/smaps): pages of libraries are left out.
+    """
+
+    descriptors: int
+    processes: int
+    files: int
+    memory_bytes: int
+
+    def assert_kept(self, later: Footprint, times: int) -> None:
+        """`later`, `times` restarts after this one, nothing is more but 2 KiB of memory for each; take it when warm.
+
+        Less than 100 are too few for that: the allocator takes memory in pieces of 256 KiB and more.
+        """
+        assert all(after <= before for before, after in zip(self[:3], later[:3], strict=True)), (self, later)
+        grown = later.memory_bytes - self.memory_bytes
+        assert grown < (2048 * times if times >= 100 else 1 << 20), f"{grown} bytes in {times}"
+        if times >= 100:
+            print(f"\n{times} times: {later[:3]} before and after, {grown / times:.0f} bytes of memory for each")
+
+
 class Service(ServeProcess):
     """``hotport serve`` as the tests of hotport itself need it: with JSON in its log, and with its commands.
 
@@ -132,6 +155,11 @@ class Service(ServeProcess):
     def descriptors(self) -> int:
         """How many descriptors the supervisor has open."""
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def footprint(self) -> Footprint:
+        """What the supervisor has now."""
+        memory_bytes = psutil.Process(self.process.pid).memory_full_info().uss
+        return Footprint(self.descriptors(), len(self.descendants()), len(os.listdir(self.runtime)), memory_bytes)
 
     def descendants(self) -> list[int]:
         """Every live process below the supervisor, by /proc."""

@@ -21,6 +21,7 @@ from tests.support import (
     LINE_APP,
     RESTARTS,
     SLOWNESS,
+    Footprint,
     Gate,
     Hammer,
     Service,
@@ -471,25 +472,23 @@ def test_stop_now_does_not_wait_for_connections(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(60 * SLOWNESS + 10 * SLOWNESS * RESTARTS)
-def test_many_restarts_leave_nothing_behind(tmp_path: Path) -> None:
+def test_many_restarts_leave_nothing_behind(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     last = 10 * RESTARTS
     warm = last // 2
     write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
     with Service(tmp_path, "app:app", "--settle", "0").wait_ready() as service:
-        rss: dict[int, int] = {}
-        counts: dict[int, tuple[int, int, int]] = {}
-        supervisor = psutil.Process(service.process.pid)
+        found: dict[int, Footprint] = {}
         for number in range(1, last + 1):
             report = service.ask(RestartRequest())[-1]
             assert report.outcome == "done"
             assert ask_line(service.port).generation == str(number + 1)
             if number in (warm, last):
                 eventually(lambda: len(service.descendants()) == 1, "one worker is left")
-                counts[number] = (service.descriptors(), supervisor.num_threads(), len(service.descendants()))
-                rss[number] = supervisor.memory_info().rss
-        assert counts[last] == counts[warm]
-        assert rss[last] < rss[warm] + (1 << 20)
-        assert len(list(service.runtime.iterdir())) == 3  # control, notify, one worker
+                found[number] = service.footprint()
+        with capfd.disabled():
+            found[warm].assert_kept(found[last], last - warm)
+        assert found[last].files == 3  # control, notify, one worker
+        assert psutil.Process(service.process.pid).num_threads() == 1
 
 
 def test_edits_of_one_size_in_one_second_are_all_served(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tests.support import (
     DEADLINE_S,
     LINE_APP,
     RESTARTS,
+    Footprint,
     Gate,
     Hammer,
     Service,
@@ -38,7 +39,10 @@ def take_over(directory: Path, *args: str, env: dict[str, str] | None = None) ->
 
 
 @pytest.mark.soak
-def test_service_moves_from_one_supervisor_to_the_next_without_a_loss(tmp_path: Path) -> None:
+def test_service_moves_from_one_supervisor_to_the_next_without_a_loss(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    warm: Footprint | None = None
     with ending(tmp_path), ExitStack() as stack:
         write_code(tmp_path / "app.py", HTTP_APP.format(fault=""))
         old = stack.enter_context(Service(tmp_path, *HTTP, "--workers", "2")).wait_ready()
@@ -54,8 +58,12 @@ def test_service_moves_from_one_supervisor_to_the_next_without_a_loss(tmp_path: 
             assert status["generation"] == number + 1
             assert status["pid"] == new.process.pid
             assert status["addresses"] == (address,)
+            warm = warm or new.footprint()
             old = new
         assert [each.ask() for each in kept] == [(RESTARTS + 1, False)] * 20
+        assert warm is not None
+        with capfd.disabled():
+            warm.assert_kept(old.footprint(), RESTARTS)
         assert old.restart()["connections"] == {"moved_http": 20}
 
 

@@ -20,6 +20,7 @@ from tests.service.test_recovery import FOREIGN, assert_healthy
 from tests.support import (
     LINE_APP,
     RESTARTS,
+    Footprint,
     Gate,
     Hammer,
     Service,
@@ -102,7 +103,8 @@ def test_supervisor_is_upgraded_to_another_interpreter_and_back_without_a_loss(
 
 
 @pytest.mark.soak
-def test_connections_and_signals_survive_the_exec(tmp_path: Path) -> None:
+def test_connections_and_signals_survive_the_exec(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    warm: Footprint | None = None
     write_code(tmp_path / "app.py", HTTP_APP.format(fault=""))
     with Service(tmp_path, "app:app", "--lifespan", "off", "--keep-alive", "1h") as service:
         descriptors = service.wait_ready().descriptors()
@@ -115,6 +117,10 @@ def test_connections_and_signals_survive_the_exec(tmp_path: Path) -> None:
             assert service.restart()["connections"] == {"moved_http": 10}
             assert [each.ask() for each in kept] == [(number, False)] * 10
             assert service.descriptors() <= descriptors
+            warm = warm or service.footprint()
+        assert warm is not None
+        with capfd.disabled():
+            warm.assert_kept(service.footprint(), RESTARTS)
         for each in kept:
             each.sock.close()
         assert service.stop() == 0
