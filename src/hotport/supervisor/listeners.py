@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -33,6 +34,10 @@ __all__ = ["Listener", "Listeners", "Rebound", "listen"]
 
 #: Why a socket file is not made again that a service manager has made.
 NOT_OURS: Final = "a service manager made it: systemctl restart its socket unit, and then the service"
+
+#: The kernel counts a reset after it has sent it (tcp_v4_send_reset() in net/ipv4/tcp_ipv4.c): another processor may
+#: be in between.
+COUNTED_S: Final = 0.002
 
 
 @dataclass(eq=False, slots=True)
@@ -278,6 +283,8 @@ class Listeners:
             except HotportError as error:
                 each.sock, each.why_lost = None, error.cause
                 result.why = f"{each.address}: {error.cause}"
+        if common:
+            time.sleep(COUNTED_S)
         result.refused = max(0, resets_sent() - before - result.reset)
         return result
 
