@@ -94,22 +94,8 @@ clean:
 	rm -rf $(VENV) .venv-* build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# What pip cannot install, by command; after a colon its package, if that is called otherwise. Tests that need a missing
-# program skip and say so. nginx is not among them: it would begin to listen on port 80. (systemd starts nothing where it
-# is not process 1 already.)
-DEBIAN := wrk chromium haproxy strace lsof systemd-analyze:systemd
-
 debian:
-	@missing=; for name in $(DEBIAN); do \
-	  PATH="$$PATH:/usr/sbin" command -v $${name%%:*} >/dev/null || missing="$$missing $${name##*:}"; \
-	done; \
-	[ -n "$$missing" ] || exit 0; \
-	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$missing; } \
-	    >/dev/null 2>&1 || echo "make: could not install$$missing; the tests that need it will skip" >&2; \
-	else \
-	  echo "make: not installed (apt-get install$$missing); the tests that need it will skip" >&2; \
-	fi
+	@tests/debian.sh
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: hotport needs Python >= 3.11; try make PYTHON=python3.12")'

@@ -395,7 +395,9 @@ def need(program: str) -> str:
     """The path of a program that is not Python; skips the test without it."""
     import pytest
 
-    found = shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")  # Debian's is root's only
+    unpacked = Path(__file__).parents[1] / "build" / "debian" / "bin"  # by debian.sh
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:{unpacked}"  # Debian's is root's only
+    found = shutil.which(program, path=path)
     if found is None:
         pytest.skip(f"{program} is not installed")
     return found
