@@ -24,8 +24,9 @@ from tests.support import RESTARTS, SLOWNESS, collect, repetition
 #: Thousands of interpreters are started; where byte code is forbidden, each would compile all of hotport.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-#: A shell has commands in the background ignore these, which they would pass on to all that they start (POSIX, 2.11).
-for _number in (signal.SIGINT, signal.SIGQUIT):
+#: A shell has commands in the background ignore these, and nohup(1) the last one, which they would pass on to all that
+#: they start (POSIX, 2.11).
+for _number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
