@@ -542,7 +542,7 @@ class HttpConnection(asyncio.Protocol):
     def _take_turn_soon(self) -> None:
         if not self._is_turn_due:
             self._is_turn_due = True
-            self.shared.loop.call_soon(self._take_turn)
+            self.shared.turns.wait(self._take_turn)
 
     def _work(self) -> None:
         """Parse what has come, and begin requests: as far as there is room, for `TURN_S`. The rest waits."""

@@ -16,6 +16,7 @@ from hotport.adapters.asgi.session import Session
 from hotport.adapters.asgi.spec import Application
 from hotport.adapters.asgi.websocket import WebSockets
 from hotport.adapters.base import Context
+from hotport.adapters.turns import Turns
 from hotport.trust import Trusted
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Shared:
         "small_head_bytes",
         "state",
         "trusted",
+        "turns",
         "variables",
         "websockets",
     )
@@ -103,6 +105,7 @@ class Shared:
             options.send_timeout_s,
             options.ws_ping_interval_s,
         )
+        self.turns = Turns(loop)
         self.deadlines: Deadlines[Member] = Deadlines(min(s for s in (*waits, options.ws_ping_timeout_s) if s), loop)
         self.keep_alive_ticks = self.deadlines.ticks(options.keep_alive_s)
         self.linger_ticks = self.deadlines.ticks(LINGER_S)

@@ -746,7 +746,7 @@ class WebSocketConnection(asyncio.Protocol):
         self._pause_reading()
         if not self._is_scheduled:
             self._is_scheduled = True
-            self.shared.loop.call_soon(self._go_on)
+            self.shared.turns.wait(self._go_on)
 
     def _go_on(self) -> None:
         self._is_scheduled = False
