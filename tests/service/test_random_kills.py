@@ -275,10 +275,9 @@ def _strike(kind: str, killer: Killer, service: Service, begin: Callable[..., Se
             killer.wait_a_moment()
             if heir.process.poll() is None and service.process.poll() is None:
                 killer.supervisor(kind, service if kind == "predecessor" else heir)
-            service = heir if heir.process.poll() is None else service
-            if service.process.poll() is not None:  # it had given the service away
-                service = begin().wait_ready()
-            eventually(lambda: _answers(service), "who lives has the paths of the service")
+            left = heir if heir.process.poll() is None else service
+            eventually(lambda: left.process.poll() is not None or _answers(left), "it has the service's paths, or ends")
+            service = left if left.process.poll() is None else begin().wait_ready()  # it had given the service away
         case "newcomer" | "old worker":
             asked = killer.restart(service)
             killer.wait_a_moment()
