@@ -332,7 +332,7 @@ def test_tls_must_be_spoken_and_trusted(tmp_path: Path, url: str) -> None:
         service.wait_ready()
         https = f"https://localhost:{service.port}/"
         said = refused(https)
-        light = ("--tls", "10/s", "--connect", "10/s", "--duration", "300ms", "--json", "-")
+        light = ("--tls", "10/s", "--connect", "10/s", "--duration", "1s", "--json", "-")
         insecure = json.loads(churn(https, *light, "--insecure").stdout)
         trusted = json.loads(churn(https, *light, env={"SSL_CERT_FILE": str(pki.ca)}).stdout)
     assert_three_lines(said, "HP713")

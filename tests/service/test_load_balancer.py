@@ -94,13 +94,13 @@ def hosts() -> dict[str, str]:
 
 @contextmanager
 def server(directory: Path, name: str, host: str, *args: str) -> Iterator[Service]:
-    where = ("--bind", f"{host}:8000", "--status-bind", f"{host}:9000", "--keep-alive", "1s")
+    where = ("--bind", f"{host}:8000", "--status-bind", f"{host}:9000", "--keep-alive", "5s")
     with Service(directory, "app:app", *where, *args, name=name, env={"WHO": name}) as service:
         yield service.wait_ready()
 
 
 def wait_left_alone(service: Service) -> None:
-    """Return when the balancer has let its connections go: they are idle for a second, and then closed."""
+    """Return when the balancer has let its connections go: they are idle for a while, and then closed."""
     service.wait_until(lambda: not any(each["connections"] for each in service.status()["workers"]), "all have left")
 
 
