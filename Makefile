@@ -22,7 +22,7 @@ export COVERAGE_FILE := $(CURDIR)/build/coverage/data
 help:
 	@echo "make demo    install, then restart a real app under load and show what its clients saw"
 	@echo "make test    lint, types, import contracts, tests, coverage"
-	@echo "make soak    what make test repeats a few times, 20 times and at every step; takes about an hour"
+	@echo "make soak    what make test repeats a few times, 20 times and at every step; takes half an hour"
 	@echo "make lint    the first half of it"
 	@echo "make quick   the tests that run in one process, without coverage"
 	@echo "make pythons the same on each other Python that this machine has"
