@@ -463,3 +463,15 @@ async def test_application_hears_that_a_client_has_left_that_is_not_read_from() 
         await until(lambda: not rig.connections.open)
         assert rig.connections.requests == 101
         theirs.close()
+
+
+async def test_body_that_arrives_later_than_the_turn_of_its_head_is_read() -> None:
+    """Reading was paused by the first turn, and not resumed by the last one."""
+    request = chunked("/", b"in", b"pieces")
+    async with serving(echo, turn_s=0) as rig:
+        connection, transport = rig.memory()
+        connection.data_received(TINY + request[:-20])
+        await until(lambda: b"".join(transport.writes).count(b"HTTP/1.1 200") == 1)
+        await until(transport.is_reading)
+        connection.data_received(request[-20:])
+        await until(lambda: b"inpieces" in b"".join(transport.writes))

@@ -563,7 +563,7 @@ class HttpConnection(asyncio.Protocol):
             return
         if self._rest or not self._has_room():
             self._pause_reading()
-            self.resume_reading_if_room()
+        self.resume_reading_if_room()  # also if it was the turn before this one that has paused it
         if self._current is None:
             if self._arriving is not None:  # a body that nobody reads
                 self._wait(self.shared.keep_alive_ticks)
