@@ -17,6 +17,7 @@ import h11
 
 from hotport.adapters.asgi import AsgiAdapter
 from hotport.adapters.asgi import http as http_module
+from hotport.adapters.asgi import websocket as websocket_module
 from hotport.adapters.asgi.http import HttpConnection
 from hotport.adapters.asgi.spec import Application, Receive, Scope, Send
 from hotport.adapters.base import Connections, Context
@@ -308,7 +309,10 @@ async def serving(application: Application, *, turn_s: float = math.inf, **optio
     rig = Rig(application, **options)
     await rig.adapter.startup()
     try:
-        with mock.patch.object(http_module, "TURN_S", turn_s):
+        with (
+            mock.patch.object(http_module, "TURN_S", turn_s),
+            mock.patch.object(websocket_module, "TURN_S", turn_s),
+        ):
             yield rig
     finally:
         rig.close()

@@ -21,7 +21,6 @@ from websockets.protocol import Protocol, Side
 from websockets.protocol import State as ProtocolState
 
 from hotport.adapters.asgi import deadlines
-from hotport.adapters.asgi import websocket as websocket_module
 from hotport.adapters.asgi.frames import COMPRESSED_BYTES_MAX, PART_BYTES_MIN, Cutter, Violation
 from hotport.adapters.asgi.spec import Receive, Scope, Send
 from hotport.adapters.asgi.states import WebSocketState as State
@@ -412,13 +411,10 @@ async def test_close_without_reading_frees_everything() -> None:
 # -- turns -----------------------------------------------------------------------------------------------------
 
 
-async def test_others_have_their_turn_between_two_parts_of_what_one_client_sends(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_others_have_their_turn_between_two_parts_of_what_one_client_sends() -> None:
     """Another client waited until everything was inflated that a flood had brought in one read."""
-    monkeypatch.setattr(websocket_module, "TURN_S", 0.0)
     app = Takes(at_once=True)
-    async with serving(app) as rig:
+    async with serving(app, turn_s=0.0) as rig:
         connection, wire = await open_raw(rig, "/", DEFLATE)
         connection.data_received(deflated(bytes(4 * MIB)) + text("x") * 20)
         others = 0
