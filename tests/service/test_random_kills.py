@@ -122,13 +122,14 @@ class Load:
     def _run(self, client: int) -> None:
         is_kept, number = client % 2 == 0, 0
         while not self._is_over.is_set():
+            connected_s = time.monotonic()  # before: a worker may be killed with it before this thread runs on
             try:
                 sock = socket.create_connection(("127.0.0.1", self._port), DEADLINE_S)
             except OSError as error:  # the port is never refused
                 self._note(wrong=f"connect: {error!r}")
                 continue
             with sock:
-                connected_s, port, goes_on = time.monotonic(), sock.getsockname()[1], True
+                port, goes_on = sock.getsockname()[1], True
                 while goes_on and not self._is_over.wait(0.003):
                     number += 1
                     path = f"/{client}/{number}/{'slow' if number % 4 == 0 else 'quick'}"
