@@ -255,15 +255,15 @@ def reset(sock: socket.socket, *, is_shared: bool) -> None:
         ctypes.CDLL(None).connect(sock.fileno(), bytes(16), 16)
 
 
-def ended_by_peer(descriptors: Iterable[int]) -> list[int]:
-    """Those of some connections whose peer sends no more, or is gone; also if what it sent before was not read.
+def ended_by_peer(descriptors: Iterable[int]) -> dict[int, bool]:
+    """Those of some connections whose peer sends no more, also if what it sent before was not read; whether it is gone.
 
-    Sources: poll(2) POLLRDHUP, POLLHUP, POLLERR.
+    Sources: poll(2) POLLRDHUP; POLLHUP and POLLERR are reported without being asked for.
     """
     poll = select.poll()
     for fd in descriptors:
         poll.register(fd, select.POLLRDHUP)
-    return [fd for fd, _ in poll.poll(0)]
+    return {fd: bool(events & (select.POLLHUP | select.POLLERR)) for fd, events in poll.poll(0)}
 
 
 def unsent_bytes(sock: socket.socket) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import select
 import socket
 from collections.abc import Callable
 from typing import Final, Generic, Protocol, TypeVar
+
+from hotport.kernel.sockets import ended_by_peer
 
 __all__ = ["Deadlines", "Member", "Pace", "Paused"]
 
@@ -124,16 +125,11 @@ class Deadlines(Generic[M]):
         self._timer = self._loop.call_later(self._tick_s, self._on_timer) if self._members else None
 
     def _see_hangups(self) -> None:
-        """Sources: poll(2) POLLRDHUP; POLLHUP and POLLERR are reported without being asked for."""
-        poll = select.poll()
-        members: dict[int, Paused] = {}
-        for member in self.paused:
-            if member.sock is not None and (fd := member.sock.fileno()) >= 0:
-                members[fd] = member
-                poll.register(fd, select.POLLRDHUP)
-        for fd, events in poll.poll(0):
+        members = {member.sock.fileno(): member for member in self.paused if member.sock is not None}
+        members.pop(-1, None)  # closed
+        for fd, is_gone in ended_by_peer(members).items():
             try:
-                members[fd].hung_up(is_gone=bool(events & (select.POLLHUP | select.POLLERR)))
+                members[fd].hung_up(is_gone=is_gone)
             except Exception:
                 log.exception("the end of a connection was not dealt with")
 

@@ -43,6 +43,7 @@ from hotport.adapters.base import (
     taken_bytes,
 )
 from hotport.adapters.turns import TURN_S
+from hotport.kernel.sockets import unsent_bytes
 from hotport.wire.envelope import HttpState
 
 __all__ = ["HttpConnection"]
@@ -1045,19 +1046,16 @@ class HttpConnection(asyncio.Protocol):
 
     def _has_unread(self) -> bool:
         """Whether bytes of the client wait in the kernel (tcp(7), SIOCINQ)."""
-        return self._ask_kernel(termios.FIONREAD) > 0
+        if self.sock is None:
+            return False
+        try:
+            return fcntl.ioctl(self.sock, termios.FIONREAD, bytes(4)) != bytes(4)
+        except (OSError, ValueError):  # closed
+            return False
 
     def _has_unsent(self) -> bool:
-        """Whether bytes for the client wait in the kernel, or are not acknowledged (tcp(7), SIOCOUTQ)."""
-        return self._ask_kernel(termios.TIOCOUTQ) > 0
-
-    def _ask_kernel(self, question: int) -> int:
-        if self.sock is None:
-            return 0
-        try:
-            return int.from_bytes(fcntl.ioctl(self.sock, question, bytes(4)), sys.byteorder)
-        except (OSError, ValueError):  # closed
-            return 0
+        """Whether bytes for the client wait in the kernel, or are not acknowledged."""
+        return self.sock is not None and unsent_bytes(self.sock) > 0
 
     # -- endings -------------------------------------------------------------------------------------------
 
