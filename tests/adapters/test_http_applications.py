@@ -262,6 +262,19 @@ async def test_whatever_an_application_does_its_client_is_told_and_so_is_the_log
     assert (deed.log or "") in "".join(told)
 
 
+async def test_what_was_written_of_a_broken_answer_arrives_also_after_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body", "body": b"half", "more_body": True})
+        raise ValueError("no more")
+
+    monkeypatch.setattr("hotport.adapters.base.has_forked", lambda: True)
+    async with serving(app) as rig:
+        client, _ = await rig.connect()
+        await client.send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await client.read_to_end()).endswith(b"\r\n\r\n4\r\nhalf\r\n")
+
+
 def error_of(record: logging.LogRecord) -> str:
     error = record.exc_info and record.exc_info[1]
     return f"{type(error).__name__}: {error}" if error else ""

@@ -213,8 +213,12 @@ def end_for_client(connection: Connection, handoff: Handoff | None) -> None:
 
 
 def abort_for_client(connection: Connection, transport: asyncio.Transport, handoff: Handoff | None) -> None:
-    """End a connection at once, for the client as in `end_for_client`: what was written and has not left is lost."""
-    end_for_client(connection, handoff)
+    """End a connection at once, for the client as in `end_for_client`: what was written and has not left is lost.
+
+    What was written in this turn has its chance: uvloop before 0.22 hands it to the kernel at the end of the turn.
+    """
+    if has_forked():  # behind this turn, and before the descriptor is closed, which is one that is called soon, too
+        asyncio.get_running_loop().call_soon(end_for_client, connection, handoff)
     transport.abort()
 
 
