@@ -429,6 +429,12 @@ UPGRADES = [
         ROOT,
     ),
     serves(
+        "upgrade-body-begins-with-an-empty-line",
+        POST + b"Connection: upgrade\r\nUpgrade: foo\r\nContent-Length: 4\r\n\r\n\r\nhi" + GET + END,
+        posted(b"\r\nhi"),
+        ROOT,
+    ),
+    serves(
         "upgrade-chunked",
         POST + b"Connection: upgrade\r\nUpgrade: foo\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n",
         posted(b"hi"),

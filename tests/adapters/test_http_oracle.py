@@ -90,6 +90,7 @@ DIFFERENCES: Final[dict[str, str]] = {
         "an upgrade that is declined is a request like others: with its body, and with what comes behind it": [
             "upgrade-unknown",
             "upgrade-body",
+            "upgrade-body-begins-with-an-empty-line",
             "upgrade-chunked",
             "upgrade-h2c",
             "upgrade-bad-chunk",

@@ -510,7 +510,7 @@ class HttpConnection(asyncio.Protocol):
             and not self._head
             and not self._rest
             and data.endswith(END_OF_HEAD)
-            and data.rfind(END_OF_HEAD, 0, -4) < 0  # half as long as looking from the front
+            and data.rfind(END_OF_HEAD, 0, -1) < 0  # half as long as looking from the front
             and (
                 size <= self.shared.small_head_bytes
                 or (size <= self.shared.options.head_max_bytes and data.count(b"\n") <= self.shared.head_lines_max)
