@@ -49,6 +49,32 @@ async def test_worker_that_ends_while_it_is_asked_is_taken_to_leave(tmp_path: Pa
     assert found.going == 2
 
 
+async def test_worker_that_is_slow_to_answer_is_asked_again_while_there_is_no_listener(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two generations of the strategy rebind the only worker that goes on has no listener."""
+    monkeypatch.setattr("hotport.supervisor.recovery.ANSWER_TIMEOUT_S", 0.01)
+    hello = Hello(pid=os.getpid(), service="svc", generation=1, worker=1, phase="ready")
+
+    async def behave(listener: socket.socket) -> None:
+        await anyio.wait_readable(listener)
+        with listener.accept()[0] as hasty:
+            while hasty.recv(4096):
+                await anyio.wait_readable(hasty)
+        await anyio.wait_readable(listener)
+        with listener.accept()[0] as patient:
+            patient.send(encode_frame(encode(hello)) + encode_frame(encode(Listening(addresses=()))))
+            await anyio.wait_readable(patient)
+
+    path = tmp_path / "worker-1.1.sock"
+    with bind_control(str(path)) as control:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(behave, control)
+            found = await survey(str(tmp_path))
+    path.unlink()
+    assert [(each.has_answered, each.phase) for each in found.survivors] == [(True, Phase.READY)]
+
+
 async def test_another_users_socket_is_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next supervisor would have taken its listeners, and sent its signals to the stranger's process."""
     monkeypatch.setattr("hotport.kernel.sockets.peer_credentials", lambda sock: STRANGER)

@@ -49,6 +49,10 @@ __all__ = ["Found", "Survivor", "survey"]
 #: supervisor's word: it has been started.
 ANSWER_TIMEOUT_S: Final = 2.0
 
+#: It is asked once more, for so long, if no listener was found without its answer: then nothing could be started, and a
+#: busy machine is a likelier reason than a worker that hangs.
+LAST_ANSWER_TIMEOUT_S: Final = 20.0
+
 _PHASES: Final = {phase.value: phase for phase in (Phase.STARTING, Phase.READY, Phase.SERVING, Phase.QUIESCED)}
 
 
@@ -73,6 +77,11 @@ class Survivor:
     memory: Memory | None = None
     listeners: dict[str, socket.socket] = field(default_factory=dict)
     has_answered: bool = False
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it may have listeners of which it has not told."""
+        return not self.has_answered and self.phase is not Phase.DRAINING
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,20 +146,7 @@ async def survey(
             path = os.path.join(directory, file)
             survivors.setdefault((generation, worker), Survivor(worker, generation, 0, path))
     asked = list(survivors.values())
-    # Outside of the task group, which would wrap an error.
-    errors: list[HotportError] = []
-
-    async def ask(survivor: Survivor) -> None:
-        with Containing("survey", path=survivor.control_path), anyio.move_on_after(ANSWER_TIMEOUT_S):
-            try:
-                await _ask(survivor)
-            except HotportError as error:
-                errors.append(error)
-
-    async with anyio.create_task_group() as tasks:
-        for survivor in asked:
-            if not survivor.is_foreign:
-                tasks.start_soon(ask, survivor)
+    errors = await _ask_all(asked, ANSWER_TIMEOUT_S)
     alive = [survivor for survivor in asked if survivor.pid]
     if not alive:
         _tidy(directory)
@@ -158,6 +154,8 @@ async def survey(
         if not survivor.has_answered:
             _take(survivor)
     try:
+        if not carried and not errors and not any(survivor.listeners for survivor in alive):
+            errors = await _ask_all([survivor for survivor in alive if survivor.is_silent], LAST_ANSWER_TIMEOUT_S)
         if errors:
             raise errors[0]
         found = _number(alive, memory, numbers or {})
@@ -168,6 +166,25 @@ async def survey(
                 listener.close()
         raise
     return found
+
+
+async def _ask_all(survivors: Sequence[Survivor], timeout_s: float) -> list[HotportError]:
+    """Ask each of them that can be asked, all at once, and return why some of them cannot be supervised."""
+    # Outside of the task group, which would wrap an error.
+    errors: list[HotportError] = []
+
+    async def ask(survivor: Survivor) -> None:
+        with Containing("survey", path=survivor.control_path), anyio.move_on_after(timeout_s):
+            try:
+                await _ask(survivor)
+            except HotportError as error:
+                errors.append(error)
+
+    async with anyio.create_task_group() as tasks:
+        for survivor in survivors:
+            if not survivor.is_foreign:
+                tasks.start_soon(ask, survivor)
+    return errors
 
 
 def _tidy(directory: str) -> None:
@@ -209,7 +226,7 @@ def _gather(found: Found, carried: Mapping[str, socket.socket], directory: str) 
                 listener.close()
             survivor.listeners[address] = kept
             found.listeners.setdefault(survivor.generation, {}).setdefault(address, kept)
-    silent = [each for each in found.survivors if each.phase is not Phase.DRAINING and not each.has_answered]
+    silent = [each for each in found.survivors if each.is_silent]
     if silent and not found.listeners:
         pids = " ".join(str(each.pid) for each in silent)
         raise ControlError(
