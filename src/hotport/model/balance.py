@@ -1,0 +1,55 @@
+"""How workers share what comes to their accept queue: decisions only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+__all__ = ["Deferral", "is_ahead"]
+
+#: A worker is ahead if it has more connections than the mean by this ratio and this number. The number lets small
+#: counts differ: leaving the queue to others costs a wake-up and, at worst, a deferral.
+AHEAD_RATIO: Final = 0.03
+AHEAD_MIN: Final = 1
+
+#: The longest that a connection waits in the accept queue for a worker that has fewer.
+DEFER_S: Final = 0.001
+
+#: How many connections a worker takes at most before it leaves the queue to others again that have not taken from it.
+INSIST_MAX: Final = 16
+
+
+def is_ahead(mine: int, others: Sequence[int]) -> bool:
+    """Whether a worker has clearly more connections than those that take from the same accept queue, on average."""
+    if not others:
+        return False
+    mean = (mine + sum(others)) / (1 + len(others))
+    return mine > mean * (1 + AHEAD_RATIO) + AHEAD_MIN
+
+
+class Deferral:
+    """How often a worker that is ahead leaves the accept queue to others that may not take from it.
+
+    They may hang, or be without a processor. So each time in a row that they have left a connection, this worker takes
+    twice as many before it defers again: 1, 2, 4, up to `INSIST_MAX`.
+    """
+
+    __slots__ = ("_left", "_next")
+
+    def __init__(self) -> None:
+        self._left = 0
+        self._next = 1
+
+    def is_due(self) -> bool:
+        """Whether to leave the next connection to others; asked once for each."""
+        if self._left:
+            self._left -= 1
+            return False
+        return True
+
+    def ended(self, *, was_taken: bool) -> None:
+        """They have taken what was left to them, or this worker has had to take a connection itself."""
+        if was_taken:
+            self._left, self._next = 0, 1
+        else:
+            self._left, self._next = self._next - 1, min(2 * self._next, INSIST_MAX)
