@@ -262,6 +262,8 @@ class Connections:
         self.fates: Counter[str] = Counter()
         #: Connections that were cut, by fate, since the start; `fates` has those of a drain.
         self.cuts: Counter[str] = Counter()
+        #: One number: how many are open, for other workers to see (`hotport.kernel.loadpage`).
+        self.gauge: list[int] | memoryview = [0]
         self.accepted = 0
         self.adopted = 0
         self.requests = 0
@@ -302,6 +304,7 @@ class Connections:
     def opened(self, connection: Connection) -> None:
         """Take a connection into the registry; it is told at once if the worker is already leaving."""
         self.open[connection] = self._now()
+        self.gauge[0] = len(self.open)
         self.accepted += 1
         if self.is_leading:
             self.tell(connection)
@@ -398,6 +401,7 @@ class Connections:
     def _let_go(self, connection: Connection) -> bool:
         if self.open.pop(connection, None) is None:
             return False
+        self.gauge[0] = len(self.open)
         self._stops_moving(connection)
         if self.maximum:
             self._see_room()

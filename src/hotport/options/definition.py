@@ -53,6 +53,7 @@ WORKERS_MAX: Final = 1024
 Kind: TypeAlias = Literal["auto", "asgi", "stream", "protocol", "datagram", "sockets"]
 Loop: TypeAlias = Literal["uvloop", "asyncio"]
 Ready: TypeAlias = Literal["notify", "exec"]
+Balance: TypeAlias = Literal["auto", "off"]
 HandoffChoice: TypeAlias = Literal["auto", "websocket", "off"]
 AccessLog: TypeAlias = Literal["off", "structured", "combined"]
 StrategyChoice: TypeAlias = Literal["auto", "inherit", "transfer", "overlap", "rebind"]
@@ -110,6 +111,11 @@ class Options:
         choice("auto", "websocket", "off"),
         "Which connections a leaving worker hands to its successors: those whose application agrees, WebSockets of any "
         "application as well, or none.",
+    )
+    balance: Balance = _option(
+        "auto",
+        choice("auto", "off"),
+        "Whether workers share connections evenly: one that has more than the others leaves new ones to them.",
     )
     orphan_timeout_s: float = _option(60.0, duration(), "How long workers serve on without a supervisor.")
     keep_alive_s: float = _option(5.0, duration(), "How long an idle HTTP connection stays open.")

@@ -11,15 +11,17 @@ import asyncio
 import errno
 import logging
 import socket
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from hotport.adapters.base import Adapter, Connections
 from hotport.kernel.fork import withhold
 from hotport.kernel.sockets import accept_queue_length
+from hotport.model.balance import DEFER_S
 from hotport.trust import Trusted
 from hotport.wire.proxyprotocol import HEADER_BYTES_MAX, ProxyHeader, ProxyHeaderError, parse_proxy_header
 from hotport.worker import background
+from hotport.worker.share import Share
 from hotport.worker.tls import Tls
 
 __all__ = ["Acceptor", "PlainSocket", "attach"]
@@ -120,6 +122,7 @@ class Acceptor:
             it is closed by `close`.
         tls: Makes every connection a TLS connection, with the context that it has by then.
         proxies: Peers whose connections begin with a PROXY header, which is read before TLS; None for nobody.
+        share: Says when to leave the queue to other workers; None if there are none.
     """
 
     def __init__(
@@ -130,7 +133,9 @@ class Acceptor:
         *,
         tls: Tls | None = None,
         proxies: Trusted | None = None,
+        share: Share | None = None,
     ) -> None:
+        self._share = share
         self._listener = PlainSocket(listener.family, listener.type, listener.proto, fileno=listener.detach())
         self._adapter = adapter
         self._connections = connections
@@ -220,8 +225,11 @@ class Acceptor:
             task.cancel()
 
     def _accept(self) -> None:
-        """Take up to `BATCH` connections."""
+        """Take up to `BATCH` connections, but leave them to other workers while this one is ahead."""
         for _ in range(BATCH):
+            if self._share is not None and self._share.is_ahead():
+                self._rest(DEFER_S, self._see_what_is_left)
+                return
             try:
                 accepted, peer = self._listener.accept()
             except BlockingIOError:
@@ -327,9 +335,26 @@ class Acceptor:
 
     def _wait(self, error: OSError) -> None:
         log.error("cannot accept: %s; trying again in %g s", error, PAUSE_S)
+        self._rest(PAUSE_S, self._resume)
+
+    def _rest(self, pause_s: float, then: Callable[[], None]) -> None:
+        """Leave the accept queue alone for a while."""
         if self._is_accepting:
             self._loop.remove_reader(self._listener)
-            self._pause = self._loop.call_later(PAUSE_S, self._resume)
+            self._pause = self._loop.call_later(pause_s, then)
+
+    def _see_what_is_left(self) -> None:
+        """Take what other workers have not taken meanwhile: a connection waits no longer for them."""
+        assert self._share is not None
+        try:
+            accepted, peer = self._listener.accept()
+        except OSError:
+            self._share.deferred(was_taken=True)
+        else:
+            self._share.deferred(was_taken=False)
+            self._take(accepted, peer)
+        if self._is_accepting:
+            self._resume()
 
     def _resume(self) -> None:
         self._pause = None

@@ -23,6 +23,7 @@ from hotport.worker import background
 from hotport.worker.acceptor import Acceptor
 from hotport.worker.handoff import Channel, Mover, take_connections
 from hotport.worker.probe import probe
+from hotport.worker.share import Share
 from hotport.worker.tls import Tls
 
 __all__ = ["ConnectionServer", "DatagramServer", "Server", "SocketsServer", "make_server"]
@@ -119,8 +120,10 @@ class ConnectionServer:
         hands_off: bool = True,
         names: Sequence[str] = (),
         control_name: str = "",
+        share: Share | None = None,
     ) -> None:
         self.connections = connections
+        self._share = share
         self._control_name = control_name
         self._may_hand_off = self._hands_off = hands_off
         self._mover: Mover | None = None
@@ -140,7 +143,10 @@ class ConnectionServer:
 
     def _acceptors_of(self, listener: socket.socket) -> list[Acceptor]:
         each = (listener, *(listener.dup() for _ in range(self._tasks - 1)))
-        return [Acceptor(s, self._adapter, self.connections, tls=self._tls, proxies=self._proxies) for s in each]
+        return [
+            Acceptor(s, self._adapter, self.connections, tls=self._tls, proxies=self._proxies, share=self._share)
+            for s in each
+        ]
 
     async def startup(self) -> None:
         await self._adapter.startup()
@@ -237,10 +243,14 @@ class ConnectionServer:
             self._tls.reload()
 
     def _stop_acceptors(self) -> None:
+        if self._share is not None:
+            self._share.take_part(False)
         for acceptor in self._acceptors:
             acceptor.stop()
 
     def _start_acceptors(self) -> None:
+        if self._share is not None:
+            self._share.take_part(True)
         for acceptor in self._acceptors:
             if acceptor.fileno() >= 0:
                 acceptor.start()
@@ -494,8 +504,12 @@ def make_server(
     options: Options,
     listeners: Sequence[socket.socket],
     names: Sequence[str] = (),
+    share: Share | None = None,
 ) -> ConnectionServer | DatagramServer | SocketsServer:
     """The server for an application, after its kind.
+
+    Args:
+        share: Of what comes to the listeners, if other workers take from them, too.
 
     Raises:
         StartError: Its kind is unclear or an extra is missing (HP504, HP505), a listener is not for connections
@@ -560,4 +574,5 @@ def make_server(
         hands_off=options.handoff != "off",
         names=names,
         control_name=worker_socket(context.generation, context.worker),
+        share=share,
     )

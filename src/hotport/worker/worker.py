@@ -29,6 +29,7 @@ from hotport.errors import ControlError, ExitCode, HotportError, KernelError, St
 from hotport.kernel.fds import private_directory
 from hotport.kernel.fork import withhold
 from hotport.kernel.inotify import Watch
+from hotport.kernel.loadpage import LoadPage
 from hotport.kernel.notify import notify
 from hotport.kernel.process import numbers, open_descriptors, raise_descriptor_limit, rss_bytes
 from hotport.kernel.scm import send_descriptors
@@ -85,6 +86,7 @@ from hotport.worker.handoff import Channel
 from hotport.worker.lag import LagMeter
 from hotport.worker.pressure import Pressure
 from hotport.worker.server import ConnectionServer, Server, make_server
+from hotport.worker.share import Share
 
 __all__ = ["Worker"]
 
@@ -151,6 +153,7 @@ class Worker:
         self._beside: set[asyncio.Task[None]] = set()  # what the next order does not wait for
         self._lag = LagMeter()
         self._pressure: Pressure | None = None
+        self._page: LoadPage | None = None
         self._is_quiesced = False
         self._following: asyncio.Task[None] | None = None  # while it is quiesced and hands connections over
         # A service manager may signal everybody at once: whoever leaves takes what waits in the accept queue along.
@@ -182,6 +185,8 @@ class Worker:
                 return await self._serve()
         finally:
             self._lag.close()
+            if self._page is not None:
+                self._page.close()
             if self._pressure is not None:
                 self._pressure.close()
             for peer in list(self._peers):
@@ -240,12 +245,31 @@ class Worker:
                 cause=f"it called sys.exit({error.code!r})",
                 fix="guard the call: if __name__ == '__main__':",
             ) from error
-        server = make_server(application, context, options, list(self._listeners.values()), list(self._listeners))
+        server = make_server(
+            application,
+            context,
+            options,
+            list(self._listeners.values()),
+            list(self._listeners),
+            self._take_share(connections),
+        )
         await server.startup()
         revive()
         gc.collect()
         gc.freeze()  # what was imported stays: looking for garbage among it takes longer than most requests
         return server
+
+    def _take_share(self, connections: Connections) -> Share | None:
+        """See the other workers' load, and show them this one's; None where that cannot be."""
+        if self._options.balance == "off":
+            return None
+        try:
+            self._page = LoadPage(os.path.join(self._spec.directory, "load"))
+        except OSError as error:
+            self._log.warning("balance.off", error=str(error))
+            return None
+        connections.gauge = self._page.gauge
+        return Share(self._page, self._spec.generation)
 
     def _fail(self, error: BaseException) -> None:
         """Say why there will be no READY=1: to the supervisor for its report, else in the log."""
