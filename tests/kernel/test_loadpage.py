@@ -15,7 +15,7 @@ from hotport.kernel.loadpage import SLOTS, LoadPage
 OTHER = """
 import sys
 from hotport.kernel.loadpage import LoadPage
-page = LoadPage(sys.argv[1])
+page = LoadPage(sys.argv[1], 2)
 page.gauge[0] = int(sys.argv[2])
 page.join(int(sys.argv[3]))
 print(flush=True)
@@ -38,7 +38,7 @@ def other(path: Path, count: int, group: int, *how: str) -> Iterator[subprocess.
 
 def test_workers_of_a_group_see_each_other(tmp_path: Path) -> None:
     path = tmp_path / "load"
-    with closing(LoadPage(str(path))) as page, other(path, 7, 3), other(path, 9, 4):
+    with closing(LoadPage(str(path), 1)) as page, other(path, 7, 3), other(path, 9, 4):
         assert page.others() != []  # none of them accepts yet, nor does this one
         page.join(3)
         assert page.counts(page.others()) == [7]
@@ -49,7 +49,7 @@ def test_workers_of_a_group_see_each_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_killed", [True, False])
 def test_slot_of_a_process_that_has_ended_is_found_out_and_used_again(tmp_path: Path, is_killed: bool) -> None:
     path = tmp_path / "load"
-    with closing(LoadPage(str(path))) as page:
+    with closing(LoadPage(str(path), 1)) as page:
         page.join(3)
         with other(path, 7, 3) as process:
             if is_killed:
@@ -66,7 +66,7 @@ def test_slot_of_a_process_that_has_ended_is_found_out_and_used_again(tmp_path: 
 
 def test_worker_that_closes_leaves_its_group_and_the_last_one_the_directory(tmp_path: Path) -> None:
     path = tmp_path / "load"
-    page = LoadPage(str(path))
+    page = LoadPage(str(path), 1)
     page.join(3)
     with other(path, 7, 3, "closes"):
         assert len(page.others()) == 1
@@ -81,7 +81,7 @@ def test_without_a_free_slot_there_is_no_page(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("hotport.kernel.loadpage.SLOTS", 1)
     path = tmp_path / "load"
     with other(path, 7, 3), pytest.raises(BlockingIOError, match="no slot is free"):
-        LoadPage(str(path))
+        LoadPage(str(path), 1)
     assert SLOTS > 100
 
 
@@ -89,5 +89,5 @@ def test_a_link_in_place_of_the_page_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "victim").write_bytes(b"precious")
     (tmp_path / "load").symlink_to("victim")
     with pytest.raises(OSError, match="symbolic links"):
-        LoadPage(str(tmp_path / "load"))
+        LoadPage(str(tmp_path / "load"), 1)
     assert (tmp_path / "victim").read_bytes() == b"precious"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotport.model.balance import INSIST_MAX, Deferral, is_ahead
+from hotport.model.balance import DRIFT_MIN, DRIFT_RATIO, INSIST_MAX, MOVES_MAX, Deferral, is_ahead, plan_moves
 
 
 def test_worker_alone_is_never_ahead() -> None:
@@ -67,3 +67,70 @@ def test_deferring_to_those_who_do_not_take_becomes_rare_and_is_resumed() -> Non
     assert set(gaps[4:]) == {INSIST_MAX}
     deferral.ended(was_taken=True)
     assert deferral.is_due()
+
+
+# -- connections that are open ------------------------------------------------------------------------------
+
+
+def step(counts: dict[int, int]) -> int:
+    """Every worker looks once, one after the other; how many connections have moved."""
+    moved = 0
+    for mine in list(counts):
+        moves = plan_moves(mine, counts)
+        assert sum(moves.values()) <= min(counts[mine], MOVES_MAX)
+        for to, count in moves.items():
+            assert to != mine
+            assert count > 0
+            counts[mine] -= count
+            counts[to] += count
+            moved += count
+    return moved
+
+
+@given(st.lists(st.integers(0, 2_000), min_size=2, max_size=32))
+def test_moves_end_and_leave_an_even_share(sizes: list[int]) -> None:
+    counts = dict(enumerate(sizes))
+    moves = [step(counts) for _ in range(80)]
+    mean = sum(sizes) / len(sizes)
+    assert max(counts.values()) <= mean * (1 + DRIFT_RATIO) + DRIFT_MIN
+    assert moves[-1] == 0
+    assert sum(counts.values()) == sum(sizes)
+    assert sum(moves) <= sum(abs(size - mean) for size in sizes)
+
+
+@given(st.lists(st.integers(0, 400), min_size=2, max_size=16))
+def test_workers_that_look_at_the_same_moment_do_not_overshoot(sizes: list[int]) -> None:
+    counts = dict(enumerate(sizes))
+    arrived = dict.fromkeys(counts, 0)
+    for mine in counts:
+        for to, count in plan_moves(mine, counts).items():
+            arrived[to] += count
+    mean = sum(sizes) / len(sizes)
+    assert all(counts[key] + count <= mean for key, count in arrived.items() if count)
+
+
+def test_scaling_up_is_even_after_one_look() -> None:
+    counts = {1: 500, 2: 500, 3: 0, 4: 0}
+    step(counts)
+    assert set(counts.values()) == {250}
+
+
+def test_a_day_of_drift_moves_little() -> None:
+    """Clients come to a worker with fewer, as they do, and leave by chance: moves are rare and bounded."""
+    chance = random.Random(7)
+    counts = dict.fromkeys(range(4), 250)
+    moved_in_hour: list[int] = []
+    for _ in range(24):
+        moved = 0
+        for _ in range(360):  # every ten seconds 40 clients leave, and 40 come
+            for _ in range(40):
+                leaving = chance.choices(list(counts), weights=list(counts.values()))[0]
+                counts[leaving] -= 1
+                counts[min(counts, key=counts.__getitem__)] += 1
+            moved += step(counts)
+        moved_in_hour.append(moved)
+    assert max(moved_in_hour) == 0  # what comes evens it out
+    counts = {0: 1000, 1: 0, 2: 0, 3: 0}  # nobody comes any more, and one worker's clients stay
+    assert step(counts) == 500
+    assert step(counts) == 250
+    assert step(counts) == 0

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from tests.support import LINE_APP, Service, eventually, write_code
+from tests.support import DEADLINE_S, LINE_APP, Service, eventually, write_code
 
 
 def shares(service: Service) -> list[int]:
@@ -55,3 +55,44 @@ def test_balance_can_be_turned_off(tmp_path: Path) -> None:
         service.wait_ready()
         assert not (service.runtime / "load").exists()
         service.restart()
+
+
+HTTP_APP = """\
+async def app(scope, receive, send):
+    await receive()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+"""
+
+
+def test_connections_move_to_workers_that_come_and_a_restart_may_come_between(tmp_path: Path) -> None:
+    write_code(tmp_path / "app.py", HTTP_APP)
+    args = ("app:app", "--lifespan", "off", "--keep-alive", "600s")
+    with Service(tmp_path, *args) as service, ExitStack() as stack:
+        service.wait_ready()
+        socks = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", service.port), DEADLINE_S)) for _ in range(60)
+        ]
+
+        def assert_all_answer() -> None:
+            for sock in socks:
+                sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            for sock in socks:
+                answer = b""
+                while not answer.endswith(b"ok"):
+                    data = sock.recv(4096)
+                    assert data, answer
+                    answer += data
+                assert b"200 OK" in answer
+
+        assert_all_answer()
+        service.run("scale", "3")
+        service.wait_serving(3)
+        eventually(lambda: shares(service)[0] >= 12, "the new ones have their share")
+        assert_all_answer()
+        service.run("scale", "4")
+        service.restart()
+        service.wait_serving(4)
+        eventually(lambda: shares(service)[0] >= 7, "each has its share")
+        assert_all_answer()
+        assert sum(shares(service)) == 60

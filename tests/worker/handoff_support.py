@@ -29,12 +29,21 @@ class Generation:
     It stands for a worker process, without the process: `_Peer` is the worker's own.
     """
 
-    def __init__(self, number: int, application: Any, listener: socket.socket, path: Path, **options: Any) -> None:
+    def __init__(
+        self,
+        number: int,
+        application: Any,
+        listener: socket.socket,
+        path: Path,
+        *,
+        share: Any = None,
+        **options: Any,
+    ) -> None:
         self.number = number
         self.connections = Connections(maximum=options.pop("maximum", 0))
         context = Context(self.connections, service="web", generation=number, worker=number)
         settings = Options(keep_alive_s=60.0, lifespan="off", **options)
-        server = make_server(application, context, settings, [listener.dup()])
+        server = make_server(application, context, settings, [listener.dup()], share=share)
         assert isinstance(server, ConnectionServer)
         self.server = server
         self.path = str(path / f"worker-{number}.sock")

@@ -37,18 +37,21 @@ class Table:
 
 class Slot:
     def __init__(self, table: Table, number: int) -> None:
-        self._table, self._number = table, number
+        self._table, self.slot = table, number
         self.gauge: list[int] | memoryview = table.gauges[number]
 
     def join(self, group: int) -> None:
-        self._table.groups[self._number] = group
+        self._table.groups[self.slot] = group
 
     def others(self) -> list[int]:
         groups = self._table.groups
-        return [n for n, group in enumerate(groups) if group == groups[self._number] and n != self._number]
+        return [n for n, group in enumerate(groups) if group == groups[self.slot] and n != self.slot]
 
     def counts(self, slots: list[int]) -> Sequence[int]:
         return [self._table.gauges[slot][0] for slot in slots]
+
+    def worker(self, slot: int) -> int:
+        return slot + 1
 
     def forget_dead(self, slots: list[int]) -> None:
         for slot in self._table.dead.intersection(slots):
@@ -73,7 +76,11 @@ async def serving(
             connections, slot = Connections(maximum=maximum), table.slot()
             connections.gauge = slot.gauge
             server = make_server(
-                hold, Context(connections), Options(kind="stream"), [listener.dup()], share=Share(slot, 1)
+                hold,
+                Context(connections),
+                Options(kind="stream"),
+                [listener.dup()],
+                share=Share(slot, 1, "/nonexistent"),
             )
             assert isinstance(server, ConnectionServer)
             await server.startup()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -281,6 +282,7 @@ class Connections:
         #: Called when fewer connections are left to move.
         self.on_fewer: Callable[[], None] | None = None
         self._moving: set[Connection] = set()
+        self._adopted: set[Connection] = set()
         self._kept: dict[object, int] = {}
         self._kept_sum = 0
         self._freed: asyncio.Event | None = None
@@ -368,10 +370,11 @@ class Connections:
             self._freed.set()
             self._freed = None
 
-    def count_adopted(self) -> None:
+    def count_adopted(self, connection: Connection) -> None:
         """A connection that was taken in was not accepted here: another worker has handed it off."""
         self.accepted -= 1
         self.adopted += 1
+        self._adopted.add(connection)
 
     def count_own(self) -> None:
         """A connection that was taken in was not accepted: this process has both of its ends."""
@@ -385,6 +388,9 @@ class Connections:
     def replace(self, connection: Connection, successor: Connection) -> None:
         """A connection goes on as another object; it stays one connection, and is told if the worker is leaving."""
         self.open[successor] = self.open.pop(connection)
+        if connection in self._adopted:
+            self._adopted.remove(connection)
+            self._adopted.add(successor)
         self._stops_moving(connection)
         if self.is_leading:
             self.tell(successor)
@@ -402,6 +408,7 @@ class Connections:
         if self.open.pop(connection, None) is None:
             return False
         self.gauge[0] = len(self.open)
+        self._adopted.discard(connection)
         self._stops_moving(connection)
         if self.maximum:
             self._see_room()
@@ -498,11 +505,26 @@ class Connections:
             ready: Called with each connection that is at a safe point; None if nobody takes them.
         """
         was_leading, self._ready = self.is_leading, ready
+        chosen = [] if was_leading else list(self._moving)  # by `lead_some`
         self._moving.clear()
         self.crowded.clear()
-        if was_leading or self.is_leading:
-            self._untold = list(self.open)
-            self._tell_some()
+        self._untold = list(self.open) if was_leading or self.is_leading else chosen
+        self._tell_some()
+
+    def lead_some(self, ready: Ready, count: int, stay_s: float) -> None:
+        """Hand off about so many connections, chosen by chance, while the worker serves on; `lead` ends it.
+
+        Args:
+            ready: As for `lead`.
+            stay_s: Those that came from another worker more recently than that stay.
+        """
+        self._ready = ready
+        came_s = self._now() - stay_s
+        able = [each for each, since in self.open.items() if since < came_s or each not in self._adopted]
+        for connection in random.sample(able, min(len(able), 2 * count)):
+            if len(self._moving) >= count:
+                break
+            self.tell(connection)
 
     def _tell_some(self) -> None:
         some, self._untold = self._untold[:TOLD_AT_ONCE], self._untold[TOLD_AT_ONCE:]

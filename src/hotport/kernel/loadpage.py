@@ -23,7 +23,8 @@ __all__ = ["SLOTS", "LoadPage"]
 #: Workers that can see each other; one that finds no slot serves without.
 SLOTS: Final = 128
 
-_WORD_BYTES: Final = 8
+#: Three columns of numbers: group, worker, gauge.
+_PAGE_BYTES: Final = 3 * 8 * SLOTS
 
 
 class LoadPage:
@@ -31,30 +32,33 @@ class LoadPage:
 
     Args:
         path: Made if it does not exist.
+        worker: Its number, for others to see.
 
     Raises:
         OSError: It cannot be opened or mapped, or every slot is taken (EAGAIN).
 
     Attributes:
+        slot: This process's.
         gauge: One number, to be written: how many connections this worker has.
 
     Descriptors: owns one, until `close`.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, worker: int) -> None:
         self._path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            os.posix_fallocate(self._fd, 0, 2 * SLOTS * _WORD_BYTES)  # on a full disk, writing would be SIGBUS
-            self._map = mmap.mmap(self._fd, 2 * SLOTS * _WORD_BYTES)
+            os.posix_fallocate(self._fd, 0, _PAGE_BYTES)  # on a full disk, writing would be SIGBUS
+            self._map = mmap.mmap(self._fd, _PAGE_BYTES)
             words = memoryview(self._map).cast("Q")
-            self._groups, self._gauges = words[:SLOTS], words[SLOTS:]
-            self._slot = self._claim()
+            self._groups, self._workers, self._gauges = (words[n * SLOTS : (n + 1) * SLOTS] for n in range(3))
+            self.slot = self._claim()
         except OSError:
             os.close(self._fd)
             raise
-        self.gauge = self._gauges[self._slot : self._slot + 1]
+        self.gauge = self._gauges[self.slot : self.slot + 1]
         self.gauge[0] = 0
+        self._workers[self.slot] = worker
         withhold(self)
 
     def _claim(self) -> int:
@@ -72,18 +76,22 @@ class LoadPage:
 
     def join(self, group: int) -> None:
         """Take from the queue of a group from now on; 0: of none."""
-        self._groups[self._slot] = group
+        self._groups[self.slot] = group
 
     def others(self) -> list[int]:
         """The slots of the others in this process's group, alive or not."""
         groups = self._groups.tolist()
-        mine = groups[self._slot]
-        return [slot for slot, group in enumerate(groups) if group == mine and slot != self._slot]
+        mine = groups[self.slot]
+        return [slot for slot, group in enumerate(groups) if group == mine and slot != self.slot]
 
     def counts(self, slots: list[int]) -> list[int]:
         """What the gauges in these slots say."""
         gauges = self._gauges
         return [gauges[slot] for slot in slots]
+
+    def worker(self, slot: int) -> int:
+        """The number of the worker in a slot."""
+        return self._workers[slot]
 
     def forget_dead(self, slots: list[int]) -> None:
         """Take those of these slots out of their group whose process has ended."""
@@ -102,7 +110,7 @@ class LoadPage:
         if self._fd >= 0:
             self.join(0)
             with suppress(OSError):
-                fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, self._slot)
+                fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, self.slot)
                 # In order: of several that close at once, the first to have slot 0 goes on.
                 if all(self._lock(slot) for slot in range(SLOTS)):
                     os.unlink(self._path)

@@ -38,6 +38,7 @@ from hotport.kernel.fork import withhold
 from hotport.kernel.process import descriptors_left
 from hotport.kernel.scm import DESCRIPTORS_MAX, DescriptorsLostError, receive_what_fits, send_descriptors
 from hotport.kernel.sockets import check_peer
+from hotport.model.balance import STAY_S
 from hotport.observe.logs import get_shared_logger
 from hotport.wire.envelope import (
     ENVELOPE_VERSION,
@@ -238,14 +239,21 @@ class Mover:
 
     Args:
         name: Of the control socket of the worker that leaves.
+        count: About how many to move; None for all.
+
+    Attributes:
+        moved: How many have moved.
     """
 
-    def __init__(self, connections: Connections, name: str = "") -> None:
+    def __init__(self, connections: Connections, name: str = "", *, count: int | None = None) -> None:
         self._connections = connections
         self._name = name
+        self._count = count
+        self._is_through = asyncio.Event()
+        self.moved = 0
         self._patience: asyncio.TimerHandle | None = None
         self._is_late = False
-        connections.on_fewer = self._tell_rest
+        connections.on_fewer = self._on_fewer
         self._loop = asyncio.get_running_loop()
         self._successors: dict[str, _Successor] = {}
         self._waiting: set[Connection] = set()
@@ -278,8 +286,27 @@ class Mover:
             finally:
                 self._is_between = False
                 if not self._is_closed:
-                    self._connections.lead(self._ready if self._successors else None)
+                    self._lead()
                     self._tell_rest()
+
+    def _lead(self) -> None:
+        if self._count is None:
+            self._connections.lead(self._ready if self._successors else None)
+        elif self._successors:
+            self._connections.lead_some(self._ready, self._count, STAY_S)
+        self._see_through()
+
+    async def wait_through(self) -> None:
+        """Return when no connection is left that will move, or no successor."""
+        await self._is_through.wait()
+
+    def _on_fewer(self) -> None:
+        self._tell_rest()
+        self._see_through()
+
+    def _see_through(self) -> None:
+        if not self._connections.moving or not self._successors:
+            self._is_through.set()
 
     async def close(self) -> None:
         """Move nothing any more; return when what was under way has arrived, or has been taken back.
@@ -436,6 +463,7 @@ class Mover:
         if not self._is_closed:
             if not self._successors and not self._is_between:
                 self._connections.lead(None)
+                self._see_through()
             for connection in list(successor.waiting):  # to others, if there are any
                 self._ready(connection)
             self._tell_rest()  # to each of the others it is more
@@ -525,8 +553,9 @@ class Mover:
                 else:  # it is not the connection's fault: others may have room
                     self._ready(connection)
             else:
-                self._connections.closed(connection, f"moved_{connection.kind}")
+                self.moved += 1
                 successor.moved.append(connection)
+                self._connections.closed(connection, f"moved_{connection.kind}")
         while len(successor.waiting) > successor.room:  # to others, or until there is room
             connection = successor.waiting.pop()
             self._waiting.discard(connection)
@@ -721,7 +750,7 @@ def _socket_of(fd: int) -> PlainSocket | None:
 def _go_on(adopted: Iterable[tuple[socket.socket, asyncio.BaseProtocol]], connections: Connections) -> None:
     loop = asyncio.get_running_loop()
     for sock, protocol in adopted:
-        connections.count_adopted()
+        connections.count_adopted(protocol)  # type: ignore[arg-type]
         attach(loop, sock, protocol, connections)
 
 

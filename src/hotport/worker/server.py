@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -15,6 +16,7 @@ from hotport.adapters.datagram import DatagramAdapter, Datagrams
 from hotport.adapters.sockets import SocketsAdapter
 from hotport.adapters.target import kind_of, make_adapter
 from hotport.errors import StartError
+from hotport.model.balance import BALANCE_S
 from hotport.observe.logs import get_shared_logger
 from hotport.options import Options
 from hotport.trust import Trusted
@@ -30,6 +32,9 @@ __all__ = ["ConnectionServer", "DatagramServer", "Server", "SocketsServer", "mak
 
 #: How long a worker that is out of descriptors tries to take what waits at a listener that is replaced.
 REPLACE_TIMEOUT_S: Final = 1.0
+
+#: How long connections that were chosen to move to a worker with fewer may take to come to a safe point.
+BALANCE_TIMEOUT_S: Final = 5.0
 
 
 class Server(Protocol):
@@ -129,6 +134,7 @@ class ConnectionServer:
         self._mover: Mover | None = None
         self._released: list[Acceptor] = []
         self._staying: asyncio.Task[None] | None = None
+        self._balancing: asyncio.Task[None] | None = None
         self._beside: set[asyncio.Task[None]] = set()
         self._adapter = adapter
         self._tls = tls
@@ -205,6 +211,7 @@ class ConnectionServer:
         return self._released + self._acceptors
 
     async def resume(self, listeners: Sequence[socket.socket]) -> None:
+        await self._end_balancing()
         await self._stop_moving()
         self._hands_off = self._may_hand_off
         for acceptor in self._all:
@@ -222,6 +229,8 @@ class ConnectionServer:
         if self._mover is not None:  # taken back; what is under way arrives, or comes back
             self._staying = background.start("handoff", self._stay(self._mover), self._beside)
             self._mover = None
+        if self._share is not None and self._may_hand_off:
+            self._balancing = background.start("balance", self._balance(self._balancing), self._beside)
 
     async def _stay(self, mover: Mover) -> None:
         await mover.close()
@@ -232,6 +241,8 @@ class ConnectionServer:
         self._is_accepting = False
         self.connections.count_fates(True)
         self._stop_acceptors()
+        if self._balancing is not None:
+            self._balancing.cancel()
 
     def held(self) -> dict[str, int]:
         """The descriptors of the listeners that are open here, by address."""
@@ -259,7 +270,45 @@ class ConnectionServer:
         if self._is_accepting:
             self._start_acceptors()
 
+    async def _balance(self, before: asyncio.Task[None] | None) -> None:
+        """Hand connections to workers with clearly fewer, now and then, until cancelled.
+
+        Cancellation: safe; what is under way arrives, or comes back.
+        """
+        if before is not None:
+            await asyncio.wait({before})
+        assert self._share is not None
+        while True:
+            await asyncio.sleep(BALANCE_S)
+            is_moving = self._mover is not None or (self._staying is not None and not self._staying.done())
+            if not is_moving:
+                paths, count = self._share.plan_moves()
+                if count:
+                    await self._move_some(paths, count)
+
+    async def _move_some(self, paths: Sequence[str], count: int) -> None:
+        mover = Mover(self.connections, self._control_name, count=count)
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(BALANCE_TIMEOUT_S):
+                    await mover.follow(paths)
+                    await mover.wait_through()
+        finally:
+            await mover.close()
+            self.connections.lead(None)
+            if mover.moved:
+                to = [os.path.basename(path) for path in paths]
+                get_shared_logger("hotport.worker").info("balance.moved", count=mover.moved, to=to)
+
+    async def _end_balancing(self) -> None:
+        """Nothing moves any more for balance; bounded by the timeouts of a batch."""
+        if self._balancing is not None:
+            self._balancing.cancel()
+            await asyncio.wait({self._balancing})
+            self._balancing = None
+
     async def follow(self, successors: Sequence[str]) -> None:
+        await self._end_balancing()
         await self._end_stay()
         self.connections.moves_early = True
         await self._follow(successors)
@@ -293,6 +342,7 @@ class ConnectionServer:
         self.quiesce()
         try:
             async with self.connections.deadline(timeout_s) as deadline:
+                await self._end_balancing()
                 await self._end_stay()
                 self.connections.moves_early = False
                 await self._follow(successors)

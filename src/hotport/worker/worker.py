@@ -264,12 +264,12 @@ class Worker:
         if self._options.balance == "off":
             return None
         try:
-            self._page = LoadPage(os.path.join(self._spec.directory, "load"))
+            self._page = LoadPage(os.path.join(self._spec.directory, "load"), self._spec.worker)
         except OSError as error:
             self._log.warning("balance.off", error=str(error))
             return None
         connections.gauge = self._page.gauge
-        return Share(self._page, self._spec.generation)
+        return Share(self._page, self._spec.generation, self._spec.directory)
 
     def _fail(self, error: BaseException) -> None:
         """Say why there will be no READY=1: to the supervisor for its report, else in the log."""

@@ -1,0 +1,189 @@
+"""A worker hands some of its connections to another one, while both serve: nobody notices, whatever comes between."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hotport.worker import handoff, server
+from tests.adapters.asgi_support import Client, respond, until
+from tests.worker.handoff_support import DEADLINE_S, Generation, Service, Successor, service
+from tests.worker.test_handoff_http import App, get
+from tests.worker.test_handoff_websocket import Client as WebSocketClient
+from tests.worker.test_handoff_websocket import Echo
+
+pytestmark = pytest.mark.anyio
+
+
+class Plan:
+    """A share that says what the test has planned."""
+
+    def __init__(self) -> None:
+        self.moves: list[tuple[str, int]] = []
+
+    def take_part(self, takes_part: bool) -> None: ...
+
+    def is_ahead(self) -> bool:
+        return False
+
+    def plan_moves(self) -> tuple[list[str], int]:
+        if not self.moves:
+            return [], 0
+        path, count = self.moves.pop()
+        return [path], count
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "BALANCE_S", 0.01)
+
+
+@asynccontextmanager
+async def two(
+    tmp_path: Path, app: Any, clients: int, **options: Any
+) -> AsyncIterator[tuple[Service, Generation, Plan, list[Client]]]:
+    """A worker with so many clients, and what it will do; another one is the test's."""
+    plan = Plan()
+    async with service(tmp_path) as port, AsyncExitStack() as stack:
+        old = await port.start(app, share=plan, **options)
+        await old.server.accept()
+        found = []
+        for _ in range(clients):
+            found.append(Client(stack.enter_context(await port.connect())))
+            assert await answer(found[-1]) == b"1 /a "
+        yield port, old, plan, found
+
+
+async def answer(client: Client, request: bytes = get("/a")) -> bytes:
+    await client.send(request)
+    found = await client.answer()
+    assert not found.says_close
+    return found.body
+
+
+async def test_some_connections_move_and_both_serve_on(tmp_path: Path) -> None:
+    app = App()
+    async with two(tmp_path, app, 10) as (port, old, plan, clients):
+        new = await port.start(app)
+        plan.moves.append((new.path, 4))
+        await until(lambda: len(new.connections.open) == 4)
+        await until(lambda: not old.connections.moving)
+        assert sorted([await answer(client) for client in clients]) == [b"1 /a "] * 6 + [b"2 /a "] * 4
+        assert len(old.connections.open) == 6
+        assert new.connections.adopted == 4
+        assert not old.connections.draining.is_set()
+        late = Client(await port.connect())
+        assert await answer(late) == b"1 /a "  # the other one does not accept here
+        late.close()
+
+
+async def test_connections_that_came_lately_stay(tmp_path: Path) -> None:
+    app = App()
+    async with two(tmp_path, app, 4) as (port, old, plan, clients):
+        back = Plan()
+        new = await port.start(app, share=back)
+        plan.moves.append((new.path, 4))
+        await until(lambda: len(new.connections.open) == 4)
+        old.server.quiesce()
+        await new.server.accept()
+        own = Client(await port.connect())
+        assert await answer(own) == b"2 /a "
+        back.moves.append((old.path, 5))
+        await until(lambda: len(old.connections.open) == 1)
+        assert [await answer(client) for client in (*clients, own)] == [b"2 /a "] * 4 + [b"1 /a "]
+        own.close()
+
+
+async def test_websockets_move_too(tmp_path: Path) -> None:
+    app = Echo()
+    plan = Plan()
+    async with service(tmp_path) as port:
+        old = await port.start(app, share=plan, handoff="websocket")
+        await old.server.accept()
+        with await port.connect() as sock:
+            client = WebSocketClient(sock)
+            await client.open()
+            new = await port.start(app, handoff="websocket")
+            plan.moves.append((new.path, 1))
+            await until(lambda: len(new.connections.open) == 1)
+            await client.send("hello")
+            assert "hello" in str(await client.receive())
+
+
+async def test_busy_connection_moves_when_it_is_idle_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "BALANCE_TIMEOUT_S", 0.05)
+    gate = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/slow":
+            await gate.wait()
+        await respond(send, b"1 /a ")
+
+    async with two(tmp_path, app, 1) as (port, old, plan, [client]):
+        new = await port.start(app)
+        await client.send(get("/slow"))
+        await until(lambda: old.connections.requests == 2)
+        plan.moves.append((new.path, 1))
+        await until(lambda: old.connections.moving == 1)
+        await until(lambda: not old.connections.moving)  # it was given up
+        gate.set()
+        assert not (await client.answer()).says_close
+        assert await answer(client) == b"1 /a "
+        assert list(map(len, (old.connections.open, new.connections.open))) == [1, 0]
+
+
+@pytest.mark.parametrize("how", ["nobody listens", "it hangs up", "it never answers"])
+async def test_worker_that_does_not_take_costs_nothing(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handoff, "ACK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(server, "BALANCE_TIMEOUT_S", 0.3)
+    async with two(tmp_path, App(), 3) as (_, old, plan, clients):
+        other = None if how == "nobody listens" else Successor(tmp_path)
+        plan.moves.append((str(tmp_path / "successor.sock"), 2))
+        if other is not None:
+            await other.welcome()
+            if how == "it hangs up":
+                other.channel.close()
+        await until(lambda: not plan.moves)
+        assert [await answer(client) for client in clients] == [b"1 /a "] * 3
+        assert len(old.connections.open) == 3
+        if other is not None:
+            other.close()
+            other.channel.close()
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+async def test_drain_in_the_middle_moves_the_rest(tmp_path: Path, when: str) -> None:
+    app = App()
+    async with two(tmp_path, app, 20) as (port, old, plan, clients):
+        light, new = await port.start(app), await port.start(app)
+        await new.server.accept()
+        plan.moves.append((light.path, 5))
+        if when == "meanwhile":
+            await until(lambda: not plan.moves)
+        fates = await old.leave(new)
+        assert fates.total() == fates["moved_http"]
+        assert sum(len(each.connections.open) for each in (light, new)) == 20
+        for client in clients:
+            assert await answer(client) in {b"2 /a ", b"3 /a "}
+
+
+async def test_it_goes_on_after_a_restart_that_was_taken_back(tmp_path: Path) -> None:
+    app = App()
+    async with two(tmp_path, app, 4) as (port, old, plan, clients):
+        light = await port.start(app)
+        old.server.quiesce()
+        plan.moves.append((light.path, 2))
+        await asyncio.sleep(0.03)  # it would have looked
+        assert plan.moves
+        await old.server.accept()
+        await until(lambda: len(light.connections.open) == 2)
+        async with asyncio.timeout(DEADLINE_S):
+            for client in clients:
+                assert await answer(client) in {b"1 /a ", b"2 /a "}
