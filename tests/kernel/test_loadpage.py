@@ -43,7 +43,12 @@ def test_workers_of_a_group_see_each_other(tmp_path: Path) -> None:
         page.join(3)
         assert page.counts(page.others()) == [7]
         page.join(4)
-        assert page.counts(page.others()) == [9]
+        [other_slot] = page.others()
+        assert page.counts([other_slot]) == [9]
+        assert page.worker(other_slot) == 2
+        assert page.due_s(other_slot) == 0
+        page.promise(12.5)
+        assert page.due_s(page.slot) == 12.5
 
 
 @pytest.mark.parametrize("is_killed", [True, False])

@@ -176,3 +176,8 @@ def test_working_directory_is_called_as_it_was_named(tmp_path: Path, monkeypatch
     release.rmdir()
     assert working_directory({"PWD": str(link)}) == str(link)
     assert working_directory({}) == "/"
+
+
+def test_time_without_a_processor_only_grows() -> None:
+    before = process.run_delay_s()
+    assert 0 <= before <= process.run_delay_s()

@@ -131,6 +131,20 @@ def test_a_day_of_drift_moves_little() -> None:
         moved_in_hour.append(moved)
     assert max(moved_in_hour) == 0  # what comes evens it out
     counts = {0: 1000, 1: 0, 2: 0, 3: 0}  # nobody comes any more, and one worker's clients stay
-    assert step(counts) == 500
-    assert step(counts) == 250
-    assert step(counts) == 0
+    assert [step(counts) for _ in range(4)] == [250, 250, 250, 0]
+
+
+@pytest.mark.parametrize(
+    ("counts", "late", "expected"),
+    [
+        ({1: 100, 2: 100, 3: 100}, {1}, {3: 50, 2: 50}),
+        ({1: 3, 2: 100, 3: 100}, {1}, {3: 1, 2: 1}),
+        ({1: 100, 2: 100}, {1, 2}, {}),  # they all are: the machine is, or the application is like that
+        ({1: 100, 2: 10}, {2}, {}),
+        ({1: 0, 2: 10}, {1}, {}),
+    ],
+)
+def test_worker_that_is_held_up_hands_on_what_it_has(
+    counts: dict[int, int], late: set[int], expected: dict[int, int]
+) -> None:
+    assert plan_moves(1, counts, late) == expected

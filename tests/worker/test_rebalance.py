@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from hotport.worker import handoff, server
+from hotport.worker.share import Moves
 from tests.adapters.asgi_support import Client, respond, until
 from tests.worker.handoff_support import DEADLINE_S, Generation, Service, Successor, service
 from tests.worker.test_handoff_http import App, get
@@ -31,16 +32,18 @@ class Plan:
     def is_ahead(self) -> bool:
         return False
 
-    def plan_moves(self) -> tuple[list[str], int]:
+    def look(self) -> None: ...
+
+    def plan_moves(self) -> Moves | None:
         if not self.moves:
-            return [], 0
+            return None
         path, count = self.moves.pop()
-        return [path], count
+        return Moves([path], count, 10.0)
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "BALANCE_S", 0.01)
+    monkeypatch.setattr(server, "LOOK_S", 0.01)
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from hotport.adapters.base import Connections, Context
+from hotport.model.balance import HUNG_S, LATE_HOLD_S, LOOK_S
 from hotport.options import Options
 from hotport.worker.server import ConnectionServer, make_server
 from hotport.worker.share import Share
@@ -28,6 +30,7 @@ class Table:
     groups: list[int] = field(default_factory=list)
     gauges: list[list[int]] = field(default_factory=list)
     dead: set[int] = field(default_factory=set)
+    dues: dict[int, float] = field(default_factory=dict)
 
     def slot(self) -> Slot:
         self.groups.append(0)
@@ -52,6 +55,12 @@ class Slot:
 
     def worker(self, slot: int) -> int:
         return slot + 1
+
+    def promise(self, due_s: float) -> None:
+        self._table.dues[self.slot] = due_s
+
+    def due_s(self, slot: int) -> float:
+        return self._table.dues.get(slot, math.inf)
 
     def forget_dead(self, slots: list[int]) -> None:
         for slot in self._table.dead.intersection(slots):
@@ -163,3 +172,83 @@ async def test_full_worker_is_not_waited_for_until_it_has_room() -> None:
         assert table.groups == [0]
         servers[0].connections.cut()
         await until(lambda: table.groups == [1])
+
+
+# -- event loops that are held up ---------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Clock:
+    now_s: float = 1000.0
+    delay_s: float = 0.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("hotport.worker.share.monotonic", lambda: clock.now_s)
+    monkeypatch.setattr("hotport.worker.share.run_delay_s", lambda: clock.delay_s)
+    return clock
+
+
+def three(sizes: list[int]) -> tuple[Table, list[Share]]:
+    table = Table()
+    shares = [Share(table.slot(), 1, "/run/svc") for _ in sizes]
+    for share, gauge, size in zip(shares, table.gauges, sizes, strict=True):
+        share.take_part(True)
+        gauge[0] = size
+    return table, shares
+
+
+def look(clock: Clock, shares: list[Share], late: Share | None = None, late_s: float = 0.0) -> None:
+    clock.now_s += LOOK_S
+    for share in shares:
+        if share is not late:
+            share.look()
+    if late is not None:
+        clock.now_s += late_s
+        late.look()
+
+
+async def test_worker_that_is_late_hands_on_everything_and_takes_nothing_for_a_while(clock: Clock) -> None:
+    _, shares = three([100, 100, 100])
+    assert [share.plan_moves() for share in shares] == [None] * 3
+    look(clock, shares, late=shares[0], late_s=0.3)
+    moves = shares[0].plan_moves()
+    assert moves is not None
+    assert (set(moves.paths), moves.most) == ({"/run/svc/worker-1.2.sock", "/run/svc/worker-1.3.sock"}, 100)
+    assert moves.stay_s == 0
+    assert [share.plan_moves() for share in shares[1:]] == [None] * 2
+    assert shares[0].is_ahead()
+    for _ in range(int(LATE_HOLD_S / LOOK_S) + 1):
+        look(clock, shares)
+    assert shares[0].plan_moves() is None
+    assert not shares[0].is_ahead()
+
+
+async def test_worker_without_a_processor_is_not_late(clock: Clock) -> None:
+    _, shares = three([100, 100, 100])
+    clock.delay_s = 0.25
+    look(clock, shares, late=shares[0], late_s=0.3)
+    assert shares[0].plan_moves() is None
+
+
+async def test_worker_that_hangs_gets_nothing(clock: Clock) -> None:
+    _, shares = three([0, 100, 500])
+    for _ in range(8):
+        look(clock, shares[1:])
+    moves = shares[2].plan_moves()
+    assert moves is not None
+    assert moves.paths == ["/run/svc/worker-1.2.sock"]
+
+
+async def test_workers_that_are_all_late_share_as_if_none_was(clock: Clock) -> None:
+    _, shares = three([600, 0, 0])
+    clock.now_s += 2 * HUNG_S
+    for share in shares:
+        share.look()
+    moves = shares[0].plan_moves()
+    assert moves is not None
+    assert len(moves.paths) == 2
+    assert shares[0].is_ahead()
+    assert not shares[1].is_ahead()

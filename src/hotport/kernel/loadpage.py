@@ -23,8 +23,9 @@ __all__ = ["SLOTS", "LoadPage"]
 #: Workers that can see each other; one that finds no slot serves without.
 SLOTS: Final = 128
 
-#: Three columns of numbers: group, worker, gauge.
-_PAGE_BYTES: Final = 3 * 8 * SLOTS
+#: Columns of numbers: group, worker, when it looks again, gauge.
+_COLUMNS: Final = 4
+_PAGE_BYTES: Final = _COLUMNS * 8 * SLOTS
 
 
 class LoadPage:
@@ -51,7 +52,9 @@ class LoadPage:
             os.posix_fallocate(self._fd, 0, _PAGE_BYTES)  # on a full disk, writing would be SIGBUS
             self._map = mmap.mmap(self._fd, _PAGE_BYTES)
             words = memoryview(self._map).cast("Q")
-            self._groups, self._workers, self._gauges = (words[n * SLOTS : (n + 1) * SLOTS] for n in range(3))
+            self._groups, self._workers, self._dues, self._gauges = (
+                words[n * SLOTS : (n + 1) * SLOTS] for n in range(_COLUMNS)
+            )
             self.slot = self._claim()
         except OSError:
             os.close(self._fd)
@@ -77,6 +80,14 @@ class LoadPage:
     def join(self, group: int) -> None:
         """Take from the queue of a group from now on; 0: of none."""
         self._groups[self.slot] = group
+
+    def promise(self, due_s: float) -> None:
+        """Say when this worker does so again (CLOCK_MONOTONIC), by which others see that its event loop runs."""
+        self._dues[self.slot] = int(due_s * 1e6)
+
+    def due_s(self, slot: int) -> float:
+        """What a worker has promised."""
+        return self._dues[slot] / 1e6
 
     def others(self) -> list[int]:
         """The slots of the others in this process's group, alive or not."""

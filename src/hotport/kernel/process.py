@@ -28,6 +28,7 @@ __all__ = [
     "reap",
     "reap_orphans",
     "rss_bytes",
+    "run_delay_s",
     "send_signal",
     "working_directory",
 ]
@@ -211,6 +212,18 @@ def rss_bytes(pid: int) -> int:
             return int(file.read().split()[1]) * resource.getpagesize()
     except OSError:
         return 0
+
+
+def run_delay_s() -> float:
+    """How long this process's main thread has waited for a processor in all, in seconds; 0 where the kernel is silent.
+
+    Sources: Documentation/scheduler/sched-stats.rst, /proc/PID/schedstat, second field, in nanoseconds.
+    """
+    try:
+        with open("/proc/self/schedstat", "rb") as file:
+            return int(file.read().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):  # without CONFIG_SCHED_INFO
+        return 0.0
 
 
 def trim_memory() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 __all__ = ["Deferral", "is_ahead", "plan_moves"]
@@ -25,8 +25,16 @@ DRIFT_RATIO: Final = 0.05
 DRIFT_MIN: Final = 8
 
 #: How often a worker looks, and how many connections it moves then at most.
-BALANCE_S: Final = 1.0
-MOVES_MAX: Final = 500
+LOOK_S: Final = 0.25
+MOVES_MAX: Final = 250
+
+#: A worker whose event loop looks later than that, and not for want of a processor, is held up: it gets no connections,
+#: and hands on those that it has, until it has been on time for as long as the second number says.
+LATE_S: Final = 0.1
+LATE_HOLD_S: Final = 5.0
+
+#: One that has not looked for so long beyond its time hangs; it cannot say so itself.
+HUNG_S: Final = 1.0
 
 #: A connection that came from another worker stays for so long.
 STAY_S: Final = 10.0
@@ -40,7 +48,7 @@ def is_ahead(mine: int, others: Sequence[int]) -> bool:
     return mine > mean * (1 + AHEAD_RATIO) + AHEAD_MIN
 
 
-def plan_moves(mine: int, counts: Mapping[int, int]) -> dict[int, int]:
+def plan_moves(mine: int, counts: Mapping[int, int], late: Collection[int] = ()) -> dict[int, int]:
     """How many connections a worker hands to which others; empty if it keeps those that it has.
 
     Each decides for itself: the one with the most hands to the one with the fewest, the second to where room is left,
@@ -48,14 +56,18 @@ def plan_moves(mine: int, counts: Mapping[int, int]) -> dict[int, int]:
 
     Args:
         mine: The worker's own key in `counts`.
+        late: Those whose event loops are held up: they are to have none, if there are others.
     """
-    mean = sum(counts.values()) / len(counts)
-    if counts[mine] <= mean * (1 + DRIFT_RATIO) + DRIFT_MIN:
+    able = [key for key in counts if key not in late] or list(counts)
+    share = sum(counts.values()) / len(able)
+    wanted = {key: share if key in able else 0.0 for key in counts}
+    if counts[mine] <= wanted[mine] * (1 + DRIFT_RATIO) + (DRIFT_MIN if wanted[mine] else 0):
         return {}
-    givers = sorted(((int(count - mean), key) for key, count in counts.items() if count > mean), reverse=True)
-    takers = sorted(((int(mean - count), key) for key, count in counts.items() if count < mean), reverse=True)
-    skipped = sum(surplus for surplus, _ in givers[: [key for _, key in givers].index(mine)])
-    left = min(int(counts[mine] - mean), MOVES_MAX)
+    surplus = {key: int(count - wanted[key]) for key, count in counts.items()}
+    givers = sorted(((most, key) for key, most in surplus.items() if most > 0), reverse=True)
+    takers = sorted(((-most, key) for key, most in surplus.items() if most < 0), reverse=True)
+    skipped = sum(most for most, _ in givers[: givers.index((surplus[mine], mine))])
+    left = min(surplus[mine], MOVES_MAX)
     moves: dict[int, int] = {}
     for room, key in takers:
         given = min(left, max(0, room - skipped))

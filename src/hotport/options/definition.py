@@ -115,8 +115,7 @@ class Options:
     balance: Balance = _option(
         "auto",
         choice("auto", "off"),
-        "Whether workers share connections evenly: one with more than the others leaves new ones to them, and hands some "
-        "over.",
+        "Whether workers share connections evenly: one with more leaves new ones to others, and hands open ones over.",
     )
     orphan_timeout_s: float = _option(60.0, duration(), "How long workers serve on without a supervisor.")
     keep_alive_s: float = _option(5.0, duration(), "How long an idle HTTP connection stays open.")

@@ -38,7 +38,6 @@ from hotport.kernel.fork import withhold
 from hotport.kernel.process import descriptors_left
 from hotport.kernel.scm import DESCRIPTORS_MAX, DescriptorsLostError, receive_what_fits, send_descriptors
 from hotport.kernel.sockets import check_peer
-from hotport.model.balance import STAY_S
 from hotport.observe.logs import get_shared_logger
 from hotport.wire.envelope import (
     ENVELOPE_VERSION,
@@ -239,16 +238,16 @@ class Mover:
 
     Args:
         name: Of the control socket of the worker that leaves.
-        count: About how many to move; None for all.
+        some: About how many to move, and how many seconds those stay that came from another worker; None for all.
 
     Attributes:
         moved: How many have moved.
     """
 
-    def __init__(self, connections: Connections, name: str = "", *, count: int | None = None) -> None:
+    def __init__(self, connections: Connections, name: str = "", *, some: tuple[int, float] | None = None) -> None:
         self._connections = connections
         self._name = name
-        self._count = count
+        self._some = some
         self._is_through = asyncio.Event()
         self.moved = 0
         self._patience: asyncio.TimerHandle | None = None
@@ -290,10 +289,10 @@ class Mover:
                     self._tell_rest()
 
     def _lead(self) -> None:
-        if self._count is None:
+        if self._some is None:
             self._connections.lead(self._ready if self._successors else None)
         elif self._successors:
-            self._connections.lead_some(self._ready, self._count, STAY_S)
+            self._connections.lead_some(self._ready, *self._some)
         self._see_through()
 
     async def wait_through(self) -> None:

@@ -16,7 +16,7 @@ from hotport.adapters.datagram import DatagramAdapter, Datagrams
 from hotport.adapters.sockets import SocketsAdapter
 from hotport.adapters.target import kind_of, make_adapter
 from hotport.errors import StartError
-from hotport.model.balance import BALANCE_S
+from hotport.model.balance import LOOK_S
 from hotport.observe.logs import get_shared_logger
 from hotport.options import Options
 from hotport.trust import Trusted
@@ -25,7 +25,7 @@ from hotport.worker import background
 from hotport.worker.acceptor import Acceptor
 from hotport.worker.handoff import Channel, Mover, take_connections
 from hotport.worker.probe import probe
-from hotport.worker.share import Share
+from hotport.worker.share import Moves, Share
 from hotport.worker.tls import Tls
 
 __all__ = ["ConnectionServer", "DatagramServer", "Server", "SocketsServer", "make_server"]
@@ -229,7 +229,7 @@ class ConnectionServer:
         if self._mover is not None:  # taken back; what is under way arrives, or comes back
             self._staying = background.start("handoff", self._stay(self._mover), self._beside)
             self._mover = None
-        if self._share is not None and self._may_hand_off:
+        if self._share is not None:
             self._balancing = background.start("balance", self._balance(self._balancing), self._beside)
 
     async def _stay(self, mover: Mover) -> None:
@@ -278,26 +278,32 @@ class ConnectionServer:
         if before is not None:
             await asyncio.wait({before})
         assert self._share is not None
-        while True:
-            await asyncio.sleep(BALANCE_S)
-            is_moving = self._mover is not None or (self._staying is not None and not self._staying.done())
-            if not is_moving:
-                paths, count = self._share.plan_moves()
-                if count:
-                    await self._move_some(paths, count)
+        moving: asyncio.Task[None] | None = None
+        try:
+            while True:
+                await asyncio.sleep(LOOK_S)
+                self._share.look()
+                if self._hands_off and not any(each and not each.done() for each in (moving, self._staying)):
+                    moves = self._share.plan_moves()
+                    if moves is not None and self._mover is None:
+                        moving = background.start("balance", self._move_some(moves), self._beside)
+        finally:
+            if moving is not None:
+                moving.cancel()
+                await asyncio.wait({moving})
 
-    async def _move_some(self, paths: Sequence[str], count: int) -> None:
-        mover = Mover(self.connections, self._control_name, count=count)
+    async def _move_some(self, moves: Moves) -> None:
+        mover = Mover(self.connections, self._control_name, some=(moves.most, moves.stay_s))
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(BALANCE_TIMEOUT_S):
-                    await mover.follow(paths)
+                    await mover.follow(moves.paths)
                     await mover.wait_through()
         finally:
             await mover.close()
             self.connections.lead(None)
             if mover.moved:
-                to = [os.path.basename(path) for path in paths]
+                to = [os.path.basename(path) for path in moves.paths]
                 get_shared_logger("hotport.worker").info("balance.moved", count=mover.moved, to=to)
 
     async def _end_balancing(self) -> None:

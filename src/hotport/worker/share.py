@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from time import monotonic
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
-from hotport.model.balance import Deferral, is_ahead, plan_moves
+from hotport.kernel.process import run_delay_s
+from hotport.model.balance import HUNG_S, LATE_HOLD_S, LATE_S, LOOK_S, STAY_S, Deferral, is_ahead, plan_moves
 from hotport.wire.messages import worker_socket
 
-__all__ = ["Share"]
+__all__ = ["Moves", "Share"]
 
 #: How old the knowledge may be who else takes from the queue.
 OTHERS_S: Final = 0.01
@@ -33,7 +35,25 @@ class Page(Protocol):
 
     def worker(self, slot: int) -> int: ...
 
+    def promise(self, due_s: float) -> None: ...
+
+    def due_s(self, slot: int) -> float: ...
+
     def forget_dead(self, slots: list[int]) -> None: ...
+
+
+class Moves(NamedTuple):
+    """Connections to hand over.
+
+    Attributes:
+        paths: Control sockets of those who take them.
+        most: How many, to all of them.
+        stay_s: Those that came from another worker more recently than that stay.
+    """
+
+    paths: list[str]
+    most: int
+    stay_s: float
 
 
 class Share:
@@ -53,19 +73,43 @@ class Share:
         self._deferral = Deferral()
         self._others: list[int] = []
         self._look_s = 0.0
+        self._due_s = math.inf
+        self._delay_s = 0.0
+        self._late_until_s = 0.0
+        self._is_late = False
 
     def take_part(self, takes_part: bool) -> None:
         """Let others count on this worker, or not any more: it does not accept, or has no room."""
+        self._due_s = math.inf
+        self.look()
         self._page.join(self._generation if takes_part else 0)
+
+    def look(self) -> None:
+        """Show that the event loop runs, each `LOOK_S`, or that it is held up."""
+        now_s, delay_s = monotonic(), run_delay_s()
+        if now_s - self._due_s - (delay_s - self._delay_s) > LATE_S:
+            self._late_until_s = now_s + LATE_HOLD_S
+        self._due_s, self._delay_s = now_s + LOOK_S, delay_s
+        self._page.promise(0.0 if now_s < self._late_until_s else self._due_s)
+
+    def _late(self, slots: list[int], now_s: float) -> set[int]:
+        """Those whose event loops are held up; none if all are: then it is the machine, or the application."""
+        late = {slot for slot in slots if self._page.due_s(slot) + HUNG_S < now_s}
+        return set() if len(late) == len(slots) else late
 
     def is_ahead(self) -> bool:
         """Whether to leave the queue to others for `hotport.model.balance.DEFER_S`."""
         now_s = monotonic()
         if now_s >= self._look_s:
             self._look_s = now_s + OTHERS_S
-            self._others = self._page.others()
+            slots = [self._page.slot, *self._page.others()]
+            late = self._late(slots, now_s)
+            self._is_late = self._page.slot in late
+            self._others = [slot for slot in slots[1:] if slot not in late]
         others = self._others
-        return bool(others) and is_ahead(self._gauge[0], self._page.counts(others)) and self._deferral.is_due()
+        if not others:
+            return False
+        return (self._is_late or is_ahead(self._gauge[0], self._page.counts(others))) and self._deferral.is_due()
 
     def deferred(self, *, was_taken: bool) -> None:
         """Learn from what came of having left the queue to others."""
@@ -74,14 +118,16 @@ class Share:
             self._page.forget_dead(self._others)
             self._look_s = 0.0
 
-    def plan_moves(self) -> tuple[list[str], int]:
-        """The control sockets of workers with clearly fewer connections, and how many to hand to them in all."""
+    def plan_moves(self) -> Moves | None:
+        """What to hand over now."""
         page = self._page
-        others = page.others()
-        moves = plan_moves(page.slot, dict(zip((page.slot, *others), page.counts([page.slot, *others]), strict=True)))
+        slots = [page.slot, *page.others()]
+        late = self._late(slots, monotonic())
+        moves = plan_moves(page.slot, dict(zip(slots, page.counts(slots), strict=True)), late)
         if not moves:
-            return [], 0
+            return None
         page.forget_dead(list(moves))
         alive = moves.keys() & page.others()
         names = [worker_socket(self._generation, page.worker(slot)) for slot in alive]
-        return [os.path.join(self._directory, name) for name in names], sum(moves[slot] for slot in alive)
+        paths = [os.path.join(self._directory, name) for name in names]
+        return Moves(paths, sum(moves[slot] for slot in alive), 0.0 if page.slot in late else STAY_S)
