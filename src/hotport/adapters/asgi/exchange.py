@@ -190,12 +190,7 @@ class Exchange:
         else:
             self.body = bytearray(self.body)
             self.body += data
-        self.wake()
-
-    def complete(self) -> None:
-        """The request has arrived whole."""
-        self.is_complete = True
-        if self._wakeup is not None:
+        if self._wakeup is not None:  # as in `wake`; a call has its price
             self._wakeup.set()
 
     def leave(self, why: str = CLIENT_LEFT) -> None:
