@@ -19,13 +19,14 @@ from typing import Any, Final
 
 from hotport.adapters.asgi.deadlines import Pace
 from hotport.adapters.asgi.exchange import ANSWERED, CUT, HELD, STREAMING, TOO_SLOW, UNTIL_CLOSE, Exchange
+from hotport.adapters.asgi.handshake import Resumption, is_handshake
 from hotport.adapters.asgi.proxy import forwarded
 from hotport.adapters.asgi.reader import END_OF_HEAD, Intake, Reader, Target
 from hotport.adapters.asgi.shared import ASGI, Shared
 from hotport.adapters.asgi.spec import Receive, Scope, Send
 from hotport.adapters.asgi.states import STATES, Manner, State
 from hotport.adapters.asgi.tls import tls_extension
-from hotport.adapters.asgi.websocket import SPREAD, Resumption, WebSocketConnection, is_handshake
+from hotport.adapters.asgi.websocket import SPREAD, WebSocketConnection
 from hotport.adapters.base import (
     Handoff,
     Offer,

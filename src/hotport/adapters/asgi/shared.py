@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hotport.adapters.asgi.deadlines import Deadlines, Member
 from hotport.adapters.asgi.exchange import EXTENSIONS, HELD, STATUS_LINES, Exchange
+from hotport.adapters.asgi.handshake import Handshakes
 from hotport.adapters.asgi.session import Session
 from hotport.adapters.asgi.spec import Application
-from hotport.adapters.asgi.websocket import WebSockets
 from hotport.adapters.base import Context
 from hotport.adapters.turns import Turns
 from hotport.trust import Trusted
@@ -28,6 +28,9 @@ __all__ = ["ASGI", "LINGER_S", "Shared"]
 #: How long a connection stays half-closed after its last answer. What a client still sends to a closed socket
 #: comes back as a reset, which destroys what it has not read yet (RFC 9112 section 9.6).
 LINGER_S: Final = 2.0
+
+#: From our close frame of a WebSocket to giving up waiting for the client's, and for the end of the connection.
+CLOSE_TIMEOUT_S: Final = 10.0
 
 #: How long the default header lines stay as they are: a date has whole seconds.
 DATE_S: Final = 1.0
@@ -57,6 +60,7 @@ class Shared:
         "deadlines",
         "defaults",
         "extensions",
+        "handshakes",
         "head_lines_max",
         "head_ticks",
         "held",
@@ -74,7 +78,9 @@ class Shared:
         "trusted",
         "turns",
         "variables",
-        "websockets",
+        "ws_close_ticks",
+        "ws_ping_ticks",
+        "ws_pong_ticks",
     )
 
     def __init__(
@@ -113,7 +119,10 @@ class Shared:
         #: Up to this size the fields of a head are counted when it is parsed: that is cheaper, and takes little memory.
         self.small_head_bytes = min(SMALL_HEAD_BYTES, options.head_max_bytes)
         self.head_lines_max = options.header_fields_max + 2  # with the request line and the empty one
-        self.websockets = WebSockets(options, self.deadlines)
+        self.handshakes = Handshakes(options)
+        self.ws_ping_ticks = self.deadlines.ticks(options.ws_ping_interval_s) if options.ws_ping_interval_s else 0
+        self.ws_pong_ticks = self.deadlines.ticks(options.ws_ping_timeout_s)
+        self.ws_close_ticks = self.deadlines.ticks(CLOSE_TIMEOUT_S)
         self.held: list[Exchange] = []
         self.running: set[Exchange | Session] = set()
         #: Each request gets a copy. Callbacks run in the context in which their connection was accepted, and

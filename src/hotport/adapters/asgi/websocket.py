@@ -1,6 +1,6 @@
 """WebSocket connections: from the moment at which an `HttpConnection` has read a handshake request.
 
-Handshake and frames are the websockets library's. A connection is always in exactly one state; `WEBSOCKET_STATES` says
+Frames are the websockets library's. A connection is always in exactly one state; `WEBSOCKET_STATES` says
 what drain does to each. The random moments of its 1012s leave the last tenth of the drain window to closing handshakes.
 A connection that was closed like this counts as ``told_to_close``, but as ``cut_websocket`` if the client had not taken
 our close frame when we gave it up.
@@ -17,25 +17,22 @@ import random
 from collections.abc import Callable, Iterable
 from enum import Enum
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from websockets.exceptions import ProtocolError
-from websockets.extensions.permessage_deflate import ServerPerMessageDeflateFactory
 from websockets.frames import Opcode
-from websockets.http11 import Request, Response
 from websockets.protocol import State as ProtocolState
-from websockets.server import ServerProtocol
 
-from hotport.adapters.asgi.deadlines import Deadlines, Pace
-from hotport.adapters.asgi.exchange import ANSWERED, CUT, STREAMING, Exchange, check_field
-from hotport.adapters.asgi.frames import COMPRESSED_BYTES_MAX, Assembly, Cutter, Violation
+from hotport.adapters.asgi.deadlines import Pace
+from hotport.adapters.asgi.exchange import ANSWERED, CUT, STREAMING, Exchange
+from hotport.adapters.asgi.frames import Assembly, Cutter, Violation
+from hotport.adapters.asgi.handshake import Resumption, render_answer
 from hotport.adapters.asgi.session import Session
-from hotport.adapters.asgi.spec import Message, Scope
+from hotport.adapters.asgi.spec import Message
 from hotport.adapters.asgi.states import WEBSOCKET_STATES, Manner
 from hotport.adapters.asgi.states import WebSocketState as State
 from hotport.adapters.base import (
     Handoff,
-    NotAdopted,
     Offer,
     Ready,
     abort_for_client,
@@ -52,48 +49,16 @@ from hotport.wire.envelope import WebSocketState, encode_state
 if TYPE_CHECKING:
     from hotport.adapters.asgi.http import HttpConnection
     from hotport.adapters.asgi.shared import Shared
-    from hotport.options import Options
 
-__all__ = ["SPREAD", "Resumption", "WebSocketConnection", "WebSockets", "is_handshake"]
+__all__ = ["SPREAD", "WebSocketConnection"]
 
 log = logging.getLogger("hotport.error")
-
-#: From our close frame to giving up waiting for the client's, and for the end of the connection.
-CLOSE_TIMEOUT_S: Final = 10.0
 
 #: Which part of the drain window the 1012s are spread over; the rest is for closing handshakes.
 SPREAD: Final = 0.9
 
 #: Reading pauses while more than this has come before the handshake is answered: nothing should have.
 EARLY_BYTES_MAX: Final = 64 * 1024
-
-#: Header fields of a handshake that it is judged by.
-JUDGED: Final = frozenset(
-    {
-        b"connection",
-        b"content-length",
-        b"host",
-        b"origin",
-        b"sec-websocket-extensions",
-        b"sec-websocket-key",
-        b"sec-websocket-protocol",
-        b"sec-websocket-version",
-        b"transfer-encoding",
-        b"upgrade",
-    }
-)
-
-#: Header fields of the handshake's answer that are not the application's to say.
-RESERVED: Final = frozenset(
-    {
-        "connection",
-        "content-length",
-        "sec-websocket-accept",
-        "sec-websocket-extensions",
-        "transfer-encoding",
-        "upgrade",
-    }
-)
 
 #: A frame up to this size that is not compressed is read at once.
 SHORT_BYTES_MAX: Final = 16 * 1024
@@ -123,117 +88,6 @@ class _Wait(Enum):
     CLOSE = "the rest of its life"
 
 
-class _Demoted(logging.LoggerAdapter[logging.Logger]):
-    """What the library says at level info it says of every connection."""
-
-    def info(self, msg: object, *args: object, **options: Any) -> None:
-        self.debug(msg, *args, **options)
-
-
-class WebSockets:
-    """What all WebSockets of one adapter have in common."""
-
-    __slots__ = (
-        "all_movable",
-        "close_ticks",
-        "has_warned",
-        "is_deflating",
-        "log",
-        "message_bytes_max",
-        "ping_ticks",
-        "pong_ticks",
-    )
-
-    def __init__(self, options: Options, deadlines: Deadlines[Any]) -> None:
-        self.log = _Demoted(logging.getLogger("hotport.websocket"), {})
-        self.all_movable = options.handoff == "websocket"
-        self.has_warned = False
-        self.is_deflating = options.ws_deflate
-        self.message_bytes_max = options.ws_message_max_bytes
-        self.ping_ticks = deadlines.ticks(options.ws_ping_interval_s) if options.ws_ping_interval_s else 0
-        self.pong_ticks = deadlines.ticks(options.ws_ping_timeout_s)
-        self.close_ticks = deadlines.ticks(CLOSE_TIMEOUT_S)
-
-    def shake_hands(self, handshake: bytes, *, is_movable: bool) -> tuple[ServerProtocol, Request | None]:
-        """A protocol that has read a handshake, and the request if the library found one in it.
-
-        What a compressed message needs of those before it does not leave zlib. So for WebSockets that may move it is
-        agreed that messages stand alone (RFC 7692 sections 7.1.1 and 7.2.1).
-        """
-        extensions = None
-        if self.is_deflating:
-            # Small windows, as the library's own server has them: memory counts for connections that stay open.
-            deflate = ServerPerMessageDeflateFactory(
-                server_no_context_takeover=is_movable,
-                client_no_context_takeover=is_movable,
-                server_max_window_bits=12,
-                client_max_window_bits=12,
-                compress_settings={"memLevel": 5},
-            )
-            extensions = [deflate]
-        # A part of a compressed message may be longer than what it becomes. The limit is looked at in `_on_frame`.
-        protocol = ServerProtocol(
-            extensions=extensions, max_size=self.message_bytes_max + COMPRESSED_BYTES_MAX, logger=self.log
-        )
-        protocol.receive_data(handshake)
-        requests = protocol.events_received()
-        if not requests:
-            return protocol, None
-        assert isinstance(requests[0], Request)
-        return protocol, requests[0]
-
-    def warn_of_state(self, session: Session) -> None:
-        """Log once that an application was resumed that never called ``movable()``: it may not know this client."""
-        if not self.has_warned:
-            self.has_warned = True
-            log.warning(
-                "%s was resumed by `handoff = websocket`, and its application has not called movable(): if its protocol"
-                " keeps state (Socket.IO, GraphQL subscriptions, STOMP), its clients now wait for ever; then use"
-                " `handoff = auto`",
-                session,
-            )
-
-    def resume(self, state: WebSocketState) -> Resumption:
-        """Open a WebSocket as it was opened in another process.
-
-        Raises:
-            NotAdopted: Something else would be agreed upon today.
-        """
-        lines = b"".join(b"%b: %b\r\n" % field for field in state.headers)
-        judged = b"".join(b"%b: %b\r\n" % field for field in state.headers if field[0] in JUDGED)
-        protocol, request = self.shake_hands(b"GET / HTTP/1.1\r\n%b\r\n" % judged, is_movable=True)
-        if request is None:
-            raise NotAdopted("its handshake would not be understood")
-        answer = protocol.accept(request)
-        extensions = answer.headers.get("Sec-WebSocket-Extensions", "")
-        if answer.status_code != 101 or extensions != state.extensions:
-            raise NotAdopted(f"the extensions {state.extensions!r} were agreed upon, and would be {extensions!r}")
-        if state.subprotocol:
-            answer.headers["Sec-WebSocket-Protocol"] = state.subprotocol
-        protocol.send_response(answer)
-        protocol.data_to_send()  # the client had it long ago
-        return Resumption(state, protocol, answer, b"GET %b HTTP/1.1\r\n%b\r\n" % (state.target, lines))
-
-
-class Resumption(NamedTuple):
-    """A WebSocket of another process, open here as it was there; `handshake` is its request."""
-
-    state: WebSocketState
-    protocol: ServerProtocol
-    answer: Response
-    handshake: bytes
-
-
-def is_handshake(scope: Scope) -> bool:
-    """Whether an upgrade request asks for a WebSocket.
-
-    HTTP/1.0 has no upgrades: RFC 9110 section 7.8.
-    """
-    return scope["http_version"] == "1.1" and any(
-        name == b"upgrade" and b"websocket" in value.lower() for name, value in scope["headers"]
-    )
-
-
 class WebSocketConnection(asyncio.Protocol):
     """Goes on with a connection on which an `HttpConnection` has read a handshake request.
 
@@ -247,9 +101,9 @@ class WebSocketConnection(asyncio.Protocol):
     kind = "websocket"
 
     __slots__ = (
+        "_answer",
         "_assembly",
         "_buffer_bytes",
-        "_common",
         "_cutter",
         "_drain_timer",
         "_early",
@@ -274,7 +128,6 @@ class WebSocketConnection(asyncio.Protocol):
         "_queue_low",
         "_queue_max",
         "_reading_pace",
-        "_response",
         "_session",
         "_untaken",
         "_waits_for",
@@ -295,14 +148,13 @@ class WebSocketConnection(asyncio.Protocol):
         self.writable = before.writable
         self.has_eof = before.has_eof
 
-        self._common = common = self.shared.websockets
         options = self.shared.options
         self._queue_max = options.ws_queue
         self._queue_low = options.ws_queue // 4
         self._buffer_bytes = options.connection_buffer_bytes
         self._early = early  # there until the handshake is answered
         #: What has come and is not read yet.
-        self._cutter = Cutter(common.message_bytes_max)
+        self._cutter = Cutter(options.ws_message_max_bytes)
         #: A message that has not arrived whole.
         self._assembly: Assembly | None = None
         #: The answer to the newest ping, while the client does not take what was sent before. The older ones need none
@@ -331,7 +183,7 @@ class WebSocketConnection(asyncio.Protocol):
 
         self.sock = before.sock
         self.endpoints, self._is_proxied = before.endpoints, before.is_proxied
-        self._is_movable = common.all_movable
+        self._is_movable = self.shared.handshakes.all_movable
         self._has_agreed = False  # the application has said so by itself
         #: Asks the application what should travel.
         self._export: Callable[[], Any] | None = None
@@ -545,8 +397,8 @@ class WebSocketConnection(asyncio.Protocol):
         state = WebSocketState(
             target=scope["raw_path"][len(self.shared.raw_root_path) :] + (b"?" + query if query else b""),
             headers=scope["headers"],
-            subprotocol=self._response.headers.get("Sec-WebSocket-Protocol", ""),
-            extensions=self._response.headers.get("Sec-WebSocket-Extensions", ""),
+            subprotocol=self._answer.headers.get("Sec-WebSocket-Protocol", ""),
+            extensions=self._answer.headers.get("Sec-WebSocket-Extensions", ""),
             undelivered=[m["text"] if "text" in m else m["bytes"] for m in self._session.hold()],
             waits_for=self._waits_for.name,
             wait_s=self.shared.deadlines.left_s(self),
@@ -564,7 +416,7 @@ class WebSocketConnection(asyncio.Protocol):
         if self._is_closed:
             return
         if handoff.is_offered:
-            self._wait(_Wait.PING, self._common.ping_ticks)
+            self._wait(_Wait.PING, self.shared.ws_ping_ticks)
             self._session.let_go()
         was_offered = handoff.is_offered
         handoff.is_offered = handoff.is_wanted = False
@@ -762,7 +614,7 @@ class WebSocketConnection(asyncio.Protocol):
                 self._assemble(frame.data, is_last=False)
                 return
             data = bytes(frame.data)
-            if len(data) > self._common.message_bytes_max:
+            if len(data) > self.shared.options.ws_message_max_bytes:
                 self._refuse_large()
                 return
             if not is_text:
@@ -791,7 +643,7 @@ class WebSocketConnection(asyncio.Protocol):
         except UnicodeDecodeError as error:
             self._refuse_text(error)
             return
-        if assembly.size > self._common.message_bytes_max:
+        if assembly.size > self.shared.options.ws_message_max_bytes:
             self._refuse_large()
         elif is_last:
             self._assembly = None
@@ -810,7 +662,7 @@ class WebSocketConnection(asyncio.Protocol):
         self._protocol.fail(1007, f"{error.reason} at position {error.start}")
 
     def _refuse_large(self) -> None:
-        self._protocol.fail(1009, f"a message of more than {self._common.message_bytes_max} bytes")
+        self._protocol.fail(1009, f"a message of more than {self.shared.options.ws_message_max_bytes} bytes")
 
     # -- clients that leave unseen, or take nothing -----------------------------------------------------------
 
@@ -862,8 +714,7 @@ class WebSocketConnection(asyncio.Protocol):
 
     def _shake_hands(self) -> None:
         """Let the library judge the request, and the application if it is a good one."""
-        protocol = self._negotiate(is_movable=self._is_movable)
-        if protocol is None:
+        if not self._negotiate(is_movable=self._is_movable):
             return
         shared = self.shared
         if 0 < shared.options.concurrency_max <= len(shared.running):
@@ -871,44 +722,31 @@ class WebSocketConnection(asyncio.Protocol):
             return
         self._run()
 
-    def _negotiate(self, *, is_movable: bool) -> ServerProtocol | None:
-        """Find out what would be agreed upon; None if the client has had an answer that says no."""
-        scope = self._session.denial.scope
-        # Only what it is judged by: the library has limits of its own for the rest, which is within ours.
-        fields = b"".join(b"%b: %b\r\n" % field for field in scope["headers"] if field[0] in JUDGED)
-        handshake = b"%b / HTTP/1.1\r\n%b\r\n" % (scope["method"].encode(), fields)
-        self._protocol, request = self._common.shake_hands(handshake, is_movable=is_movable)
-        protocol = self._protocol
-        if request is None:
-            if any(protocol.writes):
-                self._log(400)
-                self._flush()
-            else:  # it has closed without a word
-                error = protocol.handshake_exc
-                cause = error.__cause__ if error is not None and error.__cause__ is not None else error
-                self.refuse(400, f"Failed to open a WebSocket connection: {cause}.")
-            return None
-        self._response = protocol.accept(request)
-        if self._response.status_code != 101:
-            if self.shared.options.server_header:
-                self._response.headers["Server"] = "hotport"
-            protocol.send_response(self._response)
-            self._log(self._response.status_code)
+    def _negotiate(self, *, is_movable: bool) -> bool:
+        """Find out what would be agreed upon; False if the client has had an answer that says no."""
+        negotiation = self.shared.handshakes.negotiate(self._session.denial.scope, is_movable=is_movable)
+        self._protocol = negotiation.protocol
+        if negotiation.answer is not None:
+            self._answer = negotiation.answer
+            return True
+        if negotiation.why:
+            self.refuse(negotiation.status, negotiation.why)
+        else:
+            self._log(negotiation.status)
             self._flush()
-            return None
-        return protocol
+        return False
 
     def _resume(self, resumption: Resumption) -> None:
         """Go on where another process's WebSocket was; the application is asked as if the client had just come."""
         state = resumption.state
-        self._protocol, self._response = resumption.protocol, resumption.answer
+        self._protocol, self._answer = resumption.protocol, resumption.answer
         self._is_movable = True
         self._is_in_detail = False
         self._has_heard = state.has_heard
         waits_for = _Wait[state.waits_for]
         ticks = self.shared.deadlines.ticks(state.wait_s) if state.wait_s else 0
         self._session.denial.request = None  # the access log has its line from where it was answered
-        self._wait(waits_for, ticks or (self._common.ping_ticks if waits_for is _Wait.PING else 0))
+        self._wait(waits_for, ticks or (self.shared.ws_ping_ticks if waits_for is _Wait.PING else 0))
         for content in state.undelivered:
             kind = "text" if isinstance(content, str) else "bytes"
             self._session.deliver(kind, content)
@@ -929,32 +767,14 @@ class WebSocketConnection(asyncio.Protocol):
         if self._is_resuming:
             self._is_resuming = False  # the client has its answer
             if not self._has_agreed:
-                self._common.warn_of_state(self._session)
+                self.shared.handshakes.warn_of_state(self._session)
             return
-        answer = self._response.headers
-        fields: list[tuple[str, str]] = []
-        for raw_name, raw_value in headers:
-            check_field(raw_name, raw_value)
-            name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
-            if name == "sec-websocket-protocol":
-                raise RuntimeError("'sec-websocket-protocol' is no header of 'websocket.accept': use 'subprotocol'")
-            if name not in RESERVED:
-                fields.append((name, value))
-        if subprotocol is not None:
-            if subprotocol not in self._session.scope["subprotocols"]:
-                raise RuntimeError(f"the client has not offered the subprotocol {subprotocol!r}")
-            answer["Sec-WebSocket-Protocol"] = subprotocol
-        names = {name for name, _ in fields}
-        if "date" in names:
-            del answer["Date"]
-        if "server" not in names and self.shared.options.server_header:
-            answer["Server"] = "hotport"
-        for name, value in fields:
-            answer[name] = value
-        self._protocol.send_response(self._response)
+        offered = self._session.scope["subprotocols"]
+        render_answer(self._answer, offered, subprotocol, headers, has_server=self.shared.options.server_header)
+        self._protocol.send_response(self._answer)
         self._flush()
         self._log(101)
-        self._wait(_Wait.PING, self._common.ping_ticks)
+        self._wait(_Wait.PING, self.shared.ws_ping_ticks)
         if self._is_draining or self.handoff is not None:
             self.shared.registry.tell(self)
         self._is_in_detail = self._is_reading_paused
@@ -1079,17 +899,17 @@ class WebSocketConnection(asyncio.Protocol):
         self._has_heard = False
         self._protocol.send_ping(b"")
         self._flush()
-        self._wait(_Wait.PONG, self._common.pong_ticks)
+        self._wait(_Wait.PONG, self.shared.ws_pong_ticks)
 
     def _on_pong(self) -> None:
         if self._waits_for is _Wait.PONG:
-            self._wait(_Wait.PING, self._common.ping_ticks)
+            self._wait(_Wait.PING, self.shared.ws_ping_ticks)
 
     def _expire_pong(self) -> None:
         """The client is silent; unless it sends something long, or we have not been listening."""
         if self._has_heard or self._is_reading_paused:
             self._has_heard = False
-            self._wait(_Wait.PONG, self._common.pong_ticks)
+            self._wait(_Wait.PONG, self.shared.ws_pong_ticks)
         else:
             self._protocol.fail(1011, "keepalive ping timeout")
             self._flush()
@@ -1148,7 +968,7 @@ class WebSocketConnection(asyncio.Protocol):
         if not self._is_bounded:
             self._is_bounded = True
             self._stop_timers()
-            self._wait(_Wait.CLOSE, self._common.close_ticks)
+            self._wait(_Wait.CLOSE, self.shared.ws_close_ticks)
 
     def _stop_timers(self) -> None:
         self._wait(_Wait.NOTHING, 0)
