@@ -578,14 +578,10 @@ class HttpConnection(asyncio.Protocol):
 
     def on_body_due(self) -> None:
         """See to it that the client sends its request's body in time."""
-        options = self.shared.options
-        if options.body_timeout_s:
+        timeout_s = self.shared.options.body_timeout_s
+        if timeout_s:
             if self._sending_pace is None:
-                timeout_s = options.body_timeout_s
-                bytes_min = timeout_s * options.rate_min_bytes
-                self._sending_pace = Pace(
-                    self.shared.deadlines, timeout_s, bytes_min, self._arrived_bytes, self._on_slow_body
-                )
+                self._sending_pace = self.shared.pace(timeout_s, self._arrived_bytes, self._on_slow_body)
             self._sending_pace.start()
 
     def on_upgrade(self, exchange: Exchange, behind: bytes) -> bool:
@@ -769,10 +765,7 @@ class HttpConnection(asyncio.Protocol):
             timeout_s = self.shared.options.send_timeout_s
             if not timeout_s or self.is_closed:
                 return
-            bytes_min = timeout_s * self.shared.options.rate_min_bytes
-            self._reading_pace = Pace(
-                self.shared.deadlines, timeout_s, bytes_min, self._taken_bytes, self._on_slow_reader
-            )
+            self._reading_pace = self.shared.pace(timeout_s, self._taken_bytes, self._on_slow_reader)
         if not self._reading_pace.due:
             self._reading_pace.start()
 

@@ -6,11 +6,12 @@ import asyncio
 import contextvars
 import sys
 import time
+from collections.abc import Callable
 from email.utils import formatdate
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from hotport.adapters.asgi.deadlines import Deadlines, Member
+from hotport.adapters.asgi.deadlines import Deadlines, Member, Pace
 from hotport.adapters.asgi.exchange import EXTENSIONS, HELD, STATUS_LINES, Exchange
 from hotport.adapters.asgi.handshake import Handshakes
 from hotport.adapters.asgi.session import Session
@@ -130,6 +131,10 @@ class Shared:
         self.variables = contextvars.copy_context()
         self.run = _eagerly(loop) if sys.version_info >= (3, 12) else loop.create_task
         self.defaults = b""
+
+    def pace(self, period_s: float, moved_bytes: Callable[[], int | None], on_slow: Callable[[], None]) -> Pace:
+        """Watch that bytes move at `Options.rate_min_bytes` at least; see `Pace`."""
+        return Pace(self.deadlines, period_s, period_s * self.options.rate_min_bytes, moved_bytes, on_slow)
 
     def open_held(self) -> None:
         """Let heads go that still wait for a body; one callback for all answers of a turn, as nearly none do."""

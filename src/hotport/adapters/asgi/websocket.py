@@ -681,15 +681,9 @@ class WebSocketConnection(asyncio.Protocol):
 
     def _see_client_read(self) -> None:
         """See to it that the client takes what waits for it in time."""
-        options = self.shared.options
-        if self._reading_pace is None and options.send_timeout_s and not self._is_closed:
-            self._reading_pace = Pace(
-                self.shared.deadlines,
-                options.send_timeout_s,
-                options.send_timeout_s * options.rate_min_bytes,
-                self._taken_bytes,
-                self._on_slow_reader,
-            )
+        timeout_s = self.shared.options.send_timeout_s
+        if self._reading_pace is None and timeout_s and not self._is_closed:
+            self._reading_pace = self.shared.pace(timeout_s, self._taken_bytes, self._on_slow_reader)
         if self._reading_pace is not None:
             self._reading_pace.start()
 
