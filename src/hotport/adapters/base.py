@@ -15,9 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
-from hotport.kernel.fork import has_forked, withhold
-from hotport.kernel.sockets import acknowledged_bytes, end, reset, unsent_bytes
-from hotport.wire.envelope import Envelope, State
+from hotport.kernel.fork import withhold
+from hotport.wire.envelope import Envelope
 
 __all__ = [
     "Adapter",
@@ -25,16 +24,9 @@ __all__ = [
     "Connections",
     "Context",
     "Draining",
-    "Handoff",
     "NotAdopted",
     "Offer",
     "Ready",
-    "abort_for_client",
-    "end_for_client",
-    "make_offer",
-    "may_leave",
-    "reset_for_client",
-    "stands_still",
 ]
 
 
@@ -172,81 +164,6 @@ class Connection(Protocol):
 
 
 Ready = Callable[[Connection], None]
-
-
-def make_offer(
-    transport: asyncio.Transport, endpoints: tuple[Any, Any] | None, is_proxied: bool, state: State, unread: bytes = b""
-) -> Offer:
-    """What a connection offers that stands still; see `Envelope`."""
-    peer, own = endpoints or (None, None)
-    return Offer(transport.get_extra_info("socket").fileno(), Envelope(peer, own, is_proxied, unread, state))
-
-
-def stands_still(handoff: Handoff | None) -> bool:
-    """Whether a connection is offered, so that nothing may be read from it or written to it here."""
-    return handoff is not None and handoff.is_offered
-
-
-class Handoff:
-    """How far one connection has come with being handed off; there is none before its worker leaves."""
-
-    __slots__ = ("is_offered", "is_parking", "is_wanted", "ready")
-
-    def __init__(self, ready: Ready) -> None:
-        self.ready = ready
-        #: It was asked for, and was at no safe point: the next one is to be held.
-        self.is_wanted = False
-        #: What the client sends is kept as it is, so that a safe point comes after the requests that it has sent.
-        self.is_parking = False
-        #: It stands still: it may be served elsewhere at any moment. Only `keep`, `release` and `cut` end that.
-        self.is_offered = False
-
-
-def end_for_client(connection: Connection, handoff: Handoff | None) -> None:
-    """In `connection_lost`: let the client see the end even if a forked child has a duplicate of the descriptor.
-
-    Not of a connection that another process may serve by now. Of one that speaks TLS the descriptor is closed before
-    that is called; its client was told the end by TLS, or by `abort`.
-    """
-    if has_forked() and connection.sock is not None and not stands_still(handoff):
-        end(connection.sock)
-
-
-def abort_for_client(connection: Connection, transport: asyncio.Transport, handoff: Handoff | None) -> None:
-    """End a connection at once, for the client as in `end_for_client`: what was written and has not left is lost.
-
-    What was written in this turn has its chance: uvloop before 0.22 hands it to the kernel at the end of the turn.
-    """
-    if has_forked():  # behind this turn, and before the descriptor is closed, which is one that is called soon, too
-        asyncio.get_running_loop().call_soon(end_for_client, connection, handoff)
-    transport.abort()
-
-
-def reset_for_client(connection: Connection, transport: asyncio.Transport) -> None:
-    """End a connection that has not moved at once, so that its client cannot take it for an orderly end."""
-    if connection.sock is not None:
-        reset(connection.sock, is_shared=has_forked())
-    transport.abort()
-
-
-def taken_bytes(transport: asyncio.Transport, sock: socket.socket | None) -> int:
-    """How much the peer has taken of what was written, from some beginning on.
-
-    Its kernel says so for TCP. Otherwise it is what is left, which says as much while nothing more is written.
-    """
-    if sock is None:
-        return -transport.get_write_buffer_size()
-    return acknowledged_bytes(sock) or -transport.get_write_buffer_size() - unsent_bytes(sock)
-
-
-def may_leave(transport: asyncio.Transport) -> bool:
-    """Whether nothing that was written is still in this process; if not, ``resume_writing`` is called when so."""
-    if transport.is_closing():
-        return False
-    if transport.get_write_buffer_size():
-        transport.set_write_buffer_limits(high=0)
-        return False
-    return True
 
 
 class Connections:

@@ -27,14 +27,15 @@ from hotport.adapters.asgi.spec import Receive, Scope, Send
 from hotport.adapters.asgi.states import STATES, Manner, State
 from hotport.adapters.asgi.tls import tls_extension
 from hotport.adapters.asgi.websocket import SPREAD, WebSocketConnection
-from hotport.adapters.base import (
+from hotport.adapters.base import Offer, Ready
+from hotport.adapters.handoff import (
     Handoff,
-    Offer,
-    Ready,
+    Stage,
     abort_for_client,
     end_for_client,
+    end_handoff,
     make_offer,
-    may_leave,
+    prepare,
     reset_for_client,
     stands_still,
     taken_bytes,
@@ -74,7 +75,6 @@ class HttpConnection(asyncio.Protocol):
         "_current",
         "_extensions",
         "_fate",
-        "_handoff",
         "_has_announced_close",
         "_has_said_goodbye",
         "_has_served",
@@ -95,6 +95,7 @@ class HttpConnection(asyncio.Protocol):
         "adopted",
         "due",
         "endpoints",
+        "handoff",
         "has_eof",
         "is_closed",
         "is_proxied",
@@ -143,7 +144,7 @@ class HttpConnection(asyncio.Protocol):
         self._has_announced_close = False  # the head of the last answer is written
         self._has_said_goodbye = False  # all of the last answer is written
         self._is_flushed = False  # nothing was left to send when we last looked
-        self._handoff: Handoff | None = None
+        self.handoff: Handoff | None = None
         self._fate = "finished"
         shared.registry.opened(self)
 
@@ -186,14 +187,11 @@ class HttpConnection(asyncio.Protocol):
 
     def drain(self) -> None:
         """Let the next answer that has no request behind it be the last."""
-        if stands_still(self._handoff):
-            return
-        self._end_handoff()
-        self._is_draining = True
+        if end_handoff(self):
+            self._is_draining = True
 
     def stay(self) -> None:
-        if not stands_still(self._handoff):
-            self._end_handoff()
+        if end_handoff(self):
             self._is_draining = False
 
     def cut(self) -> str:
@@ -201,7 +199,7 @@ class HttpConnection(asyncio.Protocol):
         state = self.state
         if state is State.CLOSED:
             return self._fate
-        if stands_still(self._handoff):
+        if stands_still(self.handoff):
             self._close()
             return "cut_offered"
         if state in (State.FRESH, State.IDLE) and self._has_unread():
@@ -231,13 +229,14 @@ class HttpConnection(asyncio.Protocol):
     # -- handing it off ------------------------------------------------------------------------------------
 
     @property
-    def _is_at_safe_point(self) -> bool:
+    def is_at_safe_point(self) -> bool:
         """The client waits for nothing but the answer to a request of which at most a part has come.
 
-        What there is of it is known byte by byte. Whether all of the last answer has left is `may_leave`'s to say.
+        What there is of it is known byte by byte.
         """
         return (
-            self._current is None
+            self._is_attached
+            and self._current is None
             and self._reader.arriving is None
             and not self._pipeline
             and self._refusal is None
@@ -247,7 +246,7 @@ class HttpConnection(asyncio.Protocol):
 
     @property
     def will_move(self) -> bool:
-        return self._handoff is not None
+        return self.handoff is not None
 
     def prepare_handoff(self, ready: Ready) -> bool:
         """Every plain connection can move. Its requests are answered first, without a word about closing.
@@ -256,46 +255,42 @@ class HttpConnection(asyncio.Protocol):
         not all clients shake hands at once.
         """
         if self._is_attached and self.is_tls:
-            self._handoff = None  # there may be one from before anybody knew that it speaks TLS
+            self.handoff = None  # there may be one from before anybody knew that it speaks TLS
             draining = self.shared.registry.draining
             if not self._is_draining and draining.is_set():
                 delay_s = random.random() * SPREAD * draining.remaining_s()
                 self.shared.loop.call_later(delay_s, self.drain)
             return True
         self._is_draining = False
-        if self._handoff is None:
-            self._handoff = Handoff(ready)
-        if self._is_attached and self._is_at_safe_point:
-            ready(self)
+        prepare(self, self.shared.registry, ready)
         return True
 
     def offer(self) -> Offer | None:
-        handoff = self._handoff
-        if handoff is None or handoff.is_offered or self.is_closed or self._has_said_goodbye:
+        if self.handoff is None or self.is_closed or self._has_said_goodbye:
             return None
-        handoff.is_wanted = True
-        if not self._is_at_safe_point:
-            if self._reader.intake is OPEN and not self.has_eof:  # after its end it stays here
-                self._reader.intake = Intake.PARKED
-            return None
+        if not self.is_at_safe_point and self._reader.intake is OPEN and not self.has_eof:  # after its end it stays
+            self._reader.intake = Intake.PARKED
+        return self.handoff.offer(self, self.transport)
+
+    def hold(self) -> None:
+        """Let what the client sends wait in the kernel."""
         self._pause_reading()
-        if not may_leave(self.transport):
-            return None
-        handoff.is_offered = True
+
+    def pack(self) -> Offer:
+        """What the client has sent and nobody has answered."""
         state = HttpState(self._has_served, self.shared.deadlines.left_s(self))
         self.due = 0
         return make_offer(self.transport, self.endpoints, self.is_proxied, state, self.unconsumed)
 
     def keep(self) -> None:
-        if self._handoff is not None:
-            self._go_on_from(self._handoff)
+        if self.handoff is not None:
+            self.handoff.keep(self)
 
-    def _go_on_from(self, handoff: Handoff) -> None:
+    def resume(self, was_offered: bool) -> None:
+        """Wait for the client again, and parse what was parked."""
         if self.is_closed or not self._is_attached:
             return
-        handoff.is_wanted = False
-        if handoff.is_offered:
-            handoff.is_offered = False
+        if was_offered:
             self._wait(self.shared.head_ticks if self.unconsumed else self.shared.keep_alive_ticks)
         if self._reader.intake is Intake.PARKED:
             self._reader.intake = OPEN
@@ -311,21 +306,7 @@ class HttpConnection(asyncio.Protocol):
     def why_here(self) -> str:
         if self._is_attached and self.is_tls:
             return f"{self.state.value}, TLS"
-        return f"{self.state.value}, slow to read" if self._is_at_safe_point else self.state.value
-
-    def _end_handoff(self) -> None:
-        handoff, self._handoff = self._handoff, None  # first: what goes on says that it is ready, while there is one
-        if handoff is not None:
-            self._go_on_from(handoff)
-
-    def _come_to_rest(self) -> bool:
-        """At a safe point while the worker leaves; True if it is held there, because it was asked for before."""
-        handoff = self._handoff
-        assert handoff is not None
-        if handoff.is_wanted:
-            self._pause_reading()
-        handoff.ready(self)
-        return handoff.is_wanted
+        return f"{self.state.value}, slow to read" if self.is_at_safe_point else self.state.value
 
     # -- what the transport says ---------------------------------------------------------------------------
 
@@ -348,7 +329,7 @@ class HttpConnection(asyncio.Protocol):
         self._is_trusted = shared.trusted.peer(peer)
         if self.adopted is not None:
             self._go_on_adopted(self.adopted)
-        if self._handoff is not None:  # the worker began to leave before there was a transport
+        if self.handoff is not None:  # the worker began to leave before there was a transport
             shared.registry.tell(self)
 
     def _go_on_adopted(self, adopted: HttpState | Resumption) -> None:
@@ -368,12 +349,12 @@ class HttpConnection(asyncio.Protocol):
                 self.due = due  # its time has begun there
 
     def connection_lost(self, exc: Exception | None) -> None:
-        end_for_client(self, self._handoff)
+        end_for_client(self, self.handoff)
         self.is_closed = True
         self._end_watches()
         self._end_requests()
         self._reader.close()
-        self._handoff = None  # what is closed is at no safe point
+        self.handoff = None  # what is closed is at no safe point
         self.resume_writing()
         self.shared.registry.closed(self, self._fate)
 
@@ -397,13 +378,13 @@ class HttpConnection(asyncio.Protocol):
             self.writable = None
         if self._reading_pace is not None and not self._has_said_goodbye:
             self._reading_pace.stop()
-        if self._handoff is not None and self._is_at_safe_point and self._come_to_rest():
+        if self.handoff is not None and self.handoff.come_to_rest(self):
             return
         self.resume_reading_if_room()
 
     def eof_received(self) -> bool:
         """The client sends no more. It may still read (shutdown(2), SHUT_WR), so whole requests are answered."""
-        if self._handoff is not None:  # it ends here
+        if self.handoff is not None:  # it ends here
             self.drain()
         self.has_eof = True
         if self._reader.rest and self._scheme == "http":
@@ -460,9 +441,9 @@ class HttpConnection(asyncio.Protocol):
     def _take_turn(self) -> None:
         """Go on where the turn before this one has ended."""
         self._is_turn_due = False
-        if self.is_closed or self._has_said_goodbye or stands_still(self._handoff):
+        if self.is_closed or self._has_said_goodbye or stands_still(self.handoff):
             return
-        if self._handoff is not None and self._handoff.is_wanted and self._is_at_safe_point:
+        if self.handoff is not None and self.handoff.stage is Stage.WANTED and self.is_at_safe_point:
             return  # it leaves, and takes the rest with it
         if self._current is None and self._pipeline:
             self._advance()
@@ -508,8 +489,8 @@ class HttpConnection(asyncio.Protocol):
                 self._wait(self.shared.keep_alive_ticks)
             elif reader.head and not had_begun:
                 self._wait(self.shared.head_ticks)
-        if self._handoff is not None and self._is_at_safe_point:
-            self._come_to_rest()
+        if self.handoff is not None:
+            self.handoff.come_to_rest(self)
 
     # -- room ----------------------------------------------------------------------------------------------
 
@@ -698,7 +679,7 @@ class HttpConnection(asyncio.Protocol):
             shared = self.shared
             ticks = shared.head_ticks if self._reader.head else shared.keep_alive_ticks
             self.due = shared.deadlines.now + ticks if ticks else 0  # as `_wait` does; a call has its price
-            if self._handoff is not None and self._reader.arriving is None and self._come_to_rest():
+            if self.handoff is not None and self.handoff.come_to_rest(self):
                 return
         if self._is_reading_paused:
             self.resume_reading_if_room()
@@ -736,7 +717,7 @@ class HttpConnection(asyncio.Protocol):
 
     def hung_up(self, *, is_gone: bool) -> None:
         """The client has left, or sends no more, while nothing is read from it."""
-        if stands_still(self._handoff):
+        if stands_still(self.handoff):
             return
         if is_gone:
             self.abort()
@@ -823,7 +804,7 @@ class HttpConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """End now."""
-        abort_for_client(self, self.transport, self._handoff)
+        abort_for_client(self, self.transport, self.handoff)
 
     def expire(self) -> None:
         """The client has had its time; but not while an answer is on its way, or something has come just now."""

@@ -31,14 +31,14 @@ from hotport.adapters.asgi.session import Session
 from hotport.adapters.asgi.spec import Message
 from hotport.adapters.asgi.states import WEBSOCKET_STATES, Manner
 from hotport.adapters.asgi.states import WebSocketState as State
-from hotport.adapters.base import (
+from hotport.adapters.base import Offer, Ready
+from hotport.adapters.handoff import (
     Handoff,
-    Offer,
-    Ready,
     abort_for_client,
     end_for_client,
+    end_handoff,
     make_offer,
-    may_leave,
+    prepare,
     reset_for_client,
     stands_still,
     taken_bytes,
@@ -204,6 +204,9 @@ class WebSocketConnection(asyncio.Protocol):
             self._resume(resumption)
         self.shared.registry.replace(before, self)
 
+    def __str__(self) -> str:
+        return str(self._session)
+
     # -- what the worker asks, and what another process would have to know ---------------------------------
 
     @property
@@ -263,17 +266,15 @@ class WebSocketConnection(asyncio.Protocol):
 
     def drain(self) -> None:
         """Close with 1012 at a random moment: clients reconnect when they are closed, and not all at once like this."""
-        if stands_still(self.handoff):
+        if not end_handoff(self):
             return
-        self._end_handoff()
         self._is_draining = True
         if self._is_established and self._drain_timer is None:
             delay_s = random.random() * SPREAD * self.shared.registry.draining.remaining_s()
             self._drain_timer = self.shared.loop.call_later(delay_s, self._tell_to_close)
 
     def stay(self) -> None:
-        if not stands_still(self.handoff):
-            self._end_handoff()
+        if end_handoff(self):
             self._is_draining = False
 
     def cut(self) -> str:
@@ -316,11 +317,11 @@ class WebSocketConnection(asyncio.Protocol):
     # -- handing it off ------------------------------------------------------------------------------------
 
     @property
-    def _is_at_safe_point(self) -> bool:
+    def is_at_safe_point(self) -> bool:
         """Between two frames and two messages, with an application that has finished what it was told.
 
         It is in ``receive()``, where the next process's application will come to as well. Messages that it has not
-        received travel. Whether everything has left that was sent is `may_leave`'s to say.
+        received travel.
         """
         return self.is_open and not self.is_mid_message and self._session.is_receiving and self.is_between_frames
 
@@ -354,43 +355,29 @@ class WebSocketConnection(asyncio.Protocol):
             return False
         self._is_draining = False
         self._stop_drain_timer()
-        if self.handoff is None:
-            self.handoff = Handoff(ready)
-        self.come_to_rest()
+        prepare(self, self.shared.registry, ready)
         return True
 
     def come_to_rest(self) -> None:
         """This may be a safe point: the application waits, a message or what was sent is over."""
-        handoff = self.handoff
-        if handoff is not None and not handoff.is_offered and self._is_at_safe_point:
-            if handoff.is_wanted:
-                self._pause_reading()
-            handoff.ready(self)
+        if self.handoff is not None:
+            self.handoff.come_to_rest(self)
 
     def offer(self) -> Offer | None:
-        handoff = self.handoff
-        if handoff is None or handoff.is_offered or not self.is_open:
-            return None
-        handoff.is_wanted = True
-        if not self._is_at_safe_point:
-            return None
+        return None if self.handoff is None or not self.is_open else self.handoff.offer(self, self.transport)
+
+    def hold(self) -> None:
+        """Let what the client sends wait in the kernel."""
         self._pause_reading()
-        if not may_leave(self.transport):
-            return None
+
+    def pack(self) -> Offer | None:
+        """What was agreed upon, what the application has not received, and what it exports."""
         exported = None
         if self._export is not None:
-            try:
-                exported = self._export()
-                encode_state(exported)
-            except Exception:
-                log.exception("the application could not export its state: %s", self._session)
-                self.shared.registry.not_taken(self)
-                return None
+            exported = self._export()
+            encode_state(exported)
             if exported is None:
-                handoff.is_wanted = False
-                self.resume_reading_if_room()
                 return None
-        handoff.is_offered = True
         self.writable = asyncio.Event()  # whoever sends, waits
         scope = self._session.denial.scope
         query = scope["query_string"]
@@ -410,16 +397,15 @@ class WebSocketConnection(asyncio.Protocol):
 
     def keep(self) -> None:
         if self.handoff is not None:
-            self._go_on_from(self.handoff)
+            self.handoff.keep(self)
 
-    def _go_on_from(self, handoff: Handoff) -> None:
+    def resume(self, was_offered: bool) -> None:
+        """Ping the client again, and let the application receive and send."""
         if self._is_closed:
             return
-        if handoff.is_offered:
+        if was_offered:
             self._wait(_Wait.PING, self.shared.ws_ping_ticks)
             self._session.let_go()
-        was_offered = handoff.is_offered
-        handoff.is_offered = handoff.is_wanted = False
         self.transport.set_write_buffer_limits()
         if was_offered:  # else the transport says when there is room
             self.resume_writing()
@@ -441,14 +427,9 @@ class WebSocketConnection(asyncio.Protocol):
             return "open, TLS"
         if not self._is_movable:
             return "open, its application has not agreed to move"
-        if self._is_at_safe_point:
+        if self.is_at_safe_point:
             return "open, slow to read"
         return "open, its application is busy" if self.is_between_frames else "open, half a message"
-
-    def _end_handoff(self) -> None:
-        handoff, self.handoff = self.handoff, None  # first: what goes on says that it is ready, while there is one
-        if handoff is not None:
-            self._go_on_from(handoff)
 
     @property
     def _is_tls(self) -> bool:
@@ -497,7 +478,7 @@ class WebSocketConnection(asyncio.Protocol):
             if self._is_established and not self.transport.is_closing():
                 self.transport.write(pong)
         if self.handoff is not None:
-            self.come_to_rest()
+            self.handoff.come_to_rest(self)
 
     def eof_received(self) -> bool:
         """The client sends no more. A WebSocket cannot go on like that, not even half."""
@@ -531,7 +512,7 @@ class WebSocketConnection(asyncio.Protocol):
         if protocol.writes:
             self._flush()
         if self.handoff is not None:
-            self.come_to_rest()
+            self.handoff.come_to_rest(self)
 
     def _receive(self, data: bytes) -> None:
         """Take in anything but one short frame."""
@@ -584,7 +565,7 @@ class WebSocketConnection(asyncio.Protocol):
         self._is_in_detail = self._is_reading_paused or not cutter.is_between_frames
         self.resume_reading_if_room()
         if self.handoff is not None:
-            self.come_to_rest()
+            self.handoff.come_to_rest(self)
 
     @property
     def _is_full(self) -> bool:
