@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
 from hotport.kernel.fork import withhold
+from hotport.model.fates import Fate
 from hotport.wire.envelope import Envelope
 
 __all__ = [
@@ -101,8 +102,10 @@ class Connection(Protocol):
     asks for an offer; the connection stands still from there to `keep`, `release` or `cut`.
     """
 
-    #: The last word of the fate that is counted when it has moved: ``moved_http``.
+    #: What it is called in the status.
     kind: str
+    #: Counted when it has moved.
+    moved_fate: Fate
     #: The peer's address and ours, if they are known.
     endpoints: tuple[Any, Any] | None
     #: What was accepted; None before that is known. The transport owns it, and its descriptor is -1 once it is closed.
@@ -155,11 +158,11 @@ class Connection(Protocol):
     def why_here(self) -> str:
         """What it is doing, or what it is, that it has not moved; a few words for the status."""
 
-    def cut(self) -> str:
+    def cut(self) -> Fate:
         """Close now, as politely as the protocol allows, and return the fate to count.
 
-        ``"idle_closed"`` if no request was lost by it, else ``"cut_"`` and the state it was in. One that stands still
-        writes nothing: ``"cut_offered"``, since another process may have taken it.
+        `Fate.IDLE_CLOSED` if no request was lost by it, else the cut of the state that it was in. One that stands still
+        writes nothing: `Fate.CUT_OFFERED`, since another process may have taken it.
         """
 
 
@@ -176,9 +179,9 @@ class Connections:
         #: With the time at which each was taken in, by the event loop's clock.
         self.open: dict[Connection, float] = {}
         self.draining = Draining()
-        self.fates: Counter[str] = Counter()
+        self.fates: Counter[Fate] = Counter()
         #: Connections that were cut, by fate, since the start; `fates` has those of a drain.
-        self.cuts: Counter[str] = Counter()
+        self.cuts: Counter[Fate] = Counter()
         self.accepted = 0
         self.adopted = 0
         self.requests = 0
@@ -246,7 +249,7 @@ class Connections:
         self._see_room()
 
     def shed(self, wanted_bytes: int) -> tuple[int, int]:
-        """End the connections that hold most, as ``cut_memory``, until about so much memory is free.
+        """End the connections that hold most, as `Fate.CUT_MEMORY`, until about so much memory is free.
 
         Returns:
             How many were ended, and how many bytes they held. Those that hold next to nothing stay.
@@ -256,9 +259,9 @@ class Connections:
         for held_bytes, _, connection in holders:
             if freed_bytes >= wanted_bytes or held_bytes < HELD_BYTES_MIN:
                 break
-            if connection.cut() != "cut_offered":  # that one is another worker's by now
+            if connection.cut() is not Fate.CUT_OFFERED:  # that one is another worker's by now
                 connection.abort()
-                self.closed(connection, "cut_memory")
+                self.closed(connection, Fate.CUT_MEMORY)
                 count, freed_bytes = count + 1, freed_bytes + held_bytes
         return count, freed_bytes
 
@@ -303,13 +306,13 @@ class Connections:
         if self.is_leading:
             self.tell(successor)
 
-    def closed(self, connection: Connection, fate: str = "finished") -> None:
+    def closed(self, connection: Connection, fate: Fate = Fate.FINISHED) -> None:
         """Let a connection go, and count its fate if the worker accepts no more, or if it was cut."""
         if not self._let_go(connection):
             return
         if self._is_counting:
             self.fates[fate] += 1
-        if fate.startswith("cut_"):
+        if fate.is_cut:
             self.cuts[fate] += 1
 
     def _let_go(self, connection: Connection) -> bool:
@@ -455,7 +458,7 @@ class Connections:
         for connection in list(self.open):
             is_crowded = connection in self.crowded
             fate = connection.cut()
-            self.closed(connection, "closed_no_room" if is_crowded and fate == "idle_closed" else fate)
+            self.closed(connection, Fate.CLOSED_NO_ROOM if is_crowded and fate is Fate.IDLE_CLOSED else fate)
 
     async def wait_empty(self) -> None:
         """Return when no connection is open."""

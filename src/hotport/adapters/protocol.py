@@ -21,6 +21,7 @@ from hotport.adapters.handoff import (
     prepare,
     stands_still,
 )
+from hotport.model.fates import Fate
 from hotport.wire.envelope import Envelope, ProtocolState, encode_state
 
 __all__ = ["ProtocolAdapter", "Transferable"]
@@ -110,6 +111,7 @@ class _TrackedBase(asyncio.BaseProtocol):
     """Stands between a transport and an application protocol; forwards what the loop asks for."""
 
     kind = "protocol"
+    moved_fate = Fate.MOVED_PROTOCOL
 
     def __init__(self, application: Any, context: Context) -> None:
         self.endpoints: tuple[Any, Any] | None = None
@@ -154,11 +156,11 @@ class _TrackedBase(asyncio.BaseProtocol):
     def stay(self) -> None:
         end_handoff(self)
 
-    def cut(self) -> str:
+    def cut(self) -> Fate:
         """Close; what the application has written is still sent as far as the peer takes it at once."""
         if self._transport is not None:
             self._transport.close()
-        return "cut_offered" if stands_still(self.handoff) else "cut_protocol"
+        return Fate.CUT_OFFERED if stands_still(self.handoff) else Fate.CUT_PROTOCOL
 
     @property
     def held_bytes(self) -> int:

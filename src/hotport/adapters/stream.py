@@ -28,6 +28,7 @@ from hotport.adapters.handoff import (
     reset_for_client,
     stands_still,
 )
+from hotport.model.fates import Fate
 from hotport.wire.envelope import Envelope, StreamState, encode_state
 
 __all__ = ["Stream", "StreamAdapter", "StreamAttribute", "StreamHandler", "hand_off", "restartable"]
@@ -115,6 +116,7 @@ class Stream(ByteStream, asyncio.Protocol):
     """
 
     kind = "stream"
+    moved_fate = Fate.MOVED_STREAM
 
     def __init__(self, handler: StreamHandler, context: Context, moved: set[asyncio.Task[None]]) -> None:
         self.state: Any = None
@@ -196,7 +198,7 @@ class Stream(ByteStream, asyncio.Protocol):
         if end_handoff(self) and self._stays is not None and not self._stays.done():
             self._stays.set_result(None)
 
-    def cut(self) -> str:
+    def cut(self) -> Fate:
         """Cancel the handler and close."""
         if self._task is not None:
             self._task.cancel()
@@ -204,8 +206,8 @@ class Stream(ByteStream, asyncio.Protocol):
             self._transport.close()
         if stands_still(self.handoff):
             self._is_lost = True  # here: what is done to the socket now would be done to another process's
-            return "cut_offered"
-        return "cut_stream"
+            return Fate.CUT_OFFERED
+        return Fate.CUT_STREAM
 
     # -- handing it off ------------------------------------------------------------------------------------
 

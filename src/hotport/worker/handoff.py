@@ -38,6 +38,7 @@ from hotport.kernel.fork import withhold
 from hotport.kernel.process import descriptors_left
 from hotport.kernel.scm import DESCRIPTORS_MAX, DescriptorsLostError, receive_what_fits, send_descriptors
 from hotport.kernel.sockets import check_peer
+from hotport.model.fates import Fate
 from hotport.observe.logs import get_shared_logger
 from hotport.wire.envelope import (
     ENVELOPE_VERSION,
@@ -499,7 +500,7 @@ class Mover:
                     self._waiting.add(connection)
                     successor.waiting.append(connection)
                 else:
-                    self._connections.closed(connection, "cut_offered")
+                    self._connections.closed(connection, Fate.CUT_OFFERED)
                     connection.release()
             if isinstance(error, OSError) and error.errno == errno.ETOOMANYREFS and not is_sent:
                 successor.room += len(batch)
@@ -525,7 +526,7 @@ class Mover:
                 else:  # it is not the connection's fault: others may have room
                     self._ready(connection)
             else:
-                self._connections.closed(connection, f"moved_{connection.kind}")
+                self._connections.closed(connection, connection.moved_fate)
                 successor.moved.append(connection)
         while len(successor.waiting) > successor.room:  # to others, or until there is room
             connection = successor.waiting.pop()

@@ -42,6 +42,7 @@ from hotport.adapters.handoff import (
 )
 from hotport.adapters.turns import TURN_S
 from hotport.kernel.sockets import unsent_bytes
+from hotport.model.fates import Fate
 from hotport.wire.envelope import HttpState
 
 __all__ = ["HttpConnection"]
@@ -69,6 +70,7 @@ class HttpConnection(asyncio.Protocol):
     """
 
     kind = "http"
+    moved_fate = Fate.MOVED_HTTP
 
     __slots__ = (
         "_client",
@@ -145,7 +147,7 @@ class HttpConnection(asyncio.Protocol):
         self._has_said_goodbye = False  # all of the last answer is written
         self._is_flushed = False  # nothing was left to send when we last looked
         self.handoff: Handoff | None = None
-        self._fate = "finished"
+        self._fate = Fate.FINISHED
         shared.registry.opened(self)
 
     # -- what the worker asks ------------------------------------------------------------------------------
@@ -194,19 +196,19 @@ class HttpConnection(asyncio.Protocol):
         if end_handoff(self):
             self._is_draining = False
 
-    def cut(self) -> str:
+    def cut(self) -> Fate:
         """Close now, as `STATES` says. Cancels the application; waits for nothing."""
         state = self.state
         if state is State.CLOSED:
             return self._fate
         if stands_still(self.handoff):
             self._close()
-            return "cut_offered"
+            return Fate.CUT_OFFERED
         if state in (State.FRESH, State.IDLE) and self._has_unread():
             state = State.HALF_HEAD
         manner, fate = STATES[state].manner, STATES[state].fate or self._fate
         if manner in (Manner.CLOSE, Manner.NOTHING) and self._is_attached and self.transport.get_write_buffer_size():
-            fate = "cut_streaming"  # the answer is whole for us, but not yet for the client
+            fate = Fate.CUT_STREAMING  # the answer is whole for us, but not yet for the client
 
         current = self._current
         if manner is Manner.REFUSE and current is not None:
@@ -663,7 +665,7 @@ class HttpConnection(asyncio.Protocol):
         self._has_served = True
         if self._has_announced_close:
             if self._is_draining and exchange.keeps_alive and not self.has_eof:
-                self._fate = "told_to_close"
+                self._fate = Fate.TOLD_TO_CLOSE
             if exchange.client_keeps_alive or self._reader.arriving is not None:
                 self._linger()
             else:
@@ -737,7 +739,7 @@ class HttpConnection(asyncio.Protocol):
         return None if arriving is None or arriving.expects_continue or self._is_reading_paused else arriving.received
 
     def _on_slow_body(self) -> None:
-        self._fate = "cut_slow_body"
+        self._fate = Fate.CUT_SLOW_BODY
         self.refuse(408, "the request body arrived too slowly")
 
     def see_client_read(self) -> None:
@@ -768,7 +770,7 @@ class HttpConnection(asyncio.Protocol):
     def _on_slow_reader(self) -> None:
         client = f"{self._client[0]} port {self._client[1]}" if self._client else "a unix socket"
         log.info("cut: the client takes too little of what is sent to it; it is %s", client)
-        self._fate = "cut_slow_reader"
+        self._fate = Fate.CUT_SLOW_READER
         for exchange in (self._current, *self._pipeline):
             if exchange is not None:
                 exchange.leave(TOO_SLOW)
@@ -822,7 +824,7 @@ class HttpConnection(asyncio.Protocol):
         elif self._has_unread():
             self._wait(self.shared.keep_alive_ticks)
         else:
-            self._fate = "idle_closed"
+            self._fate = Fate.IDLE_CLOSED
             self._close()
 
     def _expire_closing(self) -> None:

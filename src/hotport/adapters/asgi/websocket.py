@@ -44,6 +44,7 @@ from hotport.adapters.handoff import (
     taken_bytes,
 )
 from hotport.adapters.turns import LONG_READ_BYTES, TURN_S
+from hotport.model.fates import Fate
 from hotport.wire.envelope import WebSocketState, encode_state
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class WebSocketConnection(asyncio.Protocol):
     """
 
     kind = "websocket"
+    moved_fate = Fate.MOVED_WEBSOCKET
 
     __slots__ = (
         "_answer",
@@ -179,7 +181,7 @@ class WebSocketConnection(asyncio.Protocol):
         self._drain_timer: asyncio.TimerHandle | None = None
         self._waits_for = _Wait.NOTHING
         self.due = 0
-        self._fate = "finished"
+        self._fate = Fate.FINISHED
 
         self.sock = before.sock
         self.endpoints, self._is_proxied = before.endpoints, before.is_proxied
@@ -277,7 +279,7 @@ class WebSocketConnection(asyncio.Protocol):
         if end_handoff(self):
             self._is_draining = False
 
-    def cut(self) -> str:
+    def cut(self) -> Fate:
         """Close now, as `WEBSOCKET_STATES` says. Cancels the application; waits for nothing."""
         row = WEBSOCKET_STATES[self.state]
         if row.manner is Manner.NOTHING:
@@ -286,7 +288,8 @@ class WebSocketConnection(asyncio.Protocol):
             self._has_said_goodbye = True
             self._session.end(1012, RESTART)
             self.transport.abort()
-            return "cut_offered"
+            return Fate.CUT_OFFERED
+        fate = row.fate or self._fate
         if self._session.disconnect is None:
             self._session.why_gone = CUT
         if self._session.task is not None:
@@ -298,17 +301,16 @@ class WebSocketConnection(asyncio.Protocol):
             case Manner.GOODBYE:
                 self._protocol.fail(1012, RESTART)
                 self._flush()
-                return row.fate
+                return fate
             case Manner.REFUSE:
                 self.refuse(503, "")
-                return row.fate
+                return fate
             case Manner.TRUNCATE:
                 self._session.end(1006, "")
                 self.truncate()
-                return row.fate
-        fate = self._fate
+                return fate
         if self.transport.get_write_buffer_size():  # it is over for us, but not yet for the client
-            fate = "cut_streaming" if self._protocol.close_sent is None else "cut_websocket"
+            fate = Fate.CUT_STREAMING if self._protocol.close_sent is None else Fate.CUT_WEBSOCKET
         self._end()
         self._has_said_goodbye = True
         self.transport.close()
@@ -440,7 +442,7 @@ class WebSocketConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         end_for_client(self, self.handoff)
         if exc is not None and self._protocol.close_rcvd is None:
-            self._fate = "finished"  # the client has left by itself, whatever it was told
+            self._fate = Fate.FINISHED  # the client has left by itself, whatever it was told
         self._is_closed = self._has_said_goodbye = True
         self._end()
         self._stop_timers()
@@ -676,7 +678,7 @@ class WebSocketConnection(asyncio.Protocol):
         address = self._session.scope["client"]
         client = f"{address[0]} port {address[1]}" if address else "a unix socket"
         log.info("closed because %s: %s; it came from %s", STUCK, self._session, client)
-        self._fate = "cut_slow_reader"
+        self._fate = Fate.CUT_SLOW_READER
         self._session.why_gone = STUCK
         self._give_up()
         reset_for_client(self, self.transport)  # or the kernel would keep what it has, and try for minutes
@@ -906,13 +908,13 @@ class WebSocketConnection(asyncio.Protocol):
             self._bound()
 
     def _tell_to_close(self) -> None:
-        self._fate = "told_to_close"
+        self._fate = Fate.TOLD_TO_CLOSE
         self.close(1012, RESTART)
 
     def _expire_closing(self) -> None:
         """The client has not finished the closing handshake, or not closed; it had the time."""
-        if self._fate == "told_to_close" and self.transport.get_write_buffer_size():
-            self._fate = "cut_websocket"
+        if self._fate is Fate.TOLD_TO_CLOSE and self.transport.get_write_buffer_size():
+            self._fate = Fate.CUT_WEBSOCKET
         self._give_up()
         self.abort()
 
