@@ -611,6 +611,8 @@ class HttpConnection(asyncio.Protocol):
         Args:
             ending: Applications that have given their answer just now, in whose last ``send()`` we are.
         """
+        shared = self.shared
+        registry = shared.registry
         self._is_advancing = True
         until = 0.0
         while self._current is None and self._pipeline:
@@ -621,27 +623,22 @@ class HttpConnection(asyncio.Protocol):
                     self._pause_reading()
                     self._take_turn_soon()
                     break
-            self._begin(self._pipeline.popleft(), ending)
+            self._current = exchange = self._pipeline.popleft()
+            self.due = 0
+            registry.requests += 1
+            if registry.requests == registry.requests_max:
+                registry.has_reached_requests_max()
+            if shared.access is not None:
+                exchange.began = perf_counter()
+            if 0 < shared.options.concurrency_max <= len(shared.running) - ending:
+                exchange.application = _overloaded
+            shared.running.add(exchange)
+            exchange.task = shared.run(exchange.run(), context=shared.variables.copy())
+            if exchange.stage == HELD:
+                exchange.open_soon()
         self._is_advancing = False
         if self._refusal is not None and self._current is None and not self._pipeline and not self._has_said_goodbye:
             self._answer_refusal(*self._refusal)
-
-    def _begin(self, exchange: Exchange, ending: int) -> None:
-        self._current = exchange
-        self.due = 0
-        shared = self.shared
-        registry = shared.registry
-        registry.requests += 1
-        if registry.requests == registry.requests_max:
-            registry.has_reached_requests_max()
-        if shared.access is not None:
-            exchange.began = perf_counter()
-        if 0 < shared.options.concurrency_max <= len(shared.running) - ending:
-            exchange.application = _overloaded
-        shared.running.add(exchange)
-        exchange.task = shared.run(exchange.run(), context=shared.variables.copy())
-        if exchange.stage == HELD:
-            exchange.open_soon()
 
     def announce_close(self, exchange: Exchange) -> bool:
         """Whether the head of this answer, which is about to be written, must say that it is the last."""
