@@ -13,7 +13,7 @@ from websockets.extensions.permessage_deflate import ServerPerMessageDeflateFact
 from websockets.http11 import Request, Response
 from websockets.server import ServerProtocol
 
-from hotport.adapters.asgi.exchange import check_field
+from hotport.adapters.asgi.fields import check_field
 from hotport.adapters.asgi.frames import COMPRESSED_BYTES_MAX
 from hotport.adapters.asgi.spec import Scope
 from hotport.adapters.base import NotAdopted

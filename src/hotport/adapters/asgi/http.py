@@ -18,13 +18,13 @@ from time import perf_counter
 from typing import Any, Final
 
 from hotport.adapters.asgi.deadlines import Pace
-from hotport.adapters.asgi.exchange import ANSWERED, CUT, HELD, STREAMING, TOO_SLOW, UNTIL_CLOSE, Exchange
+from hotport.adapters.asgi.exchange import CUT, TOO_SLOW, UNTIL_CLOSE, Exchange
 from hotport.adapters.asgi.handshake import Resumption, is_handshake
 from hotport.adapters.asgi.proxy import forwarded
 from hotport.adapters.asgi.reader import END_OF_HEAD, Intake, Reader, Target
 from hotport.adapters.asgi.shared import ASGI, Shared
 from hotport.adapters.asgi.spec import Receive, Scope, Send
-from hotport.adapters.asgi.states import STATES, Manner, State
+from hotport.adapters.asgi.states import ANSWERED, HELD, STATES, STREAMING, Manner, State
 from hotport.adapters.asgi.tls import tls_extension
 from hotport.adapters.asgi.websocket import SPREAD, WebSocketConnection
 from hotport.adapters.base import Offer, Ready

@@ -9,20 +9,18 @@ import time
 from collections.abc import Callable
 from email.utils import formatdate
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
+from hotport.adapters.asgi.access import AccessLog
 from hotport.adapters.asgi.deadlines import Deadlines, Member, Pace
-from hotport.adapters.asgi.exchange import EXTENSIONS, HELD, STATUS_LINES, Exchange
+from hotport.adapters.asgi.fields import STATUS_LINES
 from hotport.adapters.asgi.handshake import Handshakes
-from hotport.adapters.asgi.session import Session
 from hotport.adapters.asgi.spec import Application
+from hotport.adapters.asgi.states import HELD
 from hotport.adapters.base import Context
 from hotport.adapters.turns import Turns
+from hotport.options import Options
 from hotport.trust import Trusted
-
-if TYPE_CHECKING:
-    from hotport.adapters.asgi.access import AccessLog
-    from hotport.options import Options
 
 __all__ = ["ASGI", "LINGER_S", "Shared"]
 
@@ -39,6 +37,29 @@ DATE_S: Final = 1.0
 SMALL_HEAD_BYTES: Final = 4096
 
 ASGI: Final = {"version": "3.0", "spec_version": "2.4"}
+
+
+#: Extensions of every HTTP scope, beside ``hotport`` (ASGI specification, extensions).
+EXTENSIONS: Final[dict[str, dict[str, Any]]] = {
+    "http.response.early_hint": {},
+    "http.response.pathsend": {},
+    "http.response.trailers": {},
+}
+
+
+class Running(Protocol):
+    """An application that runs for one request or WebSocket."""
+
+    task: asyncio.Task[None] | None
+
+
+class Held(Protocol):
+    """An answer whose head may wait for its body."""
+
+    stage: int
+
+    def open_soon(self) -> None:
+        """Write the head alone if no body comes within a few turns of the loop."""
 
 
 class Shared:
@@ -124,8 +145,8 @@ class Shared:
         self.ws_ping_ticks = self.deadlines.ticks(options.ws_ping_interval_s) if options.ws_ping_interval_s else 0
         self.ws_pong_ticks = self.deadlines.ticks(options.ws_ping_timeout_s)
         self.ws_close_ticks = self.deadlines.ticks(CLOSE_TIMEOUT_S)
-        self.held: list[Exchange] = []
-        self.running: set[Exchange | Session] = set()
+        self.held: list[Held] = []
+        self.running: set[Running] = set()
         #: Each request gets a copy. Callbacks run in the context in which their connection was accepted, and
         #: what one request sets must not show up in the next (python/cpython#140947).
         self.variables = contextvars.copy_context()

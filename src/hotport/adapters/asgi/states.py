@@ -17,7 +17,29 @@ from typing import Final, NamedTuple
 
 from hotport.model.fates import Fate
 
-__all__ = ["STATES", "WEBSOCKET_STATES", "Drained", "Manner", "Moves", "Row", "State", "WebSocketState"]
+__all__ = [
+    "ANSWERED",
+    "HELD",
+    "STATES",
+    "STREAMING",
+    "TRAILING",
+    "WAITING",
+    "WEBSOCKET_STATES",
+    "Drained",
+    "Manner",
+    "Moves",
+    "Row",
+    "State",
+    "WebSocketState",
+]
+
+
+# How far an answer has come. Plain integers: they are compared for every message.
+WAITING: Final = 0  # the application has not said anything
+HELD: Final = 1  # it has given status and headers; they wait for the first body event, so that both are one write
+STREAMING: Final = 2  # the head is written
+TRAILING: Final = 3  # so is the body; trailers are to follow
+ANSWERED: Final = 4  # everything is written
 
 
 class State(Enum):

@@ -17,21 +17,21 @@ import random
 from collections.abc import Callable, Iterable
 from enum import Enum
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 from websockets.exceptions import ProtocolError
 from websockets.frames import Opcode
 from websockets.protocol import State as ProtocolState
 
 from hotport.adapters.asgi.deadlines import Pace
-from hotport.adapters.asgi.exchange import ANSWERED, CUT, STREAMING, Exchange
+from hotport.adapters.asgi.exchange import CUT, Exchange, Requesting
 from hotport.adapters.asgi.frames import Assembly, Cutter, Violation
 from hotport.adapters.asgi.handshake import Resumption, render_answer
 from hotport.adapters.asgi.session import Session
 from hotport.adapters.asgi.spec import Message
-from hotport.adapters.asgi.states import WEBSOCKET_STATES, Manner
+from hotport.adapters.asgi.states import ANSWERED, STREAMING, WEBSOCKET_STATES, Manner
 from hotport.adapters.asgi.states import WebSocketState as State
-from hotport.adapters.base import Offer, Ready
+from hotport.adapters.base import Connection, Offer, Ready
 from hotport.adapters.handoff import (
     Handoff,
     abort_for_client,
@@ -46,10 +46,6 @@ from hotport.adapters.handoff import (
 from hotport.adapters.turns import LONG_READ_BYTES, TURN_S
 from hotport.model.fates import Fate
 from hotport.wire.envelope import WebSocketState, encode_state
-
-if TYPE_CHECKING:
-    from hotport.adapters.asgi.http import HttpConnection
-    from hotport.adapters.asgi.shared import Shared
 
 __all__ = ["SPREAD", "WebSocketConnection"]
 
@@ -87,6 +83,16 @@ class _Wait(Enum):
     PING = "the time to ask whether the client is there"
     PONG = "the time in which it should answer"
     CLOSE = "the rest of its life"
+
+
+class Before(Connection, Requesting, Protocol):
+    """The connection on which a handshake was read."""
+
+    is_proxied: bool
+
+    @property
+    def adopted(self) -> object:
+        """A `Resumption` if the handshake was answered in another process."""
 
 
 class WebSocketConnection(asyncio.Protocol):
@@ -143,8 +149,8 @@ class WebSocketConnection(asyncio.Protocol):
         "writable",
     )
 
-    def __init__(self, before: HttpConnection, request: Exchange, early: bytes) -> None:
-        self.shared: Shared = before.shared
+    def __init__(self, before: Before, request: Exchange, early: bytes) -> None:
+        self.shared = before.shared
         self.transport = before.transport
         #: There while the transport's write buffer is too full; set when it is not.
         self.writable = before.writable
