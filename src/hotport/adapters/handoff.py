@@ -1,7 +1,7 @@
-"""How a connection is handed off, and how its client sees it end here, which it must not while another may serve it.
+"""Take connections to an offer and back, and end them only if no other process may serve them.
 
-A connection reports its *safe points* from `prepare` on. The worker asks for an offer at one of them; then it stands
-still until it is kept, released or cut. `Handoff` is what all kinds of connections have of that in common.
+A connection reports its *safe points* from `prepare` on. The worker asks for an offer at one of them; then the
+connection stands still until it is kept, released or cut. `Handoff` drives this for every kind of connection.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class Movable(Connection, Protocol):
     def is_at_safe_point(self) -> bool:
         """The client waits for nothing, and what was read and not consumed is known byte by byte.
 
-        Whether everything that was written has left is looked at here.
+        `Handoff` checks by itself whether everything that was written has left.
         """
 
     def hold(self) -> None:
-        """Read nothing, so that the safe point does not pass."""
+        """Stop reading, so that the safe point does not pass."""
 
     def pack(self) -> Offer | None:
         """Stop writing and waiting, and return what travels.
@@ -69,7 +69,7 @@ class Movable(Connection, Protocol):
             None if the application declines for now; `resume` is called.
 
         Raises:
-            Exception: The application failed, or its state cannot travel: the connection stays here.
+            Exception: The application failed, or its state cannot be encoded: the connection stays here.
         """
 
     def resume(self, was_offered: bool) -> None:
@@ -77,7 +77,7 @@ class Movable(Connection, Protocol):
 
 
 class Handoff:
-    """Takes one connection from its safe points to an offer, and back if it is not taken."""
+    """Drives one connection from its safe points to an offer, and back if it is not taken."""
 
     __slots__ = ("_connections", "ready", "stage")
 
@@ -108,7 +108,7 @@ class Handoff:
         if transport.get_write_buffer_size():
             transport.set_write_buffer_limits(high=0)  # `resume_writing` is called when everything has left
             return None
-        self.stage = OFFERED  # at once: whatever the application does while it is asked, this is no safe point
+        self.stage = OFFERED  # before `pack`: what the application does in it is no safe point
         try:
             offer = connection.pack()
         except Exception:
@@ -128,7 +128,7 @@ class Handoff:
 
 
 def prepare(connection: Movable, connections: Connections, ready: Ready) -> None:
-    """Let `ready` be called at each safe point of a connection, and now if this is one."""
+    """Call `ready` at each safe point of a connection, and now if this is one."""
     if connection.handoff is None:
         connection.handoff = Handoff(connections, ready)
     connection.handoff.ready = ready
@@ -136,11 +136,11 @@ def prepare(connection: Movable, connections: Connections, ready: Ready) -> None
 
 
 def end_handoff(connection: Movable) -> bool:
-    """Serve a connection as if its worker did not leave; False if it stands still, so that nothing has changed."""
+    """Stop reporting safe points and resume; False, and no change, if the connection stands still."""
     handoff = connection.handoff
     if stands_still(handoff):
         return False
-    connection.handoff = None  # first: while there is one, what goes on reports safe points
+    connection.handoff = None  # first: `resume` would report safe points
     if handoff is not None:
         handoff.stage = PREPARED
         connection.resume(was_offered=False)

@@ -214,7 +214,7 @@ class _TrackedBase(asyncio.BaseProtocol):
 
     @property
     def is_at_safe_point(self) -> bool:
-        """Always: the application knows, and is asked."""
+        """True once attached: only the application knows, and `pack` asks it."""
         return self._transport is not None
 
     def offer(self) -> Offer | None:
@@ -223,10 +223,10 @@ class _TrackedBase(asyncio.BaseProtocol):
         return self.handoff.offer(self, self._transport)
 
     def hold(self) -> None:
-        """Read on: what comes meanwhile is the application's, until it is asked."""
+        """Do nothing: the application reads on until it is asked for its state."""
 
     def pack(self) -> Offer | None:
-        """Ask the application, which writes nothing from here on: the next process could overtake it."""
+        """Export the application's state. It must not write any more: the next process could overtake it."""
         transport = self._transport
         assert transport is not None
         self._was_reading = transport.is_reading()

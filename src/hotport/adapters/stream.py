@@ -243,12 +243,12 @@ class Stream(ByteStream, asyncio.Protocol):
         return self.handoff.offer(self, self._transport)
 
     def hold(self) -> None:
-        """Let what the client sends wait in the kernel."""
+        """Stop reading: what the client sends waits in the kernel."""
         assert self._transport is not None
         self._transport.pause_reading()
 
     def pack(self) -> Offer:
-        """What the handler has said, and what it has not received."""
+        """Pack the state that the handler declared and the bytes that it has not received."""
         assert self._transport is not None
         encode_state(self.state)
         self._is_writable.clear()  # whoever sends, waits

@@ -1,4 +1,4 @@
-"""What can become of a connection that a worker has: a closed list.
+"""Fates of the connections of a worker: a closed list.
 
 The values stand in messages, reports and `hotport status`. A supervisor may hear fates of a version that it does not
 know: their prefix says what they mean (`names_cut`). What clients of `hotport churn` see is another list.
@@ -42,7 +42,7 @@ class Fate(StrEnum):
     CUT_DATAGRAM = "cut_datagram"
     CUT_SERVER = "cut_server"
 
-    #: Counts workers, which have said nothing of their connections.
+    #: Counts workers that ended without reporting their connections.
     WORKERS_KILLED = "workers_killed"
 
     @property
@@ -57,10 +57,10 @@ class Fate(StrEnum):
 
 
 def names_cut(name: str) -> bool:
-    """Whether a fate is a cut, by its name on the wire."""
+    """Return whether a fate is a cut, by its name on the wire."""
     return name.startswith("cut_")
 
 
 def by_name(fates: Mapping[Fate, int]) -> dict[str, int]:
-    """Counts of fates as they are told to others."""
+    """Return counts by plain strings, for messages and reports."""
     return {fate.value: count for fate, count in fates.items()}

@@ -1,4 +1,4 @@
-"""Lines of an answer's head: its status, and its header fields as an application gives them."""
+"""Render the lines of an answer's head: status lines, and header fields as an application gives them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a WebSocket is opened: what the client asks for, what is agreed upon, and how that is found again elsewhere.
+"""Negotiate WebSocket handshakes, and open a WebSocket again as another process had negotiated it.
 
 The websockets library judges handshakes; nothing here writes to a connection.
 """
@@ -61,7 +61,7 @@ class _Demoted(logging.LoggerAdapter[logging.Logger]):
 
 
 class Negotiation(NamedTuple):
-    """What a handshake has led to.
+    """The result of a handshake.
 
     Attributes:
         protocol: Has what it wants to write, if there is neither an answer nor a reason.
@@ -140,7 +140,7 @@ class Handshakes:
         return Resumption(state, protocol, answer, b"GET %b HTTP/1.1\r\n%b\r\n" % (state.target, lines))
 
     def _read(self, head: bytes, *, is_movable: bool) -> tuple[ServerProtocol, Request | None]:
-        """A protocol that has read a handshake, and the request if the library found one in it.
+        """Return a protocol that has read a handshake, and the request if the library found one in it.
 
         What a compressed message needs of those before it does not leave zlib. So for WebSockets that may move it is
         agreed that messages stand alone (RFC 7692 sections 7.1.1 and 7.2.1).
@@ -198,7 +198,7 @@ def render_answer(
     *,
     has_server: bool,
 ) -> None:
-    """Put what an application accepts with into the answer.
+    """Add the headers and the subprotocol that an application accepts with.
 
     Args:
         offered: Subprotocols, by the client.

@@ -275,11 +275,11 @@ class HttpConnection(asyncio.Protocol):
         return self.handoff.offer(self, self.transport)
 
     def hold(self) -> None:
-        """Let what the client sends wait in the kernel."""
+        """Stop reading: what the client sends waits in the kernel."""
         self._pause_reading()
 
     def pack(self) -> Offer:
-        """What the client has sent and nobody has answered."""
+        """Pack the bytes of unanswered requests, and how long the client may still wait."""
         state = HttpState(self._has_served, self.shared.deadlines.left_s(self))
         self.due = 0
         return make_offer(self.transport, self.endpoints, self.is_proxied, state, self.unconsumed)
@@ -289,7 +289,7 @@ class HttpConnection(asyncio.Protocol):
             self.handoff.keep(self)
 
     def resume(self, was_offered: bool) -> None:
-        """Wait for the client again, and parse what was parked."""
+        """Read on: parse what was parked, and wait for the client again."""
         if self.is_closed or not self._is_attached:
             return
         if was_offered:
@@ -530,7 +530,7 @@ class HttpConnection(asyncio.Protocol):
         fields: dict[bytes, bytes],
         keeps_alive: bool,
     ) -> Exchange:
-        """Make what an application is called with."""
+        """Build the exchange and its scope."""
         shared = self.shared
         path, raw_path, query, _ = target
         client, scheme = self._client, self._scheme
@@ -560,7 +560,7 @@ class HttpConnection(asyncio.Protocol):
         )
 
     def on_body_due(self) -> None:
-        """See to it that the client sends its request's body in time."""
+        """Watch that the body of a request arrives in time."""
         timeout_s = self.shared.options.body_timeout_s
         if timeout_s:
             if self._sending_pace is None:
@@ -568,7 +568,7 @@ class HttpConnection(asyncio.Protocol):
             self._sending_pace.start()
 
     def on_upgrade(self, exchange: Exchange, behind: bytes) -> bool:
-        """Go on as a WebSocket if one is asked for, and no other request waits for its answer; decline the rest."""
+        """Continue as a WebSocket if one is asked for and no other request waits; decline any other upgrade."""
         if self._current is not None or self._pipeline[0] is not exchange or not is_handshake(exchange.scope):
             return False
         self._pipeline.clear()
@@ -873,7 +873,7 @@ class HttpConnection(asyncio.Protocol):
         self._wait(self.shared.linger_ticks)
 
     def _end_requests(self) -> None:
-        """Nothing more is read, and nothing that was read will have a whole answer."""
+        """Stop reading, and drop every request without a whole answer."""
         self._has_said_goodbye = True
         self._reader.stop()
         for exchange in (self._current, *self._pipeline):

@@ -1,6 +1,6 @@
-"""HTTP/1.1 requests out of bytes: heads and bodies, how they are framed, and what is refused. Knows no transport.
+"""Parse HTTP/1.1 requests: heads, bodies, framing, limits. Knows no transport.
 
-Parsing is httptools' (llhttp). What is found is told to a `Listener`; what was not parsed stays with the `Reader`.
+httptools (llhttp) parses. A `Reader` tells a `Listener` what it has found, and keeps what was not parsed.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ class Reader:
                 self._listener.refuse(500, "")
 
     def _note_framing(self, exchange: Exchange) -> None:
-        """What is known of a body that has not arrived with its head."""
+        """Note how a body is framed that has not arrived with its head, and check its length."""
         exchange.length = CHUNKED
         self._between = 0
         for name, value in exchange.scope["headers"]:
@@ -279,10 +279,10 @@ class Reader:
             self._listener.on_body_due()
 
     def _upgrade(self, behind: bytes) -> None:
-        """A request to speak something else from here on.
+        """Offer an upgrade to the listener.
 
-        If it is declined, it is answered as if it had not been asked (RFC 9110 section 7.8). llhttp stops behind the
-        head of such a request, body or not: its body goes through a parser that has seen a head with the same framing
+        A declined one is answered as if it had not been asked (RFC 9110 section 7.8). llhttp stops behind the head
+        of such a request, body or not: its body goes through a parser that has seen a head with the same framing
         and no upgrade.
         """
         self._is_upgrade = False

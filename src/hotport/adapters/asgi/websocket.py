@@ -375,11 +375,11 @@ class WebSocketConnection(asyncio.Protocol):
         return None if self.handoff is None or not self.is_open else self.handoff.offer(self, self.transport)
 
     def hold(self) -> None:
-        """Let what the client sends wait in the kernel."""
+        """Stop reading: what the client sends waits in the kernel."""
         self._pause_reading()
 
     def pack(self) -> Offer | None:
-        """What was agreed upon, what the application has not received, and what it exports."""
+        """Pack the handshake, the messages that were not received, and what the application exports."""
         exported = None
         if self._export is not None:
             exported = self._export()
@@ -408,7 +408,7 @@ class WebSocketConnection(asyncio.Protocol):
             self.handoff.keep(self)
 
     def resume(self, was_offered: bool) -> None:
-        """Ping the client again, and let the application receive and send."""
+        """Let the application receive and send again, and ping the client."""
         if self._is_closed:
             return
         if was_offered:
@@ -706,7 +706,7 @@ class WebSocketConnection(asyncio.Protocol):
         self._run()
 
     def _negotiate(self, *, is_movable: bool) -> bool:
-        """Find out what would be agreed upon; False if the client has had an answer that says no."""
+        """Negotiate; False if the handshake was answered with a refusal."""
         negotiation = self.shared.handshakes.negotiate(self._session.denial.scope, is_movable=is_movable)
         self._protocol = negotiation.protocol
         if negotiation.answer is not None:
