@@ -22,7 +22,7 @@ from hotport.adapters.asgi.exchange import CUT, TOO_SLOW, UNTIL_CLOSE, Exchange
 from hotport.adapters.asgi.handshake import Resumption, is_handshake
 from hotport.adapters.asgi.proxy import forwarded
 from hotport.adapters.asgi.reader import END_OF_HEAD, Intake, Reader, Target
-from hotport.adapters.asgi.shared import ASGI, Shared
+from hotport.adapters.asgi.shared import ASGI, Shared, name_client
 from hotport.adapters.asgi.spec import Receive, Scope, Send
 from hotport.adapters.asgi.states import ANSWERED, HELD, STATES, STREAMING, Manner, State
 from hotport.adapters.asgi.tls import tls_extension
@@ -580,8 +580,7 @@ class HttpConnection(asyncio.Protocol):
 
     def refuse(self, status: int, why: str) -> None:
         """Read no further; say why when everything before it is answered."""
-        client = f"{self._client[0]} port {self._client[1]}" if self._client else "a unix socket"
-        log.info("refused with %d: %s; it came from %s", status, why, client)
+        log.info("refused with %d: %s; it came from %s", status, why, name_client(self._client))
         broken = self._reader.stop()
         if self.adopted is not None:  # a handshake that was answered long ago: the client would not understand
             self.abort()
@@ -765,8 +764,7 @@ class HttpConnection(asyncio.Protocol):
         return taken_bytes(self.transport, self.sock)
 
     def _on_slow_reader(self) -> None:
-        client = f"{self._client[0]} port {self._client[1]}" if self._client else "a unix socket"
-        log.info("cut: the client takes too little of what is sent to it; it is %s", client)
+        log.info("cut: the client takes too little of what is sent to it; it is %s", name_client(self._client))
         self._fate = Fate.CUT_SLOW_READER
         for exchange in (self._current, *self._pipeline):
             if exchange is not None:

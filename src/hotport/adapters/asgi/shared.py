@@ -22,7 +22,7 @@ from hotport.adapters.turns import Turns
 from hotport.options import Options
 from hotport.trust import Trusted
 
-__all__ = ["ASGI", "LINGER_S", "Shared"]
+__all__ = ["ASGI", "LINGER_S", "Held", "Running", "Shared", "name_client"]
 
 #: How long a connection stays half-closed after its last answer. What a client still sends to a closed socket
 #: comes back as a reset, which destroys what it has not read yet (RFC 9112 section 9.6).
@@ -184,6 +184,11 @@ class Shared:
 
     def _forget_defaults(self) -> None:
         self.defaults = b""
+
+
+def name_client(client: tuple[str, int] | None) -> str:
+    """Name a client for the log."""
+    return f"{client[0]} port {client[1]}" if client else "a unix socket"
 
 
 def _eagerly(loop: asyncio.AbstractEventLoop) -> Any:

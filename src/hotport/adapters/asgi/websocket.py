@@ -28,6 +28,7 @@ from hotport.adapters.asgi.exchange import CUT, Exchange, Requesting
 from hotport.adapters.asgi.frames import Assembly, Cutter, Violation
 from hotport.adapters.asgi.handshake import Resumption, render_answer
 from hotport.adapters.asgi.session import Session
+from hotport.adapters.asgi.shared import name_client
 from hotport.adapters.asgi.spec import Message
 from hotport.adapters.asgi.states import ANSWERED, STREAMING, WEBSOCKET_STATES, Manner
 from hotport.adapters.asgi.states import WebSocketState as State
@@ -681,8 +682,7 @@ class WebSocketConnection(asyncio.Protocol):
 
     def _on_slow_reader(self) -> None:
         """The client takes too little of what is sent to it."""
-        address = self._session.scope["client"]
-        client = f"{address[0]} port {address[1]}" if address else "a unix socket"
+        client = name_client(self._session.scope["client"])
         log.info("closed because %s: %s; it came from %s", STUCK, self._session, client)
         self._fate = Fate.CUT_SLOW_READER
         self._session.why_gone = STUCK
