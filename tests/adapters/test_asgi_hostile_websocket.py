@@ -25,6 +25,7 @@ from hotport.adapters.asgi.frames import COMPRESSED_BYTES_MAX, PART_BYTES_MIN, C
 from hotport.adapters.asgi.spec import Receive, Scope, Send
 from hotport.adapters.asgi.states import WebSocketState as State
 from hotport.adapters.asgi.websocket import WebSocketConnection
+from hotport.adapters.handoff import Handoff, Stage
 from tests.adapters.asgi_support import Rig, serving, turns, until
 from tests.adapters.test_asgi_websocket import Talk, close, frame, handshake, open_raw, text
 
@@ -453,7 +454,8 @@ async def test_connection_that_stands_still_reads_nothing_in_its_next_turn(monke
     async with serving(Takes(at_once=True), handoff="websocket") as rig:
         connection, wire = await open_raw(rig)
         connection.data_received(frame(Opcode.BINARY, bytes(200_000)))
-        connection.handoff = type("Offered", (), {"is_offered": True})()
+        connection.handoff = Handoff(rig.connections, ready=lambda _: None)
+        connection.handoff.stage = Stage.OFFERED
         await turns()
         assert not wire.transport.is_reading()
         connection.hung_up(is_gone=False)

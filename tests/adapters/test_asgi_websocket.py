@@ -27,7 +27,6 @@ from websockets.protocol import State as ProtocolState
 
 from hotport.adapters.asgi import ClientLeft
 from hotport.adapters.asgi import shared as shared_module
-from hotport.adapters.asgi import websocket as websocket_module
 from hotport.adapters.asgi.spec import Message, Receive, Scope, Send
 from hotport.adapters.asgi.states import State as HttpState
 from hotport.adapters.asgi.states import WebSocketState as State
@@ -997,7 +996,7 @@ async def test_error_of_an_application_that_does_not_know_that_its_client_has_le
 
 @pytest.mark.parametrize("path", ["/close", "/"])
 async def test_closing_handshake_that_is_not_finished_is_bounded(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(websocket_module, "CLOSE_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(shared_module, "CLOSE_TIMEOUT_S", 0.01)
     app = Talk()
     async with serving(app) as rig:
         client, _ = await rig.connect()

@@ -268,7 +268,7 @@ async def test_what_was_written_of_a_broken_answer_arrives_also_after_a_fork(mon
         await send({"type": "http.response.body", "body": b"half", "more_body": True})
         raise ValueError("no more")
 
-    monkeypatch.setattr("hotport.adapters.base.has_forked", lambda: True)
+    monkeypatch.setattr("hotport.adapters.handoff.has_forked", lambda: True)
     async with serving(app) as rig:
         client, _ = await rig.connect()
         await client.send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")

@@ -23,6 +23,7 @@ import msgspec
 
 from hotport.adapters.asgi.exchange import Exchange
 from hotport.adapters.asgi.http import HttpConnection
+from hotport.adapters.asgi.reader import Reader
 from hotport.adapters.asgi.session import Session
 from hotport.adapters.asgi.spec import Receive, Scope, Send
 from hotport.adapters.asgi.states import State
@@ -72,7 +73,7 @@ def pieces_of(data: bytes, rng: random.Random) -> list[bytes]:
 # -- connections ------------------------------------------------------------------------------------------------
 
 #: Things whose references `held_bytes` follows, and things that it counts; everything else belongs to all connections.
-HOLDERS: Final = frozenset({HttpConnection, WebSocketConnection, Exchange, Session, tuple, list, deque, dict})
+HOLDERS: Final = frozenset({HttpConnection, Reader, WebSocketConnection, Exchange, Session, tuple, list, deque, dict})
 HELD: Final = frozenset({bytes, bytearray, memoryview, str, int, float}) | HOLDERS
 
 #: Looking is dear: it is done after one of so many pieces, and after the last one.

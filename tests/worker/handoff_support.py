@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hotport.adapters.base import Connections, Context
+from hotport.model.fates import Fate
 from hotport.options import Options
 from hotport.wire.envelope import Envelope, Frame, decode_batch
 from hotport.wire.frames import encode_frame
@@ -58,7 +59,7 @@ class Generation:
         loop = asyncio.get_running_loop()
         self._control = await loop.create_unix_server(lambda: _Peer(self), self.path)  # type: ignore[arg-type]
 
-    async def leave(self, *successors: Generation, timeout_s: float = DEADLINE_S) -> Counter[str]:
+    async def leave(self, *successors: Generation, timeout_s: float = DEADLINE_S) -> Counter[Fate]:
         """Drain, as a worker does that has successors; the fates of its connections."""
         self._successors = self._successors or [each.path for each in successors]
         self._is_leaving = True
@@ -115,7 +116,7 @@ class Service:
 
     async def replace(
         self, old: Generation, application: Any, *, timeout_s: float = DEADLINE_S, **options: Any
-    ) -> tuple[Generation, Counter[str]]:
+    ) -> tuple[Generation, Counter[Fate]]:
         """A restart: the new generation accepts, the old one leaves."""
         new = await self.start(application, **options)
         await new.server.accept()

@@ -122,8 +122,8 @@ async def test_successor_that_wakes_up_too_late_serves_nothing(tmp_path: Path, m
         new = await port.start(app)
         new.channel_type = Asleep
         task = asyncio.ensure_future(old.leave(new))
-        await until(lambda: only(old)._handoff is not None)
-        await until(lambda: only(old)._handoff is None)  # withdrawn, and in service again
+        await until(lambda: only(old).handoff is not None)
+        await until(lambda: only(old).handoff is None)  # withdrawn, and in service again
         is_awake.set()
         await asyncio.wait(new._taking)
         assert (len(new.connections.open), new.connections.adopted) == (0, 0)
@@ -477,7 +477,7 @@ async def test_connection_that_stands_still_is_told_nothing_until_its_batch_is_o
     async with facing(tmp_path, app) as (old, successor, client):
         task, (fd,) = await leaving_with_a_batch(old, successor)
         await old.server.follow(["nobody.sock"])
-        assert only(old)._handoff is not None
+        assert only(old).handoff is not None
         assert not only(old).transport.is_reading()
         await client.send(get("/a"))
         await successor.channel.send(encode_frame(Frame.ACK, Ack([], 100)))

@@ -95,7 +95,7 @@ def only(generation: Generation) -> HttpConnection:
 async def offering(old: Generation, new: Generation) -> tuple[asyncio.Task[Any], Any]:
     """The old generation leaves, and has offered its one connection, as the mover does when it is its turn."""
     leaving = asyncio.ensure_future(old.leave(new))
-    await until(lambda: only(old)._handoff is not None)
+    await until(lambda: only(old).handoff is not None)
     connection = only(old)
     connection.offer()
     return leaving, connection
@@ -185,7 +185,7 @@ async def test_body_that_arrives_is_read_to_its_end_first(tmp_path: Path) -> Non
         await until(lambda: only(old).state is State.BODY)
         new = await port.start(app)
         leaving = asyncio.ensure_future(old.leave(new))
-        await until(lambda: only(old)._handoff is not None)
+        await until(lambda: only(old).handoff is not None)
         only(old).offer()
         await client.send(request[70:] + get("/next"))
         assert (await client.answer()).body == b"1 /body onetwo"
@@ -202,7 +202,7 @@ async def test_body_that_nobody_reads_is_read_to_its_end_before_the_connection_m
         assert only(old).state is State.SURPLUS
         new = await port.start(app)
         leaving = asyncio.ensure_future(old.leave(new))
-        await until(lambda: only(old)._handoff is not None)
+        await until(lambda: only(old).handoff is not None)
         await client.send(request[-500:] + get("/next"))
         body = (await client.answer()).body
         assert body in (b"1 /next ", b"2 /next ")  # it may have been parsed with the end of the body
@@ -231,7 +231,7 @@ async def test_client_that_reads_slowly_gets_the_whole_answer_before_its_connect
         await until(lambda: only(old).transport.get_write_buffer_size() > 0)
         new = await port.start(app)
         leaving = asyncio.ensure_future(old.leave(new))
-        await until(lambda: only(old)._handoff is not None)
+        await until(lambda: only(old).handoff is not None)
         assert only(old).why_here() == "idle, slow to read"
         assert len((await client.answer()).body) == 8 << 20
         assert await leaving == {"moved_http": 1}
@@ -269,7 +269,7 @@ async def test_client_that_has_said_its_last_is_answered_here(tmp_path: Path) ->
         await until(lambda: bool(app.requests))
         new = await port.start(app)
         leaving = asyncio.ensure_future(old.leave(new))
-        await until(lambda: only(old)._handoff is not None)
+        await until(lambda: only(old).handoff is not None)
         only(old).offer()
         await client.send(get("/second"))
         await until(lambda: bool(only(old).unconsumed))
@@ -294,7 +294,7 @@ async def test_client_that_leaves_meanwhile_is_noticed_by_its_application(tmp_pa
         await until(lambda: only(old).state is State.IN_FLIGHT)
         new = await port.start(app)
         leaving = asyncio.ensure_future(old.leave(new))
-        await until(lambda: only(old)._handoff is not None)
+        await until(lambda: only(old).handoff is not None)
         client.close()
         assert await leaving == {"finished": 1}
         assert app.disconnects == 1

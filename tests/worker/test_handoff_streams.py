@@ -335,7 +335,7 @@ async def test_buffered_protocol_goes_on(tmp_path: Path) -> None:
 async def test_protocol_that_the_next_generation_cannot_take_stays_here(tmp_path: Path, successor: Any) -> None:
     async with connected(tmp_path, Counter) as (port, old, peer):
         _, task = await leave(port, old, successor)
-        await until(lambda: not any(each._handoff for each in old.connections.open))  # type: ignore[attr-defined]
+        await until(lambda: not any(each.handoff for each in old.connections.open))  # type: ignore[attr-defined]
         assert await peer.ask("x") == "1 x"
         peer.writer.close()
         assert await task == {"finished": 1}

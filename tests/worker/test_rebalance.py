@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hotport.model.fates import Fate
 from hotport.worker import handoff, server
 from hotport.worker.share import Moves
 from tests.adapters.asgi_support import Client, respond, until
@@ -171,7 +172,7 @@ async def test_drain_in_the_middle_moves_the_rest(tmp_path: Path, when: str) -> 
         if when == "meanwhile":
             await until(lambda: not plan.moves)
         fates = await old.leave(new)
-        assert fates.total() == fates["moved_http"]
+        assert fates.total() == fates[Fate.MOVED_HTTP]
         assert sum(len(each.connections.open) for each in (light, new)) == 20
         for client in clients:
             assert await answer(client) in {b"2 /a ", b"3 /a "}

@@ -16,9 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
-from hotport.kernel.fork import has_forked, withhold
-from hotport.kernel.sockets import acknowledged_bytes, end, reset, unsent_bytes
-from hotport.wire.envelope import Envelope, State
+from hotport.kernel.fork import withhold
+from hotport.model.fates import Fate
+from hotport.wire.envelope import Envelope
 
 __all__ = [
     "Adapter",
@@ -26,16 +26,9 @@ __all__ = [
     "Connections",
     "Context",
     "Draining",
-    "Handoff",
     "NotAdopted",
     "Offer",
     "Ready",
-    "abort_for_client",
-    "end_for_client",
-    "make_offer",
-    "may_leave",
-    "reset_for_client",
-    "stands_still",
 ]
 
 
@@ -110,8 +103,10 @@ class Connection(Protocol):
     asks for an offer; the connection stands still from there to `keep`, `release` or `cut`.
     """
 
-    #: The last word of the fate that is counted when it has moved: ``moved_http``.
+    #: What it is called in the status.
     kind: str
+    #: Counted when it has moved.
+    moved_fate: Fate
     #: The peer's address and ours, if they are known.
     endpoints: tuple[Any, Any] | None
     #: What was accepted; None before that is known. The transport owns it, and its descriptor is -1 once it is closed.
@@ -164,90 +159,15 @@ class Connection(Protocol):
     def why_here(self) -> str:
         """What it is doing, or what it is, that it has not moved; a few words for the status."""
 
-    def cut(self) -> str:
+    def cut(self) -> Fate:
         """Close now, as politely as the protocol allows, and return the fate to count.
 
-        ``"idle_closed"`` if no request was lost by it, else ``"cut_"`` and the state it was in. One that stands still
-        writes nothing: ``"cut_offered"``, since another process may have taken it.
+        `Fate.IDLE_CLOSED` if no request was lost by it, else the cut of the state that it was in. One that stands still
+        writes nothing: `Fate.CUT_OFFERED`, since another process may have taken it.
         """
 
 
 Ready = Callable[[Connection], None]
-
-
-def make_offer(
-    transport: asyncio.Transport, endpoints: tuple[Any, Any] | None, is_proxied: bool, state: State, unread: bytes = b""
-) -> Offer:
-    """What a connection offers that stands still; see `Envelope`."""
-    peer, own = endpoints or (None, None)
-    return Offer(transport.get_extra_info("socket").fileno(), Envelope(peer, own, is_proxied, unread, state))
-
-
-def stands_still(handoff: Handoff | None) -> bool:
-    """Whether a connection is offered, so that nothing may be read from it or written to it here."""
-    return handoff is not None and handoff.is_offered
-
-
-class Handoff:
-    """How far one connection has come with being handed off; there is none before its worker leaves."""
-
-    __slots__ = ("is_offered", "is_parking", "is_wanted", "ready")
-
-    def __init__(self, ready: Ready) -> None:
-        self.ready = ready
-        #: It was asked for, and was at no safe point: the next one is to be held.
-        self.is_wanted = False
-        #: What the client sends is kept as it is, so that a safe point comes after the requests that it has sent.
-        self.is_parking = False
-        #: It stands still: it may be served elsewhere at any moment. Only `keep`, `release` and `cut` end that.
-        self.is_offered = False
-
-
-def end_for_client(connection: Connection, handoff: Handoff | None) -> None:
-    """In `connection_lost`: let the client see the end even if a forked child has a duplicate of the descriptor.
-
-    Not of a connection that another process may serve by now. Of one that speaks TLS the descriptor is closed before
-    that is called; its client was told the end by TLS, or by `abort`.
-    """
-    if has_forked() and connection.sock is not None and not stands_still(handoff):
-        end(connection.sock)
-
-
-def abort_for_client(connection: Connection, transport: asyncio.Transport, handoff: Handoff | None) -> None:
-    """End a connection at once, for the client as in `end_for_client`: what was written and has not left is lost.
-
-    What was written in this turn has its chance: uvloop before 0.22 hands it to the kernel at the end of the turn.
-    """
-    if has_forked():  # behind this turn, and before the descriptor is closed, which is one that is called soon, too
-        asyncio.get_running_loop().call_soon(end_for_client, connection, handoff)
-    transport.abort()
-
-
-def reset_for_client(connection: Connection, transport: asyncio.Transport) -> None:
-    """End a connection that has not moved at once, so that its client cannot take it for an orderly end."""
-    if connection.sock is not None:
-        reset(connection.sock, is_shared=has_forked())
-    transport.abort()
-
-
-def taken_bytes(transport: asyncio.Transport, sock: socket.socket | None) -> int:
-    """How much the peer has taken of what was written, from some beginning on.
-
-    Its kernel says so for TCP. Otherwise it is what is left, which says as much while nothing more is written.
-    """
-    if sock is None:
-        return -transport.get_write_buffer_size()
-    return acknowledged_bytes(sock) or -transport.get_write_buffer_size() - unsent_bytes(sock)
-
-
-def may_leave(transport: asyncio.Transport) -> bool:
-    """Whether nothing that was written is still in this process; if not, ``resume_writing`` is called when so."""
-    if transport.is_closing():
-        return False
-    if transport.get_write_buffer_size():
-        transport.set_write_buffer_limits(high=0)
-        return False
-    return True
 
 
 class Connections:
@@ -260,9 +180,9 @@ class Connections:
         #: With the time at which each was taken in, by the event loop's clock.
         self.open: dict[Connection, float] = {}
         self.draining = Draining()
-        self.fates: Counter[str] = Counter()
+        self.fates: Counter[Fate] = Counter()
         #: Connections that were cut, by fate, since the start; `fates` has those of a drain.
-        self.cuts: Counter[str] = Counter()
+        self.cuts: Counter[Fate] = Counter()
         #: One number: how many are open, for other workers to see (`hotport.kernel.loadpage`).
         self.gauge: list[int] | memoryview = [0]
         self.accepted = 0
@@ -334,7 +254,7 @@ class Connections:
         self._see_room()
 
     def shed(self, wanted_bytes: int) -> tuple[int, int]:
-        """End the connections that hold most, as ``cut_memory``, until about so much memory is free.
+        """End the connections that hold most, as `Fate.CUT_MEMORY`, until about so much memory is free.
 
         Returns:
             How many were ended, and how many bytes they held. Those that hold next to nothing stay.
@@ -344,9 +264,9 @@ class Connections:
         for held_bytes, _, connection in holders:
             if freed_bytes >= wanted_bytes or held_bytes < HELD_BYTES_MIN:
                 break
-            if connection.cut() != "cut_offered":  # that one is another worker's by now
+            if connection.cut() is not Fate.CUT_OFFERED:  # that one is another worker's by now
                 connection.abort()
-                self.closed(connection, "cut_memory")
+                self.closed(connection, Fate.CUT_MEMORY)
                 count, freed_bytes = count + 1, freed_bytes + held_bytes
         return count, freed_bytes
 
@@ -395,13 +315,13 @@ class Connections:
         if self.is_leading:
             self.tell(successor)
 
-    def closed(self, connection: Connection, fate: str = "finished") -> None:
+    def closed(self, connection: Connection, fate: Fate = Fate.FINISHED) -> None:
         """Let a connection go, and count its fate if the worker accepts no more, or if it was cut."""
         if not self._let_go(connection):
             return
         if self._is_counting:
             self.fates[fate] += 1
-        if fate.startswith("cut_"):
+        if fate.is_cut:
             self.cuts[fate] += 1
 
     def _let_go(self, connection: Connection) -> bool:
@@ -564,7 +484,7 @@ class Connections:
         for connection in list(self.open):
             is_crowded = connection in self.crowded
             fate = connection.cut()
-            self.closed(connection, "closed_no_room" if is_crowded and fate == "idle_closed" else fate)
+            self.closed(connection, Fate.CLOSED_NO_ROOM if is_crowded and fate is Fate.IDLE_CLOSED else fate)
 
     async def wait_empty(self) -> None:
         """Return when no connection is open."""

@@ -12,17 +12,16 @@ import socket
 from collections.abc import Callable
 from typing import Any, Protocol, cast, runtime_checkable
 
-from hotport.adapters.base import (
-    Context,
+from hotport.adapters.base import Context, NotAdopted, Offer, Ready
+from hotport.adapters.handoff import (
     Handoff,
-    NotAdopted,
-    Offer,
-    Ready,
     end_for_client,
+    end_handoff,
     make_offer,
-    may_leave,
+    prepare,
     stands_still,
 )
+from hotport.model.fates import Fate
 from hotport.wire.envelope import Envelope, ProtocolState, encode_state
 
 __all__ = ["ProtocolAdapter", "Transferable"]
@@ -112,6 +111,7 @@ class _TrackedBase(asyncio.BaseProtocol):
     """Stands between a transport and an application protocol; forwards what the loop asks for."""
 
     kind = "protocol"
+    moved_fate = Fate.MOVED_PROTOCOL
 
     def __init__(self, application: Any, context: Context) -> None:
         self.endpoints: tuple[Any, Any] | None = None
@@ -120,8 +120,9 @@ class _TrackedBase(asyncio.BaseProtocol):
         self._application = application
         self._connections = context.connections
         self._transport: asyncio.Transport | None = None
-        self._handoff: Handoff | None = None
-        self._was_reading = False
+        self.handoff: Handoff | None = None
+        #: It was reading when it was told to write nothing; None while it may write.
+        self._was_reading: bool | None = None
         self._is_told = False
         # Instance attributes: event loops look these up on the protocol and then call the application directly.
         self.pause_writing = application.pause_writing  # type: ignore[method-assign]
@@ -139,30 +140,27 @@ class _TrackedBase(asyncio.BaseProtocol):
             self._connections.tell(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        end_for_client(self, self._handoff)
+        end_for_client(self, self.handoff)
         self._connections.closed(self)
         self._application.connection_lost(exc)
 
     def drain(self) -> None:
         """Tell the application, if it wants to know."""
-        if stands_still(self._handoff):
+        if not end_handoff(self):
             return
-        self.stay()
         notice = getattr(self._application, "drain_started", None)
         if notice is not None and self._transport is not None and not self._is_told:
             self._is_told = True
             self._tell_application(notice, self._connections.draining)
 
     def stay(self) -> None:
-        if self._handoff is not None and not stands_still(self._handoff):
-            self.keep()
-            self._handoff = None
+        end_handoff(self)
 
-    def cut(self) -> str:
+    def cut(self) -> Fate:
         """Close; what the application has written is still sent as far as the peer takes it at once."""
         if self._transport is not None:
             self._transport.close()
-        return "cut_offered" if stands_still(self._handoff) else "cut_protocol"
+        return Fate.CUT_OFFERED if stands_still(self.handoff) else Fate.CUT_PROTOCOL
 
     @property
     def held_bytes(self) -> int:
@@ -176,7 +174,7 @@ class _TrackedBase(asyncio.BaseProtocol):
 
     @property
     def will_move(self) -> bool:
-        return self._handoff is not None
+        return self.handoff is not None
 
     def prepare_handoff(self, ready: Ready) -> bool:
         """A `Transferable` can move, but not over TLS, whose state cannot be had from OpenSSL."""
@@ -185,13 +183,12 @@ class _TrackedBase(asyncio.BaseProtocol):
             return True  # connection_made will see to it
         if not isinstance(self._application, Transferable) or transport.get_extra_info("ssl_object") is not None:
             return False
-        if self._handoff is None:
-            self._handoff = Handoff(ready)
+        if self.handoff is None:
             self._look_on()
             transport.set_protocol(self)  # loops have looked its methods up before
             if (notice := getattr(self._application, "transfer_wanted", None)) is not None:
                 self._tell_application(notice, self._ask)
-        self._ask()
+        prepare(self, self._connections, ready)
         return True
 
     def _tell_application(self, notice: Callable[[Any], object], what: object) -> None:
@@ -212,40 +209,48 @@ class _TrackedBase(asyncio.BaseProtocol):
         self.resume_writing = resume_writing  # type: ignore[method-assign]
 
     def _ask(self) -> None:
-        if self._handoff is not None and not self._handoff.is_offered:
-            self._handoff.ready(self)
+        if self.handoff is not None:
+            self.handoff.come_to_rest(self)
+
+    @property
+    def is_at_safe_point(self) -> bool:
+        """True once attached: only the application knows, and `pack` asks it."""
+        return self._transport is not None
 
     def offer(self) -> Offer | None:
-        handoff, transport = self._handoff, self._transport
-        if handoff is None or handoff.is_offered or transport is None or not may_leave(transport):
+        if self.handoff is None or self._transport is None:
             return None
+        return self.handoff.offer(self, self._transport)
+
+    def hold(self) -> None:
+        """Do nothing: the application reads on until it is asked for its state."""
+
+    def pack(self) -> Offer | None:
+        """Export the application's state. It must not write any more: the next process could overtake it."""
+        transport = self._transport
+        assert transport is not None
         self._was_reading = transport.is_reading()
         if self._was_reading:
             transport.pause_reading()
-        handoff.is_offered = True
-        try:
-            self._application.pause_writing()  # what it wrote now could be overtaken by the next process
-            state = self._application.export_state()
-            encode_state(state)
-        except Exception:
-            log.exception("the application could not export the state of a connection")
-            self.keep()
-            self._connections.not_taken(self)
-            return None
-        if state is None:
-            self.keep()
-            return None
-        return make_offer(transport, self.endpoints, self.is_proxied, ProtocolState(state))
+        self._application.pause_writing()
+        state = self._application.export_state()
+        encode_state(state)
+        return None if state is None else make_offer(transport, self.endpoints, self.is_proxied, ProtocolState(state))
 
     def keep(self) -> None:
-        handoff, transport = self._handoff, self._transport
-        if handoff is None or transport is None:
+        if self.handoff is not None:
+            self.handoff.keep(self)
+
+    def resume(self, was_offered: bool) -> None:
+        """Let the application write again."""
+        transport, was_reading = self._transport, self._was_reading
+        if transport is None:
             return
         transport.set_write_buffer_limits()
-        was_offered, handoff.is_offered = handoff.is_offered, False
-        if was_offered and not transport.is_closing():
+        self._was_reading = None
+        if was_reading is not None and not transport.is_closing():
             self._application.resume_writing()
-            if self._was_reading:
+            if was_reading:
                 transport.resume_reading()
 
     def release(self) -> None:

@@ -18,19 +18,17 @@ from typing import Any, TypeVar, cast
 import anyio
 from anyio.abc import ByteStream, SocketAttribute
 
-from hotport.adapters.base import (
-    Context,
-    Draining,
+from hotport.adapters.base import Context, Draining, NotAdopted, Offer, Ready
+from hotport.adapters.handoff import (
     Handoff,
-    NotAdopted,
-    Offer,
-    Ready,
     end_for_client,
+    end_handoff,
     make_offer,
-    may_leave,
+    prepare,
     reset_for_client,
     stands_still,
 )
+from hotport.model.fates import Fate
 from hotport.wire.envelope import Envelope, StreamState, encode_state
 
 __all__ = ["Stream", "StreamAdapter", "StreamAttribute", "StreamHandler", "hand_off", "restartable"]
@@ -118,6 +116,7 @@ class Stream(ByteStream, asyncio.Protocol):
     """
 
     kind = "stream"
+    moved_fate = Fate.MOVED_STREAM
 
     def __init__(self, handler: StreamHandler, context: Context, moved: set[asyncio.Task[None]]) -> None:
         self.state: Any = None
@@ -138,7 +137,7 @@ class Stream(ByteStream, asyncio.Protocol):
         self._is_writable = asyncio.Event()
         self._is_writable.set()
         self._reader: asyncio.Future[None] | None = None
-        self._handoff: Handoff | None = None
+        self.handoff: Handoff | None = None
         #: While the handler is in `hand_off`: set if the connection stays.
         self._stays: asyncio.Future[None] | None = None
         self._connections.opened(self)
@@ -149,7 +148,7 @@ class Stream(ByteStream, asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop has classes of its own
         self._task = self._loop.create_task(self._run(), context=Variables())
-        if self._handoff is not None:  # the worker began to leave before there was a transport
+        if self.handoff is not None:  # the worker began to leave before there was a transport
             self._connections.tell(self)
 
     def data_received(self, data: bytes) -> None:
@@ -166,7 +165,7 @@ class Stream(ByteStream, asyncio.Protocol):
         return True  # the other direction stays open: half-closed clients still want their answer
 
     def connection_lost(self, exc: Exception | None) -> None:
-        end_for_client(self, self._handoff)
+        end_for_client(self, self.handoff)
         self._is_lost = True
         self._is_at_eof = self._is_at_eof or exc is None
         self._is_writable.set()
@@ -196,31 +195,26 @@ class Stream(ByteStream, asyncio.Protocol):
         self.stay()
 
     def stay(self) -> None:
-        if stands_still(self._handoff):
-            return
-        if self._handoff is not None:
-            self.keep()
-            self._handoff = None
-        if self._stays is not None and not self._stays.done():
+        if end_handoff(self) and self._stays is not None and not self._stays.done():
             self._stays.set_result(None)
 
-    def cut(self) -> str:
+    def cut(self) -> Fate:
         """Cancel the handler and close."""
         if self._task is not None:
             self._task.cancel()
         if self._transport is not None:
             self._transport.close()
-        if stands_still(self._handoff):
+        if stands_still(self.handoff):
             self._is_lost = True  # here: what is done to the socket now would be done to another process's
-            return "cut_offered"
-        return "cut_stream"
+            return Fate.CUT_OFFERED
+        return Fate.CUT_STREAM
 
     # -- handing it off ------------------------------------------------------------------------------------
 
     @property
-    def _is_at_safe_point(self) -> bool:
+    def is_at_safe_point(self) -> bool:
         """The handler waits in `hand_off`; or in `receive`, and has declared that it may be started anew there."""
-        if self._is_at_eof or self._is_lost or self._is_closed:
+        if self._transport is None or self._is_at_eof or self._is_lost or self._is_closed:
             return False
         if self._stays is not None:
             return not self._stays.done()
@@ -230,51 +224,49 @@ class Stream(ByteStream, asyncio.Protocol):
     @property
     def will_move(self) -> bool:
         """A handler that agrees now and then is not known before it does."""
-        return self._handoff is not None and (self._is_at_safe_point or getattr(self._handler, "is_restartable", False))
+        return self.handoff is not None and (self.is_at_safe_point or getattr(self._handler, "is_restartable", False))
 
     def prepare_handoff(self, ready: Ready) -> bool:
         """A handler may agree at any time; not over TLS, whose state cannot be had from OpenSSL."""
         if self._transport is not None and self._transport.get_extra_info("ssl_object") is not None:
             return False
-        if self._handoff is None:
-            self._handoff = Handoff(ready)
-        self._come_to_rest()
+        prepare(self, self._connections, ready)
         return True
 
     def _come_to_rest(self) -> None:
-        handoff = self._handoff
-        if handoff is not None and not handoff.is_offered and self._transport is not None and self._is_at_safe_point:
-            if handoff.is_wanted:
-                self._transport.pause_reading()
-            handoff.ready(self)
+        if self.handoff is not None:
+            self.handoff.come_to_rest(self)
 
     def offer(self) -> Offer | None:
-        handoff, transport = self._handoff, self._transport
-        if handoff is None or handoff.is_offered or transport is None:
+        if self.handoff is None or self._transport is None:
             return None
-        handoff.is_wanted = True
-        if not self._is_at_safe_point:
-            return None
-        transport.pause_reading()
-        if not may_leave(transport):
-            return None
-        try:
-            encode_state(self.state)
-        except TypeError:
-            log.exception("the state of a stream stays where it is, and so does the stream")
-            self._connections.not_taken(self)
-            return None
-        handoff.is_offered = True
+        return self.handoff.offer(self, self._transport)
+
+    def hold(self) -> None:
+        """Stop reading: what the client sends waits in the kernel."""
+        assert self._transport is not None
+        self._transport.pause_reading()
+
+    def pack(self) -> Offer:
+        """Pack the state that the handler declared and the bytes that it has not received."""
+        assert self._transport is not None
+        encode_state(self.state)
         self._is_writable.clear()  # whoever sends, waits
-        return make_offer(transport, self.endpoints, self.is_proxied, StreamState(self.state), bytes(self._unread))
+        return make_offer(
+            self._transport, self.endpoints, self.is_proxied, StreamState(self.state), bytes(self._unread)
+        )
 
     def keep(self) -> None:
-        handoff, transport = self._handoff, self._transport
-        if handoff is None or transport is None or self._is_lost:
+        if self.handoff is not None and not self._is_lost:
+            self.handoff.keep(self)
+
+    def resume(self, was_offered: bool) -> None:
+        """Let the handler send again, and read on if there is room."""
+        transport = self._transport
+        if transport is None or self._is_lost:
             return
-        if handoff.is_offered:
+        if was_offered:
             self._is_writable.set()
-        handoff.is_offered = handoff.is_wanted = False
         transport.set_write_buffer_limits()
         if not self._is_paused and not transport.is_closing():
             transport.resume_reading()
@@ -293,7 +285,7 @@ class Stream(ByteStream, asyncio.Protocol):
     def why_here(self) -> str:
         if self._transport is not None and self._transport.get_extra_info("ssl_object") is not None:
             return "TLS"
-        if self._is_at_safe_point:
+        if self.is_at_safe_point:
             return "slow to read"
         return "its handler has not agreed to move"
 
@@ -317,7 +309,7 @@ class Stream(ByteStream, asyncio.Protocol):
         """
         self.state = state
         await anyio.lowlevel.checkpoint()
-        if self._handoff is None or self._stays is not None:
+        if self.handoff is None or self._stays is not None:
             return
         self._stays = self._loop.create_future()
         self._come_to_rest()

@@ -37,6 +37,7 @@ from hotport.kernel.sockets import (
     take_waiting,
     unlink_if_ours,
 )
+from hotport.model.fates import Fate, by_name
 from hotport.options import Options
 from hotport.options.loading import load
 from hotport.worker import background
@@ -71,20 +72,17 @@ class Restarted:
     @property
     def handed_off(self) -> int:
         """Connections that are served by the new process."""
-        return self._count("moved_")
+        return sum(count for fate, count in self.connections.items() if Fate(fate).is_moved)
 
     @property
     def cut(self) -> int:
         """Connections that were closed at the end of ``drain_timeout`` in the middle of something."""
-        return self._count("cut_")
+        return sum(count for fate, count in self.connections.items() if Fate(fate).is_cut)
 
     @property
     def finished(self) -> int:
         """All others: they have ended by themselves, or after what was begun."""
         return sum(self.connections.values()) - self.handed_off - self.cut
-
-    def _count(self, prefix: str) -> int:
-        return sum(count for fate, count in self.connections.items() if fate.startswith(prefix))
 
 
 class _Listener:
@@ -345,7 +343,7 @@ class Server:
             generation=self.generation + 1,
             ready_s=ready_s,
             drained_s=time.monotonic() - began_s,
-            connections=dict(fates),
+            connections=by_name(fates),
         )
 
     async def _bring_up(self, start: Start) -> tuple[Successor, tuple[int, ...]]:
@@ -370,7 +368,7 @@ class Server:
             raise
         return successor, committed.dropped
 
-    async def _leave(self, successor: Successor, *, is_last: bool) -> Mapping[str, int]:
+    async def _leave(self, successor: Successor, *, is_last: bool) -> Mapping[Fate, int]:
         """Hand off, drain, and say what became of the connections; serve again if the successor dies meanwhile.
 
         Args:

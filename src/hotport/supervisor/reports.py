@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Set
 from datetime import UTC, datetime
 
 from hotport.model.effects import Announce, News
+from hotport.model.fates import Fate
 from hotport.model.lifecycle import Event
 from hotport.model.service import Restart
 from hotport.options import format_duration
@@ -115,7 +116,7 @@ class RestartRecord:
             case News.WORKER_RETIRED if (worker := announcement.worker) in self._leaving | self._back:
                 self._leaving.discard(worker)
                 if worker not in self._drained and (self._outcome != "aborted" or worker in self._back):
-                    self._fates_of(worker)["workers_killed"] += 1
+                    self._fates_of(worker)[Fate.WORKERS_KILLED.value] += 1
             case _ if announcement.generation != self.generation:
                 pass
             case News.ABORTED:

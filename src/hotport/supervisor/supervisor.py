@@ -31,6 +31,7 @@ from hotport.kernel.procfs import age_s, environment, queue_overflows
 from hotport.kernel.spawn import Child, spawn
 from hotport.model import effects, inputs, rules, steps
 from hotport.model.effects import Announce, News
+from hotport.model.fates import Fate, names_cut
 from hotport.model.guarantee import Strategy
 from hotport.model.inputs import Clock, Exited, Said, Timer
 from hotport.model.lifecycle import Event, Phase
@@ -846,8 +847,8 @@ class Supervisor:
 
     def _is_cut(self, fate: str) -> bool:
         """Who waits in an accept queue that the service manager keeps is served by the next supervisor."""
-        is_kept = fate == "cut_unaccepted" and all(map(self.manager.keeps, self.listeners))
-        return fate.startswith("cut_") and not is_kept
+        is_kept = fate == Fate.CUT_UNACCEPTED and all(map(self.manager.keeps, self.listeners))
+        return names_cut(fate) and not is_kept
 
     # -- news ----------------------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ from hotport.kernel.fork import withhold
 from hotport.kernel.process import descriptors_left
 from hotport.kernel.scm import DESCRIPTORS_MAX, DescriptorsLostError, receive_what_fits, send_descriptors
 from hotport.kernel.sockets import check_peer
+from hotport.model.fates import Fate
 from hotport.observe.logs import get_shared_logger
 from hotport.wire.envelope import (
     ENVELOPE_VERSION,
@@ -526,7 +527,7 @@ class Mover:
                     self._waiting.add(connection)
                     successor.waiting.append(connection)
                 else:
-                    self._connections.closed(connection, "cut_offered")
+                    self._connections.closed(connection, Fate.CUT_OFFERED)
                     connection.release()
             if isinstance(error, OSError) and error.errno == errno.ETOOMANYREFS and not is_sent:
                 successor.room += len(batch)
@@ -554,7 +555,7 @@ class Mover:
             else:
                 self.moved += 1
                 successor.moved.append(connection)
-                self._connections.closed(connection, f"moved_{connection.kind}")
+                self._connections.closed(connection, connection.moved_fate)
         while len(successor.waiting) > successor.room:  # to others, or until there is room
             connection = successor.waiting.pop()
             self._waiting.discard(connection)

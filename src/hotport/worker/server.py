@@ -17,6 +17,7 @@ from hotport.adapters.sockets import SocketsAdapter
 from hotport.adapters.target import kind_of, make_adapter
 from hotport.errors import StartError
 from hotport.model.balance import LOOK_S
+from hotport.model.fates import Fate
 from hotport.observe.logs import get_shared_logger
 from hotport.options import Options
 from hotport.trust import Trusted
@@ -77,7 +78,7 @@ class Server(Protocol):
             StartError: They cannot be used (HP507, HP513, HP514); those that were read before are kept.
         """
 
-    async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[str]:
+    async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[Fate]:
         """Hand off or finish every connection, cut what is left after `timeout_s` seconds; return fates and counts.
 
         Args:
@@ -336,7 +337,7 @@ class ConnectionServer:
     async def take(self, channel: Channel, version: int, sender: str = "") -> None:
         await take_connections(channel, version, self._adapter, self.connections, sender=sender)
 
-    async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[str]:
+    async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[Fate]:
         try:
             await self._drain(timeout_s, is_last, successors)
         except Exception:  # the worker leaves all the same: what is left is cut, and counted
@@ -387,7 +388,7 @@ class ConnectionServer:
         if is_last:
             for acceptor in self._acceptors[:: self._tasks]:  # those in between share its queue
                 if waiting := acceptor.waiting():
-                    self.connections.fates["cut_unaccepted"] += waiting
+                    self.connections.fates[Fate.CUT_UNACCEPTED] += waiting
         for acceptor in self._acceptors:
             acceptor.close()
 
@@ -449,7 +450,7 @@ class DatagramServer:
         """It has no connections."""
         channel.close()
 
-    async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[str]:
+    async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[Fate]:
         self.quiesce()
         self.connections.drain(timeout_s)
         for transport in self._transports:
@@ -464,7 +465,7 @@ class DatagramServer:
             left = [transport for transport in self._transports if not transport.closed.is_set()]
             for transport in left:
                 transport.abort()
-            return Counter({"cut_datagram": len(left)})
+            return Counter({Fate.CUT_DATAGRAM: len(left)})
         return Counter()
 
     async def shutdown(self) -> None:
@@ -519,14 +520,14 @@ class SocketsServer:
         """It has no way of going on with a connection."""
         channel.close()
 
-    async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[str]:
+    async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[Fate]:
         self.connections.drain(timeout_s)
-        fate = "server_finished"
+        fate = Fate.SERVER_FINISHED
         try:
             async with self.connections.deadline(timeout_s):
                 await self._adapter.finish()
         except TimeoutError:
-            fate = "cut_server"
+            fate = Fate.CUT_SERVER
             await self._adapter.abort()
         for listener in self._listeners:
             listener.close()

@@ -41,6 +41,7 @@ from hotport.kernel.sockets import (
     socket_file,
     unlink_if_ours,
 )
+from hotport.model.fates import by_name
 from hotport.model.signals import NOTES, SUSPENDING, TERMINATING, WORKER, Does, Moment
 from hotport.observe.logs import dropped, get_logger, revive
 from hotport.options import Options
@@ -372,8 +373,9 @@ class Worker:
         order = self._drain_order
         self._log.info("drain.began", connections=len(server.connections.open))
         fates = await server.drain(order.timeout_s, is_last=order.is_last, successors=order.successors)
-        self._log.info("drain.ended", **fates)
-        self._drained = Drained(fates=dict(fates))
+        told = by_name(fates)
+        self._log.info("drain.ended", **told)
+        self._drained = Drained(fates=told)
         self._broadcast(self._drained)
         try:
             async with asyncio.timeout(self._options.kill_timeout_s):
@@ -518,7 +520,7 @@ class Worker:
                 self._is_quiesced = False
                 if self._following is not None:
                     self._following.cancel()
-                fates = dict(self._server.connections.fates)
+                fates = by_name(self._server.connections.fates)
                 await self._server.accept()
                 self._is_accepting = True
                 peer.say(Accepting(at_s=time.monotonic(), fates=fates))
@@ -608,7 +610,7 @@ class Worker:
             errors=connections.errors if connections else 0,
             lag_s=self._lag.read() if is_watched else 0.0,
             log_dropped=dropped(),
-            cuts=dict(connections.cuts) if connections else {},
+            cuts=by_name(connections.cuts) if connections else {},
         )
 
     def _reload_tls(self) -> str:

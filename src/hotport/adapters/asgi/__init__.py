@@ -65,7 +65,7 @@ class AsgiAdapter:
             case HttpState() as state:
                 return HttpConnection(self._shared, state, envelope.unread)
             case WebSocketState() as state:
-                return HttpConnection(self._shared, self._shared.websockets.resume(state))
+                return HttpConnection(self._shared, self._shared.handshakes.resume(state))
         raise NotAdopted("an ASGI application has no such connections")
 
     async def finish(self) -> None:

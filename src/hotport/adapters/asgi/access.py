@@ -6,13 +6,10 @@ import asyncio
 import re
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
 
+from hotport.adapters.asgi.spec import Scope
 from hotport.observe import logs
-
-if TYPE_CHECKING:
-    from hotport.adapters.asgi.exchange import Exchange
-    from hotport.adapters.asgi.spec import Scope
 
 __all__ = ["AccessLog"]
 
@@ -41,12 +38,15 @@ class AccessLog:
         self._size = 0
         self._render = _combined if format == "combined" else _structured(logs.renderer("hotport.access"))
 
-    def ended(self, exchange: Exchange, status: int) -> None:
-        """This request has its answer, or nobody waits for one any more (0: none was begun); the first word counts."""
-        request, exchange.request = exchange.request, None
-        if request is not None:
-            ms = (time.perf_counter() - exchange.began) * 1000 if exchange.began else 0.0
-            self._write(self._render(request, request["client"], status or CLIENT_LEFT, exchange.sent, ms))
+    def ended(self, request: Scope, status: int, sent: int, began: float) -> None:
+        """A request has its answer, or nobody waits for one any more (0: none was begun).
+
+        Args:
+            sent: Bytes of the answer's body.
+            began: By `perf_counter`; 0 if its application was not called.
+        """
+        ms = (time.perf_counter() - began) * 1000 if began else 0.0
+        self._write(self._render(request, request["client"], status or CLIENT_LEFT, sent, ms))
 
     def refused(self, client: Client, status: int) -> None:
         """What came was no request."""
@@ -69,7 +69,7 @@ class AccessLog:
             logs.write(text)
 
 
-Render = Callable[["Scope | None", Client, int, int, float], str]
+Render = Callable[[Scope | None, Client, int, int, float], str]
 
 
 def _structured(render: Callable[[dict[str, Any]], str]) -> Render:

@@ -5,40 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
 from functools import lru_cache
-from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final, Protocol, cast
 
-from hotport.adapters.asgi.sendfile import send_file
+from hotport.adapters.asgi.fields import LINES, NOTED, STATUS_LINES, render_field
+from hotport.adapters.asgi.sendfile import Sink, send_file
+from hotport.adapters.asgi.shared import Shared
 from hotport.adapters.asgi.spec import Application, Message, Scope
+from hotport.adapters.asgi.states import ANSWERED, HELD, STREAMING, TRAILING, WAITING
 
-if TYPE_CHECKING:
-    from hotport.adapters.asgi.http import HttpConnection
-    from hotport.adapters.asgi.websocket import WebSocketConnection
-
-__all__ = [
-    "ANSWERED",
-    "CLIENT_LEFT",
-    "CUT",
-    "HELD",
-    "STATUS_LINES",
-    "STREAMING",
-    "TOO_SLOW",
-    "WAITING",
-    "ClientLeft",
-    "Exchange",
-    "check_field",
-]
+__all__ = ["CLIENT_LEFT", "CUT", "TOO_SLOW", "Answering", "ClientLeft", "Exchange", "Requesting"]
 
 log = logging.getLogger("hotport.error")
-
-# How far an answer has come. Plain integers: they are compared for every message.
-WAITING: Final = 0  # the application has not said anything
-HELD: Final = 1  # it has given status and headers; they wait for the first body event, so that both are one write
-STREAMING: Final = 2  # the head is written
-TRAILING: Final = 3  # so is the body; trailers are to follow
-ANSWERED: Final = 4  # everything is written
 
 # How the client learns where the body ends (RFC 9112 section 6).
 BODYLESS: Final = 0
@@ -59,43 +37,44 @@ CLIENT_LEFT: Final = "its client had left"
 CUT: Final = "its connection was cut"
 TOO_SLOW: Final = "its client was too slow"
 
-#: Header fields of an answer that are not just passed on.
-NOTED: Final = frozenset({b"connection", b"content-length", b"date", b"server", b"transfer-encoding"})
-
-#: Extensions of every HTTP scope, beside ``hotport`` (ASGI specification, extensions).
-EXTENSIONS: Final[dict[str, dict[str, Any]]] = {
-    "http.response.early_hint": {},
-    "http.response.pathsend": {},
-    "http.response.trailers": {},
-}
-
-#: RFC 9110 section 5.1, and 5.5: what would end a field's line, or its value for some readers.
-NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-FORBIDDEN: Final = re.compile(rb"[\r\n\0]")
-
-#: Header fields as they were rendered before, since most answers repeat them; forgotten when they have become many.
-LINES: Final[dict[tuple[bytes, bytes], bytes]] = {}
-LINES_MAX: Final = 1024
-LINE_BYTES_MAX: Final = 128
-
-
-def _status_line(status: int) -> bytes:
-    try:
-        phrase = HTTPStatus(status).phrase
-    except ValueError:
-        phrase = ""
-    return f"HTTP/1.1 {status} {phrase}\r\n".encode("ascii")
-
-
-#: Final answers only: interim ones are not for `http.response.start`.
-STATUS_LINES: Final = {status: _status_line(status) for status in range(200, 1000)}
-
 
 class ClientLeft(OSError):
     """Raised by ``send()`` when nobody can receive the answer any more (ASGI HTTP specification 2.4)."""
 
     def __init__(self) -> None:
         super().__init__("the client has left")
+
+
+class Answering(Protocol):
+    """What an answer asks of its connection."""
+
+    shared: Shared
+    transport: asyncio.Transport
+    #: There while the transport's write buffer is too full; set when it is not.
+    writable: asyncio.Event | None
+    has_eof: bool
+
+    def announce_close(self, exchange: Exchange) -> bool:
+        """Whether the head of this answer, which is about to be written, must say that it is the last."""
+
+    def answered(self, exchange: Exchange) -> None:
+        """The answer is written whole."""
+
+    def truncate(self) -> None:
+        """End so that the answer that has begun does not look whole."""
+
+    def resume_reading_if_room(self) -> None:
+        """Something was received: there may be room for more."""
+
+
+class Requesting(Answering, Sink, Protocol):
+    """What requests with a body and answers with files ask, too; a handshake has neither."""
+
+    def ask_for_body(self) -> None:
+        """Let a client that asked whether its body is wanted send it."""
+
+    def see_client_read(self) -> None:
+        """See to it that the client takes what waits for it in time."""
 
 
 class Exchange:
@@ -136,9 +115,9 @@ class Exchange:
     )
 
     def __init__(
-        self, connection: HttpConnection, application: Application, scope: Scope, keeps_alive: bool, is_http10: bool
+        self, connection: Requesting, application: Application, scope: Scope, keeps_alive: bool, is_http10: bool
     ) -> None:
-        self.connection: HttpConnection | WebSocketConnection = connection
+        self.connection: Answering = connection
         self.application = application
         self.scope = scope
         self.client_keeps_alive = keeps_alive
@@ -190,12 +169,7 @@ class Exchange:
         else:
             self.body = bytearray(self.body)
             self.body += data
-        self.wake()
-
-    def complete(self) -> None:
-        """The request has arrived whole."""
-        self.is_complete = True
-        if self._wakeup is not None:
+        if self._wakeup is not None:  # as in `wake`; a call has its price
             self._wakeup.set()
 
     def leave(self, why: str = CLIENT_LEFT) -> None:
@@ -210,8 +184,9 @@ class Exchange:
     def log(self, status: int) -> None:
         """Say in the access log how it has ended, if nothing was said yet."""
         access = self.connection.shared.access
-        if access is not None:
-            access.ended(self, status)
+        request, self.request = self.request, None
+        if access is not None and request is not None:
+            access.ended(request, status, self.sent, self.began)
 
     def _unblock(self) -> None:
         if self._blocked is not None and not self._blocked.done():
@@ -279,7 +254,7 @@ class Exchange:
                 break
             if self.expects_continue and self.stage < STREAMING:
                 self.expects_continue = False
-                cast("HttpConnection", connection).ask_for_body()  # no handshake has a body
+                cast("Requesting", connection).ask_for_body()  # no handshake has a body
             if self._wakeup is None:
                 self._wakeup = asyncio.Event()
             self._wakeup.clear()
@@ -343,7 +318,7 @@ class Exchange:
                 continue  # written with the rest of the framing
             line = LINES.get(field)
             if line is None:
-                name, line = _render(field)
+                name, line = render_field(field)
                 if name in NOTED:
                     if name == b"content-length":
                         left = _length(field[1])
@@ -479,7 +454,7 @@ class Exchange:
             size = os.fstat(file.fileno()).st_size
             before, after = self._frame_file(size)
             self.connection.transport.write(before)
-            if self.framing != BODYLESS and not await send_file(self, file, size):
+            if self.framing != BODYLESS and not await send_file(cast("Requesting", self.connection), self, file, size):
                 self._is_told = True
                 raise ClientLeft
         if after:
@@ -515,7 +490,7 @@ class Exchange:
         loop = self.connection.shared.loop
         self._blocked = loop.create_future()
         loop.add_writer(fd, self._unblock)
-        cast("HttpConnection", self.connection).see_client_read()  # a WebSocket's denial has no files
+        cast("Requesting", self.connection).see_client_read()  # a WebSocket's denial has no files
         try:
             await self._blocked
         finally:
@@ -525,7 +500,7 @@ class Exchange:
     def _send_trailers(self, message: Message) -> None:
         """``http.response.trailers``: for clients that have said that they read them, and where there is room."""
         for field in message.get("headers") or ():
-            self._trailers.append(_render(tuple(field))[1])
+            self._trailers.append(render_field(tuple(field))[1])
         if message.get("more_trailers", False):
             return
         if self.framing == CHUNKED:
@@ -536,7 +511,7 @@ class Exchange:
     def _send_hints(self, message: Message) -> None:
         """``http.response.early_hint``: links worth fetching before there is an answer (RFC 8297)."""
         if not self._is_http10:
-            lines = [_render((b"link", link))[1] for link in message["links"]]
+            lines = [render_field((b"link", link))[1] for link in message["links"]]
             self.connection.transport.write(b"".join((b"HTTP/1.1 103 Early Hints\r\n", *lines, b"\r\n")))
 
 
@@ -559,29 +534,6 @@ def _length(value: Any) -> int:
     if not isinstance(value, bytes) or not value.isdigit():
         raise RuntimeError(f"{value!r} is not a content-length")
     return int(value)
-
-
-def check_field(name: Any, value: Any) -> None:
-    """Raises RuntimeError: An application's header field cannot be sent as it is (RFC 9110, section 5)."""
-    if not isinstance(name, bytes) or not isinstance(value, bytes):
-        raise RuntimeError(f"a header field is a pair of byte strings, not {(name, value)!r}")
-    if not NAME.fullmatch(name):
-        raise RuntimeError(f"{name!r} is not the name of a header field")
-    if FORBIDDEN.search(value):
-        raise RuntimeError(f"the header field {name!r} contains a line break or a NUL")
-
-
-def _render(field: Any) -> tuple[bytes, bytes]:
-    """A field's name in lower case, and its line, which is remembered if it may come again."""
-    name, value = field
-    check_field(name, value)
-    name = name.lower()
-    line = b"%b: %b\r\n" % (name, value)
-    if name not in NOTED and len(line) <= LINE_BYTES_MAX:
-        if len(LINES) >= LINES_MAX:
-            LINES.clear()
-        LINES[field] = line
-    return name, line
 
 
 def _as_bytes(body: object) -> bytes:

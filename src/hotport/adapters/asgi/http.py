@@ -1,6 +1,7 @@
 """HTTP/1.1 connections: what is read, in which order it is answered, and how it ends.
 
-Parsing is httptools' (llhttp). A connection is always in exactly one `State`; `STATES` says what drain does to each.
+`Reader` makes requests of the bytes. A connection is always in exactly one `State`; `STATES` says what drain does to
+each.
 """
 
 from __future__ import annotations
@@ -10,47 +11,45 @@ import fcntl
 import logging
 import os
 import random
-import re
 import socket
-import sys
 import termios
 from collections import deque
-from functools import lru_cache
 from time import perf_counter
 from typing import Any, Final
-from urllib.parse import unquote
-
-import httptools
 
 from hotport.adapters.asgi.deadlines import Pace
-from hotport.adapters.asgi.exchange import ANSWERED, CUT, HELD, STREAMING, TOO_SLOW, UNTIL_CLOSE, Exchange
+from hotport.adapters.asgi.exchange import CUT, TOO_SLOW, UNTIL_CLOSE, Exchange
+from hotport.adapters.asgi.handshake import Resumption, is_handshake
 from hotport.adapters.asgi.proxy import forwarded
-from hotport.adapters.asgi.shared import ASGI, Shared
+from hotport.adapters.asgi.reader import END_OF_HEAD, Intake, Reader, Target
+from hotport.adapters.asgi.shared import ASGI, Shared, name_client
 from hotport.adapters.asgi.spec import Receive, Scope, Send
-from hotport.adapters.asgi.states import STATES, Manner, State
+from hotport.adapters.asgi.states import ANSWERED, HELD, STATES, STREAMING, Manner, State
 from hotport.adapters.asgi.tls import tls_extension
-from hotport.adapters.asgi.websocket import SPREAD, Resumption, WebSocketConnection, is_handshake
-from hotport.adapters.base import (
+from hotport.adapters.asgi.websocket import SPREAD, WebSocketConnection
+from hotport.adapters.base import Offer, Ready
+from hotport.adapters.handoff import (
     Handoff,
-    Offer,
-    Ready,
+    Stage,
     abort_for_client,
     end_for_client,
+    end_handoff,
     make_offer,
-    may_leave,
+    prepare,
     reset_for_client,
     stands_still,
     taken_bytes,
 )
 from hotport.adapters.turns import TURN_S
 from hotport.kernel.sockets import unsent_bytes
+from hotport.model.fates import Fate
 from hotport.wire.envelope import HttpState
 
 __all__ = ["HttpConnection"]
 
 log = logging.getLogger("hotport.error")
 
-END_OF_HEAD: Final = b"\r\n\r\n"
+OPEN: Final = Intake.OPEN
 
 #: Reading pauses while more of a request's body than this waits for the application.
 BODY_HIGH_WATER_BYTES: Final = 64 * 1024
@@ -58,50 +57,8 @@ BODY_HIGH_WATER_BYTES: Final = 64 * 1024
 #: No other request is parsed while that many wait for their turn; half of it must be free before parsing goes on.
 PIPELINE_MAX: Final = 16
 
-#: What a request that waits for its turn takes beside its head: the exchange, its scope and their containers. And what
-#: each of its header fields takes: a tuple, two byte strings and their place in a list. Measured with tracemalloc.
-REQUEST_BYTES: Final = 3 * 1024
-FIELD_BYTES: Final = 136
-
-#: So much of a chunked body is parsed between two looks at the clock: a chunk may hold one byte.
-PIECE_BYTES: Final = 16 * 1024
-
-#: Stands for the length of a chunked body.
-CHUNKED: Final = -1
-
-#: What may stand in a Host field: RFC 9110 section 7.2 and RFC 3986 section 3.2.2.
-HOST: Final = re.compile(rb"(?:\[[0-9A-Za-z:._~%-]*\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-9]*)?")
-
-#: Hosts that were found in order before; forgotten when they have become many.
-HOSTS: Final[set[bytes]] = set()
-HOSTS_MAX: Final = 1024
-
-#: llhttp knows a fixed set of methods; these are the usual ones.
-METHODS: Final = {m.encode(): m for m in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")}
-
-#: Targets up to this size are remembered with what they mean; so the memory for that is bounded.
-TARGET_BYTES_MAX: Final = 256
-
 #: Seconds after which a client that was sent away for want of room may come again.
 RETRY_AFTER_S: Final = b"1"
-
-
-class _Refused(Exception):
-    """Raised in a parser callback: this request gets a status from us and is the last one read."""
-
-    def __init__(self, status: int, why: str) -> None:
-        self.status = status
-        self.why = why
-
-
-class _Ignored(list[tuple[bytes, bytes]]):
-    """Takes the fields of trailers, which no application asks for."""
-
-    def append(self, field: tuple[bytes, bytes]) -> None:
-        """Keep nothing."""
-
-
-TRAILERS: Final = _Ignored()
 
 
 class HttpConnection(asyncio.Protocol):
@@ -113,42 +70,34 @@ class HttpConnection(asyncio.Protocol):
     """
 
     kind = "http"
+    moved_fate = Fate.MOVED_HTTP
 
     __slots__ = (
-        "_arriving",
-        "_between",
         "_client",
         "_current",
         "_extensions",
         "_fate",
-        "_handoff",
         "_has_announced_close",
         "_has_said_goodbye",
         "_has_served",
-        "_head",
-        "_headers",
         "_is_advancing",
         "_is_attached",
-        "_is_deaf",
         "_is_draining",
         "_is_flushed",
         "_is_reading_paused",
         "_is_trusted",
         "_is_turn_due",
-        "_is_upgrade",
-        "_parser",
         "_pipeline",
+        "_reader",
         "_reading_pace",
         "_refusal",
-        "_rest",
         "_scheme",
         "_sending_pace",
         "_server",
-        "_tail",
-        "_url",
         "adopted",
         "due",
         "endpoints",
+        "handoff",
         "has_eof",
         "is_closed",
         "is_proxied",
@@ -173,27 +122,16 @@ class HttpConnection(asyncio.Protocol):
         #: The tick at which it has waited too long for its client (`Deadlines`).
         self.due = 0
 
-        #: Made when the first bytes come: an idle connection that is handed on needs none.
-        self._parser: Any = None
-        self._url = b""
-        self._headers: list[tuple[bytes, bytes]] = []
-        self._is_upgrade = False
-        #: Of a request whose head has not arrived whole, raw; the parser has it.
-        self._head = unread
-        #: What has been read behind that and was not parsed: there is no room for another request, others have their
-        #: turn, or requests are parked. Reading pauses meanwhile, so it is one read at most (some if it is parked).
-        self._rest = b""
+        #: Requests behind the current one, in order; the last of them may be arriving.
+        self._pipeline: deque[Exchange] = deque()
+        #: Keeps what was not parsed: there is no room for another request, others have their turn, or requests are
+        #: parked. Reading pauses meanwhile, so it is one read at most (some if it is parked).
+        self._reader = Reader(self, shared, self._pipeline)
+        self._reader.head = unread
         self._is_turn_due = False  # `_take_turn` will be called
-        self._tail = b""  # the last bytes of a chunked body that has not arrived whole
-        self._between = 0  # how much of it has come since its last data: extensions, trailers
 
         #: The oldest request without a whole answer; its application runs.
         self._current: Exchange | None = None
-        #: Requests behind it, in order.
-        self._pipeline: deque[Exchange] = deque()
-        #: The newest request while its body arrives: the current one, the last of the pipeline, or one that was
-        #: answered before it had arrived.
-        self._arriving: Exchange | None = None
         #: Status and reason for input that is no request; its turn comes after everything that was one.
         self._refusal: tuple[int, str, bool] | None = None
 
@@ -205,12 +143,11 @@ class HttpConnection(asyncio.Protocol):
         self._reading_pace: Pace | None = None
         self._is_reading_paused = False
         self._is_draining = False
-        self._is_deaf = False  # no other request will be read
         self._has_announced_close = False  # the head of the last answer is written
         self._has_said_goodbye = False  # all of the last answer is written
         self._is_flushed = False  # nothing was left to send when we last looked
-        self._handoff: Handoff | None = None
-        self._fate = "finished"
+        self.handoff: Handoff | None = None
+        self._fate = Fate.FINISHED
         shared.registry.opened(self)
 
     # -- what the worker asks ------------------------------------------------------------------------------
@@ -226,12 +163,12 @@ class HttpConnection(asyncio.Protocol):
         if current is not None:
             if current.stage >= STREAMING:
                 return State.STREAMING
-            return State.BODY if self._arriving is current else State.IN_FLIGHT
+            return State.BODY if self._reader.arriving is current else State.IN_FLIGHT
         if self._pipeline:
             return State.IN_FLIGHT  # it begins in the next turn
-        if self._arriving is not None:
+        if self._reader.arriving is not None:
             return State.SURPLUS
-        if self._head or self._rest:
+        if self._reader.head or self._reader.rest:
             return State.HALF_HEAD
         return State.IDLE if self._has_served else State.FRESH
 
@@ -243,38 +180,35 @@ class HttpConnection(asyncio.Protocol):
     @property
     def unconsumed(self) -> bytes:
         """What no request was made of, raw: a head that has not arrived whole, and what was not parsed behind it."""
-        return self._head + self._rest
+        return self._reader.head + self._reader.rest
 
     @property
     def held_bytes(self) -> int:
         unsent = self.transport.get_write_buffer_size() if self._is_attached else 0
-        return self._waiting_bytes() + len(self._head) + len(self._rest) + unsent
+        return self._waiting_bytes() + len(self._reader.head) + len(self._reader.rest) + unsent
 
     def drain(self) -> None:
         """Let the next answer that has no request behind it be the last."""
-        if stands_still(self._handoff):
-            return
-        self._end_handoff()
-        self._is_draining = True
+        if end_handoff(self):
+            self._is_draining = True
 
     def stay(self) -> None:
-        if not stands_still(self._handoff):
-            self._end_handoff()
+        if end_handoff(self):
             self._is_draining = False
 
-    def cut(self) -> str:
+    def cut(self) -> Fate:
         """Close now, as `STATES` says. Cancels the application; waits for nothing."""
         state = self.state
         if state is State.CLOSED:
             return self._fate
-        if stands_still(self._handoff):
+        if stands_still(self.handoff):
             self._close()
-            return "cut_offered"
+            return Fate.CUT_OFFERED
         if state in (State.FRESH, State.IDLE) and self._has_unread():
             state = State.HALF_HEAD
         manner, fate = STATES[state].manner, STATES[state].fate or self._fate
         if manner in (Manner.CLOSE, Manner.NOTHING) and self._is_attached and self.transport.get_write_buffer_size():
-            fate = "cut_streaming"  # the answer is whole for us, but not yet for the client
+            fate = Fate.CUT_STREAMING  # the answer is whole for us, but not yet for the client
 
         current = self._current
         if manner is Manner.REFUSE and current is not None:
@@ -297,14 +231,15 @@ class HttpConnection(asyncio.Protocol):
     # -- handing it off ------------------------------------------------------------------------------------
 
     @property
-    def _is_at_safe_point(self) -> bool:
+    def is_at_safe_point(self) -> bool:
         """The client waits for nothing but the answer to a request of which at most a part has come.
 
-        What there is of it is known byte by byte. Whether all of the last answer has left is `may_leave`'s to say.
+        What there is of it is known byte by byte.
         """
         return (
-            self._current is None
-            and self._arriving is None
+            self._is_attached
+            and self._current is None
+            and self._reader.arriving is None
             and not self._pipeline
             and self._refusal is None
             and not self._has_said_goodbye
@@ -313,7 +248,7 @@ class HttpConnection(asyncio.Protocol):
 
     @property
     def will_move(self) -> bool:
-        return self._handoff is not None
+        return self.handoff is not None
 
     def prepare_handoff(self, ready: Ready) -> bool:
         """Every plain connection can move. Its requests are answered first, without a word about closing.
@@ -322,50 +257,46 @@ class HttpConnection(asyncio.Protocol):
         not all clients shake hands at once.
         """
         if self._is_attached and self.is_tls:
-            self._handoff = None  # there may be one from before anybody knew that it speaks TLS
+            self.handoff = None  # there may be one from before anybody knew that it speaks TLS
             draining = self.shared.registry.draining
             if not self._is_draining and draining.is_set():
                 delay_s = random.random() * SPREAD * draining.remaining_s()
                 self.shared.loop.call_later(delay_s, self.drain)
             return True
         self._is_draining = False
-        if self._handoff is None:
-            self._handoff = Handoff(ready)
-        if self._is_attached and self._is_at_safe_point:
-            ready(self)
+        prepare(self, self.shared.registry, ready)
         return True
 
     def offer(self) -> Offer | None:
-        handoff = self._handoff
-        if handoff is None or handoff.is_offered or self.is_closed or self._has_said_goodbye:
+        if self.handoff is None or self.is_closed or self._has_said_goodbye:
             return None
-        handoff.is_wanted = True
-        if not self._is_at_safe_point:
-            if self._arriving is None:
-                self._park()
-            return None
+        if not self.is_at_safe_point and self._reader.intake is OPEN and not self.has_eof:  # after its end it stays
+            self._reader.intake = Intake.PARKED
+        return self.handoff.offer(self, self.transport)
+
+    def hold(self) -> None:
+        """Stop reading: what the client sends waits in the kernel."""
         self._pause_reading()
-        if not may_leave(self.transport):
-            return None
-        handoff.is_offered = True
+
+    def pack(self) -> Offer:
+        """Pack the bytes of unanswered requests, and how long the client may still wait."""
         state = HttpState(self._has_served, self.shared.deadlines.left_s(self))
         self.due = 0
         return make_offer(self.transport, self.endpoints, self.is_proxied, state, self.unconsumed)
 
     def keep(self) -> None:
-        if self._handoff is not None:
-            self._go_on_from(self._handoff)
+        if self.handoff is not None:
+            self.handoff.keep(self)
 
-    def _go_on_from(self, handoff: Handoff) -> None:
+    def resume(self, was_offered: bool) -> None:
+        """Read on: parse what was parked, and wait for the client again."""
         if self.is_closed or not self._is_attached:
             return
-        handoff.is_wanted = False
-        if handoff.is_offered:
-            handoff.is_offered = False
+        if was_offered:
             self._wait(self.shared.head_ticks if self.unconsumed else self.shared.keep_alive_ticks)
-        if handoff.is_parking:
-            self._is_deaf = handoff.is_parking = False
-        if self._rest:
+        if self._reader.intake is Intake.PARKED:
+            self._reader.intake = OPEN
+        if self._reader.rest:
             self._pause_reading()
         self.transport.set_write_buffer_limits()
         self.resume_reading_if_room()
@@ -377,27 +308,7 @@ class HttpConnection(asyncio.Protocol):
     def why_here(self) -> str:
         if self._is_attached and self.is_tls:
             return f"{self.state.value}, TLS"
-        return f"{self.state.value}, slow to read" if self._is_at_safe_point else self.state.value
-
-    def _end_handoff(self) -> None:
-        handoff, self._handoff = self._handoff, None  # first: what goes on says that it is ready, while there is one
-        if handoff is not None:
-            self._go_on_from(handoff)
-
-    def _come_to_rest(self) -> bool:
-        """At a safe point while the worker leaves; True if it is held there, because it was asked for before."""
-        handoff = self._handoff
-        assert handoff is not None
-        if handoff.is_wanted:
-            self._pause_reading()
-        handoff.ready(self)
-        return handoff.is_wanted
-
-    def _park(self) -> None:
-        """Parse nothing any more: requests that have not been parsed are the next process's."""
-        assert self._handoff is not None
-        if not self._is_deaf and not self.has_eof:  # after its end it stays here
-            self._is_deaf = self._handoff.is_parking = True
+        return f"{self.state.value}, slow to read" if self.is_at_safe_point else self.state.value
 
     # -- what the transport says ---------------------------------------------------------------------------
 
@@ -420,14 +331,15 @@ class HttpConnection(asyncio.Protocol):
         self._is_trusted = shared.trusted.peer(peer)
         if self.adopted is not None:
             self._go_on_adopted(self.adopted)
-        if self._handoff is not None:  # the worker began to leave before there was a transport
+        if self.handoff is not None:  # the worker began to leave before there was a transport
             shared.registry.tell(self)
 
     def _go_on_adopted(self, adopted: HttpState | Resumption) -> None:
         """Take up what another worker's connection was doing."""
-        unread, self._head = self._head, b""
+        reader = self._reader
+        unread, reader.head = reader.head, b""
         if isinstance(adopted, Resumption):
-            self._parse(adopted.handshake)
+            reader.parse(adopted.handshake)
             return
         self.adopted = None
         self._has_served = adopted.has_served
@@ -435,16 +347,16 @@ class HttpConnection(asyncio.Protocol):
         if unread:
             due = self.due
             self.data_received(unread)
-            if self._head and self._current is None:
+            if reader.head and self._current is None:
                 self.due = due  # its time has begun there
 
     def connection_lost(self, exc: Exception | None) -> None:
-        end_for_client(self, self._handoff)
+        end_for_client(self, self.handoff)
         self.is_closed = True
         self._end_watches()
-        self._forget_requests()
-        self._parser = None  # it holds our methods, and a cycle would keep both until the collector comes by
-        self._handoff = None  # what is closed is at no safe point
+        self._end_requests()
+        self._reader.close()
+        self.handoff = None  # what is closed is at no safe point
         self.resume_writing()
         self.shared.registry.closed(self, self._fate)
 
@@ -468,37 +380,39 @@ class HttpConnection(asyncio.Protocol):
             self.writable = None
         if self._reading_pace is not None and not self._has_said_goodbye:
             self._reading_pace.stop()
-        if self._handoff is not None and self._is_at_safe_point and self._come_to_rest():
+        if self.handoff is not None and self.handoff.come_to_rest(self):
             return
         self.resume_reading_if_room()
 
     def eof_received(self) -> bool:
         """The client sends no more. It may still read (shutdown(2), SHUT_WR), so whole requests are answered."""
-        if self._handoff is not None:  # it ends here
+        if self.handoff is not None:  # it ends here
             self.drain()
         self.has_eof = True
-        if self._rest and self._scheme == "http":
+        if self._reader.rest and self._scheme == "http":
             return True  # it came before the end; `_work` goes on from here
         return self._end_input()
 
     def _end_input(self) -> bool:
         """Everything that has come is parsed: True if something of it is still to be answered."""
-        self._head = self._rest = b""
-        if self._pipeline and self._arriving is self._pipeline[-1]:
+        reader = self._reader
+        reader.head = reader.rest = b""
+        if self._pipeline and reader.arriving is self._pipeline[-1]:
             self._pipeline.pop()
-            self._arriving = None
+            reader.arriving = None
         if self._pipeline and self._current is None:  # they begin in the next turn
             return self._scheme == "http"
-        if self._current is None or self._arriving is not None or self._has_said_goodbye:
+        if self._current is None or reader.arriving is not None or self._has_said_goodbye:
             return False
         self._current.wake()
         return self._scheme == "http"  # TLS transports cannot stay half open
 
     def data_received(self, data: bytes) -> None:
-        if self._is_deaf and self._arriving is None:
-            if self._handoff is not None and self._handoff.is_parking:
-                self._rest += data
-                if len(self._rest) > BODY_HIGH_WATER_BYTES:
+        reader = self._reader
+        if reader.intake is not OPEN and reader.arriving is None:
+            if reader.intake is Intake.PARKED:
+                reader.rest += data
+                if len(reader.rest) > BODY_HIGH_WATER_BYTES:
                     self._pause_reading()
             return
         # Nearly all requests come like this: one read, which is one head, and nothing waits before it. Then nothing
@@ -506,9 +420,9 @@ class HttpConnection(asyncio.Protocol):
         size = len(data)
         if (
             self._current is None
-            and self._arriving is None
-            and not self._head
-            and not self._rest
+            and reader.arriving is None
+            and not reader.head
+            and not reader.rest
             and data.endswith(END_OF_HEAD)
             and data.rfind(END_OF_HEAD, 0, -1) < 0  # half as long as looking from the front
             and (
@@ -516,11 +430,11 @@ class HttpConnection(asyncio.Protocol):
                 or (size <= self.shared.options.head_max_bytes and data.count(b"\n") <= self.shared.head_lines_max)
             )
         ):
-            self._parse(data)
+            reader.parse(data)
             if self._pipeline:  # let the application run, now that the parser is not in the midst of anything
                 self._advance()
             return
-        self._rest = self._rest + data if self._rest else data
+        reader.rest = reader.rest + data if reader.rest else data
         if self._is_reading_paused:  # transports begin to read after `connection_made`, and those of TLS may go on
             self.transport.pause_reading()
         if not self._is_turn_due:
@@ -529,13 +443,13 @@ class HttpConnection(asyncio.Protocol):
     def _take_turn(self) -> None:
         """Go on where the turn before this one has ended."""
         self._is_turn_due = False
-        if self.is_closed or self._has_said_goodbye or stands_still(self._handoff):
+        if self.is_closed or self._has_said_goodbye or stands_still(self.handoff):
             return
-        if self._handoff is not None and self._handoff.is_wanted and self._is_at_safe_point:
+        if self.handoff is not None and self.handoff.stage is Stage.WANTED and self.is_at_safe_point:
             return  # it leaves, and takes the rest with it
         if self._current is None and self._pipeline:
             self._advance()
-        if self._rest:
+        if self._reader.rest:
             self._work()
         else:
             self.resume_reading_if_room()
@@ -547,31 +461,38 @@ class HttpConnection(asyncio.Protocol):
 
     def _work(self) -> None:
         """Parse what has come, and begin requests: as far as there is room, for `TURN_S`. The rest waits."""
-        had_begun = bool(self._head) or not self._has_served
+        reader = self._reader
+        had_begun = bool(reader.head) or not self._has_served
         until = perf_counter() + TURN_S
-        while self._rest:
-            rest, self._rest = self._rest, b""
-            self._rest = self._parse_in_pieces(rest, until)
+        while reader.rest:
+            room_bytes = self.shared.options.connection_buffer_bytes - self._waiting_bytes()
+            reader.read(until, room_bytes, 0 if self.writable is not None else PIPELINE_MAX)
             # Now that the parser is not in the midst of anything: applications may answer at once.
             if self._current is None and self._pipeline:
                 self._advance()
-            if not self._may_parse() or perf_counter() >= until:
+            if (reader.intake is not OPEN and reader.arriving is None) or not self._has_room():
                 break
+            if perf_counter() >= until:
+                break
+        if reader.intake is Intake.UPGRADED:
+            if reader.rest:
+                self.transport.get_protocol().data_received(reader.rest)  # type: ignore[attr-defined]
+            return
         if self.is_closed or self._has_said_goodbye:
             return
-        if self.has_eof and not self._rest and not self._end_input():
+        if self.has_eof and not reader.rest and not self._end_input():
             self._close()
             return
-        if self._rest or not self._has_room():
+        if reader.rest or not self._has_room():
             self._pause_reading()
         self.resume_reading_if_room()  # also if it was the turn before this one that has paused it
         if self._current is None:
-            if self._arriving is not None:  # a body that nobody reads
+            if reader.arriving is not None:  # a body that nobody reads
                 self._wait(self.shared.keep_alive_ticks)
-            elif self._head and not had_begun:
+            elif reader.head and not had_begun:
                 self._wait(self.shared.head_ticks)
-        if self._handoff is not None and self._is_at_safe_point:
-            self._come_to_rest()
+        if self.handoff is not None:
+            self.handoff.come_to_rest(self)
 
     # -- room ----------------------------------------------------------------------------------------------
 
@@ -590,7 +511,7 @@ class HttpConnection(asyncio.Protocol):
         """
         if len(self._pipeline) > PIPELINE_MAX // 2:
             return False
-        arriving = self._arriving
+        arriving = self._reader.arriving
         if arriving is None:
             if self.writable is not None:
                 return False  # it asks, and does not read what it has asked for
@@ -598,204 +519,31 @@ class HttpConnection(asyncio.Protocol):
             return False
         return self._waiting_bytes() <= self.shared.options.connection_buffer_bytes
 
-    def _may_parse(self) -> bool:
-        return not (self._is_deaf and self._arriving is None) and self._has_room()
+    # -- what the reader says ------------------------------------------------------------------------------
 
-    # -- parsing -------------------------------------------------------------------------------------------
-
-    def _new_parser(self) -> Any:
-        parser = httptools.HttpRequestParser(self)
-        # Bytes behind a request that said `Connection: close` are dropped; as an error they would cost it its answer.
-        parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        return parser
-
-    def _parse_in_pieces(self, data: bytes, until: float) -> bytes:
-        """Parse, and know at any time which bytes belong to a head that has not arrived whole.
-
-        The parser does not say where a request ended. But one can end only behind an empty line (a head, a
-        chunked body) or where its content-length says, so the input is cut in those places.
-
-        Args:
-            until: When to stop, by `perf_counter`.
-
-        Returns:
-            What was not parsed because of that, or because there is no room for another request, or since it is parked.
-        """
-        view = memoryview(data)
-        start, size = 0, len(data)
-        options = self.shared.options
-        room = options.connection_buffer_bytes - self._waiting_bytes()
-        while start < size:
-            arriving = self._arriving
-            if arriving is None:
-                if self._is_deaf or room < 0 or self.writable is not None or len(self._pipeline) >= PIPELINE_MAX:
-                    break
-                end = _end_of_piece(data, start, self._head[-3:])
-                piece = data[start:end]
-                # Empty lines in front of a request belong to nothing (RFC 9112 section 2.2).
-                head = self._head + piece if self._head else piece.lstrip(b"\r\n")
-                if len(head) > self.shared.small_head_bytes:
-                    if len(head) > options.head_max_bytes:
-                        self._refuse(431, "the request head is too large")
-                        return b""
-                    if head.count(b"\n") > self.shared.head_lines_max:
-                        self._refuse(431, "the request has too many header fields")
-                        return b""
-                is_whole = head.endswith(END_OF_HEAD)
-                self._head = b"" if is_whole else head
-                self._parse(piece)
-                if self.is_closed:  # it goes on as a WebSocket
-                    if end < size:
-                        self.transport.get_protocol().data_received(data[end:])  # type: ignore[attr-defined]
-                    return b""
-                if is_whole and self._pipeline:
-                    scope = self._pipeline[-1].scope
-                    held = (
-                        REQUEST_BYTES + len(head) + sys.getsizeof(scope["path"]) + FIELD_BYTES * len(scope["headers"])
-                    )
-                    self._pipeline[-1].held_bytes = held
-                    room -= held
-            elif arriving.length == CHUNKED:
-                end = min(_end_of_piece(data, start, self._tail), start + PIECE_BYTES)
-                tail = (self._tail + data[max(start, end - 4) : end])[-4:]
-                self._tail = b"" if tail == END_OF_HEAD else tail[-3:]
-                received = arriving.received
-                self._parse(view[start:end])
-                room -= end - start
-                self._between = self._between + end - start if arriving.received == received else 0
-                if self._between > options.head_max_bytes and self._arriving is arriving:
-                    self._refuse(431, "the trailers or chunk extensions are too large")
-                    return b""
-            else:
-                assert arriving.length is not None  # noted when its head was parsed
-                end = min(size, start + arriving.length - arriving.received)
-                self._parse(view[start:end])
-                room -= end - start
-            start = end
-            if perf_counter() >= until:
-                break
-        if self._is_deaf and self._arriving is None and (self._handoff is None or not self._handoff.is_parking):
-            return b""
-        return data[start:]
-
-    def _parse(self, piece: bytes | memoryview) -> None:
-        behind = -1
-        if self._parser is None:
-            self._parser = self._new_parser()
-        try:
-            self._parser.feed_data(piece)
-        except httptools.HttpParserUpgrade as upgrade:
-            behind = upgrade.args[0]
-        except httptools.HttpParserError as error:
-            self._on_parser_error(error, piece)
-        if behind >= 0:  # not in the handler: what is raised there would have the upgrade as its context
-            self._upgrade(bytes(piece[behind:]))
-        arriving = self._arriving
-        if arriving is not None and arriving.length is None:
-            self._note_framing(arriving)
-
-    def _on_parser_error(self, error: httptools.HttpParserError, piece: bytes | memoryview) -> None:
-        match error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else error:
-            case _Refused(status=status, why=why):
-                self._refuse(status, why)
-            case httptools.HttpParserError() as malformed:
-                self._refuse(400, _spoken(self._head or bytes(piece), str(malformed)))
-            case bug:
-                log.error("a parser callback raised", exc_info=bug)
-                self._refuse(500, "")
-
-    def _note_framing(self, exchange: Exchange) -> None:
-        """What is known of a body that has not arrived with its head."""
-        exchange.length = CHUNKED
-        self._between = 0
-        for name, value in exchange.scope["headers"]:
-            if name == b"content-length":
-                exchange.length = int(value)
-            elif name == b"expect" and value.lower() == b"100-continue":
-                exchange.expects_continue = exchange.scope["http_version"] != "1.0" and not exchange.received
-        options = self.shared.options
-        if 0 < options.body_max_bytes < exchange.length:
-            self._refuse(413, "the request body is too large")
-        elif options.body_timeout_s:
-            if self._sending_pace is None:
-                timeout_s = options.body_timeout_s
-                bytes_min = timeout_s * options.rate_min_bytes
-                self._sending_pace = Pace(
-                    self.shared.deadlines, timeout_s, bytes_min, self._arrived_bytes, self._on_slow_body
-                )
-            self._sending_pace.start()
-
-    def _upgrade(self, rest: bytes) -> None:
-        """A request to speak something else from here on: a WebSocket, if no other request waits for its answer.
-
-        Anything else is declined by answering as if it had not been asked (RFC 9110 section 7.8). llhttp stops
-        behind the head of such a request, body or not: its body goes through a parser that has seen a head
-        with the same framing and no upgrade.
-        """
-        self._is_upgrade = False
-        exchange = self._arriving
-        assert exchange is not None
-        if self._current is None and self._pipeline[0] is exchange and is_handshake(exchange.scope):
-            self._pipeline.clear()
-            self._arriving = self._parser = None
-            self.is_closed = self._is_deaf = self._has_said_goodbye = True  # here; it goes on as another object
-            self._resume_reading()
-            self._end_watches()
-            WebSocketConnection(self, exchange, rest)
-            return
-        self._parser = httptools.HttpRequestParser(_BodyOnly(self))
-        framing = (f for f in exchange.scope["headers"] if f[0] in (b"content-length", b"transfer-encoding"))
-        lines = b"".join(b"%b: %b\r\n" % field for field in framing)
-        self._parse(b"POST / HTTP/1.1\r\n" + lines + b"\r\n")
-        assert not rest  # the piece has ended with the head
-
-    def end_body_only(self) -> None:
-        """The body of a declined upgrade request has arrived."""
-        self._parser = None
-        self.on_message_complete()
-
-    # -- what the parser says ------------------------------------------------------------------------------
-
-    def on_url(self, url: bytes) -> None:
-        self._url += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name.lower(), value.rstrip()))  # llhttp leaves the white space behind it
-
-    def on_headers_complete(self) -> None:
-        parser = self._parser
+    def on_request(
+        self,
+        method: str,
+        version: str,
+        target: Target,
+        headers: list[tuple[bytes, bytes]],
+        fields: dict[bytes, bytes],
+        keeps_alive: bool,
+    ) -> Exchange:
+        """Build the exchange and its scope."""
         shared = self.shared
-        headers, self._headers = self._headers, TRAILERS
-        url, self._url = self._url, b""
-        method = parser.get_method()
-        version = parser.get_http_version()
-        is_http10 = version == "1.0"
-        if not is_http10 and version != "1.1":
-            raise _Refused(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
-        if len(headers) > shared.options.header_fields_max:
-            raise _Refused(431, "the request has too many header fields")
-        fields = dict(headers)
-        if fields.get(b"host") not in HOSTS or len(fields) != len(headers) or b"transfer-encoding" in fields:
-            _check(headers, is_http10)
-        if parser.should_upgrade():
-            if method == b"CONNECT":
-                raise _Refused(501, "this is not a proxy")
-            self._is_upgrade = True
-        read = _read_target if len(url) <= TARGET_BYTES_MAX else _read_target.__wrapped__
-        path, raw_path, query, host = read(url)
-        if host is not None:  # it counts instead: RFC 9112 section 3.2.2
-            headers = [(b"host", host), *(field for field in headers if field[0] != b"host")]
+        path, raw_path, query, _ = target
         client, scheme = self._client, self._scheme
         if self._is_trusted and (b"x-forwarded-for" in fields or b"x-forwarded-proto" in fields):
             client, scheme = forwarded(headers, client, scheme, shared.trusted)
-        exchange = Exchange(
+        return Exchange(
             self,
             shared.application,
             {
                 "type": "http",
                 "asgi": ASGI,
                 "http_version": version,
-                "method": METHODS.get(method) or method.decode("ascii"),
+                "method": method,
                 "scheme": scheme,
                 "path": shared.root_path + path,
                 "raw_path": shared.raw_root_path + raw_path,
@@ -807,123 +555,36 @@ class HttpConnection(asyncio.Protocol):
                 "state": shared.state.copy(),
                 "extensions": self._extensions.copy(),
             },
-            parser.should_keep_alive(),
-            is_http10,
+            keeps_alive,
+            version == "1.0",
         )
-        self._arriving = exchange
-        self._pipeline.append(exchange)
 
-    def on_body(self, body: bytes) -> None:
-        exchange = self._arriving
-        assert exchange is not None
-        exchange.add_body(body)
-        if 0 < self.shared.options.body_max_bytes < exchange.received:
-            raise _Refused(413, "the request body is too large")
+    def on_body_due(self) -> None:
+        """Watch that the body of a request arrives in time."""
+        timeout_s = self.shared.options.body_timeout_s
+        if timeout_s:
+            if self._sending_pace is None:
+                self._sending_pace = self.shared.pace(timeout_s, self._arrived_bytes, self._on_slow_body)
+            self._sending_pace.start()
 
-    def on_message_complete(self) -> None:
-        self._headers = []
-        if self._is_upgrade:
-            return  # llhttp's idea of it: what follows the head is not HTTP
-        exchange, self._arriving = self._arriving, None
-        assert exchange is not None
-        exchange.complete()
-        if self._handoff is not None and self._handoff.is_wanted:
-            self._park()
-
-    # -- requests and answers ------------------------------------------------------------------------------
-
-    def _advance(self, *, ending: int = 0) -> None:
-        """Go on to what is next. An application may answer before it has begun to wait: then to what is after it.
-
-        Args:
-            ending: Applications that have given their answer just now, in whose last ``send()`` we are.
-        """
-        self._is_advancing = True
-        until = 0.0
-        while self._current is None and self._pipeline:
-            if len(self._pipeline) > 1:
-                if not until:
-                    until = perf_counter() + TURN_S
-                elif perf_counter() >= until:
-                    self._pause_reading()
-                    self._take_turn_soon()
-                    break
-            self._begin(self._pipeline.popleft(), ending)
-        self._is_advancing = False
-        if self._refusal is not None and self._current is None and not self._pipeline and not self._has_said_goodbye:
-            self._answer_refusal(*self._refusal)
-
-    def _begin(self, exchange: Exchange, ending: int) -> None:
-        self._current = exchange
-        self.due = 0
-        shared = self.shared
-        registry = shared.registry
-        registry.requests += 1
-        if registry.requests == registry.requests_max:
-            registry.has_reached_requests_max()
-        if shared.access is not None:
-            exchange.began = perf_counter()
-        if 0 < shared.options.concurrency_max <= len(shared.running) - ending:
-            exchange.application = _overloaded
-        shared.running.add(exchange)
-        exchange.task = shared.run(exchange.run(), context=shared.variables.copy())
-        if exchange.stage == HELD:
-            exchange.open_soon()
-
-    def announce_close(self, exchange: Exchange) -> bool:
-        """Whether the head of this answer, which is about to be written, must say that it is the last."""
-        if exchange.keeps_alive and not ((self._is_draining or self.has_eof) and not self._has_request_behind()):
+    def on_upgrade(self, exchange: Exchange, behind: bytes) -> bool:
+        """Continue as a WebSocket if one is asked for and no other request waits; decline any other upgrade."""
+        if self._current is not None or self._pipeline[0] is not exchange or not is_handshake(exchange.scope):
             return False
-        self._has_announced_close = self._is_deaf = True
-        if self._handoff is not None:
-            self._handoff.is_parking = False  # nobody will answer what is parked
-        if self._rest and self._arriving is None:
-            self._rest = b""
+        self._pipeline.clear()
+        self.is_closed = self._has_said_goodbye = True  # here; it goes on as another object
+        self._resume_reading()
+        self._end_watches()
+        WebSocketConnection(self, exchange, behind)
         return True
 
-    def _has_request_behind(self) -> bool:
-        if self._pipeline or self._head or self._rest or self._refusal is not None:
-            return True
-        return self._arriving is None and not self.has_eof and self._has_unread()
-
-    def answered(self, exchange: Exchange) -> None:
-        """The current answer is written whole: go on to what is next."""
-        self._current = None
-        self._has_served = True
-        if self._has_announced_close:
-            if self._is_draining and exchange.keeps_alive and not self.has_eof:
-                self._fate = "told_to_close"
-            if exchange.client_keeps_alive or self._arriving is not None:
-                self._linger()
-            else:
-                self._close()  # the client has sent its last byte, and said so
-            return
-        if self._pipeline or self._refusal is not None:
-            if not self._is_advancing:
-                self._advance(ending=1)
-        elif self.has_eof and not self._rest:
-            self._close()
-            return
-        else:
-            shared = self.shared
-            ticks = shared.head_ticks if self._head else shared.keep_alive_ticks
-            self.due = shared.deadlines.now + ticks if ticks else 0  # as `_wait` does; a call has its price
-            if self._handoff is not None and self._arriving is None and self._come_to_rest():
-                return
-        if self._is_reading_paused:
-            self.resume_reading_if_room()
-
-    def _refuse(self, status: int, why: str) -> None:
+    def refuse(self, status: int, why: str) -> None:
         """Read no further; say why when everything before it is answered."""
-        client = f"{self._client[0]} port {self._client[1]}" if self._client else "a unix socket"
-        log.info("refused with %d: %s; it came from %s", status, why, client)
+        log.info("refused with %d: %s; it came from %s", status, why, name_client(self._client))
+        broken = self._reader.stop()
         if self.adopted is not None:  # a handshake that was answered long ago: the client would not understand
-            self._is_deaf = True
             self.abort()
             return
-        self._is_deaf = True
-        self._head = self._tail = self._rest = b""
-        broken, self._arriving = self._arriving, None
         if broken is not None:  # its body; otherwise it has not become an exchange
             broken.log(status if broken.stage < STREAMING else broken.status)
             broken.leave()
@@ -940,6 +601,86 @@ class HttpConnection(asyncio.Protocol):
         self._refusal = (status, why, broken is not None)
         if self._current is None:
             self._advance()
+
+    # -- requests and answers ------------------------------------------------------------------------------
+
+    def _advance(self, *, ending: int = 0) -> None:
+        """Go on to what is next. An application may answer before it has begun to wait: then to what is after it.
+
+        Args:
+            ending: Applications that have given their answer just now, in whose last ``send()`` we are.
+        """
+        shared = self.shared
+        registry = shared.registry
+        self._is_advancing = True
+        until = 0.0
+        while self._current is None and self._pipeline:
+            if len(self._pipeline) > 1:
+                if not until:
+                    until = perf_counter() + TURN_S
+                elif perf_counter() >= until:
+                    self._pause_reading()
+                    self._take_turn_soon()
+                    break
+            self._current = exchange = self._pipeline.popleft()
+            self.due = 0
+            registry.requests += 1
+            if registry.requests == registry.requests_max:
+                registry.has_reached_requests_max()
+            if shared.access is not None:
+                exchange.began = perf_counter()
+            if 0 < shared.options.concurrency_max <= len(shared.running) - ending:
+                exchange.application = _overloaded
+            shared.running.add(exchange)
+            exchange.task = shared.run(exchange.run(), context=shared.variables.copy())
+            if exchange.stage == HELD:
+                exchange.open_soon()
+        self._is_advancing = False
+        if self._refusal is not None and self._current is None and not self._pipeline and not self._has_said_goodbye:
+            self._answer_refusal(*self._refusal)
+
+    def announce_close(self, exchange: Exchange) -> bool:
+        """Whether the head of this answer, which is about to be written, must say that it is the last."""
+        if exchange.keeps_alive and not ((self._is_draining or self.has_eof) and not self._has_request_behind()):
+            return False
+        self._has_announced_close = True
+        self._reader.intake = Intake.CLOSED
+        if self._reader.arriving is None:
+            self._reader.rest = b""
+        return True
+
+    def _has_request_behind(self) -> bool:
+        reader = self._reader
+        if self._pipeline or reader.head or reader.rest or self._refusal is not None:
+            return True
+        return reader.arriving is None and not self.has_eof and self._has_unread()
+
+    def answered(self, exchange: Exchange) -> None:
+        """The current answer is written whole: go on to what is next."""
+        self._current = None
+        self._has_served = True
+        if self._has_announced_close:
+            if self._is_draining and exchange.keeps_alive and not self.has_eof:
+                self._fate = Fate.TOLD_TO_CLOSE
+            if exchange.client_keeps_alive or self._reader.arriving is not None:
+                self._linger()
+            else:
+                self._close()  # the client has sent its last byte, and said so
+            return
+        if self._pipeline or self._refusal is not None:
+            if not self._is_advancing:
+                self._advance(ending=1)
+        elif self.has_eof and not self._reader.rest:
+            self._close()
+            return
+        else:
+            shared = self.shared
+            ticks = shared.head_ticks if self._reader.head else shared.keep_alive_ticks
+            self.due = shared.deadlines.now + ticks if ticks else 0  # as `_wait` does; a call has its price
+            if self.handoff is not None and self.handoff.come_to_rest(self):
+                return
+        if self._is_reading_paused:
+            self.resume_reading_if_room()
 
     def _answer_refusal(self, status: int, why: str, is_logged: bool) -> None:
         if self.shared.access is not None and not is_logged:
@@ -959,9 +700,9 @@ class HttpConnection(asyncio.Protocol):
         """Read on if neither bodies nor requests take too much; but first, parse what was read before."""
         if not self._is_reading_paused or not self._has_room():
             return
-        if not self._rest and not (self._pipeline and self._current is None):
+        if not self._reader.rest and not (self._pipeline and self._current is None):
             self._resume_reading()
-        elif not self._is_deaf or self._arriving is not None:
+        elif self._reader.intake is OPEN or self._reader.arriving is not None:
             self._take_turn_soon()
 
     def _resume_reading(self) -> None:
@@ -969,12 +710,12 @@ class HttpConnection(asyncio.Protocol):
             self._is_reading_paused = False
             self.transport.resume_reading()
             self.shared.deadlines.paused.discard(self)
-            if self._arriving is not None and self._sending_pace is not None:
+            if self._reader.arriving is not None and self._sending_pace is not None:
                 self._sending_pace.start()  # it could not send
 
     def hung_up(self, *, is_gone: bool) -> None:
         """The client has left, or sends no more, while nothing is read from it."""
-        if stands_still(self._handoff):
+        if stands_still(self.handoff):
             return
         if is_gone:
             self.abort()
@@ -990,12 +731,12 @@ class HttpConnection(asyncio.Protocol):
 
     def _arrived_bytes(self) -> int | None:
         """What has come of the body that arrives; None while the client must not or cannot send it."""
-        arriving = self._arriving
+        arriving = self._reader.arriving
         return None if arriving is None or arriving.expects_continue or self._is_reading_paused else arriving.received
 
     def _on_slow_body(self) -> None:
-        self._fate = "cut_slow_body"
-        self._refuse(408, "the request body arrived too slowly")
+        self._fate = Fate.CUT_SLOW_BODY
+        self.refuse(408, "the request body arrived too slowly")
 
     def see_client_read(self) -> None:
         """See to it that the client takes what waits for it in time."""
@@ -1003,10 +744,7 @@ class HttpConnection(asyncio.Protocol):
             timeout_s = self.shared.options.send_timeout_s
             if not timeout_s or self.is_closed:
                 return
-            bytes_min = timeout_s * self.shared.options.rate_min_bytes
-            self._reading_pace = Pace(
-                self.shared.deadlines, timeout_s, bytes_min, self._taken_bytes, self._on_slow_reader
-            )
+            self._reading_pace = self.shared.pace(timeout_s, self._taken_bytes, self._on_slow_reader)
         if not self._reading_pace.due:
             self._reading_pace.start()
 
@@ -1026,14 +764,12 @@ class HttpConnection(asyncio.Protocol):
         return taken_bytes(self.transport, self.sock)
 
     def _on_slow_reader(self) -> None:
-        client = f"{self._client[0]} port {self._client[1]}" if self._client else "a unix socket"
-        log.info("cut: the client takes too little of what is sent to it; it is %s", client)
-        self._fate = "cut_slow_reader"
-        self._has_said_goodbye = self._is_deaf = True
+        log.info("cut: the client takes too little of what is sent to it; it is %s", name_client(self._client))
+        self._fate = Fate.CUT_SLOW_READER
         for exchange in (self._current, *self._pipeline):
             if exchange is not None:
                 exchange.leave(TOO_SLOW)
-        self._forget_requests()
+        self._end_requests()
         reset_for_client(self, self.transport)  # or the kernel would hold for minutes what it has
 
     async def flush(self) -> None:
@@ -1065,16 +801,16 @@ class HttpConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """End now."""
-        abort_for_client(self, self.transport, self._handoff)
+        abort_for_client(self, self.transport, self.handoff)
 
     def expire(self) -> None:
         """The client has had its time; but not while an answer is on its way, or something has come just now."""
         state = self.state
         if state is State.HALF_HEAD:
-            if self._rest or (self._handoff is not None and self._handoff.is_parking):
+            if self._reader.rest or self._reader.intake is Intake.PARKED:
                 self._wait(self.shared.head_ticks)  # it may be here whole: nobody has looked
             else:
-                self._refuse(408, "the request head did not arrive in time")
+                self.refuse(408, "the request head did not arrive in time")
         elif self.transport.get_write_buffer_size():
             self.see_client_read()
             self._wait(self.shared.linger_ticks)
@@ -1083,7 +819,7 @@ class HttpConnection(asyncio.Protocol):
         elif self._has_unread():
             self._wait(self.shared.keep_alive_ticks)
         else:
-            self._fate = "idle_closed"
+            self._fate = Fate.IDLE_CLOSED
             self._close()
 
     def _expire_closing(self) -> None:
@@ -1102,8 +838,7 @@ class HttpConnection(asyncio.Protocol):
     def truncate(self) -> None:
         """End so that the answer that has begun does not look whole."""
         current = self._current
-        self._has_said_goodbye = self._is_deaf = True
-        self._forget_requests()
+        self._end_requests()
         if current is not None and current.framing == UNTIL_CLOSE:
             reset_for_client(self, self.transport)  # a close would be its regular end
         else:
@@ -1111,8 +846,7 @@ class HttpConnection(asyncio.Protocol):
 
     def _close(self) -> None:
         """Close when everything written is flushed."""
-        self._has_said_goodbye = self._is_deaf = True
-        self._forget_requests()
+        self._end_requests()
         if not self.transport.is_closing():
             if self.transport.get_write_buffer_size():
                 self.see_client_read()
@@ -1123,7 +857,7 @@ class HttpConnection(asyncio.Protocol):
     def _linger(self) -> None:
         """Say the end of our side, and throw away what comes until the client closes; it has `LINGER_S` for that."""
         can_end = self.transport.can_write_eof()
-        if self.has_eof or (not can_end and self._arriving is None):
+        if self.has_eof or (not can_end and self._reader.arriving is None):
             self._close()  # TLS cannot end one side; its own goodbye will do unless a body is on its way
             return
         if can_end:
@@ -1132,89 +866,19 @@ class HttpConnection(asyncio.Protocol):
             except OSError:  # the stock event loop shuts the socket down at once, and the client may be gone
                 self._close()
                 return
-        self._has_said_goodbye = self._is_deaf = True
-        self._forget_requests()
+        self._end_requests()
         self._resume_reading()
         self._wait(self.shared.linger_ticks)
 
-    def _forget_requests(self) -> None:
-        self._rest = b""
-        if self._current is None and not self._pipeline and not self._head and self._arriving is None:
-            return  # as nearly always
+    def _end_requests(self) -> None:
+        """Stop reading, and drop every request without a whole answer."""
+        self._has_said_goodbye = True
+        self._reader.stop()
         for exchange in (self._current, *self._pipeline):
             if exchange is not None:
                 exchange.leave()
         self._pipeline.clear()
-        self._current = self._arriving = self._refusal = None
-        self._head = self._tail = b""
-
-
-class _BodyOnly:
-    """Passes the body of one request on, and gives the parser back at its end."""
-
-    def __init__(self, connection: HttpConnection) -> None:
-        self._connection = connection
-        self.on_body = connection.on_body
-
-    def on_message_complete(self) -> None:
-        self._connection.end_body_only()
-
-
-def _spoken(begin: bytes, error: str) -> str:
-    """What it is that is no HTTP/1 request, by its name if that can be told; else the parser's error.
-
-    Sources: RFC 8446 section 5.1, TLSPlaintext; RFC 9113 section 3.4, of which llhttp reads the first line.
-    """
-    if begin.startswith(b"\x16"):
-        return "this is a TLS handshake, and the port speaks HTTP without TLS: use http://, or set tls_cert"
-    if "PRI/Upgrade" in error:
-        return "this is the preface of HTTP/2, and the port speaks HTTP/1.1"
-    return error
-
-
-def _check(headers: list[tuple[bytes, bytes]], is_http10: bool) -> None:
-    """What llhttp leaves to its user: who is asked, and where the body ends (RFC 9112 sections 3.2, 6.1 and 6.3)."""
-    hosts = 0
-    for name, value in headers:
-        if name == b"host":
-            hosts += 1
-            if not HOST.fullmatch(value):
-                raise _Refused(400, "the host field does not hold a host")
-            if len(value) <= TARGET_BYTES_MAX:
-                if len(HOSTS) >= HOSTS_MAX:
-                    HOSTS.clear()
-                HOSTS.add(value)
-        elif name == b"transfer-encoding":
-            if is_http10:
-                raise _Refused(400, "HTTP/1.0 has no transfer-encoding")
-            if value.lower() != b"chunked":
-                raise _Refused(400, "the only transfer-encoding here is chunked")
-    if hosts != 1 and (hosts or not is_http10):
-        raise _Refused(400, "a request must have one host field")
-
-
-def _end_of_piece(data: bytes, start: int, before: bytes) -> int:
-    """Where the next `END_OF_HEAD` ends, which may have begun in `before`; else the end of `data`."""
-    if before:
-        across = (before + data[start : start + 3]).find(END_OF_HEAD)
-        if across >= 0:
-            return start + across + 4 - len(before)
-    found = data.find(END_OF_HEAD, start)
-    return len(data) if found < 0 else found + 4
-
-
-@lru_cache(maxsize=1024)
-def _read_target(target: bytes) -> tuple[str, bytes, bytes, bytes | None]:
-    """Path, raw path and query string of a request target, as ASGI wants them; and its host if it names one."""
-    url = httptools.parse_url(target)
-    host = url.host
-    if host is not None:
-        host = (b"[%b]" if b":" in host else b"%b") % host
-        if url.port is not None:
-            host += b":%d" % url.port
-    raw_path = url.path or b"/"
-    path = raw_path.decode("ascii")
-    return (unquote(path) if "%" in path else path), raw_path, url.query or b"", host
+        self._current = self._refusal = None
 
 
 async def _overloaded(scope: Scope, receive: Receive, send: Send) -> None:

@@ -5,19 +5,39 @@ from __future__ import annotations
 import asyncio
 import os
 from io import FileIO
-from typing import TYPE_CHECKING, Final, cast
+from typing import Final, Protocol
 
-if TYPE_CHECKING:
-    from hotport.adapters.asgi.exchange import Exchange
-    from hotport.adapters.asgi.http import HttpConnection
-
-__all__ = ["send_file"]
+__all__ = ["Sink", "send_file"]
 
 #: Sent in one turn of the event loop; others want theirs.
 CHUNK_BYTES: Final = 256 * 1024
 
 
-async def send_file(exchange: Exchange, file: FileIO, size: int) -> bool:
+class Sink(Protocol):
+    """What a file asks of the connection that it is sent to."""
+
+    transport: asyncio.Transport
+    is_closed: bool
+
+    @property
+    def is_tls(self) -> bool:
+        """Whether bytes that are written go through a cipher."""
+
+    async def flush(self) -> None:
+        """Return when everything that was written is in the kernel, or the client has left."""
+
+
+class Answer(Protocol):
+    """What a file asks of the answer whose body it is."""
+
+    sent: int
+    is_gone: bool
+
+    async def wait_writable(self, fd: int) -> None:
+        """Return when more can be written to the descriptor, or the answer has no reader any more."""
+
+
+async def send_file(connection: Sink, answer: Answer, file: FileIO, size: int) -> bool:
     """Send the first `size` bytes of `file` behind everything that was written; False if the client has left meanwhile.
 
     ``loop.sendfile`` is not used: uvloop has none.
@@ -28,42 +48,41 @@ async def send_file(exchange: Exchange, file: FileIO, size: int) -> bool:
     Descriptors: borrows `file`. Cancellation: safe; an unknown part has been sent.
     Sources: sendfile(2).
     """
-    connection = cast("HttpConnection", exchange.connection)  # a WebSocket's denial has no files
     sock = connection.transport.get_extra_info("socket")
     if sock is None or connection.is_tls:
-        return await _copy(exchange, connection, file, size)
+        return await _copy(connection, answer, file, size)
     await connection.flush()
-    if exchange.is_gone:
+    if answer.is_gone:
         return False
     fd = os.dup(sock.fileno())  # the event loop guards the transport's own
     try:
-        while exchange.sent < size:
+        while answer.sent < size:
             try:
-                sent = os.sendfile(fd, file.fileno(), exchange.sent, min(CHUNK_BYTES, size - exchange.sent))
+                sent = os.sendfile(fd, file.fileno(), answer.sent, min(CHUNK_BYTES, size - answer.sent))
             except BlockingIOError:
-                await exchange.wait_writable(fd)
+                await answer.wait_writable(fd)
             except (ConnectionError, TimeoutError):
                 return False
             else:
                 if not sent:
                     raise OSError(f"{file.name!r} has become shorter while it was sent")
-                exchange.sent += sent
+                answer.sent += sent
                 await asyncio.sleep(0)
-            if connection.is_closed or exchange.is_gone:
+            if connection.is_closed or answer.is_gone:
                 return False
     finally:
         os.close(fd)
     return True
 
 
-async def _copy(exchange: Exchange, connection: HttpConnection, file: FileIO, size: int) -> bool:
-    while exchange.sent < size:
-        data = file.read(min(CHUNK_BYTES, size - exchange.sent))
+async def _copy(connection: Sink, answer: Answer, file: FileIO, size: int) -> bool:
+    while answer.sent < size:
+        data = file.read(min(CHUNK_BYTES, size - answer.sent))
         if not data:
             raise OSError(f"{file.name!r} has become shorter while it was sent")
         connection.transport.write(data)
-        exchange.sent += len(data)
+        answer.sent += len(data)
         await connection.flush()
-        if exchange.is_gone:
+        if answer.is_gone:
             return False
     return True

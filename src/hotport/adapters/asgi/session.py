@@ -5,21 +5,58 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable, Iterable
 from sys import getsizeof
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
-from hotport.adapters.asgi.exchange import CLIENT_LEFT, STREAMING, WAITING, ClientLeft, Exchange
+from hotport.adapters.asgi.exchange import CLIENT_LEFT, Answering, ClientLeft, Exchange
 from hotport.adapters.asgi.spec import Message, Scope
+from hotport.adapters.asgi.states import STREAMING, WAITING
 
-if TYPE_CHECKING:
-    from hotport.adapters.asgi.websocket import WebSocketConnection
-
-__all__ = ["Session"]
+__all__ = ["Session", "Talking"]
 
 log = logging.getLogger("hotport.error")
 
 #: What a message costs beside its content: a dict, and its place in a queue.
 MESSAGE_BYTES: Final = 256
+
+
+class Talking(Answering, Protocol):
+    """What a session asks of its connection."""
+
+    @property
+    def handoff(self) -> object:
+        """Not None while the worker leaves."""
+
+    @property
+    def is_connecting(self) -> bool:
+        """The application has not answered the handshake, or not all of a denial is sent."""
+
+    @property
+    def is_open(self) -> bool:
+        """Messages may be sent."""
+
+    @property
+    def is_resumed(self) -> bool:
+        """The handshake that the application is about to answer was answered in another process."""
+
+    def make_movable(self, export: Callable[[], Any] | None = None) -> None:
+        """The application agrees that another process may go on."""
+
+    def come_to_rest(self) -> None:
+        """The application waits for a message: this may be a safe point."""
+
+    def accept(self, subprotocol: str | None, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Answer the handshake."""
+
+    def refuse(self, status: int, why: str) -> None:
+        """Answer the handshake with a status that is no 101."""
+
+    def send_message(self, text: str | None, data: bytes | None) -> None:
+        """Write one message."""
+
+    def close(self, code: int, reason: str) -> None:
+        """Begin the closing handshake, if the WebSocket is open."""
 
 
 class Session:
@@ -47,7 +84,7 @@ class Session:
         "why_gone",
     )
 
-    def __init__(self, connection: WebSocketConnection, request: Exchange, state: Any = None) -> None:
+    def __init__(self, connection: Talking, request: Exchange, state: Any = None) -> None:
         self.connection = connection
         self.denial = request
         self.scope = _scope(request.scope)

@@ -6,28 +6,30 @@ import asyncio
 import contextvars
 import sys
 import time
+from collections.abc import Callable
 from email.utils import formatdate
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
-from hotport.adapters.asgi.deadlines import Deadlines, Member
-from hotport.adapters.asgi.exchange import EXTENSIONS, HELD, STATUS_LINES, Exchange
-from hotport.adapters.asgi.session import Session
+from hotport.adapters.asgi.access import AccessLog
+from hotport.adapters.asgi.deadlines import Deadlines, Member, Pace
+from hotport.adapters.asgi.fields import STATUS_LINES
+from hotport.adapters.asgi.handshake import Handshakes
 from hotport.adapters.asgi.spec import Application
-from hotport.adapters.asgi.websocket import WebSockets
+from hotport.adapters.asgi.states import HELD
 from hotport.adapters.base import Context
 from hotport.adapters.turns import Turns
+from hotport.options import Options
 from hotport.trust import Trusted
 
-if TYPE_CHECKING:
-    from hotport.adapters.asgi.access import AccessLog
-    from hotport.options import Options
-
-__all__ = ["ASGI", "LINGER_S", "Shared"]
+__all__ = ["ASGI", "LINGER_S", "Held", "Running", "Shared", "name_client"]
 
 #: How long a connection stays half-closed after its last answer. What a client still sends to a closed socket
 #: comes back as a reset, which destroys what it has not read yet (RFC 9112 section 9.6).
 LINGER_S: Final = 2.0
+
+#: From our close frame of a WebSocket to giving up waiting for the client's, and for the end of the connection.
+CLOSE_TIMEOUT_S: Final = 10.0
 
 #: How long the default header lines stay as they are: a date has whole seconds.
 DATE_S: Final = 1.0
@@ -35,6 +37,29 @@ DATE_S: Final = 1.0
 SMALL_HEAD_BYTES: Final = 4096
 
 ASGI: Final = {"version": "3.0", "spec_version": "2.4"}
+
+
+#: Extensions of every HTTP scope, beside ``hotport`` (ASGI specification, extensions).
+EXTENSIONS: Final[dict[str, dict[str, Any]]] = {
+    "http.response.early_hint": {},
+    "http.response.pathsend": {},
+    "http.response.trailers": {},
+}
+
+
+class Running(Protocol):
+    """An application that runs for one request or WebSocket."""
+
+    task: asyncio.Task[None] | None
+
+
+class Held(Protocol):
+    """An answer whose head may wait for its body."""
+
+    stage: int
+
+    def open_soon(self) -> None:
+        """Write the head alone if no body comes within a few turns of the loop."""
 
 
 class Shared:
@@ -57,6 +82,7 @@ class Shared:
         "deadlines",
         "defaults",
         "extensions",
+        "handshakes",
         "head_lines_max",
         "head_ticks",
         "held",
@@ -74,7 +100,9 @@ class Shared:
         "trusted",
         "turns",
         "variables",
-        "websockets",
+        "ws_close_ticks",
+        "ws_ping_ticks",
+        "ws_pong_ticks",
     )
 
     def __init__(
@@ -113,14 +141,21 @@ class Shared:
         #: Up to this size the fields of a head are counted when it is parsed: that is cheaper, and takes little memory.
         self.small_head_bytes = min(SMALL_HEAD_BYTES, options.head_max_bytes)
         self.head_lines_max = options.header_fields_max + 2  # with the request line and the empty one
-        self.websockets = WebSockets(options, self.deadlines)
-        self.held: list[Exchange] = []
-        self.running: set[Exchange | Session] = set()
+        self.handshakes = Handshakes(options)
+        self.ws_ping_ticks = self.deadlines.ticks(options.ws_ping_interval_s) if options.ws_ping_interval_s else 0
+        self.ws_pong_ticks = self.deadlines.ticks(options.ws_ping_timeout_s)
+        self.ws_close_ticks = self.deadlines.ticks(CLOSE_TIMEOUT_S)
+        self.held: list[Held] = []
+        self.running: set[Running] = set()
         #: Each request gets a copy. Callbacks run in the context in which their connection was accepted, and
         #: what one request sets must not show up in the next (python/cpython#140947).
         self.variables = contextvars.copy_context()
         self.run = _eagerly(loop) if sys.version_info >= (3, 12) else loop.create_task
         self.defaults = b""
+
+    def pace(self, period_s: float, moved_bytes: Callable[[], int | None], on_slow: Callable[[], None]) -> Pace:
+        """Watch that bytes move at `Options.rate_min_bytes` at least; see `Pace`."""
+        return Pace(self.deadlines, period_s, period_s * self.options.rate_min_bytes, moved_bytes, on_slow)
 
     def open_held(self) -> None:
         """Let heads go that still wait for a body; one callback for all answers of a turn, as nearly none do."""
@@ -149,6 +184,11 @@ class Shared:
 
     def _forget_defaults(self) -> None:
         self.defaults = b""
+
+
+def name_client(client: tuple[str, int] | None) -> str:
+    """Name a client for the log."""
+    return f"{client[0]} port {client[1]}" if client else "a unix socket"
 
 
 def _eagerly(loop: asyncio.AbstractEventLoop) -> Any:

@@ -15,7 +15,31 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Final, NamedTuple
 
-__all__ = ["STATES", "WEBSOCKET_STATES", "Drained", "Manner", "Moves", "Row", "State", "WebSocketState"]
+from hotport.model.fates import Fate
+
+__all__ = [
+    "ANSWERED",
+    "HELD",
+    "STATES",
+    "STREAMING",
+    "TRAILING",
+    "WAITING",
+    "WEBSOCKET_STATES",
+    "Drained",
+    "Manner",
+    "Moves",
+    "Row",
+    "State",
+    "WebSocketState",
+]
+
+
+# How far an answer has come. Plain integers: they are compared for every message.
+WAITING: Final = 0  # the application has not said anything
+HELD: Final = 1  # it has given status and headers; they wait for the first body event, so that both are one write
+STREAMING: Final = 2  # the head is written
+TRAILING: Final = 3  # so is the body; trailers are to follow
+ANSWERED: Final = 4  # everything is written
 
 
 class State(Enum):
@@ -81,41 +105,41 @@ class Row(NamedTuple):
         moves: When it moves, if somebody can go on with it.
         drained: What the connection still does once its worker drains, if nobody can.
         manner: How it is ended at the drain deadline.
-        fate: What is counted then; empty if that does not depend on this state.
+        fate: What is counted then; None if that does not depend on this state.
     """
 
     client: str
     moves: Moves
     drained: Drained
     manner: Manner
-    fate: str = ""
+    fate: Fate | None = None
 
 
 STATES: Final[Mapping[State, Row]] = {
     State.FRESH: Row(
-        "nothing: it has not sent a byte", Moves.AT_ONCE, Drained.SERVES_ONE_MORE, Manner.CLOSE, "cut_fresh"
+        "nothing: it has not sent a byte", Moves.AT_ONCE, Drained.SERVES_ONE_MORE, Manner.CLOSE, Fate.CUT_FRESH
     ),
     State.HALF_HEAD: Row(
-        "the rest of its own request's head", Moves.AT_ONCE, Drained.ANSWERS, Manner.REFUSE, "cut_half_head"
+        "the rest of its own request's head", Moves.AT_ONCE, Drained.ANSWERS, Manner.REFUSE, Fate.CUT_HALF_HEAD
     ),
     State.BODY: Row(
-        "the rest of its own body; the application runs", Moves.ANSWERED, Drained.ANSWERS, Manner.REFUSE, "cut_body"
+        "the rest of its own body; the application runs", Moves.ANSWERED, Drained.ANSWERS, Manner.REFUSE, Fate.CUT_BODY
     ),
     State.IN_FLIGHT: Row(
-        "an answer, of which nothing is sent", Moves.ANSWERED, Drained.ANSWERS, Manner.REFUSE, "cut_in_flight"
+        "an answer, of which nothing is sent", Moves.ANSWERED, Drained.ANSWERS, Manner.REFUSE, Fate.CUT_IN_FLIGHT
     ),
     State.STREAMING: Row(
-        "the rest of an answer", Moves.ANSWERED, Drained.SERVES_ONE_MORE, Manner.TRUNCATE, "cut_streaming"
+        "the rest of an answer", Moves.ANSWERED, Drained.SERVES_ONE_MORE, Manner.TRUNCATE, Fate.CUT_STREAMING
     ),
     State.SURPLUS: Row(
         "nothing: it sends a body that nobody will read",
         Moves.READ,
         Drained.SERVES_ONE_MORE,
         Manner.CLOSE,
-        "idle_closed",
+        Fate.IDLE_CLOSED,
     ),
     State.IDLE: Row(
-        "nothing; its keep-alive time runs", Moves.AT_ONCE, Drained.SERVES_ONE_MORE, Manner.CLOSE, "idle_closed"
+        "nothing; its keep-alive time runs", Moves.AT_ONCE, Drained.SERVES_ONE_MORE, Manner.CLOSE, Fate.IDLE_CLOSED
     ),
     State.CLOSING: Row("nothing: it has its last answer, and must close", Moves.NEVER, Drained.NOTHING, Manner.NOTHING),
     State.CLOSED: Row("nothing", Moves.NEVER, Drained.NOTHING, Manner.NOTHING),
@@ -123,12 +147,12 @@ STATES: Final[Mapping[State, Row]] = {
 
 WEBSOCKET_STATES: Final[Mapping[WebSocketState, Row]] = {
     WebSocketState.CONNECTING: Row(
-        "an answer to its handshake", Moves.OPENED, Drained.OPENS, Manner.REFUSE, "cut_in_flight"
+        "an answer to its handshake", Moves.OPENED, Drained.OPENS, Manner.REFUSE, Fate.CUT_IN_FLIGHT
     ),
     WebSocketState.DENYING: Row(
-        "the rest of an HTTP answer", Moves.NEVER, Drained.ANSWERS, Manner.TRUNCATE, "cut_streaming"
+        "the rest of an HTTP answer", Moves.NEVER, Drained.ANSWERS, Manner.TRUNCATE, Fate.CUT_STREAMING
     ),
-    WebSocketState.OPEN: Row("messages", Moves.WAITING, Drained.CLOSES, Manner.GOODBYE, "cut_websocket"),
+    WebSocketState.OPEN: Row("messages", Moves.WAITING, Drained.CLOSES, Manner.GOODBYE, Fate.CUT_WEBSOCKET),
     WebSocketState.CLOSING: Row(
         "our close frame, or the end of the connection", Moves.NEVER, Drained.NOTHING, Manner.CLOSE
     ),

@@ -1,6 +1,6 @@
 """WebSocket connections: from the moment at which an `HttpConnection` has read a handshake request.
 
-Handshake and frames are the websockets library's. A connection is always in exactly one state; `WEBSOCKET_STATES` says
+Frames are the websockets library's. A connection is always in exactly one state; `WEBSOCKET_STATES` says
 what drain does to each. The random moments of its 1012s leave the last tenth of the drain window to closing handshakes.
 A connection that was closed like this counts as ``told_to_close``, but as ``cut_websocket`` if the client had not taken
 our close frame when we gave it up.
@@ -17,83 +17,46 @@ import random
 from collections.abc import Callable, Iterable
 from enum import Enum
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, Protocol
 
 from websockets.exceptions import ProtocolError
-from websockets.extensions.permessage_deflate import ServerPerMessageDeflateFactory
 from websockets.frames import Opcode
-from websockets.http11 import Request, Response
 from websockets.protocol import State as ProtocolState
-from websockets.server import ServerProtocol
 
-from hotport.adapters.asgi.deadlines import Deadlines, Pace
-from hotport.adapters.asgi.exchange import ANSWERED, CUT, STREAMING, Exchange, check_field
-from hotport.adapters.asgi.frames import COMPRESSED_BYTES_MAX, Assembly, Cutter, Violation
+from hotport.adapters.asgi.deadlines import Pace
+from hotport.adapters.asgi.exchange import CUT, Exchange, Requesting
+from hotport.adapters.asgi.frames import Assembly, Cutter, Violation
+from hotport.adapters.asgi.handshake import Resumption, render_answer
 from hotport.adapters.asgi.session import Session
-from hotport.adapters.asgi.spec import Message, Scope
-from hotport.adapters.asgi.states import WEBSOCKET_STATES, Manner
+from hotport.adapters.asgi.shared import name_client
+from hotport.adapters.asgi.spec import Message
+from hotport.adapters.asgi.states import ANSWERED, STREAMING, WEBSOCKET_STATES, Manner
 from hotport.adapters.asgi.states import WebSocketState as State
-from hotport.adapters.base import (
+from hotport.adapters.base import Connection, Offer, Ready
+from hotport.adapters.handoff import (
     Handoff,
-    NotAdopted,
-    Offer,
-    Ready,
     abort_for_client,
     end_for_client,
+    end_handoff,
     make_offer,
-    may_leave,
+    prepare,
     reset_for_client,
     stands_still,
     taken_bytes,
 )
 from hotport.adapters.turns import LONG_READ_BYTES, TURN_S
+from hotport.model.fates import Fate
 from hotport.wire.envelope import WebSocketState, encode_state
 
-if TYPE_CHECKING:
-    from hotport.adapters.asgi.http import HttpConnection
-    from hotport.adapters.asgi.shared import Shared
-    from hotport.options import Options
-
-__all__ = ["SPREAD", "Resumption", "WebSocketConnection", "WebSockets", "is_handshake"]
+__all__ = ["SPREAD", "WebSocketConnection"]
 
 log = logging.getLogger("hotport.error")
-
-#: From our close frame to giving up waiting for the client's, and for the end of the connection.
-CLOSE_TIMEOUT_S: Final = 10.0
 
 #: Which part of the drain window the 1012s are spread over; the rest is for closing handshakes.
 SPREAD: Final = 0.9
 
 #: Reading pauses while more than this has come before the handshake is answered: nothing should have.
 EARLY_BYTES_MAX: Final = 64 * 1024
-
-#: Header fields of a handshake that it is judged by.
-JUDGED: Final = frozenset(
-    {
-        b"connection",
-        b"content-length",
-        b"host",
-        b"origin",
-        b"sec-websocket-extensions",
-        b"sec-websocket-key",
-        b"sec-websocket-protocol",
-        b"sec-websocket-version",
-        b"transfer-encoding",
-        b"upgrade",
-    }
-)
-
-#: Header fields of the handshake's answer that are not the application's to say.
-RESERVED: Final = frozenset(
-    {
-        "connection",
-        "content-length",
-        "sec-websocket-accept",
-        "sec-websocket-extensions",
-        "transfer-encoding",
-        "upgrade",
-    }
-)
 
 #: A frame up to this size that is not compressed is read at once.
 SHORT_BYTES_MAX: Final = 16 * 1024
@@ -123,115 +86,14 @@ class _Wait(Enum):
     CLOSE = "the rest of its life"
 
 
-class _Demoted(logging.LoggerAdapter[logging.Logger]):
-    """What the library says at level info it says of every connection."""
+class Before(Connection, Requesting, Protocol):
+    """The connection on which a handshake was read."""
 
-    def info(self, msg: object, *args: object, **options: Any) -> None:
-        self.debug(msg, *args, **options)
+    is_proxied: bool
 
-
-class WebSockets:
-    """What all WebSockets of one adapter have in common."""
-
-    __slots__ = (
-        "all_movable",
-        "close_ticks",
-        "has_warned",
-        "is_deflating",
-        "log",
-        "message_bytes_max",
-        "ping_ticks",
-        "pong_ticks",
-    )
-
-    def __init__(self, options: Options, deadlines: Deadlines[Any]) -> None:
-        self.log = _Demoted(logging.getLogger("hotport.websocket"), {})
-        self.all_movable = options.handoff == "websocket"
-        self.has_warned = False
-        self.is_deflating = options.ws_deflate
-        self.message_bytes_max = options.ws_message_max_bytes
-        self.ping_ticks = deadlines.ticks(options.ws_ping_interval_s) if options.ws_ping_interval_s else 0
-        self.pong_ticks = deadlines.ticks(options.ws_ping_timeout_s)
-        self.close_ticks = deadlines.ticks(CLOSE_TIMEOUT_S)
-
-    def shake_hands(self, handshake: bytes, *, is_movable: bool) -> tuple[ServerProtocol, Request | None]:
-        """A protocol that has read a handshake, and the request if the library found one in it.
-
-        What a compressed message needs of those before it does not leave zlib. So for WebSockets that may move it is
-        agreed that messages stand alone (RFC 7692 sections 7.1.1 and 7.2.1).
-        """
-        extensions = None
-        if self.is_deflating:
-            # Small windows, as the library's own server has them: memory counts for connections that stay open.
-            deflate = ServerPerMessageDeflateFactory(
-                server_no_context_takeover=is_movable,
-                client_no_context_takeover=is_movable,
-                server_max_window_bits=12,
-                client_max_window_bits=12,
-                compress_settings={"memLevel": 5},
-            )
-            extensions = [deflate]
-        # A part of a compressed message may be longer than what it becomes. The limit is looked at in `_on_frame`.
-        protocol = ServerProtocol(
-            extensions=extensions, max_size=self.message_bytes_max + COMPRESSED_BYTES_MAX, logger=self.log
-        )
-        protocol.receive_data(handshake)
-        requests = protocol.events_received()
-        if not requests:
-            return protocol, None
-        assert isinstance(requests[0], Request)
-        return protocol, requests[0]
-
-    def warn_of_state(self, session: Session) -> None:
-        """Log once that an application was resumed that never called ``movable()``: it may not know this client."""
-        if not self.has_warned:
-            self.has_warned = True
-            log.warning(
-                "%s was resumed by `handoff = websocket`, and its application has not called movable(): if its protocol"
-                " keeps state (Socket.IO, GraphQL subscriptions, STOMP), its clients now wait for ever; then use"
-                " `handoff = auto`",
-                session,
-            )
-
-    def resume(self, state: WebSocketState) -> Resumption:
-        """Open a WebSocket as it was opened in another process.
-
-        Raises:
-            NotAdopted: Something else would be agreed upon today.
-        """
-        lines = b"".join(b"%b: %b\r\n" % field for field in state.headers)
-        judged = b"".join(b"%b: %b\r\n" % field for field in state.headers if field[0] in JUDGED)
-        protocol, request = self.shake_hands(b"GET / HTTP/1.1\r\n%b\r\n" % judged, is_movable=True)
-        if request is None:
-            raise NotAdopted("its handshake would not be understood")
-        answer = protocol.accept(request)
-        extensions = answer.headers.get("Sec-WebSocket-Extensions", "")
-        if answer.status_code != 101 or extensions != state.extensions:
-            raise NotAdopted(f"the extensions {state.extensions!r} were agreed upon, and would be {extensions!r}")
-        if state.subprotocol:
-            answer.headers["Sec-WebSocket-Protocol"] = state.subprotocol
-        protocol.send_response(answer)
-        protocol.data_to_send()  # the client had it long ago
-        return Resumption(state, protocol, answer, b"GET %b HTTP/1.1\r\n%b\r\n" % (state.target, lines))
-
-
-class Resumption(NamedTuple):
-    """A WebSocket of another process, open here as it was there; `handshake` is its request."""
-
-    state: WebSocketState
-    protocol: ServerProtocol
-    answer: Response
-    handshake: bytes
-
-
-def is_handshake(scope: Scope) -> bool:
-    """Whether an upgrade request asks for a WebSocket.
-
-    HTTP/1.0 has no upgrades: RFC 9110 section 7.8.
-    """
-    return scope["http_version"] == "1.1" and any(
-        name == b"upgrade" and b"websocket" in value.lower() for name, value in scope["headers"]
-    )
+    @property
+    def adopted(self) -> object:
+        """A `Resumption` if the handshake was answered in another process."""
 
 
 class WebSocketConnection(asyncio.Protocol):
@@ -245,11 +107,12 @@ class WebSocketConnection(asyncio.Protocol):
     """
 
     kind = "websocket"
+    moved_fate = Fate.MOVED_WEBSOCKET
 
     __slots__ = (
+        "_answer",
         "_assembly",
         "_buffer_bytes",
-        "_common",
         "_cutter",
         "_drain_timer",
         "_early",
@@ -274,7 +137,6 @@ class WebSocketConnection(asyncio.Protocol):
         "_queue_low",
         "_queue_max",
         "_reading_pace",
-        "_response",
         "_session",
         "_untaken",
         "_waits_for",
@@ -288,21 +150,20 @@ class WebSocketConnection(asyncio.Protocol):
         "writable",
     )
 
-    def __init__(self, before: HttpConnection, request: Exchange, early: bytes) -> None:
-        self.shared: Shared = before.shared
+    def __init__(self, before: Before, request: Exchange, early: bytes) -> None:
+        self.shared = before.shared
         self.transport = before.transport
         #: There while the transport's write buffer is too full; set when it is not.
         self.writable = before.writable
         self.has_eof = before.has_eof
 
-        self._common = common = self.shared.websockets
         options = self.shared.options
         self._queue_max = options.ws_queue
         self._queue_low = options.ws_queue // 4
         self._buffer_bytes = options.connection_buffer_bytes
         self._early = early  # there until the handshake is answered
         #: What has come and is not read yet.
-        self._cutter = Cutter(common.message_bytes_max)
+        self._cutter = Cutter(options.ws_message_max_bytes)
         #: A message that has not arrived whole.
         self._assembly: Assembly | None = None
         #: The answer to the newest ping, while the client does not take what was sent before. The older ones need none
@@ -327,11 +188,11 @@ class WebSocketConnection(asyncio.Protocol):
         self._drain_timer: asyncio.TimerHandle | None = None
         self._waits_for = _Wait.NOTHING
         self.due = 0
-        self._fate = "finished"
+        self._fate = Fate.FINISHED
 
         self.sock = before.sock
         self.endpoints, self._is_proxied = before.endpoints, before.is_proxied
-        self._is_movable = common.all_movable
+        self._is_movable = self.shared.handshakes.all_movable
         self._has_agreed = False  # the application has said so by itself
         #: Asks the application what should travel.
         self._export: Callable[[], Any] | None = None
@@ -351,6 +212,9 @@ class WebSocketConnection(asyncio.Protocol):
         else:
             self._resume(resumption)
         self.shared.registry.replace(before, self)
+
+    def __str__(self) -> str:
+        return str(self._session)
 
     # -- what the worker asks, and what another process would have to know ---------------------------------
 
@@ -411,20 +275,18 @@ class WebSocketConnection(asyncio.Protocol):
 
     def drain(self) -> None:
         """Close with 1012 at a random moment: clients reconnect when they are closed, and not all at once like this."""
-        if stands_still(self.handoff):
+        if not end_handoff(self):
             return
-        self._end_handoff()
         self._is_draining = True
         if self._is_established and self._drain_timer is None:
             delay_s = random.random() * SPREAD * self.shared.registry.draining.remaining_s()
             self._drain_timer = self.shared.loop.call_later(delay_s, self._tell_to_close)
 
     def stay(self) -> None:
-        if not stands_still(self.handoff):
-            self._end_handoff()
+        if end_handoff(self):
             self._is_draining = False
 
-    def cut(self) -> str:
+    def cut(self) -> Fate:
         """Close now, as `WEBSOCKET_STATES` says. Cancels the application; waits for nothing."""
         row = WEBSOCKET_STATES[self.state]
         if row.manner is Manner.NOTHING:
@@ -433,7 +295,8 @@ class WebSocketConnection(asyncio.Protocol):
             self._has_said_goodbye = True
             self._session.end(1012, RESTART)
             self.transport.abort()
-            return "cut_offered"
+            return Fate.CUT_OFFERED
+        fate = row.fate or self._fate
         if self._session.disconnect is None:
             self._session.why_gone = CUT
         if self._session.task is not None:
@@ -445,17 +308,16 @@ class WebSocketConnection(asyncio.Protocol):
             case Manner.GOODBYE:
                 self._protocol.fail(1012, RESTART)
                 self._flush()
-                return row.fate
+                return fate
             case Manner.REFUSE:
                 self.refuse(503, "")
-                return row.fate
+                return fate
             case Manner.TRUNCATE:
                 self._session.end(1006, "")
                 self.truncate()
-                return row.fate
-        fate = self._fate
+                return fate
         if self.transport.get_write_buffer_size():  # it is over for us, but not yet for the client
-            fate = "cut_streaming" if self._protocol.close_sent is None else "cut_websocket"
+            fate = Fate.CUT_STREAMING if self._protocol.close_sent is None else Fate.CUT_WEBSOCKET
         self._end()
         self._has_said_goodbye = True
         self.transport.close()
@@ -464,11 +326,11 @@ class WebSocketConnection(asyncio.Protocol):
     # -- handing it off ------------------------------------------------------------------------------------
 
     @property
-    def _is_at_safe_point(self) -> bool:
+    def is_at_safe_point(self) -> bool:
         """Between two frames and two messages, with an application that has finished what it was told.
 
         It is in ``receive()``, where the next process's application will come to as well. Messages that it has not
-        received travel. Whether everything has left that was sent is `may_leave`'s to say.
+        received travel.
         """
         return self.is_open and not self.is_mid_message and self._session.is_receiving and self.is_between_frames
 
@@ -502,51 +364,37 @@ class WebSocketConnection(asyncio.Protocol):
             return False
         self._is_draining = False
         self._stop_drain_timer()
-        if self.handoff is None:
-            self.handoff = Handoff(ready)
-        self.come_to_rest()
+        prepare(self, self.shared.registry, ready)
         return True
 
     def come_to_rest(self) -> None:
         """This may be a safe point: the application waits, a message or what was sent is over."""
-        handoff = self.handoff
-        if handoff is not None and not handoff.is_offered and self._is_at_safe_point:
-            if handoff.is_wanted:
-                self._pause_reading()
-            handoff.ready(self)
+        if self.handoff is not None:
+            self.handoff.come_to_rest(self)
 
     def offer(self) -> Offer | None:
-        handoff = self.handoff
-        if handoff is None or handoff.is_offered or not self.is_open:
-            return None
-        handoff.is_wanted = True
-        if not self._is_at_safe_point:
-            return None
+        return None if self.handoff is None or not self.is_open else self.handoff.offer(self, self.transport)
+
+    def hold(self) -> None:
+        """Stop reading: what the client sends waits in the kernel."""
         self._pause_reading()
-        if not may_leave(self.transport):
-            return None
+
+    def pack(self) -> Offer | None:
+        """Pack the handshake, the messages that were not received, and what the application exports."""
         exported = None
         if self._export is not None:
-            try:
-                exported = self._export()
-                encode_state(exported)
-            except Exception:
-                log.exception("the application could not export its state: %s", self._session)
-                self.shared.registry.not_taken(self)
-                return None
+            exported = self._export()
+            encode_state(exported)
             if exported is None:
-                handoff.is_wanted = False
-                self.resume_reading_if_room()
                 return None
-        handoff.is_offered = True
         self.writable = asyncio.Event()  # whoever sends, waits
         scope = self._session.denial.scope
         query = scope["query_string"]
         state = WebSocketState(
             target=scope["raw_path"][len(self.shared.raw_root_path) :] + (b"?" + query if query else b""),
             headers=scope["headers"],
-            subprotocol=self._response.headers.get("Sec-WebSocket-Protocol", ""),
-            extensions=self._response.headers.get("Sec-WebSocket-Extensions", ""),
+            subprotocol=self._answer.headers.get("Sec-WebSocket-Protocol", ""),
+            extensions=self._answer.headers.get("Sec-WebSocket-Extensions", ""),
             undelivered=[m["text"] if "text" in m else m["bytes"] for m in self._session.hold()],
             waits_for=self._waits_for.name,
             wait_s=self.shared.deadlines.left_s(self),
@@ -558,16 +406,15 @@ class WebSocketConnection(asyncio.Protocol):
 
     def keep(self) -> None:
         if self.handoff is not None:
-            self._go_on_from(self.handoff)
+            self.handoff.keep(self)
 
-    def _go_on_from(self, handoff: Handoff) -> None:
+    def resume(self, was_offered: bool) -> None:
+        """Let the application receive and send again, and ping the client."""
         if self._is_closed:
             return
-        if handoff.is_offered:
-            self._wait(_Wait.PING, self._common.ping_ticks)
+        if was_offered:
+            self._wait(_Wait.PING, self.shared.ws_ping_ticks)
             self._session.let_go()
-        was_offered = handoff.is_offered
-        handoff.is_offered = handoff.is_wanted = False
         self.transport.set_write_buffer_limits()
         if was_offered:  # else the transport says when there is room
             self.resume_writing()
@@ -589,14 +436,9 @@ class WebSocketConnection(asyncio.Protocol):
             return "open, TLS"
         if not self._is_movable:
             return "open, its application has not agreed to move"
-        if self._is_at_safe_point:
+        if self.is_at_safe_point:
             return "open, slow to read"
         return "open, its application is busy" if self.is_between_frames else "open, half a message"
-
-    def _end_handoff(self) -> None:
-        handoff, self.handoff = self.handoff, None  # first: what goes on says that it is ready, while there is one
-        if handoff is not None:
-            self._go_on_from(handoff)
 
     @property
     def _is_tls(self) -> bool:
@@ -607,7 +449,7 @@ class WebSocketConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         end_for_client(self, self.handoff)
         if exc is not None and self._protocol.close_rcvd is None:
-            self._fate = "finished"  # the client has left by itself, whatever it was told
+            self._fate = Fate.FINISHED  # the client has left by itself, whatever it was told
         self._is_closed = self._has_said_goodbye = True
         self._end()
         self._stop_timers()
@@ -645,7 +487,7 @@ class WebSocketConnection(asyncio.Protocol):
             if self._is_established and not self.transport.is_closing():
                 self.transport.write(pong)
         if self.handoff is not None:
-            self.come_to_rest()
+            self.handoff.come_to_rest(self)
 
     def eof_received(self) -> bool:
         """The client sends no more. A WebSocket cannot go on like that, not even half."""
@@ -679,7 +521,7 @@ class WebSocketConnection(asyncio.Protocol):
         if protocol.writes:
             self._flush()
         if self.handoff is not None:
-            self.come_to_rest()
+            self.handoff.come_to_rest(self)
 
     def _receive(self, data: bytes) -> None:
         """Take in anything but one short frame."""
@@ -732,7 +574,7 @@ class WebSocketConnection(asyncio.Protocol):
         self._is_in_detail = self._is_reading_paused or not cutter.is_between_frames
         self.resume_reading_if_room()
         if self.handoff is not None:
-            self.come_to_rest()
+            self.handoff.come_to_rest(self)
 
     @property
     def _is_full(self) -> bool:
@@ -762,7 +604,7 @@ class WebSocketConnection(asyncio.Protocol):
                 self._assemble(frame.data, is_last=False)
                 return
             data = bytes(frame.data)
-            if len(data) > self._common.message_bytes_max:
+            if len(data) > self.shared.options.ws_message_max_bytes:
                 self._refuse_large()
                 return
             if not is_text:
@@ -791,7 +633,7 @@ class WebSocketConnection(asyncio.Protocol):
         except UnicodeDecodeError as error:
             self._refuse_text(error)
             return
-        if assembly.size > self._common.message_bytes_max:
+        if assembly.size > self.shared.options.ws_message_max_bytes:
             self._refuse_large()
         elif is_last:
             self._assembly = None
@@ -810,7 +652,7 @@ class WebSocketConnection(asyncio.Protocol):
         self._protocol.fail(1007, f"{error.reason} at position {error.start}")
 
     def _refuse_large(self) -> None:
-        self._protocol.fail(1009, f"a message of more than {self._common.message_bytes_max} bytes")
+        self._protocol.fail(1009, f"a message of more than {self.shared.options.ws_message_max_bytes} bytes")
 
     # -- clients that leave unseen, or take nothing -----------------------------------------------------------
 
@@ -829,15 +671,9 @@ class WebSocketConnection(asyncio.Protocol):
 
     def _see_client_read(self) -> None:
         """See to it that the client takes what waits for it in time."""
-        options = self.shared.options
-        if self._reading_pace is None and options.send_timeout_s and not self._is_closed:
-            self._reading_pace = Pace(
-                self.shared.deadlines,
-                options.send_timeout_s,
-                options.send_timeout_s * options.rate_min_bytes,
-                self._taken_bytes,
-                self._on_slow_reader,
-            )
+        timeout_s = self.shared.options.send_timeout_s
+        if self._reading_pace is None and timeout_s and not self._is_closed:
+            self._reading_pace = self.shared.pace(timeout_s, self._taken_bytes, self._on_slow_reader)
         if self._reading_pace is not None:
             self._reading_pace.start()
 
@@ -846,10 +682,9 @@ class WebSocketConnection(asyncio.Protocol):
 
     def _on_slow_reader(self) -> None:
         """The client takes too little of what is sent to it."""
-        address = self._session.scope["client"]
-        client = f"{address[0]} port {address[1]}" if address else "a unix socket"
+        client = name_client(self._session.scope["client"])
         log.info("closed because %s: %s; it came from %s", STUCK, self._session, client)
-        self._fate = "cut_slow_reader"
+        self._fate = Fate.CUT_SLOW_READER
         self._session.why_gone = STUCK
         self._give_up()
         reset_for_client(self, self.transport)  # or the kernel would keep what it has, and try for minutes
@@ -862,8 +697,7 @@ class WebSocketConnection(asyncio.Protocol):
 
     def _shake_hands(self) -> None:
         """Let the library judge the request, and the application if it is a good one."""
-        protocol = self._negotiate(is_movable=self._is_movable)
-        if protocol is None:
+        if not self._negotiate(is_movable=self._is_movable):
             return
         shared = self.shared
         if 0 < shared.options.concurrency_max <= len(shared.running):
@@ -871,44 +705,31 @@ class WebSocketConnection(asyncio.Protocol):
             return
         self._run()
 
-    def _negotiate(self, *, is_movable: bool) -> ServerProtocol | None:
-        """Find out what would be agreed upon; None if the client has had an answer that says no."""
-        scope = self._session.denial.scope
-        # Only what it is judged by: the library has limits of its own for the rest, which is within ours.
-        fields = b"".join(b"%b: %b\r\n" % field for field in scope["headers"] if field[0] in JUDGED)
-        handshake = b"%b / HTTP/1.1\r\n%b\r\n" % (scope["method"].encode(), fields)
-        self._protocol, request = self._common.shake_hands(handshake, is_movable=is_movable)
-        protocol = self._protocol
-        if request is None:
-            if any(protocol.writes):
-                self._log(400)
-                self._flush()
-            else:  # it has closed without a word
-                error = protocol.handshake_exc
-                cause = error.__cause__ if error is not None and error.__cause__ is not None else error
-                self.refuse(400, f"Failed to open a WebSocket connection: {cause}.")
-            return None
-        self._response = protocol.accept(request)
-        if self._response.status_code != 101:
-            if self.shared.options.server_header:
-                self._response.headers["Server"] = "hotport"
-            protocol.send_response(self._response)
-            self._log(self._response.status_code)
+    def _negotiate(self, *, is_movable: bool) -> bool:
+        """Negotiate; False if the handshake was answered with a refusal."""
+        negotiation = self.shared.handshakes.negotiate(self._session.denial.scope, is_movable=is_movable)
+        self._protocol = negotiation.protocol
+        if negotiation.answer is not None:
+            self._answer = negotiation.answer
+            return True
+        if negotiation.why:
+            self.refuse(negotiation.status, negotiation.why)
+        else:
+            self._log(negotiation.status)
             self._flush()
-            return None
-        return protocol
+        return False
 
     def _resume(self, resumption: Resumption) -> None:
         """Go on where another process's WebSocket was; the application is asked as if the client had just come."""
         state = resumption.state
-        self._protocol, self._response = resumption.protocol, resumption.answer
+        self._protocol, self._answer = resumption.protocol, resumption.answer
         self._is_movable = True
         self._is_in_detail = False
         self._has_heard = state.has_heard
         waits_for = _Wait[state.waits_for]
         ticks = self.shared.deadlines.ticks(state.wait_s) if state.wait_s else 0
         self._session.denial.request = None  # the access log has its line from where it was answered
-        self._wait(waits_for, ticks or (self._common.ping_ticks if waits_for is _Wait.PING else 0))
+        self._wait(waits_for, ticks or (self.shared.ws_ping_ticks if waits_for is _Wait.PING else 0))
         for content in state.undelivered:
             kind = "text" if isinstance(content, str) else "bytes"
             self._session.deliver(kind, content)
@@ -929,32 +750,14 @@ class WebSocketConnection(asyncio.Protocol):
         if self._is_resuming:
             self._is_resuming = False  # the client has its answer
             if not self._has_agreed:
-                self._common.warn_of_state(self._session)
+                self.shared.handshakes.warn_of_state(self._session)
             return
-        answer = self._response.headers
-        fields: list[tuple[str, str]] = []
-        for raw_name, raw_value in headers:
-            check_field(raw_name, raw_value)
-            name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
-            if name == "sec-websocket-protocol":
-                raise RuntimeError("'sec-websocket-protocol' is no header of 'websocket.accept': use 'subprotocol'")
-            if name not in RESERVED:
-                fields.append((name, value))
-        if subprotocol is not None:
-            if subprotocol not in self._session.scope["subprotocols"]:
-                raise RuntimeError(f"the client has not offered the subprotocol {subprotocol!r}")
-            answer["Sec-WebSocket-Protocol"] = subprotocol
-        names = {name for name, _ in fields}
-        if "date" in names:
-            del answer["Date"]
-        if "server" not in names and self.shared.options.server_header:
-            answer["Server"] = "hotport"
-        for name, value in fields:
-            answer[name] = value
-        self._protocol.send_response(self._response)
+        offered = self._session.scope["subprotocols"]
+        render_answer(self._answer, offered, subprotocol, headers, has_server=self.shared.options.server_header)
+        self._protocol.send_response(self._answer)
         self._flush()
         self._log(101)
-        self._wait(_Wait.PING, self._common.ping_ticks)
+        self._wait(_Wait.PING, self.shared.ws_ping_ticks)
         if self._is_draining or self.handoff is not None:
             self.shared.registry.tell(self)
         self._is_in_detail = self._is_reading_paused
@@ -1079,17 +882,17 @@ class WebSocketConnection(asyncio.Protocol):
         self._has_heard = False
         self._protocol.send_ping(b"")
         self._flush()
-        self._wait(_Wait.PONG, self._common.pong_ticks)
+        self._wait(_Wait.PONG, self.shared.ws_pong_ticks)
 
     def _on_pong(self) -> None:
         if self._waits_for is _Wait.PONG:
-            self._wait(_Wait.PING, self._common.ping_ticks)
+            self._wait(_Wait.PING, self.shared.ws_ping_ticks)
 
     def _expire_pong(self) -> None:
         """The client is silent; unless it sends something long, or we have not been listening."""
         if self._has_heard or self._is_reading_paused:
             self._has_heard = False
-            self._wait(_Wait.PONG, self._common.pong_ticks)
+            self._wait(_Wait.PONG, self.shared.ws_pong_ticks)
         else:
             self._protocol.fail(1011, "keepalive ping timeout")
             self._flush()
@@ -1111,13 +914,13 @@ class WebSocketConnection(asyncio.Protocol):
             self._bound()
 
     def _tell_to_close(self) -> None:
-        self._fate = "told_to_close"
+        self._fate = Fate.TOLD_TO_CLOSE
         self.close(1012, RESTART)
 
     def _expire_closing(self) -> None:
         """The client has not finished the closing handshake, or not closed; it had the time."""
-        if self._fate == "told_to_close" and self.transport.get_write_buffer_size():
-            self._fate = "cut_websocket"
+        if self._fate is Fate.TOLD_TO_CLOSE and self.transport.get_write_buffer_size():
+            self._fate = Fate.CUT_WEBSOCKET
         self._give_up()
         self.abort()
 
@@ -1148,7 +951,7 @@ class WebSocketConnection(asyncio.Protocol):
         if not self._is_bounded:
             self._is_bounded = True
             self._stop_timers()
-            self._wait(_Wait.CLOSE, self._common.close_ticks)
+            self._wait(_Wait.CLOSE, self.shared.ws_close_ticks)
 
     def _stop_timers(self) -> None:
         self._wait(_Wait.NOTHING, 0)

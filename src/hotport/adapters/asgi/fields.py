@@ -1,0 +1,56 @@
+"""Render the lines of an answer's head: status lines, and header fields as an application gives them."""
+
+from __future__ import annotations
+
+import re
+from http import HTTPStatus
+from typing import Any, Final
+
+__all__ = ["LINES", "NOTED", "STATUS_LINES", "check_field", "render_field"]
+
+#: Header fields of an answer that are not just passed on.
+NOTED: Final = frozenset({b"connection", b"content-length", b"date", b"server", b"transfer-encoding"})
+
+#: RFC 9110 section 5.1, and 5.5: what would end a field's line, or its value for some readers.
+NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+FORBIDDEN: Final = re.compile(rb"[\r\n\0]")
+
+#: Header fields as they were rendered before, since most answers repeat them; forgotten when they have become many.
+LINES: Final[dict[tuple[bytes, bytes], bytes]] = {}
+LINES_MAX: Final = 1024
+LINE_BYTES_MAX: Final = 128
+
+
+def _status_line(status: int) -> bytes:
+    try:
+        phrase = HTTPStatus(status).phrase
+    except ValueError:
+        phrase = ""
+    return f"HTTP/1.1 {status} {phrase}\r\n".encode("ascii")
+
+
+#: Final answers only: interim ones are not for `http.response.start`.
+STATUS_LINES: Final = {status: _status_line(status) for status in range(200, 1000)}
+
+
+def check_field(name: Any, value: Any) -> None:
+    """Raises RuntimeError: An application's header field cannot be sent as it is (RFC 9110, section 5)."""
+    if not isinstance(name, bytes) or not isinstance(value, bytes):
+        raise RuntimeError(f"a header field is a pair of byte strings, not {(name, value)!r}")
+    if not NAME.fullmatch(name):
+        raise RuntimeError(f"{name!r} is not the name of a header field")
+    if FORBIDDEN.search(value):
+        raise RuntimeError(f"the header field {name!r} contains a line break or a NUL")
+
+
+def render_field(field: Any) -> tuple[bytes, bytes]:
+    """A field's name in lower case, and its line, which is remembered if it may come again."""
+    name, value = field
+    check_field(name, value)
+    name = name.lower()
+    line = b"%b: %b\r\n" % (name, value)
+    if name not in NOTED and len(line) <= LINE_BYTES_MAX:
+        if len(LINES) >= LINES_MAX:
+            LINES.clear()
+        LINES[field] = line
+    return name, line

@@ -1,0 +1,424 @@
+"""Parse HTTP/1.1 requests: heads, bodies, framing, limits. Knows no transport.
+
+httptools (llhttp) parses. A `Reader` tells a `Listener` what it has found, and keeps what was not parsed.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections import deque
+from enum import Enum
+from functools import lru_cache
+from time import perf_counter
+from typing import Any, Final, Protocol, TypeAlias
+from urllib.parse import unquote
+
+import httptools
+
+from hotport.adapters.asgi.exchange import Exchange
+from hotport.adapters.asgi.shared import Shared
+
+__all__ = ["END_OF_HEAD", "Intake", "Listener", "Reader", "Target"]
+
+log = logging.getLogger("hotport.error")
+
+END_OF_HEAD: Final = b"\r\n\r\n"
+
+#: What a request that waits for its turn takes beside its head: the exchange, its scope and their containers. And what
+#: each of its header fields takes: a tuple, two byte strings and their place in a list. Measured with tracemalloc.
+REQUEST_BYTES: Final = 3 * 1024
+FIELD_BYTES: Final = 136
+
+#: So much of a chunked body is parsed between two looks at the clock: a chunk may hold one byte.
+PIECE_BYTES: Final = 16 * 1024
+
+#: Stands for the length of a chunked body.
+CHUNKED: Final = -1
+
+#: What may stand in a Host field: RFC 9110 section 7.2 and RFC 3986 section 3.2.2.
+HOST: Final = re.compile(rb"(?:\[[0-9A-Za-z:._~%-]*\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-9]*)?")
+
+#: Hosts that were found in order before; forgotten when they have become many.
+HOSTS: Final[set[bytes]] = set()
+HOSTS_MAX: Final = 1024
+
+#: llhttp knows a fixed set of methods; these are the usual ones.
+METHODS: Final = {m.encode(): m for m in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")}
+
+#: Targets up to this size are remembered with what they mean; so the memory for that is bounded.
+TARGET_BYTES_MAX: Final = 256
+
+#: Path, raw path and query string of a request target, as ASGI wants them; and its host if it names one.
+Target: TypeAlias = tuple[str, bytes, bytes, bytes | None]
+
+
+class Intake(Enum):
+    """What a `Reader` does with bytes behind the request that arrives."""
+
+    OPEN = "parses the next request"
+    PARKED = "keeps them as they are: the next process parses them"
+    UPGRADED = "keeps them as they are: they belong to another protocol"
+    CLOSED = "drops them"
+
+
+OPEN: Final = Intake.OPEN
+UPGRADED: Final = Intake.UPGRADED
+CLOSED: Final = Intake.CLOSED
+
+
+class Listener(Protocol):
+    """What a `Reader` tells its connection."""
+
+    def on_request(
+        self,
+        method: str,
+        version: str,
+        target: Target,
+        headers: list[tuple[bytes, bytes]],
+        fields: dict[bytes, bytes],
+        keeps_alive: bool,
+    ) -> Exchange:
+        """The head of a request is whole; `fields` has the last of its `headers` by name."""
+
+    def on_body_due(self) -> None:
+        """The body of the request that arrives has not come with its head, and is not too large."""
+
+    def on_upgrade(self, exchange: Exchange, behind: bytes) -> bool:
+        """A request asks for another protocol; `behind` follows its head.
+
+        Returns:
+            True if that protocol reads what comes from here on; False to answer as if it had not been asked.
+        """
+
+    def refuse(self, status: int, why: str) -> None:
+        """What comes is no request, or is not served; `Reader.stop` must be called."""
+
+
+class _Refused(Exception):
+    """Raised in a parser callback: this request gets a status from us and is the last one read."""
+
+    def __init__(self, status: int, why: str) -> None:
+        self.status = status
+        self.why = why
+
+
+class _Ignored(list[tuple[bytes, bytes]]):
+    """Takes the fields of trailers, which no application asks for."""
+
+    def append(self, field: tuple[bytes, bytes]) -> None:
+        """Keep nothing."""
+
+
+TRAILERS: Final = _Ignored()
+
+
+class Reader:
+    """Reads the requests of one connection.
+
+    Args:
+        listener: Told what was found, until `close`.
+        requests: Where requests are appended as soon as their heads are whole.
+
+    Attributes:
+        arriving: The newest request while its body arrives; its answer may be over.
+        head: Of a request whose head has not arrived whole, raw; the parser has it.
+        rest: What has come behind that and was not parsed.
+    """
+
+    __slots__ = (
+        "_between",
+        "_headers",
+        "_is_upgrade",
+        "_listener",
+        "_parser",
+        "_requests",
+        "_shared",
+        "_tail",
+        "_url",
+        "arriving",
+        "head",
+        "intake",
+        "rest",
+    )
+
+    def __init__(self, listener: Listener, shared: Shared, requests: deque[Exchange]) -> None:
+        self._listener = listener
+        self._shared = shared
+        self._requests = requests
+        self.intake = OPEN
+        self.arriving: Exchange | None = None
+        self.head = b""
+        self.rest = b""
+        #: Made when the first bytes come: an idle connection that is handed on needs none.
+        self._parser: Any = None
+        self._url = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._is_upgrade = False
+        self._tail = b""  # the last bytes of a chunked body that has not arrived whole
+        self._between = 0  # how much of it has come since its last data: extensions, trailers
+
+    def stop(self) -> Exchange | None:
+        """Parse nothing any more, and drop what has come; return the request whose body has not arrived whole."""
+        self.intake = CLOSED
+        self.head = self.rest = self._tail = b""
+        arriving, self.arriving = self.arriving, None
+        return arriving
+
+    def close(self) -> None:
+        """Free the parser, which holds our methods: a cycle would keep both until the collector comes by."""
+        self._parser = None
+        self._listener = None  # type: ignore[assignment]  # it holds us, too, and is told nothing more
+
+    def read(self, until: float, room_bytes: int, requests_max: int) -> None:
+        """Parse `rest`, and know at any time which bytes belong to a head that has not arrived whole.
+
+        The parser does not say where a request ended. But one can end only behind an empty line (a head, a
+        chunked body) or where its content-length says, so the input is cut in those places.
+
+        Args:
+            until: When to stop, by `perf_counter`.
+            room_bytes: So much memory requests may take; another one is begun while some of it is left.
+            requests_max: No other request is begun while that many wait.
+        """
+        data, self.rest = self.rest, b""
+        view = memoryview(data)
+        start, size = 0, len(data)
+        options = self._shared.options
+        while start < size:
+            arriving = self.arriving
+            if arriving is None:
+                if self.intake is not OPEN or room_bytes < 0 or len(self._requests) >= requests_max:
+                    break
+                end = _end_of_piece(data, start, self.head[-3:])
+                piece = data[start:end]
+                # Empty lines in front of a request belong to nothing (RFC 9112 section 2.2).
+                head = self.head + piece if self.head else piece.lstrip(b"\r\n")
+                if len(head) > self._shared.small_head_bytes:
+                    if len(head) > options.head_max_bytes:
+                        self._listener.refuse(431, "the request head is too large")
+                        break
+                    if head.count(b"\n") > self._shared.head_lines_max:
+                        self._listener.refuse(431, "the request has too many header fields")
+                        break
+                is_whole = head.endswith(END_OF_HEAD)
+                self.head = b"" if is_whole else head
+                self.parse(piece)
+                if is_whole and self._requests:
+                    exchange = self._requests[-1]
+                    scope = exchange.scope
+                    exchange.held_bytes = (
+                        REQUEST_BYTES + len(head) + sys.getsizeof(scope["path"]) + FIELD_BYTES * len(scope["headers"])
+                    )
+                    room_bytes -= exchange.held_bytes
+            elif arriving.length == CHUNKED:
+                end = min(_end_of_piece(data, start, self._tail), start + PIECE_BYTES)
+                tail = (self._tail + data[max(start, end - 4) : end])[-4:]
+                self._tail = b"" if tail == END_OF_HEAD else tail[-3:]
+                received = arriving.received
+                self.parse(view[start:end])
+                room_bytes -= end - start
+                self._between = self._between + end - start if arriving.received == received else 0
+                if self._between > options.head_max_bytes and self.arriving is arriving:
+                    self._listener.refuse(431, "the trailers or chunk extensions are too large")
+                    break
+            else:
+                assert arriving.length is not None  # noted when its head was parsed
+                end = min(size, start + arriving.length - arriving.received)
+                self.parse(view[start:end])
+                room_bytes -= end - start
+            start = end
+            if perf_counter() >= until:
+                break
+        if self.intake is not CLOSED or self.arriving is not None:
+            self.rest = data[start:]
+
+    def parse(self, piece: bytes | memoryview) -> None:
+        """Parse all of `piece`, in which at most one request may end."""
+        behind = -1
+        if self._parser is None:
+            self._parser = httptools.HttpRequestParser(self)
+            # Bytes behind a request that said `Connection: close` are dropped; as an error they would cost it its
+            # answer.
+            self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        try:
+            self._parser.feed_data(piece)
+        except httptools.HttpParserUpgrade as upgrade:
+            behind = upgrade.args[0]
+        except httptools.HttpParserError as error:
+            self._on_parser_error(error, piece)
+        if behind >= 0:  # not in the handler: what is raised there would have the upgrade as its context
+            self._upgrade(bytes(piece[behind:]))
+        arriving = self.arriving
+        if arriving is not None and arriving.length is None:
+            self._note_framing(arriving)
+
+    def _on_parser_error(self, error: httptools.HttpParserError, piece: bytes | memoryview) -> None:
+        match error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else error:
+            case _Refused(status=status, why=why):
+                self._listener.refuse(status, why)
+            case httptools.HttpParserError() as malformed:
+                self._listener.refuse(400, _spoken(self.head or bytes(piece), str(malformed)))
+            case bug:
+                log.error("a parser callback raised", exc_info=bug)
+                self._listener.refuse(500, "")
+
+    def _note_framing(self, exchange: Exchange) -> None:
+        """Note how a body is framed that has not arrived with its head, and check its length."""
+        exchange.length = CHUNKED
+        self._between = 0
+        for name, value in exchange.scope["headers"]:
+            if name == b"content-length":
+                exchange.length = int(value)
+            elif name == b"expect" and value.lower() == b"100-continue":
+                exchange.expects_continue = exchange.scope["http_version"] != "1.0" and not exchange.received
+        if 0 < self._shared.options.body_max_bytes < exchange.length:
+            self._listener.refuse(413, "the request body is too large")
+        else:
+            self._listener.on_body_due()
+
+    def _upgrade(self, behind: bytes) -> None:
+        """Offer an upgrade to the listener.
+
+        A declined one is answered as if it had not been asked (RFC 9110 section 7.8). llhttp stops behind the head
+        of such a request, body or not: its body goes through a parser that has seen a head with the same framing
+        and no upgrade.
+        """
+        self._is_upgrade = False
+        exchange = self.arriving
+        assert exchange is not None
+        if self._listener.on_upgrade(exchange, behind):
+            self.intake, self.arriving = UPGRADED, None
+            self.close()
+            return
+        self._parser = httptools.HttpRequestParser(_BodyOnly(self))
+        framing = (f for f in exchange.scope["headers"] if f[0] in (b"content-length", b"transfer-encoding"))
+        lines = b"".join(b"%b: %b\r\n" % field for field in framing)
+        self.parse(b"POST / HTTP/1.1\r\n" + lines + b"\r\n")
+        assert not behind  # the piece has ended with the head
+
+    def end_body_only(self) -> None:
+        """The body of a declined upgrade request has arrived."""
+        self._parser = None
+        self.on_message_complete()
+
+    # -- what the parser says ------------------------------------------------------------------------------
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers.append((name.lower(), value.rstrip()))  # llhttp leaves the white space behind it
+
+    def on_headers_complete(self) -> None:
+        parser = self._parser
+        headers, self._headers = self._headers, TRAILERS
+        url, self._url = self._url, b""
+        method = parser.get_method()
+        version = parser.get_http_version()
+        is_http10 = version == "1.0"
+        if not is_http10 and version != "1.1":
+            raise _Refused(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+        if len(headers) > self._shared.options.header_fields_max:
+            raise _Refused(431, "the request has too many header fields")
+        fields = dict(headers)
+        if fields.get(b"host") not in HOSTS or len(fields) != len(headers) or b"transfer-encoding" in fields:
+            _check(headers, is_http10)
+        if parser.should_upgrade():
+            if method == b"CONNECT":
+                raise _Refused(501, "this is not a proxy")
+            self._is_upgrade = True
+        read = _read_target if len(url) <= TARGET_BYTES_MAX else _read_target.__wrapped__
+        target = read(url)
+        host = target[3]
+        if host is not None:  # it counts instead: RFC 9112 section 3.2.2
+            headers = [(b"host", host), *(field for field in headers if field[0] != b"host")]
+        self.arriving = exchange = self._listener.on_request(
+            METHODS.get(method) or method.decode("ascii"), version, target, headers, fields, parser.should_keep_alive()
+        )
+        self._requests.append(exchange)
+
+    def on_body(self, body: bytes) -> None:
+        exchange = self.arriving
+        assert exchange is not None
+        exchange.add_body(body)
+        if 0 < self._shared.options.body_max_bytes < exchange.received:
+            raise _Refused(413, "the request body is too large")
+
+    def on_message_complete(self) -> None:
+        self._headers = []
+        if self._is_upgrade:
+            return  # llhttp's idea of it: what follows the head is not HTTP
+        exchange, self.arriving = self.arriving, None
+        assert exchange is not None
+        exchange.is_complete = True
+        if exchange.task is not None:  # else nothing waits for it, and a call has its price
+            exchange.wake()
+
+
+class _BodyOnly:
+    """Passes the body of one request on, and gives the parser back at its end."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self.on_body = reader.on_body
+
+    def on_message_complete(self) -> None:
+        self._reader.end_body_only()
+
+
+def _spoken(begin: bytes, error: str) -> str:
+    """What it is that is no HTTP/1 request, by its name if that can be told; else the parser's error.
+
+    Sources: RFC 8446 section 5.1, TLSPlaintext; RFC 9113 section 3.4, of which llhttp reads the first line.
+    """
+    if begin.startswith(b"\x16"):
+        return "this is a TLS handshake, and the port speaks HTTP without TLS: use http://, or set tls_cert"
+    if "PRI/Upgrade" in error:
+        return "this is the preface of HTTP/2, and the port speaks HTTP/1.1"
+    return error
+
+
+def _check(headers: list[tuple[bytes, bytes]], is_http10: bool) -> None:
+    """What llhttp leaves to its user: who is asked, and where the body ends (RFC 9112 sections 3.2, 6.1 and 6.3)."""
+    hosts = 0
+    for name, value in headers:
+        if name == b"host":
+            hosts += 1
+            if not HOST.fullmatch(value):
+                raise _Refused(400, "the host field does not hold a host")
+            if len(value) <= TARGET_BYTES_MAX:
+                if len(HOSTS) >= HOSTS_MAX:
+                    HOSTS.clear()
+                HOSTS.add(value)
+        elif name == b"transfer-encoding":
+            if is_http10:
+                raise _Refused(400, "HTTP/1.0 has no transfer-encoding")
+            if value.lower() != b"chunked":
+                raise _Refused(400, "the only transfer-encoding here is chunked")
+    if hosts != 1 and (hosts or not is_http10):
+        raise _Refused(400, "a request must have one host field")
+
+
+def _end_of_piece(data: bytes, start: int, before: bytes) -> int:
+    """Where the next `END_OF_HEAD` ends, which may have begun in `before`; else the end of `data`."""
+    if before:
+        across = (before + data[start : start + 3]).find(END_OF_HEAD)
+        if across >= 0:
+            return start + across + 4 - len(before)
+    found = data.find(END_OF_HEAD, start)
+    return len(data) if found < 0 else found + 4
+
+
+@lru_cache(maxsize=1024)
+def _read_target(target: bytes) -> Target:
+    url = httptools.parse_url(target)
+    host = url.host
+    if host is not None:
+        host = (b"[%b]" if b":" in host else b"%b") % host
+        if url.port is not None:
+            host += b":%d" % url.port
+    raw_path = url.path or b"/"
+    path = raw_path.decode("ascii")
+    return (unquote(path) if "%" in path else path), raw_path, url.query or b"", host
