@@ -148,3 +148,13 @@ def test_worker_that_is_held_up_hands_on_what_it_has(
     counts: dict[int, int], late: set[int], expected: dict[int, int]
 ) -> None:
     assert plan_moves(1, counts, late) == expected
+
+
+@given(st.lists(st.integers(0, 2_000), min_size=2, max_size=16))
+def test_whoever_asks_gets_shares_as_even_as_can_be(sizes: list[int]) -> None:
+    counts = dict(enumerate(sizes))
+    for mine in list(counts):
+        for to, count in plan_moves(mine, counts, is_asked=True).items():
+            counts[mine] -= count
+            counts[to] += count
+    assert max(counts.values()) - min(counts.values()) <= len(sizes)

@@ -35,7 +35,7 @@ class Plan:
 
     def look(self) -> None: ...
 
-    def plan_moves(self) -> Moves | None:
+    def plan_moves(self, *, is_asked: bool = False) -> Moves | None:
         if not self.moves:
             return None
         path, count = self.moves.pop()
@@ -191,3 +191,18 @@ async def test_it_goes_on_after_a_restart_that_was_taken_back(tmp_path: Path) ->
         async with asyncio.timeout(DEADLINE_S):
             for client in clients:
                 assert await answer(client) in {b"1 /a ", b"2 /a "}
+
+
+async def test_it_says_how_many_have_moved_when_it_is_asked(tmp_path: Path) -> None:
+    app = App()
+    async with two(tmp_path, app, 6) as (port, old, plan, _):
+        new = await port.start(app)
+        assert await old.server.rebalance() == 0
+        plan.moves.append((new.path, 3))
+        assert await old.server.rebalance() in {0, 3}  # a look that nobody asked for may have been first
+        await until(lambda: len(new.connections.open) == 3)
+        asked = asyncio.create_task(old.server.rebalance())
+        await asyncio.sleep(0)
+        old.server.quiesce()
+        assert await asked == 0
+        assert await old.server.rebalance() == 0

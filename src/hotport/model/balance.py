@@ -48,7 +48,9 @@ def is_ahead(mine: int, others: Sequence[int]) -> bool:
     return mine > mean * (1 + AHEAD_RATIO) + AHEAD_MIN
 
 
-def plan_moves(mine: int, counts: Mapping[int, int], late: Collection[int] = ()) -> dict[int, int]:
+def plan_moves(
+    mine: int, counts: Mapping[int, int], late: Collection[int] = (), *, is_asked: bool = False
+) -> dict[int, int]:
     """How many connections a worker hands to which others; empty if it keeps those that it has.
 
     Each decides for itself: the one with the most hands to the one with the fewest, the second to where room is left,
@@ -57,17 +59,18 @@ def plan_moves(mine: int, counts: Mapping[int, int], late: Collection[int] = ())
     Args:
         mine: The worker's own key in `counts`.
         late: Those whose event loops are held up: they are to have none, if there are others.
+        is_asked: Somebody wants shares that are as even as can be: small differences count.
     """
     able = [key for key in counts if key not in late] or list(counts)
     share = sum(counts.values()) / len(able)
     wanted = {key: share if key in able else 0.0 for key in counts}
-    if counts[mine] <= wanted[mine] * (1 + DRIFT_RATIO) + (DRIFT_MIN if wanted[mine] else 0):
-        return {}
     surplus = {key: int(count - wanted[key]) for key, count in counts.items()}
+    if surplus[mine] <= (0 if is_asked or not wanted[mine] else wanted[mine] * DRIFT_RATIO + DRIFT_MIN):
+        return {}
     givers = sorted(((most, key) for key, most in surplus.items() if most > 0), reverse=True)
     takers = sorted(((-most, key) for key, most in surplus.items() if most < 0), reverse=True)
     skipped = sum(most for most, _ in givers[: givers.index((surplus[mine], mine))])
-    left = min(surplus[mine], MOVES_MAX)
+    left = surplus[mine] if is_asked else min(surplus[mine], MOVES_MAX)
     moves: dict[int, int] = {}
     for room, key in takers:
         given = min(left, max(0, room - skipped))

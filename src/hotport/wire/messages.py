@@ -110,6 +110,10 @@ class ReloadTlsOrder(msgspec.Struct, frozen=True, kw_only=True, tag="reload_tls"
     """Read the certificates again, for connections from now on."""
 
 
+class RebalanceOrder(msgspec.Struct, frozen=True, kw_only=True, tag="rebalance"):
+    """Hand connections to workers of your generation with fewer."""
+
+
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
     """What a supervisor could not learn from workers, if it did not leave it with them.
 
@@ -180,6 +184,7 @@ Order = (
     | InspectOrder
     | ListenOrder
     | ReloadTlsOrder
+    | RebalanceOrder
     | RememberOrder
     | ListenersOrder
     | TransferOrder
@@ -284,6 +289,12 @@ class TlsReloaded(msgspec.Struct, frozen=True, kw_only=True, tag="tls_reloaded")
     error: str = ""
 
 
+class Rebalanced(msgspec.Struct, frozen=True, kw_only=True, tag="rebalanced"):
+    """So many connections have moved."""
+
+    moved: int
+
+
 class Listening(msgspec.Struct, frozen=True, kw_only=True, tag="listening"):
     """Duplicates of the listeners of these addresses come with this word."""
 
@@ -318,6 +329,7 @@ Word = (
     | Drained
     | Inspection
     | TlsReloaded
+    | Rebalanced
     | Listening
     | Released
     | Transferred
@@ -359,6 +371,10 @@ class ScaleRequest(msgspec.Struct, frozen=True, kw_only=True, tag="scale"):
     workers: int
 
 
+class RebalanceRequest(msgspec.Struct, frozen=True, kw_only=True, tag="rebalance"):
+    """Share the open connections among the workers as evenly as can be."""
+
+
 class ReloadTlsRequest(msgspec.Struct, frozen=True, kw_only=True, tag="reload_tls"):
     """Let every worker read its certificates again."""
 
@@ -388,6 +404,7 @@ Request = (
     | StopRequest
     | ScaleRequest
     | ReloadTlsRequest
+    | RebalanceRequest
     | UpgradeRequest
     | TakeOverRequest
     | UndoRequest

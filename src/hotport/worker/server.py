@@ -98,6 +98,9 @@ class Server(Protocol):
         Cancellation: safe; connections stay.
         """
 
+    async def rebalance(self) -> int:
+        """Hand connections to workers of the same generation with fewer, soon; how many have moved."""
+
     async def probe(self, path: str, timeout_s: float) -> str:
         """Ask the application for `path` by HTTP; why that failed, or nothing."""
 
@@ -136,6 +139,7 @@ class ConnectionServer:
         self._released: list[Acceptor] = []
         self._staying: asyncio.Task[None] | None = None
         self._balancing: asyncio.Task[None] | None = None
+        self._asked: asyncio.Future[int] | None = None
         self._beside: set[asyncio.Task[None]] = set()
         self._adapter = adapter
         self._tls = tls
@@ -284,16 +288,32 @@ class ConnectionServer:
             while True:
                 await asyncio.sleep(LOOK_S)
                 self._share.look()
-                if self._hands_off and not any(each and not each.done() for each in (moving, self._staying)):
-                    moves = self._share.plan_moves()
-                    if moves is not None and self._mover is None:
-                        moving = background.start("balance", self._move_some(moves), self._beside)
+                is_moving = any(each and not each.done() for each in (moving, self._staying))
+                if is_moving or self._mover is not None or not self._hands_off:
+                    continue
+                asked, self._asked = self._asked, None
+                moves = self._share.plan_moves(is_asked=asked is not None)
+                if moves is not None:
+                    moving = background.start("balance", self._move_some(moves, asked), self._beside)
+                elif asked is not None:
+                    asked.set_result(0)
         finally:
+            if self._asked is not None:
+                self._asked.set_result(0)
+                self._asked = None
             if moving is not None:
                 moving.cancel()
                 await asyncio.wait({moving})
 
-    async def _move_some(self, moves: Moves) -> None:
+    async def rebalance(self) -> int:
+        """Hand over what makes the shares of workers as even as can be, soon; how many connections have moved."""
+        if self._balancing is None or self._balancing.done() or not self._hands_off:
+            return 0
+        if self._asked is None:
+            self._asked = asyncio.get_running_loop().create_future()
+        return await asyncio.shield(self._asked)
+
+    async def _move_some(self, moves: Moves, asked: asyncio.Future[int] | None) -> None:
         mover = Mover(self.connections, self._control_name, some=(moves.most, moves.stay_s))
         try:
             with suppress(TimeoutError):
@@ -306,6 +326,8 @@ class ConnectionServer:
             if mover.moved:
                 to = [os.path.basename(path) for path in moves.paths]
                 get_shared_logger("hotport.worker").info("balance.moved", count=mover.moved, to=to)
+            if asked is not None:
+                asked.set_result(mover.moved)
 
     async def _end_balancing(self) -> None:
         """Nothing moves any more for balance; bounded by the timeouts of a batch."""
@@ -443,6 +465,10 @@ class DatagramServer:
     async def follow(self, successors: Sequence[str]) -> None:
         """They share the sockets."""
 
+    async def rebalance(self) -> int:
+        """It has no connections."""
+        return 0
+
     async def probe(self, path: str, timeout_s: float) -> str:
         return "takes datagrams, and cannot be asked by HTTP: remove health_path"
 
@@ -511,7 +537,11 @@ class SocketsServer:
         """It has none of ours."""
 
     async def follow(self, successors: Sequence[str]) -> None:
-        """Its connections are its own affair."""
+        """Its connections cannot move."""
+
+    async def rebalance(self) -> int:
+        """Its connections cannot move."""
+        return 0
 
     async def probe(self, path: str, timeout_s: float) -> str:
         return "has a server of its own, which cannot be asked but over the port: remove health_path"

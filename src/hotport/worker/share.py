@@ -118,16 +118,16 @@ class Share:
             self._page.forget_dead(self._others)
             self._look_s = 0.0
 
-    def plan_moves(self) -> Moves | None:
-        """What to hand over now."""
+    def plan_moves(self, *, is_asked: bool = False) -> Moves | None:
+        """What to hand over now; `is_asked`: for shares that are as even as can be."""
         page = self._page
         slots = [page.slot, *page.others()]
         late = self._late(slots, monotonic())
-        moves = plan_moves(page.slot, dict(zip(slots, page.counts(slots), strict=True)), late)
+        moves = plan_moves(page.slot, dict(zip(slots, page.counts(slots), strict=True)), late, is_asked=is_asked)
         if not moves:
             return None
         page.forget_dead(list(moves))
         alive = moves.keys() & page.others()
         names = [worker_socket(self._generation, page.worker(slot)) for slot in alive]
         paths = [os.path.join(self._directory, name) for name in names]
-        return Moves(paths, sum(moves[slot] for slot in alive), 0.0 if page.slot in late else STAY_S)
+        return Moves(paths, sum(moves[slot] for slot in alive), 0.0 if is_asked or page.slot in late else STAY_S)

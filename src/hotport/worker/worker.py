@@ -68,6 +68,8 @@ from hotport.wire.messages import (
     ProbeOrder,
     Quiesced,
     QuiesceOrder,
+    Rebalanced,
+    RebalanceOrder,
     Released,
     ReleaseOrder,
     ReloadTlsOrder,
@@ -514,6 +516,8 @@ class Worker:
                 self._take_listeners(order, peer)
             case ProbeOrder() if self._server is not None:
                 background.start("probe", self._probe(self._server, order, peer), self._beside)
+            case RebalanceOrder() if self._server is not None:
+                background.start("balance", self._rebalance(self._server, peer), self._beside)
             case _ if self._server is None or self._leaving.is_set():
                 self._log.warning("control.too_early_or_late", order=type(order).__name__)
             case AcceptOrder():
@@ -596,6 +600,9 @@ class Worker:
 
     async def _probe(self, server: Server, order: ProbeOrder, peer: _Peer) -> None:
         peer.say(Probed(why=await server.probe(order.path, order.timeout_s)))
+
+    async def _rebalance(self, server: Server, peer: _Peer) -> None:
+        peer.say(Rebalanced(moved=await server.rebalance()))
 
     def _inspect(self, *, is_watched: bool) -> Inspection:
         connections = self._server.connections if self._server is not None else None
