@@ -71,7 +71,7 @@ class Supervised:
         self.has_departed = self.is_succeeded = self.is_departing = False
         self.owned = SimpleNamespace(lost=())
         self.processes: dict[int, Any] = {}
-        self.manager = SimpleNamespace(refused=lambda why: None)
+        self.news = SimpleNamespace(manager=SimpleNamespace(refused=lambda why: None))
 
     def input(self, event: RequestStop) -> None:
         self.effects = self.step(event)

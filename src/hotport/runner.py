@@ -265,7 +265,7 @@ async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc
                             supervisor.input(RequestStop())
                     has_hung_up = True
                 case signal.SIGHUP:
-                    tasks.start_soon(answer, lambda: restart(supervisor), supervisor.manager.refused)
+                    tasks.start_soon(answer, lambda: restart(supervisor), supervisor.news.manager.refused)
                 case signal.SIGTERM:
                     supervisor.stop()
                 case signal.SIGINT:  # of a person at a terminal, whom no load balancer follows

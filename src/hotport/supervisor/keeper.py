@@ -136,5 +136,5 @@ async def _mend_listeners(supervisor: Supervisor) -> bool:
             has_made = True
         else:
             owned.unmake(made, f"no worker takes it while it serves; {restart}")
-    supervisor.manager.follow(supervisor.listeners)
+    supervisor.news.manager.follow(supervisor.listeners)
     return has_made

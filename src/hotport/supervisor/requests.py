@@ -182,9 +182,9 @@ async def _ask_for_report(supervisor: Supervisor, asked: Asked, make: Callable[[
             result.append(news)
             done.set()
         else:
-            hear(news, supervisor.reports.elapsed_ms(asked.generation))
+            hear(news, supervisor.news.reports.elapsed_ms(asked.generation))
 
-    with supervisor.subscribed(listen):
+    with supervisor.news.subscribed(listen):
         await supervisor.ask(asked, make)
         await done.wait()
     return result[0]
@@ -200,7 +200,7 @@ def facts(supervisor: Supervisor, options: Options) -> Facts:
     }
     asked = [each.asked for each in supervisor.owned.of(supervisor.service.generation)]
     return Facts(
-        is_stored=any(map(supervisor.manager.keeps, supervisor.listeners)),
+        is_stored=any(map(supervisor.news.manager.keeps, supervisor.listeners)),
         schemes=tuple(text.partition(":")[0] for text in dict.fromkeys((*asked, *map(str, options.bind)))),
         command=options.command[0] if options.command else "",
         kind=options.kind,
@@ -341,7 +341,7 @@ async def describe(supervisor: Supervisor) -> Status:
             for number, process in supervisor.processes.items()
             if number in service.workers
         ),
-        last_restart=supervisor.reports.last,
+        last_restart=supervisor.news.reports.last,
         stage=service.stage.value,
         lame_duck_left_s=None if (left := supervisor.lame_duck_left_s) is None else round(left, 3),
         status_address=supervisor.status_port.address if supervisor.status_port else "",

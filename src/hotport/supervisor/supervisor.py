@@ -13,8 +13,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from datetime import datetime, timedelta
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVarTuple
 
@@ -27,7 +26,7 @@ from hotport.address import listener_name, parse_address
 from hotport.errors import ExitCode, HotportError, RestartError, StartError
 from hotport.kernel.notify import receive_notification
 from hotport.kernel.process import is_stopped, numbers, send_signal
-from hotport.kernel.procfs import age_s, environment, queue_overflows
+from hotport.kernel.procfs import age_s, environment
 from hotport.kernel.spawn import Child, spawn
 from hotport.model import effects, inputs, rules, steps
 from hotport.model.effects import Announce, News
@@ -37,16 +36,16 @@ from hotport.model.lifecycle import Event, Phase
 from hotport.model.service import Restart, Service
 from hotport.model.signals import WORKER
 from hotport.observe.logs import get_logger
-from hotport.options import Options, format_duration
+from hotport.options import Options
 from hotport.supervisor.contain import Containing, contained, retried
 from hotport.supervisor.foreign import find_unaware
 from hotport.supervisor.health import watch_health
 from hotport.supervisor.launch import Launch, Surroundings
 from hotport.supervisor.listeners import Listener, Listeners
 from hotport.supervisor.manager import Manager
+from hotport.supervisor.news import Publisher, until
 from hotport.supervisor.process import Process
 from hotport.supervisor.recovery import Found, Survivor
-from hotport.supervisor.reports import Reports
 from hotport.supervisor.timers import Timers
 from hotport.wire.messages import (
     Accepting,
@@ -65,7 +64,6 @@ from hotport.wire.messages import (
     Released,
     ReleaseOrder,
     RememberOrder,
-    Report,
     SuccessorsOrder,
     TlsReloaded,
     Word,
@@ -155,14 +153,13 @@ class Supervisor:
         self.owned = Listeners(found.listeners, self._asked_of(found))
         self.service = Service(wanted=options.workers)
         self.processes: dict[int, Process] = {}
-        self.reports = Reports(name, overflows=queue_overflows)
+        self.news = Publisher(name, manager)
         self.status_port: StatusPort | None = None
         self.exit_code: int = ExitCode.DONE
         self.failure: HotportError | str | None = None
         self.notify_socket = notify_socket
         self.surroundings = surroundings
         self.read_options = read_options
-        self.manager = manager
         self._found = found
         self.mend: Callable[[], object] = lambda: None
         self.is_departing = False
@@ -170,11 +167,8 @@ class Supervisor:
         self.is_succeeded = False
         self.heirs: tuple[str, ...] = ()
         self._launches: dict[int, Launch] = {}
-        self._errors: dict[int, str] = {}
-        self._loss = ""
         self._requests = 0
         self._asked: dict[int, Asked] = {}
-        self._subscribers: list[Callable[[Announce | Report], None]] = []
         self._stepped = anyio.Event()
         self.begun = anyio.Event()
         self._has_cut = False
@@ -205,7 +199,7 @@ class Supervisor:
         async with anyio.create_task_group() as self._tasks:
             self._timers = Timers(self._tasks, lambda timer: self.input(inputs.Elapsed(timer)))
             self._tasks.start_soon(retried, "notifications", self._receive_notifications)
-            self._tasks.start_soon(retried, "manager", self.manager.run)
+            self._tasks.start_soon(retried, "manager", self.news.manager.run)
             await retried("begin", anyio.lowlevel.checkpoint)  # signals are handled before anything is started
             self._adopt()
             await retried("inputs", self._take_inputs)
@@ -244,7 +238,7 @@ class Supervisor:
             with Containing("step", after=str(event)):
                 follow()
         with Containing("manager"):
-            self.manager.extend(self._timers)
+            self.news.manager.extend(self._timers)
         self.begun.set()
         self._stepped.set()
         self._stepped = anyio.Event()
@@ -413,7 +407,7 @@ class Supervisor:
             case effects.StopTimer(timer):
                 self._timers.stop(timer)
             case effects.CloseListeners():
-                self.owned.give_away([each for each in self.listeners if self.manager.keeps(each)])
+                self.owned.give_away([each for each in self.listeners if self.news.manager.keeps(each)])
                 self.owned.close()
             case effects.Accept() | effects.Refuse():
                 self._answer(effect)
@@ -439,7 +433,7 @@ class Supervisor:
                 held=() if launch.options.command else numbers(WORKER.keys()),
             )
         except Exception as error:
-            self._errors[worker] = str(error)
+            self.news.note_error(worker, str(error))
             self.input(Exited(worker, "could not be executed"))
             if not isinstance(error, HotportError | OSError | ValueError):
                 raise
@@ -482,7 +476,7 @@ class Supervisor:
         if process.released is not None:
             process.released.set()
         if process.error:
-            self._errors[process.worker] = process.error
+            self.news.note_error(process.worker, process.error)
         # One that owes its account was killed, by whomever. An account may come before we know that the service stops.
         self._has_cut = self._has_cut or (self.service.is_stopping and (process.owes or process.has_cut))
         name = os.path.basename(process.control_path)
@@ -569,7 +563,7 @@ class Supervisor:
                 await process.transfer(missing, accepted)
         except Exception as error:
             process.held -= set(missing.values())
-            self.reports.lost(len(accepted))
+            self.news.reports.lost(len(accepted))
             if not isinstance(error, OSError):
                 raise
             self._log.warning("transfer.failed", worker=process.worker, error=str(error) or type(error).__name__)
@@ -600,7 +594,7 @@ class Supervisor:
             return
         result = self.owned.rebind(old, generation, self.options.backlog)
         self._left += result.accepted
-        self.reports.rebound(generation, gap_s=result.gap_s, refused=result.refused, reset=result.reset)
+        self.news.reports.rebound(generation, gap_s=result.gap_s, refused=result.refused, reset=result.reset)
         self._log.info("port.rebound", gap_us=round(result.gap_s * 1e6, 1), taken=len(result.accepted))
         self.input(inputs.Bound(result.why))
 
@@ -629,7 +623,7 @@ class Supervisor:
         if process is None:
             return  # its Exited is on the way
         if process.is_foreign:  # accepts from its start until it leaves, and cannot be told otherwise
-            self.reports.note(self.service.restart, worker, answer, time.monotonic())
+            self.news.reports.note(self.service.restart, worker, answer, time.monotonic())
             self.input(Said(worker, answer))
         else:
             process.order(order)
@@ -711,15 +705,7 @@ class Supervisor:
 
     def _finish(self, has_failed: bool) -> None:
         if has_failed:
-            self.exit_code = ExitCode.NOT_STARTED
-            words = next((text for text in self._errors.values() if text), None)
-            self.failure = words or StartError(
-                "HP403",
-                f"the service {self.name} did not start",
-                cause=self._loss or "no worker said READY=1",
-                fix="hotport serve --log-level debug, or raise --ready-timeout",
-            )
-            self.manager.failed(str(self.failure))
+            self.exit_code, self.failure = ExitCode.NOT_STARTED, self.news.not_started()
         elif self._has_cut:
             self.exit_code = ExitCode.CUT
 
@@ -818,27 +804,27 @@ class Supervisor:
             case Hello(phase=phase) if phase != "starting":  # what it has said before it could not reach us
                 self.input(Said(worker, Event.READY))
             case Accepting(at_s=at_s, fates=fates):
-                self.reports.taken_back(self.service.restart, worker, fates)
-                self.reports.note(self.service.restart, worker, Event.ACCEPTING, at_s)
+                self.news.reports.taken_back(self.service.restart, worker, fates)
+                self.news.reports.note(self.service.restart, worker, Event.ACCEPTING, at_s)
                 if process := self.processes.get(worker):
                     process.owes = True
                 self.input(Said(worker, Event.ACCEPTING))
             case Quiesced(at_s=at_s):
-                self.reports.note(self.service.restart, worker, Event.QUIESCED, at_s)
+                self.news.reports.note(self.service.restart, worker, Event.QUIESCED, at_s)
                 self.input(Said(worker, Event.QUIESCED))
             case Released(addresses=addresses, at_s=at_s):
                 if process := self.processes.get(worker):
                     process.held -= {process.releasing.pop(each) for each in addresses if each in process.releasing}
                     if process.released is not None:
                         process.released.set()
-                self.reports.note(self.service.restart, worker, Event.QUIESCED, at_s)
+                self.news.reports.note(self.service.restart, worker, Event.QUIESCED, at_s)
                 self.input(Said(worker, Event.QUIESCED))
             case Expired():
                 self.input(inputs.Expired(worker))
             case Drained(fates=fates):
                 if process := self.processes.get(worker):
                     process.owes, process.has_cut = False, any(self._is_cut(fate) for fate in fates)
-                self.reports.drained(worker, fates)
+                self.news.reports.drained(worker, fates)
             case TlsReloaded(error=error) if error:  # nobody waits: it was told while it started
                 self._log.warning("tls.kept", worker=worker, error=error)
             case _:
@@ -846,92 +832,30 @@ class Supervisor:
 
     def _is_cut(self, fate: str) -> bool:
         """Who waits in an accept queue that the service manager keeps is served by the next supervisor."""
-        is_kept = fate == "cut_unaccepted" and all(map(self.manager.keeps, self.listeners))
+        is_kept = fate == "cut_unaccepted" and all(map(self.news.manager.keeps, self.listeners))
         return fate.startswith("cut_") and not is_kept
 
     # -- news ----------------------------------------------------------------------------------------------
 
     def _publish(self, announcement: Announce) -> None:
-        news = announcement.news
-        if news in (News.BAKING, News.WATCHING):
-            announcement = replace(announcement, why=self._until(Clock.BAKE if news is News.BAKING else Clock.WATCH))
-        shown = {
-            key: value
-            for key, value in (
-                ("generation", announcement.generation),
-                ("worker", announcement.worker),
-                ("why", announcement.why),
-            )
-            if value
-        }
-        is_stuck = news is News.WORKER_LOST and announcement.worker in self.processes
-        if news is News.WORKER_LOST:
-            bound = f"ready_timeout is {format_duration(self.options.ready_timeout_s)}"
-            self._loss = f"worker {announcement.worker} {announcement.why}; " + (
-                bound if is_stuck else "if it has written why, that is above"
-            )
-            if error := self._errors.get(announcement.worker):
-                shown["exception"] = error  # the key under which renderers keep lines apart
-        is_bad = news in (News.ABORTED, News.WORKER_LOST, News.BACKING_OFF, News.UNDOING, News.UNDONE)
-        # A failure to boot is told once, at the end; but one that hangs may be a while in coming to it.
-        if self.service.generation or not is_bad or is_stuck:
-            (self._log.warning if is_bad else self._log.info)(news.value, **shown)
-        if news in (News.ABORTED, News.UNDONE):
-            self.options = self._launches[self.service.generation].options
-        elif news is News.RESTART_BEGAN and self.service.restart is not None:
-            is_tracked = not self.options.command
-            self.reports.begin(self.service.restart, self.service.generation, is_tracked=is_tracked)
-        elif news in (News.BAKING, News.WATCHING) and self.service.restart is not None:
-            self._watch_health(self.service.restart)
-        why = self._errors.get(announcement.worker, "")
-        with Containing("manager"):
-            if news is News.DONE:
-                self.manager.follow(self.listeners)
-            self.manager.hear(announcement, serving=self.service.generation, why=why)
-        self._tell_subscribers(announcement)
-        ended = self.reports.hear(
-            announcement,
-            serving=0 if self.service.is_stopping else self.service.generation,
-            errors=self._errors,
-        )
-        for report in ended:
-            self._log.info(
-                "restart.report",
-                generation=report.generation,
-                outcome=report.outcome,
-                accept_gap_ms=report.accept_gap_ms,
-                connections=report.connections,
-            )
-            self._tell_subscribers(report)
-        self._forget()
-
-    def _until(self, clock: Clock) -> str:
-        seconds = self._duration(Timer(clock))
-        return f"{format_duration(seconds)}, until {datetime.now() + timedelta(seconds=seconds):%H:%M:%S}"
-
-    def _tell_subscribers(self, news: Announce | Report) -> None:
-        for subscriber in list(self._subscribers):
-            with Containing("subscriber"):
-                subscriber(news)
-
-    def _forget(self) -> None:
-        """Let go of what belongs to generations and workers that are over."""
-        alive = {worker.generation for worker in self.service.workers.values()}
-        wanted = alive | {self.service.generation} | self.reports.generations
+        restart, generation = self.service.restart, self.service.generation
+        match announcement.news:
+            case News.BAKING | News.WATCHING as news:
+                clock = Clock.BAKE if news is News.BAKING else Clock.WATCH
+                announcement = replace(announcement, why=until(self._duration(Timer(clock))))
+                if restart is not None:
+                    self._watch_health(restart)
+            case News.ABORTED | News.UNDONE:
+                self.options = self._launches[generation].options
+            case _:
+                pass
+        is_running = announcement.worker in self.processes
+        self.news.publish(announcement, self.service, self.options, self.listeners, is_running=is_running)
+        wanted = {worker.generation for worker in self.service.workers.values()} | {generation}
+        wanted |= self.news.reports.generations
         self._launches = {number: launch for number, launch in self._launches.items() if number in wanted}
-        if self.service.generation and not self.reports.generations:
-            self._errors.clear()
 
     # -- requests ------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def subscribed(self, subscriber: Callable[[Announce | Report], None]) -> Iterator[None]:
-        """Have `subscriber` called with all news and reports."""
-        self._subscribers.append(subscriber)
-        try:
-            yield
-        finally:
-            self._subscribers.remove(subscriber)
 
     def replace_status_port(self, port: StatusPort) -> None:
         """Have another listener of the same address; wakes those who wait for a step, and closes the one before."""
@@ -983,7 +907,7 @@ class Supervisor:
 
     def refused(self, refusal: effects.Refusal, generation: int = 0) -> RestartError:
         """The error for a request that is not carried out."""
-        last = self.reports.last_in_words() if refusal is effects.Refusal.NOTHING_TO_UNDO else ""
+        last = self.news.reports.last_in_words() if refusal is effects.Refusal.NOTHING_TO_UNDO else ""
         number = f" (generation {generation})" if generation else ""
         return RestartError(
             "HP410",
