@@ -70,7 +70,7 @@ class Supervised:
         self.asked = anyio.Event()
         self.has_departed = self.is_succeeded = self.is_departing = False
         self.owned = SimpleNamespace(lost=())
-        self.processes: dict[int, Any] = {}
+        self.fleet = SimpleNamespace(processes={})
         self.news = SimpleNamespace(manager=SimpleNamespace(refused=lambda why: None))
 
     def input(self, event: RequestStop) -> None:

@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -153,6 +152,7 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
             found=place.found,
             read_options=lambda directory: read(directory).options,
             manager=manager,
+            mend=place.house.mend,
         )
         stack.callback(supervisor.close)
         if place.predecessor is not None:
@@ -202,7 +202,6 @@ async def _supervise(supervisor: Supervisor, place: Place) -> None:
     withhold(place.house)
     at = {"status_address": supervisor.status_port.address} if supervisor.status_port else {}
     log.info("service.starting", addresses=list(supervisor.listeners), **at)
-    supervisor.mend = partial(place.house.mend, supervisor)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(retried, "control", serve_control, supervisor, place.house)
         async with anyio.create_task_group() as until_the_end:
@@ -277,7 +276,7 @@ async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc
                     wanted = min(max(1, supervisor.service.wanted + change), WORKERS_MAX)
                     tasks.start_soon(answer, lambda wanted=wanted: scale(supervisor, wanted))
                 case signal.SIGCHLD:
-                    reap_orphans({process.pid for process in supervisor.processes.values()})
+                    reap_orphans({process.pid for process in supervisor.fleet.processes.values()})
                 case signal.SIGUSR1:
                     log.info("signal.ignored", signal=name, why=NOTES[name])
                 case signal.SIGUSR2:

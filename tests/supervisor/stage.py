@@ -27,7 +27,7 @@ import pytest
 from hotport import runner
 from hotport.kernel.spawn import Child
 from hotport.options.loading import load
-from hotport.supervisor import supervisor as supervisor_module
+from hotport.supervisor import fleet
 from hotport.supervisor.supervisor import Supervisor
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import Reply, StatusRequest, StopRequest, TakeOverRequest, decode, encode
@@ -232,7 +232,7 @@ def play(
         patch.chdir(directory)
         patch.setattr(runner, "_supervise", supervise)
         patch.setattr(runner, "configure", lambda **_: None)
-        patch.setattr(supervisor_module, "spawn", nursery.spawn)
+        patch.setattr(fleet, "spawn", nursery.spawn)
         acting = pool.submit(act)
         code = runner.supervise(lambda cwd: load(file=None, environ={}, flags=flags, cwd=cwd), takes_over=takes_over)
         acting.result(DEADLINE_S)

@@ -92,7 +92,7 @@ class Place:
         self.process.ordered = []
         self.process.held = set(self.supervisor.owned.sockets(1).values())
         self.process.is_talking = True
-        self.supervisor.processes[1] = self.process
+        self.supervisor.fleet.processes[1] = self.process
         self.set_service(generation=1)
         for owner, names in ((self.process, ("_orders", "_pending")), (self.supervisor, ("_put", "_inputs"))):
             for name in names:
@@ -299,8 +299,7 @@ async def test_error_that_is_not_expected_costs_a_log_line_and_not_the_superviso
         await until(lambda: not errors)
     assert logged(capsys).count("] files.failed") == 2
     monkeypatch.setattr(House, "_mend", lambda *_: 1 / 0)
-    place.supervisor.mend = lambda: place.house.mend(place.supervisor)
-    place.supervisor.mend()
+    place.house.mend(place.supervisor)
     assert "ZeroDivisionError" in logged(capsys)
 
 

@@ -108,7 +108,7 @@ class House:
         if self._is_missing("control.sock"):
             self._bind_control()
             made.append("control.sock")
-        for process in supervisor.processes.values():
+        for process in supervisor.fleet.processes.values():
             if not process.is_foreign and process.is_talking and not os.path.exists(process.control_path):
                 process.order(ListenOrder())  # and it says so itself
         return ""
@@ -118,7 +118,7 @@ class House:
         return file is None or socket_file(self._path(name)) != file
 
     def _bind_notify(self, supervisor: Supervisor) -> None:
-        supervisor.listen_on(bind_notify(self._path("notify.sock")))
+        supervisor.fleet.listen_on(bind_notify(self._path("notify.sock")))
         self._note("notify.sock")
 
     def _bind_control(self) -> None:

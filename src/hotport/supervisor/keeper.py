@@ -130,8 +130,8 @@ async def _mend_listeners(supervisor: Supervisor) -> bool:
         return False
     has_made = False
     for made in owned.remake(supervisor.options):
-        await supervisor.give_all()
-        if any(made.sock in process.held for process in supervisor.processes.values()):
+        await supervisor.fleet.give_all()
+        if any(made.sock in process.held for process in supervisor.fleet.processes.values()):
             log.warning("listener.remade", address=made.address)
             has_made = True
         else:

@@ -195,7 +195,7 @@ def facts(supervisor: Supervisor, options: Options) -> Facts:
     workers = supervisor.service.workers
     leaving = {
         number: process.pid
-        for number, process in supervisor.processes.items()
+        for number, process in supervisor.fleet.processes.items()
         if number not in workers or workers[number].phase not in CURRENT
     }
     asked = [each.asked for each in supervisor.owned.of(supervisor.service.generation)]
@@ -277,7 +277,7 @@ async def reload_tls(supervisor: Supervisor) -> TlsReport:
             process.order(ReloadTlsOrder())  # it may have read them; it gets the order when it can be talked to
         else:
             answer = await process.ask(ReloadTlsOrder(), TlsReloaded, RELOAD_TIMEOUT_S)
-            if answer is None and supervisor.processes.get(process.worker) is not process:
+            if answer is None and supervisor.fleet.processes.get(process.worker) is not process:
                 return  # gone; who replaces it reads them anew
             error = _no_answer(supervisor.name, process.worker) if answer is None else answer.error
             outcome = "kept" if error else "reloaded"
@@ -287,7 +287,7 @@ async def reload_tls(supervisor: Supervisor) -> TlsReport:
 
     workers = supervisor.service.workers
     async with anyio.create_task_group() as tasks:
-        for number, process in supervisor.processes.items():
+        for number, process in supervisor.fleet.processes.items():
             if number in workers and workers[number].phase in CURRENT:
                 tasks.start_soon(reload, process, workers[number].phase)
     return TlsReport(service=supervisor.name, workers=tuple(found[number] for number in sorted(found)))
@@ -320,7 +320,7 @@ async def describe(supervisor: Supervisor) -> Status:
         found[process.worker] = await process.ask(InspectOrder(), Inspection, INSPECT_TIMEOUT_S)
 
     async with anyio.create_task_group() as tasks:
-        for process in supervisor.processes.values():
+        for process in supervisor.fleet.processes.values():
             tasks.start_soon(inspect, process)
     service, options, now = supervisor.service, supervisor.options, time.monotonic()
     known = facts(supervisor, options)
@@ -338,7 +338,7 @@ async def describe(supervisor: Supervisor) -> Status:
         rss_bytes=rss_bytes(os.getpid()),
         workers=tuple(
             _describe_worker(process, service.workers[number].phase, found.get(number), now)
-            for number, process in supervisor.processes.items()
+            for number, process in supervisor.fleet.processes.items()
             if number in service.workers
         ),
         last_restart=supervisor.news.reports.last,

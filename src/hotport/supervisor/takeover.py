@@ -82,7 +82,7 @@ async def hand_over(
     supervisor.owned.shared = frozenset(supervisor.listeners)
     estate = Estate(
         version=__version__,
-        memory=supervisor.memory,
+        memory=supervisor.fleet.memory,
         bind=supervisor.options.bind,
         addresses=tuple(supervisor.listeners),
         status_bind=status.bind if status else "",
@@ -111,7 +111,7 @@ async def hand_over(
             raise failure
         return None
     names = tuple(filter(parse_worker_socket, committed[0].workers))
-    supervisor.heirs = tuple(os.path.join(supervisor.directory, name) for name in names)
+    supervisor.fleet.name_successors([os.path.join(supervisor.directory, name) for name in names])
     supervisor.owned.give_away(committed[0].addresses)
     log.info("take_over.committed", workers=names)
     supervisor.input(RequestStop(is_succeeded=True))
@@ -262,7 +262,7 @@ async def _read_to_end(sock: socket.socket, said: list[bytes]) -> None:
 
 def _serving(supervisor: Supervisor) -> tuple[str, ...]:
     """Names of the control sockets of the workers that serve."""
-    processes = (supervisor.processes.get(number) for number in supervisor.service.ids(Phase.SERVING))
+    processes = (supervisor.fleet.processes.get(number) for number in supervisor.service.ids(Phase.SERVING))
     return tuple(os.path.basename(each.control_path) for each in processes if each is not None and not each.is_foreign)
 
 

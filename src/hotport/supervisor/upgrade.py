@@ -175,11 +175,11 @@ def pack(
         service=supervisor.name,
         lock=lock,
         control=control.fileno(),
-        notify=supervisor.notify_socket.fileno(),
+        notify=supervisor.fleet.notify_socket.fileno(),
         listeners={address: listener.fileno() for address, listener in supervisor.listeners.items()},
         client=client.fileno() if client is not None else None,
-        memory=supervisor.memory,
-        numbers={process.pid: worker for worker, process in supervisor.processes.items()},
+        memory=supervisor.fleet.memory,
+        numbers={process.pid: worker for worker, process in supervisor.fleet.processes.items()},
         before=describe_self(),
         began_s=began_s,
         status=(status.bind, status.address, status.listener.fileno()) if status else None,
@@ -250,7 +250,7 @@ def report(baggage: Baggage, supervisor: Supervisor) -> str:
     ms = (time.monotonic() - baggage.began_s) * 1000
     text = (
         f"pid {os.getpid()} is {describe_self()} (was {baggage.before}) after {ms:.0f} ms; "
-        f"{len(supervisor.processes)} workers serve on"
+        f"{len(supervisor.fleet.processes)} workers serve on"
     )
     if baggage.client is not None:
         with socket.socket(fileno=baggage.client) as client:
