@@ -155,8 +155,6 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
             mend=place.house.mend,
         )
         stack.callback(supervisor.close)
-        if place.predecessor is not None:
-            supervisor.owned.shared = frozenset(place.predecessor.listeners)
         open_status_port(supervisor, place, stack)
         supervisor.owned.guard(options)
         anyio.run(_supervise, supervisor, place)

@@ -392,7 +392,7 @@ async def test_status_port_is_bound_again(place: Place, tmp_path: Path, capsys: 
     path = tmp_path / "status.sock"
     address = f"unix:{path}"
     first = bind_listener(parse_address(address), backlog=8)
-    place.supervisor.status_port = StatusPort(address, address, first, socket_file(str(path)))
+    place.supervisor.use_status_port(StatusPort(address, address, first, socket_file(str(path))))
     stepped: list[StatusPort | None] = []
 
     async def wait() -> None:
@@ -416,5 +416,4 @@ async def test_status_port_is_bound_again(place: Place, tmp_path: Path, capsys: 
             async with kept(place):
                 pass
     assert f"is listening on {path}" in logged(capsys)
-    place.supervisor.status_port = None
     os.unlink(path)

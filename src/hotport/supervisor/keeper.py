@@ -104,7 +104,7 @@ def _mend_status_port(supervisor: Supervisor) -> dict[str, str]:
         listener = bind_listener(parse_address(port.address), backlog=STATUS_BACKLOG)
     except HotportError as error:
         return {port.address: error.cause}
-    supervisor.replace_status_port(port._replace(listener=listener, file=socket_file(path)))
+    supervisor.use_status_port(port._replace(listener=listener, file=socket_file(path)))
     log.warning("listener.remade", address=port.address)
     return {}
 

@@ -98,7 +98,7 @@ def move_in(name: str, options: Options, manager: Manager, stack: ExitStack, *, 
     house = House.enter(directory, predecessor.lock, stack)
     stack.callback(house.leave)
     memory = predecessor.memory
-    found = Found(generations=memory.generations, spawned=memory.spawned)
+    found = Found(generations=memory.generations, spawned=memory.spawned, shared=frozenset(predecessor.listeners))
     listeners = found.listeners[found.going] = _listen(options, manager, predecessor)
     for address, listener in predecessor.listeners.items():
         if address not in listeners:
@@ -121,12 +121,12 @@ def open_status_port(supervisor: Supervisor, place: Place, stack: ExitStack) -> 
         port = StatusPort(bind, str(bound_address(parse_address(bind), listener)), listener)
     is_shared = place.predecessor is not None and port is place.predecessor.status_port
     path = file_path(parse_address(port.address))
-    supervisor.status_port = port._replace(file=socket_file(path))
+    supervisor.use_status_port(port._replace(file=socket_file(path)))
 
     def close() -> None:
         assert supervisor.status_port is not None
         supervisor.status_port.listener.close()
-        if not (supervisor.is_succeeded or (is_shared and supervisor.owned.shared)):
+        if not (supervisor.is_succeeded or (is_shared and supervisor.owned.has_shared)):
             unlink_if_ours(path, supervisor.status_port.file)
 
     stack.callback(close)

@@ -87,6 +87,7 @@ class Found:
         favoured: The generation that its supervisor would have gone on with.
         generation: The one that serves; 0 if none has begun to.
         listeners: By generation and canonical address; sockets of the survivors are the same objects.
+        shared: Addresses that another supervisor has, too: see `Listeners`.
     """
 
     survivors: tuple[Survivor, ...] = ()
@@ -96,6 +97,7 @@ class Found:
     favoured: int = 0
     generation: int = 0
     listeners: dict[int, dict[str, socket.socket]] = field(default_factory=dict)
+    shared: frozenset[str] = frozenset()
 
     @property
     def workers(self) -> tuple[lifecycle.Worker, ...]:

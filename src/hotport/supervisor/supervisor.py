@@ -7,6 +7,7 @@ supervisor, which is always between two steps. `fleet.py` has the worker process
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections import deque
@@ -38,6 +39,7 @@ from hotport.supervisor.news import Publisher, until
 from hotport.supervisor.process import Process
 from hotport.supervisor.recovery import Found
 from hotport.supervisor.timers import Timers
+from hotport.wire.messages import Committed, parse_worker_socket
 
 __all__ = ["StatusPort", "Supervisor"]
 
@@ -96,7 +98,6 @@ class Supervisor:
         has_departed: It takes no input any more; until then, it stays if somebody asks for the end of the service.
         begun: Set when there is a first worker, or what is left of a last supervisor's is known.
         is_succeeded: Another process has the listeners, and the paths in `directory`.
-        status_port: Owned by whoever has set it first.
     """
 
     def __init__(
@@ -115,11 +116,11 @@ class Supervisor:
         self.name = name
         self.directory = directory
         self.options = options
-        self.owned = Listeners(found.listeners, self._asked_of(found))
+        self.owned = Listeners(found.listeners, self._asked_of(found), shared=found.shared)
         self.service = Service(wanted=options.workers)
         self.news = Publisher(name, manager)
         self.fleet = Fleet(name, directory, notify_socket, self, self.owned, self.news, partial(mend, self))
-        self.status_port: StatusPort | None = None
+        self._status_port: StatusPort | None = None
         self.exit_code: int = ExitCode.DONE
         self.failure: HotportError | str | None = None
         self.surroundings = surroundings
@@ -253,6 +254,22 @@ class Supervisor:
             return effects.Refusal.STARTING.value
         return f"somebody else has {', '.join(self.owned.lost)}" if self.owned.lost else ""
 
+    def begin_hand_over(self) -> None:
+        """Begin nothing until `end_hand_over`: another supervisor gives out the numbers, and has the paths."""
+        self.is_succeeded = True
+        self.owned.share_files(self.listeners)
+
+    def end_hand_over(self, commit: Committed | None) -> None:
+        """End the service here if the other supervisor's workers accept; continue without a commit."""
+        self.owned.own_files()
+        if commit is None:
+            self.is_succeeded = False
+            return
+        names = filter(parse_worker_socket, commit.workers)
+        self.fleet.name_successors([os.path.join(self.directory, name) for name in names])
+        self.owned.give_away(commit.addresses)
+        self.input(inputs.RequestStop(is_succeeded=True))
+
     def depart(self) -> None:
         """End `run` as soon as everything that has happened is dealt with; the workers serve on."""
         self.is_departing = True
@@ -262,8 +279,8 @@ class Supervisor:
         """What a forked child must not have."""
         yield from self.fleet.descriptors()
         yield from (sock.fileno() for sock in self.owned.all_sockets())
-        if self.status_port is not None:
-            yield self.status_port.listener.fileno()
+        if self._status_port is not None:
+            yield self._status_port.listener.fileno()
 
     def close(self) -> None:
         """Close what `run` was given; the caller unlinks paths."""
@@ -396,9 +413,14 @@ class Supervisor:
 
     # -- requests ------------------------------------------------------------------------------------------
 
-    def replace_status_port(self, port: StatusPort) -> None:
-        """Have another listener of the same address; wakes those who wait for a step, and closes the one before."""
-        before, self.status_port = self.status_port, port
+    @property
+    def status_port(self) -> StatusPort | None:
+        """Where health checks are answered; the caller of `use_status_port` closes the last one."""
+        return self._status_port
+
+    def use_status_port(self, port: StatusPort) -> None:
+        """Answer health checks there from now on; close the listener before, and wake those who wait for a step."""
+        before, self._status_port = self._status_port, port
         if before is not None:
             before.listener.close()
         self._stepped.set()

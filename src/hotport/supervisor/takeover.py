@@ -24,7 +24,6 @@ from hotport import __version__
 from hotport.errors import ControlError, RestartError
 from hotport.kernel.scm import DescriptorsLostError, receive_descriptors, send_descriptors
 from hotport.kernel.sockets import check_peer, inherited_listener
-from hotport.model.inputs import RequestStop
 from hotport.model.lifecycle import Phase
 from hotport.observe.logs import get_logger
 from hotport.supervisor.contain import retried
@@ -78,8 +77,7 @@ async def hand_over(
     """
     _check(supervisor, request)
     status = supervisor.status_port
-    supervisor.is_succeeded = True  # from here on nothing of ours is begun: numbers and paths are the other's
-    supervisor.owned.shared = frozenset(supervisor.listeners)
+    supervisor.begin_hand_over()
     estate = Estate(
         version=__version__,
         memory=supervisor.fleet.memory,
@@ -100,9 +98,8 @@ async def hand_over(
         log.warning("take_over.failed", error=str(error))
     except Exception as error:  # this supervisor goes on all the same, and the other one is told
         failure = error
-    supervisor.owned.shared = frozenset()
+    supervisor.end_hand_over(committed[0] if committed else None)
     if not committed:
-        supervisor.is_succeeded = False
         own = supervisor.service.generations
         # Some of its workers may accept already. They are not waited for: this conversation has no client any more.
         supervisor.start("take_over.drain", _drain_orphans, supervisor, lambda generation: generation > own)
@@ -110,11 +107,7 @@ async def hand_over(
         if failure is not None:
             raise failure
         return None
-    names = tuple(filter(parse_worker_socket, committed[0].workers))
-    supervisor.fleet.name_successors([os.path.join(supervisor.directory, name) for name in names])
-    supervisor.owned.give_away(committed[0].addresses)
-    log.info("take_over.committed", workers=names)
-    supervisor.input(RequestStop(is_succeeded=True))
+    log.info("take_over.committed", workers=committed[0].workers)
     await supervisor.finished.wait()
     return Done(detail="retired", exit_code=supervisor.exit_code)
 
@@ -235,7 +228,7 @@ async def retire(predecessor: Predecessor, supervisor: Supervisor) -> None:
     """
     await retried("take_over.wait", _wait_serving, supervisor)
     workers = _serving(supervisor)
-    supervisor.owned.shared = frozenset()
+    supervisor.owned.own_files()
     said: list[bytes] = []
     with predecessor.connection as connection, suppress(OSError):
         connection.send(encode_frame(encode(Committed(workers=workers, addresses=tuple(supervisor.listeners)))))
