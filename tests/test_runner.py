@@ -60,7 +60,7 @@ def moment(service: Service) -> Moment:
 
 
 class Supervised:
-    """Stands for a supervisor and its house; `done` is what it was asked for and did, `refused` what it did not."""
+    """Stands for a supervisor and its upgrade; `done` is what it was asked for and did, `refused` what it did not."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -96,7 +96,7 @@ class Supervised:
     async def scale(self, _: Any, workers: int) -> None:
         self.request(f"scale {workers - self.service.wanted:+}", refusal(self.service, is_restart=False))
 
-    async def upgrade(self, *_: Any) -> None:
+    async def begin(self, *_: Any) -> None:
         self.request("upgrade", Supervisor.what_goes_on.fget(self))  # type: ignore[attr-defined]
 
 

@@ -466,7 +466,7 @@ def _envelope_seeds() -> list[bytes]:
 
 
 #: Every closed set of messages that is read.
-KINDS: Final[tuple[Any, ...]] = (messages.Order, messages.Word, messages.Request, messages.Reply, messages.Committed)
+KINDS: Final[tuple[Any, ...]] = (messages.Order, messages.Word, messages.Request, messages.Reply, messages.TakenOver)
 
 
 def _frames(data: bytes) -> None:
@@ -512,7 +512,7 @@ def _frames_seeds() -> list[bytes]:
             messages.StopRequest(now=True),
             messages.Done(detail="done"),
             messages.Failure(code="HP602", what="a", cause="b", fix="c", exit_code=1),
-            messages.Committed(workers=("worker-1.1.sock",), addresses=("tcp://127.0.0.1:80",)),
+            messages.TakenOver(workers=("worker-1.1.sock",), addresses=("tcp://127.0.0.1:80",)),
         )
     ]
     tags = [

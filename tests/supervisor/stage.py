@@ -209,13 +209,13 @@ def play(
         **options,
     }
 
-    async def supervise(supervisor: Supervisor, place: Any) -> None:
+    async def supervise(supervisor: Supervisor, *others: Any) -> None:
         stage.supervisor = supervisor
         loop = asyncio.get_running_loop()
         if task_factory is not None:
             loop.set_task_factory(task_factory)
         stage.began.set()
-        await loop.create_task(original(supervisor, place))
+        await loop.create_task(original(supervisor, *others))
 
     def act() -> None:
         assert stage.began.wait(DEADLINE_S)

@@ -20,7 +20,7 @@ import hotport
 from hotport.errors import ControlError
 from hotport.kernel.sockets import bind_notify
 from hotport.supervisor import contain, supervisor, takeover
-from hotport.supervisor.takeover import ask_predecessor
+from hotport.supervisor.takeover import take_over
 from hotport.wire.messages import (
     Progress,
     ReloadTlsRequest,
@@ -294,7 +294,7 @@ def test_a_take_over_that_fails_by_an_error_of_the_old_supervisor_leaves_it_as_i
         with monkeypatch.context() as patch:
             patch.setattr(takeover, "send_descriptors", fail)
             with pytest.raises(ControlError, match="HP642"):
-                ask_predecessor(str(stage.runtime), "svc")
+                take_over(str(stage.runtime), "svc")
         settle(stage)
         assert isinstance(stage.ask(RestartRequest()), Report)
 

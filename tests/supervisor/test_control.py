@@ -12,7 +12,7 @@ import pytest
 
 from hotport.options import WORKERS_MAX
 from hotport.supervisor import control
-from hotport.supervisor.house import House
+from hotport.supervisor.rundir import RuntimeDirectory
 from hotport.wire.messages import (
     Done,
     Failure,
@@ -187,13 +187,13 @@ def test_signals_at_the_very_end_find_nothing_to_end(
     run: Play, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """One that came after the last worker's end killed the supervisor before it had removed its sockets."""
-    leave = House.leave
+    close = RuntimeDirectory.close
 
-    def leave_under_signals(house: House) -> None:
+    def close_under_signals(rundir: RuntimeDirectory) -> None:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGQUIT)
-        leave(house)
+        close(rundir)
 
-    monkeypatch.setattr(House, "leave", leave_under_signals)
+    monkeypatch.setattr(RuntimeDirectory, "close", close_under_signals)
     assert run(Stage.wait_serving) == 0
     assert list((tmp_path / "run" / "svc").iterdir()) == []

@@ -20,11 +20,12 @@ from hotport.observe.logs import get_logger
 from hotport.options import OPTIONS
 from hotport.options.loading import checked
 from hotport.supervisor.contain import Containing, retried
-from hotport.supervisor.house import House
 from hotport.supervisor.process import receive_message
 from hotport.supervisor.requests import Hear, describe, keep, reload_tls, restart, scale, undo
+from hotport.supervisor.rundir import RuntimeDirectory
 from hotport.supervisor.supervisor import Supervisor
 from hotport.supervisor.takeover import hand_over
+from hotport.supervisor.upgrade import Upgrade
 from hotport.wire.frames import encode_frame
 from hotport.wire.messages import (
     Done,
@@ -70,10 +71,10 @@ _OPTIONS: Final = frozenset(option.field for option in OPTIONS)
 log = get_logger("hotport.control")
 
 
-async def serve_control(supervisor: Supervisor, house: House) -> None:
+async def serve_control(supervisor: Supervisor, rundir: RuntimeDirectory, upgrade: Upgrade) -> None:
     """Answer commands until the service has finished, and then to the end of what is being said.
 
-    Descriptors: owns a duplicate of the house's control socket. Cancellation: safe; clients see the end of the stream.
+    Descriptors: owns a duplicate of the control socket. Cancellation: safe; clients see the end of the stream.
     """
     room = anyio.Semaphore(CLIENTS_MAX)
     listening = anyio.CancelScope()
@@ -83,7 +84,7 @@ async def serve_control(supervisor: Supervisor, house: House) -> None:
             with connection, Containing("control"), suppress(*_GONE):
                 # A client that leaves ends its conversation, never what it asked for.
                 async with await UNIXSocketStream.from_socket(connection) as stream:
-                    await _converse(supervisor, stream, house)
+                    await _converse(supervisor, stream, rundir, upgrade)
         finally:
             room.release()
 
@@ -104,7 +105,7 @@ async def serve_control(supervisor: Supervisor, house: House) -> None:
 
     async def listen() -> None:
         nonlocal listening
-        with anyio.CancelScope() as listening, withheld(house.control.dup()) as control:
+        with anyio.CancelScope() as listening, withheld(rundir.control.dup()) as control:
             control.setblocking(False)
             await retried("control", accept, control)
 
@@ -114,15 +115,15 @@ async def serve_control(supervisor: Supervisor, house: House) -> None:
 
     async with anyio.create_task_group() as conversations:
         async with anyio.create_task_group() as accepting:
-            house.relisten = relisten
+            rundir.relisten = relisten
             accepting.start_soon(retried, "control", listen)
             await supervisor.finished.wait()
-            house.relisten = lambda: None
+            rundir.relisten = lambda: None
             accepting.cancel_scope.cancel()
         conversations.cancel_scope.deadline = anyio.current_time() + GOODBYE_TIMEOUT_S
 
 
-async def _converse(supervisor: Supervisor, stream: SocketStream, house: House) -> None:
+async def _converse(supervisor: Supervisor, stream: SocketStream, rundir: RuntimeDirectory, upgrade: Upgrade) -> None:
     pid, uid, _ = peer_credentials(stream.extra(SocketAttribute.raw_socket))
     try:
         if not may_command(uid):
@@ -133,7 +134,7 @@ async def _converse(supervisor: Supervisor, stream: SocketStream, house: House) 
                 fix=f"run the command as uid {os.geteuid()} or as root",
             )
         request = await _read_request(stream)
-        reply = await _carry_out(supervisor, request, stream, house, by=f"pid {pid} of uid {uid}")
+        reply = await _carry_out(supervisor, request, stream, rundir, upgrade, by=f"pid {pid} of uid {uid}")
     except HotportError as error:
         log.warning("control.refused", error=error.what, cause=error.cause)
         reply = _failure(error)
@@ -182,7 +183,8 @@ async def _carry_out(
     supervisor: Supervisor,
     request: Any,
     stream: SocketStream,
-    house: House,
+    rundir: RuntimeDirectory,
+    upgrade: Upgrade,
     *,
     by: str,
 ) -> Any:
@@ -205,14 +207,14 @@ async def _carry_out(
             await supervisor.finished.wait()
             return Done(detail="stopped", exit_code=supervisor.exit_code)
         case UpgradeRequest(python=python):
-            await house.upgrade(supervisor, python, stream.extra(SocketAttribute.raw_socket))
+            await upgrade.begin(python, stream.extra(SocketAttribute.raw_socket))
             return None  # the next supervisor answers
         case TakeOverRequest():
 
             async def reclaim() -> None:
-                house.reclaim(supervisor)
+                rundir.reclaim(supervisor)
 
-            return await hand_over(supervisor, request, stream, house.lock, reclaim)
+            return await hand_over(supervisor, request, stream, rundir.lock, reclaim)
     raise AssertionError(request)
 
 

@@ -32,7 +32,7 @@ from hotport.supervisor.launch import Launch
 from hotport.supervisor.listeners import Listeners
 from hotport.supervisor.news import Publisher
 from hotport.supervisor.process import Process
-from hotport.supervisor.recovery import Survivor
+from hotport.supervisor.recovery import Orphan
 from hotport.wire.messages import (
     Accepting,
     AcceptOrder,
@@ -180,26 +180,26 @@ class Fleet:
             self._loop.start("worker.examine", self._examine, process, launch.options.settle_s)
             self._loop.input(Said(worker, Event.READY))
 
-    def adopt(self, survivor: Survivor, phase: Phase | None) -> None:
+    def adopt(self, orphan: Orphan, phase: Phase | None) -> None:
         """Supervise a worker that another supervisor has started; do nothing if it has ended."""
         try:
-            child = Child(survivor.pid, os.pidfd_open(survivor.pid))
+            child = Child(orphan.pid, os.pidfd_open(orphan.pid))
         except ProcessLookupError:  # it has gone since, and may have been killed
             with suppress(OSError):
-                os.unlink(survivor.control_path)
+                os.unlink(orphan.control_path)
             return
         process = Process(
-            survivor.worker,
-            survivor.generation,
+            orphan.worker,
+            orphan.generation,
             child,
-            survivor.control_path,
-            is_foreign=survivor.is_foreign,
-            age_s=age_s(survivor.pid),
+            orphan.control_path,
+            is_foreign=orphan.is_foreign,
+            age_s=age_s(orphan.pid),
         )
-        process.held = set(survivor.listeners.values())
+        process.held = set(orphan.listeners.values())
         process.owes = phase in (Phase.SERVING, Phase.QUIESCED, Phase.DRAINING)
         process.is_leaving = phase is Phase.DRAINING
-        self.processes[survivor.worker] = process
+        self.processes[orphan.worker] = process
         self._loop.start("worker.watch", self._watch, process)
         if not process.is_foreign and os.path.exists(process.control_path):
             self._loop.keep("worker.conversation", process.converse, self._hear_word)

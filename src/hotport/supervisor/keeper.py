@@ -19,9 +19,9 @@ from hotport.kernel.sockets import bind_listener, file_path, socket_file
 from hotport.model.guarantee import Strategy, obstacle
 from hotport.model.steps import Step
 from hotport.observe.logs import get_logger
-from hotport.supervisor.house import House
-from hotport.supervisor.place import STATUS_BACKLOG
 from hotport.supervisor.requests import facts
+from hotport.supervisor.rundir import RuntimeDirectory
+from hotport.supervisor.startup import STATUS_BACKLOG
 from hotport.supervisor.supervisor import StatusPort, Supervisor
 
 __all__ = ["keep_files"]
@@ -35,7 +35,7 @@ FAILED_PAUSE_S: Final = 10.0
 log = get_logger("hotport.supervisor")
 
 
-async def keep_files(supervisor: Supervisor, house: House) -> None:
+async def keep_files(supervisor: Supervisor, rundir: RuntimeDirectory) -> None:
     """Make the runtime directory, the sockets in it and the socket files of listeners again, until cancelled.
 
     Cancellation: safe. Descriptors: one for inotify, closed at the end.
@@ -49,21 +49,21 @@ async def keep_files(supervisor: Supervisor, house: House) -> None:
             return
         while True:
             try:
-                await _look(watch, supervisor, house, told)
+                await _look(watch, supervisor, rundir, told)
             except Exception:  # a bug of ours must not cost the service its supervisor
                 log.exception("files.failed")
                 await anyio.sleep(FAILED_PAUSE_S)
             await anyio.sleep(PAUSE_S)
 
 
-async def _look(watch: Watch, supervisor: Supervisor, house: House, told: dict[str, str]) -> None:
+async def _look(watch: Watch, supervisor: Supervisor, rundir: RuntimeDirectory, told: dict[str, str]) -> None:
     """Make again what is gone, or wait until something changes if nothing is.
 
     Args:
         told: Why addresses are gone, as the log has it; kept from one look to the next.
     """
     _watch_all(watch, supervisor)
-    has_made = house.mend(supervisor)
+    has_made = rundir.mend(supervisor)
     why_no_status = _mend_status_port(supervisor)
     if supervisor.owned.gone and _is_busy(supervisor):
         await supervisor.wait_stepped()

@@ -43,7 +43,7 @@ from hotport.wire.messages import (
     worker_socket,
 )
 
-__all__ = ["Found", "Survivor", "survey"]
+__all__ = ["Found", "Orphan", "survey"]
 
 #: A worker that serves answers at once; one that still imports its application, or is busy with it, is taken at its
 #: supervisor's word: it has been started.
@@ -53,7 +53,7 @@ _PHASES: Final = {phase.value: phase for phase in (Phase.STARTING, Phase.READY, 
 
 
 @dataclass(slots=True)
-class Survivor:
+class Orphan:
     """A worker that somebody else has started.
 
     Attributes:
@@ -77,20 +77,20 @@ class Survivor:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What is left of a service.
+    """What a new supervisor of a service starts with.
 
     Attributes:
-        survivors: Oldest first.
-        wanted: How many workers should serve; 0 if nobody remembers.
-        generations: How many generation numbers were given out, as far as anybody remembers.
+        orphans: Oldest first.
+        wanted: How many workers should serve; 0 if that is not known.
+        generations: How many generation numbers were given out, as far as that is known.
         spawned: How many worker numbers.
-        favoured: The generation that its supervisor would have gone on with.
+        favoured: The generation that the supervisor before would have kept.
         generation: The one that serves; 0 if none has begun to.
-        listeners: By generation and canonical address; sockets of the survivors are the same objects.
+        listeners: By generation and canonical address; sockets of the orphans are the same objects.
         shared: Addresses that another supervisor has, too: see `Listeners`.
     """
 
-    survivors: tuple[Survivor, ...] = ()
+    orphans: tuple[Orphan, ...] = ()
     wanted: int = 0
     generations: int = 0
     spawned: int = 0
@@ -101,13 +101,13 @@ class Found:
 
     @property
     def workers(self) -> tuple[lifecycle.Worker, ...]:
-        """The survivors, as the model knows workers."""
-        return tuple(lifecycle.Worker(each.worker, each.generation, each.phase) for each in self.survivors)
+        """The orphans, as the model knows workers."""
+        return tuple(lifecycle.Worker(each.worker, each.generation, each.phase) for each in self.orphans)
 
     @property
     def going(self) -> int:
-        """The generation that goes on, or the next one if none can."""
-        current = (each.generation for each in self.survivors if each.phase is not Phase.DRAINING)
+        """The generation to continue with; the next one if none serves or starts."""
+        current = (each.generation for each in self.orphans if each.phase is not Phase.DRAINING)
         return self.generation or max(current, default=self.generations + 1)
 
 
@@ -115,16 +115,16 @@ async def survey(
     directory: str,
     memory: Memory | None = None,
     numbers: Mapping[int, int] | None = None,
-    carried: Mapping[str, socket.socket] | None = None,
+    inherited: Mapping[str, socket.socket] | None = None,
 ) -> Found:
-    """Find and ask whatever is left of the service with this runtime directory; its lock is ours already.
+    """Find the workers of the service with this runtime directory, and ask them for their state and listeners.
 
-    Sockets that nobody answers on any more are removed.
+    The caller holds the directory's lock. Sockets on which no process answers are removed.
 
     Args:
-        memory: What its last supervisor remembered, if that was asked; workers have it otherwise.
-        numbers: Its workers by pid: programs of somebody else's do not know theirs.
-        carried: Listeners of the generation that goes on which this process has already.
+        memory: Of the supervisor before, if it could pass it; workers have it otherwise.
+        numbers: Its workers by pid: foreign programs do not know theirs.
+        inherited: Listeners of the generation to continue with that this process has already.
 
     Raises:
         ControlError: A worker speaks another protocol (HP650), or workers hold the port and none gives a duplicate of
@@ -132,41 +132,41 @@ async def survey(
 
     Descriptors: owned by `Found.listeners`; what else was received is closed.
     """
-    survivors = _started(directory)
+    orphans = _started(directory)
     for file in os.listdir(directory):
         if named := parse_worker_socket(file):
             generation, worker = named
             path = os.path.join(directory, file)
-            survivors.setdefault((generation, worker), Survivor(worker, generation, 0, path))
-    asked = list(survivors.values())
+            orphans.setdefault((generation, worker), Orphan(worker, generation, 0, path))
+    asked = list(orphans.values())
     # Outside of the task group, which would wrap an error.
     errors: list[HotportError] = []
 
-    async def ask(survivor: Survivor) -> None:
-        with Containing("survey", path=survivor.control_path), anyio.move_on_after(ANSWER_TIMEOUT_S):
+    async def ask(orphan: Orphan) -> None:
+        with Containing("survey", path=orphan.control_path), anyio.move_on_after(ANSWER_TIMEOUT_S):
             try:
-                await _ask(survivor)
+                await _ask(orphan)
             except HotportError as error:
                 errors.append(error)
 
     async with anyio.create_task_group() as tasks:
-        for survivor in asked:
-            if not survivor.is_foreign:
-                tasks.start_soon(ask, survivor)
-    alive = [survivor for survivor in asked if survivor.pid]
+        for orphan in asked:
+            if not orphan.is_foreign:
+                tasks.start_soon(ask, orphan)
+    alive = [orphan for orphan in asked if orphan.pid]
     if not alive:
         _tidy(directory)
-    for survivor in alive:
-        if not survivor.has_answered:
-            _take(survivor)
+    for orphan in alive:
+        if not orphan.has_answered:
+            _take(orphan)
     try:
         if errors:
             raise errors[0]
         found = _number(alive, memory, numbers or {})
-        _gather(found, carried or {}, directory)
+        _gather(found, inherited or {}, directory)
     except HotportError:
-        for survivor in alive:
-            for listener in survivor.listeners.values():
+        for orphan in alive:
+            for listener in orphan.listeners.values():
                 listener.close()
         raise
     return found
@@ -180,38 +180,38 @@ def _tidy(directory: str) -> None:
                 os.unlink(os.path.join(directory, file))
 
 
-def _number(survivors: Sequence[Survivor], memory: Memory | None, numbers: Mapping[int, int]) -> Found:
+def _number(orphans: Sequence[Orphan], memory: Memory | None, numbers: Mapping[int, int]) -> Found:
     """Which generation and how many workers there should be, and the highest numbers that were given out."""
-    memories = [each for each in (memory, *(survivor.memory for survivor in survivors)) if each is not None]
+    memories = [each for each in (memory, *(orphan.memory for orphan in orphans)) if each is not None]
     latest = max(memories, key=lambda memory: (memory.generations, memory.spawned), default=None)
-    generations = max([latest.generations if latest else 0, *(each.generation for each in survivors)])
-    spawned = max([latest.spawned if latest else 0, *(each.worker for each in survivors)])
-    for survivor in survivors:
-        if not survivor.worker and (number := numbers.get(survivor.pid)):
-            survivor.worker = number
-        elif not survivor.worker:
+    generations = max([latest.generations if latest else 0, *(each.generation for each in orphans)])
+    spawned = max([latest.spawned if latest else 0, *(each.worker for each in orphans)])
+    for orphan in orphans:
+        if not orphan.worker and (number := numbers.get(orphan.pid)):
+            orphan.worker = number
+        elif not orphan.worker:
             spawned += 1
-            survivor.worker = spawned
-    ordered = tuple(sorted(survivors, key=lambda each: each.worker))
+            orphan.worker = spawned
+    ordered = tuple(sorted(orphans, key=lambda each: each.worker))
     options = [each.launch.options.workers for each in ordered if each.launch]
     wanted = latest.wanted if latest else max(options, default=0)
     found = Found(ordered, wanted, generations, spawned, latest.favoured if latest else 0)
     return replace(found, generation=service.surviving(found.workers, max(1, wanted), found.favoured))
 
 
-def _gather(found: Found, carried: Mapping[str, socket.socket], directory: str) -> None:
+def _gather(found: Found, inherited: Mapping[str, socket.socket], directory: str) -> None:
     """One socket for each listener, however many duplicates of it there are."""
-    known = {os.fstat(listener.fileno()).st_ino: listener for listener in carried.values()}
-    if carried:
-        found.listeners[found.going] = dict(carried)
-    for survivor in found.survivors:
-        for address, listener in survivor.listeners.items():
+    known = {os.fstat(listener.fileno()).st_ino: listener for listener in inherited.values()}
+    if inherited:
+        found.listeners[found.going] = dict(inherited)
+    for orphan in found.orphans:
+        for address, listener in orphan.listeners.items():
             kept = known.setdefault(os.fstat(listener.fileno()).st_ino, listener)
             if kept is not listener:
                 listener.close()
-            survivor.listeners[address] = kept
-            found.listeners.setdefault(survivor.generation, {}).setdefault(address, kept)
-    silent = [each for each in found.survivors if each.phase is not Phase.DRAINING and not each.has_answered]
+            orphan.listeners[address] = kept
+            found.listeners.setdefault(orphan.generation, {}).setdefault(address, kept)
+    silent = [each for each in found.orphans if each.phase is not Phase.DRAINING and not each.has_answered]
     if silent and not found.listeners:
         pids = " ".join(str(each.pid) for each in silent)
         raise ControlError(
@@ -224,17 +224,17 @@ def _gather(found: Found, carried: Mapping[str, socket.socket], directory: str) 
         found.listeners[found.going] = dict(found.listeners[max(found.listeners)])
 
 
-def _started(directory: str) -> dict[tuple[int, int], Survivor]:
+def _started(directory: str) -> dict[tuple[int, int], Orphan]:
     """Processes that were started to be workers of this service, whether they listen yet or not."""
-    found: dict[tuple[int, int], Survivor] = {}
+    found: dict[tuple[int, int], Orphan] = {}
     for pid in procfs.leaders_with("NOTIFY_SOCKET", os.path.join(directory, "notify.sock")):
         with Containing("survey", worker_pid=pid):  # its environment may be anything
-            if (survivor := _survivor(pid, directory)) is not None:
-                found.setdefault((survivor.generation, survivor.worker or -pid), survivor)
+            if (orphan := _orphan(pid, directory)) is not None:
+                found.setdefault((orphan.generation, orphan.worker or -pid), orphan)
     return found
 
 
-def _survivor(pid: int, directory: str) -> Survivor | None:
+def _orphan(pid: int, directory: str) -> Orphan | None:
     """What a process was started to be, by its environment; None if that is no worker."""
     environment = procfs.environment(pid)
     generation = int(environment.get("HOTPORT_GENERATION", "0"))
@@ -244,10 +244,10 @@ def _survivor(pid: int, directory: str) -> Survivor | None:
         except msgspec.MsgspecError:  # another version's: then it has to say itself who it is
             return None
         path = os.path.join(directory, worker_socket(generation, spec.worker))
-        return Survivor(spec.worker, generation, pid, path, launch=_launch(pid, spec, environment))
+        return Orphan(spec.worker, generation, pid, path, launch=_launch(pid, spec, environment))
     if environment.get("LISTEN_PID") != str(pid):  # started by such a program, in a group of its own
         return None
-    return Survivor(0, generation, pid, "", is_foreign=True, phase=Phase.SERVING)
+    return Orphan(0, generation, pid, "", is_foreign=True, phase=Phase.SERVING)
 
 
 def _launch(pid: int, spec: WorkerSpec, environment: Mapping[str, str]) -> Launch | None:
@@ -258,65 +258,65 @@ def _launch(pid: int, spec: WorkerSpec, environment: Mapping[str, str]) -> Launc
     return Launch(spec.options, python, directory, kept) if python and directory else None
 
 
-async def _ask(survivor: Survivor) -> None:
+async def _ask(orphan: Orphan) -> None:
     """Who it is, how far it is, and its listeners; nothing of it is known if it does not answer in time."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.setblocking(False)
         try:
-            sock.connect(survivor.control_path)
+            sock.connect(orphan.control_path)
             check_peer(sock)
         except FileNotFoundError:  # started, but it does not listen yet
             return
         except PermissionError as error:
-            get_logger("hotport.supervisor").warning("worker.refused", path=survivor.control_path, error=str(error))
+            get_logger("hotport.supervisor").warning("worker.refused", path=orphan.control_path, error=str(error))
             return
         except OSError:  # ECONNREFUSED: killed, like its supervisor; EAGAIN: it is stuck, and has been for long
-            if not survivor.pid:
+            if not orphan.pid:
                 with suppress(FileNotFoundError):
-                    os.unlink(survivor.control_path)
+                    os.unlink(orphan.control_path)
             return
         # Who listens is the worker, whoever else has its environment; 0: it is in another pid namespace.
-        survivor.pid = peer_credentials(sock)[0] or survivor.pid
+        orphan.pid = peer_credentials(sock)[0] or orphan.pid
         has_spoken = False
         with suppress(OSError):  # ECONNRESET, EPIPE: it ends just now
             sock.send(encode_frame(encode(ListenersOrder())))
             decoder, received = FrameDecoder(), list[socket.socket]()
             data = b"?"
-            while data and not survivor.has_answered:
+            while data and not orphan.has_answered:
                 await anyio.wait_readable(sock)
                 data, descriptors = receive_descriptors(sock, 65536)
                 received += [inherited_listener(fd, is_in_use=True) for fd in descriptors]
                 for word in [decode(payload, Word) for payload in decoder.feed(data)]:
                     if isinstance(word, Hello):
-                        _believe(survivor, word)
+                        _believe(orphan, word)
                         has_spoken = True
                     elif isinstance(word, Listening):
-                        survivor.listeners = dict(zip(word.addresses, received, strict=True))
-                        survivor.has_answered = True
+                        orphan.listeners = dict(zip(word.addresses, received, strict=True))
+                        orphan.has_answered = True
         if not has_spoken:
-            survivor.phase = Phase.DRAINING
+            orphan.phase = Phase.DRAINING
 
 
-def _believe(survivor: Survivor, hello: Hello) -> None:
+def _believe(orphan: Orphan, hello: Hello) -> None:
     if hello.protocol != PROTOCOL:
         raise ControlError(
             "HP650",
-            f"cannot supervise worker {survivor.worker} (pid {survivor.pid})",
+            f"cannot supervise worker {orphan.worker} (pid {orphan.pid})",
             cause=f"it speaks version {hello.protocol} of the control protocol, and this hotport version {PROTOCOL}",
-            fix=f"serve with the hotport that started it, or kill {survivor.pid} first",
+            fix=f"serve with the hotport that started it, or kill {orphan.pid} first",
         )
-    survivor.phase = _PHASES.get(hello.phase, Phase.DRAINING)
-    survivor.memory = hello.memory
+    orphan.phase = _PHASES.get(hello.phase, Phase.DRAINING)
+    orphan.memory = hello.memory
 
 
-def _take(survivor: Survivor) -> None:
+def _take(orphan: Orphan) -> None:
     """Listeners of a process that does not answer, or has no way to: straight from its table of descriptors."""
-    environment = procfs.environment(survivor.pid)
+    environment = procfs.environment(orphan.pid)
     with suppress(OSError, HotportError):  # not permitted, or gone
-        pidfd = os.pidfd_open(survivor.pid)
+        pidfd = os.pidfd_open(orphan.pid)
         try:
-            for fd, name in parse_listen_environment(environment, survivor.pid):
+            for fd, name in parse_listen_environment(environment, orphan.pid):
                 listener = inherited_listener(duplicate_descriptor(pidfd, fd), is_in_use=True)
-                survivor.listeners[str(parse_listener_name(name))] = listener
+                orphan.listeners[str(parse_listener_name(name))] = listener
         finally:
             os.close(pidfd)

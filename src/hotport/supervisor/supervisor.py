@@ -39,7 +39,7 @@ from hotport.supervisor.news import Publisher, until
 from hotport.supervisor.process import Process
 from hotport.supervisor.recovery import Found
 from hotport.supervisor.timers import Timers
-from hotport.wire.messages import Committed, parse_worker_socket
+from hotport.wire.messages import TakenOver, parse_worker_socket
 
 __all__ = ["StatusPort", "Supervisor"]
 
@@ -217,14 +217,14 @@ class Supervisor:
 
     def _asked_of(self, found: Found) -> dict[int, tuple[str, ...]]:
         """The addresses of each generation as its options name them."""
-        asked = {each.generation: each.launch.options.bind for each in found.survivors if each.launch is not None}
+        asked = {each.generation: each.launch.options.bind for each in found.orphans if each.launch is not None}
         return {found.going: self.options.bind, **asked}
 
     def _prepare_launches(self) -> None:
         found = self._found
-        for survivor in found.survivors:
-            if survivor.launch is not None:
-                self._launches.setdefault(survivor.generation, survivor.launch)
+        for orphan in found.orphans:
+            if orphan.launch is not None:
+                self._launches.setdefault(orphan.generation, orphan.launch)
         if found.going not in self._launches:
             self._launches[found.going] = Launch.resolve(self.options, self.surroundings)
         self.options = self._launches[found.going].options
@@ -233,9 +233,9 @@ class Supervisor:
         """Begin: with the first generation, or with what is left of the last supervisor's."""
         found = self._found
         phases = {worker.id: worker.phase for worker in found.workers}
-        for survivor in found.survivors:
-            with Containing("worker.adopt", worker=survivor.worker):
-                self.fleet.adopt(survivor, phases.get(survivor.worker))
+        for orphan in found.orphans:
+            with Containing("worker.adopt", worker=orphan.worker):
+                self.fleet.adopt(orphan, phases.get(orphan.worker))
         workers = tuple(worker for worker in found.workers if worker.id in self.fleet.processes)
         wanted = found.wanted or self.options.workers
         self.input(inputs.Adopt(workers, wanted, found.generations, found.spawned, found.favoured))
@@ -259,7 +259,7 @@ class Supervisor:
         self.is_succeeded = True
         self.owned.share_files(self.listeners)
 
-    def end_hand_over(self, commit: Committed | None) -> None:
+    def end_hand_over(self, commit: TakenOver | None) -> None:
         """End the service here if the other supervisor's workers accept; continue without a commit."""
         self.owned.own_files()
         if commit is None:

@@ -14,7 +14,6 @@ import os
 import socket
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from typing import Any, Final
 
 import anyio
@@ -27,24 +26,24 @@ from hotport.kernel.sockets import check_peer, inherited_listener
 from hotport.model.lifecycle import Phase
 from hotport.observe.logs import get_logger
 from hotport.supervisor.contain import retried
+from hotport.supervisor.inheritance import Inheritance
 from hotport.supervisor.supervisor import StatusPort, Supervisor
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import (
     PROTOCOL,
-    Committed,
     Done,
     DrainOrder,
-    Estate,
     Failure,
-    Memory,
+    HandOver,
     Reply,
+    TakenOver,
     TakeOverRequest,
     decode,
     encode,
     parse_worker_socket,
 )
 
-__all__ = ["Predecessor", "ask_predecessor", "hand_over", "retire"]
+__all__ = ["hand_over", "retire", "take_over"]
 
 #: A supervisor is only ever between two steps: it answers at once.
 ANSWER_TIMEOUT_S: Final = 10.0
@@ -78,7 +77,7 @@ async def hand_over(
     _check(supervisor, request)
     status = supervisor.status_port
     supervisor.begin_hand_over()
-    estate = Estate(
+    answer = HandOver(
         version=__version__,
         memory=supervisor.fleet.memory,
         bind=supervisor.options.bind,
@@ -87,12 +86,12 @@ async def hand_over(
         status_address=status.address if status else "",
     )
     log.info("take_over.began", version=request.version)
-    committed: list[Committed] = []
+    committed: list[TakenOver] = []
     failure: Exception | None = None
     try:
         listeners = [*supervisor.listeners.values(), *([status.listener] if status else [])]
         descriptors = [lock, *(listener.fileno() for listener in listeners)]
-        send_descriptors(stream.extra(SocketAttribute.raw_socket), encode_frame(encode(estate)), descriptors)
+        send_descriptors(stream.extra(SocketAttribute.raw_socket), encode_frame(encode(answer)), descriptors)
         await retried("take_over.commit", _read_commit, stream, FrameDecoder(), committed)
     except OSError as error:
         log.warning("take_over.failed", error=str(error))
@@ -112,10 +111,10 @@ async def hand_over(
     return Done(detail="retired", exit_code=supervisor.exit_code)
 
 
-async def _read_commit(stream: SocketStream, decoder: FrameDecoder, committed: list[Committed]) -> None:
+async def _read_commit(stream: SocketStream, decoder: FrameDecoder, committed: list[TakenOver]) -> None:
     try:
         while not committed:
-            committed += [decode(payload, Committed) for payload in decoder.feed(await stream.receive())]
+            committed += [decode(payload, TakenOver) for payload in decoder.feed(await stream.receive())]
     except (OSError, ControlError, anyio.BrokenResourceError, anyio.EndOfStream) as error:
         log.warning("take_over.failed", error=str(error) or "the other supervisor is gone")
 
@@ -146,40 +145,13 @@ def _refused(code: str, supervisor: Supervisor, cause: str, fix: str) -> Restart
 # -- the new supervisor -------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class Predecessor:
-    """The supervisor that has given us its listeners.
-
-    Attributes:
-        lock: Descriptor of the runtime directory's lock.
-        bind: Its addresses as its options name them.
-        listeners: By canonical address.
-        status_port: Where it answers health checks, and goes on to until our workers serve.
-
-    Descriptors: owns none of them; `connection` is closed by `retire`, or by whoever gives up.
-    """
-
-    connection: socket.socket
-    version: str
-    memory: Memory
-    lock: int
-    bind: tuple[str, ...]
-    listeners: dict[str, socket.socket]
-    status_port: StatusPort | None = None
-
-    def listener(self, text: str) -> tuple[str, socket.socket] | None:
-        """Its listener of an address as our options name it."""
-        for named, (address, listener) in zip(self.bind, self.listeners.items(), strict=False):
-            if text in (named, address):
-                return address, listener
-        return None
-
-
-def ask_predecessor(directory: str, name: str) -> Predecessor:
+def take_over(directory: str, name: str) -> Inheritance:
     """Take the listeners of the supervisor that runs this service.
 
+    Until `retire` it can still continue, and does so when the connection is closed.
+
     Raises:
-        ControlError: It refuses (its own code), or does not answer (HP656). It goes on.
+        ControlError: It refuses (its own code), or does not answer (HP656). It continues.
 
     Descriptors: the caller owns what is in the result.
     """
@@ -208,7 +180,7 @@ def ask_predecessor(directory: str, name: str) -> Predecessor:
         reply = replies[0]
         if isinstance(reply, Failure):
             raise reply.error()
-        assert isinstance(reply, Estate), reply
+        assert isinstance(reply, HandOver), reply
         connection.setblocking(False)
         lock, *fds = descriptors
         status = None
@@ -218,23 +190,24 @@ def ask_predecessor(directory: str, name: str) -> Predecessor:
             address: inherited_listener(fd, is_in_use=True) for address, fd in zip(reply.addresses, fds, strict=True)
         }
         stack.pop_all()
-    return Predecessor(connection, reply.version, reply.memory, lock, reply.bind, listeners, status)
+    return Inheritance(reply.version, reply.memory, lock, listeners, reply.bind, status, connection)
 
 
-async def retire(predecessor: Predecessor, supervisor: Supervisor) -> None:
-    """Wait until our workers serve, tell the predecessor so, and see it off.
+async def retire(inheritance: Inheritance, supervisor: Supervisor) -> None:
+    """Wait until our workers serve, tell the predecessor so, and wait until it has left.
 
-    If it dies meanwhile, its workers, which nobody supervises any more, are told to drain by us.
+    If it dies meanwhile, its workers, which have no supervisor then, are told to drain by us.
     """
+    assert inheritance.predecessor is not None
     await retried("take_over.wait", _wait_serving, supervisor)
     workers = _serving(supervisor)
     supervisor.owned.own_files()
     said: list[bytes] = []
-    with predecessor.connection as connection, suppress(OSError):
-        connection.send(encode_frame(encode(Committed(workers=workers, addresses=tuple(supervisor.listeners)))))
+    with inheritance.predecessor as connection, suppress(OSError):
+        connection.send(encode_frame(encode(TakenOver(workers=workers, addresses=tuple(supervisor.listeners)))))
         await retried("take_over.retire", _read_to_end, connection, said)
-    log.info("take_over.done", predecessor=predecessor.version, has_retired=bool(said))
-    own = predecessor.memory.generations
+    log.info("take_over.done", predecessor=inheritance.version, has_retired=bool(said))
+    own = inheritance.memory.generations
     await retried("take_over.drain", _drain_orphans, supervisor, lambda generation: generation <= own)
 
 
