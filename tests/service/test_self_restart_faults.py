@@ -35,7 +35,7 @@ BEFORE_HANDOFF = (
 #: Where the process that restarts itself dies, once there is a successor.
 OF_THE_OLD = (
     "hotport.embedded.server:Successor.ready",
-    "hotport.embedded.successor:Channel",
+    "hotport.embedded.successor:Channel.connect",
     "hotport.embedded.server:Successor.commit",
     "hotport.worker.server:ConnectionServer.quiesce",
     "hotport.worker.server:ConnectionServer.drain",

@@ -55,3 +55,16 @@ def test_stream_that_ends_inside_a_frame_is_an_error(cut: int) -> None:
     assert decoder.feed(encode_frame(b"abc")[:cut]) == []
     with pytest.raises(FrameError, match="HP611"):
         decoder.finish()
+
+
+def test_decoder_knows_how_much_of_the_next_payload_is_missing() -> None:
+    """What comes behind a message may be no message: it is not to be read with it."""
+    frame = encode_frame(b"payload")
+    decoder = FrameDecoder()
+    assert decoder.missing_bytes == 4
+    assert decoder.feed(frame[:3]) == []
+    assert decoder.missing_bytes == 1
+    assert decoder.feed(frame[3:6]) == []
+    assert decoder.missing_bytes == 5
+    assert decoder.feed(frame[6:]) == [b"payload"]
+    assert decoder.missing_bytes == 4

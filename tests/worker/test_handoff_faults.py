@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
+from hotport import channel as channel_module
 from hotport.adapters.base import NotAdopted
+from hotport.channel import Channel
 from hotport.errors import ControlError
 from hotport.wire.envelope import ENVELOPE_VERSION, Ack, Envelope, Frame, HttpState, decode_batch, encode_frame
 from hotport.wire.frames import encode_frame as encode_message_frame
 from hotport.wire.messages import OfferOrder, Welcome, encode
 from hotport.worker import handoff
-from hotport.worker.handoff import Channel
 from tests.adapters.asgi_support import Client, until
 from tests.support import STRANGER
 from tests.worker.handoff_support import DEADLINE_S, Generation, Successor, service
@@ -185,7 +186,7 @@ async def test_unexpected_error_with_one_successor_keeps_no_connection_from_the_
             raise LookupError("a bug of ours")
         return path
 
-    monkeypatch.setattr(handoff, "sockaddr", sockaddr)
+    monkeypatch.setattr(channel_module, "sockaddr", sockaddr)
     app = App()
     async with service(tmp_path) as port:
         old = await port.start(app)

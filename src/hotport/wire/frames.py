@@ -72,6 +72,13 @@ class FrameDecoder:
         del buffer[:start]
         return payloads
 
+    @property
+    def missing_bytes(self) -> int:
+        """How many bytes the next payload still lacks, as far as is known: first those of its header."""
+        if len(self._buffer) < _HEADER_BYTES:
+            return _HEADER_BYTES - len(self._buffer)
+        return _HEADER_BYTES + int.from_bytes(self._buffer[:_HEADER_BYTES], "big") - len(self._buffer)
+
     def finish(self) -> None:
         """The stream has ended.
 

@@ -14,6 +14,7 @@ from hotport.adapters.base import Adapter, Connections, Context
 from hotport.adapters.datagram import DatagramAdapter, Datagrams
 from hotport.adapters.sockets import SocketsAdapter
 from hotport.adapters.target import kind_of, make_adapter
+from hotport.channel import Channel
 from hotport.errors import StartError
 from hotport.observe.logs import get_shared_logger
 from hotport.options import Options
@@ -21,7 +22,7 @@ from hotport.trust import Trusted
 from hotport.wire.messages import worker_socket
 from hotport.worker import background
 from hotport.worker.acceptor import Acceptor
-from hotport.worker.handoff import Channel, Mover, take_connections
+from hotport.worker.handoff import Mover, take_connections
 from hotport.worker.probe import probe
 from hotport.worker.tls import Tls
 

@@ -25,13 +25,13 @@ import msgspec
 import hotport
 from hotport.adapters.base import Connection, Connections, Context
 from hotport.adapters.target import load_target
+from hotport.channel import Channel
 from hotport.errors import ControlError, ExitCode, HotportError, KernelError, StartError
 from hotport.kernel.fds import private_directory
 from hotport.kernel.fork import withhold
 from hotport.kernel.inotify import Watch
 from hotport.kernel.notify import notify
 from hotport.kernel.process import numbers, open_descriptors, raise_descriptor_limit, rss_bytes
-from hotport.kernel.scm import send_descriptors
 from hotport.kernel.sockets import (
     as_sockets,
     bind_control,
@@ -81,7 +81,6 @@ from hotport.wire.messages import (
 )
 from hotport.wire.sdnotify import encode_notification
 from hotport.worker import background
-from hotport.worker.handoff import Channel
 from hotport.worker.lag import LagMeter
 from hotport.worker.pressure import Pressure
 from hotport.worker.server import ConnectionServer, Server, make_server
@@ -483,7 +482,7 @@ class Worker:
             case RememberOrder(memory=memory):
                 self._memory = memory
             case ListenersOrder():
-                self._pass_listeners(peer)
+                await self._pass_listeners(Channel(peer.detach()))
             case TransferOrder():
                 self._take_listeners(order, peer)
             case ProbeOrder() if self._server is not None:
@@ -537,16 +536,14 @@ class Worker:
             return
         background.start("handoff", self._server.take(channel, version, sender), self._beside)
 
-    def _pass_listeners(self, peer: _Peer) -> None:
-        """To whoever supervises from now on: duplicates of the listeners that are still open."""
+    async def _pass_listeners(self, channel: Channel) -> None:
+        """Send the next supervisor duplicates of the listeners that are still open."""
         if isinstance(self._server, ConnectionServer):
             listeners = self._server.held()
         else:
             listeners = {name: sock.fileno() for name, sock in self._listeners.items() if sock.fileno() >= 0}
-        word = encode_frame(encode(Listening(addresses=tuple(listeners))))
-        # Nothing but a Hello has gone this way: it is not full. Whoever is gone does not need them any more.
-        with peer.detach() as sock, suppress(OSError):
-            send_descriptors(sock, word, list(listeners.values()))
+        with channel, suppress(OSError):  # it has ended: then it does not need them any more
+            await channel.say(Listening(addresses=tuple(listeners)), list(listeners.values()))
 
     def _take_listeners(self, order: TransferOrder, peer: _Peer) -> None:
         """Listeners come, on a control connection that carries nothing else from here on."""
@@ -557,12 +554,12 @@ class Worker:
         try:
             if self._server is None or self._leaving.is_set():
                 return
-            await channel.send(encode_frame(encode(Welcome(room=count))))
+            await channel.say(Welcome(room=count))
             async with asyncio.timeout(TRANSFER_TIMEOUT_S):
                 sockets = as_sockets(await channel.receive_descriptors(count))
             listeners = dict(zip(order.addresses, sockets, strict=False))
             await self._server.adopt(listeners, sockets[len(listeners) :])
-            await channel.send(encode_frame(encode(Transferred(count=count))))
+            await channel.say(Transferred(count=count))
         except (OSError, EOFError) as error:  # who sends has all of them still
             self._log.warning("transfer.failed", error=str(error) or type(error).__name__)
         finally:
@@ -659,7 +656,6 @@ class _Peer(asyncio.Protocol):
         """Go on with the connection as a socket: nothing is read or written here any more."""
         assert self._transport is not None
         sock = socket.socket(fileno=os.dup(self.fileno()))
-        sock.setblocking(False)
         self._transport.abort()
         self._worker.peer_left(self)
         return sock
