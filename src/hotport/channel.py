@@ -14,16 +14,20 @@ from typing import Any, Final
 
 from hotport.kernel.abstract import sockaddr
 from hotport.kernel.fork import withhold
-from hotport.kernel.scm import DescriptorsLostError, receive_what_fits, send_descriptors
-from hotport.kernel.sockets import check_peer
+from hotport.kernel.scm import DESCRIPTORS_MAX, receive_descriptors, send_descriptors
+from hotport.kernel.sockets import check_peer, peer_credentials
 from hotport.wire.envelope import HEADER_BYTES, Frame, parse_header
 from hotport.wire.frames import FRAME_BYTES_MAX, FrameDecoder, encode_frame
 from hotport.wire.messages import Reply, Word, decode, encode
 
-__all__ = ["Channel", "exchange"]
+__all__ = ["Channel", "DescriptorsLostError", "exchange"]
 
 #: How much of a frame is read at once.
 PIECE_BYTES: Final = 256 * 1024
+
+
+class DescriptorsLostError(OSError):
+    """This process has no room for all descriptors of a message; the sender has all of them still."""
 
 
 class Channel:
@@ -65,6 +69,11 @@ class Channel:
             raise
         return cls(sock)
 
+    @property
+    def peer(self) -> tuple[int, int]:
+        """The pid and uid of the process at the other end; see `peer_credentials`."""
+        return peer_credentials(self._sock)[:2]
+
     def descriptors(self) -> tuple[int, ...]:
         """What a forked child must not have."""
         return (self._sock.fileno(), *self._descriptors)
@@ -75,7 +84,27 @@ class Channel:
         Raises:
             OSError: As in `send`.
         """
+        await asyncio.sleep(0)  # each message is a point at which others run, and at which this can be cancelled
         await self.send(encode_frame(encode(message)), descriptors)
+
+    async def ask(self, message: Any, kind: Any) -> Any:
+        """Send a control message and return the answer, one of the closed set `kind`.
+
+        Raises:
+            EOFError, OSError, ControlError: As in `receive_word`.
+        """
+        await self.say(message)
+        return await self.receive_word(kind)
+
+    async def send_descriptors(self, descriptors: Sequence[int]) -> None:
+        """Send descriptors, one byte with as many as travel at once; the peer calls `receive_descriptors`.
+
+        Raises:
+            OSError: As in `send`.
+        """
+        await asyncio.sleep(0)
+        for start in range(0, len(descriptors), DESCRIPTORS_MAX):
+            await self.send(b"d", descriptors[start : start + DESCRIPTORS_MAX])
 
     async def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
         """Send all of it; the descriptors leave with the first byte, and stay open here.
@@ -113,28 +142,42 @@ class Channel:
             EOFError, OSError: As in `receive_frame`.
             ControlError: What came is no such message.
         """
+        await asyncio.sleep(0)  # a peer that talks without a pause must not occupy the event loop
         decoder = FrameDecoder(frame_bytes_max)
         while not (payloads := decoder.feed(await self._receive(decoder.missing_bytes))):
             pass
         return decode(payloads[0], kind)
 
     async def receive_descriptors(self, count: int) -> list[int]:
-        """So many descriptors, the caller's to close, that came with a message or come with one byte each.
+        """So many descriptors, the caller's to close, that come with messages of one byte each.
 
         Raises:
-            EOFError, OSError: As in `receive_frame`; DescriptorsLostError: this process is out of descriptors.
+            EOFError, OSError: As in `receive_frame`.
+            DescriptorsLostError: This process is out of descriptors.
         """
-        while len(self._descriptors) < count:
-            if self.has_lost:
-                raise DescriptorsLostError("out of descriptors: a message did not arrive whole")
+        while len(self._descriptors) < count and not self.has_lost:
             await self._receive(1)
+        return self.take_descriptors()
+
+    def take_descriptors(self) -> list[int]:
+        """Those that came with the last message, the caller's to close.
+
+        Raises:
+            DescriptorsLostError: This process is out of descriptors.
+        """
+        if self.has_lost:
+            raise DescriptorsLostError("out of descriptors: a message did not arrive whole")
         return self._take_descriptors()
 
-    async def wait_closed(self) -> None:
-        """Wait until the peer has closed; drop what it still says."""
+    async def wait_closed(self) -> bool:
+        """Wait until the peer has closed; drop what it says, and return whether it has said anything."""
+        has_spoken = False
         with suppress(EOFError, OSError):
             while True:
-                await self._receive(1)
+                await asyncio.sleep(0)
+                await self._receive_some(PIECE_BYTES)
+                has_spoken = True
+        return has_spoken
 
     def fileno(self) -> int:
         """The connection's descriptor; -1 once it is closed."""
@@ -157,11 +200,16 @@ class Channel:
         return descriptors
 
     async def _receive(self, size: int) -> bytes:
-        data = b""
         parts = []
         while size:
+            parts.append(await self._receive_some(size))
+            size -= len(parts[-1])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _receive_some(self, size: int) -> bytes:
+        while True:
             try:
-                data, descriptors, is_whole = receive_what_fits(self._sock, min(size, PIECE_BYTES))
+                data, descriptors, is_whole = receive_descriptors(self._sock, min(size, PIECE_BYTES))
             except BlockingIOError:
                 loop = asyncio.get_running_loop()
                 await self._wait(loop.add_reader, loop.remove_reader)
@@ -170,9 +218,7 @@ class Channel:
             self.has_lost |= not is_whole
             if not data:
                 raise EOFError("the peer has closed")
-            parts.append(data)
-            size -= len(data)
-        return data if len(parts) == 1 else b"".join(parts)
+            return data
 
     async def _wait(self, add: Callable[..., object], remove: Callable[..., object]) -> None:
         is_ready = asyncio.Event()

@@ -23,7 +23,6 @@ from hotport.options import WORKERS_MAX, service_name
 from hotport.options.loading import Loaded, load
 from hotport.supervisor.contain import Containing, contained, retried
 from hotport.supervisor.control import serve_control
-from hotport.supervisor.inheritance import Inheritance
 from hotport.supervisor.keeper import keep_files
 from hotport.supervisor.launch import Surroundings
 from hotport.supervisor.manager import Manager
@@ -196,7 +195,9 @@ async def _supervise(supervisor: Supervisor, startup: Startup, upgrade: Upgrade)
         tasks.start_soon(retried, "control", serve_control, supervisor, startup.rundir, upgrade)
         async with anyio.create_task_group() as until_the_end:
             until_the_end.start_soon(retried, "signals", _handle_signals, supervisor, upgrade, until_the_end)
-            until_the_end.start_soon(contained, "succession", _succeed, supervisor, startup.inheritance)
+            if (inheritance := startup.inheritance) is not None:
+                complete = retire if startup.has_predecessor else report
+                until_the_end.start_soon(contained, "succession", complete, inheritance, supervisor)
             until_the_end.start_soon(retried, "status_port", _answer_probes, supervisor, startup)
             until_the_end.start_soon(retried, "files", keep_files, supervisor, startup.rundir)
             await supervisor.run()
@@ -207,17 +208,6 @@ async def _supervise(supervisor: Supervisor, startup: Startup, upgrade: Upgrade)
             until_the_end.cancel_scope.cancel()
     if not supervisor.is_departing:
         log.info("service.ended", exit_code=supervisor.exit_code)
-
-
-async def _succeed(supervisor: Supervisor, inheritance: Inheritance | None) -> None:
-    """Complete the upgrade or the take-over that has made us the supervisor."""
-    if inheritance is None:
-        return
-    if inheritance.predecessor is not None:
-        await retire(inheritance, supervisor)
-        return
-    await retried("succession", supervisor.begun.wait)
-    get_logger("hotport.supervisor").info("supervisor.upgraded", detail=report(inheritance, supervisor))
 
 
 _SIGNALS: Final = numbers(HELD | TERMINATING)

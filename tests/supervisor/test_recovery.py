@@ -57,10 +57,10 @@ async def test_another_users_socket_is_no_worker(tmp_path: Path, monkeypatch: py
     (tmp_path / "worker-1.1.sock").unlink()
 
 
-def test_nothing_is_taken_over_from_another_users_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nothing_is_taken_over_from_another_users_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hotport.kernel.sockets.peer_credentials", lambda sock: STRANGER)
     with bind_control(str(tmp_path / "control.sock")), pytest.raises(ControlError, match="HP656") as refused:
-        take_over(str(tmp_path), "svc")
+        await take_over(str(tmp_path), "svc")
     assert "another user listens (pid 4242 of uid 65534)" in refused.value.cause
     (tmp_path / "control.sock").unlink()
 

@@ -437,36 +437,6 @@ async def test_connection_that_is_cut_while_it_stands_still_gets_no_answer_from_
         successor.channel.close()
 
 
-async def test_channel_that_is_closed_closes_what_has_come_and_was_not_taken() -> None:
-    left, right = socket.socketpair()
-    left.setblocking(False)
-    right.setblocking(False)
-    sender, receiver = Channel(left), Channel(right)
-    reading, writing = os.pipe()
-    await sender.send(b"\1\0\0", [writing])
-    os.close(writing)
-    sender.close()
-    with pytest.raises(EOFError):
-        await receiver.receive_frame()
-    receiver.close()
-    assert os.read(reading, 1) == b""  # nobody has the other end any more
-    os.close(reading)
-
-
-async def test_frame_that_is_larger_than_the_sockets_buffer_arrives_whole() -> None:
-    left, right = socket.socketpair()
-    left.setblocking(False)
-    right.setblocking(False)
-    sender, receiver = Channel(left), Channel(right)
-    envelope = Envelope(None, None, False, b"x" * (3 << 20), HttpState(True, 0.0))
-    task = asyncio.ensure_future(sender.send(encode_frame(Frame.BATCH, [envelope])))
-    kind, payload, _ = await receiver.receive_frame()
-    await task
-    assert (kind, decode_batch(payload)) == (Frame.BATCH, [envelope])
-    sender.close()
-    receiver.close()
-
-
 def test_an_unknown_frame_is_a_control_error() -> None:
     with pytest.raises(ControlError, match="HP220 cannot understand another worker's connections"):
         decode_batch(b"\xc1")

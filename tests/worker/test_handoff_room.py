@@ -227,7 +227,7 @@ async def test_connections_that_the_kernel_had_no_descriptors_for_stay_until_it_
     cut: list[int] = []
 
     def receive(sock: socket.socket, size: int) -> scm.Received:
-        found = scm.receive_what_fits(sock, size)
+        found = scm.receive_descriptors(sock, size)
         if len(found.descriptors) < 20 or cut:
             return found
         cut.append(len(found.descriptors))
@@ -235,7 +235,7 @@ async def test_connections_that_the_kernel_had_no_descriptors_for_stay_until_it_
             os.close(fd)
         return scm.Received(found.data, found.descriptors[:20], False)
 
-    monkeypatch.setattr(channel, "receive_what_fits", receive)
+    monkeypatch.setattr(channel, "receive_descriptors", receive)
     async with crowd(tmp_path, App(), 30) as found:
         new = await found.port.start(App())
         leaving = leave(found.old, new)

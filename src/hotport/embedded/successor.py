@@ -163,8 +163,7 @@ class Successor:
         """
         try:
             async with asyncio.timeout(COMMIT_TIMEOUT_S):
-                await channel.say(CommitOrder(connections=connections))
-                answer = await channel.receive_word(Committed)
+                answer = await channel.ask(CommitOrder(connections=connections), Committed)
             assert isinstance(answer, Committed)
             return answer
         except TimeoutError:

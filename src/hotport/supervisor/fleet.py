@@ -137,7 +137,6 @@ class Fleet:
     def descriptors(self) -> Iterator[int]:
         """What a forked child must not have."""
         yield from (sock.fileno() for sock in (self.notify_socket, *self._left))
-        yield from (process.descriptor for process in self.processes.values())
 
     def close(self) -> None:
         """Close the notify socket, and connections that no worker has taken."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass, field
 
+from hotport.channel import Channel
 from hotport.supervisor.supervisor import StatusPort
 from hotport.wire.messages import Memory
 
@@ -38,11 +39,11 @@ class Inheritance:
     listeners: dict[str, socket.socket]
     bind: tuple[str, ...] = ()
     status_port: StatusPort | None = None
-    predecessor: socket.socket | None = None
+    predecessor: Channel | None = None
     paths: tuple[socket.socket, socket.socket] | None = None
     service: str = ""
     numbers: dict[int, int] = field(default_factory=dict)
-    client: socket.socket | None = None
+    client: Channel | None = None
     began_s: float = 0.0
 
     def close(self) -> None:

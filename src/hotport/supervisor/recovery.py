@@ -17,17 +17,16 @@ import anyio
 import msgspec
 
 from hotport.address import parse_listener_name
+from hotport.channel import Channel
 from hotport.errors import ControlError, HotportError
 from hotport.kernel import procfs
 from hotport.kernel.process import duplicate_descriptor
-from hotport.kernel.scm import receive_descriptors
-from hotport.kernel.sockets import check_peer, inherited_listener, peer_credentials
+from hotport.kernel.sockets import inherited_listener
 from hotport.model import lifecycle, service
 from hotport.model.lifecycle import Phase
 from hotport.observe.logs import get_logger
 from hotport.supervisor.contain import Containing
 from hotport.supervisor.launch import PRIVATE_VARIABLES, Launch
-from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.listenfds import parse_listen_environment
 from hotport.wire.messages import (
     PROTOCOL,
@@ -35,10 +34,7 @@ from hotport.wire.messages import (
     ListenersOrder,
     Listening,
     Memory,
-    Word,
     WorkerSpec,
-    decode,
-    encode,
     parse_worker_socket,
     worker_socket,
 )
@@ -260,41 +256,36 @@ def _launch(pid: int, spec: WorkerSpec, environment: Mapping[str, str]) -> Launc
 
 async def _ask(orphan: Orphan) -> None:
     """Who it is, how far it is, and its listeners; nothing of it is known if it does not answer in time."""
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.setblocking(False)
-        try:
-            sock.connect(orphan.control_path)
-            check_peer(sock)
-        except FileNotFoundError:  # started, but it does not listen yet
-            return
-        except PermissionError as error:
-            get_logger("hotport.supervisor").warning("worker.refused", path=orphan.control_path, error=str(error))
-            return
-        except OSError:  # ECONNREFUSED: killed, like its supervisor; EAGAIN: it is stuck, and has been for long
-            if not orphan.pid:
-                with suppress(FileNotFoundError):
-                    os.unlink(orphan.control_path)
-            return
-        # Who listens is the worker, whoever else has its environment; 0: it is in another pid namespace.
-        orphan.pid = peer_credentials(sock)[0] or orphan.pid
-        has_spoken = False
-        with suppress(OSError):  # ECONNRESET, EPIPE: it ends just now
-            sock.send(encode_frame(encode(ListenersOrder())))
-            decoder, received = FrameDecoder(), list[socket.socket]()
-            data = b"?"
-            while data and not orphan.has_answered:
-                await anyio.wait_readable(sock)
-                data, descriptors = receive_descriptors(sock, 65536)
-                received += [inherited_listener(fd, is_in_use=True) for fd in descriptors]
-                for word in [decode(payload, Word) for payload in decoder.feed(data)]:
-                    if isinstance(word, Hello):
-                        _believe(orphan, word)
-                        has_spoken = True
-                    elif isinstance(word, Listening):
-                        orphan.listeners = dict(zip(word.addresses, received, strict=True))
-                        orphan.has_answered = True
-        if not has_spoken:
-            orphan.phase = Phase.DRAINING
+    try:
+        channel = Channel.connect(orphan.control_path)
+    except FileNotFoundError:  # started, but it does not listen yet
+        return
+    except PermissionError as error:
+        get_logger("hotport.supervisor").warning("worker.refused", path=orphan.control_path, error=str(error))
+        return
+    except OSError:  # ECONNREFUSED: killed, like its supervisor; EAGAIN: it is stuck, and has been for long
+        if not orphan.pid:
+            with suppress(FileNotFoundError):
+                os.unlink(orphan.control_path)
+        return
+    # Who listens is the worker, whoever else has its environment; 0: it is in another pid namespace.
+    orphan.pid = channel.peer[0] or orphan.pid
+    has_spoken = False
+    with channel, suppress(EOFError, OSError):  # it ends just now
+        await channel.say(ListenersOrder())
+        while not orphan.has_answered:
+            match await channel.receive_word():
+                case Hello() as hello:
+                    _believe(orphan, hello)
+                    has_spoken = True
+                case Listening(addresses=addresses):
+                    listeners = [inherited_listener(fd, is_in_use=True) for fd in channel.take_descriptors()]
+                    orphan.listeners = dict(zip(addresses, listeners, strict=True))
+                    orphan.has_answered = True
+                case _:
+                    pass
+    if not has_spoken:
+        orphan.phase = Phase.DRAINING
 
 
 def _believe(orphan: Orphan, hello: Hello) -> None:

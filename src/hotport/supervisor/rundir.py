@@ -57,7 +57,7 @@ class RuntimeDirectory:
         """What a forked child must not have: it would keep the lock for as long as it runs."""
         return self.lock, self.control.fileno()
 
-    def reclaim(self, supervisor: Supervisor) -> None:
+    async def reclaim(self, supervisor: Supervisor) -> None:
         """Bind the sockets again: another supervisor had put its own there, and has ended."""
         self._bind_notify(supervisor)
         self._bind_control()

@@ -110,7 +110,7 @@ def start_up(
             cause=f"another supervisor has locked {directory}",
             fix=f"hotport restart {name}, or start this one with --take-over or with another --name",
         )
-    inheritance = take_over(directory, name)
+    inheritance = anyio.run(take_over, directory, name)
     stack.callback(inheritance.close)
     rundir = RuntimeDirectory.create(directory, inheritance.lock, stack)
     stack.callback(rundir.close)

@@ -11,24 +11,22 @@ two containers, so none is used.
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from typing import Any, Final
+from typing import Final
 
 import anyio
-from anyio.abc import SocketAttribute, SocketStream
 
 from hotport import __version__
+from hotport.channel import Channel
 from hotport.errors import ControlError, RestartError
-from hotport.kernel.scm import DescriptorsLostError, receive_descriptors, send_descriptors
-from hotport.kernel.sockets import check_peer, inherited_listener
+from hotport.kernel.sockets import inherited_listener
 from hotport.model.lifecycle import Phase
 from hotport.observe.logs import get_logger
 from hotport.supervisor.contain import retried
 from hotport.supervisor.inheritance import Inheritance
+from hotport.supervisor.rundir import RuntimeDirectory
 from hotport.supervisor.supervisor import StatusPort, Supervisor
-from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import (
     PROTOCOL,
     Done,
@@ -38,8 +36,6 @@ from hotport.wire.messages import (
     Reply,
     TakenOver,
     TakeOverRequest,
-    decode,
-    encode,
     parse_worker_socket,
 )
 
@@ -55,24 +51,15 @@ log = get_logger("hotport.takeover")
 
 
 async def hand_over(
-    supervisor: Supervisor,
-    request: TakeOverRequest,
-    stream: SocketStream,
-    lock: int,
-    reclaim: Callable[[], Awaitable[None]],
+    supervisor: Supervisor, request: TakeOverRequest, channel: Channel, rundir: RuntimeDirectory
 ) -> Done | None:
-    """Give the listeners to another supervisor, and leave when its workers accept.
-
-    Args:
-        lock: Of the runtime directory; a duplicate goes.
-        reclaim: Awaited when the other one is gone without having committed: the paths in the runtime directory are
-            the other's by then.
+    """Give the listeners and the lock to another supervisor, and leave when its workers accept.
 
     Returns:
         The last word to the newcomer; None if it is not there any more.
 
     Raises:
-        RestartError: It is refused: another protocol (HP654), or there is something else going on (HP655).
+        RestartError: It is refused: another protocol (HP654), or a restart, stop or take-over is in progress (HP655).
     """
     _check(supervisor, request)
     status = supervisor.status_port
@@ -85,14 +72,14 @@ async def hand_over(
         status_bind=status.bind if status else "",
         status_address=status.address if status else "",
     )
-    log.info("take_over.began", version=request.version)
     committed: list[TakenOver] = []
     failure: Exception | None = None
     try:
         listeners = [*supervisor.listeners.values(), *([status.listener] if status else [])]
-        descriptors = [lock, *(listener.fileno() for listener in listeners)]
-        send_descriptors(stream.extra(SocketAttribute.raw_socket), encode_frame(encode(answer)), descriptors)
-        await retried("take_over.commit", _read_commit, stream, FrameDecoder(), committed)
+        descriptors = [rundir.lock, *(listener.fileno() for listener in listeners)]
+        await channel.say(answer, descriptors)
+        log.info("take_over.began", version=request.version)
+        await retried("take_over.commit", _read_commit, channel, committed)
     except OSError as error:
         log.warning("take_over.failed", error=str(error))
     except Exception as error:  # this supervisor goes on all the same, and the other one is told
@@ -102,7 +89,7 @@ async def hand_over(
         own = supervisor.service.generations
         # Some of its workers may accept already. They are not waited for: this conversation has no client any more.
         supervisor.start("take_over.drain", _drain_orphans, supervisor, lambda generation: generation > own)
-        await retried("take_over.reclaim", reclaim)
+        await retried("take_over.reclaim", rundir.reclaim, supervisor)
         if failure is not None:
             raise failure
         return None
@@ -111,12 +98,13 @@ async def hand_over(
     return Done(detail="retired", exit_code=supervisor.exit_code)
 
 
-async def _read_commit(stream: SocketStream, decoder: FrameDecoder, committed: list[TakenOver]) -> None:
+async def _read_commit(channel: Channel, committed: list[TakenOver]) -> None:
     try:
-        while not committed:
-            committed += [decode(payload, TakenOver) for payload in decoder.feed(await stream.receive())]
-    except (OSError, ControlError, anyio.BrokenResourceError, anyio.EndOfStream) as error:
-        log.warning("take_over.failed", error=str(error) or "the other supervisor is gone")
+        committed.append(await channel.receive_word(TakenOver))
+    except (EOFError, OSError):
+        log.warning("take_over.failed", error="the other supervisor is gone")
+    except ControlError as error:
+        log.warning("take_over.failed", error=str(error))
 
 
 def _check(supervisor: Supervisor, request: TakeOverRequest) -> None:
@@ -145,7 +133,7 @@ def _refused(code: str, supervisor: Supervisor, cause: str, fix: str) -> Restart
 # -- the new supervisor -------------------------------------------------------------------------------------
 
 
-def take_over(directory: str, name: str) -> Inheritance:
+async def take_over(directory: str, name: str) -> Inheritance:
     """Take the listeners of the supervisor that runs this service.
 
     Until `retire` it can still continue, and does so when the connection is closed.
@@ -156,32 +144,22 @@ def take_over(directory: str, name: str) -> Inheritance:
     Descriptors: the caller owns what is in the result.
     """
     with ExitStack() as stack:
-        connection = stack.enter_context(socket.socket(socket.AF_UNIX))
-        connection.settimeout(ANSWER_TIMEOUT_S)
-        decoder, descriptors, replies = FrameDecoder(), list[int](), list[Any]()
-        stack.callback(lambda: list(map(os.close, descriptors)))
         try:
-            connection.connect(os.path.join(directory, "control.sock"))
-            check_peer(connection)
-            connection.sendall(encode_frame(encode(TakeOverRequest(version=__version__))))
-            while not replies:
-                data, received = receive_descriptors(connection, 65536)
-                descriptors += received
-                if not data:
-                    raise ConnectionResetError(0, "it closed the connection")
-                replies = [decode(payload, Reply) for payload in decoder.feed(data)]
-        except (OSError, DescriptorsLostError) as error:
+            with anyio.fail_after(ANSWER_TIMEOUT_S):
+                channel = stack.enter_context(Channel.connect(os.path.join(directory, "control.sock")))
+                reply = await channel.ask(TakeOverRequest(version=__version__), Reply)
+                descriptors = channel.take_descriptors()
+        except (OSError, EOFError) as error:
             raise ControlError(
                 "HP656",
                 f"cannot take over {name}",
-                cause=f"its supervisor does not give its listeners: {error.strerror or error}",
+                cause=f"its supervisor does not give its listeners: {_why(error)}",
                 fix=f"hotport status {name}",
             ) from error
-        reply = replies[0]
+        stack.callback(lambda: list(map(os.close, descriptors)))
         if isinstance(reply, Failure):
             raise reply.error()
         assert isinstance(reply, HandOver), reply
-        connection.setblocking(False)
         lock, *fds = descriptors
         status = None
         if reply.status_bind:
@@ -190,7 +168,13 @@ def take_over(directory: str, name: str) -> Inheritance:
             address: inherited_listener(fd, is_in_use=True) for address, fd in zip(reply.addresses, fds, strict=True)
         }
         stack.pop_all()
-    return Inheritance(reply.version, reply.memory, lock, listeners, reply.bind, status, connection)
+    return Inheritance(reply.version, reply.memory, lock, listeners, reply.bind, status, channel)
+
+
+def _why(error: OSError | EOFError) -> str:
+    if isinstance(error, EOFError):
+        return "it closed the connection"
+    return "it did not answer in time" if isinstance(error, TimeoutError) else error.strerror or str(error)
 
 
 async def retire(inheritance: Inheritance, supervisor: Supervisor) -> None:
@@ -202,11 +186,18 @@ async def retire(inheritance: Inheritance, supervisor: Supervisor) -> None:
     await retried("take_over.wait", _wait_serving, supervisor)
     workers = _serving(supervisor)
     supervisor.owned.own_files()
-    said: list[bytes] = []
-    with inheritance.predecessor as connection, suppress(OSError):
-        connection.send(encode_frame(encode(TakenOver(workers=workers, addresses=tuple(supervisor.listeners)))))
-        await retried("take_over.retire", _read_to_end, connection, said)
-    log.info("take_over.done", predecessor=inheritance.version, has_retired=bool(said))
+    commit = TakenOver(workers=workers, addresses=tuple(supervisor.listeners))
+    has_retired = False
+
+    async def commit_and_wait() -> None:
+        nonlocal has_retired
+        with suppress(OSError):
+            await predecessor.say(commit)
+            has_retired = await predecessor.wait_closed()
+
+    with inheritance.predecessor as predecessor:
+        await retried("take_over.retire", commit_and_wait)
+    log.info("take_over.done", predecessor=inheritance.version, has_retired=has_retired)
     own = inheritance.memory.generations
     await retried("take_over.drain", _drain_orphans, supervisor, lambda generation: generation <= own)
 
@@ -214,16 +205,6 @@ async def retire(inheritance: Inheritance, supervisor: Supervisor) -> None:
 async def _wait_serving(supervisor: Supervisor) -> None:
     while len(supervisor.service.ids(Phase.SERVING)) < supervisor.service.wanted:
         await supervisor.wait_stepped()
-
-
-async def _read_to_end(sock: socket.socket, said: list[bytes]) -> None:
-    """Note whatever comes until the other side has closed."""
-    with suppress(OSError):
-        while True:
-            await anyio.wait_readable(sock)
-            if not (data := sock.recv(65536)):
-                return
-            said.append(data)
 
 
 def _serving(supervisor: Supervisor) -> tuple[str, ...]:
@@ -240,19 +221,17 @@ async def _drain_orphans(supervisor: Supervisor, is_other: Callable[[int], bool]
     """
     options = supervisor.options
     paths = tuple(os.path.join(supervisor.directory, name) for name in _serving(supervisor))
-    order = encode_frame(encode(DrainOrder(timeout_s=options.drain_timeout_s, successors=paths)))
+    order = DrainOrder(timeout_s=options.drain_timeout_s, successors=paths)
 
     async def drain(path: str) -> None:
-        with socket.socket(socket.AF_UNIX) as sock, anyio.move_on_after(options.drain_timeout_s + ANSWER_TIMEOUT_S):
-            sock.setblocking(False)
+        with anyio.move_on_after(options.drain_timeout_s + ANSWER_TIMEOUT_S):
             try:
-                sock.connect(path)
-                check_peer(sock)
-                sock.send(order)
-                log.info("take_over.draining", worker=os.path.basename(path))
-                await retried("take_over.drain", _read_to_end, sock, [])
+                with Channel.connect(path) as channel:
+                    await channel.say(order)
+                    log.info("take_over.draining", worker=os.path.basename(path))
+                    await retried("take_over.drain", channel.wait_closed)
             except ConnectionRefusedError:
-                with suppress(FileNotFoundError):  # somebody else has removed it meanwhile
+                with suppress(FileNotFoundError):  # another process has removed it meanwhile
                     os.unlink(path)
             except OSError as error:
                 log.warning("take_over.unreachable", worker=os.path.basename(path), error=str(error))

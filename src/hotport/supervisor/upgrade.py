@@ -21,15 +21,16 @@ import anyio
 import msgspec
 
 from hotport import __version__
+from hotport.channel import Channel
 from hotport.errors import ExitCode, RestartError
 from hotport.kernel.fork import withhold
 from hotport.kernel.sockets import inherited_listener
 from hotport.model.effects import Refusal
 from hotport.observe import logs
+from hotport.supervisor.contain import retried
 from hotport.supervisor.inheritance import Inheritance
 from hotport.supervisor.rundir import RuntimeDirectory
 from hotport.supervisor.supervisor import StatusPort, Supervisor
-from hotport.wire.frames import encode_frame
 from hotport.wire.listenfds import LISTEN_VARIABLES
 from hotport.wire.messages import PROTOCOL, Done, Memory, encode
 
@@ -107,7 +108,7 @@ class Upgrade:
         """What a forked child must not have."""
         return () if self._client is None else (self._client.fileno(),)
 
-    async def begin(self, python: str | None, client: socket.socket | None = None) -> None:
+    async def begin(self, python: str | None, client: Channel | None = None) -> None:
         """Try the next supervisor out, and let this one depart.
 
         Args:
@@ -313,20 +314,20 @@ def inherit(environ: Mapping[str, str], pid: int) -> Inheritance | None:
         paths=(control, notify),
         service=passed.service,
         numbers=passed.numbers,
-        client=socket.socket(fileno=passed.client) if passed.client is not None else None,
+        client=Channel(socket.socket(fileno=passed.client)) if passed.client is not None else None,
         began_s=passed.began_s,
     )
 
 
-def report(inheritance: Inheritance, supervisor: Supervisor) -> str:
-    """Describe the upgrade in one line, and send that to the client that waits for it."""
+async def report(inheritance: Inheritance, supervisor: Supervisor) -> None:
+    """Log the upgrade when the workers are adopted, and answer the client that waits for it."""
+    await retried("succession", supervisor.begun.wait)
     ms = (time.monotonic() - inheritance.began_s) * 1000
     text = (
         f"pid {os.getpid()} is {describe_self()} (was {inheritance.version}) after {ms:.0f} ms; "
         f"{len(supervisor.fleet.processes)} workers serve on"
     )
+    logs.get_logger("hotport.supervisor").info("supervisor.upgraded", detail=text)
     if inheritance.client is not None:
         with inheritance.client as client, suppress(OSError):  # it did not wait
-            client.setblocking(False)
-            client.send(encode_frame(encode(Done(detail=text))))
-    return text
+            await client.say(Done(detail=text))

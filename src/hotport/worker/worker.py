@@ -482,7 +482,7 @@ class Worker:
             case RememberOrder(memory=memory):
                 self._memory = memory
             case ListenersOrder():
-                await self._pass_listeners(Channel(peer.detach()))
+                background.start("listeners", self._pass_listeners(Channel(peer.detach())), self._beside)
             case TransferOrder():
                 self._take_listeners(order, peer)
             case ProbeOrder() if self._server is not None:
