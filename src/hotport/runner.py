@@ -25,7 +25,7 @@ from hotport.supervisor.contain import Containing, contained, retried
 from hotport.supervisor.control import serve_control
 from hotport.supervisor.keeper import keep_files
 from hotport.supervisor.launch import Surroundings
-from hotport.supervisor.manager import Manager
+from hotport.supervisor.manager import ServiceManager
 from hotport.supervisor.requests import restart, scale
 from hotport.supervisor.startup import Startup, open_status_port, start_up
 from hotport.supervisor.statusport import serve_status_port
@@ -135,7 +135,7 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
     with ExitStack() as stack:
         stack.enter_context(holding(numbers(HELD)))  # until they are handled, they would end this process
         stack.callback(discard, _SIGNALS)
-        manager = Manager(os.environ, os.getpid())
+        manager = ServiceManager(os.environ, os.getpid())
         stack.callback(manager.close)
         startup = start_up(name, options, manager, stack, inheritance, takes_over=takes_over)
         supervisor = Supervisor(

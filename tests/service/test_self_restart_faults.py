@@ -42,7 +42,7 @@ OF_THE_OLD = (
     "hotport.worker.handoff:Mover.follow",
     "hotport.worker.handoff:Mover._move",
     "hotport.worker.handoff:decode_ack",
-    "hotport.embedded.server:Manager.pass_to",
+    "hotport.embedded.server:Notifier.pass_to",
     "hotport.embedded.server:Restarted",
 )
 

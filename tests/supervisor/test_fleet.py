@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hotport.model.inputs import Clock, Expired
+from hotport.model.inputs import Clock, RecycleDue
 from hotport.options import Options
 from hotport.supervisor.fleet import Fleet
 from hotport.wire.messages import DrainOrder, ExpectOrder, HurryOrder, Inspection
@@ -93,7 +93,7 @@ def test_old_workers_that_accept_again_keep_room_for_what_comes_back() -> None:
 
 def test_worker_that_replaces_one_that_has_expired_keeps_room_for_it() -> None:
     world = World(2).run()
-    world.queue.append(Expired(1))
+    world.queue.append(RecycleDue(1))
     world.take()
     assert leaving(fleet_of(world), 3) == [1]
 

@@ -27,8 +27,8 @@ from hotport.supervisor import keeper
 from hotport.supervisor.control import serve_control
 from hotport.supervisor.keeper import keep_files
 from hotport.supervisor.launch import Surroundings
-from hotport.supervisor.manager import Manager
-from hotport.supervisor.process import Process
+from hotport.supervisor.manager import ServiceManager
+from hotport.supervisor.process import WorkerProcess
 from hotport.supervisor.recovery import Found
 from hotport.supervisor.rundir import RuntimeDirectory
 from hotport.supervisor.supervisor import StatusPort, Supervisor
@@ -53,7 +53,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper, "PAUSE_S", 0.0)
 
 
-class Worker(Process):
+class Worker(WorkerProcess):
     """One that notes its orders, and is no process."""
 
     ordered: list[Any] = []  # noqa: RUF012  of the only one, from its start
@@ -76,7 +76,7 @@ class Place:
         address = parse_address(f"unix:{self.socket}")
         self.address = str(address)
         made = Options(**{"target": "app:app", "bind": (self.address,), **options})
-        manager = Manager({}, os.getpid())
+        manager = ServiceManager({}, os.getpid())
         self.supervisor = Supervisor(
             "svc",
             str(self.directory),

@@ -16,7 +16,7 @@ import msgspec
 
 from hotport.address import UnixAddress, parse_address
 from hotport.channel import Channel
-from hotport.embedded.manager import Manager
+from hotport.embedded.manager import Notifier
 from hotport.errors import ControlError
 from hotport.kernel.abstract import bind_abstract
 from hotport.kernel.fork import withhold
@@ -53,7 +53,7 @@ class Predecessor:
     def __init__(self, spec: Succession, listeners: dict[int, socket.socket], pidfd: int | None) -> None:
         self.spec = spec
         self.over = asyncio.Event()
-        self.manager = Manager(spec.manager)
+        self.manager = Notifier(spec.manager)
         self._name = worker_socket(spec.generation - 1, 1)  # as it calls itself when it offers its connections
         self._listeners = listeners
         self._pidfd = pidfd

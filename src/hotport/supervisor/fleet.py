@@ -31,7 +31,7 @@ from hotport.supervisor.foreign import find_unaware
 from hotport.supervisor.launch import Launch
 from hotport.supervisor.listeners import Listeners
 from hotport.supervisor.news import Publisher
-from hotport.supervisor.process import Process
+from hotport.supervisor.process import WorkerProcess
 from hotport.supervisor.recovery import Orphan
 from hotport.wire.messages import (
     Accepting,
@@ -113,7 +113,7 @@ class Fleet:
         news: Publisher,
         mend: Callable[[], object],
     ) -> None:
-        self.processes: dict[int, Process] = {}
+        self.processes: dict[int, WorkerProcess] = {}
         self.notify_socket = notify_socket
         self.has_cut = False
         self._name = name
@@ -170,7 +170,7 @@ class Fleet:
             return
         path = os.path.join(self._directory, worker_socket(generation, worker))
         is_foreign = bool(launch.options.command)
-        process = Process(worker, generation, child, path, is_foreign=is_foreign)
+        process = WorkerProcess(worker, generation, child, path, is_foreign=is_foreign)
         process.held = set(listeners.values())
         self.processes[worker] = process
         self._log.info("worker.spawned", worker=worker, generation=generation, worker_pid=child.pid)
@@ -187,7 +187,7 @@ class Fleet:
             with suppress(OSError):
                 os.unlink(orphan.control_path)
             return
-        process = Process(
+        process = WorkerProcess(
             orphan.worker,
             orphan.generation,
             child,
@@ -203,7 +203,7 @@ class Fleet:
         if not process.is_foreign and os.path.exists(process.control_path):
             self._loop.keep("worker.conversation", process.converse, self._hear_word)
 
-    async def _examine(self, process: Process, after_s: float = 0.0) -> None:
+    async def _examine(self, process: WorkerProcess, after_s: float = 0.0) -> None:
         """Say if a foreign program does not know of its listeners: clients would wait on them for ever."""
         await anyio.sleep(after_s)  # one that cannot say that it is ready has bound by then what it binds
         if self.processes.get(process.worker) is not process:
@@ -219,7 +219,7 @@ class Fleet:
                 fix="start the program in place of its wrapper: -- sh -c 'exec PROGRAM ...'",
             )
 
-    async def _watch(self, process: Process) -> None:
+    async def _watch(self, process: WorkerProcess) -> None:
         await retried("worker.watch", process.wait_ended)
         with Containing("notifications"):
             self._read_notifications()  # while its pid is nobody else's
@@ -259,7 +259,7 @@ class Fleet:
         else:
             self._loop.start("transfer", self._give, process, AcceptOrder(), leaving)
 
-    def _leaving(self, worker: int) -> list[Process]:
+    def _leaving(self, worker: int) -> list[WorkerProcess]:
         """Workers whose connections move to one that is about to accept: it keeps room for them."""
         service, restart = self._service, self._service.restart
         if self._options.handoff == "off" or self._options.tls_cert or self._options.command or service.is_stopping:
@@ -275,11 +275,11 @@ class Fleet:
         found = (self.processes.get(number) for number in numbers - {worker, None} if number is not None)
         return [process for process in found if process is not None and process.is_talking]
 
-    async def _announce(self, process: Process, leaving: Sequence[Process]) -> None:
+    async def _announce(self, process: WorkerProcess, leaving: Sequence[WorkerProcess]) -> None:
         """Tell a worker for how many connections of others to keep room."""
         counts: dict[str, int] = {}
 
-        async def ask(other: Process) -> None:
+        async def ask(other: WorkerProcess) -> None:
             found = await other.ask(InspectOrder(), Inspection, COUNT_TIMEOUT_S)
             if found is not None and found.connections:
                 counts[os.path.basename(other.control_path)] = -(-found.connections // receivers)
@@ -303,12 +303,14 @@ class Fleet:
                     tasks.start_soon(self._give, process)
         self.close_unused()
 
-    def _missing(self, process: Process) -> dict[str, socket.socket]:
+    def _missing(self, process: WorkerProcess) -> dict[str, socket.socket]:
         """The listeners of a worker's generation that it has not got."""
         sockets = self._owned.sockets(process.generation)
         return {address: sock for address, sock in sockets.items() if sock not in process.held}
 
-    async def _give(self, process: Process, then: AcceptOrder | None = None, leaving: Sequence[Process] = ()) -> None:
+    async def _give(
+        self, process: WorkerProcess, then: AcceptOrder | None = None, leaving: Sequence[WorkerProcess] = ()
+    ) -> None:
         """Give a worker the listeners that it lacks, and connections that nobody has taken; then an order.
 
         If that fails there is no order, and the timer that bounds its answer decides.
@@ -442,7 +444,7 @@ class Fleet:
         else:
             process.signal(signal.SIGTERM)
 
-    def _abandoned(self, process: Process) -> dict[str, socket.socket]:
+    def _abandoned(self, process: WorkerProcess) -> dict[str, socket.socket]:
         """Listeners of a worker that leaves, at which no later generation accepts."""
         restart = self._service.restart
         generations = {self._service.generation, restart.generation if restart else 0} - {0}
@@ -540,7 +542,7 @@ class Fleet:
             finally:
                 os.close(pidfd)
 
-    def _process_of(self, pid: int) -> Process | None:
+    def _process_of(self, pid: int) -> WorkerProcess | None:
         """The worker that sent a notification: itself, or the leader of the sender's process group."""
         by_pid = {process.pid: process for process in self.processes.values()}
         if pid in by_pid:
@@ -549,7 +551,7 @@ class Fleet:
             return by_pid.get(os.getpgid(pid))
         return None
 
-    def _hear_notification(self, process: Process, said: Notification) -> None:
+    def _hear_notification(self, process: WorkerProcess, said: Notification) -> None:
         if said.status is not None:
             process.status = said.status
         if said.error is not None:
@@ -586,7 +588,7 @@ class Fleet:
                 self._news.reports.note(self._service.restart, worker, Event.QUIESCED, at_s)
                 self._loop.input(Said(worker, Event.QUIESCED))
             case Expired():
-                self._loop.input(inputs.Expired(worker))
+                self._loop.input(inputs.RecycleDue(worker))
             case Drained(fates=fates):
                 if process := self.processes.get(worker):
                     process.owes, process.has_cut = False, any(self._is_cut(fate) for fate in fates)

@@ -14,7 +14,7 @@ from hotport.model.service import Service
 from hotport.observe.logs import get_logger
 from hotport.options import Options, format_duration
 from hotport.supervisor.contain import Containing
-from hotport.supervisor.manager import Manager
+from hotport.supervisor.manager import ServiceManager
 from hotport.supervisor.reports import Reports
 from hotport.wire.messages import Report
 
@@ -34,7 +34,7 @@ class Publisher:
         reports: One for each restart.
     """
 
-    def __init__(self, name: str, manager: Manager) -> None:
+    def __init__(self, name: str, manager: ServiceManager) -> None:
         self.reports = Reports(name, overflows=queue_overflows)
         self.manager = manager
         self._name = name

@@ -32,7 +32,7 @@ from hotport.wire.messages import (
     encode,
 )
 
-__all__ = ["Process"]
+__all__ = ["WorkerProcess"]
 
 Answer = TypeVar("Answer", Inspection, TlsReloaded, Probed)
 
@@ -50,7 +50,7 @@ ASKED_MAX = 64
 RECONNECT_PAUSE_S = 0.1
 
 
-class Process:
+class WorkerProcess:
     """A worker that was started here, or was adopted.
 
     Attributes:

@@ -24,7 +24,7 @@ from hotport.model.steps import STEPS, Step
 from hotport.observe.logs import dropped, get_logger
 from hotport.options import Options
 from hotport.supervisor.launch import Launch
-from hotport.supervisor.process import Process
+from hotport.supervisor.process import WorkerProcess
 from hotport.supervisor.supervisor import Asked, Supervisor
 from hotport.wire.messages import (
     Inspection,
@@ -271,7 +271,7 @@ async def reload_tls(supervisor: Supervisor) -> TlsReport:
         )
     found: dict[int, WorkerTls] = {}
 
-    async def reload(process: Process, phase: Phase) -> None:
+    async def reload(process: WorkerProcess, phase: Phase) -> None:
         outcome, error = "starting", ""
         if phase is Phase.STARTING:
             process.order(ReloadTlsOrder())  # it may have read them; it gets the order when it can be talked to
@@ -316,7 +316,7 @@ async def describe(supervisor: Supervisor) -> Status:
     """The service as it is."""
     found: dict[int, Inspection | None] = {}
 
-    async def inspect(process: Process) -> None:
+    async def inspect(process: WorkerProcess) -> None:
         found[process.worker] = await process.ask(InspectOrder(), Inspection, INSPECT_TIMEOUT_S)
 
     async with anyio.create_task_group() as tasks:
@@ -363,7 +363,7 @@ def _describe_watch(supervisor: Supervisor) -> WatchStatus | None:
     return WatchStatus(generation=restart.generation, step=restart.step.value, left_s=left_s)
 
 
-def _describe_worker(process: Process, phase: Phase, seen: Inspection | None, now: float) -> WorkerStatus:
+def _describe_worker(process: WorkerProcess, phase: Phase, seen: Inspection | None, now: float) -> WorkerStatus:
     return WorkerStatus(
         worker=process.worker,
         generation=process.generation,

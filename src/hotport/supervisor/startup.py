@@ -33,7 +33,7 @@ from hotport.observe.logs import get_logger
 from hotport.options import Options, runtime_root
 from hotport.supervisor.inheritance import Inheritance
 from hotport.supervisor.listeners import listen
-from hotport.supervisor.manager import Manager
+from hotport.supervisor.manager import ServiceManager
 from hotport.supervisor.recovery import Found, survey
 from hotport.supervisor.rundir import RuntimeDirectory
 from hotport.supervisor.store import take_back
@@ -71,7 +71,7 @@ class Startup:
 def start_up(
     name: str,
     options: Options,
-    manager: Manager,
+    manager: ServiceManager,
     stack: ExitStack,
     inheritance: Inheritance | None,
     *,
@@ -177,7 +177,9 @@ def _directory(name: str) -> str:
     return directory
 
 
-def _listen(options: Options, manager: Manager, inheritance: Inheritance | None = None) -> dict[str, socket.socket]:
+def _listen(
+    options: Options, manager: ServiceManager, inheritance: Inheritance | None = None
+) -> dict[str, socket.socket]:
     """The listeners of a service, by canonical address; the caller owns them.
 
     They are inherited, or kept by the service manager, else new.
@@ -207,7 +209,7 @@ def _listen(options: Options, manager: Manager, inheritance: Inheritance | None 
     return listeners
 
 
-def _park(listeners: Mapping[str, socket.socket], options: Options, manager: Manager) -> None:
+def _park(listeners: Mapping[str, socket.socket], options: Options, manager: ServiceManager) -> None:
     """Have the service manager keep listeners that we have from elsewhere; what it has passed again is the same."""
     taken = take_back(options.bind, os.environ, backlog=options.backlog)
     for listener in taken.listeners.values():

@@ -34,9 +34,9 @@ from hotport.supervisor.fleet import Fleet
 from hotport.supervisor.health import watch_health
 from hotport.supervisor.launch import Launch, Surroundings
 from hotport.supervisor.listeners import Listener, Listeners
-from hotport.supervisor.manager import Manager
+from hotport.supervisor.manager import ServiceManager
 from hotport.supervisor.news import Publisher, until
-from hotport.supervisor.process import Process
+from hotport.supervisor.process import WorkerProcess
 from hotport.supervisor.recovery import Found
 from hotport.supervisor.timers import Timers
 from hotport.wire.messages import TakenOver, parse_worker_socket
@@ -110,7 +110,7 @@ class Supervisor:
         *,
         found: Found,
         read_options: Callable[[Path], Options],
-        manager: Manager,
+        manager: ServiceManager,
         mend: Callable[[Supervisor], object] = lambda supervisor: None,
     ) -> None:
         self.name = name
@@ -455,7 +455,7 @@ class Supervisor:
     def _watch_health(self, restart: Restart) -> None:
         """Look at the new workers of a restart until it leaves its step."""
 
-        def workers() -> list[Process]:
+        def workers() -> list[WorkerProcess]:
             now = self.service.restart
             if now is None or (now.generation, now.step, now.new) != (restart.generation, restart.step, restart.new):
                 return []
