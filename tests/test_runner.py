@@ -97,7 +97,7 @@ class Supervised:
         self.request(f"scale {workers - self.service.wanted:+}", refusal(self.service, is_restart=False))
 
     async def begin(self, *_: Any) -> None:
-        self.request("upgrade", Supervisor.what_goes_on.fget(self))  # type: ignore[attr-defined]
+        self.request("upgrade", Supervisor.why_busy.fget(self))  # type: ignore[attr-defined]
 
 
 class Log:

@@ -1,6 +1,8 @@
 """Conversations between processes of one service: messages in frames, and descriptors, over a unix socket.
 
-Whoever waits for an answer bounds that with a timeout of the event loop; a conversation has no clock of its own.
+A channel has no timeout of its own: the caller bounds each wait with one of the event loop.
+
+Sources: unix(7), SCM_RIGHTS and SO_PEERCRED.
 """
 
 from __future__ import annotations
@@ -239,10 +241,10 @@ def exchange(sock: socket.socket, request: Any) -> Iterator[Any]:
         OSError: No answer came within the timeout of `sock`.
         ControlError: What came is no reply.
     """
-    with suppress(BrokenPipeError):  # it refuses some before they have spoken; its answer is there to be read
+    with suppress(BrokenPipeError):  # it refuses some clients before they have sent anything; its answer can be read
         sock.sendall(encode_frame(encode(request)))
     decoder = FrameDecoder()
-    with suppress(ConnectionResetError):  # gone without a word, or without having heard all of ours
+    with suppress(ConnectionResetError):  # it has ended, perhaps without having read the request
         while data := sock.recv(65536):
             for payload in decoder.feed(data):
                 yield decode(payload, Reply)

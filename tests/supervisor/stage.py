@@ -147,7 +147,7 @@ class Stage:
             while data := sock.recv(65536):
                 yield from (decode(reply, Reply) for reply in decoder.feed(data))
 
-    def lose_heir(self) -> None:
+    def lose_successor(self) -> None:
         """Take the service over, and leave before having committed; return when the supervisor has its paths again."""
         path = self.runtime / "control.sock"
         before = path.stat().st_ino

@@ -153,7 +153,7 @@ def act(stage: Stage) -> None:
                 if isinstance(reply, Progress) and reply.event in ("restart.baking", "restart.watching"):
                     break  # the next request ends it
     with suppress(OSError):
-        stage.lose_heir()
+        stage.lose_successor()
     for path in (b"/ready", b"/status"):
         with suppress(OSError):
             probe(stage, path)

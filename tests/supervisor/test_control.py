@@ -140,13 +140,13 @@ def test_nothing_is_left_open_after_take_overs_that_fail_restarts_and_upgrades(r
 
     def client(stage: Stage) -> None:
         stage.wait_serving()
-        stage.lose_heir()
+        stage.lose_successor()
         assert isinstance(stage.ask(RestartRequest()), Report)
         stage.wait_serving()
         before = descriptors()
         with Hammer(stage.port) as hammer:
             for _ in range(RESTARTS):
-                stage.lose_heir()
+                stage.lose_successor()
                 reply = stage.ask(RestartRequest())
                 assert isinstance(reply, Report), reply
                 assert isinstance(stage.ask(UpgradeRequest(python="/bin/false")), Failure)
@@ -166,7 +166,7 @@ def test_a_conversation_under_way_outlives_a_take_over_that_fails(run: Play) -> 
         stage.wait_serving()
         with socket.socket(socket.AF_UNIX) as silent:
             silent.connect(str(stage.runtime / "control.sock"))
-            stage.lose_heir()
+            stage.lose_successor()
             stage.wait_serving()
             payload = encode(StatusRequest())
             silent.sendall(len(payload).to_bytes(4, "big") + payload)

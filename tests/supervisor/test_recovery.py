@@ -46,7 +46,7 @@ async def ask(directory: Path, *, answers: bool) -> Found:
 async def test_worker_that_ends_while_it_is_asked_is_taken_to_leave(tmp_path: Path) -> None:
     found = await ask(tmp_path, answers=False)  # it took the next supervisor along, with ECONNRESET
     assert [(each.pid, each.phase) for each in found.orphans] == [(os.getpid(), Phase.DRAINING)]
-    assert found.going == 2
+    assert found.current == 2
 
 
 async def test_another_users_socket_is_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

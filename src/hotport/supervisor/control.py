@@ -43,10 +43,10 @@ from hotport.wire.messages import (
 
 __all__ = ["serve_control"]
 
-#: A request is short; whoever sends more does not speak our language.
+#: A request is short; a client that sends more does not speak the protocol.
 REQUEST_BYTES_MAX: Final = 64 * 1024
 
-#: How long somebody who has connected may take to say what is wanted.
+#: How long a client may take to send its request.
 REQUEST_TIMEOUT_S: Final = 5.0
 
 #: How long clients may take to read the last words of a service that has ended.
@@ -136,7 +136,7 @@ async def _converse(supervisor: Supervisor, channel: Channel, rundir: RuntimeDir
         reply = _failure(error)
     except _GONE:
         raise
-    except Exception as error:  # a bug of ours, and whoever asked must not wait for the answer
+    except Exception as error:  # a bug of ours, and the client must not wait for an answer
         failed = HotportError(
             "HP642",
             f"{supervisor.name} could not do this",

@@ -122,8 +122,8 @@ class Fleet:
         self._owned = owned
         self._news = news
         self._mend = mend
-        self._heirs: tuple[str, ...] = ()
-        self._left: list[socket.socket] = []  # connections that were taken from a queue, for the next that accepts
+        self._remote_successors: tuple[str, ...] = ()
+        self._unclaimed: list[socket.socket] = []  # accepted from a queue, for the next worker that accepts
         self._log = get_logger("hotport.supervisor")
 
     @property
@@ -136,12 +136,12 @@ class Fleet:
 
     def descriptors(self) -> Iterator[int]:
         """What a forked child must not have."""
-        yield from (sock.fileno() for sock in (self.notify_socket, *self._left))
+        yield from (sock.fileno() for sock in (self.notify_socket, *self._unclaimed))
 
     def close(self) -> None:
         """Close the notify socket, and connections that no worker has taken."""
         self.notify_socket.close()
-        for sock in self._left:
+        for sock in self._unclaimed:
             sock.close()
 
     # -- processes -----------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ class Fleet:
     async def _watch(self, process: WorkerProcess) -> None:
         await retried("worker.watch", process.wait_ended)
         with Containing("notifications"):
-            self._read_notifications()  # while its pid is nobody else's
+            self._read_notifications()  # while its pid is not used again
         why = "ended"
         with Containing("worker.collect", worker=process.worker):
             why = process.collect()
@@ -311,7 +311,7 @@ class Fleet:
     async def _give(
         self, process: WorkerProcess, then: AcceptOrder | None = None, leaving: Sequence[WorkerProcess] = ()
     ) -> None:
-        """Give a worker the listeners that it lacks, and connections that nobody has taken; then an order.
+        """Give a worker the listeners that it lacks, and accepted connections without a worker; then an order.
 
         If that fails there is no order, and the timer that bounds its answer decides.
         """
@@ -319,7 +319,7 @@ class Fleet:
         if process.released is not None:  # it must not close what it is given now
             await process.released.wait()
             process.released = None
-        accepted, self._left = self._left, []
+        accepted, self._unclaimed = self._unclaimed, []
         missing: dict[str, socket.socket] = {}
         try:
             self._owned.join(process.generation, self._options.backlog)
@@ -361,7 +361,7 @@ class Fleet:
             self._loop.input(inputs.Bound(f"worker {lingering[0]} still has a listener open", is_kept=True))
             return
         result = self._owned.rebind(old, generation, self._options.backlog)
-        self._left += result.accepted
+        self._unclaimed += result.accepted
         self._news.reports.rebound(generation, gap_s=result.gap_s, refused=result.refused, reset=result.reset)
         self._log.info("port.rebound", gap_us=round(result.gap_s * 1e6, 1), taken=len(result.accepted))
         self._loop.input(inputs.Bound(result.why))
@@ -374,7 +374,7 @@ class Fleet:
         """Send new connections to a generation's sockets (index 1), or to those before them (index 0)."""
         try:
             self._owned.steer(generation, index)
-        except OSError as error:  # what goes on coming to the old sockets is emptied before they are closed
+        except OSError as error:  # the queues of the old sockets are emptied before they are closed
             self._log.warning("port.not_steered", error=str(error))
 
     def close_unused(self) -> None:
@@ -385,8 +385,8 @@ class Fleet:
         if self._service.restart is not None:
             wanted.add(self._service.restart.generation)
         held = {sock for process in self.processes.values() for sock in process.held}
-        self._left += self._owned.keep(wanted, held)
-        if self._left and not (self._service.restart and self._service.restart.step is steps.Step.REBINDING):
+        self._unclaimed += self._owned.keep(wanted, held)
+        if self._unclaimed and not (self._service.restart and self._service.restart.step is steps.Step.REBINDING):
             serving = (self.processes.get(number) for number in reversed(self._service.ids(Phase.SERVING)))
             if process := next((each for each in serving if each is not None and each.is_talking), None):
                 self._loop.start("transfer", self._give, process)
@@ -458,7 +458,7 @@ class Fleet:
         there is no other.
         """
         if self._service.is_stopping:
-            return self._heirs
+            return self._remote_successors
         serving = [self._service.workers[number] for number in self._service.ids(Phase.SERVING) if number != leaving]
         restart, generations = self._service.restart, {worker.generation for worker in serving}
         going = self._service.favoured
@@ -492,7 +492,7 @@ class Fleet:
 
     def name_successors(self, paths: Sequence[str]) -> None:
         """Hand connections to the workers of another supervisor, with these control sockets, when the service stops."""
-        self._heirs = tuple(paths)
+        self._remote_successors = tuple(paths)
 
     @property
     def memory(self) -> Memory:
@@ -593,7 +593,7 @@ class Fleet:
                 if process := self.processes.get(worker):
                     process.owes, process.has_cut = False, any(self._is_cut(fate) for fate in fates)
                 self._news.reports.drained(worker, fates)
-            case TlsReloaded(error=error) if error:  # nobody waits: it was told while it started
+            case TlsReloaded(error=error) if error:  # no request waits for it: the order came while it started
                 self._log.warning("tls.kept", worker=worker, error=error)
             case _:
                 pass

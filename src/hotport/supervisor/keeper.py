@@ -1,7 +1,7 @@
-"""The files by which a service is found: noticed when they disappear, and made again.
+"""Restore the files by which a service is found when they disappear.
 
 The kernel tells when something is removed (`hotport.kernel.inotify`). Where it cannot, files are looked at when a
-worker is started, a restart begins, or somebody asks how the service is.
+worker is started, a restart begins, or a client asks for the status.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from hotport.supervisor.supervisor import StatusPort, Supervisor
 
 __all__ = ["keep_files"]
 
-#: Between two looks: whoever removes files in a loop must not keep the supervisor busy.
+#: Between two looks: a program that removes files in a loop must not keep the supervisor busy.
 PAUSE_S: Final = 0.1
 
-#: After an error that nobody expects.
+#: After an unexpected error.
 FAILED_PAUSE_S: Final = 10.0
 
 log = get_logger("hotport.supervisor")

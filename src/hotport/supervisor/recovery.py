@@ -1,7 +1,7 @@
-"""Workers whose supervisor is gone: found, asked, and their listeners taken back from them.
+"""Find the workers of a supervisor that has ended, and take listeners back from them.
 
-A supervisor keeps nothing that it could not learn again here; so this is how the next one begins, whether its
-predecessor was killed or has exec'ed itself.
+A supervisor keeps nothing that it could not learn again here; so every next supervisor begins here, whether the one
+before was killed or has exec'ed itself.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ _PHASES: Final = {phase.value: phase for phase in (Phase.STARTING, Phase.READY, 
 
 @dataclass(slots=True)
 class Orphan:
-    """A worker that somebody else has started.
+    """A worker that an earlier supervisor has started.
 
     Attributes:
-        phase: By its own word. A program of somebody else's is taken to serve.
+        phase: By its own word. A foreign program is taken to serve.
         launch: How it was started; None if that cannot be read.
         listeners: Duplicates of its own, by canonical address.
         has_answered: It has said which these are; if none, it has none.
@@ -101,7 +101,7 @@ class Found:
         return tuple(lifecycle.Worker(each.worker, each.generation, each.phase) for each in self.orphans)
 
     @property
-    def going(self) -> int:
+    def current(self) -> int:
         """The generation to continue with; the next one if none serves or starts."""
         current = (each.generation for each in self.orphans if each.phase is not Phase.DRAINING)
         return self.generation or max(current, default=self.generations + 1)
@@ -177,7 +177,7 @@ def _tidy(directory: str) -> None:
 
 
 def _number(orphans: Sequence[Orphan], memory: Memory | None, numbers: Mapping[int, int]) -> Found:
-    """Which generation and how many workers there should be, and the highest numbers that were given out."""
+    """Choose the generation to keep and the number of workers; number the workers that do not know theirs."""
     memories = [each for each in (memory, *(orphan.memory for orphan in orphans)) if each is not None]
     latest = max(memories, key=lambda memory: (memory.generations, memory.spawned), default=None)
     generations = max([latest.generations if latest else 0, *(each.generation for each in orphans)])
@@ -196,10 +196,10 @@ def _number(orphans: Sequence[Orphan], memory: Memory | None, numbers: Mapping[i
 
 
 def _gather(found: Found, inherited: Mapping[str, socket.socket], directory: str) -> None:
-    """One socket for each listener, however many duplicates of it there are."""
+    """Keep one socket for each listener; close its duplicates."""
     known = {os.fstat(listener.fileno()).st_ino: listener for listener in inherited.values()}
     if inherited:
-        found.listeners[found.going] = dict(inherited)
+        found.listeners[found.current] = dict(inherited)
     for orphan in found.orphans:
         for address, listener in orphan.listeners.items():
             kept = known.setdefault(os.fstat(listener.fileno()).st_ino, listener)
@@ -216,8 +216,8 @@ def _gather(found: Found, inherited: Mapping[str, socket.socket], directory: str
             cause=f"its workers (pid {pids.replace(' ', ', ')}) may have listeners, and give none of them back",
             fix=f"kill {pids}, and start it again",
         )
-    if found.listeners and found.going not in found.listeners:  # it has let go of them, for others to have them
-        found.listeners[found.going] = dict(found.listeners[max(found.listeners)])
+    if found.listeners and found.current not in found.listeners:  # it has released them for the next generation
+        found.listeners[found.current] = dict(found.listeners[max(found.listeners)])
 
 
 def _started(directory: str) -> dict[tuple[int, int], Orphan]:
@@ -255,7 +255,7 @@ def _launch(pid: int, spec: WorkerSpec, environment: Mapping[str, str]) -> Launc
 
 
 async def _ask(orphan: Orphan) -> None:
-    """Who it is, how far it is, and its listeners; nothing of it is known if it does not answer in time."""
+    """Ask a worker for its phase, what it remembers, and its listeners."""
     try:
         channel = Channel.connect(orphan.control_path)
     except FileNotFoundError:  # started, but it does not listen yet
@@ -268,7 +268,7 @@ async def _ask(orphan: Orphan) -> None:
             with suppress(FileNotFoundError):
                 os.unlink(orphan.control_path)
         return
-    # Who listens is the worker, whoever else has its environment; 0: it is in another pid namespace.
+    # The process that listens is the worker; others may have inherited its environment. 0: another pid namespace.
     orphan.pid = channel.peer[0] or orphan.pid
     has_spoken = False
     with channel, suppress(EOFError, OSError):  # it ends just now
@@ -301,7 +301,7 @@ def _believe(orphan: Orphan, hello: Hello) -> None:
 
 
 def _take(orphan: Orphan) -> None:
-    """Listeners of a process that does not answer, or has no way to: straight from its table of descriptors."""
+    """Duplicate the listeners of a process that does not answer, from its table of descriptors."""
     environment = procfs.environment(orphan.pid)
     with suppress(OSError, HotportError):  # not permitted, or gone
         pidfd = os.pidfd_open(orphan.pid)

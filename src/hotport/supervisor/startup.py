@@ -89,8 +89,8 @@ def start_up(
         stack.callback(rundir.close)
         stack.callback(inheritance.close)
         found = anyio.run(survey, directory, inheritance.memory, inheritance.numbers, inheritance.listeners)
-        reap_orphans({orphan.pid for orphan in found.orphans})  # nobody knows what has ended during the exec
-        _park(found.listeners[found.going], options, manager)
+        reap_orphans({orphan.pid for orphan in found.orphans})  # SIGCHLD of those that ended during the exec is lost
+        _park(found.listeners[found.current], options, manager)
         return Startup(rundir, found, inheritance)
     lock = lock_directory(directory)
     if lock is not None:
@@ -98,10 +98,10 @@ def start_up(
         stack.callback(rundir.close)
         found = anyio.run(survey, directory)
         _refuse_beside_another(name, directory, found)
-        if found.going in found.listeners:
-            _park(found.listeners[found.going], options, manager)
+        if found.current in found.listeners:
+            _park(found.listeners[found.current], options, manager)
         else:
-            found.listeners[found.going] = _listen(options, manager)
+            found.listeners[found.current] = _listen(options, manager)
         return Startup(rundir, found)
     if not takes_over:
         raise ConfigError(
@@ -116,7 +116,7 @@ def start_up(
     stack.callback(rundir.close)
     memory = inheritance.memory
     found = Found(generations=memory.generations, spawned=memory.spawned, shared=frozenset(inheritance.listeners))
-    listeners = found.listeners[found.going] = _listen(options, manager, inheritance)
+    listeners = found.listeners[found.current] = _listen(options, manager, inheritance)
     for address, listener in inheritance.listeners.items():
         if address not in listeners:
             listener.close()
@@ -222,7 +222,7 @@ def _park(listeners: Mapping[str, socket.socket], options: Options, manager: Ser
 def _bind_by(free_by_s: float, bind: Callable[[], tuple[str, socket.socket]]) -> tuple[str, socket.socket]:
     """Bind, and until `free_by_s` (on the monotonic clock) try again if the address is taken.
 
-    systemd closes what it removes from its store in a thread of its own, and nobody tells when that has happened
+    systemd closes what it removes from its store in a thread of its own, and sends no word when that has happened
     (``asynchronous_close`` in its source).
     """
     while True:

@@ -90,13 +90,13 @@ class Supervisor:
         notify_socket: Bound in `directory`; owned from here on.
         read_options: Reads the options again for each restart, from a directory; may raise ConfigError.
         manager: Hears of it, if this supervisor is itself supervised; the caller closes it.
-        found: What is left of the service's last supervisor, and the listeners; these are owned from here on.
+        found: Workers of an earlier supervisor, and the listeners; these are owned from here on.
         mend: Restores what has disappeared of the runtime directory; called before a worker is started in it.
 
     Attributes:
         is_departing: It ends without its workers: this process becomes another supervisor of them.
-        has_departed: It takes no input any more; until then, it stays if somebody asks for the end of the service.
-        begun: Set when there is a first worker, or what is left of a last supervisor's is known.
+        has_departed: It takes no input any more; until then, a request to stop the service keeps it.
+        begun: Set when the first worker was started, or those of an earlier supervisor are adopted.
         is_succeeded: Another process has the listeners, and the paths in `directory`.
     """
 
@@ -218,19 +218,19 @@ class Supervisor:
     def _asked_of(self, found: Found) -> dict[int, tuple[str, ...]]:
         """The addresses of each generation as its options name them."""
         asked = {each.generation: each.launch.options.bind for each in found.orphans if each.launch is not None}
-        return {found.going: self.options.bind, **asked}
+        return {found.current: self.options.bind, **asked}
 
     def _prepare_launches(self) -> None:
         found = self._found
         for orphan in found.orphans:
             if orphan.launch is not None:
                 self._launches.setdefault(orphan.generation, orphan.launch)
-        if found.going not in self._launches:
-            self._launches[found.going] = Launch.resolve(self.options, self.surroundings)
-        self.options = self._launches[found.going].options
+        if found.current not in self._launches:
+            self._launches[found.current] = Launch.resolve(self.options, self.surroundings)
+        self.options = self._launches[found.current].options
 
     def _adopt(self) -> None:
-        """Begin: with the first generation, or with what is left of the last supervisor's."""
+        """Begin with the first generation, or with the workers of an earlier supervisor."""
         found = self._found
         phases = {worker.id: worker.phase for worker in found.workers}
         for orphan in found.orphans:
@@ -241,8 +241,8 @@ class Supervisor:
         self.input(inputs.Adopt(workers, wanted, found.generations, found.spawned, found.favoured))
 
     @property
-    def what_goes_on(self) -> str:
-        """What has to be over before another supervisor can have the service; empty if nothing has."""
+    def why_busy(self) -> str:
+        """What must end before another supervisor can have the service; empty if it can have it now."""
         service = self.service
         if self.is_succeeded or self.is_departing:
             return "another supervisor is taking over"
@@ -496,7 +496,7 @@ class Supervisor:
 
 
 def _fix(name: str, refusal: effects.Refusal) -> str:
-    """What somebody can do whose request was refused."""
+    """The command that helps after a refusal."""
     match refusal:
         case effects.Refusal.WATCHED:
             return f"hotport undo {name}, or hotport undo --keep {name}"

@@ -1,8 +1,8 @@
-"""A service moves to another supervisor that is alive: other code, another environment, another container.
+"""Move a service to another live supervisor: other code, another environment, another container.
 
-The newcomer asks over the control socket and gets the listeners and the lock of the runtime directory. It starts a
-generation of its own beside the old one, and only when that accepts is the old supervisor told to drain and to leave.
-Until then the old one serves, and goes on as if nothing had been if the newcomer dies.
+The new supervisor asks over the control socket and gets the listeners and the lock of the runtime directory. It starts
+a generation beside the old one, and only when that accepts is the old supervisor told to drain and to leave. Until then
+the old one serves, and continues if the new one dies.
 
 Both supervisors share the runtime directory: connections are handed over through it. A process id means nothing between
 two containers, so none is used.
@@ -56,7 +56,7 @@ async def hand_over(
     """Give the listeners and the lock to another supervisor, and leave when its workers accept.
 
     Returns:
-        The last word to the newcomer; None if it is not there any more.
+        The last word to the new supervisor; None if it has ended.
 
     Raises:
         RestartError: It is refused: another protocol (HP654), or a restart, stop or take-over is in progress (HP655).
@@ -82,7 +82,7 @@ async def hand_over(
         await retried("take_over.commit", _read_commit, channel, committed)
     except OSError as error:
         log.warning("take_over.failed", error=str(error))
-    except Exception as error:  # this supervisor goes on all the same, and the other one is told
+    except Exception as error:  # this supervisor continues all the same, and the other one is told
         failure = error
     supervisor.end_hand_over(committed[0] if committed else None)
     if not committed:
@@ -116,7 +116,7 @@ def _check(supervisor: Supervisor, request: TakeOverRequest) -> None:
         raise _refused(
             "HP654", supervisor, cause, f"hotport upgrade {supervisor.name} first, or stop it and serve again"
         )
-    if cause := supervisor.what_goes_on:
+    if cause := supervisor.why_busy:
         raise _refused("HP655", supervisor, cause, f"hotport status {supervisor.name}, and try again")
 
 

@@ -1,7 +1,7 @@
-"""A supervisor becomes another one by exec: the same pid, new code, perhaps another interpreter; workers serve on.
+"""Upgrade a supervisor by exec: the same pid, new code, perhaps another interpreter, while its workers serve.
 
-The new one is tried out first, in a process of its own. What it could not learn from the workers goes with the exec as
-inherited descriptors and one variable.
+The new one is tried out first, in a process of its own. What it could not learn from the workers passes through the
+exec as inherited descriptors and one variable.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Upgrade:
 
     def _check(self) -> None:
         supervisor = self._supervisor
-        cause = supervisor.what_goes_on
+        cause = supervisor.why_busy
         if not cause and supervisor.service.is_lame_duck:
             cause = Refusal.LAME_DUCK.value
         if cause:
@@ -202,7 +202,7 @@ def describe_self() -> Identity:
 
 
 async def preflight(supervisor: Supervisor, python: str | None) -> list[str]:
-    """Let the new supervisor read its options and say who it is; nothing of the service is touched.
+    """Try the new supervisor out: it reads its options and says what it is; nothing of the service is touched.
 
     Args:
         python: Another interpreter; None for the one that this process was started with, as it is found now.
