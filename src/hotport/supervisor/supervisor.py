@@ -434,13 +434,7 @@ class Supervisor:
         """Put a request to the model and wait for its answer; raise RestartError if it is refused."""
         if self.is_succeeded or self.is_departing:
             self.owned.discard(asked.plan)
-            raise RestartError(
-                "HP410",
-                f"{self.name} does not take this request now",
-                cause=f"another supervisor is taking over; generation {self.service.generation} serves",
-                fix=f"hotport status {self.name}, and try again",
-                serving=self.service.generation,
-            )
+            raise self._refused("another supervisor is taking over", f"hotport status {self.name}, and try again")
         self._requests += 1
         self._asked[self._requests] = asked
         self.input(make(self._requests))
@@ -471,12 +465,16 @@ class Supervisor:
         """The error for a request that is not carried out."""
         last = self.news.reports.last_in_words() if refusal is effects.Refusal.NOTHING_TO_UNDO else ""
         number = f" (generation {generation})" if generation else ""
+        return self._refused(f"{refusal.value}{number}{last}", _fix(self.name, refusal))
+
+    def _refused(self, cause: str, fix: str) -> RestartError:
+        serving = self.service.generation
         return RestartError(
             "HP410",
             f"{self.name} does not take this request now",
-            cause=f"{refusal.value}{number}{last}; generation {self.service.generation} serves",
-            fix=_fix(self.name, refusal),
-            serving=self.service.generation,
+            cause=f"{cause}; generation {serving} serves",
+            fix=fix,
+            serving=serving,
         )
 
     def watched_for_s(self) -> float:
