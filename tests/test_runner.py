@@ -60,7 +60,7 @@ def moment(service: Service) -> Moment:
 
 
 class Supervised:
-    """Stands for a supervisor and its house; `done` is what it was asked for and did, `refused` what it did not."""
+    """Stands for a supervisor and its upgrade; `done` is what it was asked for and did, `refused` what it did not."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -70,8 +70,8 @@ class Supervised:
         self.asked = anyio.Event()
         self.has_departed = self.is_succeeded = self.is_departing = False
         self.owned = SimpleNamespace(lost=())
-        self.processes: dict[int, Any] = {}
-        self.manager = SimpleNamespace(refused=lambda why: None)
+        self.fleet = SimpleNamespace(processes={})
+        self.news = SimpleNamespace(manager=SimpleNamespace(refused=lambda why: None))
 
     def input(self, event: RequestStop) -> None:
         self.effects = self.step(event)
@@ -96,8 +96,8 @@ class Supervised:
     async def scale(self, _: Any, workers: int) -> None:
         self.request(f"scale {workers - self.service.wanted:+}", refusal(self.service, is_restart=False))
 
-    async def upgrade(self, *_: Any) -> None:
-        self.request("upgrade", Supervisor.what_goes_on.fget(self))  # type: ignore[attr-defined]
+    async def begin(self, *_: Any) -> None:
+        self.request("upgrade", Supervisor.why_busy.fget(self))  # type: ignore[attr-defined]
 
 
 class Log:

@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,17 +23,15 @@ from hotport.options import WORKERS_MAX, service_name
 from hotport.options.loading import Loaded, load
 from hotport.supervisor.contain import Containing, contained, retried
 from hotport.supervisor.control import serve_control
-from hotport.supervisor.house import House
 from hotport.supervisor.keeper import keep_files
 from hotport.supervisor.launch import Surroundings
-from hotport.supervisor.manager import Manager
-from hotport.supervisor.place import Place, move_in, open_status_port
+from hotport.supervisor.manager import ServiceManager
 from hotport.supervisor.requests import restart, scale
+from hotport.supervisor.startup import Startup, open_status_port, start_up
 from hotport.supervisor.statusport import serve_status_port
 from hotport.supervisor.supervisor import Supervisor
 from hotport.supervisor.takeover import retire
-from hotport.supervisor.upgrade import CHECK, become, carried, describe_self, pack, report
-from hotport.wire.messages import encode
+from hotport.supervisor.upgrade import Upgrade, answer_check, inherit, report
 
 __all__ = ["run", "supervise"]
 
@@ -119,7 +116,7 @@ def target_of(app: Callable[..., Any]) -> str:
 def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> int:
     """Run a service in the foreground and return its exit code.
 
-    What is left of the service after the death of its last supervisor is adopted.
+    Workers whose supervisor has died are adopted.
 
     Args:
         read: Reads the options in a directory; called again for each restart, since a release may bring new ones.
@@ -131,43 +128,34 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
     """
     surroundings = Surroundings.snapshot()
     options = read(Path(surroundings.directory)).options
-    if CHECK in os.environ:  # a supervisor asks whom it would become
-        print(encode(describe_self()).decode())
-        raise SystemExit(ExitCode.DONE)  # a script may have something to do after the service's end: this is not it
-    baggage = carried(os.environ, os.getpid())
-    ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    name = baggage.service if baggage is not None else service_name(options)
+    answer_check(os.environ)
+    inheritance = inherit(os.environ, os.getpid())
+    name = inheritance.service if inheritance is not None else service_name(options)
     configure(format=options.log_format, level=options.log_level, service=name, role="supervisor")
     with ExitStack() as stack:
         stack.enter_context(holding(numbers(HELD)))  # until they are handled, they would end this process
         stack.callback(discard, _SIGNALS)
-        manager = Manager(os.environ, os.getpid())
+        manager = ServiceManager(os.environ, os.getpid())
         stack.callback(manager.close)
-        place = move_in(name, options, manager, stack, takes_over=takes_over)
+        startup = start_up(name, options, manager, stack, inheritance, takes_over=takes_over)
         supervisor = Supervisor(
             name,
-            place.house.directory,
+            startup.rundir.directory,
             options,
-            place.house.notify,
+            startup.rundir.notify,
             surroundings,
-            found=place.found,
+            found=startup.found,
             read_options=lambda directory: read(directory).options,
             manager=manager,
+            mend=startup.rundir.mend,
         )
         stack.callback(supervisor.close)
-        if place.predecessor is not None:
-            supervisor.owned.shared = frozenset(place.predecessor.listeners)
-        open_status_port(supervisor, place, stack)
+        upgrade = Upgrade(supervisor, startup.rundir)
+        stack.callback(upgrade.close)
+        open_status_port(supervisor, startup, stack)
         supervisor.owned.guard(options)
-        anyio.run(_supervise, supervisor, place)
-        if supervisor.is_departing:
-            house = place.house
-            baggage = pack(
-                supervisor, lock=house.lock, control=house.control, client=house.client, began_s=house.departed_s
-            )
-            if ignores_hangup:  # as nohup(1) has it; a handler would be forgotten by the exec
-                signal.signal(signal.SIGHUP, signal.SIG_IGN)
-            become(house.next_argv, baggage, surroundings.directory)
+        anyio.run(_supervise, supervisor, startup, upgrade)
+        upgrade.carry_out()
     if isinstance(supervisor.failure, HotportError):
         raise supervisor.failure
     if supervisor.failure:
@@ -175,14 +163,15 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
     return supervisor.exit_code
 
 
-async def _answer_probes(supervisor: Supervisor, place: Place) -> None:
-    """Answer on the status port for as long as it is ours to answer: two supervisors may have it."""
+async def _answer_probes(supervisor: Supervisor, startup: Startup) -> None:
+    """Answer on the status port while this supervisor is the one to do so: two may have it."""
     if supervisor.status_port is None:
         return
-    if place.baggage is not None or place.found.survivors:
-        await supervisor.begun.wait()  # before that we know of no worker
-    before = place.predecessor.status_port if place.predecessor is not None else None
-    if before is not None and before.listener is supervisor.status_port.listener:
+    inherited = startup.inheritance.status_port if startup.inheritance is not None else None
+    if not startup.has_predecessor:
+        if startup.inheritance is not None or startup.found.orphans:
+            await supervisor.begun.wait()  # before that we know of no worker
+    elif inherited is not None and inherited.listener is supervisor.status_port.listener:
         while len(supervisor.service.ids(Phase.SERVING)) < supervisor.service.wanted:
             await supervisor.wait_stepped()  # until then the other one answers
     port, is_over = None, anyio.Event()
@@ -196,20 +185,21 @@ async def _answer_probes(supervisor: Supervisor, place: Place) -> None:
         is_over.set()
 
 
-async def _supervise(supervisor: Supervisor, place: Place) -> None:
+async def _supervise(supervisor: Supervisor, startup: Startup, upgrade: Upgrade) -> None:
     log = get_logger("hotport.supervisor")
     withhold(supervisor)
-    withhold(place.house)
+    withhold(startup.rundir)
     at = {"status_address": supervisor.status_port.address} if supervisor.status_port else {}
     log.info("service.starting", addresses=list(supervisor.listeners), **at)
-    supervisor.mend = partial(place.house.mend, supervisor)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(retried, "control", serve_control, supervisor, place.house)
+        tasks.start_soon(retried, "control", serve_control, supervisor, startup.rundir, upgrade)
         async with anyio.create_task_group() as until_the_end:
-            until_the_end.start_soon(retried, "signals", _handle_signals, supervisor, place.house, until_the_end)
-            until_the_end.start_soon(contained, "succession", _succeed, supervisor, place)
-            until_the_end.start_soon(retried, "status_port", _answer_probes, supervisor, place)
-            until_the_end.start_soon(retried, "files", keep_files, supervisor, place.house)
+            until_the_end.start_soon(retried, "signals", _handle_signals, supervisor, upgrade, until_the_end)
+            if (inheritance := startup.inheritance) is not None:
+                complete = retire if startup.has_predecessor else report
+                until_the_end.start_soon(contained, "succession", complete, inheritance, supervisor)
+            until_the_end.start_soon(retried, "status_port", _answer_probes, supervisor, startup)
+            until_the_end.start_soon(retried, "files", keep_files, supervisor, startup.rundir)
             await supervisor.run()
             # From here on they wait: for the handlers of the next supervisor, or until there is nothing left to end.
             signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -220,19 +210,10 @@ async def _supervise(supervisor: Supervisor, place: Place) -> None:
         log.info("service.ended", exit_code=supervisor.exit_code)
 
 
-async def _succeed(supervisor: Supervisor, place: Place) -> None:
-    """Bring to its end what has made us the supervisor."""
-    if place.baggage is not None:
-        await retried("succession", supervisor.begun.wait)
-        get_logger("hotport.supervisor").info("supervisor.upgraded", detail=report(place.baggage, supervisor))
-    if place.predecessor is not None:
-        await retire(place.predecessor, supervisor)
-
-
 _SIGNALS: Final = numbers(HELD | TERMINATING)
 
 
-async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc.TaskGroup) -> None:
+async def _handle_signals(supervisor: Supervisor, upgrade: Upgrade, tasks: anyio.abc.TaskGroup) -> None:
     log = get_logger("hotport.signals")
     handled = list(_SIGNALS)
     is_bound_to_terminal = ends_with_terminal()
@@ -265,7 +246,7 @@ async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc
                             supervisor.input(RequestStop())
                     has_hung_up = True
                 case signal.SIGHUP:
-                    tasks.start_soon(answer, lambda: restart(supervisor), supervisor.manager.refused)
+                    tasks.start_soon(answer, lambda: restart(supervisor), supervisor.news.manager.refused)
                 case signal.SIGTERM:
                     supervisor.stop()
                 case signal.SIGINT:  # of a person at a terminal, whom no load balancer follows
@@ -277,11 +258,11 @@ async def _handle_signals(supervisor: Supervisor, house: House, tasks: anyio.abc
                     wanted = min(max(1, supervisor.service.wanted + change), WORKERS_MAX)
                     tasks.start_soon(answer, lambda wanted=wanted: scale(supervisor, wanted))
                 case signal.SIGCHLD:
-                    reap_orphans({process.pid for process in supervisor.processes.values()})
+                    reap_orphans({process.pid for process in supervisor.fleet.processes.values()})
                 case signal.SIGUSR1:
                     log.info("signal.ignored", signal=name, why=NOTES[name])
                 case signal.SIGUSR2:
-                    tasks.start_soon(answer, lambda: house.upgrade(supervisor, None))
+                    tasks.start_soon(answer, lambda: upgrade.begin(None))
 
     with anyio.open_signal_receiver(*handled) as signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # blocked by the supervisor that this process was

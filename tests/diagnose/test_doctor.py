@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from hotport.diagnose.doctor import (
-    Listener,
+    ListenerState,
     Machine,
     Managed,
     Member,
@@ -40,7 +40,9 @@ SOUND = Machine(
     ephemeral=Ephemeral(32768, 60999, "40000,50000-50010"),
     overflows=0,
 )
-LISTENER = Listener("tcp://127.0.0.1:8000", nodelay=True, strangers=(), joiners=(), is_shared=False, migrates=False)
+LISTENER = ListenerState(
+    "tcp://127.0.0.1:8000", nodelay=True, strangers=(), joiners=(), is_shared=False, migrates=False
+)
 MEMBER = Member("worker 1.1", 7, (), (10, 1024))
 
 

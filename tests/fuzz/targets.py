@@ -467,7 +467,7 @@ def _envelope_seeds() -> list[bytes]:
 
 
 #: Every closed set of messages that is read.
-KINDS: Final[tuple[Any, ...]] = (messages.Order, messages.Word, messages.Request, messages.Reply, messages.Committed)
+KINDS: Final[tuple[Any, ...]] = (messages.Order, messages.Word, messages.Request, messages.Reply, messages.TakenOver)
 
 
 def _frames(data: bytes) -> None:
@@ -477,7 +477,7 @@ def _frames(data: bytes) -> None:
     stream = data[1:]
     whole, cut = _payloads([stream]), _payloads(pieces_of(stream, random.Random(data[0])))
     assert whole == cut
-    assert whole[1] in ("", "HP610", "HP611")
+    assert whole[1] in ("", "HP610")
     for payload in whole[0]:
         for kind in KINDS:
             with suppress(ControlError):
@@ -497,9 +497,8 @@ def _payloads(pieces: Sequence[bytes]) -> tuple[list[bytes], str]:
                     found += decoder.feed(b"")
                     return found, "it reads on"
                 raise
-        decoder.finish()
     except frames.FrameError as error:
-        return ([] if error.code == "HP610" else found), error.code
+        return [], error.code
     return found, ""
 
 
@@ -513,7 +512,7 @@ def _frames_seeds() -> list[bytes]:
             messages.StopRequest(now=True),
             messages.Done(detail="done"),
             messages.Failure(code="HP602", what="a", cause="b", fix="c", exit_code=1),
-            messages.Committed(workers=("worker-1.1.sock",), addresses=("tcp://127.0.0.1:80",)),
+            messages.TakenOver(workers=("worker-1.1.sock",), addresses=("tcp://127.0.0.1:80",)),
         )
     ]
     tags = [

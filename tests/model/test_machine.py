@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from hotport.model.effects import StartTimer
 from hotport.model.guarantee import Strategy
-from hotport.model.inputs import Clock, Elapsed, Expired, MoreTime, Timer
+from hotport.model.inputs import Clock, Elapsed, MoreTime, RecycleDue, Timer
 from hotport.model.lifecycle import Event, Phase
 from tests.model.world import World
 from tests.support import RESTARTS
@@ -72,7 +72,7 @@ class Chaos(RuleBasedStateMachine):
     @precondition(lambda self: self.world.processes and not self.is_over)
     @rule(data=st.data())
     def a_worker_expires(self, data: st.DataObject) -> None:
-        self.world.queue.append(Expired(data.draw(st.sampled_from(sorted(self.world.processes)))))
+        self.world.queue.append(RecycleDue(data.draw(st.sampled_from(sorted(self.world.processes)))))
 
     @precondition(lambda self: not self.is_over)
     @rule(worker=st.integers(1, 9), seconds=st.floats(0, 100))

@@ -26,7 +26,7 @@ from hotport.model.effects import (
     Unsteer,
 )
 from hotport.model.guarantee import Strategy
-from hotport.model.inputs import Clock, Elapsed, Exited, Expired, MoreTime, Timer
+from hotport.model.inputs import Clock, Elapsed, Exited, MoreTime, RecycleDue, Timer
 from hotport.model.lifecycle import Event, Phase
 from hotport.model.rules import BACKOFF_MAX_S, GENERATIONS_DRAINING_MAX
 from hotport.model.steps import Step
@@ -517,7 +517,7 @@ def test_worker_that_gives_up_while_it_starts_is_replaced_and_killed_if_it_stays
 
 def test_expired_workers_are_replaced_start_first_and_one_at_a_time() -> None:
     world = serving(2)
-    world.queue += [Expired(1), Expired(2)]
+    world.queue += [RecycleDue(1), RecycleDue(2)]
     world.run()
     assert orders(world.effects) == [Spawn(3, 1), Open(3), Drain(1), Spawn(4, 1), Open(4), Drain(2)]
     assert News.WORKER_LOST not in news(world.effects)
@@ -526,7 +526,7 @@ def test_expired_workers_are_replaced_start_first_and_one_at_a_time() -> None:
 
 def test_expired_worker_serves_on_while_its_replacement_fails() -> None:
     world = serving(1)
-    world.queue.append(Expired(1))
+    world.queue.append(RecycleDue(1))
     for replacement in (2, 3):
         world.take()
         world.die(replacement)
@@ -539,7 +539,7 @@ def test_expired_worker_serves_on_while_its_replacement_fails() -> None:
 
 def test_replacement_takes_the_place_of_an_expired_worker_that_dies_first() -> None:
     world = serving(1)
-    world.queue.append(Expired(1))
+    world.queue.append(RecycleDue(1))
     world.take()
     world.die(1)
     world.run()
@@ -578,7 +578,7 @@ def test_scaling_down_keeps_those_that_serve() -> None:
 
 def test_scaling_down_in_the_middle_of_a_replacement_reaches_the_number_at_once() -> None:
     world = serving(2)
-    world.queue.append(Expired(1))
+    world.queue.append(RecycleDue(1))
     world.scale(1)
     world.take()
     world.take()
@@ -708,7 +708,7 @@ def test_events_that_nobody_waits_for_change_nothing() -> None:
     before = world.service
     world.say(1, Event.QUIESCED)
     world.say(99, Event.READY)
-    world.queue += [Expired(99), MoreTime(99, 1.0), Exited(99, "exited with status 0")]
+    world.queue += [RecycleDue(99), MoreTime(99, 1.0), Exited(99, "exited with status 0")]
     world.queue += [Elapsed(Timer(clock, worker)) for clock in Clock for worker in (0, 1, 99)]
     while world.queue:
         assert world.take() == ()

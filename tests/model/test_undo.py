@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hotport.model.effects import Accept, Announce, Drain, News, Open, Quiesce, Refusal, Refuse, Spawn, Terminate
-from hotport.model.inputs import Clock, Elapsed, Expired, Timer, Unhealthy
+from hotport.model.inputs import Clock, Elapsed, RecycleDue, Timer, Unhealthy
 from hotport.model.lifecycle import Event, Phase
 from hotport.model.steps import Step
 from tests.model.test_service import orders, phases, reached, serving
@@ -303,7 +303,7 @@ def test_rest_that_fails_to_start_takes_the_canary_along() -> None:
 def test_old_workers_are_looked_after_while_a_canary_bakes() -> None:
     world = baking()
     world.die(1)
-    world.queue.append(Expired(2))
+    world.queue.append(RecycleDue(2))
     world.run()
     assert [e for e in orders(world.effects) if isinstance(e, Spawn)] == [Spawn(4, 1), Spawn(5, 1)]
     assert phases(world) == {3: Phase.SERVING, 4: Phase.SERVING, 5: Phase.SERVING}

@@ -118,7 +118,7 @@ def assert_healthy(service: Service, workers: int) -> dict[str, Any]:
     eventually(lambda: sorted(started(service.directory)) == sorted(pids), "nobody else is left")
     sockets = {f"worker-{each['generation']}.{each['worker']}.sock" for each in status["workers"]}
     eventually(
-        lambda: set(os.listdir(service.runtime)) == {"control.sock", "notify.sock", *sockets},
+        lambda: set(os.listdir(service.runtime)) - {"load"} == {"control.sock", "notify.sock", *sockets},
         "no path is left",
     )
     return status

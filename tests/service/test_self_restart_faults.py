@@ -35,14 +35,14 @@ BEFORE_HANDOFF = (
 #: Where the process that restarts itself dies, once there is a successor.
 OF_THE_OLD = (
     "hotport.embedded.server:Successor.ready",
-    "hotport.embedded.successor:Channel",
+    "hotport.embedded.successor:Channel.connect",
     "hotport.embedded.server:Successor.commit",
     "hotport.worker.server:ConnectionServer.quiesce",
     "hotport.worker.server:ConnectionServer.drain",
     "hotport.worker.handoff:Mover.follow",
     "hotport.worker.handoff:Mover._move",
     "hotport.worker.handoff:decode_ack",
-    "hotport.embedded.server:Manager.pass_to",
+    "hotport.embedded.server:Notifier.pass_to",
     "hotport.embedded.server:Restarted",
 )
 

@@ -27,7 +27,7 @@ import pytest
 from hotport import runner
 from hotport.kernel.spawn import Child
 from hotport.options.loading import load
-from hotport.supervisor import supervisor as supervisor_module
+from hotport.supervisor import fleet
 from hotport.supervisor.supervisor import Supervisor
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import Reply, StatusRequest, StopRequest, TakeOverRequest, decode, encode
@@ -147,7 +147,7 @@ class Stage:
             while data := sock.recv(65536):
                 yield from (decode(reply, Reply) for reply in decoder.feed(data))
 
-    def lose_heir(self) -> None:
+    def lose_successor(self) -> None:
         """Take the service over, and leave before having committed; return when the supervisor has its paths again."""
         path = self.runtime / "control.sock"
         before = path.stat().st_ino
@@ -209,13 +209,13 @@ def play(
         **options,
     }
 
-    async def supervise(supervisor: Supervisor, place: Any) -> None:
+    async def supervise(supervisor: Supervisor, *others: Any) -> None:
         stage.supervisor = supervisor
         loop = asyncio.get_running_loop()
         if task_factory is not None:
             loop.set_task_factory(task_factory)
         stage.began.set()
-        await loop.create_task(original(supervisor, place))
+        await loop.create_task(original(supervisor, *others))
 
     def act() -> None:
         assert stage.began.wait(DEADLINE_S)
@@ -232,7 +232,7 @@ def play(
         patch.chdir(directory)
         patch.setattr(runner, "_supervise", supervise)
         patch.setattr(runner, "configure", lambda **_: None)
-        patch.setattr(supervisor_module, "spawn", nursery.spawn)
+        patch.setattr(fleet, "spawn", nursery.spawn)
         acting = pool.submit(act)
         code = runner.supervise(lambda cwd: load(file=None, environ={}, flags=flags, cwd=cwd), takes_over=takes_over)
         acting.result(DEADLINE_S)

@@ -8,19 +8,21 @@ import os
 import signal
 import socket
 from collections import Counter
-from collections.abc import Callable, Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import coroutine
 from typing import Any
 
+import anyio
 import pytest
 
 import hotport
+from hotport.channel import Channel
 from hotport.errors import ControlError
 from hotport.kernel.sockets import bind_notify
-from hotport.supervisor import contain, supervisor, takeover
-from hotport.supervisor.takeover import ask_predecessor
+from hotport.supervisor import contain, supervisor
+from hotport.supervisor.takeover import take_over
 from hotport.wire.messages import (
     Progress,
     ReloadTlsRequest,
@@ -151,7 +153,7 @@ def act(stage: Stage) -> None:
                 if isinstance(reply, Progress) and reply.event in ("restart.baking", "restart.watching"):
                     break  # the next request ends it
     with suppress(OSError):
-        stage.lose_heir()
+        stage.lose_successor()
     for path in (b"/ready", b"/status"):
         with suppress(OSError):
             probe(stage, path)
@@ -286,15 +288,19 @@ def test_a_take_over_that_fails_by_an_error_of_the_old_supervisor_leaves_it_as_i
 ) -> None:
     """It went on refusing every restart, as if it were being succeeded."""
 
-    def fail(*_: object) -> None:
-        raise InjectedError("while it hands over")
+    send = Channel.send
+
+    async def fail(channel: Channel, data: bytes, descriptors: Sequence[int] = ()) -> None:
+        if descriptors:
+            raise InjectedError("while it hands over")
+        await send(channel, data)
 
     def client(stage: Stage) -> None:
         settle(stage)
         with monkeypatch.context() as patch:
-            patch.setattr(takeover, "send_descriptors", fail)
+            patch.setattr(Channel, "send", fail)
             with pytest.raises(ControlError, match="HP642"):
-                ask_predecessor(str(stage.runtime), "svc")
+                anyio.run(take_over, str(stage.runtime), "svc")
         settle(stage)
         assert isinstance(stage.ask(RestartRequest()), Report)
 

@@ -12,7 +12,7 @@ import pytest
 
 from hotport.options import WORKERS_MAX
 from hotport.supervisor import control
-from hotport.supervisor.house import House
+from hotport.supervisor.rundir import RuntimeDirectory
 from hotport.wire.messages import (
     Done,
     Failure,
@@ -140,13 +140,13 @@ def test_nothing_is_left_open_after_take_overs_that_fail_restarts_and_upgrades(r
 
     def client(stage: Stage) -> None:
         stage.wait_serving()
-        stage.lose_heir()
+        stage.lose_successor()
         assert isinstance(stage.ask(RestartRequest()), Report)
         stage.wait_serving()
         before = descriptors()
         with Hammer(stage.port) as hammer:
             for _ in range(RESTARTS):
-                stage.lose_heir()
+                stage.lose_successor()
                 reply = stage.ask(RestartRequest())
                 assert isinstance(reply, Report), reply
                 assert isinstance(stage.ask(UpgradeRequest(python="/bin/false")), Failure)
@@ -166,7 +166,7 @@ def test_a_conversation_under_way_outlives_a_take_over_that_fails(run: Play) -> 
         stage.wait_serving()
         with socket.socket(socket.AF_UNIX) as silent:
             silent.connect(str(stage.runtime / "control.sock"))
-            stage.lose_heir()
+            stage.lose_successor()
             stage.wait_serving()
             payload = encode(StatusRequest())
             silent.sendall(len(payload).to_bytes(4, "big") + payload)
@@ -187,13 +187,13 @@ def test_signals_at_the_very_end_find_nothing_to_end(
     run: Play, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """One that came after the last worker's end killed the supervisor before it had removed its sockets."""
-    leave = House.leave
+    close = RuntimeDirectory.close
 
-    def leave_under_signals(house: House) -> None:
+    def close_under_signals(rundir: RuntimeDirectory) -> None:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGQUIT)
-        leave(house)
+        close(rundir)
 
-    monkeypatch.setattr(House, "leave", leave_under_signals)
+    monkeypatch.setattr(RuntimeDirectory, "close", close_under_signals)
     assert run(Stage.wait_serving) == 0
     assert list((tmp_path / "run" / "svc").iterdir()) == []

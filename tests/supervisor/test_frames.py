@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from hotport.errors import RestartError
-from hotport.supervisor import house
+from hotport.supervisor import upgrade
 from hotport.wire.messages import Report, RestartRequest, StatusRequest
 from tests.supervisor.stage import Nursery, Stage, play
 from tests.support import DEADLINE_S, RESTARTS, SLOWNESS, eventually
@@ -147,7 +147,7 @@ def test_nothing_dies_and_nothing_leaks(
     async def refuse(*_: object) -> None:  # else this process would become another one
         raise RestartError("HP652", "not here", cause="it is a test", fix="", serving=1)
 
-    monkeypatch.setattr(house, "preflight", refuse)
+    monkeypatch.setattr(upgrade, "preflight", refuse)
     mutator = Mutator(int(os.environ.get("HOTPORT_TEST_RESTARTS", "3")))
     thrown: Counter[str] = Counter()
     lives = 0

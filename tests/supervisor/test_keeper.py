@@ -25,13 +25,14 @@ from hotport.model.lifecycle import Phase
 from hotport.options import Options
 from hotport.supervisor import keeper
 from hotport.supervisor.control import serve_control
-from hotport.supervisor.house import House
 from hotport.supervisor.keeper import keep_files
 from hotport.supervisor.launch import Surroundings
-from hotport.supervisor.manager import Manager
-from hotport.supervisor.process import Process
+from hotport.supervisor.manager import ServiceManager
+from hotport.supervisor.process import WorkerProcess
 from hotport.supervisor.recovery import Found
+from hotport.supervisor.rundir import RuntimeDirectory
 from hotport.supervisor.supervisor import StatusPort, Supervisor
+from hotport.supervisor.upgrade import Upgrade
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import ListenOrder, Reply, Status, StatusRequest, decode, encode
 from hotport.wire.sdnotify import encode_notification
@@ -52,7 +53,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper, "PAUSE_S", 0.0)
 
 
-class Worker(Process):
+class Worker(WorkerProcess):
     """One that notes its orders, and is no process."""
 
     ordered: list[Any] = []  # noqa: RUF012  of the only one, from its start
@@ -71,28 +72,28 @@ class Place:
         private_directory(str(self.directory))
         lock = lock_directory(str(self.directory))
         assert lock is not None
-        self.house = House.enter(str(self.directory), lock, stack)
+        self.rundir = RuntimeDirectory.create(str(self.directory), lock, stack)
         address = parse_address(f"unix:{self.socket}")
         self.address = str(address)
         made = Options(**{"target": "app:app", "bind": (self.address,), **options})
-        manager = Manager({}, os.getpid())
+        manager = ServiceManager({}, os.getpid())
         self.supervisor = Supervisor(
             "svc",
             str(self.directory),
             made,
-            self.house.notify,
+            self.rundir.notify,
             Surroundings({}, str(root)),
             found=Found(listeners={1: {self.address: bind_listener(address, backlog=8)}}),
             read_options=lambda directory: made,
             manager=manager,
         )
-        stack.callback(self.house.leave)
+        stack.callback(self.rundir.close)
         stack.callback(self.supervisor.close)
         self.process = Worker(1, 1, Child(os.getpid(), -1), str(self.directory / "worker-1.1.sock"), is_foreign=False)
         self.process.ordered = []
         self.process.held = set(self.supervisor.owned.sockets(1).values())
         self.process.is_talking = True
-        self.supervisor.processes[1] = self.process
+        self.supervisor.fleet.processes[1] = self.process
         self.set_service(generation=1)
         for owner, names in ((self.process, ("_orders", "_pending")), (self.supervisor, ("_put", "_inputs"))):
             for name in names:
@@ -146,7 +147,7 @@ async def until(claim: Callable[[], bool]) -> None:
 @asynccontextmanager
 async def kept(place: Place) -> AsyncIterator[None]:
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(keep_files, place.supervisor, place.house)
+        tasks.start_soon(keep_files, place.supervisor, place.rundir)
         await anyio.wait_all_tasks_blocked()
         yield
         tasks.cancel_scope.cancel()
@@ -192,7 +193,7 @@ async def test_commands_and_workers_reach_the_supervisor_after_its_files_were_re
 ) -> None:
     """A cleaner of /tmp had removed them: the service could never be restarted or stopped by a command again."""
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(serve_control, place.supervisor, place.house)
+        tasks.start_soon(serve_control, place.supervisor, place.rundir, Upgrade(place.supervisor, place.rundir))
         async with kept(place):
             before = socket_file(str(place.directory / "control.sock"))
             happens(place)
@@ -211,23 +212,23 @@ async def test_commands_and_workers_reach_the_supervisor_after_its_files_were_re
 async def test_files_are_looked_at_when_a_worker_is_started(place: Place) -> None:
     """Without inotify, a worker was started in a directory that is not there, and failed."""
     remove_all(place)
-    assert place.house.mend(place.supervisor)
+    assert place.rundir.mend(place.supervisor)
     assert sockets_in(place.directory) == NAMES
-    assert not place.house.mend(place.supervisor)
+    assert not place.rundir.mend(place.supervisor)
 
 
 async def test_last_words_of_a_worker_are_heard_when_the_notify_socket_is_made_again(place: Place) -> None:
     assert notify(str(place.directory / "notify.sock"), encode_notification(status="warming up"))
     (place.directory / "notify.sock").unlink()
-    place.house.mend(place.supervisor)
+    place.rundir.mend(place.supervisor)
     assert place.process.status == "warming up"
 
 
 async def test_worker_is_told_to_make_its_socket_again(place: Place) -> None:
-    place.house.mend(place.supervisor)
+    place.rundir.mend(place.supervisor)
     assert place.process.ordered == [ListenOrder()]
     place.socket.rename(place.process.control_path)
-    place.house.mend(place.supervisor)
+    place.rundir.mend(place.supervisor)
     assert place.process.ordered == [ListenOrder()]
     os.unlink(place.process.control_path)
 
@@ -242,28 +243,28 @@ async def test_directory_that_another_supervisor_has_by_now_is_left_to_it(
     other = lock_directory(str(place.directory))
     assert other is not None
     for _ in range(2):
-        assert not place.house.mend(place.supervisor)
+        assert not place.rundir.mend(place.supervisor)
     assert sockets_in(place.directory) == []
     assert logged(capsys).count("another supervisor has locked it") == 1
     os.close(other)
-    assert place.house.mend(place.supervisor)
+    assert place.rundir.mend(place.supervisor)
 
 
 async def test_directory_that_cannot_be_made_is_said_once(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     remove_all(place)
     place.directory.parent.touch()
     for _ in range(2):
-        assert not place.house.mend(place.supervisor)
+        assert not place.rundir.mend(place.supervisor)
     assert logged(capsys).count("HP622") == 1
     place.directory.parent.unlink()
-    assert place.house.mend(place.supervisor)
+    assert place.rundir.mend(place.supervisor)
 
 
 @pytest.mark.parametrize("claim", ["is_succeeded", "is_departing"])
 async def test_files_of_another_supervisor_are_left_alone(place: Place, claim: str) -> None:
     setattr(place.supervisor, claim, True)
     remove_all(place)
-    assert not place.house.mend(place.supervisor)
+    assert not place.rundir.mend(place.supervisor)
     assert not place.directory.exists()
     place.socket.unlink()
     assert not await keeper._mend_listeners(place.supervisor)
@@ -277,7 +278,7 @@ async def test_without_inotify_the_service_runs_on(
         raise KernelError("HP214", "cannot watch files", errno=24, cause="no instance", fix="sysctl")
 
     monkeypatch.setattr(keeper, "Watch", refuse)
-    await keep_files(place.supervisor, place.house)
+    await keep_files(place.supervisor, place.rundir)
     assert "files.not_watched" in logged(capsys)
 
 
@@ -298,9 +299,8 @@ async def test_error_that_is_not_expected_costs_a_log_line_and_not_the_superviso
         await until((place.directory / "control.sock").exists)
         await until(lambda: not errors)
     assert logged(capsys).count("] files.failed") == 2
-    monkeypatch.setattr(House, "_mend", lambda *_: 1 / 0)
-    place.supervisor.mend = lambda: place.house.mend(place.supervisor)
-    place.supervisor.mend()
+    monkeypatch.setattr(RuntimeDirectory, "_mend", lambda *_: 1 / 0)
+    place.rundir.mend(place.supervisor)
     assert "ZeroDivisionError" in logged(capsys)
 
 
@@ -393,7 +393,7 @@ async def test_status_port_is_bound_again(place: Place, tmp_path: Path, capsys: 
     path = tmp_path / "status.sock"
     address = f"unix:{path}"
     first = bind_listener(parse_address(address), backlog=8)
-    place.supervisor.status_port = StatusPort(address, address, first, socket_file(str(path)))
+    place.supervisor.use_status_port(StatusPort(address, address, first, socket_file(str(path))))
     stepped: list[StatusPort | None] = []
 
     async def wait() -> None:
@@ -417,5 +417,4 @@ async def test_status_port_is_bound_again(place: Place, tmp_path: Path, capsys: 
             async with kept(place):
                 pass
     assert f"is listening on {path}" in logged(capsys)
-    place.supervisor.status_port = None
     os.unlink(path)

@@ -217,7 +217,7 @@ def test_socket_file_of_a_service_manager_may_lie_where_we_cannot_see_it(tmp_pat
 
 def test_socket_file_that_another_supervisor_may_have_made_again_is_not_missed(tmp_path: Path) -> None:
     listeners = first(f"unix:{tmp_path / 'a.sock'}")
-    listeners.shared = frozenset(listeners.sockets(1))
+    listeners.share_files(listeners.sockets(1))
     (tmp_path / "a.sock").unlink()
     assert listeners.gone == {}
     listeners.close()

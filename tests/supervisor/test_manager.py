@@ -18,7 +18,7 @@ from trio.testing import MockClock
 from hotport.model.effects import Announce, News
 from hotport.model.inputs import Clock, Timer
 from hotport.supervisor import manager as manager_module
-from hotport.supervisor.manager import LATE_MAX, Manager
+from hotport.supervisor.manager import LATE_MAX, ServiceManager
 from hotport.supervisor.timers import Timers
 
 US = os.getpid()
@@ -51,8 +51,8 @@ class Receiver:
             except BlockingIOError:
                 return words
 
-    def manager(self, **environ: str) -> Manager:
-        return Manager({"NOTIFY_SOCKET": str(self.path), **environ}, US)
+    def manager(self, **environ: str) -> ServiceManager:
+        return ServiceManager({"NOTIFY_SOCKET": str(self.path), **environ}, US)
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def receiver(tmp_path: Path) -> Iterator[Receiver]:
 
 
 @pytest.fixture
-def said(receiver: Receiver) -> Iterator[tuple[Manager, Receiver]]:
+def said(receiver: Receiver) -> Iterator[tuple[ServiceManager, Receiver]]:
     """A manager that has heard that the first generation serves."""
     manager = receiver.manager()
     manager.hear(Announce(News.STARTED, generation=1), serving=1)
@@ -82,7 +82,7 @@ def reloading(datagram: bytes, status: bytes = b"") -> bool:
     return -0.001 <= age_s < 60
 
 
-def test_a_restart_is_a_reload_that_ends(said: tuple[Manager, Receiver]) -> None:
+def test_a_restart_is_a_reload_that_ends(said: tuple[ServiceManager, Receiver]) -> None:
     manager, receiver = said
     manager.hear(Announce(News.RESTART_BEGAN, generation=2), serving=1)
     manager.hear(Announce(News.READY, generation=2), serving=1)
@@ -100,7 +100,9 @@ def test_a_restart_is_a_reload_that_ends(said: tuple[Manager, Receiver]) -> None
         ("Traceback\n  File x\nSyntaxError: invalid syntax\n", b"SyntaxError: invalid syntax"),
     ],
 )
-def test_an_aborted_restart_is_over_too_and_says_why(said: tuple[Manager, Receiver], why: str, shown: bytes) -> None:
+def test_an_aborted_restart_is_over_too_and_says_why(
+    said: tuple[ServiceManager, Receiver], why: str, shown: bytes
+) -> None:
     manager, receiver = said
     manager.hear(Announce(News.RESTART_BEGAN, generation=2), serving=1)
     manager.hear(Announce(News.ABORTED, generation=2, worker=3, why="worker 3 exited 1"), serving=1, why=why)
@@ -109,7 +111,7 @@ def test_an_aborted_restart_is_over_too_and_says_why(said: tuple[Manager, Receiv
     )
 
 
-def test_a_reload_that_was_refused_is_answered_all_the_same(said: tuple[Manager, Receiver]) -> None:
+def test_a_reload_that_was_refused_is_answered_all_the_same(said: tuple[ServiceManager, Receiver]) -> None:
     """systemctl reload waited until its timeout for a restart that was never begun."""
     manager, receiver = said
     manager.refused("HP300 cannot read hotport.toml\n  cause: it is not TOML")
@@ -118,7 +120,7 @@ def test_a_reload_that_was_refused_is_answered_all_the_same(said: tuple[Manager,
     assert ended == b"READY=1\nSTATUS=HP300 cannot read hotport.toml"
 
 
-def test_a_reload_during_a_restart_ends_with_it(said: tuple[Manager, Receiver]) -> None:
+def test_a_reload_during_a_restart_ends_with_it(said: tuple[ServiceManager, Receiver]) -> None:
     manager, receiver = said
     manager.hear(Announce(News.RESTART_BEGAN, generation=2), serving=1)
     receiver.heard()
@@ -239,7 +241,7 @@ async def test_a_watchdog_that_is_not_ours_is_not_fed(receiver: Receiver, enviro
 
 @pytest.mark.parametrize("environ", [{}, {"NOTIFY_SOCKET": ""}, {"NOTIFY_SOCKET": "/nowhere/notify"}])
 def test_without_a_manager_nothing_is_said(environ: dict[str, str]) -> None:
-    manager = Manager({**environ, "FDSTORE": "8"}, US)
+    manager = ServiceManager({**environ, "FDSTORE": "8"}, US)
     manager.hear(Announce(News.STARTED, generation=1), serving=1)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         manager.park({"tcp://127.0.0.1:1": listener, "tcp://127.0.0.1:2": listener}, held=["tcp://127.0.0.1:2"])

@@ -13,7 +13,7 @@ from anyio.abc import UNIXSocketStream
 from hotport.kernel.spawn import Child, spawn
 from hotport.supervisor import process as under_test
 from hotport.supervisor.contain import retried
-from hotport.supervisor.process import Process
+from hotport.supervisor.process import WorkerProcess
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import AcceptOrder, Hello, Order, Probed, ProbeOrder, Word, decode, encode
 from tests.support import DEADLINE_S
@@ -33,7 +33,7 @@ async def test_conversation_ends_with_its_worker_though_a_child_of_it_holds_the_
     monkeypatch.setattr(under_test, "LAST_WORDS_S", 0.01)
     control = str(tmp_path / "worker.sock")
     child = spawn(["sleep", "60"], environment=os.environ, cwd="/")
-    process = Process(1, 1, child, control, is_foreign=False)
+    process = WorkerProcess(1, 1, child, control, is_foreign=False)
     held: list[UNIXSocketStream] = []
     has_connected, has_ended = anyio.Event(), anyio.Event()
 
@@ -65,7 +65,7 @@ async def test_conversation_ends_with_its_worker_though_a_child_of_it_holds_the_
 async def test_worker_that_closes_the_conversation_and_lives_on_is_connected_to_again(tmp_path: Path) -> None:
     """It left after orphan_timeout, as if its supervisor had died: one order had failed."""
     control = str(tmp_path / "worker.sock")
-    process = Process(1, 1, Child(os.getpid(), -1), control, is_foreign=False)
+    process = WorkerProcess(1, 1, Child(os.getpid(), -1), control, is_foreign=False)
     has_come_again = anyio.Event()
     count = 0
 
@@ -88,7 +88,7 @@ async def test_worker_that_closes_the_conversation_and_lives_on_is_connected_to_
 
 async def test_conversation_that_fails_is_taken_up_again_with_the_orders_that_are_left(tmp_path: Path) -> None:
     control = str(tmp_path / "worker.sock")
-    process = Process(1, 1, Child(os.getpid(), -1), control, is_foreign=False)
+    process = WorkerProcess(1, 1, Child(os.getpid(), -1), control, is_foreign=False)
     connections: list[UNIXSocketStream] = []
     ordered: list[type] = []
     is_obeyed = anyio.Event()
@@ -121,7 +121,7 @@ async def test_conversation_that_fails_is_taken_up_again_with_the_orders_that_ar
 
 async def test_worker_that_answers_nothing_is_asked_a_bounded_number_of_times(tmp_path: Path) -> None:
     """Each health probe of a worker that was stopped left a question and an order behind."""
-    process = Process(1, 1, Child(os.getpid(), -1), str(tmp_path / "worker.sock"), is_foreign=False)
+    process = WorkerProcess(1, 1, Child(os.getpid(), -1), str(tmp_path / "worker.sock"), is_foreign=False)
     process.is_talking = True
     for _ in range(2 * under_test.ASKED_MAX):
         assert await process.ask(ProbeOrder(path="/", timeout_s=1.0), Probed, 0.0) is None

@@ -14,7 +14,7 @@ from hotport.errors import ControlError
 from hotport.kernel.sockets import bind_control
 from hotport.model.lifecycle import Phase
 from hotport.supervisor.recovery import Found, survey
-from hotport.supervisor.takeover import ask_predecessor
+from hotport.supervisor.takeover import take_over
 from hotport.wire.frames import encode_frame
 from hotport.wire.messages import Hello, Listening, encode
 from tests.support import STRANGER
@@ -45,8 +45,8 @@ async def ask(directory: Path, *, answers: bool) -> Found:
 
 async def test_worker_that_ends_while_it_is_asked_is_taken_to_leave(tmp_path: Path) -> None:
     found = await ask(tmp_path, answers=False)  # it took the next supervisor along, with ECONNRESET
-    assert [(each.pid, each.phase) for each in found.survivors] == [(os.getpid(), Phase.DRAINING)]
-    assert found.going == 2
+    assert [(each.pid, each.phase) for each in found.orphans] == [(os.getpid(), Phase.DRAINING)]
+    assert found.current == 2
 
 
 async def test_worker_that_is_slow_to_answer_is_asked_again_while_there_is_no_listener(
@@ -72,21 +72,21 @@ async def test_worker_that_is_slow_to_answer_is_asked_again_while_there_is_no_li
             tasks.start_soon(behave, control)
             found = await survey(str(tmp_path))
     path.unlink()
-    assert [(each.has_answered, each.phase) for each in found.survivors] == [(True, Phase.READY)]
+    assert [(each.has_answered, each.phase) for each in found.orphans] == [(True, Phase.READY)]
 
 
 async def test_another_users_socket_is_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next supervisor would have taken its listeners, and sent its signals to the stranger's process."""
     monkeypatch.setattr("hotport.kernel.sockets.peer_credentials", lambda sock: STRANGER)
     with bind_control(str(tmp_path / "worker-1.1.sock")):
-        assert (await survey(str(tmp_path))).survivors == ()
+        assert (await survey(str(tmp_path))).orphans == ()
     (tmp_path / "worker-1.1.sock").unlink()
 
 
-def test_nothing_is_taken_over_from_another_users_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nothing_is_taken_over_from_another_users_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hotport.kernel.sockets.peer_credentials", lambda sock: STRANGER)
     with bind_control(str(tmp_path / "control.sock")), pytest.raises(ControlError, match="HP656") as refused:
-        ask_predecessor(str(tmp_path), "svc")
+        await take_over(str(tmp_path), "svc")
     assert "another user listens (pid 4242 of uid 65534)" in refused.value.cause
     (tmp_path / "control.sock").unlink()
 
@@ -105,7 +105,7 @@ async def test_process_with_garbage_for_an_environment_costs_only_itself(
             found = await ask(tmp_path, answers=True)
         finally:
             stray.kill()
-    assert [(each.pid, each.phase) for each in found.survivors] == [(os.getpid(), Phase.SERVING)]
+    assert [(each.pid, each.phase) for each in found.orphans] == [(os.getpid(), Phase.SERVING)]
 
 
 @pytest.mark.parametrize("is_program", [False, True])
@@ -119,9 +119,9 @@ async def test_process_that_a_worker_has_started_is_none(tmp_path: Path, is_prog
     with subprocess.Popen(["sleep", "60"], env=environment, start_new_session=True) as helper:  # noqa: ASYNC220
         try:
             if is_program:
-                assert (await survey(str(tmp_path))).survivors == ()
+                assert (await survey(str(tmp_path))).orphans == ()
             else:
                 found = await ask(tmp_path, answers=True)
-                assert [(each.pid, each.phase) for each in found.survivors] == [(os.getpid(), Phase.SERVING)]
+                assert [(each.pid, each.phase) for each in found.orphans] == [(os.getpid(), Phase.SERVING)]
         finally:
             helper.kill()

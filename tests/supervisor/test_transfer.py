@@ -13,7 +13,7 @@ from anyio.abc import UNIXSocketStream
 
 from hotport.kernel.spawn import Child
 from hotport.supervisor import process as under_test
-from hotport.supervisor.process import Process
+from hotport.supervisor.process import WorkerProcess
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import Hello, Order, TransferOrder, Transferred, Welcome, decode, encode
 from tests.support import STRANGER
@@ -47,7 +47,7 @@ async def read_order(stream: UNIXSocketStream) -> TransferOrder:
 async def give(path: Path, behaviour: Behaviour, *args: object) -> None:
     """Let a process whose worker behaves like this transfer something."""
     control = str(path / "worker.sock")
-    process = Process(1, 1, Child(os.getpid(), -1), control, is_foreign=False)
+    process = WorkerProcess(1, 1, Child(os.getpid(), -1), control, is_foreign=False)
 
     async def behave(stream: UNIXSocketStream) -> None:
         async with stream:
@@ -141,6 +141,6 @@ async def test_worker_that_hangs_is_not_waited_for_for_ever(
 
 
 async def test_worker_that_is_gone_cannot_be_given_anything(listeners: dict[str, socket.socket]) -> None:
-    process = Process(1, 1, Child(os.getpid(), -1), "/nowhere/worker.sock", is_foreign=False)
+    process = WorkerProcess(1, 1, Child(os.getpid(), -1), "/nowhere/worker.sock", is_foreign=False)
     with pytest.raises(OSError, match="No such file"):
         await process.transfer(listeners)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from hotport.adapters.base import Connections, Context
+from hotport.channel import Channel
 from hotport.model.fates import Fate
 from hotport.options import Options
 from hotport.wire.envelope import Envelope, Frame, decode_batch
 from hotport.wire.frames import encode_frame
 from hotport.wire.messages import Hello, OfferOrder, Order, Welcome, encode
-from hotport.worker.handoff import Channel
 from hotport.worker.server import ConnectionServer, make_server
 from hotport.worker.worker import _Peer
 

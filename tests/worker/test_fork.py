@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 import hotport
-import hotport.worker.handoff
+import hotport.channel
 from hotport.address import parse_address
 from hotport.kernel import fork
 from tests.support import DEADLINE_S
@@ -273,13 +273,13 @@ async def test_child_that_is_forked_while_connections_move_has_none_of_them(
                 release(self)
 
             channels = set()
-            init = hotport.worker.handoff.Channel.__init__
+            init = hotport.channel.Channel.__init__
 
             def note(self: Any, sock: socket.socket) -> None:
                 init(self, sock)
                 channels.add(os.readlink(f"/proc/self/fd/{sock.fileno()}"))
 
-            monkeypatch.setattr(hotport.worker.handoff.Channel, "__init__", note)
+            monkeypatch.setattr(hotport.channel.Channel, "__init__", note)
             monkeypatch.setattr(type(connection), "release", look)
             await found.replace(old, answer_ok)
             # `found` has a listener of its own, which is the test's.

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
+from hotport import channel as channel_module
 from hotport.adapters.base import NotAdopted
+from hotport.channel import Channel
 from hotport.errors import ControlError
 from hotport.wire.envelope import ENVELOPE_VERSION, Ack, Envelope, Frame, HttpState, decode_batch, encode_frame
 from hotport.wire.frames import encode_frame as encode_message_frame
 from hotport.wire.messages import OfferOrder, Welcome, encode
 from hotport.worker import handoff
-from hotport.worker.handoff import Channel
 from tests.adapters.asgi_support import Client, until
 from tests.support import STRANGER
 from tests.worker.handoff_support import DEADLINE_S, Generation, Successor, service
@@ -185,7 +186,7 @@ async def test_unexpected_error_with_one_successor_keeps_no_connection_from_the_
             raise LookupError("a bug of ours")
         return path
 
-    monkeypatch.setattr(handoff, "sockaddr", sockaddr)
+    monkeypatch.setattr(channel_module, "sockaddr", sockaddr)
     app = App()
     async with service(tmp_path) as port:
         old = await port.start(app)
@@ -434,36 +435,6 @@ async def test_connection_that_is_cut_while_it_stands_still_gets_no_answer_from_
             assert (await client.answer()).body == b"hi"
         await task
         successor.channel.close()
-
-
-async def test_channel_that_is_closed_closes_what_has_come_and_was_not_taken() -> None:
-    left, right = socket.socketpair()
-    left.setblocking(False)
-    right.setblocking(False)
-    sender, receiver = Channel(left), Channel(right)
-    reading, writing = os.pipe()
-    await sender.send(b"\1\0\0", [writing])
-    os.close(writing)
-    sender.close()
-    with pytest.raises(EOFError):
-        await receiver.receive_frame()
-    receiver.close()
-    assert os.read(reading, 1) == b""  # nobody has the other end any more
-    os.close(reading)
-
-
-async def test_frame_that_is_larger_than_the_sockets_buffer_arrives_whole() -> None:
-    left, right = socket.socketpair()
-    left.setblocking(False)
-    right.setblocking(False)
-    sender, receiver = Channel(left), Channel(right)
-    envelope = Envelope(None, None, False, b"x" * (3 << 20), HttpState(True, 0.0))
-    task = asyncio.ensure_future(sender.send(encode_frame(Frame.BATCH, [envelope])))
-    kind, payload, _ = await receiver.receive_frame()
-    await task
-    assert (kind, decode_batch(payload)) == (Frame.BATCH, [envelope])
-    sender.close()
-    receiver.close()
 
 
 def test_an_unknown_frame_is_a_control_error() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from hotport import channel
 from hotport.adapters.base import Connections
 from hotport.kernel import scm
 from hotport.kernel.process import descriptors_left
@@ -226,7 +227,7 @@ async def test_connections_that_the_kernel_had_no_descriptors_for_stay_until_it_
     cut: list[int] = []
 
     def receive(sock: socket.socket, size: int) -> scm.Received:
-        found = scm.receive_what_fits(sock, size)
+        found = scm.receive_descriptors(sock, size)
         if len(found.descriptors) < 20 or cut:
             return found
         cut.append(len(found.descriptors))
@@ -234,7 +235,7 @@ async def test_connections_that_the_kernel_had_no_descriptors_for_stay_until_it_
             os.close(fd)
         return scm.Received(found.data, found.descriptors[:20], False)
 
-    monkeypatch.setattr(handoff, "receive_what_fits", receive)
+    monkeypatch.setattr(channel, "receive_descriptors", receive)
     async with crowd(tmp_path, App(), 30) as found:
         new = await found.port.start(App())
         leaving = leave(found.old, new)
@@ -257,7 +258,7 @@ async def test_batches_shrink_when_too_many_descriptors_are_under_way(
             sent.append(len(descriptors))
         return scm.send_descriptors(sock, data, descriptors)
 
-    monkeypatch.setattr(handoff, "send_descriptors", send)
+    monkeypatch.setattr(channel, "send_descriptors", send)
     async with crowd(tmp_path, App(), 20) as found:
         assert await leave(found.old, await found.port.start(App())) == {"moved_http": 20}
         assert max(sent) <= 4

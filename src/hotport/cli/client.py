@@ -8,16 +8,15 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hotport.channel import exchange
 from hotport.errors import ConfigError, ControlError, nearest
 from hotport.kernel.procfs import user_name
 from hotport.kernel.sockets import may_command, peer_credentials
 from hotport.options import runtime_root
-from hotport.wire.frames import FrameDecoder, encode_frame
-from hotport.wire.messages import Failure, Reply, decode, encode
+from hotport.wire.messages import Failure
 
 __all__ = ["ask", "ask_service", "find_service", "is_elsewhere", "raise_failure"]
 
@@ -35,14 +34,10 @@ def ask(name: str | None, request: Any) -> Iterator[Any]:
 def ask_service(service: Path, request: Any) -> Iterator[Any]:
     """`ask`, of the service with this runtime directory."""
     with _connect(service) as sock:
-        with suppress(BrokenPipeError):  # it refuses some before they have spoken; its answer is there to be read
-            sock.sendall(encode_frame(encode(request)))
-        decoder = FrameDecoder()
         has_answer = False
-        while data := _receive(sock):
-            for payload in decoder.feed(data):
-                has_answer = True
-                yield decode(payload, Reply)
+        for reply in exchange(sock, request):
+            has_answer = True
+            yield reply
         if not has_answer:
             raise ControlError(
                 "HP607",
@@ -50,13 +45,6 @@ def ask_service(service: Path, request: Any) -> Iterator[Any]:
                 cause="its supervisor closed the connection",
                 fix=f"hotport status {service.name}",
             )
-
-
-def _receive(sock: socket.socket) -> bytes:
-    try:
-        return sock.recv(65536)
-    except ConnectionResetError:  # gone without a word, or without having heard all of ours
-        return b""
 
 
 def raise_failure(reply: Any) -> None:

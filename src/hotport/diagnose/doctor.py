@@ -24,7 +24,7 @@ from hotport.wire.messages import Status
 
 __all__ = [
     "Finding",
-    "Listener",
+    "ListenerState",
     "Machine",
     "Managed",
     "Member",
@@ -76,7 +76,7 @@ class Machine(msgspec.Struct, frozen=True):
     overflows: int
 
 
-class Listener(msgspec.Struct, frozen=True):
+class ListenerState(msgspec.Struct, frozen=True):
     """A TCP listener of the service.
 
     Attributes:
@@ -134,7 +134,7 @@ class Managed(msgspec.Struct, frozen=True):
     kill_mode: str
 
 
-def read_service(status: Status) -> tuple[list[Listener], list[Member], Managed | None]:
+def read_service(status: Status) -> tuple[list[ListenerState], list[Member], Managed | None]:
     """Look at a running service; what may not be looked at is left out.
 
     Raises:
@@ -194,7 +194,7 @@ def examine(machine: Machine, options: Options) -> Iterator[Finding]:
 
 
 def examine_service(
-    listeners: Sequence[Listener],
+    listeners: Sequence[ListenerState],
     members: Sequence[Member],
     *,
     gone: Mapping[str, str] | None = None,
@@ -282,7 +282,7 @@ def _examine_address(machine: Machine, text: str) -> Iterator[Finding]:
         )
 
 
-def _listener(text: str, pids: frozenset[int]) -> Listener | None:
+def _listener(text: str, pids: frozenset[int]) -> ListenerState | None:
     address = parse_address(text)
     if not isinstance(address, TcpAddress):
         return None
@@ -291,7 +291,7 @@ def _listener(text: str, pids: frozenset[int]) -> Listener | None:
     mine = [old for old in listeners if not pids.isdisjoint(one.pid for one in old.holders)]
     if not mine:
         return None
-    return Listener(
+    return ListenerState(
         text,
         nodelay=mine[0].nodelay,
         strangers=tuple(str(one) for old in mine for one in old.holders if one.pid not in pids),

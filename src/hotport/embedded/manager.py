@@ -10,7 +10,7 @@ from typing import Any, Final
 from hotport.kernel.notify import notify, notify_barrier, open_notify
 from hotport.wire.sdnotify import encode_notification
 
-__all__ = ["Manager"]
+__all__ = ["Notifier"]
 
 log = logging.getLogger("hotport.embedded")
 
@@ -18,7 +18,7 @@ log = logging.getLogger("hotport.embedded")
 BARRIER_TIMEOUT_S: Final = 5.0
 
 
-class Manager:
+class Notifier:
     """The process behind ``NOTIFY_SOCKET``; nothing happens if `path` is empty.
 
     Datagrams are sent from a thread: a manager that is busy for a while must not stop the event loop.

@@ -15,19 +15,18 @@ import anyio
 import msgspec
 
 from hotport.address import UnixAddress, parse_address
-from hotport.embedded.manager import Manager
+from hotport.channel import Channel
+from hotport.embedded.manager import Notifier
 from hotport.errors import ControlError
 from hotport.kernel.abstract import bind_abstract
 from hotport.kernel.fork import withhold
 from hotport.kernel.notify import notify, open_notify
 from hotport.kernel.sockets import bound_address, inherited_listener, location, may_command, peer_credentials
-from hotport.wire.frames import encode_frame
 from hotport.wire.listenfds import LISTEN_VARIABLES, parse_listen_environment
-from hotport.wire.messages import OfferOrder, encode, worker_socket
+from hotport.wire.messages import OfferOrder, worker_socket
 from hotport.wire.sdnotify import encode_notification
 from hotport.wire.succession import SUCCESSION_VARIABLE, Ask, CommitOrder, Committed, Succession
 from hotport.worker import background
-from hotport.worker.handoff import Channel
 from hotport.worker.server import Server
 
 __all__ = ["Predecessor"]
@@ -54,7 +53,7 @@ class Predecessor:
     def __init__(self, spec: Succession, listeners: dict[int, socket.socket], pidfd: int | None) -> None:
         self.spec = spec
         self.over = asyncio.Event()
-        self.manager = Manager(spec.manager)
+        self.manager = Notifier(spec.manager)
         self._name = worker_socket(spec.generation - 1, 1)  # as it calls itself when it offers its connections
         self._listeners = listeners
         self._pidfd = pidfd
@@ -144,7 +143,7 @@ class Predecessor:
         if self._order is not None:
             channel, self._order = self._order, None
             with suppress(OSError):  # it has ended meanwhile
-                await channel.send(encode_frame(encode(Committed(dropped=dropped))))
+                await channel.say(Committed(dropped=dropped))
             channel.close()
         self._committed.set()
 
@@ -212,7 +211,6 @@ class Predecessor:
         if not may_command(peer_credentials(sock)[1]):
             sock.close()
             return
-        sock.setblocking(False)
         self._start(self._converse(Channel(sock))).set_name("conversation")
 
     async def _converse(self, channel: Channel) -> None:

@@ -20,7 +20,7 @@ import anyio
 from hotport.adapters.base import Connections, Context
 from hotport.address import UnixAddress, parse_address
 from hotport.embedded.keeper import keeping
-from hotport.embedded.manager import Manager
+from hotport.embedded.manager import Notifier
 from hotport.embedded.predecessor import Predecessor
 from hotport.embedded.program import Program, Start
 from hotport.embedded.successor import Successor
@@ -197,7 +197,9 @@ class Server:
         self._listeners = listeners
         self._settings = settings
         self._predecessor = predecessor
-        self._manager = predecessor.manager if predecessor is not None else Manager(os.environ.get("NOTIFY_SOCKET", ""))
+        self._manager = (
+            predecessor.manager if predecessor is not None else Notifier(os.environ.get("NOTIFY_SOCKET", ""))
+        )
         self._program = Program.snapshot()
         self._closed = asyncio.Event()
         self._restarting: asyncio.Task[Restarted] | None = None

@@ -11,20 +11,18 @@ from contextlib import suppress
 from typing import Final
 
 from hotport.address import listener_name, parse_address
+from hotport.channel import Channel
 from hotport.embedded.program import Start
 from hotport.errors import ControlError, HotportError, RestartError, in_one_line
-from hotport.kernel.abstract import abstract_name, bind_abstract, sockaddr
+from hotport.kernel.abstract import abstract_name, bind_abstract
 from hotport.kernel.fork import withhold
 from hotport.kernel.notify import receive_notification
 from hotport.kernel.process import describe_exit, reap, send_signal
-from hotport.kernel.sockets import check_peer
 from hotport.kernel.spawn import Child, spawn
 from hotport.model.lifecycle import MORE_TIME_MAX_S
-from hotport.wire.frames import encode_frame
 from hotport.wire.messages import encode
 from hotport.wire.sdnotify import Notification
 from hotport.wire.succession import SUCCESSION_VARIABLE, CommitOrder, Committed, Succession
-from hotport.worker.handoff import Channel
 
 __all__ = ["Successor"]
 
@@ -138,7 +136,7 @@ class Successor:
         try:
             async with asyncio.timeout(timeout_s) as self._timeout:
                 while not self.ended.is_set():
-                    if self._is_ready and (channel := await self._connect()) is not None:
+                    if self._is_ready and (channel := self._connect()) is not None:
                         return channel
                     self._changed.clear()
                     await self._changed.wait()
@@ -165,8 +163,7 @@ class Successor:
         """
         try:
             async with asyncio.timeout(COMMIT_TIMEOUT_S):
-                await channel.send(encode_frame(encode(CommitOrder(connections=connections))))
-                answer = await channel.receive_word(Committed)
+                answer = await channel.ask(CommitOrder(connections=connections), Committed)
             assert isinstance(answer, Committed)
             return answer
         except TimeoutError:
@@ -240,19 +237,14 @@ class Successor:
         """``exited 3`` or ``killed by SIGKILL``."""
         return describe_exit(self._status)
 
-    async def _connect(self) -> Channel | None:
+    def _connect(self) -> Channel | None:
         """Where it takes orders; None if ``READY=1`` came from the application, and hotport is not there yet."""
         self._is_ready = False
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.setblocking(False)
         try:
-            await self._loop.sock_connect(sock, sockaddr(self.control))
-            check_peer(sock)
+            return Channel.connect(self.control)
         except ConnectionRefusedError:
-            sock.close()
             return None
         except PermissionError as error:
-            sock.close()
             raise self._failed(
                 RestartError(
                     "HP445",
@@ -263,10 +255,6 @@ class Successor:
                     serving=self._serving,
                 )
             ) from error
-        except BaseException:
-            sock.close()
-            raise
-        return Channel(sock)
 
     def _has_ended(self, phase: str) -> RestartError:
         cause = f"pid {self.pid} {self.how_it_ended}"

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import array
-import os
 import socket
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 __all__ = [
     "DESCRIPTORS_MAX",
-    "DescriptorsLostError",
     "Received",
     "receive_descriptors",
-    "receive_what_fits",
     "send_descriptors",
 ]
 
@@ -21,10 +18,6 @@ __all__ = [
 DESCRIPTORS_MAX: Final = 253
 
 _INT_BYTES: Final = array.array("i").itemsize
-
-
-class DescriptorsLostError(OSError):
-    """The kernel could not install every descriptor of a message here; those that it could are closed again."""
 
 
 class Received(NamedTuple):
@@ -56,22 +49,7 @@ def send_descriptors(sock: socket.socket, data: bytes | memoryview, descriptors:
     return sock.sendmsg([data], ancillary)
 
 
-def receive_descriptors(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
-    """As `receive_what_fits`; all descriptors, or none.
-
-    Raises:
-        BlockingIOError: There is nothing yet.
-        DescriptorsLostError: MSG_CTRUNC: this process is out of descriptors; the sender has all of them still.
-    """
-    data, descriptors, is_whole = receive_what_fits(sock, size)
-    if not is_whole:
-        for fd in descriptors:
-            os.close(fd)
-        raise DescriptorsLostError("out of descriptors: a message did not arrive whole")
-    return data, descriptors
-
-
-def receive_what_fits(sock: socket.socket, size: int) -> Received:
+def receive_descriptors(sock: socket.socket, size: int) -> Received:
     """Receive up to `size` bytes, and as many of the descriptors that came with them as this process has room for.
 
     Returns:

@@ -65,7 +65,8 @@ def plan_moves(
     share = sum(counts.values()) / len(able)
     wanted = {key: share if key in able else 0.0 for key in counts}
     surplus = {key: int(count - wanted[key]) for key, count in counts.items()}
-    if surplus[mine] <= (0 if is_asked or not wanted[mine] else wanted[mine] * DRIFT_RATIO + DRIFT_MIN):
+    slack = 0.0 if is_asked or not wanted[mine] else wanted[mine] * DRIFT_RATIO + DRIFT_MIN
+    if surplus[mine] <= 0 or counts[mine] - wanted[mine] <= slack:
         return {}
     givers = sorted(((most, key) for key, most in surplus.items() if most > 0), reverse=True)
     takers = sorted(((-most, key) for key, most in surplus.items() if most < 0), reverse=True)

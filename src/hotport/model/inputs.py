@@ -15,9 +15,9 @@ __all__ = [
     "Clock",
     "Elapsed",
     "Exited",
-    "Expired",
     "Input",
     "MoreTime",
+    "RecycleDue",
     "RequestKeep",
     "RequestRestart",
     "RequestScale",
@@ -99,7 +99,7 @@ class Exited(msgspec.Struct, frozen=True):
     why: str
 
 
-class Expired(msgspec.Struct, frozen=True):
+class RecycleDue(msgspec.Struct, frozen=True):
     """A worker has served long enough and should be replaced."""
 
     worker: int
@@ -181,7 +181,7 @@ Input = (
     | RequestStop
     | Said
     | Exited
-    | Expired
+    | RecycleDue
     | MoreTime
     | Elapsed
     | Bound

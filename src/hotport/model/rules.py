@@ -75,9 +75,9 @@ from hotport.model.inputs import (
     Bound,
     Clock,
     Exited,
-    Expired,
     Input,
     MoreTime,
+    RecycleDue,
     RequestKeep,
     RequestRestart,
     RequestScale,
@@ -219,7 +219,7 @@ def step(service: Service, event: Input) -> tuple[Service, tuple[Effect, ...]]:
             _said(draft, event)
         case Exited():
             _exited(draft, event)
-        case Expired():
+        case RecycleDue():
             _expired(draft, event.worker)
         case MoreTime():
             _more_time(draft, event)

@@ -10,22 +10,21 @@ from typing import Any, Final
 
 import anyio
 import msgspec
-from anyio.abc import SocketAttribute, SocketStream, UNIXSocketStream
 
+from hotport.channel import Channel
 from hotport.errors import ControlError, HotportError
 from hotport.kernel.fork import withheld
-from hotport.kernel.sockets import may_command, peer_credentials
+from hotport.kernel.sockets import may_command
 from hotport.model.effects import Announce
 from hotport.observe.logs import get_logger
 from hotport.options import OPTIONS
 from hotport.options.loading import checked
 from hotport.supervisor.contain import Containing, retried
-from hotport.supervisor.house import House
-from hotport.supervisor.process import receive_message
 from hotport.supervisor.requests import Hear, describe, keep, reload_tls, restart, scale, undo
+from hotport.supervisor.rundir import RuntimeDirectory
 from hotport.supervisor.supervisor import Supervisor
 from hotport.supervisor.takeover import hand_over
-from hotport.wire.frames import encode_frame
+from hotport.supervisor.upgrade import Upgrade
 from hotport.wire.messages import (
     Done,
     Failure,
@@ -40,15 +39,14 @@ from hotport.wire.messages import (
     TakeOverRequest,
     UndoRequest,
     UpgradeRequest,
-    encode,
 )
 
 __all__ = ["serve_control"]
 
-#: A request is short; whoever sends more does not speak our language.
+#: A request is short; a client that sends more does not speak the protocol.
 REQUEST_BYTES_MAX: Final = 64 * 1024
 
-#: How long somebody who has connected may take to say what is wanted.
+#: How long a client may take to send its request.
 REQUEST_TIMEOUT_S: Final = 5.0
 
 #: How long clients may take to read the last words of a service that has ended.
@@ -63,27 +61,26 @@ ERROR_CHARS_MAX: Final = 500
 ACCEPT_PAUSE_S: Final = 0.1
 
 #: How it shows that a client has left.
-_GONE: Final = (anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream)
+_GONE: Final = (EOFError, ConnectionError)
 
 _OPTIONS: Final = frozenset(option.field for option in OPTIONS)
 
 log = get_logger("hotport.control")
 
 
-async def serve_control(supervisor: Supervisor, house: House) -> None:
+async def serve_control(supervisor: Supervisor, rundir: RuntimeDirectory, upgrade: Upgrade) -> None:
     """Answer commands until the service has finished, and then to the end of what is being said.
 
-    Descriptors: owns a duplicate of the house's control socket. Cancellation: safe; clients see the end of the stream.
+    Descriptors: owns a duplicate of the control socket. Cancellation: safe; clients see the end of the stream.
     """
     room = anyio.Semaphore(CLIENTS_MAX)
     listening = anyio.CancelScope()
 
     async def handle(connection: socket.socket) -> None:
         try:
-            with connection, Containing("control"), suppress(*_GONE):
-                # A client that leaves ends its conversation, never what it asked for.
-                async with await UNIXSocketStream.from_socket(connection) as stream:
-                    await _converse(supervisor, stream, house)
+            # A client that leaves ends its conversation, never what it asked for.
+            with Channel(connection) as channel, Containing("control"), suppress(*_GONE):
+                await _converse(supervisor, channel, rundir, upgrade)
         finally:
             room.release()
 
@@ -104,7 +101,7 @@ async def serve_control(supervisor: Supervisor, house: House) -> None:
 
     async def listen() -> None:
         nonlocal listening
-        with anyio.CancelScope() as listening, withheld(house.control.dup()) as control:
+        with anyio.CancelScope() as listening, withheld(rundir.control.dup()) as control:
             control.setblocking(False)
             await retried("control", accept, control)
 
@@ -114,16 +111,16 @@ async def serve_control(supervisor: Supervisor, house: House) -> None:
 
     async with anyio.create_task_group() as conversations:
         async with anyio.create_task_group() as accepting:
-            house.relisten = relisten
+            rundir.relisten = relisten
             accepting.start_soon(retried, "control", listen)
             await supervisor.finished.wait()
-            house.relisten = lambda: None
+            rundir.relisten = lambda: None
             accepting.cancel_scope.cancel()
         conversations.cancel_scope.deadline = anyio.current_time() + GOODBYE_TIMEOUT_S
 
 
-async def _converse(supervisor: Supervisor, stream: SocketStream, house: House) -> None:
-    pid, uid, _ = peer_credentials(stream.extra(SocketAttribute.raw_socket))
+async def _converse(supervisor: Supervisor, channel: Channel, rundir: RuntimeDirectory, upgrade: Upgrade) -> None:
+    pid, uid = channel.peer
     try:
         if not may_command(uid):
             raise ControlError(
@@ -132,14 +129,14 @@ async def _converse(supervisor: Supervisor, stream: SocketStream, house: House) 
                 cause=f"the service belongs to uid {os.geteuid()}",
                 fix=f"run the command as uid {os.geteuid()} or as root",
             )
-        request = await _read_request(stream)
-        reply = await _carry_out(supervisor, request, stream, house, by=f"pid {pid} of uid {uid}")
+        request = await _read_request(channel)
+        reply = await _carry_out(supervisor, request, channel, rundir, upgrade, by=f"pid {pid} of uid {uid}")
     except HotportError as error:
         log.warning("control.refused", error=error.what, cause=error.cause)
         reply = _failure(error)
     except _GONE:
         raise
-    except Exception as error:  # a bug of ours, and whoever asked must not wait for the answer
+    except Exception as error:  # a bug of ours, and the client must not wait for an answer
         failed = HotportError(
             "HP642",
             f"{supervisor.name} could not do this",
@@ -147,19 +144,19 @@ async def _converse(supervisor: Supervisor, stream: SocketStream, house: House) 
             fix=f"hotport status {supervisor.name}, and see its log",
         )
         with suppress(*_GONE):
-            await _say(stream, _failure(failed))
+            await channel.say(_failure(failed))
         raise
     if reply is not None:
-        await _say(stream, reply)
+        await channel.say(reply)
 
 
 def _failure(error: HotportError) -> Failure:
     return Failure(code=error.code, what=error.what, cause=error.cause, fix=error.fix, exit_code=error.exit_code)
 
 
-async def _read_request(stream: SocketStream) -> Any:
+async def _read_request(channel: Channel) -> Any:
     with anyio.move_on_after(REQUEST_TIMEOUT_S):
-        return _checked(await receive_message(stream, Request, frame_bytes_max=REQUEST_BYTES_MAX))
+        return _checked(await channel.receive_word(Request, frame_bytes_max=REQUEST_BYTES_MAX))
     raise ControlError(
         "HP641",
         "no request came",
@@ -174,15 +171,12 @@ def _checked(request: Any) -> Any:
     return msgspec.structs.replace(request, **checked(options))
 
 
-async def _say(stream: SocketStream, message: Any) -> None:
-    await stream.send(encode_frame(encode(message)))
-
-
 async def _carry_out(
     supervisor: Supervisor,
     request: Any,
-    stream: SocketStream,
-    house: House,
+    channel: Channel,
+    rundir: RuntimeDirectory,
+    upgrade: Upgrade,
     *,
     by: str,
 ) -> Any:
@@ -190,11 +184,11 @@ async def _carry_out(
         case StatusRequest():
             return await describe(supervisor)
         case RestartRequest():
-            return await _report_progress(stream, lambda hear: restart(supervisor, request, hear))
+            return await _report_progress(channel, lambda hear: restart(supervisor, request, hear))
         case UndoRequest(keep=True):
             return Done(detail=await keep(supervisor))
         case UndoRequest():
-            return await _report_progress(stream, lambda hear: undo(supervisor, f"hotport undo ({by})", hear))
+            return await _report_progress(channel, lambda hear: undo(supervisor, f"hotport undo ({by})", hear))
         case ScaleRequest(workers=workers):
             await scale(supervisor, workers)
             return Done(detail=f"{workers} workers serve")
@@ -205,18 +199,14 @@ async def _carry_out(
             await supervisor.finished.wait()
             return Done(detail="stopped", exit_code=supervisor.exit_code)
         case UpgradeRequest(python=python):
-            await house.upgrade(supervisor, python, stream.extra(SocketAttribute.raw_socket))
+            await upgrade.begin(python, channel)
             return None  # the next supervisor answers
         case TakeOverRequest():
-
-            async def reclaim() -> None:
-                house.reclaim(supervisor)
-
-            return await hand_over(supervisor, request, stream, house.lock, reclaim)
+            return await hand_over(supervisor, request, channel, rundir)
     raise AssertionError(request)
 
 
-async def _report_progress(stream: SocketStream, run: Callable[[Hear], Awaitable[Report]]) -> Report:
+async def _report_progress(channel: Channel, run: Callable[[Hear], Awaitable[Report]]) -> Report:
     """Restart, or undo a restart; progress goes to the client, but does not wait for one that does not read."""
     send, receive = anyio.create_memory_object_stream[Progress](256)
 
@@ -233,9 +223,9 @@ async def _report_progress(stream: SocketStream, run: Callable[[Hear], Awaitable
             )
 
     async def forward() -> None:
-        with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
+        with suppress(ConnectionError):
             async for progress in receive:
-                await _say(stream, progress)
+                await channel.say(progress)
 
     async with receive, anyio.create_task_group() as tasks, send:
         tasks.start_soon(forward)

@@ -15,7 +15,7 @@ from hotport.kernel.process import rss_bytes
 from hotport.model.health import Rules, Sample, verdict
 from hotport.options import Options
 from hotport.supervisor.contain import Containing
-from hotport.supervisor.process import Process
+from hotport.supervisor.process import WorkerProcess
 from hotport.wire.messages import Inspection, InspectOrder, Probed, ProbeOrder
 
 __all__ = ["watch_health"]
@@ -35,7 +35,7 @@ OWN_LAG_MAX_S: Final = 0.1
 Tell: TypeAlias = Callable[[str, int], None]
 
 
-async def watch_health(workers: Callable[[], Sequence[Process]], options: Options, tell: Tell) -> None:
+async def watch_health(workers: Callable[[], Sequence[WorkerProcess]], options: Options, tell: Tell) -> None:
     """Look at the new workers of a restart, and say once when they are not well.
 
     Workers that cannot be looked at are not taken to be well.
@@ -52,7 +52,7 @@ async def watch_health(workers: Callable[[], Sequence[Process]], options: Option
         await _watch(workers, options, tell)
 
 
-async def _watch(workers: Callable[[], Sequence[Process]], options: Options, tell: Tell) -> None:
+async def _watch(workers: Callable[[], Sequence[WorkerProcess]], options: Options, tell: Tell) -> None:
     rules = Rules(
         errors_max=options.health_errors_max,
         requests_min=options.health_requests_min,
@@ -61,12 +61,12 @@ async def _watch(workers: Callable[[], Sequence[Process]], options: Options, tel
     )
     last: dict[int, Inspection] = {}
 
-    async def look_again(interval_s: float, look: Callable[[Process], Awaitable[Sample]]) -> None:
+    async def look_again(interval_s: float, look: Callable[[WorkerProcess], Awaitable[Sample]]) -> None:
         while processes := workers():
             began = anyio.current_time()
             samples: list[Sample] = []
 
-            async def note(process: Process, samples: list[Sample] = samples) -> None:
+            async def note(process: WorkerProcess, samples: list[Sample] = samples) -> None:
                 samples.append(await look(process))
 
             async with anyio.create_task_group() as looks:
@@ -84,7 +84,7 @@ async def _watch(workers: Callable[[], Sequence[Process]], options: Options, tel
             tasks.start_soon(look_again, PROBE_INTERVAL_S, lambda process: _probe(process, options))
 
 
-async def _inspect(process: Process, rules: Rules, last: dict[int, Inspection]) -> Sample:
+async def _inspect(process: WorkerProcess, rules: Rules, last: dict[int, Inspection]) -> Sample:
     timeout_s = rules.lag_max_s or ANSWER_TIMEOUT_S
     began = anyio.current_time()
     found = await process.ask(InspectOrder(is_watched=True), Inspection, timeout_s)
@@ -102,7 +102,7 @@ async def _inspect(process: Process, rules: Rules, last: dict[int, Inspection]) 
     )
 
 
-async def _probe(process: Process, options: Options) -> Sample:
+async def _probe(process: WorkerProcess, options: Options) -> Sample:
     path, timeout_s = options.health_path, options.health_timeout_s
     assert path is not None
     began = anyio.current_time()

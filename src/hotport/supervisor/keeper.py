@@ -1,7 +1,7 @@
-"""The files by which a service is found: noticed when they disappear, and made again.
+"""Restore the files by which a service is found when they disappear.
 
 The kernel tells when something is removed (`hotport.kernel.inotify`). Where it cannot, files are looked at when a
-worker is started, a restart begins, or somebody asks how the service is.
+worker is started, a restart begins, or a client asks for the status.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from hotport.kernel.sockets import bind_listener, file_path, socket_file
 from hotport.model.guarantee import Strategy, obstacle
 from hotport.model.steps import Step
 from hotport.observe.logs import get_logger
-from hotport.supervisor.house import House
-from hotport.supervisor.place import STATUS_BACKLOG
 from hotport.supervisor.requests import facts
+from hotport.supervisor.rundir import RuntimeDirectory
+from hotport.supervisor.startup import STATUS_BACKLOG
 from hotport.supervisor.supervisor import StatusPort, Supervisor
 
 __all__ = ["keep_files"]
 
-#: Between two looks: whoever removes files in a loop must not keep the supervisor busy.
+#: Between two looks: a program that removes files in a loop must not keep the supervisor busy.
 PAUSE_S: Final = 0.1
 
-#: After an error that nobody expects.
+#: After an unexpected error.
 FAILED_PAUSE_S: Final = 10.0
 
 log = get_logger("hotport.supervisor")
 
 
-async def keep_files(supervisor: Supervisor, house: House) -> None:
+async def keep_files(supervisor: Supervisor, rundir: RuntimeDirectory) -> None:
     """Make the runtime directory, the sockets in it and the socket files of listeners again, until cancelled.
 
     Cancellation: safe. Descriptors: one for inotify, closed at the end.
@@ -49,21 +49,21 @@ async def keep_files(supervisor: Supervisor, house: House) -> None:
             return
         while True:
             try:
-                await _look(watch, supervisor, house, told)
+                await _look(watch, supervisor, rundir, told)
             except Exception:  # a bug of ours must not cost the service its supervisor
                 log.exception("files.failed")
                 await anyio.sleep(FAILED_PAUSE_S)
             await anyio.sleep(PAUSE_S)
 
 
-async def _look(watch: Watch, supervisor: Supervisor, house: House, told: dict[str, str]) -> None:
+async def _look(watch: Watch, supervisor: Supervisor, rundir: RuntimeDirectory, told: dict[str, str]) -> None:
     """Make again what is gone, or wait until something changes if nothing is.
 
     Args:
         told: Why addresses are gone, as the log has it; kept from one look to the next.
     """
     _watch_all(watch, supervisor)
-    has_made = house.mend(supervisor)
+    has_made = rundir.mend(supervisor)
     why_no_status = _mend_status_port(supervisor)
     if supervisor.owned.gone and _is_busy(supervisor):
         await supervisor.wait_stepped()
@@ -104,7 +104,7 @@ def _mend_status_port(supervisor: Supervisor) -> dict[str, str]:
         listener = bind_listener(parse_address(port.address), backlog=STATUS_BACKLOG)
     except HotportError as error:
         return {port.address: error.cause}
-    supervisor.replace_status_port(port._replace(listener=listener, file=socket_file(path)))
+    supervisor.use_status_port(port._replace(listener=listener, file=socket_file(path)))
     log.warning("listener.remade", address=port.address)
     return {}
 
@@ -130,11 +130,11 @@ async def _mend_listeners(supervisor: Supervisor) -> bool:
         return False
     has_made = False
     for made in owned.remake(supervisor.options):
-        await supervisor.give_all()
-        if any(made.sock in process.held for process in supervisor.processes.values()):
+        await supervisor.fleet.give_all()
+        if any(made.sock in process.held for process in supervisor.fleet.processes.values()):
             log.warning("listener.remade", address=made.address)
             has_made = True
         else:
             owned.unmake(made, f"no worker takes it while it serves; {restart}")
-    supervisor.manager.follow(supervisor.listeners)
+    supervisor.news.manager.follow(supervisor.listeners)
     return has_made

@@ -117,15 +117,18 @@ class Listeners:
     Args:
         bound: Listeners by generation and canonical address; owned from here on.
         asked: For each of them, what the options say; if they cannot be told apart, the addresses themselves.
-
-    Attributes:
-        shared: Addresses whose socket files stay when they are closed: another supervisor has these listeners, too,
-            and which of the two goes on is not decided.
+        shared: As in `share_files`.
 
     Descriptors: owns every listener, and the guards.
     """
 
-    def __init__(self, bound: Mapping[int, Mapping[str, socket.socket]], asked: Mapping[int, Collection[str]]) -> None:
+    def __init__(
+        self,
+        bound: Mapping[int, Mapping[str, socket.socket]],
+        asked: Mapping[int, Collection[str]],
+        *,
+        shared: Collection[str] = (),
+    ) -> None:
         known: dict[socket.socket, Listener] = {}
         self._of: dict[int, list[Listener]] = {}
         for generation, listeners in bound.items():
@@ -134,7 +137,7 @@ class Listeners:
                 known.setdefault(sock, _known(name, address, sock))
                 for name, (address, sock) in zip(names, listeners.items(), strict=True)
             ]
-        self.shared: frozenset[str] = frozenset()
+        self._shared = frozenset(shared)
         self._guards: dict[str, socket.socket] = {}
         self._abandoned: list[Listener] = []
 
@@ -356,7 +359,7 @@ class Listeners:
         return {each.sock for each in self._abandoned if each.sock is not None and each.address in addresses}
 
     def _is_gone(self, each: Listener) -> bool:
-        return each.address not in self.shared and each.is_gone
+        return each.address not in self._shared and each.is_gone
 
     # -- the end ---------------------------------------------------------------------------------------------
 
@@ -382,6 +385,22 @@ class Listeners:
             self._settle(each)
         return accepted
 
+    @property
+    def has_shared(self) -> bool:
+        """Whether another supervisor has listeners of these, too."""
+        return bool(self._shared)
+
+    def share_files(self, addresses: Collection[str]) -> None:
+        """Leave the socket files of these addresses in place when they are closed.
+
+        Another supervisor has these listeners, too, until it is decided which of the two continues.
+        """
+        self._shared = frozenset(addresses)
+
+    def own_files(self) -> None:
+        """Remove every socket file when its listener is closed: no other supervisor has any, or it has been retired."""
+        self._shared = frozenset()
+
     def give_away(self, addresses: Collection[str]) -> None:
         """Leave the socket files of these addresses: they are another process's from now on."""
         for each in self._each():
@@ -390,7 +409,7 @@ class Listeners:
 
     def close(self) -> None:
         """Close everything."""
-        self.give_away(self.shared)
+        self.give_away(self._shared)
         for each in (*self._each(), *self._abandoned):
             each.close()
         for guard in self._guards.values():

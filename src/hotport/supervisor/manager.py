@@ -31,7 +31,7 @@ from hotport.supervisor.contain import retried
 from hotport.supervisor.timers import Timers
 from hotport.wire.sdnotify import encode_notification, encode_store, encode_store_remove, store_name
 
-__all__ = ["MANAGER_VARIABLES", "Manager"]
+__all__ = ["MANAGER_VARIABLES", "ServiceManager"]
 
 #: What a manager sets for the process that it watches, and for no other.
 MANAGER_VARIABLES: Final = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "FDSTORE")
@@ -67,7 +67,7 @@ _OTHERS: Final = {
 }
 
 
-class Manager:
+class ServiceManager:
     """Says what the manager named in the environment must hear; says nothing if there is none.
 
     Args:

@@ -12,15 +12,13 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 import anyio
-from anyio.abc import ByteStream, SocketAttribute, UNIXSocketStream
 
+from hotport.channel import Channel
 from hotport.errors import ControlError
 from hotport.kernel.process import describe_exit, kill_group, reap, send_signal
-from hotport.kernel.scm import DESCRIPTORS_MAX
-from hotport.kernel.sockets import check_peer
 from hotport.kernel.spawn import Child
 from hotport.observe.logs import get_logger
-from hotport.wire.frames import FRAME_BYTES_MAX, FrameDecoder, encode_frame
+from hotport.wire.frames import encode_frame
 from hotport.wire.messages import (
     Inspection,
     InspectOrder,
@@ -31,11 +29,10 @@ from hotport.wire.messages import (
     Transferred,
     Welcome,
     Word,
-    decode,
     encode,
 )
 
-__all__ = ["Process", "receive_message"]
+__all__ = ["WorkerProcess"]
 
 Answer = TypeVar("Answer", Inspection, TlsReloaded, Probed)
 
@@ -53,7 +50,7 @@ ASKED_MAX = 64
 RECONNECT_PAUSE_S = 0.1
 
 
-class Process:
+class WorkerProcess:
     """A worker that was started here, or was adopted.
 
     Attributes:
@@ -103,17 +100,11 @@ class Process:
         self._orders: deque[bytes] = deque()
         self._has_orders = anyio.Event()
         self.is_talking = False
-        self._socket: Any = None
         self._has_said_all = anyio.Event()
         self._conversation: anyio.CancelScope | None = None
         self._has_ended = False
         self._asked: list[tuple[type[Any], anyio.Event, list[Any]]] = []
         self._log = get_logger("hotport.supervisor").bind(worker=worker, generation=generation)
-
-    @property
-    def descriptor(self) -> int:
-        """Of the control connection; -1 while there is none."""
-        return self._socket.fileno() if self._socket is not None and self.is_talking else -1
 
     def order(self, message: Any) -> None:
         """Queue an order; it leaves when the worker's control socket has been reached."""
@@ -146,11 +137,11 @@ class Process:
         self.is_talking = True
         self._has_said_all = anyio.Event()
         try:
-            async with await _connect(self.control_path) as stream, anyio.create_task_group() as tasks:
-                self._socket = stream.extra(SocketAttribute.raw_socket)
-                tasks.start_soon(self._send_orders, stream)
-                await self._receive_words(stream, hear)
-                tasks.cancel_scope.cancel()
+            with Channel.connect(self.control_path) as channel:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(self._send_orders, channel)
+                    await self._receive_words(channel, hear)
+                    tasks.cancel_scope.cancel()
             return True
         except OSError as error:
             self._log.warning("worker.unreachable", error=str(error))
@@ -193,46 +184,42 @@ class Process:
         """
         descriptors = [sock.fileno() for sock in (*listeners.values(), *accepted)]
         order = TransferOrder(addresses=tuple(listeners), connections=len(accepted))
-        with anyio.fail_after(TRANSFER_TIMEOUT_S):
+        with anyio.fail_after(TRANSFER_TIMEOUT_S), Channel.connect(self.control_path) as channel:
             try:
-                async with await _connect(self.control_path) as stream:
-                    decoder = FrameDecoder()
-                    await stream.send(encode_frame(encode(order)))
-                    await _expect(stream, decoder, Welcome)
-                    for start in range(0, len(descriptors), DESCRIPTORS_MAX):
-                        await stream.send_fds(b"d", descriptors[start : start + DESCRIPTORS_MAX])
-                    await _expect(stream, decoder, Transferred)
-            except (anyio.EndOfStream, anyio.BrokenResourceError, ControlError) as error:
+                await channel.say(order)
+                await _expect(channel, Welcome)
+                await channel.send_descriptors(descriptors)
+                await _expect(channel, Transferred)
+            except (EOFError, ConnectionError, ControlError) as error:
                 raise ConnectionError("the worker has not taken its listeners") from error
 
-    async def _send_orders(self, stream: ByteStream) -> None:
-        with suppress(anyio.BrokenResourceError):  # then the other direction ends, too
+    async def _send_orders(self, channel: Channel) -> None:
+        with suppress(ConnectionError):  # then the other direction ends, too
             while True:
                 while self._orders:
-                    await stream.send(self._orders[0])
+                    await channel.send(self._orders[0])
                     self._orders.popleft()
                 self._has_orders = anyio.Event()
                 await self._has_orders.wait()
 
-    async def _receive_words(self, stream: ByteStream, hear: Callable[[int, Word], None]) -> None:
-        decoder = FrameDecoder()
-        try:
-            while True:
-                for payload in decoder.feed(await stream.receive()):
-                    word = decode(payload, Word)
-                    # Answers come in the order of orders.
-                    asked = next((asked for asked in self._asked if asked[0] is type(word)), None)
-                    if asked is None:
-                        hear(self.worker, word)
-                        continue
-                    self._asked.remove(asked)
-                    _, event, answer = asked
-                    answer.append(word)
-                    event.set()
-        except (anyio.EndOfStream, anyio.BrokenResourceError):
-            pass
-        except ControlError as error:
-            self._log.warning("worker.garbage", error=str(error))
+    async def _receive_words(self, channel: Channel, hear: Callable[[int, Word], None]) -> None:
+        while True:
+            try:
+                word = await channel.receive_word()
+            except (EOFError, ConnectionError):
+                return
+            except ControlError as error:
+                self._log.warning("worker.garbage", error=str(error))
+                return
+            # Answers come in the order of orders.
+            asked = next((asked for asked in self._asked if asked[0] is type(word)), None)
+            if asked is None:
+                hear(self.worker, word)
+                continue
+            self._asked.remove(asked)
+            _, event, answer = asked
+            answer.append(word)
+            event.set()
 
     async def wait_ended(self) -> None:
         """Wait for the end, and for its last words; may be called again."""
@@ -257,26 +244,7 @@ class Process:
         return describe_exit(status)
 
 
-async def _connect(path: str) -> UNIXSocketStream:
-    """Connect to a worker of our user; raises OSError if there is none, or if another user listens."""
-    stream = await anyio.connect_unix(path)
-    try:
-        check_peer(stream.extra(SocketAttribute.raw_socket))
-    except OSError:
-        await stream.aclose()
-        raise
-    return stream
-
-
-async def receive_message(stream: ByteStream, kind: Any, *, frame_bytes_max: int = FRAME_BYTES_MAX) -> Any:
-    """The first message of a conversation, one of the closed set `kind`."""
-    decoder = FrameDecoder(frame_bytes_max)
-    while True:
-        if payloads := decoder.feed(await stream.receive()):
-            return decode(payloads[0], kind)
-
-
-async def _expect(stream: ByteStream, decoder: FrameDecoder, kind: type[Any]) -> None:
-    """Read words until one of this kind has come; the others are for whoever gives orders."""
-    while not any(isinstance(decode(payload, Word), kind) for payload in decoder.feed(await stream.receive())):
+async def _expect(channel: Channel, kind: type[Any]) -> None:
+    """Read words until one of this kind has come; the others are answers to orders."""
+    while not isinstance(await channel.receive_word(), kind):
         pass

@@ -1,7 +1,7 @@
-"""Workers whose supervisor is gone: found, asked, and their listeners taken back from them.
+"""Find the workers of a supervisor that has ended, and take listeners back from them.
 
-A supervisor keeps nothing that it could not learn again here; so this is how the next one begins, whether its
-predecessor was killed or has exec'ed itself.
+A supervisor keeps nothing that it could not learn again here; so every next supervisor begins here, whether the one
+before was killed or has exec'ed itself.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ import anyio
 import msgspec
 
 from hotport.address import parse_listener_name
+from hotport.channel import Channel
 from hotport.errors import ControlError, HotportError
 from hotport.kernel import procfs
 from hotport.kernel.process import duplicate_descriptor
-from hotport.kernel.scm import receive_descriptors
-from hotport.kernel.sockets import check_peer, inherited_listener, peer_credentials
+from hotport.kernel.sockets import inherited_listener
 from hotport.model import lifecycle, service
 from hotport.model.lifecycle import Phase
 from hotport.observe.logs import get_logger
 from hotport.supervisor.contain import Containing
 from hotport.supervisor.launch import PRIVATE_VARIABLES, Launch
-from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.listenfds import parse_listen_environment
 from hotport.wire.messages import (
     PROTOCOL,
@@ -35,15 +34,12 @@ from hotport.wire.messages import (
     ListenersOrder,
     Listening,
     Memory,
-    Word,
     WorkerSpec,
-    decode,
-    encode,
     parse_worker_socket,
     worker_socket,
 )
 
-__all__ = ["Found", "Survivor", "survey"]
+__all__ = ["Found", "Orphan", "survey"]
 
 #: A worker that serves answers at once; one that still imports its application, or is busy with it, is taken at its
 #: supervisor's word: it has been started.
@@ -57,11 +53,11 @@ _PHASES: Final = {phase.value: phase for phase in (Phase.STARTING, Phase.READY, 
 
 
 @dataclass(slots=True)
-class Survivor:
-    """A worker that somebody else has started.
+class Orphan:
+    """A worker that an earlier supervisor has started.
 
     Attributes:
-        phase: By its own word. A program of somebody else's is taken to serve.
+        phase: By its own word. A foreign program is taken to serve.
         launch: How it was started; None if that cannot be read.
         listeners: Duplicates of its own, by canonical address.
         has_answered: It has said which these are; if none, it has none.
@@ -86,35 +82,37 @@ class Survivor:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What is left of a service.
+    """What a new supervisor of a service starts with.
 
     Attributes:
-        survivors: Oldest first.
-        wanted: How many workers should serve; 0 if nobody remembers.
-        generations: How many generation numbers were given out, as far as anybody remembers.
+        orphans: Oldest first.
+        wanted: How many workers should serve; 0 if that is not known.
+        generations: How many generation numbers were given out, as far as that is known.
         spawned: How many worker numbers.
-        favoured: The generation that its supervisor would have gone on with.
+        favoured: The generation that the supervisor before would have kept.
         generation: The one that serves; 0 if none has begun to.
-        listeners: By generation and canonical address; sockets of the survivors are the same objects.
+        listeners: By generation and canonical address; sockets of the orphans are the same objects.
+        shared: Addresses that another supervisor has, too: see `Listeners`.
     """
 
-    survivors: tuple[Survivor, ...] = ()
+    orphans: tuple[Orphan, ...] = ()
     wanted: int = 0
     generations: int = 0
     spawned: int = 0
     favoured: int = 0
     generation: int = 0
     listeners: dict[int, dict[str, socket.socket]] = field(default_factory=dict)
+    shared: frozenset[str] = frozenset()
 
     @property
     def workers(self) -> tuple[lifecycle.Worker, ...]:
-        """The survivors, as the model knows workers."""
-        return tuple(lifecycle.Worker(each.worker, each.generation, each.phase) for each in self.survivors)
+        """The orphans, as the model knows workers."""
+        return tuple(lifecycle.Worker(each.worker, each.generation, each.phase) for each in self.orphans)
 
     @property
-    def going(self) -> int:
-        """The generation that goes on, or the next one if none can."""
-        current = (each.generation for each in self.survivors if each.phase is not Phase.DRAINING)
+    def current(self) -> int:
+        """The generation to continue with; the next one if none serves or starts."""
+        current = (each.generation for each in self.orphans if each.phase is not Phase.DRAINING)
         return self.generation or max(current, default=self.generations + 1)
 
 
@@ -122,16 +120,16 @@ async def survey(
     directory: str,
     memory: Memory | None = None,
     numbers: Mapping[int, int] | None = None,
-    carried: Mapping[str, socket.socket] | None = None,
+    inherited: Mapping[str, socket.socket] | None = None,
 ) -> Found:
-    """Find and ask whatever is left of the service with this runtime directory; its lock is ours already.
+    """Find the workers of the service with this runtime directory, and ask them for their state and listeners.
 
-    Sockets that nobody answers on any more are removed.
+    The caller holds the directory's lock. Sockets on which no process answers are removed.
 
     Args:
-        memory: What its last supervisor remembered, if that was asked; workers have it otherwise.
-        numbers: Its workers by pid: programs of somebody else's do not know theirs.
-        carried: Listeners of the generation that goes on which this process has already.
+        memory: Of the supervisor before, if it could pass it; workers have it otherwise.
+        numbers: Its workers by pid: foreign programs do not know theirs.
+        inherited: Listeners of the generation to continue with that this process has already.
 
     Raises:
         ControlError: A worker speaks another protocol (HP650), or workers hold the port and none gives a duplicate of
@@ -139,52 +137,48 @@ async def survey(
 
     Descriptors: owned by `Found.listeners`; what else was received is closed.
     """
-    survivors = _started(directory)
+    orphans = _started(directory)
     for file in os.listdir(directory):
         if named := parse_worker_socket(file):
             generation, worker = named
             path = os.path.join(directory, file)
-            survivors.setdefault((generation, worker), Survivor(worker, generation, 0, path))
-    asked = list(survivors.values())
-    errors = await _ask_all(asked, ANSWER_TIMEOUT_S)
-    alive = [survivor for survivor in asked if survivor.pid]
-    if not alive:
-        _tidy(directory)
-    for survivor in alive:
-        if not survivor.has_answered:
-            _take(survivor)
-    try:
-        if not carried and not errors and not any(survivor.listeners for survivor in alive):
-            errors = await _ask_all([survivor for survivor in alive if survivor.is_silent], LAST_ANSWER_TIMEOUT_S)
-        if errors:
-            raise errors[0]
-        found = _number(alive, memory, numbers or {})
-        _gather(found, carried or {}, directory)
-    except HotportError:
-        for survivor in alive:
-            for listener in survivor.listeners.values():
-                listener.close()
-        raise
-    return found
-
-
-async def _ask_all(survivors: Sequence[Survivor], timeout_s: float) -> list[HotportError]:
-    """Ask each of them that can be asked, all at once, and return why some of them cannot be supervised."""
+            orphans.setdefault((generation, worker), Orphan(worker, generation, 0, path))
+    asked = found_all = list(orphans.values())
     # Outside of the task group, which would wrap an error.
     errors: list[HotportError] = []
 
-    async def ask(survivor: Survivor) -> None:
-        with Containing("survey", path=survivor.control_path), anyio.move_on_after(timeout_s):
+    async def ask(orphan: Orphan, timeout_s: float) -> None:
+        with Containing("survey", path=orphan.control_path), anyio.move_on_after(timeout_s):
             try:
-                await _ask(survivor)
+                await _ask(orphan)
             except HotportError as error:
                 errors.append(error)
 
-    async with anyio.create_task_group() as tasks:
-        for survivor in survivors:
-            if not survivor.is_foreign:
-                tasks.start_soon(ask, survivor)
-    return errors
+    for timeout_s in (ANSWER_TIMEOUT_S, LAST_ANSWER_TIMEOUT_S):
+        async with anyio.create_task_group() as tasks:
+            for orphan in asked:
+                if not orphan.is_foreign:
+                    tasks.start_soon(ask, orphan, timeout_s)
+        alive = [orphan for orphan in found_all if orphan.pid]
+        for orphan in alive:
+            if not orphan.has_answered and not orphan.listeners:
+                _take(orphan)
+        asked = [orphan for orphan in alive if orphan.is_silent]
+        if inherited or errors or any(orphan.listeners for orphan in alive):
+            break
+    if not alive:
+        _tidy(directory)
+    try:
+        if errors:
+            raise errors[0]
+        found = _number(alive, memory, numbers or {})
+        _gather(found, inherited or {}, directory)
+    except HotportError:
+        for orphan in alive:
+            for listener in orphan.listeners.values():
+                listener.close()
+        raise
+    return found
 
 
 def _tidy(directory: str) -> None:
@@ -195,38 +189,38 @@ def _tidy(directory: str) -> None:
                 os.unlink(os.path.join(directory, file))
 
 
-def _number(survivors: Sequence[Survivor], memory: Memory | None, numbers: Mapping[int, int]) -> Found:
-    """Which generation and how many workers there should be, and the highest numbers that were given out."""
-    memories = [each for each in (memory, *(survivor.memory for survivor in survivors)) if each is not None]
+def _number(orphans: Sequence[Orphan], memory: Memory | None, numbers: Mapping[int, int]) -> Found:
+    """Choose the generation to keep and the number of workers; number the workers that do not know theirs."""
+    memories = [each for each in (memory, *(orphan.memory for orphan in orphans)) if each is not None]
     latest = max(memories, key=lambda memory: (memory.generations, memory.spawned), default=None)
-    generations = max([latest.generations if latest else 0, *(each.generation for each in survivors)])
-    spawned = max([latest.spawned if latest else 0, *(each.worker for each in survivors)])
-    for survivor in survivors:
-        if not survivor.worker and (number := numbers.get(survivor.pid)):
-            survivor.worker = number
-        elif not survivor.worker:
+    generations = max([latest.generations if latest else 0, *(each.generation for each in orphans)])
+    spawned = max([latest.spawned if latest else 0, *(each.worker for each in orphans)])
+    for orphan in orphans:
+        if not orphan.worker and (number := numbers.get(orphan.pid)):
+            orphan.worker = number
+        elif not orphan.worker:
             spawned += 1
-            survivor.worker = spawned
-    ordered = tuple(sorted(survivors, key=lambda each: each.worker))
+            orphan.worker = spawned
+    ordered = tuple(sorted(orphans, key=lambda each: each.worker))
     options = [each.launch.options.workers for each in ordered if each.launch]
     wanted = latest.wanted if latest else max(options, default=0)
     found = Found(ordered, wanted, generations, spawned, latest.favoured if latest else 0)
     return replace(found, generation=service.surviving(found.workers, max(1, wanted), found.favoured))
 
 
-def _gather(found: Found, carried: Mapping[str, socket.socket], directory: str) -> None:
-    """One socket for each listener, however many duplicates of it there are."""
-    known = {os.fstat(listener.fileno()).st_ino: listener for listener in carried.values()}
-    if carried:
-        found.listeners[found.going] = dict(carried)
-    for survivor in found.survivors:
-        for address, listener in survivor.listeners.items():
+def _gather(found: Found, inherited: Mapping[str, socket.socket], directory: str) -> None:
+    """Keep one socket for each listener; close its duplicates."""
+    known = {os.fstat(listener.fileno()).st_ino: listener for listener in inherited.values()}
+    if inherited:
+        found.listeners[found.current] = dict(inherited)
+    for orphan in found.orphans:
+        for address, listener in orphan.listeners.items():
             kept = known.setdefault(os.fstat(listener.fileno()).st_ino, listener)
             if kept is not listener:
                 listener.close()
-            survivor.listeners[address] = kept
-            found.listeners.setdefault(survivor.generation, {}).setdefault(address, kept)
-    silent = [each for each in found.survivors if each.is_silent]
+            orphan.listeners[address] = kept
+            found.listeners.setdefault(orphan.generation, {}).setdefault(address, kept)
+    silent = [each for each in found.orphans if each.is_silent]
     if silent and not found.listeners:
         pids = " ".join(str(each.pid) for each in silent)
         raise ControlError(
@@ -235,21 +229,21 @@ def _gather(found: Found, carried: Mapping[str, socket.socket], directory: str) 
             cause=f"its workers (pid {pids.replace(' ', ', ')}) may have listeners, and give none of them back",
             fix=f"kill {pids}, and start it again",
         )
-    if found.listeners and found.going not in found.listeners:  # it has let go of them, for others to have them
-        found.listeners[found.going] = dict(found.listeners[max(found.listeners)])
+    if found.listeners and found.current not in found.listeners:  # it has released them for the next generation
+        found.listeners[found.current] = dict(found.listeners[max(found.listeners)])
 
 
-def _started(directory: str) -> dict[tuple[int, int], Survivor]:
+def _started(directory: str) -> dict[tuple[int, int], Orphan]:
     """Processes that were started to be workers of this service, whether they listen yet or not."""
-    found: dict[tuple[int, int], Survivor] = {}
+    found: dict[tuple[int, int], Orphan] = {}
     for pid in procfs.leaders_with("NOTIFY_SOCKET", os.path.join(directory, "notify.sock")):
         with Containing("survey", worker_pid=pid):  # its environment may be anything
-            if (survivor := _survivor(pid, directory)) is not None:
-                found.setdefault((survivor.generation, survivor.worker or -pid), survivor)
+            if (orphan := _orphan(pid, directory)) is not None:
+                found.setdefault((orphan.generation, orphan.worker or -pid), orphan)
     return found
 
 
-def _survivor(pid: int, directory: str) -> Survivor | None:
+def _orphan(pid: int, directory: str) -> Orphan | None:
     """What a process was started to be, by its environment; None if that is no worker."""
     environment = procfs.environment(pid)
     generation = int(environment.get("HOTPORT_GENERATION", "0"))
@@ -259,10 +253,10 @@ def _survivor(pid: int, directory: str) -> Survivor | None:
         except msgspec.MsgspecError:  # another version's: then it has to say itself who it is
             return None
         path = os.path.join(directory, worker_socket(generation, spec.worker))
-        return Survivor(spec.worker, generation, pid, path, launch=_launch(pid, spec, environment))
+        return Orphan(spec.worker, generation, pid, path, launch=_launch(pid, spec, environment))
     if environment.get("LISTEN_PID") != str(pid):  # started by such a program, in a group of its own
         return None
-    return Survivor(0, generation, pid, "", is_foreign=True, phase=Phase.SERVING)
+    return Orphan(0, generation, pid, "", is_foreign=True, phase=Phase.SERVING)
 
 
 def _launch(pid: int, spec: WorkerSpec, environment: Mapping[str, str]) -> Launch | None:
@@ -273,65 +267,60 @@ def _launch(pid: int, spec: WorkerSpec, environment: Mapping[str, str]) -> Launc
     return Launch(spec.options, python, directory, kept) if python and directory else None
 
 
-async def _ask(survivor: Survivor) -> None:
-    """Who it is, how far it is, and its listeners; nothing of it is known if it does not answer in time."""
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.setblocking(False)
-        try:
-            sock.connect(survivor.control_path)
-            check_peer(sock)
-        except FileNotFoundError:  # started, but it does not listen yet
-            return
-        except PermissionError as error:
-            get_logger("hotport.supervisor").warning("worker.refused", path=survivor.control_path, error=str(error))
-            return
-        except OSError:  # ECONNREFUSED: killed, like its supervisor; EAGAIN: it is stuck, and has been for long
-            if not survivor.pid:
-                with suppress(FileNotFoundError):
-                    os.unlink(survivor.control_path)
-            return
-        # Who listens is the worker, whoever else has its environment; 0: it is in another pid namespace.
-        survivor.pid = peer_credentials(sock)[0] or survivor.pid
-        has_spoken = False
-        with suppress(OSError):  # ECONNRESET, EPIPE: it ends just now
-            sock.send(encode_frame(encode(ListenersOrder())))
-            decoder, received = FrameDecoder(), list[socket.socket]()
-            data = b"?"
-            while data and not survivor.has_answered:
-                await anyio.wait_readable(sock)
-                data, descriptors = receive_descriptors(sock, 65536)
-                received += [inherited_listener(fd, is_in_use=True) for fd in descriptors]
-                for word in [decode(payload, Word) for payload in decoder.feed(data)]:
-                    if isinstance(word, Hello):
-                        _believe(survivor, word)
-                        has_spoken = True
-                    elif isinstance(word, Listening):
-                        survivor.listeners = dict(zip(word.addresses, received, strict=True))
-                        survivor.has_answered = True
-        if not has_spoken:
-            survivor.phase = Phase.DRAINING
+async def _ask(orphan: Orphan) -> None:
+    """Ask a worker for its phase, what it remembers, and its listeners."""
+    try:
+        channel = Channel.connect(orphan.control_path)
+    except FileNotFoundError:  # started, but it does not listen yet
+        return
+    except PermissionError as error:
+        get_logger("hotport.supervisor").warning("worker.refused", path=orphan.control_path, error=str(error))
+        return
+    except OSError:  # ECONNREFUSED: killed, like its supervisor; EAGAIN: it is stuck, and has been for long
+        if not orphan.pid:
+            with suppress(FileNotFoundError):
+                os.unlink(orphan.control_path)
+        return
+    # The process that listens is the worker; others may have inherited its environment. 0: another pid namespace.
+    orphan.pid = channel.peer[0] or orphan.pid
+    has_spoken = False
+    with channel, suppress(EOFError, OSError):  # it ends just now
+        await channel.say(ListenersOrder())
+        while not orphan.has_answered:
+            match await channel.receive_word():
+                case Hello() as hello:
+                    _believe(orphan, hello)
+                    has_spoken = True
+                case Listening(addresses=addresses):
+                    listeners = [inherited_listener(fd, is_in_use=True) for fd in channel.take_descriptors()]
+                    orphan.listeners = dict(zip(addresses, listeners, strict=True))
+                    orphan.has_answered = True
+                case _:
+                    pass
+    if not has_spoken:
+        orphan.phase = Phase.DRAINING
 
 
-def _believe(survivor: Survivor, hello: Hello) -> None:
+def _believe(orphan: Orphan, hello: Hello) -> None:
     if hello.protocol != PROTOCOL:
         raise ControlError(
             "HP650",
-            f"cannot supervise worker {survivor.worker} (pid {survivor.pid})",
+            f"cannot supervise worker {orphan.worker} (pid {orphan.pid})",
             cause=f"it speaks version {hello.protocol} of the control protocol, and this hotport version {PROTOCOL}",
-            fix=f"serve with the hotport that started it, or kill {survivor.pid} first",
+            fix=f"serve with the hotport that started it, or kill {orphan.pid} first",
         )
-    survivor.phase = _PHASES.get(hello.phase, Phase.DRAINING)
-    survivor.memory = hello.memory
+    orphan.phase = _PHASES.get(hello.phase, Phase.DRAINING)
+    orphan.memory = hello.memory
 
 
-def _take(survivor: Survivor) -> None:
-    """Listeners of a process that does not answer, or has no way to: straight from its table of descriptors."""
-    environment = procfs.environment(survivor.pid)
+def _take(orphan: Orphan) -> None:
+    """Duplicate the listeners of a process that does not answer, from its table of descriptors."""
+    environment = procfs.environment(orphan.pid)
     with suppress(OSError, HotportError):  # not permitted, or gone
-        pidfd = os.pidfd_open(survivor.pid)
+        pidfd = os.pidfd_open(orphan.pid)
         try:
-            for fd, name in parse_listen_environment(environment, survivor.pid):
+            for fd, name in parse_listen_environment(environment, orphan.pid):
                 listener = inherited_listener(duplicate_descriptor(pidfd, fd), is_in_use=True)
-                survivor.listeners[str(parse_listener_name(name))] = listener
+                orphan.listeners[str(parse_listener_name(name))] = listener
         finally:
             os.close(pidfd)

@@ -24,7 +24,7 @@ from hotport.model.steps import STEPS, Step
 from hotport.observe.logs import dropped, get_logger
 from hotport.options import Options
 from hotport.supervisor.launch import Launch
-from hotport.supervisor.process import Process
+from hotport.supervisor.process import WorkerProcess
 from hotport.supervisor.supervisor import Asked, Supervisor
 from hotport.wire.messages import (
     Inspection,
@@ -182,9 +182,9 @@ async def _ask_for_report(supervisor: Supervisor, asked: Asked, make: Callable[[
             result.append(news)
             done.set()
         else:
-            hear(news, supervisor.reports.elapsed_ms(asked.generation))
+            hear(news, supervisor.news.reports.elapsed_ms(asked.generation))
 
-    with supervisor.subscribed(listen):
+    with supervisor.news.subscribed(listen):
         await supervisor.ask(asked, make)
         await done.wait()
     return result[0]
@@ -195,12 +195,12 @@ def facts(supervisor: Supervisor, options: Options) -> Facts:
     workers = supervisor.service.workers
     leaving = {
         number: process.pid
-        for number, process in supervisor.processes.items()
+        for number, process in supervisor.fleet.processes.items()
         if number not in workers or workers[number].phase not in CURRENT
     }
     asked = [each.asked for each in supervisor.owned.of(supervisor.service.generation)]
     return Facts(
-        is_stored=any(map(supervisor.manager.keeps, supervisor.listeners)),
+        is_stored=any(map(supervisor.news.manager.keeps, supervisor.listeners)),
         schemes=tuple(text.partition(":")[0] for text in dict.fromkeys((*asked, *map(str, options.bind)))),
         command=options.command[0] if options.command else "",
         kind=options.kind,
@@ -271,13 +271,13 @@ async def reload_tls(supervisor: Supervisor) -> TlsReport:
         )
     found: dict[int, WorkerTls] = {}
 
-    async def reload(process: Process, phase: Phase) -> None:
+    async def reload(process: WorkerProcess, phase: Phase) -> None:
         outcome, error = "starting", ""
         if phase is Phase.STARTING:
             process.order(ReloadTlsOrder())  # it may have read them; it gets the order when it can be talked to
         else:
             answer = await process.ask(ReloadTlsOrder(), TlsReloaded, RELOAD_TIMEOUT_S)
-            if answer is None and supervisor.processes.get(process.worker) is not process:
+            if answer is None and supervisor.fleet.processes.get(process.worker) is not process:
                 return  # gone; who replaces it reads them anew
             error = _no_answer(supervisor.name, process.worker) if answer is None else answer.error
             outcome = "kept" if error else "reloaded"
@@ -287,7 +287,7 @@ async def reload_tls(supervisor: Supervisor) -> TlsReport:
 
     workers = supervisor.service.workers
     async with anyio.create_task_group() as tasks:
-        for number, process in supervisor.processes.items():
+        for number, process in supervisor.fleet.processes.items():
             if number in workers and workers[number].phase in CURRENT:
                 tasks.start_soon(reload, process, workers[number].phase)
     return TlsReport(service=supervisor.name, workers=tuple(found[number] for number in sorted(found)))
@@ -316,11 +316,11 @@ async def describe(supervisor: Supervisor) -> Status:
     """The service as it is."""
     found: dict[int, Inspection | None] = {}
 
-    async def inspect(process: Process) -> None:
+    async def inspect(process: WorkerProcess) -> None:
         found[process.worker] = await process.ask(InspectOrder(), Inspection, INSPECT_TIMEOUT_S)
 
     async with anyio.create_task_group() as tasks:
-        for process in supervisor.processes.values():
+        for process in supervisor.fleet.processes.values():
             tasks.start_soon(inspect, process)
     service, options, now = supervisor.service, supervisor.options, time.monotonic()
     known = facts(supervisor, options)
@@ -338,10 +338,10 @@ async def describe(supervisor: Supervisor) -> Status:
         rss_bytes=rss_bytes(os.getpid()),
         workers=tuple(
             _describe_worker(process, service.workers[number].phase, found.get(number), now)
-            for number, process in supervisor.processes.items()
+            for number, process in supervisor.fleet.processes.items()
             if number in service.workers
         ),
-        last_restart=supervisor.reports.last,
+        last_restart=supervisor.news.reports.last,
         stage=service.stage.value,
         lame_duck_left_s=None if (left := supervisor.lame_duck_left_s) is None else round(left, 3),
         status_address=supervisor.status_port.address if supervisor.status_port else "",
@@ -363,7 +363,7 @@ def _describe_watch(supervisor: Supervisor) -> WatchStatus | None:
     return WatchStatus(generation=restart.generation, step=restart.step.value, left_s=left_s)
 
 
-def _describe_worker(process: Process, phase: Phase, seen: Inspection | None, now: float) -> WorkerStatus:
+def _describe_worker(process: WorkerProcess, phase: Phase, seen: Inspection | None, now: float) -> WorkerStatus:
     return WorkerStatus(
         worker=process.worker,
         generation=process.generation,

@@ -1,8 +1,8 @@
-"""A service moves to another supervisor that is alive: other code, another environment, another container.
+"""Move a service to another live supervisor: other code, another environment, another container.
 
-The newcomer asks over the control socket and gets the listeners and the lock of the runtime directory. It starts a
-generation of its own beside the old one, and only when that accepts is the old supervisor told to drain and to leave.
-Until then the old one serves, and goes on as if nothing had been if the newcomer dies.
+The new supervisor asks over the control socket and gets the listeners and the lock of the runtime directory. It starts
+a generation beside the old one, and only when that accepts is the old supervisor told to drain and to leave. Until then
+the old one serves, and continues if the new one dies.
 
 Both supervisors share the runtime directory: connections are handed over through it. A process id means nothing between
 two containers, so none is used.
@@ -11,41 +11,35 @@ two containers, so none is used.
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import anyio
-from anyio.abc import SocketAttribute, SocketStream
 
 from hotport import __version__
+from hotport.channel import Channel
 from hotport.errors import ControlError, RestartError
-from hotport.kernel.scm import DescriptorsLostError, receive_descriptors, send_descriptors
-from hotport.kernel.sockets import check_peer, inherited_listener
-from hotport.model.inputs import RequestStop
+from hotport.kernel.sockets import inherited_listener
 from hotport.model.lifecycle import Phase
 from hotport.observe.logs import get_logger
 from hotport.supervisor.contain import retried
+from hotport.supervisor.inheritance import Inheritance
+from hotport.supervisor.rundir import RuntimeDirectory
 from hotport.supervisor.supervisor import StatusPort, Supervisor
-from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import (
     PROTOCOL,
-    Committed,
     Done,
     DrainOrder,
-    Estate,
     Failure,
-    Memory,
+    HandOver,
     Reply,
+    TakenOver,
     TakeOverRequest,
-    decode,
-    encode,
     parse_worker_socket,
 )
 
-__all__ = ["Predecessor", "ask_predecessor", "hand_over", "retire"]
+__all__ = ["hand_over", "retire", "take_over"]
 
 #: A supervisor is only ever between two steps: it answers at once.
 ANSWER_TIMEOUT_S: Final = 10.0
@@ -57,74 +51,60 @@ log = get_logger("hotport.takeover")
 
 
 async def hand_over(
-    supervisor: Supervisor,
-    request: TakeOverRequest,
-    stream: SocketStream,
-    lock: int,
-    reclaim: Callable[[], Awaitable[None]],
+    supervisor: Supervisor, request: TakeOverRequest, channel: Channel, rundir: RuntimeDirectory
 ) -> Done | None:
-    """Give the listeners to another supervisor, and leave when its workers accept.
-
-    Args:
-        lock: Of the runtime directory; a duplicate goes.
-        reclaim: Awaited when the other one is gone without having committed: the paths in the runtime directory are
-            the other's by then.
+    """Give the listeners and the lock to another supervisor, and leave when its workers accept.
 
     Returns:
-        The last word to the newcomer; None if it is not there any more.
+        The last word to the new supervisor; None if it has ended.
 
     Raises:
-        RestartError: It is refused: another protocol (HP654), or there is something else going on (HP655).
+        RestartError: It is refused: another protocol (HP654), or a restart, stop or take-over is in progress (HP655).
     """
     _check(supervisor, request)
     status = supervisor.status_port
-    supervisor.is_succeeded = True  # from here on nothing of ours is begun: numbers and paths are the other's
-    supervisor.owned.shared = frozenset(supervisor.listeners)
-    estate = Estate(
+    supervisor.begin_hand_over()
+    answer = HandOver(
         version=__version__,
-        memory=supervisor.memory,
+        memory=supervisor.fleet.memory,
         bind=supervisor.options.bind,
         addresses=tuple(supervisor.listeners),
         status_bind=status.bind if status else "",
         status_address=status.address if status else "",
     )
-    log.info("take_over.began", version=request.version)
-    committed: list[Committed] = []
+    committed: list[TakenOver] = []
     failure: Exception | None = None
     try:
         listeners = [*supervisor.listeners.values(), *([status.listener] if status else [])]
-        descriptors = [lock, *(listener.fileno() for listener in listeners)]
-        send_descriptors(stream.extra(SocketAttribute.raw_socket), encode_frame(encode(estate)), descriptors)
-        await retried("take_over.commit", _read_commit, stream, FrameDecoder(), committed)
+        descriptors = [rundir.lock, *(listener.fileno() for listener in listeners)]
+        await channel.say(answer, descriptors)
+        log.info("take_over.began", version=request.version)
+        await retried("take_over.commit", _read_commit, channel, committed)
     except OSError as error:
         log.warning("take_over.failed", error=str(error))
-    except Exception as error:  # this supervisor goes on all the same, and the other one is told
+    except Exception as error:  # this supervisor continues all the same, and the other one is told
         failure = error
-    supervisor.owned.shared = frozenset()
+    supervisor.end_hand_over(committed[0] if committed else None)
     if not committed:
-        supervisor.is_succeeded = False
         own = supervisor.service.generations
         # Some of its workers may accept already. They are not waited for: this conversation has no client any more.
         supervisor.start("take_over.drain", _drain_orphans, supervisor, lambda generation: generation > own)
-        await retried("take_over.reclaim", reclaim)
+        await retried("take_over.reclaim", rundir.reclaim, supervisor)
         if failure is not None:
             raise failure
         return None
-    names = tuple(filter(parse_worker_socket, committed[0].workers))
-    supervisor.heirs = tuple(os.path.join(supervisor.directory, name) for name in names)
-    supervisor.owned.give_away(committed[0].addresses)
-    log.info("take_over.committed", workers=names)
-    supervisor.input(RequestStop(is_succeeded=True))
+    log.info("take_over.committed", workers=committed[0].workers)
     await supervisor.finished.wait()
     return Done(detail="retired", exit_code=supervisor.exit_code)
 
 
-async def _read_commit(stream: SocketStream, decoder: FrameDecoder, committed: list[Committed]) -> None:
+async def _read_commit(channel: Channel, committed: list[TakenOver]) -> None:
     try:
-        while not committed:
-            committed += [decode(payload, Committed) for payload in decoder.feed(await stream.receive())]
-    except (OSError, ControlError, anyio.BrokenResourceError, anyio.EndOfStream) as error:
-        log.warning("take_over.failed", error=str(error) or "the other supervisor is gone")
+        committed.append(await channel.receive_word(TakenOver))
+    except (EOFError, OSError):
+        log.warning("take_over.failed", error="the other supervisor is gone")
+    except ControlError as error:
+        log.warning("take_over.failed", error=str(error))
 
 
 def _check(supervisor: Supervisor, request: TakeOverRequest) -> None:
@@ -136,7 +116,7 @@ def _check(supervisor: Supervisor, request: TakeOverRequest) -> None:
         raise _refused(
             "HP654", supervisor, cause, f"hotport upgrade {supervisor.name} first, or stop it and serve again"
         )
-    if cause := supervisor.what_goes_on:
+    if cause := supervisor.why_busy:
         raise _refused("HP655", supervisor, cause, f"hotport status {supervisor.name}, and try again")
 
 
@@ -153,70 +133,33 @@ def _refused(code: str, supervisor: Supervisor, cause: str, fix: str) -> Restart
 # -- the new supervisor -------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class Predecessor:
-    """The supervisor that has given us its listeners.
-
-    Attributes:
-        lock: Descriptor of the runtime directory's lock.
-        bind: Its addresses as its options name them.
-        listeners: By canonical address.
-        status_port: Where it answers health checks, and goes on to until our workers serve.
-
-    Descriptors: owns none of them; `connection` is closed by `retire`, or by whoever gives up.
-    """
-
-    connection: socket.socket
-    version: str
-    memory: Memory
-    lock: int
-    bind: tuple[str, ...]
-    listeners: dict[str, socket.socket]
-    status_port: StatusPort | None = None
-
-    def listener(self, text: str) -> tuple[str, socket.socket] | None:
-        """Its listener of an address as our options name it."""
-        for named, (address, listener) in zip(self.bind, self.listeners.items(), strict=False):
-            if text in (named, address):
-                return address, listener
-        return None
-
-
-def ask_predecessor(directory: str, name: str) -> Predecessor:
+async def take_over(directory: str, name: str) -> Inheritance:
     """Take the listeners of the supervisor that runs this service.
 
+    Until `retire` it can still continue, and does so when the connection is closed.
+
     Raises:
-        ControlError: It refuses (its own code), or does not answer (HP656). It goes on.
+        ControlError: It refuses (its own code), or does not answer (HP656). It continues.
 
     Descriptors: the caller owns what is in the result.
     """
     with ExitStack() as stack:
-        connection = stack.enter_context(socket.socket(socket.AF_UNIX))
-        connection.settimeout(ANSWER_TIMEOUT_S)
-        decoder, descriptors, replies = FrameDecoder(), list[int](), list[Any]()
-        stack.callback(lambda: list(map(os.close, descriptors)))
         try:
-            connection.connect(os.path.join(directory, "control.sock"))
-            check_peer(connection)
-            connection.sendall(encode_frame(encode(TakeOverRequest(version=__version__))))
-            while not replies:
-                data, received = receive_descriptors(connection, 65536)
-                descriptors += received
-                if not data:
-                    raise ConnectionResetError(0, "it closed the connection")
-                replies = [decode(payload, Reply) for payload in decoder.feed(data)]
-        except (OSError, DescriptorsLostError) as error:
+            with anyio.fail_after(ANSWER_TIMEOUT_S):
+                channel = stack.enter_context(Channel.connect(os.path.join(directory, "control.sock")))
+                reply = await channel.ask(TakeOverRequest(version=__version__), Reply)
+                descriptors = channel.take_descriptors()
+        except (OSError, EOFError) as error:
             raise ControlError(
                 "HP656",
                 f"cannot take over {name}",
-                cause=f"its supervisor does not give its listeners: {error.strerror or error}",
+                cause=f"its supervisor does not give its listeners: {_why(error)}",
                 fix=f"hotport status {name}",
             ) from error
-        reply = replies[0]
+        stack.callback(lambda: list(map(os.close, descriptors)))
         if isinstance(reply, Failure):
             raise reply.error()
-        assert isinstance(reply, Estate), reply
-        connection.setblocking(False)
+        assert isinstance(reply, HandOver), reply
         lock, *fds = descriptors
         status = None
         if reply.status_bind:
@@ -225,23 +168,37 @@ def ask_predecessor(directory: str, name: str) -> Predecessor:
             address: inherited_listener(fd, is_in_use=True) for address, fd in zip(reply.addresses, fds, strict=True)
         }
         stack.pop_all()
-    return Predecessor(connection, reply.version, reply.memory, lock, reply.bind, listeners, status)
+    return Inheritance(reply.version, reply.memory, lock, listeners, reply.bind, status, channel)
 
 
-async def retire(predecessor: Predecessor, supervisor: Supervisor) -> None:
-    """Wait until our workers serve, tell the predecessor so, and see it off.
+def _why(error: OSError | EOFError) -> str:
+    if isinstance(error, EOFError):
+        return "it closed the connection"
+    return "it did not answer in time" if isinstance(error, TimeoutError) else error.strerror or str(error)
 
-    If it dies meanwhile, its workers, which nobody supervises any more, are told to drain by us.
+
+async def retire(inheritance: Inheritance, supervisor: Supervisor) -> None:
+    """Wait until our workers serve, tell the predecessor so, and wait until it has left.
+
+    If it dies meanwhile, its workers, which have no supervisor then, are told to drain by us.
     """
+    assert inheritance.predecessor is not None
     await retried("take_over.wait", _wait_serving, supervisor)
     workers = _serving(supervisor)
-    supervisor.owned.shared = frozenset()
-    said: list[bytes] = []
-    with predecessor.connection as connection, suppress(OSError):
-        connection.send(encode_frame(encode(Committed(workers=workers, addresses=tuple(supervisor.listeners)))))
-        await retried("take_over.retire", _read_to_end, connection, said)
-    log.info("take_over.done", predecessor=predecessor.version, has_retired=bool(said))
-    own = predecessor.memory.generations
+    supervisor.owned.own_files()
+    commit = TakenOver(workers=workers, addresses=tuple(supervisor.listeners))
+    has_retired = False
+
+    async def commit_and_wait() -> None:
+        nonlocal has_retired
+        with suppress(OSError):
+            await predecessor.say(commit)
+            has_retired = await predecessor.wait_closed()
+
+    with inheritance.predecessor as predecessor:
+        await retried("take_over.retire", commit_and_wait)
+    log.info("take_over.done", predecessor=inheritance.version, has_retired=has_retired)
+    own = inheritance.memory.generations
     await retried("take_over.drain", _drain_orphans, supervisor, lambda generation: generation <= own)
 
 
@@ -250,19 +207,9 @@ async def _wait_serving(supervisor: Supervisor) -> None:
         await supervisor.wait_stepped()
 
 
-async def _read_to_end(sock: socket.socket, said: list[bytes]) -> None:
-    """Note whatever comes until the other side has closed."""
-    with suppress(OSError):
-        while True:
-            await anyio.wait_readable(sock)
-            if not (data := sock.recv(65536)):
-                return
-            said.append(data)
-
-
 def _serving(supervisor: Supervisor) -> tuple[str, ...]:
     """Names of the control sockets of the workers that serve."""
-    processes = (supervisor.processes.get(number) for number in supervisor.service.ids(Phase.SERVING))
+    processes = (supervisor.fleet.processes.get(number) for number in supervisor.service.ids(Phase.SERVING))
     return tuple(os.path.basename(each.control_path) for each in processes if each is not None and not each.is_foreign)
 
 
@@ -274,19 +221,17 @@ async def _drain_orphans(supervisor: Supervisor, is_other: Callable[[int], bool]
     """
     options = supervisor.options
     paths = tuple(os.path.join(supervisor.directory, name) for name in _serving(supervisor))
-    order = encode_frame(encode(DrainOrder(timeout_s=options.drain_timeout_s, successors=paths)))
+    order = DrainOrder(timeout_s=options.drain_timeout_s, successors=paths)
 
     async def drain(path: str) -> None:
-        with socket.socket(socket.AF_UNIX) as sock, anyio.move_on_after(options.drain_timeout_s + ANSWER_TIMEOUT_S):
-            sock.setblocking(False)
+        with anyio.move_on_after(options.drain_timeout_s + ANSWER_TIMEOUT_S):
             try:
-                sock.connect(path)
-                check_peer(sock)
-                sock.send(order)
-                log.info("take_over.draining", worker=os.path.basename(path))
-                await retried("take_over.drain", _read_to_end, sock, [])
+                with Channel.connect(path) as channel:
+                    await channel.say(order)
+                    log.info("take_over.draining", worker=os.path.basename(path))
+                    await retried("take_over.drain", channel.wait_closed)
             except ConnectionRefusedError:
-                with suppress(FileNotFoundError):  # somebody else has removed it meanwhile
+                with suppress(FileNotFoundError):  # another process has removed it meanwhile
                     os.unlink(path)
             except OSError as error:
                 log.warning("take_over.unreachable", worker=os.path.basename(path), error=str(error))

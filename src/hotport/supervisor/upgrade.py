@@ -1,46 +1,40 @@
-"""A supervisor becomes another one by exec: the same pid, new code, perhaps another interpreter; workers serve on.
+"""Upgrade a supervisor by exec: the same pid, new code, perhaps another interpreter, while its workers serve.
 
-The new one is tried out first, in a process of its own. What it could not learn from the workers goes with the exec as
-inherited descriptors and one variable.
+The new one is tried out first, in a process of its own. What it could not learn from the workers passes through the
+exec as inherited descriptors and one variable.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Final, NoReturn
+from typing import Final
 
 import anyio
 import msgspec
 
 from hotport import __version__
-from hotport.errors import RestartError
+from hotport.channel import Channel
+from hotport.errors import ExitCode, RestartError
+from hotport.kernel.fork import withhold
 from hotport.kernel.sockets import inherited_listener
+from hotport.model.effects import Refusal
 from hotport.observe import logs
+from hotport.supervisor.contain import retried
+from hotport.supervisor.inheritance import Inheritance
+from hotport.supervisor.rundir import RuntimeDirectory
 from hotport.supervisor.supervisor import StatusPort, Supervisor
-from hotport.wire.frames import encode_frame
 from hotport.wire.listenfds import LISTEN_VARIABLES
 from hotport.wire.messages import PROTOCOL, Done, Memory, encode
 
-__all__ = [
-    "CHECK",
-    "Baggage",
-    "become",
-    "carried",
-    "describe_self",
-    "listeners_of",
-    "pack",
-    "preflight",
-    "report",
-    "sockets_of",
-    "status_port_of",
-]
+__all__ = ["Upgrade", "answer_check", "inherit", "report"]
 
 VARIABLE: Final = "HOTPORT_UPGRADE"
 
@@ -61,13 +55,11 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
         return f"hotport {self.version} on {self.python}"
 
 
-class Baggage(msgspec.Struct, frozen=True, kw_only=True):
-    """What goes from one supervisor to the next; numbers are descriptors.
+class _Passed(msgspec.Struct, frozen=True, kw_only=True):
+    """The variable, as JSON; numbers are descriptors. Older and newer versions of hotport read it: fields stay.
 
     Attributes:
         pid: For whom it is meant, as ``LISTEN_PID``.
-        service: The name of the service, which stays what it was.
-        client: A command that waits for the outcome.
         numbers: Workers by pid.
         status: The status port: as the options name it, its address, and its descriptor.
     """
@@ -85,6 +77,123 @@ class Baggage(msgspec.Struct, frozen=True, kw_only=True):
     began_s: float
     status: tuple[str, str, int] | None = None
 
+    def descriptors(self) -> Iterator[int]:
+        """All of them."""
+        yield from (self.lock, self.control, self.notify, *self.listeners.values())
+        if self.client is not None:
+            yield self.client
+        if self.status is not None:
+            yield self.status[2]
+
+
+# -- the supervisor before ----------------------------------------------------------------------------------
+
+
+class Upgrade:
+    """The upgrade of a supervisor: prepared while it runs, carried out when its event loop has ended.
+
+    Descriptors: owns a duplicate of the connection to the client that waits for the outcome.
+    """
+
+    def __init__(self, supervisor: Supervisor, rundir: RuntimeDirectory) -> None:
+        self._supervisor = supervisor
+        self._rundir = rundir
+        self._argv: list[str] = []
+        self._client: socket.socket | None = None
+        self._began_s = 0.0
+        self._ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        withhold(self)
+
+    def descriptors(self) -> tuple[int, ...]:
+        """What a forked child must not have."""
+        return () if self._client is None else (self._client.fileno(),)
+
+    async def begin(self, python: str | None, client: Channel | None = None) -> None:
+        """Try the next supervisor out, and let this one depart.
+
+        Args:
+            python: Another interpreter, or None.
+            client: The connection on which the next supervisor answers.
+
+        Raises:
+            RestartError: A restart, stop or take-over is in progress (HP657), or the new one cannot start (HP652,
+                HP653).
+        """
+        self._check()
+        argv = await preflight(self._supervisor, python)
+        self._check()
+        self._argv = argv
+        self._client = socket.socket(fileno=os.dup(client.fileno())) if client is not None else None
+        self._began_s = time.monotonic()
+        self._supervisor.depart()
+
+    def _check(self) -> None:
+        supervisor = self._supervisor
+        cause = supervisor.why_busy
+        if not cause and supervisor.service.is_lame_duck:
+            cause = Refusal.LAME_DUCK.value
+        if cause:
+            raise RestartError(
+                "HP657",
+                f"cannot upgrade the supervisor of {supervisor.name} now",
+                cause=cause,
+                fix=f"hotport status {supervisor.name}, and try again",
+                serving=supervisor.service.generation,
+            )
+
+    def carry_out(self) -> None:
+        """Exec the next supervisor if the one before has departed for it; return if the service has ended.
+
+        Signals that are blocked stay so, and pending, until the next supervisor can handle them.
+
+        If even that fails, after the preflight, the old program is tried; if that fails, too, this process ends and its
+        workers serve on, as after any other death of a supervisor.
+
+        Sources: execve(2): the signal mask and pending signals are preserved; descriptors, unless close-on-exec.
+        """
+        if not self._supervisor.is_departing:
+            return
+        if self._ignores_hangup:  # as nohup(1) has it; a handler would be forgotten by the exec
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        directory = self._supervisor.surroundings.directory
+        passed = self._pack()
+        for fd in passed.descriptors():
+            os.set_inheritable(fd, True)
+        environment = {**os.environ, VARIABLE: msgspec.json.encode(passed).decode(), "PWD": directory}
+        for name in LISTEN_VARIABLES:
+            environment.pop(name, None)
+        try:
+            os.chdir(directory)
+            logs.flush()
+            os.execvpe(self._argv[0], self._argv, environment)
+        except OSError as error:
+            print(f"hotport: cannot execute {self._argv[0]}: {error.strerror}; going on as before", file=sys.stderr)
+            logs.flush()
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+    def _pack(self) -> _Passed:
+        supervisor, rundir = self._supervisor, self._rundir
+        status = supervisor.status_port
+        return _Passed(
+            pid=os.getpid(),
+            service=supervisor.name,
+            lock=rundir.lock,
+            control=rundir.control.fileno(),
+            notify=supervisor.fleet.notify_socket.fileno(),
+            listeners={address: listener.fileno() for address, listener in supervisor.listeners.items()},
+            client=self._client.fileno() if self._client is not None else None,
+            memory=supervisor.fleet.memory,
+            numbers={process.pid: worker for worker, process in supervisor.fleet.processes.items()},
+            before=describe_self(),
+            began_s=self._began_s,
+            status=(status.bind, status.address, status.listener.fileno()) if status else None,
+        )
+
+    def close(self) -> None:
+        """Close the client's connection: the service has ended, and there is no upgrade."""
+        if self._client is not None:
+            self._client.close()
+
 
 def describe_self() -> Identity:
     """This process."""
@@ -93,7 +202,7 @@ def describe_self() -> Identity:
 
 
 async def preflight(supervisor: Supervisor, python: str | None) -> list[str]:
-    """Let the new supervisor read its options and say who it is; nothing of the service is touched.
+    """Try the new supervisor out: it reads its options and says what it is; nothing of the service is touched.
 
     Args:
         python: Another interpreter; None for the one that this process was started with, as it is found now.
@@ -165,96 +274,60 @@ def _named_beside(script: str) -> str:
     return ""
 
 
-def pack(
-    supervisor: Supervisor, *, lock: int, control: socket.socket, client: socket.socket | None, began_s: float
-) -> Baggage:
-    """Say what the next supervisor gets."""
-    status = supervisor.status_port
-    return Baggage(
-        pid=os.getpid(),
-        service=supervisor.name,
-        lock=lock,
-        control=control.fileno(),
-        notify=supervisor.notify_socket.fileno(),
-        listeners={address: listener.fileno() for address, listener in supervisor.listeners.items()},
-        client=client.fileno() if client is not None else None,
-        memory=supervisor.memory,
-        numbers={process.pid: worker for worker, process in supervisor.processes.items()},
-        before=describe_self(),
-        began_s=began_s,
-        status=(status.bind, status.address, status.listener.fileno()) if status else None,
-    )
+# -- the supervisor after -----------------------------------------------------------------------------------
 
 
-def become(argv: list[str], baggage: Baggage, directory: str) -> NoReturn:
-    """Exec the next supervisor. Signals that are blocked stay so, and pending, until it can handle them.
+def answer_check(environ: Mapping[str, str]) -> None:
+    """Print who this process would be, and end it, if a supervisor asks that before an upgrade.
 
-    If even that fails, after the preflight, the old program is tried; if that fails, too, this process ends and its
-    workers serve on, as after any other death of a supervisor.
-
-    Sources: execve(2): the signal mask and pending signals are preserved; descriptors, unless close-on-exec.
+    Raises:
+        SystemExit: A script may do something after the service's end: this is not it.
     """
-    descriptors = (baggage.lock, baggage.control, baggage.notify, baggage.client, *baggage.listeners.values())
-    for fd in (*descriptors, baggage.status[2] if baggage.status else None):
-        if fd is not None:
-            os.set_inheritable(fd, True)
-    environment = {**os.environ, VARIABLE: msgspec.json.encode(baggage).decode(), "PWD": directory}
-    for name in LISTEN_VARIABLES:
-        environment.pop(name, None)
-    try:
-        os.chdir(directory)
-        logs.flush()
-        os.execvpe(argv[0], argv, environment)
-    except OSError as error:
-        print(f"hotport: cannot execute {argv[0]}: {error.strerror}; going on as before", file=sys.stderr)
-        logs.flush()
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    if CHECK in environ:
+        print(encode(describe_self()).decode())
+        raise SystemExit(ExitCode.DONE)
 
 
-def carried(environ: Mapping[str, str], pid: int) -> Baggage | None:
-    """What the supervisor that this process was before its exec has left; nothing in any other process."""
+def inherit(environ: Mapping[str, str], pid: int) -> Inheritance | None:
+    """Take what the supervisor that this process was before its exec has passed; None in any other process."""
     text = environ.get(VARIABLE)
     if text is None:
         return None
-    baggage = msgspec.json.decode(text, type=Baggage)
-    return baggage if baggage.pid == pid else None
-
-
-def sockets_of(baggage: Baggage) -> tuple[socket.socket, socket.socket]:
-    """The control and the notify socket that were carried, owned by the caller."""
-    control, notify = (socket.socket(fileno=fd) for fd in (baggage.control, baggage.notify))
-    for each in (control, notify):
-        each.set_inheritable(False)
-        each.setblocking(False)
-    os.set_inheritable(baggage.lock, False)
-    if baggage.client is not None:
-        os.set_inheritable(baggage.client, False)
-    return control, notify
-
-
-def listeners_of(baggage: Baggage) -> dict[str, socket.socket]:
-    """The listeners that were carried, owned by the caller."""
-    return {address: inherited_listener(fd, is_in_use=True) for address, fd in baggage.listeners.items()}
-
-
-def status_port_of(baggage: Baggage) -> StatusPort | None:
-    """The status port that was carried, owned by the caller."""
-    if baggage.status is None:
+    passed = msgspec.json.decode(text, type=_Passed)
+    if passed.pid != pid:
         return None
-    bind, address, fd = baggage.status
-    return StatusPort(bind, address, inherited_listener(fd, is_in_use=True))
-
-
-def report(baggage: Baggage, supervisor: Supervisor) -> str:
-    """What has become of the upgrade, in one line; also told to whoever asked for it."""
-    ms = (time.monotonic() - baggage.began_s) * 1000
-    text = (
-        f"pid {os.getpid()} is {describe_self()} (was {baggage.before}) after {ms:.0f} ms; "
-        f"{len(supervisor.processes)} workers serve on"
+    for fd in passed.descriptors():
+        os.set_inheritable(fd, False)
+    control, notify = (socket.socket(fileno=fd) for fd in (passed.control, passed.notify))
+    for each in (control, notify):
+        each.setblocking(False)
+    status = None
+    if passed.status is not None:
+        bind, address, fd = passed.status
+        status = StatusPort(bind, address, inherited_listener(fd, is_in_use=True))
+    return Inheritance(
+        version=str(passed.before),
+        memory=passed.memory,
+        lock=passed.lock,
+        listeners={address: inherited_listener(fd, is_in_use=True) for address, fd in passed.listeners.items()},
+        status_port=status,
+        paths=(control, notify),
+        service=passed.service,
+        numbers=passed.numbers,
+        client=Channel(socket.socket(fileno=passed.client)) if passed.client is not None else None,
+        began_s=passed.began_s,
     )
-    if baggage.client is not None:
-        with socket.socket(fileno=baggage.client) as client:
-            client.setblocking(False)
-            with suppress(OSError):  # it did not wait
-                client.send(encode_frame(encode(Done(detail=text))))
-    return text
+
+
+async def report(inheritance: Inheritance, supervisor: Supervisor) -> None:
+    """Log the upgrade when the workers are adopted, and answer the client that waits for it."""
+    await retried("succession", supervisor.begun.wait)
+    ms = (time.monotonic() - inheritance.began_s) * 1000
+    text = (
+        f"pid {os.getpid()} is {describe_self()} (was {inheritance.version}) after {ms:.0f} ms; "
+        f"{len(supervisor.fleet.processes)} workers serve on"
+    )
+    logs.get_logger("hotport.supervisor").info("supervisor.upgraded", detail=text)
+    if inheritance.client is not None:
+        with inheritance.client as client, suppress(OSError):  # it did not wait
+            await client.say(Done(detail=text))

@@ -18,11 +18,11 @@ from typing import Any, Final, Self, TypeVar
 
 import msgspec
 
+from hotport.channel import exchange
 from hotport.errors import ConfigError, HotportError, RestartError, StartError
 from hotport.options import OPTIONS
 from hotport.options.loading import load
-from hotport.wire.frames import FrameDecoder, encode_frame
-from hotport.wire.messages import Failure, Reply, Report, RestartRequest, StatusRequest, decode, encode
+from hotport.wire.messages import Failure, Report, RestartRequest, StatusRequest
 from hotport.wire.sdnotify import Notification
 
 __all__ = ["ServeProcess", "Service"]
@@ -198,12 +198,7 @@ class ServeProcess:
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(self.timeout_s)
             sock.connect(str(self.runtime / "control.sock"))
-            sock.sendall(encode_frame(encode(request)))
-            decoder = FrameDecoder()
-            replies: list[Any] = []
-            while data := sock.recv(65536):
-                replies += [decode(payload, Reply) for payload in decoder.feed(data)]
-            return replies
+            return list(exchange(sock, request))
 
     def status(self) -> Any:
         """What ``hotport status --json`` prints."""

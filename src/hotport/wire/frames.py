@@ -15,7 +15,7 @@ _HEADER_BYTES: Final = 4
 
 
 class FrameError(ControlError):
-    """A frame is too long to read (HP610), ends too early (HP611), or is too long to send (HP612)."""
+    """A frame is too long to read (HP610) or to send (HP612)."""
 
 
 def encode_frame(payload: bytes, *, frame_bytes_max: int = FRAME_BYTES_MAX) -> bytes:
@@ -72,16 +72,9 @@ class FrameDecoder:
         del buffer[:start]
         return payloads
 
-    def finish(self) -> None:
-        """The stream has ended.
-
-        Raises:
-            FrameError: If it ended inside a frame (HP611).
-        """
-        if self._buffer:
-            raise FrameError(
-                "HP611",
-                "cannot read the last control message",
-                cause="the peer closed the connection in the middle of it; it may have crashed",
-                fix="hotport status",
-            )
+    @property
+    def missing_bytes(self) -> int:
+        """How many bytes the next payload still lacks, as far as is known: first those of its header."""
+        if len(self._buffer) < _HEADER_BYTES:
+            return _HEADER_BYTES - len(self._buffer)
+        return _HEADER_BYTES + int.from_bytes(self._buffer[:_HEADER_BYTES], "big") - len(self._buffer)

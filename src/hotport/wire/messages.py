@@ -18,7 +18,10 @@ import msgspec
 from hotport.errors import ControlError
 from hotport.options import Options
 
-__all__ = ["PROTOCOL", "decode", "encode", "parse_worker_socket", "worker_socket"]
+__all__ = ["LOAD_PAGE", "PROTOCOL", "decode", "encode", "parse_worker_socket", "worker_socket"]
+
+#: Where workers see each other's load, in the service's runtime directory.
+LOAD_PAGE: Final = "load"
 
 #: Grows when a message changes its meaning.
 PROTOCOL: Final = 1
@@ -392,7 +395,7 @@ class UpgradeRequest(msgspec.Struct, frozen=True, kw_only=True, tag="upgrade"):
 
 
 class TakeOverRequest(msgspec.Struct, frozen=True, kw_only=True, tag="take_over"):
-    """From another supervisor: give me your listeners. `Estate` comes back, and `Committed` is awaited."""
+    """From another supervisor: give me your listeners. `HandOver` comes back, and `TakenOver` is awaited."""
 
     protocol: int = PROTOCOL
     version: str
@@ -411,7 +414,7 @@ Request = (
 )
 
 
-class Committed(msgspec.Struct, frozen=True, kw_only=True, tag="committed"):
+class TakenOver(msgspec.Struct, frozen=True, kw_only=True, tag="committed"):
     """The workers of the supervisor that takes over accept.
 
     Attributes:
@@ -600,7 +603,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, tag="failure"):
         return error
 
 
-class Estate(msgspec.Struct, frozen=True, kw_only=True, tag="estate"):
+class HandOver(msgspec.Struct, frozen=True, kw_only=True, tag="estate"):
     """To a supervisor that takes over. With it come the lock of the runtime directory and the listeners.
 
     Attributes:
@@ -618,7 +621,7 @@ class Estate(msgspec.Struct, frozen=True, kw_only=True, tag="estate"):
     status_address: str = ""
 
 
-Reply = Progress | Report | Status | TlsReport | Done | Failure | Estate
+Reply = Progress | Report | Status | TlsReport | Done | Failure | HandOver
 
 T = TypeVar("T")
 

@@ -25,24 +25,22 @@ import errno
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
 from hotport.adapters.base import Adapter, Connection, Connections, NotAdopted, Offer
+from hotport.channel import Channel
 from hotport.errors import ControlError
-from hotport.kernel.abstract import sockaddr
 from hotport.kernel.fork import withhold
 from hotport.kernel.process import descriptors_left
-from hotport.kernel.scm import DESCRIPTORS_MAX, DescriptorsLostError, receive_what_fits, send_descriptors
-from hotport.kernel.sockets import check_peer
+from hotport.kernel.scm import DESCRIPTORS_MAX
 from hotport.model.fates import Fate
 from hotport.observe.logs import get_shared_logger
 from hotport.wire.envelope import (
     ENVELOPE_VERSION,
-    HEADER_BYTES,
     Ack,
     Frame,
     decode_ack,
@@ -50,23 +48,17 @@ from hotport.wire.envelope import (
     decode_count,
     encode_frame,
     pack,
-    parse_header,
 )
-from hotport.wire.frames import FrameDecoder
-from hotport.wire.frames import encode_frame as encode_message_frame
-from hotport.wire.messages import OfferOrder, Welcome, Word, decode, encode
+from hotport.wire.messages import OfferOrder, Welcome
 from hotport.worker.acceptor import PlainSocket, attach
 
-__all__ = ["Channel", "Mover", "take_connections"]
+__all__ = ["Mover", "take_connections"]
 
 #: From an offer to its acknowledgement. Clients wait that long if the worker that should take them hangs.
 ACK_TIMEOUT_S: Final = 2.0
 
 #: From calling a successor to its welcome; connections are served meanwhile.
 WELCOME_TIMEOUT_S: Final = 5.0
-
-#: How much of a frame is read at once.
-PIECE_BYTES: Final = 256 * 1024
 
 #: Descriptors that a process keeps for everything but connections that it takes over.
 SPARE_DESCRIPTORS: Final = 8
@@ -80,111 +72,6 @@ PATIENCE: Final = 0.5
 
 #: Envelopes as large as that in all make a batch: a larger one would take too much of `ACK_TIMEOUT_S`.
 BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
-
-
-class Channel:
-    """Frames and descriptors between two workers.
-
-    Descriptors: owns `sock`, and those that have come and were not returned yet.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._loop = asyncio.get_running_loop()
-        self._descriptors: list[int] = []
-        #: Some of the descriptors of the last frame could not be installed here.
-        self.has_lost = False
-        withhold(self)
-
-    def descriptors(self) -> tuple[int, ...]:
-        """What a forked child must not have."""
-        return (self._sock.fileno(), *self._descriptors)
-
-    async def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
-        """Send all of it; the descriptors leave with the first byte, and stay open here.
-
-        Raises:
-            OSError: Nobody receives any more; nothing, or not all of it, has arrived.
-        """
-        left = memoryview(data)
-        while left:
-            try:
-                sent = send_descriptors(self._sock, left, descriptors)
-            except BlockingIOError:
-                await self._wait(self._loop.add_writer, self._loop.remove_writer)
-                continue
-            left, descriptors = left[sent:], ()
-
-    async def receive_frame(self) -> tuple[Frame, bytes, list[int]]:
-        """The next frame, and those of its descriptors for which there was room: the caller's to close.
-
-        Raises:
-            EOFError: The peer has closed.
-            OSError: The connection is broken.
-            ControlError: What came is no frame (HP220).
-        """
-        self.has_lost = False
-        kind, size = parse_header(await self._receive(HEADER_BYTES))
-        payload = await self._receive(size)
-        descriptors, self._descriptors = self._descriptors, []
-        return kind, payload, descriptors
-
-    async def receive_word(self, kind: Any = Word) -> Any:
-        """The next control message, one of the closed set `kind`.
-
-        Raises:
-            EOFError, OSError, ControlError: As in `receive_frame`.
-        """
-        decoder = FrameDecoder()
-        while True:
-            # Not one byte more than it needs: what follows is none.
-            if payloads := decoder.feed(await self._receive(1)):
-                return decode(payloads[0], kind)
-
-    async def receive_descriptors(self, count: int) -> list[int]:
-        """So many descriptors, the caller's to close, that come with messages of one byte each.
-
-        Raises:
-            EOFError, OSError: As in `receive_frame`; DescriptorsLostError: this process is out of descriptors.
-        """
-        while len(self._descriptors) < count:
-            await self._receive(1)
-            if self.has_lost:
-                raise DescriptorsLostError("out of descriptors: a message did not arrive whole")
-        descriptors, self._descriptors = self._descriptors, []
-        return descriptors
-
-    def close(self) -> None:
-        """Close; what the peer has not received yet, it still receives."""
-        for fd in self._descriptors:
-            os.close(fd)
-        self._descriptors = []
-        self._sock.close()
-
-    async def _receive(self, size: int) -> bytes:
-        data = b""
-        parts = []
-        while size:
-            try:
-                data, descriptors, is_whole = receive_what_fits(self._sock, min(size, PIECE_BYTES))
-            except BlockingIOError:
-                await self._wait(self._loop.add_reader, self._loop.remove_reader)
-                continue
-            self._descriptors += descriptors
-            self.has_lost |= not is_whole
-            if not data:
-                raise EOFError("the peer has closed")
-            parts.append(data)
-            size -= len(data)
-        return data if len(parts) == 1 else b"".join(parts)
-
-    async def _wait(self, add: Callable[..., object], remove: Callable[..., object]) -> None:
-        is_ready = asyncio.Event()
-        add(self._sock, is_ready.set)
-        try:
-            await is_ready.wait()
-        finally:
-            remove(self._sock)
 
 
 # -- the worker that leaves ---------------------------------------------------------------------------------
@@ -338,17 +225,11 @@ class Mover:
             raise
 
     async def _call(self, path: str) -> _Successor | None:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.setblocking(False)
-        channel = Channel(sock)
-        why = ""
+        channel: Channel | None = None
         try:
             async with asyncio.timeout(WELCOME_TIMEOUT_S):
-                await self._loop.sock_connect(sock, sockaddr(path))
-                check_peer(sock)
-                await channel.send(
-                    encode_message_frame(encode(OfferOrder(version=ENVELOPE_VERSION, sender=self._name)))
-                )
+                channel = Channel.connect(path)
+                await channel.say(OfferOrder(version=ENVELOPE_VERSION, sender=self._name))
                 while not isinstance(word := await channel.receive_word(), Welcome):
                     pass
             if not word.why:
@@ -360,9 +241,11 @@ class Mover:
             why = f"{type(error).__name__}: {error}"
             self._log.exception("handoff.failed", successor=os.path.basename(path))
         except BaseException:
-            channel.close()
+            if channel is not None:
+                channel.close()
             raise
-        channel.close()
+        if channel is not None:
+            channel.close()
         self._log.warning("handoff.declined", successor=os.path.basename(path), why=why)
         return None
 
@@ -611,7 +494,7 @@ async def take_connections(
     whose = sender or channel
     try:
         welcome = _welcome(version, connections)
-        await channel.send(encode_message_frame(encode(welcome)))
+        await channel.say(welcome)
         room = welcome.room
         while not welcome.why:
             room, (kind, payload, descriptors) = await _receive(channel, connections, room)

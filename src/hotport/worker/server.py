@@ -15,6 +15,7 @@ from hotport.adapters.base import Adapter, Connections, Context
 from hotport.adapters.datagram import DatagramAdapter, Datagrams
 from hotport.adapters.sockets import SocketsAdapter
 from hotport.adapters.target import kind_of, make_adapter
+from hotport.channel import Channel
 from hotport.errors import StartError
 from hotport.model.balance import LOOK_S
 from hotport.model.fates import Fate
@@ -24,7 +25,7 @@ from hotport.trust import Trusted
 from hotport.wire.messages import worker_socket
 from hotport.worker import background
 from hotport.worker.acceptor import Acceptor
-from hotport.worker.handoff import Channel, Mover, take_connections
+from hotport.worker.handoff import Mover, take_connections
 from hotport.worker.probe import probe
 from hotport.worker.share import Moves, Share
 from hotport.worker.tls import Tls

@@ -25,6 +25,7 @@ import msgspec
 import hotport
 from hotport.adapters.base import Connection, Connections, Context
 from hotport.adapters.target import load_target
+from hotport.channel import Channel
 from hotport.errors import ControlError, ExitCode, HotportError, KernelError, StartError
 from hotport.kernel.fds import private_directory
 from hotport.kernel.fork import withhold
@@ -32,7 +33,6 @@ from hotport.kernel.inotify import Watch
 from hotport.kernel.loadpage import LoadPage
 from hotport.kernel.notify import notify
 from hotport.kernel.process import numbers, open_descriptors, raise_descriptor_limit, rss_bytes
-from hotport.kernel.scm import send_descriptors
 from hotport.kernel.sockets import (
     as_sockets,
     bind_control,
@@ -47,6 +47,7 @@ from hotport.observe.logs import dropped, get_logger, revive
 from hotport.options import Options
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import (
+    LOAD_PAGE,
     Accepting,
     AcceptOrder,
     Drained,
@@ -85,7 +86,6 @@ from hotport.wire.messages import (
 )
 from hotport.wire.sdnotify import encode_notification
 from hotport.worker import background
-from hotport.worker.handoff import Channel
 from hotport.worker.lag import LagMeter
 from hotport.worker.pressure import Pressure
 from hotport.worker.server import ConnectionServer, Server, make_server
@@ -267,7 +267,7 @@ class Worker:
         if self._options.balance == "off":
             return None
         try:
-            self._page = LoadPage(os.path.join(self._spec.directory, "load"), self._spec.worker)
+            self._page = LoadPage(os.path.join(self._spec.directory, LOAD_PAGE), self._spec.worker)
         except OSError as error:
             self._log.warning("balance.off", error=str(error))
             return None
@@ -511,7 +511,7 @@ class Worker:
             case RememberOrder(memory=memory):
                 self._memory = memory
             case ListenersOrder():
-                self._pass_listeners(peer)
+                background.start("listeners", self._pass_listeners(Channel(peer.detach())), self._beside)
             case TransferOrder():
                 self._take_listeners(order, peer)
             case ProbeOrder() if self._server is not None:
@@ -567,16 +567,14 @@ class Worker:
             return
         background.start("handoff", self._server.take(channel, version, sender), self._beside)
 
-    def _pass_listeners(self, peer: _Peer) -> None:
-        """To whoever supervises from now on: duplicates of the listeners that are still open."""
+    async def _pass_listeners(self, channel: Channel) -> None:
+        """Send the next supervisor duplicates of the listeners that are still open."""
         if isinstance(self._server, ConnectionServer):
             listeners = self._server.held()
         else:
             listeners = {name: sock.fileno() for name, sock in self._listeners.items() if sock.fileno() >= 0}
-        word = encode_frame(encode(Listening(addresses=tuple(listeners))))
-        # Nothing but a Hello has gone this way: it is not full. Whoever is gone does not need them any more.
-        with peer.detach() as sock, suppress(OSError):
-            send_descriptors(sock, word, list(listeners.values()))
+        with channel, suppress(OSError):  # it has ended: then it does not need them any more
+            await channel.say(Listening(addresses=tuple(listeners)), list(listeners.values()))
 
     def _take_listeners(self, order: TransferOrder, peer: _Peer) -> None:
         """Listeners come, on a control connection that carries nothing else from here on."""
@@ -587,12 +585,12 @@ class Worker:
         try:
             if self._server is None or self._leaving.is_set():
                 return
-            await channel.send(encode_frame(encode(Welcome(room=count))))
+            await channel.say(Welcome(room=count))
             async with asyncio.timeout(TRANSFER_TIMEOUT_S):
                 sockets = as_sockets(await channel.receive_descriptors(count))
             listeners = dict(zip(order.addresses, sockets, strict=False))
             await self._server.adopt(listeners, sockets[len(listeners) :])
-            await channel.send(encode_frame(encode(Transferred(count=count))))
+            await channel.say(Transferred(count=count))
         except (OSError, EOFError) as error:  # who sends has all of them still
             self._log.warning("transfer.failed", error=str(error) or type(error).__name__)
         finally:
@@ -692,7 +690,6 @@ class _Peer(asyncio.Protocol):
         """Go on with the connection as a socket: nothing is read or written here any more."""
         assert self._transport is not None
         sock = socket.socket(fileno=os.dup(self.fileno()))
-        sock.setblocking(False)
         self._transport.abort()
         self._worker.peer_left(self)
         return sock

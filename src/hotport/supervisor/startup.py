@@ -1,4 +1,4 @@
-"""Where a supervisor begins: from nothing, or from whatever there is of its service already."""
+"""Start a supervisor: from nothing, or from what exists of its service already."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from hotport.kernel.sockets import (
 )
 from hotport.observe.logs import get_logger
 from hotport.options import Options, runtime_root
-from hotport.supervisor.house import House
+from hotport.supervisor.inheritance import Inheritance
 from hotport.supervisor.listeners import listen
-from hotport.supervisor.manager import Manager
+from hotport.supervisor.manager import ServiceManager
 from hotport.supervisor.recovery import Found, survey
+from hotport.supervisor.rundir import RuntimeDirectory
 from hotport.supervisor.store import take_back
 from hotport.supervisor.supervisor import StatusPort, Supervisor
-from hotport.supervisor.takeover import Predecessor, ask_predecessor
-from hotport.supervisor.upgrade import Baggage, carried, listeners_of, sockets_of, status_port_of
+from hotport.supervisor.takeover import take_over
 
-__all__ = ["Place", "move_in", "open_status_port"]
+__all__ = ["Startup", "open_status_port", "start_up"]
 
 #: Probes that may wait to be accepted.
 STATUS_BACKLOG: Final = 128
@@ -49,43 +49,60 @@ RELEASE_S: Final = 5.0
 RELEASE_PAUSE_S: Final = 0.01
 
 
-@dataclass(slots=True)
-class Place:
+@dataclass(frozen=True, slots=True)
+class Startup:
     """What a supervisor starts with.
 
     Attributes:
-        found: What is left of the last supervisor, and the listeners.
-        baggage: What this process carries from the supervisor that it was.
-        predecessor: The supervisor that leaves when ours serves.
+        found: Workers without a supervisor, and the listeners.
+        inheritance: What the supervisor before it has passed, if that could still do so.
     """
 
-    house: House
+    rundir: RuntimeDirectory
     found: Found
-    baggage: Baggage | None = None
-    predecessor: Predecessor | None = None
+    inheritance: Inheritance | None = None
+
+    @property
+    def has_predecessor(self) -> bool:
+        """Another supervisor serves until ours does."""
+        return self.inheritance is not None and self.inheritance.predecessor is not None
 
 
-def move_in(name: str, options: Options, manager: Manager, stack: ExitStack, *, takes_over: bool) -> Place:
-    """Become the one supervisor of a service until `stack` ends: from nothing, or from what there is of it."""
+def start_up(
+    name: str,
+    options: Options,
+    manager: ServiceManager,
+    stack: ExitStack,
+    inheritance: Inheritance | None,
+    *,
+    takes_over: bool,
+) -> Startup:
+    """Become the service's supervisor until `stack` ends: upgraded, first, after a crash, or by a take-over.
+
+    Args:
+        inheritance: Of the supervisor that this process was, see `inherit`.
+        takes_over: Take the listeners of the supervisor that runs this service, if there is one.
+    """
     directory = _directory(name)
-    if (baggage := carried(os.environ, os.getpid())) is not None:
-        house = House(directory, baggage.lock, *sockets_of(baggage))
-        stack.callback(house.leave)
-        found = anyio.run(survey, directory, baggage.memory, baggage.numbers, listeners_of(baggage))
-        reap_orphans({survivor.pid for survivor in found.survivors})  # nobody knows what has ended during the exec
-        _park(found.listeners[found.going], options, manager)
-        return Place(house, found, baggage)
+    if inheritance is not None and inheritance.paths is not None:
+        rundir = RuntimeDirectory(directory, inheritance.lock, *inheritance.paths)
+        stack.callback(rundir.close)
+        stack.callback(inheritance.close)
+        found = anyio.run(survey, directory, inheritance.memory, inheritance.numbers, inheritance.listeners)
+        reap_orphans({orphan.pid for orphan in found.orphans})  # SIGCHLD of those that ended during the exec is lost
+        _park(found.listeners[found.current], options, manager)
+        return Startup(rundir, found, inheritance)
     lock = lock_directory(directory)
     if lock is not None:
-        house = House.enter(directory, lock, stack)
-        stack.callback(house.leave)
+        rundir = RuntimeDirectory.create(directory, lock, stack)
+        stack.callback(rundir.close)
         found = anyio.run(survey, directory)
         _refuse_beside_another(name, directory, found)
-        if found.going in found.listeners:
-            _park(found.listeners[found.going], options, manager)
+        if found.current in found.listeners:
+            _park(found.listeners[found.current], options, manager)
         else:
-            found.listeners[found.going] = _listen(options, manager)
-        return Place(house, found)
+            found.listeners[found.current] = _listen(options, manager)
+        return Startup(rundir, found)
     if not takes_over:
         raise ConfigError(
             "HP630",
@@ -93,24 +110,23 @@ def move_in(name: str, options: Options, manager: Manager, stack: ExitStack, *, 
             cause=f"another supervisor has locked {directory}",
             fix=f"hotport restart {name}, or start this one with --take-over or with another --name",
         )
-    predecessor = ask_predecessor(directory, name)
-    stack.callback(predecessor.connection.close)
-    house = House.enter(directory, predecessor.lock, stack)
-    stack.callback(house.leave)
-    memory = predecessor.memory
-    found = Found(generations=memory.generations, spawned=memory.spawned)
-    listeners = found.listeners[found.going] = _listen(options, manager, predecessor)
-    for address, listener in predecessor.listeners.items():
+    inheritance = anyio.run(take_over, directory, name)
+    stack.callback(inheritance.close)
+    rundir = RuntimeDirectory.create(directory, inheritance.lock, stack)
+    stack.callback(rundir.close)
+    memory = inheritance.memory
+    found = Found(generations=memory.generations, spawned=memory.spawned, shared=frozenset(inheritance.listeners))
+    listeners = found.listeners[found.current] = _listen(options, manager, inheritance)
+    for address, listener in inheritance.listeners.items():
         if address not in listeners:
             listener.close()
-    return Place(house, found, predecessor=predecessor)
+    return Startup(rundir, found, inheritance)
 
 
-def open_status_port(supervisor: Supervisor, place: Place, stack: ExitStack) -> None:
-    """Have a status port until `stack` ends, if there is to be one: the one that there is already, or bound now."""
+def open_status_port(supervisor: Supervisor, startup: Startup, stack: ExitStack) -> None:
+    """Open the status port until `stack` ends, if the options name one: inherited, or bound now."""
     bind = supervisor.options.status_bind
-    port = status_port_of(place.baggage) if place.baggage else None
-    port = place.predecessor.status_port if place.predecessor else port
+    inherited = port = startup.inheritance.status_port if startup.inheritance else None
     if port is not None and port.bind != bind:
         port.listener.close()
         port = None
@@ -119,14 +135,14 @@ def open_status_port(supervisor: Supervisor, place: Place, stack: ExitStack) -> 
     if port is None:
         listener = bind_listener(parse_address(bind), backlog=STATUS_BACKLOG)
         port = StatusPort(bind, str(bound_address(parse_address(bind), listener)), listener)
-    is_shared = place.predecessor is not None and port is place.predecessor.status_port
+    is_shared = startup.has_predecessor and port is inherited
     path = file_path(parse_address(port.address))
-    supervisor.status_port = port._replace(file=socket_file(path))
+    supervisor.use_status_port(port._replace(file=socket_file(path)))
 
     def close() -> None:
         assert supervisor.status_port is not None
         supervisor.status_port.listener.close()
-        if not (supervisor.is_succeeded or (is_shared and supervisor.owned.shared)):
+        if not (supervisor.is_succeeded or (is_shared and supervisor.owned.has_shared)):
             unlink_if_ours(path, supervisor.status_port.file)
 
     stack.callback(close)
@@ -138,7 +154,7 @@ def _refuse_beside_another(name: str, directory: str, found: Found) -> None:
     Raises:
         ConfigError: They have (HP630).
     """
-    parents = {procfs.parent(survivor.pid) for survivor in found.survivors} - {0, os.getpid()}
+    parents = {procfs.parent(orphan.pid) for orphan in found.orphans} - {0, os.getpid()}
     alive = sorted(pid for pid in parents if procfs.supervises(pid, directory))
     if not alive:
         return
@@ -161,10 +177,12 @@ def _directory(name: str) -> str:
     return directory
 
 
-def _listen(options: Options, manager: Manager, predecessor: Predecessor | None = None) -> dict[str, socket.socket]:
+def _listen(
+    options: Options, manager: ServiceManager, inheritance: Inheritance | None = None
+) -> dict[str, socket.socket]:
     """The listeners of a service, by canonical address; the caller owns them.
 
-    They are the predecessor's or those that the service manager has kept, else new ones.
+    They are inherited, or kept by the service manager, else new.
     """
     taken = take_back(options.bind, os.environ, backlog=options.backlog)
     manager.forget(taken.unfit)
@@ -176,7 +194,7 @@ def _listen(options: Options, manager: Manager, predecessor: Predecessor | None 
             unless_all_can_be_bound.callback(listener.close)
             listener.setblocking(bool(options.command))  # as in `listen`
         for address, text in _expand(options.bind).items():
-            if predecessor is not None and (kept := predecessor.listener(text)) is not None:
+            if inheritance is not None and (kept := inheritance.listener(text)) is not None:
                 listeners.update([kept])
                 continue
             bind = partial(_bind, address, options, unless_all_can_be_bound, taken.listeners.get(text))
@@ -191,7 +209,7 @@ def _listen(options: Options, manager: Manager, predecessor: Predecessor | None 
     return listeners
 
 
-def _park(listeners: Mapping[str, socket.socket], options: Options, manager: Manager) -> None:
+def _park(listeners: Mapping[str, socket.socket], options: Options, manager: ServiceManager) -> None:
     """Have the service manager keep listeners that we have from elsewhere; what it has passed again is the same."""
     taken = take_back(options.bind, os.environ, backlog=options.backlog)
     for listener in taken.listeners.values():
@@ -204,7 +222,7 @@ def _park(listeners: Mapping[str, socket.socket], options: Options, manager: Man
 def _bind_by(free_by_s: float, bind: Callable[[], tuple[str, socket.socket]]) -> tuple[str, socket.socket]:
     """Bind, and until `free_by_s` (on the monotonic clock) try again if the address is taken.
 
-    systemd closes what it removes from its store in a thread of its own, and nobody tells when that has happened
+    systemd closes what it removes from its store in a thread of its own, and sends no word when that has happened
     (``asynchronous_close`` in its source).
     """
     while True:

@@ -1,0 +1,606 @@
+"""The worker processes of a service: started, adopted, given orders and listeners, and heard."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Final, Protocol, TypeVarTuple
+
+import anyio
+
+from hotport.address import listener_name, parse_address
+from hotport.errors import HotportError
+from hotport.kernel.notify import receive_notification
+from hotport.kernel.process import numbers, send_signal
+from hotport.kernel.procfs import age_s, environment
+from hotport.kernel.spawn import Child, spawn
+from hotport.model import inputs, steps
+from hotport.model.fates import Fate, names_cut
+from hotport.model.guarantee import Strategy
+from hotport.model.inputs import Exited, Said
+from hotport.model.lifecycle import Event, Phase
+from hotport.model.service import Service
+from hotport.model.signals import WORKER
+from hotport.observe.logs import get_logger
+from hotport.options import Options
+from hotport.supervisor.contain import Containing, retried
+from hotport.supervisor.foreign import find_unaware
+from hotport.supervisor.launch import Launch
+from hotport.supervisor.listeners import Listeners
+from hotport.supervisor.news import Publisher
+from hotport.supervisor.process import WorkerProcess
+from hotport.supervisor.recovery import Orphan
+from hotport.wire.messages import (
+    Accepting,
+    AcceptOrder,
+    Drained,
+    DrainOrder,
+    ExpectOrder,
+    Expired,
+    Hello,
+    HurryOrder,
+    Inspection,
+    InspectOrder,
+    Memory,
+    Quiesced,
+    QuiesceOrder,
+    Released,
+    ReleaseOrder,
+    RememberOrder,
+    SuccessorsOrder,
+    TlsReloaded,
+    Word,
+    worker_socket,
+)
+from hotport.wire.sdnotify import Notification
+
+__all__ = ["Fleet", "Loop"]
+
+Arguments = TypeVarTuple("Arguments")
+
+#: How long a worker that leaves may take to say how many connections it has, before others accept.
+COUNT_TIMEOUT_S: Final = 1.0
+
+
+class Loop(Protocol):
+    """What the fleet needs of the supervisor's loop."""
+
+    @property
+    def service(self) -> Service:
+        """The state of the model."""
+
+    @property
+    def options(self) -> Options:
+        """Of the generation that serves, or starts."""
+
+    def input(self, event: inputs.Input) -> None:
+        """Tell the model what has happened."""
+
+    def start(self, what: str, run: Callable[[*Arguments], Awaitable[None]], *args: *Arguments) -> None:
+        """Start a task that an unexpected error ends."""
+
+    def keep(self, what: str, run: Callable[[*Arguments], Awaitable[None]], *args: *Arguments) -> None:
+        """Start a task that is run again after an unexpected error."""
+
+
+class Fleet:
+    """The processes of one service, by worker number.
+
+    Args:
+        name: The service's name.
+        directory: Its runtime directory.
+        notify_socket: Bound in `directory`.
+        owned: The service's listeners; the caller closes them.
+        mend: Restores what has disappeared of the runtime directory; called before a worker is started in it.
+
+    Attributes:
+        has_cut: A worker has cut connections, or was killed with some, while the service stopped.
+
+    Descriptors: owns the notify socket, the processes, and connections that were accepted for a worker and not given to
+    it yet.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        directory: str,
+        notify_socket: socket.socket,
+        loop: Loop,
+        owned: Listeners,
+        news: Publisher,
+        mend: Callable[[], object],
+    ) -> None:
+        self.processes: dict[int, WorkerProcess] = {}
+        self.notify_socket = notify_socket
+        self.has_cut = False
+        self._name = name
+        self._directory = directory
+        self._loop = loop
+        self._owned = owned
+        self._news = news
+        self._mend = mend
+        self._remote_successors: tuple[str, ...] = ()
+        self._unclaimed: list[socket.socket] = []  # accepted from a queue, for the next worker that accepts
+        self._log = get_logger("hotport.supervisor")
+
+    @property
+    def _service(self) -> Service:
+        return self._loop.service
+
+    @property
+    def _options(self) -> Options:
+        return self._loop.options
+
+    def descriptors(self) -> Iterator[int]:
+        """What a forked child must not have."""
+        yield from (sock.fileno() for sock in (self.notify_socket, *self._unclaimed))
+
+    def close(self) -> None:
+        """Close the notify socket, and connections that no worker has taken."""
+        self.notify_socket.close()
+        for sock in self._unclaimed:
+            sock.close()
+
+    # -- processes -----------------------------------------------------------------------------------------
+
+    def spawn(self, worker: int, generation: int, launch: Launch) -> None:
+        """Start a worker."""
+        self._mend()
+        restart = self._service.restart
+        # Others than inherit give them later.
+        is_given = restart is not None and restart.generation == generation and restart.strategy is not Strategy.INHERIT
+        listeners = {} if is_given else self._owned.sockets(generation)
+        try:
+            child = spawn(
+                launch.argv(self._name, generation, worker),
+                environment=launch.worker_environment(self._name, self._directory, generation, worker),
+                cwd=launch.directory,
+                listeners=[listener.fileno() for listener in listeners.values()],
+                listen_names=[listener_name(parse_address(address)) for address in listeners],
+                held=() if launch.options.command else numbers(WORKER.keys()),
+            )
+        except Exception as error:
+            self._news.note_error(worker, str(error))
+            self._loop.input(Exited(worker, "could not be executed"))
+            if not isinstance(error, HotportError | OSError | ValueError):
+                raise
+            return
+        path = os.path.join(self._directory, worker_socket(generation, worker))
+        is_foreign = bool(launch.options.command)
+        process = WorkerProcess(worker, generation, child, path, is_foreign=is_foreign)
+        process.held = set(listeners.values())
+        self.processes[worker] = process
+        self._log.info("worker.spawned", worker=worker, generation=generation, worker_pid=child.pid)
+        self._loop.start("worker.watch", self._watch, process)
+        if is_foreign and launch.options.ready == "exec":
+            self._loop.start("worker.examine", self._examine, process, launch.options.settle_s)
+            self._loop.input(Said(worker, Event.READY))
+
+    def adopt(self, orphan: Orphan, phase: Phase | None) -> None:
+        """Supervise a worker that another supervisor has started; do nothing if it has ended."""
+        try:
+            child = Child(orphan.pid, os.pidfd_open(orphan.pid))
+        except ProcessLookupError:  # it has gone since, and may have been killed
+            with suppress(OSError):
+                os.unlink(orphan.control_path)
+            return
+        process = WorkerProcess(
+            orphan.worker,
+            orphan.generation,
+            child,
+            orphan.control_path,
+            is_foreign=orphan.is_foreign,
+            age_s=age_s(orphan.pid),
+        )
+        process.held = set(orphan.listeners.values())
+        process.owes = phase in (Phase.SERVING, Phase.QUIESCED, Phase.DRAINING)
+        process.is_leaving = phase is Phase.DRAINING
+        self.processes[orphan.worker] = process
+        self._loop.start("worker.watch", self._watch, process)
+        if not process.is_foreign and os.path.exists(process.control_path):
+            self._loop.keep("worker.conversation", process.converse, self._hear_word)
+
+    async def _examine(self, process: WorkerProcess, after_s: float = 0.0) -> None:
+        """Say if a foreign program does not know of its listeners: clients would wait on them for ever."""
+        await anyio.sleep(after_s)  # one that cannot say that it is ready has bound by then what it binds
+        if self.processes.get(process.worker) is not process:
+            return
+        if (unaware := find_unaware(process.pid, process.held)) is not None:
+            self._log.warning(
+                "worker.binds_itself",
+                worker=process.worker,
+                program=unaware.command,
+                program_pid=unaware.pid,
+                addresses=unaware.addresses,
+                why=f"LISTEN_PID is {process.pid}, the wrapper's, so the program takes no listener from hotport",
+                fix="start the program in place of its wrapper: -- sh -c 'exec PROGRAM ...'",
+            )
+
+    async def _watch(self, process: WorkerProcess) -> None:
+        await retried("worker.watch", process.wait_ended)
+        with Containing("notifications"):
+            self._read_notifications()  # while its pid is not used again
+        why = "ended"
+        with Containing("worker.collect", worker=process.worker):
+            why = process.collect()
+        del self.processes[process.worker]
+        if process.released is not None:
+            process.released.set()
+        if process.error:
+            self._news.note_error(process.worker, process.error)
+        # One that owes its account was killed, by whomever. An account may come before we know that the service stops.
+        self.has_cut = self.has_cut or (self._service.is_stopping and (process.owes or process.has_cut))
+        name = os.path.basename(process.control_path)
+        for other in self.processes.values():
+            if name in other.expects:
+                other.expects.discard(name)
+                other.order(ExpectOrder(connections={name: 0}))
+        self._loop.input(Exited(process.worker, why))
+
+    # -- listeners -----------------------------------------------------------------------------------------
+
+    def share(self, worker: int) -> None:
+        """Give a worker the listeners that it lacks."""
+        if process := self.processes.get(worker):
+            self._loop.start("transfer", self._give, process)
+
+    def open(self, worker: int) -> None:
+        """Tell a worker to accept, once it has its generation's listeners."""
+        process = self.processes.get(worker)
+        if process is not None:
+            process.successors = ()  # it stops whatever it handed over
+        leaving = self._leaving(worker)
+        is_whole = process is None or (not self._missing(process) and process.released is None)
+        if process is None or process.is_foreign or (is_whole and not leaving):
+            self._order(worker, AcceptOrder(), Event.ACCEPTING)
+        else:
+            self._loop.start("transfer", self._give, process, AcceptOrder(), leaving)
+
+    def _leaving(self, worker: int) -> list[WorkerProcess]:
+        """Workers whose connections move to one that is about to accept: it keeps room for them."""
+        service, restart = self._service, self._service.restart
+        if self._options.handoff == "off" or self._options.tls_cert or self._options.command or service.is_stopping:
+            return []
+        numbers: set[int | None] = {*service.ids(Phase.QUIESCING, Phase.QUIESCED, Phase.DRAINING)}
+        if this := service.workers.get(worker):
+            numbers.add(this.replaces)
+        if restart is not None and worker in restart.new:
+            old = [each.id for each in service.current if each.generation != restart.generation]
+            numbers.update(old[: len(restart.new)] if restart.is_phased else old)
+        elif restart is not None and restart.step is steps.Step.UNDOING:
+            numbers |= restart.new
+        found = (self.processes.get(number) for number in numbers - {worker, None} if number is not None)
+        return [process for process in found if process is not None and process.is_talking]
+
+    async def _announce(self, process: WorkerProcess, leaving: Sequence[WorkerProcess]) -> None:
+        """Tell a worker for how many connections of others to keep room."""
+        counts: dict[str, int] = {}
+
+        async def ask(other: WorkerProcess) -> None:
+            found = await other.ask(InspectOrder(), Inspection, COUNT_TIMEOUT_S)
+            if found is not None and found.connections:
+                counts[os.path.basename(other.control_path)] = -(-found.connections // receivers)
+
+        restart = self._service.restart
+        is_new = restart is not None and process.worker in restart.new
+        receivers = restart.wanted if restart is not None and is_new and not restart.is_phased else 1
+        async with anyio.create_task_group() as tasks:
+            for other in leaving:
+                tasks.start_soon(ask, other)
+        if counts:
+            process.expects |= counts.keys()
+            process.order(ExpectOrder(connections=counts))
+
+    async def give_all(self) -> None:
+        """Give every worker that accepts the listeners that it lacks, and wait until each has taken them or not."""
+        async with anyio.create_task_group() as tasks:
+            for number in self._service.ids(Phase.SERVING):
+                process = self.processes.get(number)
+                if process is not None and process.is_talking and self._missing(process):
+                    tasks.start_soon(self._give, process)
+        self.close_unused()
+
+    def _missing(self, process: WorkerProcess) -> dict[str, socket.socket]:
+        """The listeners of a worker's generation that it has not got."""
+        sockets = self._owned.sockets(process.generation)
+        return {address: sock for address, sock in sockets.items() if sock not in process.held}
+
+    async def _give(
+        self, process: WorkerProcess, then: AcceptOrder | None = None, leaving: Sequence[WorkerProcess] = ()
+    ) -> None:
+        """Give a worker the listeners that it lacks, and accepted connections without a worker; then an order.
+
+        If that fails there is no order, and the timer that bounds its answer decides.
+        """
+        await self._announce(process, leaving)
+        if process.released is not None:  # it must not close what it is given now
+            await process.released.wait()
+            process.released = None
+        accepted, self._unclaimed = self._unclaimed, []
+        missing: dict[str, socket.socket] = {}
+        try:
+            self._owned.join(process.generation, self._options.backlog)
+            missing = self._missing(process)
+            process.held |= set(missing.values())
+            if missing or accepted:
+                await process.transfer(missing, accepted)
+        except Exception as error:
+            process.held -= set(missing.values())
+            self._news.reports.lost(len(accepted))
+            if not isinstance(error, OSError):
+                raise
+            self._log.warning("transfer.failed", worker=process.worker, error=str(error) or type(error).__name__)
+        else:
+            process.held -= self._owned.superseded(missing)
+            if then is not None:
+                process.order(then)
+        finally:
+            for sock in accepted:
+                sock.close()
+
+    def release(self, worker: int) -> None:
+        """Tell a worker to close the listeners that its generation shares with the next one."""
+        process, restart = self.processes.get(worker), self._service.restart
+        if process is None or restart is None:
+            return
+        common = self._owned.common(process.generation, restart.generation)
+        sockets = {each.address: each.sock for each in common if each.sock is not None}
+        process.held -= set(sockets.values())
+        process.releasing |= sockets
+        process.released = anyio.Event()
+        process.order(ReleaseOrder(addresses=tuple(sockets)))
+
+    def rebind(self, generation: int) -> None:
+        """Close the listeners that a generation shares with the one before it, and bind them again."""
+        old = self._service.generation
+        leaving = {number: process.pid for number, process in self.processes.items() if process.generation <= old}
+        if lingering := self._owned.lingering(leaving, old, generation):  # then to close ours would not free the port
+            self._loop.input(inputs.Bound(f"worker {lingering[0]} still has a listener open", is_kept=True))
+            return
+        result = self._owned.rebind(old, generation, self._options.backlog)
+        self._unclaimed += result.accepted
+        self._news.reports.rebound(generation, gap_s=result.gap_s, refused=result.refused, reset=result.reset)
+        self._log.info("port.rebound", gap_us=round(result.gap_s * 1e6, 1), taken=len(result.accepted))
+        self._loop.input(inputs.Bound(result.why))
+
+    def regain(self) -> None:
+        """Try again to bind addresses that were lost to another process."""
+        self._loop.input(inputs.Bound(self._owned.regain(self._options)))
+
+    def steer(self, generation: int, index: int) -> None:
+        """Send new connections to a generation's sockets (index 1), or to those before them (index 0)."""
+        try:
+            self._owned.steer(generation, index)
+        except OSError as error:  # the queues of the old sockets are emptied before they are closed
+            self._log.warning("port.not_steered", error=str(error))
+
+    def close_unused(self) -> None:
+        """Close the listeners that no generation needs; give what waited there to a worker that accepts."""
+        if self._service.is_stopping or not self._service.generation:
+            return
+        wanted = {self._service.generation}
+        if self._service.restart is not None:
+            wanted.add(self._service.restart.generation)
+        held = {sock for process in self.processes.values() for sock in process.held}
+        self._unclaimed += self._owned.keep(wanted, held)
+        if self._unclaimed and not (self._service.restart and self._service.restart.step is steps.Step.REBINDING):
+            serving = (self.processes.get(number) for number in reversed(self._service.ids(Phase.SERVING)))
+            if process := next((each for each in serving if each is not None and each.is_talking), None):
+                self._loop.start("transfer", self._give, process)
+
+    # -- orders --------------------------------------------------------------------------------------------
+
+    def quiesce(self, worker: int, *, empties: bool) -> None:
+        """Tell a worker to stop accepting."""
+        self._order(worker, QuiesceOrder(empties=empties), Event.QUIESCED)
+
+    def kill(self, worker: int) -> None:
+        """SIGKILL a worker and its process group."""
+        if process := self.processes.get(worker):
+            process.kill()
+
+    def _order(self, worker: int, order: AcceptOrder | QuiesceOrder, answer: Event) -> None:
+        process = self.processes.get(worker)
+        if process is None:
+            return  # its Exited is on the way
+        if process.is_foreign:  # accepts from its start until it leaves, and cannot be told otherwise
+            self._news.reports.note(self._service.restart, worker, answer, time.monotonic())
+            self._loop.input(Said(worker, answer))
+        else:
+            process.order(order)
+
+    def drain(self, worker: int, *, is_last: bool) -> None:
+        """Tell a worker to hand its connections over, finish the others, and leave."""
+        process = self.processes.get(worker)
+        if process is None:
+            return
+        if process.is_foreign or not process.is_talking:
+            process.signal(signal.SIGTERM)  # ours drain on it, too
+        else:
+            process.is_leaving = True
+            process.successors = () if is_last else self._successors(worker)
+            if abandoned := self._abandoned(process):
+                process.releasing |= abandoned
+                process.order(ReleaseOrder(addresses=tuple(abandoned)))
+            process.order(
+                DrainOrder(timeout_s=self._options.drain_timeout_s, is_last=is_last, successors=process.successors)
+            )
+
+    def terminate(self, worker: int, *, is_hurried: bool) -> None:
+        """End a worker within `kill_timeout`, or at once."""
+        process = self.processes.get(worker)
+        if process is None:
+            return
+        if process.is_talking and (is_hurried or process.is_leaving):
+            process.order(HurryOrder())
+        elif process.is_talking:  # not by a signal: the worker counts those; and it may accept, after a recovery
+            timeout_s = self._options.kill_timeout_s / 2  # it has to say what it has cut, before it is killed
+            process.order(DrainOrder(timeout_s=timeout_s, successors=self._successors(worker)))
+        elif is_hurried:
+            process.kill()
+        else:
+            process.signal(signal.SIGTERM)
+
+    def _abandoned(self, process: WorkerProcess) -> dict[str, socket.socket]:
+        """Listeners of a worker that leaves, at which no later generation accepts."""
+        restart = self._service.restart
+        generations = {self._service.generation, restart.generation if restart else 0} - {0}
+        served = {sock for number in generations for sock in self._owned.sockets(number).values()}
+        return self._owned.named(process.held - served)
+
+    def _successors(self, leaving: int) -> tuple[str, ...]:
+        """Control sockets of the workers that take a worker's connections.
+
+        They are of the generation that is expected to stay: neither a canary nor one that is being taken back, unless
+        there is no other.
+        """
+        if self._service.is_stopping:
+            return self._remote_successors
+        serving = [self._service.workers[number] for number in self._service.ids(Phase.SERVING) if number != leaving]
+        restart, generations = self._service.restart, {worker.generation for worker in serving}
+        going = self._service.favoured
+        if restart is not None and restart.is_phased and restart.step is not steps.Step.UNDOING:
+            going = restart.generation
+        if going not in generations:
+            going = max(generations, default=0)
+        processes = [self.processes.get(worker.id) for worker in serving if worker.generation == going]
+        return tuple(process.control_path for process in processes if process is not None and process.is_talking)
+
+    def redirect(self) -> None:
+        """Tell workers that drain, or may be taken back, their successors if these have changed."""
+        restart = self._service.restart
+        is_watching = restart is not None and restart.step is steps.Step.WATCHING
+        for number in self._service.ids(Phase.DRAINING, *((Phase.QUIESCED,) if is_watching else ())):
+            process = self.processes.get(number)
+            if process is None or process.is_foreign or not process.is_talking:
+                continue
+            successors = self._successors(number)
+            if successors and successors != process.successors:
+                process.successors = successors
+                process.order(SuccessorsOrder(successors=successors))
+
+    def deposit(self) -> None:
+        """Leave with the workers what the next supervisor needs to know."""
+        memory = self.memory
+        for process in self.processes.values():
+            if process.is_talking and process.memory != memory:
+                process.memory = memory
+                process.order(RememberOrder(memory=memory))
+
+    def name_successors(self, paths: Sequence[str]) -> None:
+        """Hand connections to the workers of another supervisor, with these control sockets, when the service stops."""
+        self._remote_successors = tuple(paths)
+
+    @property
+    def memory(self) -> Memory:
+        """What the next supervisor could not learn from the workers otherwise."""
+        service = self._service
+        return Memory(
+            wanted=service.wanted,
+            generations=service.generations,
+            spawned=service.spawned,
+            favoured=service.favoured,
+        )
+
+    # -- what workers say ----------------------------------------------------------------------------------
+
+    def listen_on(self, notify_socket: socket.socket) -> None:
+        """Hear workers on this socket from now on, bound to the path that they know; owned from here on."""
+        self._read_notifications()
+        before, self.notify_socket = self.notify_socket, notify_socket
+        anyio.notify_closing(before)
+        before.close()
+
+    async def receive_notifications(self) -> None:
+        """Hear workers until cancelled."""
+        while True:
+            with suppress(anyio.ClosedResourceError):  # replaced by another one
+                await anyio.wait_readable(self.notify_socket)
+                self._read_notifications()
+
+    def _read_notifications(self) -> None:
+        while (received := receive_notification(self.notify_socket)) is not None:
+            pid, _, payload = received
+            with Containing("notification", worker_pid=pid):
+                process, said = self._process_of(pid), Notification.parse(payload)
+                if process is not None:
+                    self._hear_notification(process, said)
+                elif said.ready:
+                    self._dismiss(pid)
+
+    def _dismiss(self, pid: int) -> None:
+        """End a worker that the supervisor before this one started just before its end, and did not record."""
+        with suppress(OSError):
+            pidfd = os.pidfd_open(pid)
+            try:
+                if "HOTPORT_WORKER" in environment(pid):
+                    send_signal(pidfd, signal.SIGTERM)
+                    self._log.warning("worker.dismissed", worker_pid=pid)
+            finally:
+                os.close(pidfd)
+
+    def _process_of(self, pid: int) -> WorkerProcess | None:
+        """The worker that sent a notification: itself, or the leader of the sender's process group."""
+        by_pid = {process.pid: process for process in self.processes.values()}
+        if pid in by_pid:
+            return by_pid[pid]
+        with suppress(ProcessLookupError):
+            return by_pid.get(os.getpgid(pid))
+        return None
+
+    def _hear_notification(self, process: WorkerProcess, said: Notification) -> None:
+        if said.status is not None:
+            process.status = said.status
+        if said.error is not None:
+            process.error = said.error
+        if said.extend_timeout_s is not None:
+            self._loop.input(inputs.MoreTime(process.worker, said.extend_timeout_s))
+        if said.ready:
+            if not process.is_foreign and not process.is_talking:
+                self._loop.keep("worker.conversation", process.converse, self._hear_word)
+            if process.is_foreign and process.worker in self._service.ids(Phase.STARTING):
+                self._loop.start("worker.examine", self._examine, process)
+            self._loop.input(Said(process.worker, Event.READY))
+        if said.stopping:
+            self._loop.input(Said(process.worker, Event.LEAVING))
+
+    def _hear_word(self, worker: int, word: Word) -> None:
+        match word:
+            case Hello(phase=phase) if phase != "starting":  # what it has said before it could not reach us
+                self._loop.input(Said(worker, Event.READY))
+            case Accepting(at_s=at_s, fates=fates):
+                self._news.reports.taken_back(self._service.restart, worker, fates)
+                self._news.reports.note(self._service.restart, worker, Event.ACCEPTING, at_s)
+                if process := self.processes.get(worker):
+                    process.owes = True
+                self._loop.input(Said(worker, Event.ACCEPTING))
+            case Quiesced(at_s=at_s):
+                self._news.reports.note(self._service.restart, worker, Event.QUIESCED, at_s)
+                self._loop.input(Said(worker, Event.QUIESCED))
+            case Released(addresses=addresses, at_s=at_s):
+                if process := self.processes.get(worker):
+                    process.held -= {process.releasing.pop(each) for each in addresses if each in process.releasing}
+                    if process.released is not None:
+                        process.released.set()
+                self._news.reports.note(self._service.restart, worker, Event.QUIESCED, at_s)
+                self._loop.input(Said(worker, Event.QUIESCED))
+            case Expired():
+                self._loop.input(inputs.RecycleDue(worker))
+            case Drained(fates=fates):
+                if process := self.processes.get(worker):
+                    process.owes, process.has_cut = False, any(self._is_cut(fate) for fate in fates)
+                self._news.reports.drained(worker, fates)
+            case TlsReloaded(error=error) if error:  # no request waits for it: the order came while it started
+                self._log.warning("tls.kept", worker=worker, error=error)
+            case _:
+                pass
+
+    def _is_cut(self, fate: str) -> bool:
+        """Whether a fate is a loss: the next supervisor serves accept queues that the service manager keeps."""
+        addresses = self._owned.sockets(self._service.generation)
+        is_kept = fate == Fate.CUT_UNACCEPTED and all(map(self._news.manager.keeps, addresses))
+        return names_cut(fate) and not is_kept

@@ -1,0 +1,140 @@
+"""What a supervisor tells others: its log, the service manager, restart reports and subscribers."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+
+from hotport.errors import StartError
+from hotport.kernel.procfs import queue_overflows
+from hotport.model.effects import Announce, News
+from hotport.model.service import Service
+from hotport.observe.logs import get_logger
+from hotport.options import Options, format_duration
+from hotport.supervisor.contain import Containing
+from hotport.supervisor.manager import ServiceManager
+from hotport.supervisor.reports import Reports
+from hotport.wire.messages import Report
+
+__all__ = ["Publisher", "until"]
+
+_BAD = (News.ABORTED, News.WORKER_LOST, News.BACKING_OFF, News.UNDOING, News.UNDONE)
+
+
+class Publisher:
+    """Publishes the news of one service.
+
+    Args:
+        name: The service's name.
+        manager: The service manager's; the caller closes it.
+
+    Attributes:
+        reports: One for each restart.
+    """
+
+    def __init__(self, name: str, manager: ServiceManager) -> None:
+        self.reports = Reports(name, overflows=queue_overflows)
+        self.manager = manager
+        self._name = name
+        self._errors: dict[int, str] = {}
+        self._loss = ""
+        self._subscribers: list[Callable[[Announce | Report], None]] = []
+        self._log = get_logger("hotport.supervisor")
+
+    def note_error(self, worker: int, error: str) -> None:
+        """Remember why a worker could not start, or ended, until the restart that it belongs to has been reported."""
+        self._errors[worker] = error
+
+    def publish(
+        self,
+        announcement: Announce,
+        service: Service,
+        options: Options,
+        listeners: Mapping[str, socket.socket],
+        *,
+        is_running: bool,
+    ) -> None:
+        """Log a piece of news, tell the manager and the subscribers, and close the reports that it completes.
+
+        Args:
+            service: After the step that announced it.
+            options: Of the generation that it is about.
+            listeners: Of the generation that serves, by address.
+            is_running: The worker that it names has not ended.
+        """
+        news = announcement.news
+        serving = service.generation
+        is_stuck = news is News.WORKER_LOST and is_running
+        error = self._errors.get(announcement.worker, "")
+        if news is News.WORKER_LOST:
+            bound = f"ready_timeout is {format_duration(options.ready_timeout_s)}"
+            self._loss = f"worker {announcement.worker} {announcement.why}; " + (
+                bound if is_stuck else "if it has written why, that is above"
+            )
+        # A failure to boot is reported once, at the end; but one that hangs may take long to come to it.
+        if serving or news not in _BAD or is_stuck:
+            (self._log.warning if news in _BAD else self._log.info)(news.value, **_fields(announcement, error))
+        if news is News.RESTART_BEGAN and service.restart is not None:
+            self.reports.begin(service.restart, serving, is_tracked=not options.command)
+        with Containing("manager"):
+            if news is News.DONE:
+                self.manager.follow(listeners)
+            self.manager.hear(announcement, serving=serving, why=error)
+        self._tell_subscribers(announcement)
+        ended = self.reports.hear(announcement, serving=0 if service.is_stopping else serving, errors=self._errors)
+        for report in ended:
+            self._log.info(
+                "restart.report",
+                generation=report.generation,
+                outcome=report.outcome,
+                accept_gap_ms=report.accept_gap_ms,
+                connections=report.connections,
+            )
+            self._tell_subscribers(report)
+        if serving and not self.reports.generations:
+            self._errors.clear()
+
+    def not_started(self) -> StartError | str:
+        """Tell the manager that the service did not start, and return why: a worker's own words if there are any."""
+        failure: StartError | str | None = next((text for text in self._errors.values() if text), None)
+        failure = failure or StartError(
+            "HP403",
+            f"the service {self._name} did not start",
+            cause=self._loss or "no worker said READY=1",
+            fix="hotport serve --log-level debug, or raise --ready-timeout",
+        )
+        self.manager.failed(str(failure))
+        return failure
+
+    @contextmanager
+    def subscribed(self, subscriber: Callable[[Announce | Report], None]) -> Iterator[None]:
+        """Have `subscriber` called with all news and reports."""
+        self._subscribers.append(subscriber)
+        try:
+            yield
+        finally:
+            self._subscribers.remove(subscriber)
+
+    def _tell_subscribers(self, news: Announce | Report) -> None:
+        for subscriber in list(self._subscribers):
+            with Containing("subscriber"):
+                subscriber(news)
+
+
+def until(seconds: float) -> str:
+    """A period that begins now, and the time of day at its end."""
+    return f"{format_duration(seconds)}, until {datetime.now() + timedelta(seconds=seconds):%H:%M:%S}"
+
+
+def _fields(announcement: Announce, error: str) -> dict[str, object]:
+    """What the log line of a piece of news has beside its event."""
+    fields = {
+        "generation": announcement.generation,
+        "worker": announcement.worker,
+        "why": announcement.why,
+        # The key under which renderers keep lines apart.
+        "exception": error if announcement.news is News.WORKER_LOST else "",
+    }
+    return {key: value for key, value in fields.items() if value}
