@@ -20,7 +20,7 @@ from hotport.observe.logs import get_logger
 from hotport.options import OPTIONS
 from hotport.options.loading import checked
 from hotport.supervisor.contain import Containing, retried
-from hotport.supervisor.requests import Hear, describe, keep, reload_tls, restart, scale, undo
+from hotport.supervisor.requests import Hear, describe, keep, rebalance, reload_tls, restart, scale, undo
 from hotport.supervisor.rundir import RuntimeDirectory
 from hotport.supervisor.supervisor import Supervisor
 from hotport.supervisor.takeover import hand_over
@@ -29,6 +29,7 @@ from hotport.wire.messages import (
     Done,
     Failure,
     Progress,
+    RebalanceRequest,
     ReloadTlsRequest,
     Report,
     Request,
@@ -192,6 +193,8 @@ async def _carry_out(
         case ScaleRequest(workers=workers):
             await scale(supervisor, workers)
             return Done(detail=f"{workers} workers serve")
+        case RebalanceRequest():
+            return Done(detail=f"{await rebalance(supervisor)} connections moved")
         case ReloadTlsRequest():
             return await reload_tls(supervisor)
         case StopRequest(now=now, lame_duck_s=lame_duck_s):

@@ -24,6 +24,7 @@ from hotport.wire.messages import (
     InspectOrder,
     Memory,
     Probed,
+    Rebalanced,
     TlsReloaded,
     TransferOrder,
     Transferred,
@@ -34,7 +35,7 @@ from hotport.wire.messages import (
 
 __all__ = ["WorkerProcess"]
 
-Answer = TypeVar("Answer", Inspection, TlsReloaded, Probed)
+Answer = TypeVar("Answer", Inspection, TlsReloaded, Probed, Rebalanced)
 
 #: From calling a worker to its acknowledgement of what it was given.
 TRANSFER_TIMEOUT_S = 5.0

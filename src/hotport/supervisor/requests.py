@@ -29,6 +29,8 @@ from hotport.supervisor.supervisor import Asked, Supervisor
 from hotport.wire.messages import (
     Inspection,
     InspectOrder,
+    Rebalanced,
+    RebalanceOrder,
     ReloadTlsOrder,
     Report,
     RestartRequest,
@@ -53,6 +55,9 @@ INSPECT_TIMEOUT_S = 0.5
 
 #: A worker that reads its certificates answers at once; one that is busy for so long is reported.
 RELOAD_TIMEOUT_S = 5.0
+
+#: How long a worker may take to hand connections over: what is busy has five seconds, what is under way some more.
+REBALANCE_TIMEOUT_S = 20.0
 
 #: Why a canary makes no sense with a strategy.
 _NO_CANARY = {
@@ -291,6 +296,33 @@ async def reload_tls(supervisor: Supervisor) -> TlsReport:
             if number in workers and workers[number].phase in CURRENT:
                 tasks.start_soon(reload, process, workers[number].phase)
     return TlsReport(service=supervisor.name, workers=tuple(found[number] for number in sorted(found)))
+
+
+async def rebalance(supervisor: Supervisor) -> int:
+    """Let the workers that accept share the open connections as evenly as can be; how many have moved.
+
+    Raises:
+        RestartError: Workers do not balance (HP419). Nothing has moved.
+    """
+    if supervisor.options.balance == "off":
+        raise RestartError(
+            "HP419",
+            f"cannot rebalance {supervisor.name}",
+            cause="its workers do not know each other's load: balance is off",
+            fix="balance = 'auto' in hotport.toml, and hotport restart",
+            serving=supervisor.service.generation,
+        )
+    moved: list[int] = []
+
+    async def ask(process: WorkerProcess) -> None:
+        answer = await process.ask(RebalanceOrder(), Rebalanced, REBALANCE_TIMEOUT_S)
+        moved.append(0 if answer is None else answer.moved)
+
+    async with anyio.create_task_group() as tasks:
+        for number in supervisor.service.ids(Phase.SERVING):
+            if process := supervisor.fleet.processes.get(number):
+                tasks.start_soon(ask, process)
+    return sum(moved)
 
 
 def _no_tls(supervisor: Supervisor) -> str:
