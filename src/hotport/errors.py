@@ -54,26 +54,30 @@ class ExitCode:
 
 
 class HotportError(Exception):
-    """Base of the tree; carries its three lines as data.
+    """Base of the tree; carries its lines as data.
 
     Args:
         code: Stable identifier, ``HP`` and three digits.
         what: What could not be done, in one line.
         cause: Why, as far as it is known.
-        fix: What to type or change now.
+        fix: One command, option or line of code that can be pasted; empty if there is none.
+        note: What to do beside it, or in its place, in prose; mostly empty.
     """
 
     exit_code: ClassVar[int] = ExitCode.BUG
 
-    def __init__(self, code: str, what: str, *, cause: str, fix: str) -> None:
+    def __init__(self, code: str, what: str, *, cause: str, fix: str = "", note: str = "") -> None:
         super().__init__(code, what)
         self.code = code
         self.what = what
         self.cause = cause
         self.fix = fix
+        self.note = note
 
     def __str__(self) -> str:
-        return f"{self.code} {self.what}\n  cause: {self.cause}\n  try:   {self.fix}"
+        lines = [f"{self.code} {self.what}", f"  cause: {self.cause}"]
+        lines += [f"  try:   {self.fix}"] * bool(self.fix) + [f"  note:  {self.note}"] * bool(self.note)
+        return "\n".join(lines)
 
 
 class ConfigError(HotportError, ValueError):
@@ -91,8 +95,8 @@ class StartError(HotportError):
 class KernelError(StartError, OSError):
     """A system call failed; ``errno`` is kept, and ``except OSError`` catches it."""
 
-    def __init__(self, code: str, what: str, *, errno: int, cause: str, fix: str) -> None:
-        StartError.__init__(self, code, f"{what}: {describe_errno(errno)}", cause=cause, fix=fix)
+    def __init__(self, code: str, what: str, *, errno: int, cause: str, fix: str = "", note: str = "") -> None:
+        StartError.__init__(self, code, f"{what}: {describe_errno(errno)}", cause=cause, fix=fix, note=note)
         self.errno = errno
 
 
@@ -106,14 +110,16 @@ class RestartError(HotportError):
 
     exit_code = ExitCode.ABORTED
 
-    def __init__(self, code: str, what: str, *, cause: str, fix: str, phase: str = "refused", serving: int) -> None:
-        super().__init__(code, what, cause=cause, fix=fix)
+    def __init__(
+        self, code: str, what: str, *, cause: str, fix: str = "", note: str = "", phase: str = "refused", serving: int
+    ) -> None:
+        super().__init__(code, what, cause=cause, fix=fix, note=note)
         self.phase = phase
         self.serving = serving
 
 
 class ControlError(HotportError):
-    """A control socket is missing, belongs to somebody else, or did not answer."""
+    """A control socket is missing, belongs to another user, or did not answer."""
 
     exit_code = ExitCode.NO_SUPERVISOR
 

@@ -47,7 +47,7 @@ def run(
 ) -> None:
     """Serve an application under a supervisor until it is stopped; the process exits if that failed.
 
-    Then it has said why in three lines on stderr, as ``hotport serve`` does.
+    Then it has said why on stderr, as ``hotport serve`` does.
 
     Workers are processes of their own: they import the application by its name. So `app` is a target
     (``"module:attribute"``, ``"file.py:attribute"``), or something that lives at the top level of a module; the
@@ -106,7 +106,8 @@ def target_of(app: Callable[..., Any]) -> str:
             "HP330",
             f"cannot name {app!r} for a worker",
             cause="workers import the application, and it is not at the top level of a module",
-            fix='give it a name there, or pass a target: hotport.run("module:app")',
+            fix='hotport.run("module:app")',
+            note="pass such a target, or give the application a name at the top level of its module",
         )
     if module.__name__ != "__main__":
         return f"{module.__name__}:{name}"

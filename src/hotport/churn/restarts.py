@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import signal
 import tempfile
 from collections.abc import Callable
@@ -65,7 +66,8 @@ class SendSignal:
                 "HP714",
                 f"cannot send {self}",
                 cause=_describe(error),
-                fix="pgrep -a NAME, then --pid PID; or --restart 'COMMAND'",
+                fix=f"ps -p {self.pid}" if self.pid_file is None else f"cat {shlex.quote(str(self.pid_file))}",
+                note="name the server's pid with --pid, or a command that restarts it with --restart",
             ) from None
 
     def read_pid(self) -> int:

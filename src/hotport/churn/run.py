@@ -374,12 +374,12 @@ class _Engine:
         except TimeoutError:
             why = f"it was not armed within {ARM_TIMEOUT_S:g} s"
         except (msgspec.MsgspecError, ValueError) as error:
-            why = f"it said what nobody understands: {error}"
+            why = f"it said what cannot be read: {error}"
         raise StartError(
             "HP710",
             f"engine {self.number} could not begin",
             cause=why,
-            fix="a smaller load, or fewer --engines",
+            note="try a smaller load, or fewer --engines",
         )
 
     async def listen(self, merger: _Merger, overdue_s: float) -> None:
@@ -398,7 +398,7 @@ class _Engine:
         except TimeoutError:
             why = f"it was not over after {overdue_s:.0f} s"
         except (msgspec.MsgspecError, ValueError) as error:
-            why = f"it said what nobody understands: {error}"
+            why = f"it said what cannot be read: {error}"
         merger.end(self.number)
         self.summary = summary or Summary({}, error=why)
 

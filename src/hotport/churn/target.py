@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import socket
 import ssl
 from contextlib import closing
@@ -23,7 +24,8 @@ BY_RATE: Final = frozenset(
 
 _PORTS: Final = {"http": 80, "ws": 80, "https": 443, "wss": 443, "tcp": None, "udp": None}
 _SCHEMES: Final = (*_PORTS, "unix")
-_FORMS: Final = "hotport churn http://127.0.0.1:8000; also https, ws, wss, tcp, udp and unix:PATH"
+_EXAMPLE: Final = "hotport churn http://127.0.0.1:8000"
+_FORMS: Final = "a target is a URL with http, https, ws, wss, tcp or udp, or unix:PATH"
 
 _HTTP: Final = frozenset(
     {Kind.CONNECT, Kind.KEEPALIVE, Kind.LATE, Kind.HALFHEAD, Kind.SLOW, Kind.UPLOAD, Kind.WEBSOCKET}
@@ -82,7 +84,8 @@ def resolve(url: str, *, timeout_s: float, verify_tls: bool = True) -> Target:
             "HP702",
             f"cannot find {host}",
             cause=f"getaddrinfo: {why}",
-            fix=f"getent hosts {host}, or give an address",
+            fix=f"getent hosts {shlex.quote(host)}",
+            note="or name the server by its address",
         ) from None
     for last, (family, _, _, _, address) in enumerate(found, 1 - len(found)):
         try:
@@ -108,7 +111,8 @@ def _connect(url: str, family: int, kind: int, address: object, timeout_s: float
                 "HP703",
                 f"cannot reach {url}",
                 cause=f"connecting to {_shown(address)}: {why}",
-                fix="start the server first, or see who listens: ss -ltnpx",
+                fix="ss -ltnpx",
+                note="start the server first, or see what listens",
             ) from None
 
 
@@ -123,15 +127,11 @@ def _shake_hands(url: str, host: str, address: tuple[object, ...], timeout_s: fl
         ):
             pass
     except OSError as error:  # ssl.SSLError is one
-        why, fix = str(error), f"openssl s_client -connect {host}:{address[1]}"
+        why, fix, note = str(error), f"openssl s_client -connect {host}:{address[1]}", ""
         if isinstance(error, ssl.SSLCertVerificationError):
-            why, fix = error.verify_message, "--insecure, or SSL_CERT_FILE=ca.pem"
-        raise ConfigError(
-            "HP713",
-            f"cannot speak TLS with {url}",
-            cause=why,
-            fix=fix,
-        ) from None
+            why, fix = error.verify_message, "--insecure"
+            note = "to verify it, name its authority's certificate: SSL_CERT_FILE=ca.pem"
+        raise ConfigError("HP713", f"cannot speak TLS with {url}", cause=why, fix=fix, note=note) from None
 
 
 def _name(error: OSError) -> str:
@@ -153,7 +153,7 @@ def _split(url: str) -> SplitResult:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise _error(url, str(error), _FORMS) from None
+        raise _error(url, str(error), _EXAMPLE) from None
     if "://" not in url:
         raise _error(url, "it does not say what is spoken there", f"hotport churn http://{url.removeprefix('//')}")
     if parts.scheme not in _SCHEMES:
@@ -161,19 +161,20 @@ def _split(url: str) -> SplitResult:
         rest = url.partition("://")[2]
         raise _error(url, f"{parts.scheme!r} is not one of {', '.join(_SCHEMES)}", _again(near, rest))
     if not host:
-        raise _error(url, "it names no host", _FORMS)
+        raise _error(url, "it names no host", _EXAMPLE)
     if not port and _PORTS[parts.scheme] is None:
         raise _error(url, "it names no port", f"hotport churn {parts.scheme}://{parts.netloc.rstrip(':')}:8000")
     if not url.isprintable() or " " in url:
-        raise _error(url, "it holds a space or a control character", _FORMS)
+        raise _error(url, "it holds a space or a control character", _EXAMPLE)
     return parts
 
 
 def _again(scheme: str | None, rest: str) -> str:
     if scheme is None:
-        return _FORMS
+        return _EXAMPLE
     return f"hotport churn {scheme}:{rest}" if scheme == "unix" else f"hotport churn {scheme}://{rest}"
 
 
 def _error(url: str, cause: str, fix: str) -> ConfigError:
-    return ConfigError("HP701", f"{url!r} is not a target", cause=cause, fix=fix)
+    note = _FORMS if fix == _EXAMPLE else ""
+    return ConfigError("HP701", f"{url!r} is not a target", cause=cause, fix=fix, note=note)

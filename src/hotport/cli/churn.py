@@ -76,7 +76,7 @@ class _Given(NamedTuple):
 
 
 class _Text(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.4
-    """Text that `read` makes a value of, or raises a three-line error about."""
+    """Text that `read` makes a value of, or raises an error about."""
 
     def __init__(self, name: str, read: Callable[[_Given], Any]) -> None:
         self.name = name
@@ -247,7 +247,7 @@ def _loads(url: str, options: Mapping[str, Any]) -> list[Load]:
                 "HP708",
                 f"--{kind.value} cannot be used with {url}",
                 cause=f"clients for such a target are {', '.join(sorted(kind.value for kind in fits))}",
-                fix="another URL: ws:// and http:// are the same here, udp:// takes --datagram, tcp:// takes --stream",
+                note="use another URL: ws:// and http:// are the same here, udp:// takes --datagram, tcp:// --stream",
             )
     if not wanted:
         is_websocket = url.startswith(("ws:", "wss:"))
@@ -267,7 +267,8 @@ def _restarts(options: Mapping[str, Any]) -> Restarts | None:
             "HP709",
             "it is not clear how to restart",
             cause="it needs one of --restart, --hotport and --signal; and --signal one of --pid and --pid-file",
-            fix="--restart 'systemctl reload app', or --signal HUP --pid-file app.pid, or --hotport app",
+            fix="--restart 'systemctl reload app'",
+            note="or --signal HUP --pid-file app.pid, or --hotport app",
         )
     if not asked:
         return None
@@ -299,7 +300,8 @@ def check_descriptors(plan: Plan, engines: int) -> None:
         f"cannot hold {math.ceil(asked):,} connections with {engines} engine{'s' if engines > 1 else ''}",
         cause=f"each may open {limit:,} descriptors (RLIMIT_NOFILE), so {max(0, share):,} connections would fit; "
         f"a target that stands still has --timeout ({format_duration(plan.timeout_ms / 1000)}) of attempts waiting",
-        fix=f"--engines {enough}, or ulimit -n {needed}" if enough else f"ulimit -n {needed}, or a smaller load",
+        fix=f"--engines {enough}" if enough else f"ulimit -n {needed}",
+        note=f"or raise the limit: ulimit -n {needed}" if enough else "or make a smaller load",
     )
 
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from hotport.errors import ConfigError, ControlError, nearest
 from hotport.kernel.procfs import user_name
@@ -20,6 +20,9 @@ from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import Failure, Reply, decode, encode
 
 __all__ = ["ask", "ask_service", "find_service", "is_elsewhere", "raise_failure"]
+
+
+_ELSEWHERE: Final = "if it runs with another HOTPORT_RUNTIME_DIR, set the same one here"
 
 
 def ask(name: str | None, request: Any) -> Iterator[Any]:
@@ -76,7 +79,8 @@ def find_service(name: str | None) -> Path:
                 "HP605",
                 f"no service {name} runs here",
                 cause=f"there is no {root / name}/control.sock" + (f"; the nearest is {near!r}" if near else ""),
-                fix=_again(near, instead_of=name) if near else f"ls {root}, or set HOTPORT_RUNTIME_DIR",
+                fix=_again(near, instead_of=name) if near else f"ls {root}",
+                note="" if near else _ELSEWHERE,
             )
         return root / name
     answers = {service: _answer_of(root / service) for service in running}
@@ -89,7 +93,8 @@ def find_service(name: str | None) -> Path:
             "HP605",
             "no service runs here",
             cause=f"no supervisor answers in {root}",
-            fix="hotport serve module:app, or set HOTPORT_RUNTIME_DIR to where it runs",
+            fix="hotport serve app:app",
+            note=_ELSEWHERE,
         )
     if len(alive) > 1:
         raise ConfigError(
@@ -133,15 +138,19 @@ def _connect(service: Path) -> socket.socket:
         sock.connect(str(path))
     except OSError as error:
         sock.close()
-        cause = {
-            ConnectionRefusedError: "its supervisor is gone and has left its socket behind",
-            PermissionError: f"{path} belongs to another user",
-        }.get(type(error), os.strerror(error.errno or 0).lower())
+        cause, note = {
+            ConnectionRefusedError: (
+                "its supervisor is gone and has left its socket behind",
+                "start the service again: it adopts the workers that still run",
+            ),
+            PermissionError: (f"{path} belongs to another user", "run the command as the service's user"),
+        }.get(type(error), (os.strerror(error.errno or 0).lower(), ""))
         raise ControlError(
             "HP606",
             f"cannot reach the supervisor of {service.name}",
             cause=cause,
-            fix="run the command as the service's user, or hotport serve again, which adopts the workers that are left",
+            fix=f"ls -l {shlex.quote(str(path))}",
+            note=note,
         ) from None
     pid, uid, _ = peer_credentials(sock)
     if not _may_answer(uid, service):

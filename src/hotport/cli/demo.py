@@ -190,7 +190,7 @@ class _Service:
                 "HP403",
                 "the demo's service did not start",
                 cause=f"it said:\n{self.log_tail()}",
-                fix="hotport serve, with an application of your own, to see whether that starts",
+                note="see whether an application of your own starts: hotport serve app:app",
             )
 
     def edit(self) -> None:

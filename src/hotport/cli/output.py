@@ -86,7 +86,8 @@ def output_error(error: OSError) -> int:
         "HP336",
         "cannot print what there is to say",
         cause=f"stdout or stderr: {describe_errno(error.errno)}",
-        fix="df -h, and send the output elsewhere",
+        fix="df -h",
+        note="or send the output elsewhere",
     )
     with suppress(OSError):  # stderr may be what takes no more
         console(stderr=True).out(problem, highlight=False)

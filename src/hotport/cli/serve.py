@@ -37,7 +37,8 @@ class _Serve(click.Command):
                 "HP302",
                 f"unknown flag {error.option_name}",
                 cause="hotport has no option of this name",
-                fix=f"hotport serve {meant} ..." if meant else "hotport serve --help lists them",
+                fix="hotport serve --help",
+                note=f"did you mean {meant}?" if meant else "",
             ) from None
 
 

@@ -91,7 +91,8 @@ def watching(options: Options) -> Iterator[None]:
                 "HP333",
                 f"cannot watch {path}",
                 cause="it does not exist",
-                fix="name a file or directory with --watch-path",
+                fix="--watch-path .",
+                note="name a file or a directory that exists",
             )
     ours, theirs = socket.socketpair()
     with ours:
@@ -115,7 +116,8 @@ def watching(options: Options) -> Iterator[None]:
                         "HP334",
                         f"cannot watch {', '.join(map(str, paths))}",
                         cause=said.strip() or "the watcher ended without a word; what it wrote is above",
-                        fix="sysctl fs.inotify.max_user_watches, or watch less with --watch-path",
+                        fix="sysctl fs.inotify.max_user_watches",
+                        note="raise that limit, or watch less with --watch-path",
                     )
             yield
         finally:
@@ -264,7 +266,8 @@ def _restart_for_each(changes: _Changes, name: str, gone: threading.Event) -> No
     while (files := changes.next()) is not None:
         log.info("watch.changed", files=_shown(files))
         if delay_s := brake.delay_s(is_own=changed_within(files, *starting)):
-            log.warning("watch.braked", files=_shown(files), wait_s=delay_s, why=BRAKED, fix="--watch-exclude PATTERN")
+            note = "exclude them with --watch-exclude"
+            log.warning("watch.braked", files=_shown(files), wait_s=delay_s, why=BRAKED, note=note)
             with suppress(queue.Empty):
                 files = changes.next(delay_s)
                 if files is None:

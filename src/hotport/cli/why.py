@@ -80,7 +80,8 @@ def _require_linux() -> None:
             "HP131",
             "cannot explain a port here",
             cause=f"the rules and the tables that are read are those of Linux, and this is {sys.platform}",
-            fix="netstat -an, and the documentation of bind() on this system",
+            fix="netstat -an",
+            note="the documentation of bind() on this system has its rules",
         )
 
 
@@ -89,11 +90,12 @@ def _subject(text: str) -> Subject:
         address = parse_address(f":{text}" if text.isascii() and text.isdigit() else text)
     except ConfigError as error:
         error.fix = error.fix.replace("--bind ", "hotport why ")
+        error.note = error.note.replace("--bind ", "hotport why ")
         raise
     if isinstance(address, UnixAddress):
         return address
     if not isinstance(address, TcpAddress | UdpAddress):
-        cause, fix = "it is a socket that somebody passes on, and not a port", "hotport why :8000"
+        cause, fix = "it is a socket that another process passes on, and not a port", "hotport why :8000"
     elif address.port == 0:
         cause, fix = "port 0 stands for any port that is free: a bind to it finds one", "hotport why :8000"
     else:

@@ -118,7 +118,8 @@ class Program:
                 "HP440",
                 "cannot restart: no successor could outlive this process",
                 cause=why,
-                fix="hotport serve, whose pid stays the same",
+                fix="hotport serve app:app",
+                note="the pid of a supervisor stays the same",
                 serving=serving,
             )
         if "HOTPORT_GENERATION" in os.environ:
@@ -134,7 +135,8 @@ class Program:
                 "HP442",
                 "cannot restart: this program cannot be started again as it was",
                 cause=why,
-                fix='say what to start: await server.restart(argv=["python", "server.py"])',
+                fix='await server.restart(argv=["python", "server.py"])',
+                note="name the command that starts the program",
                 serving=serving,
             )
 
@@ -149,7 +151,7 @@ def _not_there(what: str, serving: int) -> RestartError:
         "HP443",
         "cannot restart: the program is not where it was",
         cause=f"{what} is not there, or cannot be used",
-        fix="start the server by an absolute path, or say what to start: await server.restart(argv=[...])",
+        note="start the server by an absolute path, or name the command: await server.restart(argv=[...])",
         serving=serving,
     )
 

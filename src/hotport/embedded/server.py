@@ -305,7 +305,7 @@ class Server:
                 "cannot restart one of several servers",
                 cause=f"this process has {len(_servers)} open blocks of hotport.serve, and its successor serves all or "
                 "none",
-                fix="serve one application on several addresses, or run them with hotport serve",
+                note="serve one application on several addresses, or run each with hotport serve",
                 serving=self.generation,
             )
         self._program.refuse_if_it_cannot(argv, self.generation)
@@ -399,7 +399,7 @@ class Server:
             "HP449",
             f"the successor has died after it had taken over; pid {os.getpid()} serves again",
             cause=f"pid {successor.pid} {successor.how_it_ended}, and its connections ended with it",
-            fix="mend the program, then restart again",
+            note="correct the program, then restart again",
             phase="drain",
             serving=self.generation,
         )
@@ -434,7 +434,7 @@ def _refused(why: str, serving: int) -> RestartError:
         "HP448",
         "cannot restart now",
         cause=why,
-        fix="wait for its end, then restart again",
+        note="wait until that has ended, then restart again",
         serving=serving,
     )
 
@@ -563,7 +563,8 @@ def _restarting_on_hup(server: Server, predecessor: Predecessor | None) -> Itera
             "HP450",
             "cannot restart on SIGHUP",
             cause=f"only the main thread handles signals, and this event loop runs in another one ({error})",
-            fix="leave restart_on_hup out, and call server.restart()",
+            fix="await server.restart()",
+            note="leave restart_on_hup out, and restart by that call",
         ) from error
     try:
         yield
@@ -575,5 +576,5 @@ def _restarting_on_hup(server: Server, predecessor: Predecessor | None) -> Itera
 
 
 def _describe(error: BaseException) -> str:
-    """In our three lines, or with the traceback."""
+    """Render one of our errors as its lines, any other with its traceback."""
     return str(error) if isinstance(error, HotportError) else "".join(traceback.format_exception(error)).rstrip()

@@ -121,6 +121,7 @@ class Successor:
                 f"the successor could not be started: {error.what}",
                 cause=error.cause,
                 fix=error.fix,
+                note=error.note,
                 phase="spawn",
                 serving=generation - 1,
             ) from error
@@ -148,7 +149,8 @@ class Successor:
                     "HP446",
                     f"the successor was not ready in time; pid {os.getpid()} serves on",
                     cause=in_one_line(self._error) or f"pid {self.pid} has not come to accept within {timeout_s:g} s",
-                    fix="hotport.serve(..., ready_timeout=...), or see what it does: py-spy dump --pid PID",
+                    fix='ready_timeout = "2m"',
+                    note="allow it more time, or look at what it does while it starts: py-spy dump --pid PID",
                     phase="start up",
                     serving=self._serving,
                 )
@@ -174,7 +176,7 @@ class Successor:
                 "HP446",
                 f"the successor was not ready in time; pid {os.getpid()} serves on",
                 cause=f"pid {self.pid} said that it was ready, and did not accept within {COMMIT_TIMEOUT_S:g} s",
-                fix="see what keeps its event loop busy: py-spy dump --pid PID",
+                note="look at what keeps its event loop busy while it starts: py-spy dump --pid PID",
                 phase="commit",
                 serving=self._serving,
             ) from None
@@ -279,7 +281,7 @@ class Successor:
                 "HP445",
                 f"the successor did not come to serve; pid {os.getpid()} serves on",
                 cause=cause,
-                fix="mend the program, then restart again",
+                note="correct the program, then restart again",
                 phase=phase,
                 serving=self._serving,
             )

@@ -29,7 +29,8 @@ def resolve(
             "HP102",
             f"cannot bind {address}: unknown host {address.host!r}",
             cause=f"getaddrinfo: {str(words).lower()}",
-            fix=f"getent ahosts {address.host}; or bind :{address.port} for all interfaces",
+            fix=f"getent ahosts {address.host}",
+            note=f"to bind all interfaces: --bind :{address.port}",
         ) from error
     family, _, protocol, _, sockaddr = min(found, key=lambda entry: entry[0] != socket.AF_INET)
     return family, protocol, sockaddr

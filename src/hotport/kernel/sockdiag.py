@@ -283,7 +283,7 @@ def _ask(protocol: int, kind: int, flags: int, request: bytes) -> Iterator[bytes
             "cannot ask the kernel for its sockets",
             errno=error.errno or 0,
             cause="a sandbox (seccomp, a container, a user namespace) or the kernel's configuration forbids netlink",
-            fix="ask outside of the sandbox; under systemd: RestrictAddressFamilies=AF_NETLINK in its unit",
+            note="ask outside the sandbox; under systemd, add RestrictAddressFamilies=AF_NETLINK to the unit",
         ) from error
 
 

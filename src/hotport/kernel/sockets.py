@@ -15,7 +15,7 @@ import termios
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from hotport.address import Address, FdAddress, SystemdAddress, TcpAddress, UdpAddress, UnixAddress, parse_address
 from hotport.errors import ConfigError, KernelError
@@ -412,7 +412,7 @@ def bind_guard(address: TcpAddress) -> socket.socket:
         sock.bind(sockaddr)
     except OSError as error:
         sock.close()
-        raise _refused(address, error, *_explain_inet(address, error, sockaddr)) from error
+        raise _refused(address, error, _explain_inet(address, error, sockaddr)) from error
     return sock
 
 
@@ -445,7 +445,7 @@ def rebind(listener: socket.socket, *, backlog: int) -> tuple[socket.socket, flo
     except OSError as error:
         listener.close()
         sock.close()
-        raise _refused(address, error, *_explain_inet(address, error, name)) from error
+        raise _refused(address, error, _explain_inet(address, error, name)) from error
 
 
 def _bind_inet(
@@ -470,45 +470,50 @@ def _bind_inet(
     except OSError as error:
         if sock is not None:
             sock.close()
-        raise _refused(address, error, *_explain_inet(address, error, sockaddr)) from error
+        raise _refused(address, error, _explain_inet(address, error, sockaddr)) from error
     return sock
 
 
-def _explain_inet(address: TcpAddress | UdpAddress, error: OSError, sockaddr: tuple[Any, ...]) -> tuple[str, str]:
-    """The cause, and what to try."""
+class _Why(NamedTuple):
+    """Why an address cannot be bound, and what to do."""
+
+    cause: str
+    fix: str
+    note: str = ""
+
+
+def _explain_inet(address: TcpAddress | UdpAddress, error: OSError, sockaddr: tuple[Any, ...]) -> _Why:
     another = type(address)(address.host, address.port + 1 if 1023 < address.port < 65535 else 8000)
     match error.errno:
         case errno.EADDRINUSE:
-            cause, fix = _explain_in_use(address, sockaddr)
-            return cause, f"--bind {another}, or first: {fix}"
+            cause, remedy = _explain_in_use(address, sockaddr)
+            return _Why(cause, f"--bind {another}", f"or first: {remedy}")
         case errno.EACCES:
             sysctl = "net.ipv4.ip_unprivileged_port_start"
-            start = procfs.sysctl(sysctl)
-            return f"ports below {start} need CAP_NET_BIND_SERVICE ({sysctl})", (
-                f"--bind {another}, or as root: sysctl -w {sysctl}={address.port}"
-            )
+            cause = f"ports below {procfs.sysctl(sysctl)} need CAP_NET_BIND_SERVICE ({sysctl})"
+            return _Why(cause, f"--bind {another}", f"or as root: sysctl -w {sysctl}={address.port}")
         case errno.EADDRNOTAVAIL:
-            return f"no interface of this machine has the address {sockaddr[0]}", "ip -brief address"
+            return _Why(f"no interface of this machine has the address {sockaddr[0]}", "ip -brief address")
         case errno.EAFNOSUPPORT:
-            return "the kernel does not speak this address family", "ip -brief address"
+            return _Why("the kernel does not support this address family", "ip -brief address")
         case _:
-            return f"the kernel does not say more for {sockaddr[0]}", "ip -brief address"
+            return _Why(f"the kernel does not say more for {sockaddr[0]}", "ip -brief address")
 
 
 def _explain_in_use(address: TcpAddress | UdpAddress, sockaddr: tuple[Any, ...]) -> tuple[str, str]:
-    """Who has the port, by which rule that keeps us out, and what to do about it."""
+    """Name the process that has the port, the rule that excludes us, and a remedy."""
     from hotport.kernel.port import ourselves, read_port  # most binds succeed
     from hotport.model.bind import Can, blame, remedies, usual
 
     try:
         port = read_port(address, sockaddr)
     except KernelError as error:
-        return f"somebody has it, and we cannot see who: {error.cause}", error.fix
+        return f"it is in use, and its owner cannot be seen: {error.cause}", error.note
     asker = ourselves()
     answer = blame(port, asker, usual(port))
     if answer.can == Can.YES:
         unread = f" ({'; '.join(port.unread)})" if port.unread else ""
-        return f"whoever had it is gone by now, or cannot be seen{unread}", f"hotport why {address}"
+        return f"its owner is gone by now, or cannot be seen{unread}", f"hotport why {address}"
     until = f"; {answer.until}" if answer.ends_in_s is not None else ""
     return f"{answer.because}{until}", next(remedies(port, answer))
 
@@ -521,7 +526,7 @@ def _bind_abstract(address: UnixAddress, path: str, backlog: int) -> socket.sock
         sock.listen(backlog)
     except OSError as error:
         sock.close()
-        raise _refused(address, error, *_explain_unix(error, address)) from error
+        raise _refused(address, error, _explain_unix(error, address)) from error
     return sock
 
 
@@ -540,7 +545,7 @@ def _bind_unix(address: UnixAddress, path: str, backlog: int) -> socket.socket:
         )
     if mode and _is_answered(path):
         error = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-        raise _refused(address, error, *_explain_unix(error, address))
+        raise _refused(address, error, _explain_unix(error, address))
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.setblocking(False)
     try:
@@ -551,32 +556,33 @@ def _bind_unix(address: UnixAddress, path: str, backlog: int) -> socket.socket:
             "HP103",
             f"cannot bind {address}",
             cause=f"its path, or the name that it is first made under, has over {_UNIX_PATH_BYTES_MAX} bytes",
-            fix="--bind unix:run/app.sock, relative to the working directory",
+            fix="--bind unix:run/app.sock",
+            note="a path relative to the working directory is shorter",
         ) from None
     except OSError as error:
         sock.close()
-        raise _refused(address, error, *_explain_unix(error, address)) from error
+        raise _refused(address, error, _explain_unix(error, address)) from error
     return sock
 
 
-def _explain_unix(error: OSError, address: UnixAddress) -> tuple[str, str]:
+def _explain_unix(error: OSError, address: UnixAddress) -> _Why:
     path = address.path
     directory = os.path.dirname(path) or "."
     match error.errno:
         case errno.EADDRINUSE:
             return _explain_name_in_use(address)
         case errno.ENOENT:
-            return f"there is no directory {directory}", f"mkdir -p {directory}"
+            return _Why(f"there is no directory {directory}", f"mkdir -p {directory}")
         case errno.EACCES | errno.EPERM | errno.EROFS:
-            return f"nothing can be made in {directory} by uid {os.geteuid()}", f"ls -ld {directory}"
+            return _Why(f"nothing can be made in {directory} by uid {os.geteuid()}", f"ls -ld {directory}")
         case _:
-            return f"the kernel does not say more for {path}", f"ls -ld {directory} {path}"
+            return _Why(f"the kernel does not say more for {path}", f"ls -ld {directory} {path}")
 
 
-def _explain_name_in_use(address: UnixAddress) -> tuple[str, str]:
-    """Who holds a socket of that name, and what to do about it.
+def _explain_name_in_use(address: UnixAddress) -> _Why:
+    """Name the process that holds a socket of that name, and a remedy.
 
-    That need not be who has called listen: a master may be gone, and a worker of it hold what it has inherited.
+    It need not be the one that called listen: a worker can hold what it inherited from a master that is gone.
     """
     from hotport.kernel.port import read_name  # most binds succeed
     from hotport.model.bind import Can, judge_name, remedies_of_name
@@ -584,11 +590,11 @@ def _explain_name_in_use(address: UnixAddress) -> tuple[str, str]:
     try:
         name = read_name(address)
     except KernelError as error:
-        return f"somebody listens on it or is bound to it, and we cannot see who: {error.cause}", error.fix
+        return _Why(f"it is in use, and its owner cannot be seen: {error.cause}", error.fix, error.note)
     answer = judge_name(name)
     if answer.can == Can.YES or not name.is_held:
-        return "whoever had it is gone by now", f"hotport why {shlex.quote(str(address))}"
-    return answer.who, f"--bind another path, or first: {next(remedies_of_name(name, answer))}"
+        return _Why("its owner is gone by now", f"hotport why {shlex.quote(str(address))}")
+    return _Why(answer.who, next(remedies_of_name(name, answer)), "or bind another path")
 
 
 def _is_answered(path: str) -> bool:
@@ -621,7 +627,8 @@ def _bind_private(path: str, kind: socket.SocketKind) -> socket.socket:
             "HP603",
             f"cannot make the control socket {path}",
             cause=f"its path has over {_UNIX_PATH_BYTES_MAX} bytes, more than the kernel takes",
-            fix="HOTPORT_RUNTIME_DIR=/run/user/$(id -u)/hp hotport serve, or any shorter directory",
+            fix="HOTPORT_RUNTIME_DIR=/run/user/$(id -u)/hp hotport serve",
+            note="any directory with a shorter path will do",
         ) from None
     except OSError as error:
         sock.close()
@@ -663,7 +670,8 @@ def _not_passed(address: SystemdAddress, passed: Sequence[str]) -> ConfigError:
         "HP105",
         f"cannot take {address}",
         cause=cause,
-        fix="systemctl show --property=Listen,FileDescriptorName NAME.socket",
+        fix="systemctl list-sockets --all",
+        note="a socket has the name in FileDescriptorName= of its unit",
     )
 
 
@@ -682,5 +690,6 @@ def _not_a_listener(fd: int, cause: str) -> ConfigError:
     )
 
 
-def _refused(address: Address, error: OSError, cause: str, fix: str) -> KernelError:
-    return KernelError("HP101", f"cannot bind {address}", errno=error.errno or 0, cause=cause, fix=fix)
+def _refused(address: Address, error: OSError, why: _Why) -> KernelError:
+    number = error.errno or 0
+    return KernelError("HP101", f"cannot bind {address}", errno=number, cause=why.cause, fix=why.fix, note=why.note)

@@ -243,7 +243,8 @@ def _no_room(argv: Sequence[str], error: OSError) -> KernelError:
         f"cannot start {argv[0]}",
         errno=number,
         cause=causes.get(number, "fork, pipe or pidfd_open was refused"),
-        fix="raise the limit, or run fewer workers: see `ulimit -a` and `systemctl show -p TasksMax`",
+        fix="ulimit -a",
+        note="raise the limit (systemctl show -p TasksMax shows that of a unit), or run fewer workers",
     )
 
 
@@ -267,10 +268,10 @@ def _not_started(failure: bytes, argv: Sequence[str], environment: Mapping[str, 
             cause=f"the new process could not take them: {words}",
             fix="ulimit -n",
         )
-    path = os.path.join(cwd, program)
+    path, note = os.path.join(cwd, program), ""
     if "/" not in program and number == errno.ENOENT:
         cause = f"it is in no directory of PATH={environment.get('PATH', os.defpath)}"
-        fix = f"give its path, or install it: command -v {program}"
+        fix, note = f"command -v {program}", "install it, or give its path"
     elif number == errno.ENOENT and os.path.exists(path):
         cause = "it exists, but the interpreter that its first line names does not"
         fix = f"head -1 {path}"
@@ -282,4 +283,4 @@ def _not_started(failure: bytes, argv: Sequence[str], environment: Mapping[str, 
         cause, fix = "it is no program for this machine, or a script without a #! line", f"file {path}"
     else:
         cause, fix = words, f"ls -l {path}"
-    return KernelError("HP550", f"cannot execute {program}", errno=number, cause=cause, fix=fix)
+    return KernelError("HP550", f"cannot execute {program}", errno=number, cause=cause, fix=fix, note=note)

@@ -130,12 +130,13 @@ async def _converse(supervisor: Supervisor, stream: SocketStream, house: House) 
                 "HP640",
                 f"uid {uid} may not control {supervisor.name}",
                 cause=f"the service belongs to uid {os.geteuid()}",
-                fix=f"run the command as uid {os.geteuid()} or as root",
+                fix=f"sudo -u '#{os.geteuid()}' hotport status {supervisor.name}",
+                note="run commands as that user, or as root",
             )
         request = await _read_request(stream)
         reply = await _carry_out(supervisor, request, stream, house, by=f"pid {pid} of uid {uid}")
     except HotportError as error:
-        log.warning("control.refused", error=error.what, cause=error.cause)
+        log.warning("control.refused", error=error.what, cause=error.cause, fix=error.fix, note=error.note)
         reply = _failure(error)
     except _GONE:
         raise
@@ -144,7 +145,8 @@ async def _converse(supervisor: Supervisor, stream: SocketStream, house: House) 
             "HP642",
             f"{supervisor.name} could not do this",
             cause=f"an error that hotport did not expect: {type(error).__name__} ({str(error)[:ERROR_CHARS_MAX]})",
-            fix=f"hotport status {supervisor.name}, and see its log",
+            fix=f"hotport status {supervisor.name}",
+            note="the service's log has the traceback",
         )
         with suppress(*_GONE):
             await _say(stream, _failure(failed))
@@ -154,7 +156,14 @@ async def _converse(supervisor: Supervisor, stream: SocketStream, house: House) 
 
 
 def _failure(error: HotportError) -> Failure:
-    return Failure(code=error.code, what=error.what, cause=error.cause, fix=error.fix, exit_code=error.exit_code)
+    return Failure(
+        code=error.code,
+        what=error.what,
+        cause=error.cause,
+        fix=error.fix,
+        note=error.note,
+        exit_code=error.exit_code,
+    )
 
 
 async def _read_request(stream: SocketStream) -> Any:
@@ -164,7 +173,8 @@ async def _read_request(stream: SocketStream) -> Any:
         "HP641",
         "no request came",
         cause=f"the connection said nothing whole for {REQUEST_TIMEOUT_S:g} s",
-        fix="use the hotport command",
+        fix="hotport status",
+        note="the control socket is for the hotport command",
     )
 
 

@@ -169,6 +169,7 @@ class House:
                 "HP657",
                 f"cannot upgrade the supervisor of {supervisor.name} now",
                 cause=cause,
-                fix=f"hotport status {supervisor.name}, and try again",
+                fix=f"hotport status {supervisor.name}",
+                note="try again when that has ended",
                 serving=supervisor.service.generation,
             )

@@ -214,9 +214,10 @@ def _gather(found: Found, carried: Mapping[str, socket.socket], directory: str) 
         pids = " ".join(str(each.pid) for each in silent)
         raise ControlError(
             "HP651",
-            f"cannot take over what is left of {os.path.basename(directory)}",
+            f"cannot adopt the workers of {os.path.basename(directory)}",
             cause=f"its workers (pid {pids.replace(' ', ', ')}) may have listeners, and give none of them back",
-            fix=f"kill {pids}, and start it again",
+            fix=f"kill {pids}",
+            note="then start the service again",
         )
     if found.listeners and found.going not in found.listeners:  # it has let go of them, for others to have them
         found.listeners[found.going] = dict(found.listeners[max(found.listeners)])
@@ -301,7 +302,8 @@ def _believe(survivor: Survivor, hello: Hello) -> None:
             "HP650",
             f"cannot supervise worker {survivor.worker} (pid {survivor.pid})",
             cause=f"it speaks version {hello.protocol} of the control protocol, and this hotport version {PROTOCOL}",
-            fix=f"serve with the hotport that started it, or kill {survivor.pid} first",
+            fix=f"kill {survivor.pid}",
+            note="to keep the worker, serve with the hotport version that started it",
         )
     survivor.phase = _PHASES.get(hello.phase, Phase.DRAINING)
     survivor.memory = hello.memory

@@ -468,7 +468,7 @@ class Supervisor:
                 program_pid=unaware.pid,
                 addresses=unaware.addresses,
                 why=f"LISTEN_PID is {process.pid}, the wrapper's, so the program takes no listener from hotport",
-                fix="start the program in place of its wrapper: -- sh -c 'exec PROGRAM ...'",
+                note="start the program in place of its wrapper: -- sh -c 'exec PROGRAM ...'",
             )
 
     async def _watch(self, process: Process) -> None:
@@ -717,7 +717,8 @@ class Supervisor:
                 "HP403",
                 f"the service {self.name} did not start",
                 cause=self._loss or "no worker said READY=1",
-                fix="hotport serve --log-level debug, or raise --ready-timeout",
+                fix="--log-level debug",
+                note="if it needs longer to start, raise --ready-timeout",
             )
             self.manager.failed(str(self.failure))
         elif self._has_cut:
@@ -953,7 +954,8 @@ class Supervisor:
                 "HP410",
                 f"{self.name} does not take this request now",
                 cause=f"another supervisor is taking over; generation {self.service.generation} serves",
-                fix=f"hotport status {self.name}, and try again",
+                fix=f"hotport status {self.name}",
+                note="try again when that has ended",
                 serving=self.service.generation,
             )
         self._requests += 1
@@ -985,11 +987,13 @@ class Supervisor:
         """The error for a request that is not carried out."""
         last = self.reports.last_in_words() if refusal is effects.Refusal.NOTHING_TO_UNDO else ""
         number = f" (generation {generation})" if generation else ""
+        fix, note = _advice(self.name, refusal)
         return RestartError(
             "HP410",
             f"{self.name} does not take this request now",
             cause=f"{refusal.value}{number}{last}; generation {self.service.generation} serves",
-            fix=_fix(self.name, refusal),
+            fix=fix,
+            note=note,
             serving=self.service.generation,
         )
 
@@ -1009,12 +1013,12 @@ class Supervisor:
         asked.is_answered.set()
 
 
-def _fix(name: str, refusal: effects.Refusal) -> str:
-    """What somebody can do whose request was refused."""
+def _advice(name: str, refusal: effects.Refusal) -> tuple[str, str]:
+    """Return the fix and the note of a refused request."""
     match refusal:
         case effects.Refusal.WATCHED:
-            return f"hotport undo {name}, or hotport undo --keep {name}"
+            return f"hotport undo {name}", f"to keep the new generation instead: hotport undo --keep {name}"
         case effects.Refusal.NOTHING_TO_UNDO:
-            return f"deploy the old code and hotport restart {name}; next time with --undo-window 30s"
+            return f"hotport restart {name}", "deploy the old code first; next time use --undo-window 30s"
         case _:
-            return f"hotport status {name}"
+            return f"hotport status {name}", ""

@@ -142,7 +142,7 @@ class ServeProcess:
                     "HP720",
                     f"the service {self.name} did not start",
                     cause=f"exit code {ended}" if ended is not None else f"not ready after {self.timeout_s:g} s",
-                    fix="look at its log below, or start it by hand: hotport serve",
+                    note="its log is below",
                 )
             )
         self.wait_serving()
@@ -239,7 +239,7 @@ class Service(ServeProcess):
                 "HP724",
                 f"bind cannot be {options['bind']!r} in a test",
                 cause="the service listens on a free port of the loopback interface, so that tests can run together",
-                fix="remove bind; Service.url says where it listens",
+                note="leave bind out; Service.url says where it listens",
             )
         cwd = cwd or Path.cwd()
         target, root = (app, []) if isinstance(app, str) else _target_of(app)
@@ -271,7 +271,10 @@ class Service(ServeProcess):
         """
         reply = self.ask(RestartRequest(phased=phased))[-1]
         if isinstance(reply, Failure):
-            raise RestartError(reply.code, reply.what, cause=reply.cause, fix=reply.fix, serving=self._generation())
+            generation = self._generation()
+            raise RestartError(
+                reply.code, reply.what, cause=reply.cause, fix=reply.fix, note=reply.note, serving=generation
+            )
         assert isinstance(reply, Report), self.log_tail()
         if reply.outcome != "done":
             raise self._with_log(
@@ -279,7 +282,7 @@ class Service(ServeProcess):
                     "HP721",
                     f"the restart of {self.name} was aborted, generation {reply.serving} serves on",
                     cause=reply.error.partition("\n")[0],
-                    fix="mend the application; its log is below",
+                    note="correct the application; its log is below",
                     phase=reply.phases[-1].name,
                     serving=reply.serving,
                 )

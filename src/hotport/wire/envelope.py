@@ -244,7 +244,8 @@ def _not_understood(cause: str) -> ControlError:
         "HP220",
         "cannot understand another worker's connections",
         cause=cause,
-        fix="hotport restart, once both generations have one version of hotport",
+        fix="hotport restart",
+        note="connections move once both generations run the same version of hotport",
     )
 
 

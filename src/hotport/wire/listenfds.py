@@ -43,7 +43,7 @@ def listen_environment(names: Sequence[str], pid: int) -> dict[str, str]:
                 "HP321",
                 f"cannot name a listener {name!r}",
                 cause="LISTEN_FDNAMES takes 1 to 255 printable ASCII characters, and ':' separates names",
-                fix="percent-encode the name (':' is %3A), or shorten it",
+                note="percent-encode the name (':' is %3A), or shorten it",
             )
     if not names:
         return {}

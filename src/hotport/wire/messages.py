@@ -543,7 +543,7 @@ class WorkerTls(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         outcome: ``"reloaded"``; ``"starting"``, which reads them before it accepts; or ``"kept"`` those from before.
-        error: Why they were kept, in three lines.
+        error: Why they were kept, as an error is shown.
     """
 
     worker: int
@@ -575,10 +575,11 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, tag="failure"):
     cause: str
     fix: str
     exit_code: int
+    note: str = ""
 
     def error(self) -> ControlError:
-        """The error, for whoever has asked; its exit code is the service's verdict."""
-        error = ControlError(self.code, self.what, cause=self.cause, fix=self.fix)
+        """Make the error that the client raises; its exit code is the one that the service chose."""
+        error = ControlError(self.code, self.what, cause=self.cause, fix=self.fix, note=self.note)
         error.exit_code = self.exit_code  # type: ignore[misc]
         return error
 
@@ -643,5 +644,6 @@ def decode(payload: bytes, kind: Any) -> Any:
             "HP602",
             "cannot understand a control message",
             cause=f"{error}; it begins {payload[:60]!r}",
-            fix="use the same hotport version on both sides of a control socket",
+            fix="hotport --version",
+            note="use the same hotport version on both sides of a control socket",
         ) from None
