@@ -1,4 +1,4 @@
-"""hotport: an asyncio server framework whose restarts nobody's connection notices."""
+"""hotport: an asyncio server framework whose restarts no connection notices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where to listen, as text and as values: ``tcp://[::1]:8000``, ``unix:run/app.sock``, ``fd://3``.
+"""Addresses to listen on, as text and as values: ``tcp://[::1]:8000``, ``unix:run/app.sock``, ``fd://3``.
 
 Nothing here asks the system: host names stay names, files need not exist.
 """
@@ -62,7 +62,7 @@ class UnixAddress(msgspec.Struct, frozen=True):
 
     @property
     def is_abstract(self) -> bool:
-        """No file: the name lives in the network namespace (unix(7))."""
+        """Whether it has no file: the name belongs to the network namespace (unix(7))."""
         return self.path.startswith("@")
 
     def __str__(self) -> str:
@@ -119,12 +119,12 @@ def parse_address(text: str) -> Address:
 
 
 def listener_name(address: Address) -> str:
-    """The address as it stands in ``LISTEN_FDNAMES``, where a colon separates names."""
+    """Encode an address for ``LISTEN_FDNAMES``, where a colon separates names."""
     return str(address).replace("%", "%25").replace(":", "%3A")
 
 
 def parse_listener_name(name: str) -> Address:
-    """The inverse of `listener_name`.
+    """Decode what `listener_name` has encoded.
 
     Raises:
         ConfigError: If the name was not made by `listener_name` (HP11x).
@@ -163,7 +163,7 @@ def _host_port(host: str, port: int | str) -> str:
 
 
 def _parse_host_port(text: str, rest: str) -> tuple[str, int]:
-    """Split and check what stands behind ``tcp://``; `text` is the whole address, for the error."""
+    """Split and check the part after ``tcp://``; `text` is the whole address, for the error."""
     is_bracketed = rest.startswith("[") and "]" in rest
     if is_bracketed:
         host, _, tail = rest[1:].partition("]")

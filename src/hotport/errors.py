@@ -1,4 +1,4 @@
-"""Every error that hotport raises: what happened, why, and what to do now.
+"""Every error that hotport raises: what happened, why, and what to do.
 
 ::
 
@@ -40,7 +40,7 @@ _OBEYED: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u20
 
 
 class ExitCode:
-    """What a hotport command's exit status means."""
+    """Exit statuses of hotport commands."""
 
     DONE: Final = 0
     BUG: Final = 1
@@ -131,7 +131,7 @@ def describe_errno(number: int) -> str:
 
 
 def in_one_line(error: str) -> str:
-    """What happened: the first line of our own errors, the last one of a traceback."""
+    """Shorten an error: the first line of our own, the last one of a traceback."""
     lines = error.strip().splitlines() or [""]
     return lines[0 if lines[0].startswith("HP") else -1].strip()
 
@@ -145,7 +145,7 @@ def visible(text: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known name that the reader most likely meant, if one is near enough."""
+    """Return the known name closest to `word`, if one is close enough."""
     from difflib import get_close_matches  # most processes never look for a near miss
 
     found = get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -1,4 +1,4 @@
-"""The front door of a service under a supervisor; for a server in one's own event loop see `hotport.embedded`."""
+"""Run a service under a supervisor; for a server in the program's own event loop see `hotport.embedded`."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _is_in_worker() -> bool:
 
 
 def target_of(app: Callable[..., Any]) -> str:
-    """The target by which a worker finds `app`.
+    """Return the target by which a worker imports `app`.
 
     Raises:
         ConfigError: It has no name at the top level of a module (HP330).
@@ -177,7 +177,7 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
 
 
 async def _answer_probes(supervisor: Supervisor, place: Place) -> None:
-    """Answer on the status port for as long as it is ours to answer: two supervisors may have it."""
+    """Answer on the status port while this supervisor owns it; two supervisors may hold it."""
     if supervisor.status_port is None:
         return
     if place.baggage is not None or place.found.survivors:
@@ -222,7 +222,7 @@ async def _supervise(supervisor: Supervisor, place: Place) -> None:
 
 
 async def _succeed(supervisor: Supervisor, place: Place) -> None:
-    """Bring to its end what has made us the supervisor."""
+    """Finish the upgrade or takeover by which this process became the supervisor."""
     if place.baggage is not None:
         await retried("succession", supervisor.begun.wait)
         get_logger("hotport.supervisor").info("supervisor.upgraded", detail=report(place.baggage, supervisor))

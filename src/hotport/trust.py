@@ -1,4 +1,4 @@
-"""Which peers are proxies of ours, whose word about their clients is taken."""
+"""Trusted proxies: peers whose statements about their clients are believed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Host: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def parse_host(text: str) -> Host | None:
-    """An IP address without its zone, and an IPv4 one never as IPv6; None if the text is none."""
+    """Parse an IP address without its zone, IPv4-mapped ones as IPv4; None if the text is not one."""
     try:
         found = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a run is aimed at: a URL, resolved once, so that engines measure the target and not a resolver."""
+"""The target of a run: a URL, resolved once, so that engines measure the target and not a resolver."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def fitting(url: str) -> frozenset[Kind]:
 
 
 def default_path(url: str) -> str:
-    """What a URL says after its host: ``/`` if nothing."""
+    """Return path and query of a URL: ``/`` if there are none."""
     parts = _split(url)
     if parts.scheme == "unix":
         return "/"
@@ -55,7 +55,7 @@ def default_path(url: str) -> str:
 
 
 def resolve(url: str, *, timeout_s: float, verify_tls: bool = True) -> Target:
-    """Find out where `url` leads, and that somebody listens there.
+    """Resolve `url`, and check that a server listens there.
 
     A name that stands for several addresses is taken for the first that answers.
 
@@ -143,7 +143,7 @@ def _shown(address: object) -> str:
 
 
 def _split(url: str) -> SplitResult:
-    """The parts of a URL that is complete."""
+    """Split a URL, and check that it is complete."""
     if url.startswith("unix:"):
         path = re.sub("^//+", "/", url.removeprefix("unix:"))
         if not path or len(os.fsencode(path)) > 107 or "\0" in path:

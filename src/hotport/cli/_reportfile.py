@@ -1,4 +1,4 @@
-"""Files for reports: whole or not there, and known to be possible before there is anything to report."""
+"""Report files: checked before the run, and replaced only when whole."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ReportFile:
         return self
 
     def write(self, data: bytes) -> None:
-        """Everything at once; afterwards the file is there."""
+        """Write everything at once; the file appears under its name."""
         try:
             if self._file is None:
                 self._write_as_it_is(data)

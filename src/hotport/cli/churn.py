@@ -172,7 +172,7 @@ FILE: Final = click.Path(path_type=Path, allow_dash=True)
 @click.option("--json", "json_path", type=FILE, metavar="FILE", help="Write everything as JSON; - is stdout.")
 @click.option("--html", "html_path", type=FILE, metavar="FILE", help="Write a page with everything in it.")
 def command(url: str, json_path: Path | None, html_path: Path | None, **options: Any) -> int:
-    """Put URL under load, restart its server meanwhile, and say what became of every single attempt.
+    """Put URL under load, restart its server meanwhile, and report the fate of every single attempt.
 
     URL is http://, https://, ws://, wss://, tcp://, udp:// or unix:PATH. Without any kind of client there is a
     mixture that suits it. The server is restarted by --restart, --hotport or --signal, or by nobody.
@@ -207,7 +207,7 @@ command.params[1:1] = map(_option, Kind)
 
 
 def _experiment(url: str, options: Mapping[str, Any]) -> Experiment:
-    """What the options mean, and whether this machine and the target allow it.
+    """Make the experiment from the options, and check that this machine and the target allow it.
 
     Raises:
         ConfigError: They do not (HP70x, HP71x).

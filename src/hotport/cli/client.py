@@ -1,4 +1,4 @@
-"""Talking to a running service."""
+"""Talk to a running service."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def ask(name: str | None, request: Any) -> Iterator[Any]:
 
 
 def ask_service(service: Path, request: Any) -> Iterator[Any]:
-    """`ask`, of the service with this runtime directory."""
+    """Send one request to the service with this runtime directory, as `ask` does."""
     with _connect(service) as sock:
         with suppress(BrokenPipeError):  # it refuses some before they have spoken; its answer is there to be read
             sock.sendall(encode_frame(encode(request)))
@@ -63,13 +63,13 @@ def _receive(sock: socket.socket) -> bytes:
 
 
 def raise_failure(reply: Any) -> None:
-    """Raise what a service refused with; anything else is let through."""
+    """Raise the error of a refusal; do nothing for any other reply."""
     if isinstance(reply, Failure):
         raise reply.error()
 
 
 def find_service(name: str | None) -> Path:
-    """The runtime directory of a running service: the named one, or the only one."""
+    """Find the runtime directory of a running service: the named one, or the only one."""
     root = runtime_root(os.environ, os.geteuid(), Path(tempfile.gettempdir()))
     running = sorted(p.parent.name for p in root.glob("*/control.sock")) if root.is_dir() else []
     if name is not None:
@@ -107,14 +107,14 @@ def find_service(name: str | None) -> Path:
 
 
 def _again(name: str, *, instead_of: str | None = None) -> str:
-    """The command that was given, for the service `name`."""
+    """Return the current command line, for the service `name`."""
     given = sys.argv[1:]
     words = [name if word == instead_of else word for word in given] if instead_of else [*given, name]
     return shlex.join(["hotport", *words])
 
 
 def is_elsewhere(service: Path) -> bool:
-    """Whether the supervisor of a service runs where its pid means nothing here: in another container.
+    """Whether the supervisor of a service runs in another pid namespace, such as a container.
 
     Sources: unix(7) SO_PEERCRED; pid_namespaces(7): a process that cannot be seen from here has the pid 0.
     """
@@ -123,7 +123,7 @@ def is_elsewhere(service: Path) -> bool:
 
 
 def _answer_of(service: Path) -> ControlError | None:
-    """Why a service cannot be talked to; None if it can."""
+    """Return the error of connecting to a service; None if it works."""
     try:
         _connect(service).close()
     except ControlError as error:

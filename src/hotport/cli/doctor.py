@@ -57,7 +57,7 @@ def command(name: str | None, as_json: bool) -> int:
 
 
 def _strategies(options: Options) -> tuple[dict[str, str], str]:
-    """For a service that would be started here: why each strategy cannot work, and which one would be taken."""
+    """Explain for a service started here why strategies cannot work, and which one would be used."""
     facts = Facts(
         schemes=tuple(dict.fromkeys(text.partition(":")[0] for text in options.bind)),
         command=options.command[0] if options.command else "",
@@ -70,7 +70,7 @@ def _strategies(options: Options) -> tuple[dict[str, str], str]:
 
 
 def _status(name: str | None) -> Status | None:
-    """The service as it is; None if there is none, and none was named."""
+    """Return the status of the service; None if none runs and none was named."""
     try:
         for reply in ask(name, StatusRequest()):
             raise_failure(reply)

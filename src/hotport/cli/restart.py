@@ -83,7 +83,7 @@ def command(
 
 
 def follow(name: str | None, request: Any, what: str, *, as_json: bool) -> Report | None:
-    """Send a request that ends with the report of a restart, and tell what happens; None if the supervisor ended."""
+    """Send a request that ends with a restart's report, and show its progress; None if the supervisor ended."""
     words = console(stderr=True)
     report: Report | None = None
     with waiting(what), words.status("asking the supervisor") as shown:

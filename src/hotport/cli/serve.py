@@ -21,7 +21,7 @@ __all__ = ["command"]
 
 
 class _Serve(click.Command):
-    """Keeps what follows ``--`` apart: it is a program with options of its own."""
+    """Separates what follows ``--``: a program with options of its own."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         program: list[str] = []

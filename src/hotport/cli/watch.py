@@ -169,12 +169,12 @@ class _Changes:
         self._stop = threading.Event()
 
     def end(self) -> None:
-        """Watch no more; `next` returns None."""
+        """Stop watching; `next` returns None."""
         self._stop.set()
         self._found.put(None)
 
     def stand(self) -> None:
-        """Watch what has to be watched now, in place of what was watched until now; return when that stands.
+        """Replace the watched paths by the current ones; return once they are watched.
 
         Raises:
             OSError: It cannot be watched.
@@ -228,7 +228,7 @@ class _Changes:
             stands.put(None)
 
     def next(self, timeout_s: float | None = None) -> frozenset[str] | None:
-        """The files that have changed since and count; waits for one. None when there will be no more.
+        """Wait for files that count to change, and return them; None at the end.
 
         Raises:
             queue.Empty: None has changed in time.
@@ -246,7 +246,7 @@ class _Changes:
         return None
 
     def _get(self, deadline: float | None) -> frozenset[str] | None:
-        """All that was found; waits until there is something."""
+        """Wait for changes, and return all that were found."""
         files: frozenset[str] = frozenset()
         while not files or not self._found.empty():
             found = self._found.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
@@ -282,7 +282,7 @@ def _shown(files: frozenset[str]) -> list[str]:
 
 
 def _restart(name: str, gone: threading.Event) -> tuple[float, float]:
-    """Restart the service and tell about it if it fails; one that cannot begin yet is tried until it can.
+    """Restart the service, and report a failure; retry while it cannot begin yet.
 
     Returns:
         From when to when new code was starting (``time.time()``).

@@ -43,7 +43,7 @@ TICK_S = 1.0
 @click.option("--explain", "topic", metavar="STATE", help="What a state, option or error means: TIME_WAIT, BUSY, ...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(address: str | None, user: str | None, watch: bool, probe: bool, topic: str | None, as_json: bool) -> int:
-    """Explain ADDRESS: who has it, until when, and what to do.
+    """Explain ADDRESS: what holds it, until when, and what to do.
 
     Whether a server could bind to it, with which options, and by which rule not. ADDRESS is like 8000,
     :8000, 127.0.0.1:8000, [::1]:8000, udp://:5353 or unix:run/app.sock. Nothing is bound and nothing is sent.
@@ -135,7 +135,7 @@ def _show(diagnosis: Diagnosis, *, as_json: bool) -> None:
 
 
 def _say(text: str) -> None:
-    """As `hotport.cli.output.write`, without rich, which takes a third of the whole time to load."""
+    """Write like `hotport.cli.output.write`, without rich, which takes a third of the whole time to load."""
     try:
         click.echo(text)
     except BrokenPipeError:  # the exit code tells all the same
@@ -169,7 +169,7 @@ def _watch(subject: Subject, asker: Asker, diagnosis: Diagnosis, *, as_json: boo
 
 
 def _wait(diagnosis: Diagnosis) -> None:
-    """Until the last TIME_WAIT ends, a process that is in the way ends, or a second has passed."""
+    """Wait until the last TIME_WAIT ends, a blocking process ends, or a second has passed."""
     answer = diagnosis.answers[diagnosis.usual]
     pids = {holder.pid for old in answer.blockers for holder in old.holders}
     if not isinstance(diagnosis.facts, Port):

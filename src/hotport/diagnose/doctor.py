@@ -1,4 +1,4 @@
-"""What makes restarts lossy or fragile: on this machine, and in a running service."""
+"""Find what makes restarts lossy or fragile: on this machine, and in a running service."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ KILL_MODES: Final = {
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """Something to repair.
+    """One problem to repair.
 
     Attributes:
         what: How it is.
@@ -61,7 +61,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """What the machine allows; None where it could not be read."""
+    """The limits of the machine; None where they could not be read."""
 
     kernel: tuple[int, int]
     has_pidfd: bool
@@ -128,14 +128,14 @@ def read_machine(root: Path) -> Machine:
 
 
 class Managed(msgspec.Struct, frozen=True):
-    """The unit of a service manager in which the service runs, and how the manager ends it."""
+    """The unit that the service runs in, and how its service manager ends it."""
 
     unit: str
     kill_mode: str
 
 
 def read_service(status: Status) -> tuple[list[Listener], list[Member], Managed | None]:
-    """Look at a running service; what may not be looked at is left out.
+    """Read the state of a running service; leave out what is not readable.
 
     Raises:
         KernelError: If netlink is not to be had (HP130).
@@ -152,7 +152,7 @@ def read_service(status: Status) -> tuple[list[Listener], list[Member], Managed 
 
 
 def examine(machine: Machine, options: Options) -> Iterator[Finding]:
-    """What is wrong with a machine for a service with these options; a pure function."""
+    """Find problems of a machine for a service with these options; a pure function."""
     if machine.kernel < (5, 3) or not machine.has_pidfd:
         yield Finding(
             f"pidfd_open does not work (Linux {machine.kernel[0]}.{machine.kernel[1]})",
@@ -200,7 +200,7 @@ def examine_service(
     gone: Mapping[str, str] | None = None,
     managed: Managed | None = None,
 ) -> Iterator[Finding]:
-    """What is wrong with a running service; a pure function.
+    """Find problems of a running service; a pure function.
 
     Args:
         gone: Addresses whose socket file is not in its place, and why.
@@ -314,7 +314,7 @@ def _number(text: str) -> int | None:
 
 
 def _obstacle(root: Path) -> str:
-    """Why services cannot have their directories there; empty if they can."""
+    """Explain why services cannot have their directories there; empty if they can."""
     try:
         found = root.lstat()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Short texts about what a port can be in, for those who want to know; exact, with sources."""
+"""Short texts about the states of a port; exact, with sources."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ Sources: RFC 9293 section 3.5.2; benchmarks/timewait.py; draft-faber-time-wait-a
 
 
 def explain(topic: str) -> str:
-    """The text about a topic; case, ``-`` and ``_`` do not matter.
+    """Return the text about a topic; case, ``-`` and ``_`` do not matter.
 
     Raises:
         ConfigError: If there is none (HP135).

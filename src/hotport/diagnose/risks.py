@@ -1,4 +1,4 @@
-"""What could go wrong on a port, at the next restart or now; a pure function of what was read."""
+"""Find what could go wrong on a port, at the next restart or now; a pure function of the facts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PATIENCE_S: Final = 1.0
 
 
 def risks_of(port: Port) -> tuple[str, ...]:
-    """A sentence each, the most urgent first; empty if there is none."""
+    """Return one sentence for each risk, the most urgent first; empty if there is none."""
     listeners = [old for old in port.sockets if old.state == State.LISTEN]
     if port.protocol == "udp":
         return tuple(_datagrams(port))
@@ -56,7 +56,7 @@ def _queues(port: Port, listeners: list[Sockets]) -> Iterator[str]:
 
 
 def _is_handed_on(listener: Sockets) -> bool:
-    """Whether it is one of hotport's: its holders are meant to be several, and none of them lets go of the port."""
+    """Whether it is a listener of hotport's, which several processes share on purpose."""
     return bool(listener.holders) and all(holder.is_ours for holder in listener.holders)
 
 
@@ -91,7 +91,7 @@ def _groups(port: Port, listeners: list[Sockets]) -> Iterator[str]:
 
 
 def _stolen(port: Port, listeners: list[Sockets]) -> Iterator[str]:
-    """Connections go to the listener that names the address, not to the one that takes them all."""
+    """Find listeners on a specific address that take connections from a wildcard listener."""
     for wide in listeners:
         if not wide.local.host.is_unspecified:
             continue
@@ -110,7 +110,7 @@ def _stolen(port: Port, listeners: list[Sockets]) -> Iterator[str]:
 
 
 def _gap(port: Port, listeners: list[Sockets]) -> Iterator[str]:
-    """Between the close of a server and its next bind."""
+    """Find what could take the port between the close of a server and its next bind."""
     for old in listeners[:1]:
         if _is_handed_on(old):
             continue

@@ -1,4 +1,4 @@
-"""A server inside one's own event loop (`serve`), which can be succeeded by a new process (`Server.restart`)."""
+"""A server in the program's own event loop (`serve`) that can restart the program (`Server.restart`)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _servers: Final[set[Server]] = set()
 
 @dataclass(frozen=True, slots=True)
 class Restarted:
-    """A restart that is done; this process serves nobody any more.
+    """The result of a restart that is done; this process serves no clients any more.
 
     Attributes:
         pid: The process that serves now.
@@ -70,17 +70,17 @@ class Restarted:
 
     @property
     def handed_off(self) -> int:
-        """Connections that are served by the new process."""
+        """Connections that the new process serves."""
         return self._count("moved_")
 
     @property
     def cut(self) -> int:
-        """Connections that were closed at the end of ``drain_timeout`` in the middle of something."""
+        """Connections that were closed in the middle of work at the end of ``drain_timeout``."""
         return self._count("cut_")
 
     @property
     def finished(self) -> int:
-        """All others: they have ended by themselves, or after what was begun."""
+        """All others: they ended by themselves, or after finishing what they had begun."""
         return sum(self.connections.values()) - self.handed_off - self.cut
 
     def _count(self, prefix: str) -> int:
@@ -88,7 +88,7 @@ class Restarted:
 
 
 class _Listener:
-    """One address, whoever accepts from it.
+    """One address, whichever process accepts from it.
 
     Descriptors: owns a duplicate of `socket`, so that a successor can have it; `socket` itself is the server's.
 
@@ -117,17 +117,17 @@ class _Listener:
 
     @property
     def path(self) -> str:
-        """Its socket file, if it has one that we have made or a predecessor of ours."""
+        """Its socket file, if this process or a predecessor has made it."""
         return self._path
 
     @property
     def is_gone(self) -> bool:
-        """Its socket file was removed or replaced: new clients do not find it."""
+        """Whether its socket file was removed or replaced: new clients do not find it."""
         is_kept = bool(self._path) and self.is_ours and not self._is_dropped
         return is_kept and (self._file is None or socket_file(self._path) != self._file)
 
     async def remake(self, adopt: Callable[[Mapping[str, socket.socket]], Awaitable[None]]) -> None:
-        """Bind its path again, and have the server accept there.
+        """Bind its path again and accept there.
 
         Raises:
             KernelError: Another process has the path, or nothing can be made there.
@@ -145,12 +145,12 @@ class _Listener:
         self.kept, self._file = sock, file
 
     def drop(self) -> None:
-        """The successor does not want it: nobody accepts there once the server has closed `socket`."""
+        """Close a listener that the successor does not want: no process accepts there afterwards."""
         self._is_dropped = True
         self.kept.close()
 
     def renew(self) -> socket.socket:
-        """The listener once more, after `socket` was closed."""
+        """Return the listener again after `socket` was closed."""
         if self._is_dropped:
             self._is_dropped = False
             address = UnixAddress(self._path) if self._path else parse_address(self.address)
@@ -160,7 +160,7 @@ class _Listener:
         return self.socket
 
     def close(self, *, is_passed_on: bool = False) -> None:
-        """Close it; its socket file is removed unless a successor accepts there."""
+        """Close it, and remove its socket file unless a successor accepts there."""
         self.socket.close()
         self.kept.close()
         if self.is_ours and (self._is_dropped or not is_passed_on):
@@ -168,7 +168,7 @@ class _Listener:
 
 
 def _listen(text: str, backlog: int, predecessor: Predecessor | None) -> Iterator[_Listener]:
-    """The listeners of an address, passed or bound now; several for ``systemd:NAME``."""
+    """Return the listeners of an address, passed or bound now; several for ``systemd:NAME``."""
     adopted = predecessor.adopt(text) if predecessor is not None else []
     for sock in adopted:
         yield _Listener(text, sock, backlog, is_adopted=True)
@@ -209,7 +209,7 @@ class Server:
         self._is_ending = False
 
     async def _mend_in_between(self) -> bool:
-        """Bind socket files of listeners again that have disappeared; whether any was bound.
+        """Bind listeners again whose socket files have disappeared; return whether any was bound.
 
         A running restart is waited for: its successor has what was passed to it.
         """
@@ -233,11 +233,11 @@ class Server:
         return has_made
 
     def close(self) -> None:
-        """Let `wait_closed` return, and so the ``async with`` block end and drain."""
+        """Let `wait_closed` return, so that the ``async with`` block ends and drains."""
         self._closed.set()
 
     def reload_tls(self) -> None:
-        """Read the certificates again, for connections from now on.
+        """Read the certificates again, for new connections.
 
         Raises:
             StartError: They cannot be used; those from before are kept.
@@ -245,11 +245,11 @@ class Server:
         self._inner.reload_tls()
 
     async def wait_closed(self) -> None:
-        """Return when `close` has been called, or a restart is done: the program has nothing left to serve."""
+        """Wait until `close` has been called or a restart is done."""
         await self._closed.wait()
 
     async def restart(self, argv: Sequence[str] | None = None) -> Restarted:
-        """Start this program once more, hand everything over to the new process, and let `wait_closed` return.
+        """Start this program again, hand everything over to the new process, and let `wait_closed` return.
 
         The new process gets the listeners, imports the program as it is on disk now, and binds nothing that is bound
         already. Once it accepts, this one stops accepting, hands over the connections that can move, lets the others
@@ -349,7 +349,7 @@ class Server:
         )
 
     async def _bring_up(self, start: Start) -> tuple[Successor, tuple[int, ...]]:
-        """A successor that accepts, and which listeners it does not want; nothing is left of one that fails."""
+        """Start a successor; return it once it accepts, with the listeners it does not want; clean up if it fails."""
         successor = Successor.start(
             start,
             generation=self.generation + 1,
@@ -371,7 +371,7 @@ class Server:
         return successor, committed.dropped
 
     async def _leave(self, successor: Successor, *, is_last: bool) -> Mapping[str, int]:
-        """Hand off, drain, and say what became of the connections; serve again if the successor dies meanwhile.
+        """Hand off and drain, and count the fates of connections; serve again if the successor dies meanwhile.
 
         Args:
             is_last: The successor does not accept from every listener: what waits there is served here.
@@ -405,7 +405,7 @@ class Server:
         )
 
     async def _end(self, timeout_s: float) -> None:
-        """Finish connections within `timeout_s` seconds, unless a successor has them, and let go of everything."""
+        """Finish the remaining connections within `timeout_s` seconds, and close everything."""
         self._is_ending = True
         restarting = self._restarting
         if restarting is not None and not restarting.done():

@@ -1,4 +1,4 @@
-"""The process that comes next, from the side of the one that starts it."""
+"""The predecessor's side of an embedded restart."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COMMIT_TIMEOUT_S: Final = 5.0
 
 
 class Successor:
-    """A child that is to take our place.
+    """A child process that is to replace this one.
 
     Attributes:
         pid: Its process id.
@@ -65,7 +65,7 @@ class Successor:
         withhold(self)
 
     def descriptors(self) -> tuple[int]:
-        """What a forked child must not have."""
+        """Descriptors that a forked child must not keep."""
         return (self._notify_socket.fileno(),)
 
     @classmethod
@@ -79,7 +79,7 @@ class Successor:
         addresses: Sequence[str],
         asked: Sequence[str],
     ) -> Successor:
-        """Start it; blocks for the time of fork and exec.
+        """Start it; blocks during fork and exec.
 
         Args:
             generation: Its number.
@@ -128,7 +128,7 @@ class Successor:
         return cls(child, notify_socket, control, generation)
 
     async def ready(self, timeout_s: float) -> Channel:
-        """Wait until it could accept; the channel on which it is told to.
+        """Wait until it is ready to accept; return the channel on which to order it.
 
         Args:
             timeout_s: It may extend that: ``EXTEND_TIMEOUT_USEC``.
@@ -160,7 +160,7 @@ class Successor:
         raise self._has_ended("start up")
 
     async def commit(self, channel: Channel, connections: int) -> Committed:
-        """Order it to accept, and to keep room for so many, and wait until it does. `channel` is closed.
+        """Order it to accept and to reserve room for `connections`, and wait until it does; closes `channel`.
 
         Raises:
             RestartError: It has ended (HP445), or does not answer (HP446): then it must not live on.
@@ -189,7 +189,7 @@ class Successor:
             channel.close()
 
     async def abort(self, timeout_s: float) -> None:
-        """End it: by SIGTERM, and by SIGKILL after `timeout_s` seconds."""
+        """End it by SIGTERM, and by SIGKILL after `timeout_s` seconds."""
         for number, wait_s in ((signal.SIGTERM, timeout_s), (signal.SIGKILL, None)):
             if self.ended.is_set():
                 break
@@ -200,7 +200,7 @@ class Successor:
         self.close()
 
     def close(self) -> None:
-        """Let it go its way."""
+        """Release it: it runs on independently."""
         if not self.ended.is_set():
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
@@ -243,7 +243,7 @@ class Successor:
         return describe_exit(self._status)
 
     async def _connect(self) -> Channel | None:
-        """Where it takes orders; None if ``READY=1`` came from the application, and hotport is not there yet."""
+        """Connect to its control socket; None if ``READY=1`` came from the application before hotport was listening."""
         self._is_ready = False
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.setblocking(False)

@@ -1,4 +1,4 @@
-"""What an address with a host name stands for; a module of its own, because `hotport why` has to be quick."""
+"""Resolve host names of addresses; a module of its own, because `hotport why` has to be quick."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["resolve"]
 def resolve(
     address: TcpAddress | UdpAddress, kind: socket.SocketKind
 ) -> tuple[socket.AddressFamily, int, tuple[Any, ...]]:
-    """The family, the protocol and the socket address that an address stands for: of several the first IPv4 one.
+    """Resolve an address to family, protocol and socket address: of several the first IPv4 one.
 
     Raises:
         ConfigError: If the host is unknown (HP102).

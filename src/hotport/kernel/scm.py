@@ -57,7 +57,7 @@ def send_descriptors(sock: socket.socket, data: bytes | memoryview, descriptors:
 
 
 def receive_descriptors(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
-    """As `receive_what_fits`; all descriptors, or none.
+    """Receive like `receive_what_fits`, but all descriptors or none.
 
     Raises:
         BlockingIOError: There is nothing yet.

@@ -1,4 +1,4 @@
-"""What the kernel says about sockets: NETLINK_SOCK_DIAG, and whether an address is this machine's.
+"""List the kernel's sockets (NETLINK_SOCK_DIAG), and tell whether an address is local.
 
 No privilege is needed: every user sees every socket of the network namespace. Nothing is bound and nothing is sent.
 """
@@ -89,12 +89,12 @@ class InetSocket(NamedTuple):
 
     @property
     def peer_port(self) -> int:
-        """0 without a peer."""
+        """The port of its peer; 0 without one."""
         return int.from_bytes(self.network_port, "big")
 
     @property
     def v6only(self) -> bool | None:
-        """None where the kernel does not say: it does for sockets that listen or are only bound."""
+        """Whether it is IPv6 only; None for connections, where the kernel does not say."""
         value = _attributes(self.attributes).get(_SKV6ONLY)
         return None if value is None else value != b"\0"
 
@@ -105,7 +105,7 @@ class InetSocket(NamedTuple):
 
     @property
     def waited_ms(self) -> int:
-        """Since when its peer has sent nothing: of a connection that nobody accepts, how long it waits at least."""
+        """Milliseconds since its peer sent anything: how long a connection in the accept queue has waited at least."""
         info = _attributes(self.attributes).get(_INFO, b"")[_LAST_ACK_RECEIVED : _LAST_ACK_RECEIVED + 4]
         return int.from_bytes(info, "little")
 
@@ -226,7 +226,7 @@ def unix() -> Iterator[UnixSocket]:
 
 
 def is_local(host: bytes, interface: int = 0) -> bool:
-    """Whether a socket could be bound to an address: it is one of ours, or a broadcast or multicast one.
+    """Whether an address can be bound: a local, broadcast or multicast one.
 
     Args:
         host: As 4 or 16 bytes.
@@ -288,7 +288,7 @@ def _ask(protocol: int, kind: int, flags: int, request: bytes) -> Iterator[bytes
 
 
 def _closing(data: bytes) -> int | None:
-    """Where the message stands that ends a dump; None if it is not in here.
+    """Find the message that ends a dump; None if it is not in this buffer.
 
     Raises:
         OSError: The kernel refused.

@@ -1,4 +1,4 @@
-"""Sockets: bound once, adopted, or replaced; an error says who or what is in the way."""
+"""Bind, adopt and replace sockets; an error names what prevents it."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def inherited_listener(fd: int, *, is_in_use: bool = False) -> socket.socket:
 
 
 def as_sockets(descriptors: Sequence[int]) -> list[socket.socket]:
-    """Non-blocking sockets of descriptors that another process has sent.
+    """Make non-blocking sockets of descriptors that another process has sent.
 
     Raises:
         OSError: One of them is no socket (ENOTSOCK).
@@ -181,7 +181,7 @@ def as_sockets(descriptors: Sequence[int]) -> list[socket.socket]:
 
 
 def bound_address(address: Address, listener: socket.socket) -> Address:
-    """Where the listener of an address is: port 0 is a number now, ``fd://`` and ``systemd:`` are a place."""
+    """Return where the listener of an address really is: port 0 becomes its number, ``fd://`` its address."""
     if isinstance(address, UnixAddress):
         return address  # the kernel knows it by the name under which it was first made
     name = listener.getsockname()
@@ -198,7 +198,7 @@ def file_path(address: Address) -> str:
 
 
 def location(text: str) -> Address:
-    """Where an address is, whatever the working directory is at the next start."""
+    """Make an address independent of the working directory."""
     address = parse_address(text)
     path = file_path(address)
     return UnixAddress(path) if path else address
@@ -241,7 +241,7 @@ def end(sock: socket.socket) -> None:
 
 
 def reset(sock: socket.socket, *, is_shared: bool) -> None:
-    """Let a connection end with a reset when it is closed, or now if others have duplicates. A unix socket has none.
+    """Make a connection end with a reset on close, or now if others have duplicates; unix sockets have no reset.
 
     Sources: socket(7), SO_LINGER with a time of 0; connect(2), AF_UNSPEC: kernel ``tcp_disconnect``.
     """
@@ -256,7 +256,7 @@ def reset(sock: socket.socket, *, is_shared: bool) -> None:
 
 
 def ended_by_peer(descriptors: Iterable[int]) -> dict[int, bool]:
-    """Those of some connections whose peer sends no more, also if what it sent before was not read; whether it is gone.
+    """Find the connections whose peer has stopped sending, even before its data is read; True if it is gone.
 
     Sources: poll(2) POLLRDHUP; POLLHUP and POLLERR are reported without being asked for.
     """
@@ -278,7 +278,7 @@ def unsent_bytes(sock: socket.socket) -> int:
 
 
 def take_waiting(listener: socket.socket) -> list[socket.socket]:
-    """Accept what waits in an accept queue, as far as there are descriptors for it.
+    """Accept the connections in an accept queue, as far as there are descriptors for them.
 
     The listener does not block any more.
 
@@ -330,7 +330,7 @@ def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
 
 
 def socket_file(path: str) -> tuple[int, int] | None:
-    """By what `unlink_if_ours` knows a file again: device and inode; None if there is none."""
+    """Identify a socket file for `unlink_if_ours` by device and inode; None if there is none."""
     try:
         found = os.stat(path)
     except OSError:
@@ -339,7 +339,7 @@ def socket_file(path: str) -> tuple[int, int] | None:
 
 
 def check_peer(sock: socket.socket) -> None:
-    """Make sure that a process of this user, or of root, listened at the address that `sock` is connected to.
+    """Check that the process that `sock` is connected to belongs to this user or root.
 
     Raises:
         PermissionError: Another user did, and may have put the socket there for us to find.
@@ -350,7 +350,7 @@ def check_peer(sock: socket.socket) -> None:
 
 
 def access_of(path: str) -> tuple[int, int, int] | None:
-    """Who may use a file: its mode, owner and group; None if there is none."""
+    """Read the mode, owner and group of a file; None if there is none."""
     try:
         found = os.stat(path)
     except OSError:
@@ -359,7 +359,7 @@ def access_of(path: str) -> tuple[int, int, int] | None:
 
 
 def set_access(path: str, access: tuple[int, int, int]) -> None:
-    """Let the same use a file as `access_of` said, as far as we may."""
+    """Set mode, owner and group as `access_of` returned them, as far as permitted."""
     mode, uid, gid = access
     with suppress(OSError):
         os.chmod(path, mode)
@@ -368,12 +368,12 @@ def set_access(path: str, access: tuple[int, int, int]) -> None:
 
 
 def may_command(uid: int) -> bool:
-    """Whether a user may tell this process what to do: its own, and root."""
+    """Whether a user may control this process: its own, and root."""
     return uid in (os.geteuid(), 0)
 
 
 def unlink_if_ours(path: str, file: tuple[int, int] | None) -> bool:
-    """Remove a socket file, unless somebody has put another one in its place since.
+    """Remove a socket file, unless another process has replaced it.
 
     Args:
         file: What `socket_file` said when it was made.

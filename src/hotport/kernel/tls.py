@@ -28,7 +28,7 @@ MISMATCHES: Final = frozenset({"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_C
 
 
 class ServerContext(ssl.SSLContext):
-    """What a handshake with one of the server's certificates is made from.
+    """The TLS context of one of the server's certificates.
 
     Attributes:
         certificate: The certificate itself as PEM, without those behind it.
@@ -41,7 +41,7 @@ class ServerContext(ssl.SSLContext):
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a certificate says.
+    """The names and the end of a certificate.
 
     Attributes:
         names: Its DNS names in small letters; may begin with ``*.``.
@@ -57,7 +57,7 @@ class _Encrypted(Exception):
 
 
 def load_certificate(file: str, key_file: str | None) -> ServerContext:
-    """A context for TLS 1.2 and later from a certificate chain and its private key, both PEM, read now.
+    """Make a context for TLS 1.2 and later from a certificate chain and its private key, both PEM.
 
     Args:
         key_file: None if the key is in the same file.
@@ -120,7 +120,7 @@ def verify_clients(context: ServerContext, file: str, *, is_required: bool) -> N
 
 
 def describe(context: ServerContext) -> Description:
-    """What the certificate of a context says, expired or not; before the context asks clients for theirs.
+    """Describe the certificate of a context, expired or not; call before `verify_clients`.
 
     Raises:
         ssl.SSLError: OpenSSL does not take it for a server's certificate.

@@ -1,4 +1,4 @@
-"""What each strategy promises, what it needs, and which one a service can have: a table, and two questions to it.
+"""What each strategy promises and needs, and which one a service can use: a table, and two functions.
 
 A *strategy* is how the listeners reach the next generation. Nothing here asks the system: what is known of a service
 comes as `Facts`.
@@ -92,7 +92,7 @@ GUARANTEES: Final[Mapping[Strategy, Guarantee]] = {
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """What is known of a service and the restart that it wants.
+    """Facts about a service and a requested restart.
 
     Attributes:
         schemes: Of its addresses: ``tcp``, ``udp``, ``unix``, ``fd``, ``systemd``.
@@ -114,7 +114,7 @@ class Facts(msgspec.Struct, frozen=True):
 
 
 def obstacle(strategy: Strategy, facts: Facts) -> str:
-    """Why a service cannot have a strategy; empty if it can."""
+    """Explain why a service cannot use a strategy; empty if it can."""
     if strategy is Strategy.INHERIT:
         return ""
     if facts.command:
@@ -145,14 +145,14 @@ def obstacle(strategy: Strategy, facts: Facts) -> str:
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """The strategy of a restart, and why this one; without one, why not."""
+    """The chosen strategy of a restart, and why; without one, why not."""
 
     strategy: Strategy | None
     why: str
 
 
 def choose(wanted: str, facts: Facts) -> Choice:
-    """The strategy for what the option says: ``auto``, or the name of one."""
+    """Choose the strategy for the option's value: ``auto``, or the name of one."""
     if wanted != "auto":
         why = obstacle(Strategy(wanted), facts)
         return Choice(None, why) if why else Choice(Strategy(wanted), "asked for")
@@ -162,7 +162,7 @@ def choose(wanted: str, facts: Facts) -> Choice:
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One strategy for one service: what it promises, and why the service cannot have it, if it cannot."""
+    """One strategy for one service: its promises, and why the service cannot use it, if it cannot."""
 
     strategy: Strategy
     guarantee: Guarantee
@@ -170,5 +170,5 @@ class Row(msgspec.Struct, frozen=True):
 
 
 def table(facts: Facts) -> tuple[Row, ...]:
-    """Every strategy, the best first."""
+    """List every strategy for a service, the best first."""
     return tuple(Row(strategy, GUARANTEES[strategy], obstacle(strategy, facts)) for strategy in Strategy)

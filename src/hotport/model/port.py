@@ -1,4 +1,4 @@
-"""A port as it was found: who is on it, in which state, and what could not be read. Values only."""
+"""A port as it was read: its sockets, their holders and states, and what could not be read. Values only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Host: TypeAlias = IPv4Address | IPv6Address
 
 
 class State(StrEnum):
-    """What a socket is doing. `BOUND` is ours: bound, and neither listening nor connected."""
+    """The state of a socket. `BOUND` is our addition: bound, and neither listening nor connected."""
 
     LISTEN = "LISTEN"
     BOUND = "BOUND"
@@ -90,12 +90,12 @@ class Process(msgspec.Struct, frozen=True):
 
     @property
     def is_ours(self) -> bool:
-        """A supervisor of hotport's, or a worker."""
+        """Whether it is a supervisor or a worker of hotport's."""
         return bool(self.stop) or _OURS.search(self.command) is not None
 
     @property
     def endings(self) -> tuple[str, ...]:
-        """What ends it kindly, and what else helps."""
+        """Commands that end it, the gentlest first."""
         if self.is_suspended:
             return (
                 f"kill {self.pid} && kill -CONT {self.pid}  # it ends; suspended as it is, it does not hear the first",
@@ -112,7 +112,7 @@ class Process(msgspec.Struct, frozen=True):
 
 
 class Sockets(msgspec.Struct, frozen=True):
-    """Sockets on the port that are alike in everything that decides about a bind.
+    """Sockets on the port that are alike in everything that matters to a bind.
 
     Attributes:
         uid: Whose they are; None if nobody says so (TIME_WAIT).
@@ -151,7 +151,7 @@ class Sockets(msgspec.Struct, frozen=True):
 
 
 class Asker(msgspec.Struct, frozen=True):
-    """Who would bind.
+    """The process that would bind.
 
     Attributes:
         may_bind_low: Has CAP_NET_BIND_SERVICE.
@@ -182,7 +182,7 @@ class Ephemeral(msgspec.Struct, frozen=True):
         return self.low <= port <= self.high and not kept
 
     def keeping(self, port: int) -> str:
-        """What to type so that it is kept back, too: who sets the list replaces it."""
+        """Return the command that reserves the port as well; setting the list replaces it."""
         return f"sysctl -w net.ipv4.ip_local_reserved_ports={self.reserved}{',' * bool(self.reserved)}{port}"
 
 
@@ -237,5 +237,5 @@ class UnixName(msgspec.Struct, frozen=True):
 
     @property
     def is_abstract(self) -> bool:
-        """It has no file, and goes with its last socket."""
+        """Whether it has no file, and disappears with its last socket."""
         return self.path.startswith("@")

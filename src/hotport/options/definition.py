@@ -1,4 +1,4 @@
-"""The options of a service and what follows from them alone."""
+"""The options of a service, and what is computed from them alone."""
 
 from __future__ import annotations
 
@@ -313,7 +313,7 @@ NAME: Final = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{NAME_CHARS_MAX - 1}}}
 
 
 def service_name(options: Options) -> str:
-    """The service's name: as given, else made from the target's module or file, or from the command.
+    """Return the service's name: as given, else made from the target's module or file, or the command.
 
     ``app:app`` is ``app``, ``path/to/server.py:echo`` is ``server``, ``/usr/bin/gunicorn`` is ``gunicorn``.
     """
@@ -328,12 +328,12 @@ def service_name(options: Options) -> str:
 
 
 def as_name(text: str) -> str:
-    """The nearest thing to `text` that `NAME` matches."""
+    """Convert `text` to a name that `NAME` matches."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip(".-")[:NAME_CHARS_MAX] or "app"
 
 
 def runtime_root(environ: Mapping[str, str], uid: int, tmp: Path) -> Path:
-    """The directory that holds one directory for each service of this user.
+    """Return the directory that holds one directory for each service of this user.
 
     Args:
         environ: ``HOTPORT_RUNTIME_DIR`` wins over ``XDG_RUNTIME_DIR``.

@@ -1,4 +1,4 @@
-"""Options from file, environment and flags, checked together, each with where it came from."""
+"""Load options from file, environment and flags, each with its origin, and check them together."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _BY_ENV: Final[Mapping[str, Option]] = {option.env: option for option in OPTIONS
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Options, and where each one comes from.
+    """Options, and the origin of each.
 
     Attributes:
         options: The effective values.
@@ -74,7 +74,7 @@ def load(
     cwd: Path,
     needs_program: bool = True,
 ) -> Loaded:
-    """Put the options together and check them.
+    """Load the options from all sources and check them together.
 
     Args:
         file: A TOML file; None looks for ``hotport.toml``, else for ``[tool.hotport]`` in ``pyproject.toml``.
@@ -115,7 +115,7 @@ def load(
 
 
 def checked(values: Mapping[str, object]) -> dict[str, Any]:
-    """Values of options by field, as they came over a control socket, with the checks of flags; None passes.
+    """Check values of options by field, from a control socket, as flags are checked; None passes.
 
     Raises:
         ConfigError: One of them cannot be used (HP304, HP11x).
@@ -126,7 +126,7 @@ def checked(values: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _read_file(file: Path | None, cwd: Path) -> tuple[Mapping[str, object], str]:
-    """The table of options, and what to call it in messages."""
+    """Read the table of options, with its name for messages."""
     if file is not None:
         return _read_toml(cwd / file, str(file))
     for name in ("hotport.toml", "pyproject.toml"):
@@ -227,19 +227,19 @@ _ELSEWHERE: Final = {
 
 
 def _meant(key: str) -> Option | None:
-    """The option that somebody who wrote `key` most likely wanted."""
+    """Return the option that was most likely meant by `key`."""
     found = _ELSEWHERE.get(key) or nearest(key, _BY_KEY)
     return _BY_KEY[found] if found else None
 
 
 def meant_flag(flag: str) -> str | None:
-    """The flag that somebody who wrote `flag` most likely wanted, by our names and those of other servers."""
+    """Return the flag that was most likely meant, by our names and those of other servers."""
     found = _meant(flag.lstrip("-").replace("-", "_"))
     return found.flag if found else None
 
 
 def _read(option: Option, value: object, origin: str) -> object:
-    """One value from one source; text from the environment and from flags may stand for any type."""
+    """Read one value from one source; text from the environment and from flags may be of any type."""
     is_text = isinstance(value, str) and origin in {option.env, option.flag, _ARGUMENT}
     try:
         return option.type.from_text(str(value)) if is_text else option.type.from_native(value)
@@ -265,7 +265,7 @@ def _where(option: Option, origin: str) -> str:
 
 
 def _written(option: Option, right: object, origin: str) -> str:
-    """How to write a right value in the place where the wrong one stood."""
+    """Write a valid value in the syntax of the source that had the invalid one."""
     if origin in {option.env, option.flag}:
         text = ",".join(map(str, right)) if isinstance(right, list) else _toml(right).strip('"')
         text = option.metavar if right in (None, []) else text
@@ -380,7 +380,7 @@ class Row(NamedTuple):
 
 
 def rows(loaded: Loaded) -> tuple[Row, ...]:
-    """Each effective value and where it came from, in the order of `OPTIONS`."""
+    """List each effective value and its origin, in the order of `OPTIONS`."""
 
     def value(option: Option) -> Any:
         found = getattr(loaded.options, option.field)
@@ -390,7 +390,7 @@ def rows(loaded: Loaded) -> tuple[Row, ...]:
 
 
 def show(loaded: Loaded) -> str:
-    """The rows as aligned text that is itself a ``hotport.toml``."""
+    """Show the rows as aligned text that is itself a ``hotport.toml``."""
     table = rows(loaded)
     name_width = max(len(row.key) for row in table)
     value_width = max(len(_toml(row.value)) for row in table)

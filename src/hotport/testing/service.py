@@ -37,7 +37,7 @@ _LOOK_MS: Final = 10
 
 
 class ServeProcess:
-    """``hotport serve`` with whatever arguments, in a runtime directory of its own.
+    """``hotport serve`` with any arguments, in a runtime directory of its own.
 
     It is started at once; `wait_ready` returns when every worker serves. Leaving the ``with`` block ends it, and
     cuts what is still connected.
@@ -94,7 +94,7 @@ class ServeProcess:
             sys.stderr.write(self.log())  # pytest shows it beside the failure
 
     def end(self) -> None:
-        """End it now, if it still runs; connections are cut."""
+        """Kill it now, if it still runs; connections are cut."""
         try:
             if self.process.poll() is None:
                 self.process.send_signal(signal.SIGQUIT)
@@ -111,14 +111,14 @@ class ServeProcess:
         return self.process.wait(self.timeout_s)
 
     def kill(self) -> None:
-        """SIGKILL the supervisor, and sweep away the sockets that it had no time to unlink."""
+        """Send SIGKILL to the supervisor, and remove the sockets that it had no time to unlink."""
         self.process.kill()
         self.process.wait(self.timeout_s)
         for name in ("control.sock", "notify.sock"):
             (self.runtime / name).unlink(missing_ok=True)
 
     def wait_ready(self) -> Self:
-        """Return when it has told its service manager READY=1, and every worker serves.
+        """Wait until it has sent READY=1 and every worker serves.
 
         Raises:
             StartError: It has ended instead, or nothing has happened for `timeout_s` (HP720).
@@ -149,7 +149,7 @@ class ServeProcess:
         return self
 
     def wait_serving(self, workers: int | None = None) -> None:
-        """Return when there are so many workers (as many as are wanted), and all of them serve."""
+        """Wait until there are this many workers (by default as many as are wanted), and all of them serve."""
 
         def all_serve() -> bool:
             status = self.status()
@@ -159,7 +159,7 @@ class ServeProcess:
         self.wait_until(all_serve, "every worker serves")
 
     def wait_until(self, claim: Callable[[], bool], what: str) -> None:
-        """Return when something has become true that nobody announces; an AssertionError after `timeout_s`."""
+        """Poll until a condition is true that nothing announces; raise an AssertionError after `timeout_s`."""
         pause = select.poll()
         end = time.monotonic() + self.timeout_s
         while not claim():
@@ -173,7 +173,7 @@ class ServeProcess:
 
     @property
     def addresses(self) -> list[str]:
-        """Where it listens, as ``hotport status`` says it."""
+        """The addresses it listens on, as ``hotport status`` shows them."""
         return list(self.status()["addresses"])
 
     @property
@@ -182,11 +182,11 @@ class ServeProcess:
         return int(self.addresses[0].rpartition(":")[2])
 
     def log(self) -> str:
-        """Everything that the supervisor and its workers have written so far."""
+        """Return everything that the supervisor and its workers have written so far."""
         return self.log_path.read_text(errors="replace")
 
     def log_tail(self) -> str:
-        """The end of it."""
+        """Return the end of the log."""
         return "\n".join(self.log().splitlines()[-LOG_LINES:])
 
     def _with_log(self, error: _Error) -> _Error:
@@ -194,7 +194,7 @@ class ServeProcess:
         return error
 
     def ask(self, request: msgspec.Struct) -> list[Any]:
-        """Every reply to one request, over the control socket itself: no command to start for each."""
+        """Send one request over the control socket and return every reply, without starting a command."""
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(self.timeout_s)
             sock.connect(str(self.runtime / "control.sock"))
@@ -206,12 +206,12 @@ class ServeProcess:
             return replies
 
     def status(self) -> Any:
-        """What ``hotport status --json`` prints."""
+        """Return what ``hotport status --json`` prints."""
         return msgspec.to_builtins(self.ask(StatusRequest())[-1])
 
 
 class Service(ServeProcess):
-    """A service of a test's own: on a free port of the loopback interface, with its own supervisor and workers.
+    """A service for one test: on a free port of the loopback interface, with its own supervisor and workers.
 
     Args:
         app: A target (``"module:app"``, ``"path/file.py:app"``), or a function or class at the top level of a module.
@@ -257,11 +257,11 @@ class Service(ServeProcess):
 
     @property
     def url(self) -> str:
-        """Where it answers, without a slash at the end; for applications that speak HTTP."""
+        """The URL it answers on, without a slash at the end; for applications that speak HTTP."""
         return f"http{'s' if self._options.tls_cert else ''}://127.0.0.1:{self.port}"
 
     def restart(self, *, phased: bool | None = None) -> Any:
-        """Restart it, and wait until the old generation has gone.
+        """Restart it, and wait until the old generation has left.
 
         Returns:
             The report, as ``hotport restart --json`` prints it.
@@ -294,7 +294,7 @@ class Service(ServeProcess):
 
 
 def _target_of(app: Callable[..., Any]) -> tuple[str, list[str]]:
-    """How a worker finds a function or a class, and the directory from which its module is imported, if it has one.
+    """Return the target of a function or a class, and the directory from which its module is imported.
 
     pytest imports test modules from directories of which nobody else knows.
     """
@@ -314,13 +314,13 @@ def _target_of(app: Callable[..., Any]) -> tuple[str, list[str]]:
 
 
 def _import_path() -> list[str]:
-    """What this process imports from, but for what every interpreter of its installation imports from."""
+    """Return this process's import path, without the entries that every interpreter of its installation has."""
     known = (sysconfig.get_path("stdlib"), *site.getsitepackages())
     return [entry for entry in sys.path if entry and not entry.startswith(known)]
 
 
 def _arguments(flags: Mapping[str, Any]) -> list[str]:
-    """Options by key as arguments of ``hotport serve``; the target comes last."""
+    """Convert options by key to arguments of ``hotport serve``; the target comes last."""
     words: list[str] = []
     for option in OPTIONS:
         value = flags.get(option.key)

@@ -19,7 +19,7 @@ class FrameError(ControlError):
 
 
 def encode_frame(payload: bytes, *, frame_bytes_max: int = FRAME_BYTES_MAX) -> bytes:
-    """One frame that carries `payload`.
+    """Encode one frame that carries `payload`.
 
     Raises:
         FrameError: If it is longer than `frame_bytes_max`, so that no peer would take it (HP612).
@@ -73,7 +73,7 @@ class FrameDecoder:
         return payloads
 
     def finish(self) -> None:
-        """The stream has ended.
+        """Check that the stream did not end inside a frame.
 
         Raises:
             FrameError: If it ended inside a frame (HP611).

@@ -25,7 +25,7 @@ PROTOCOL: Final = 1
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker is told at its start, as JSON in ``HOTPORT_WORKER``."""
+    """What a worker needs to know at its start, as JSON in ``HOTPORT_WORKER``."""
 
     service: str
     directory: str
@@ -64,11 +64,11 @@ class DrainOrder(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
 
 
 class HurryOrder(msgspec.Struct, frozen=True, kw_only=True, tag="hurry"):
-    """Cut what is open, say what that was, and leave now."""
+    """Cut the open connections, report them, and leave now."""
 
 
 class SuccessorsOrder(msgspec.Struct, frozen=True, kw_only=True, tag="successors"):
-    """To a worker that drains or is quiesced: these workers can go on with its connections from now on."""
+    """To a worker that drains or is quiesced: these workers can take its connections from now on."""
 
     successors: tuple[str, ...]
 
@@ -97,7 +97,7 @@ class ExpectOrder(msgspec.Struct, frozen=True, kw_only=True, tag="expect"):
 
 
 class InspectOrder(msgspec.Struct, frozen=True, kw_only=True, tag="inspect"):
-    """Say how you are; `is_watched`: and how long your event loop was held up since I asked last."""
+    """Report your state; if `is_watched`, also how long your event loop was blocked since the last inspection."""
 
     is_watched: bool = False
 
@@ -111,7 +111,7 @@ class ReloadTlsOrder(msgspec.Struct, frozen=True, kw_only=True, tag="reload_tls"
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
-    """What a supervisor could not learn from workers, if it did not leave it with them.
+    """State of a supervisor that the next one could not learn from workers; each worker keeps a copy.
 
     Attributes:
         wanted: How many workers should serve.
@@ -152,7 +152,7 @@ class TransferOrder(msgspec.Struct, frozen=True, kw_only=True, tag="transfer"):
 
 
 class ReleaseOrder(msgspec.Struct, frozen=True, kw_only=True, tag="release"):
-    """Take what waits in the accept queue of these addresses, and close their listeners; keep every connection.
+    """Empty the accept queues of these addresses and close their listeners; keep every connection.
 
     Attributes:
         timeout_s: When to close a listener whose queue cannot be emptied: a worker may be out of descriptors.
@@ -163,7 +163,7 @@ class ReleaseOrder(msgspec.Struct, frozen=True, kw_only=True, tag="release"):
 
 
 class ProbeOrder(msgspec.Struct, frozen=True, kw_only=True, tag="probe"):
-    """Ask your application for `path` by HTTP, and say what became of it within `timeout_s`."""
+    """Request `path` from your application by HTTP, and report the outcome within `timeout_s`."""
 
     path: str
     timeout_s: float
@@ -192,7 +192,7 @@ Order = (
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
-    """The first word on every connection to a worker.
+    """The first message on every connection to a worker.
 
     Attributes:
         phase: ``starting``, ``ready``, ``serving``, ``quiesced`` or ``draining``.
@@ -234,19 +234,19 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
 
 
 class Expired(msgspec.Struct, frozen=True, kw_only=True, tag="expired"):
-    """This worker has served long enough."""
+    """This worker has reached a recycling limit."""
 
     why: str
 
 
 class Drained(msgspec.Struct, frozen=True, kw_only=True, tag="drained"):
-    """Every connection has ended; how many in which way, counted since draining began."""
+    """Every connection has ended; how many with which fate, counted since draining began."""
 
     fates: dict[str, int]
 
 
 class Lingering(msgspec.Struct, frozen=True, kw_only=True):
-    """A connection that a worker which drains waits for: whose, of which kind, how old, and why it is still here."""
+    """A connection that a draining worker waits for: its peer, kind and age, and why it is still open."""
 
     peer: str
     kind: str
@@ -255,7 +255,7 @@ class Lingering(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Inspection(msgspec.Struct, frozen=True, kw_only=True, tag="inspection"):
-    """How a worker is.
+    """The state of a worker.
 
     Attributes:
         lingering: The oldest connections of one that drains.
@@ -285,7 +285,7 @@ class TlsReloaded(msgspec.Struct, frozen=True, kw_only=True, tag="tls_reloaded")
 
 
 class Listening(msgspec.Struct, frozen=True, kw_only=True, tag="listening"):
-    """Duplicates of the listeners of these addresses come with this word."""
+    """Duplicates of the listeners of these addresses come with this message."""
 
     addresses: tuple[str, ...]
 
@@ -304,7 +304,7 @@ class Transferred(msgspec.Struct, frozen=True, kw_only=True, tag="transferred"):
 
 
 class Probed(msgspec.Struct, frozen=True, kw_only=True, tag="probed"):
-    """What became of a probe: `why` it failed, or nothing."""
+    """The outcome of a probe: `why` it failed, or nothing."""
 
     why: str = ""
 
@@ -410,7 +410,7 @@ class Committed(msgspec.Struct, frozen=True, kw_only=True, tag="committed"):
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
-    """Something has happened on the way; `ms` since the request was taken up."""
+    """Progress of a request; `ms` since it was accepted."""
 
     event: str
     ms: float
@@ -501,7 +501,7 @@ class WatchStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
-    """The service as it is.
+    """The state of the service.
 
     Attributes:
         stage: ``"starting"``, ``"ready"``, ``"unserved"``, ``"lame duck"`` or ``"stopping"``.
@@ -539,7 +539,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
 
 
 class WorkerTls(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of the certificates in one worker.
+    """The outcome of reloading certificates in one worker.
 
     Attributes:
         outcome: ``"reloaded"``; ``"starting"``, which reads them before it accepts; or ``"kept"`` those from before.
@@ -554,7 +554,7 @@ class WorkerTls(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TlsReport(msgspec.Struct, frozen=True, kw_only=True, tag="tls_report"):
-    """What became of the certificates in every worker."""
+    """The outcome of reloading certificates in every worker."""
 
     service: str
     workers: tuple[WorkerTls, ...]
@@ -613,18 +613,18 @@ _decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
 
 
 def worker_socket(generation: int, worker: int) -> str:
-    """The name of a worker's control socket in the service's runtime directory."""
+    """Return the name of a worker's control socket in the service's runtime directory."""
     return f"worker-{generation}.{worker}.sock"
 
 
 def parse_worker_socket(name: str) -> tuple[int, int] | None:
-    """Whose control socket a file is: generation and worker; None if it is something else."""
+    """Parse generation and worker from the name of a control socket; None for any other name."""
     found = _WORKER_SOCKET.fullmatch(name)
     return (int(found[1]), int(found[2])) if found else None
 
 
 def encode(message: msgspec.Struct) -> bytes:
-    """One message as JSON."""
+    """Encode one message as JSON."""
     return _encoder.encode(message)
 
 

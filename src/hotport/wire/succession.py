@@ -1,4 +1,4 @@
-"""What a program that restarts itself and its successor say to each other.
+"""Messages between a program that restarts itself and its successor.
 
 The successor is told in ``HOTPORT_SUCCESSION`` what it succeeds, and gets the listeners as `hotport.wire.listenfds` has
 it. It says ``READY=1`` when it could accept; then its predecessor connects to its control socket and orders the commit,
@@ -19,7 +19,7 @@ SUCCESSION_VARIABLE: Final = "HOTPORT_SUCCESSION"
 
 
 class Succession(msgspec.Struct, frozen=True, kw_only=True):
-    """What a successor is told at its start, as JSON.
+    """What a successor needs to know at its start, as JSON.
 
     Attributes:
         predecessor: The pid of the process that started it.
