@@ -329,15 +329,15 @@ closes what it has bound. Port 0 means the port that it has got.
 
 `SO_REUSEADDR`, without which a server could not come back while connections are in TIME_WAIT, has no rule about
 users: in the gap of a `rebind` any user can take a port above 1023. With `guard` the supervisor keeps a second socket
-bound to each TCP address, which never listens and has `SO_REUSEPORT` alone. The kernel lets nobody bind beside it but
+bound to each TCP address, which never listens and has `SO_REUSEPORT` alone. The kernel lets no user bind beside it but
 the same user with `SO_REUSEPORT`; the listeners of the service have that, too. It also keeps the gap short: with
 `SO_REUSEPORT` the kernel does not look at every connection in TIME_WAIT. Its price: processes of the same user can
 join the port silently (`hotport why` names them). A guard is kept until the service ends, or its address is dropped.
 
-## When somebody takes the port
+## When another process takes the port
 
 If a port cannot be bound again, the restart aborts: its report and the event `port.lost` name who has it, and so does
-`hotport status`, as `lost`. The connections of the old generation live on. The port is tried after 0.1 s, then with
+`hotport status`, as `lost`. The connections of the old generation stay open. The port is tried after 0.1 s, then with
 pauses twice as long each time, up to 5 s; when it is ours again (`port.regained`), the old workers are given it.
 Until then restarts are refused (HP410).
 """
@@ -347,7 +347,7 @@ def strategies_page() -> str:
     """What each strategy promises, and who can have it."""
     parts = [f"# Strategies\n\n{GENERATED}\n{STRATEGIES_HEAD}"]
     rows = [(_code(s.value), g.refused, g.reset, g.gap) for s, g in GUARANTEES.items()]
-    parts.append(_table(("strategy", "refused", "reset", "nobody listens for"), rows) + "\n")
+    parts.append(_table(("strategy", "refused", "reset", "rebind gap"), rows) + "\n")
     for strategy, says in GUARANTEES.items():
         parts.append(f"## {strategy.value}\n\n{_sentence(says.how)}\n")
         parts.append(f"**What clients see**: {says.clients_see}.\n\n**Needs**: {says.needs}.\n")

@@ -27,8 +27,8 @@ class Trusted:
     """The peers that are trusted.
 
     Args:
-        entries: Addresses, networks (``10.0.0.0/8``), ``unix`` for whoever connects through a unix socket (its file
-            mode says who can), ``*`` for everybody.
+        entries: Addresses, networks (``10.0.0.0/8``), ``unix`` for any peer of a unix socket (its file mode
+            says who can connect), ``*`` for all peers.
 
     Raises:
         ValueError: An entry is none of these; says what would be.
@@ -48,7 +48,7 @@ class Trusted:
     def peer(self, address: Any) -> bool:
         """Whether a peer is trusted: a tuple that begins with its host, or the path (mostly empty) of a unix socket.
 
-        None, all that is left of a peer that has gone already, is nobody.
+        None, the address of a peer that has already left, is not trusted.
         """
         if not isinstance(address, tuple):
             return self._is_unix and address is not None

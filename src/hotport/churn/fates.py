@@ -61,7 +61,7 @@ LOSSES: Final = tuple(fate for fate in Fate if fate not in (Fate.ANSWERED, Fate.
 MEANINGS: Final[Mapping[Fate | Event, str]] = {
     Fate.ANSWERED: "a whole answer, in time",
     Fate.LATE: "a whole answer, but longer after the intended start than is allowed",
-    Fate.REFUSED: "nobody listened (ECONNREFUSED), or the handshake was answered with a reset",
+    Fate.REFUSED: "no process listened (ECONNREFUSED), or the handshake was answered with a reset",
     Fate.RESET_BEFORE_SEND: "the connection was made, and was reset or closed before anything was sent on it",
     Fate.RESET_AFTER_SEND: "a reset after the request, or a part of it, was sent, and before a byte of the answer",
     Fate.CLOSED_UNANSWERED: "an orderly end after the request was sent, and before a byte of the answer",

@@ -137,7 +137,7 @@ class Result(msgspec.Struct):
         is_partial: It was ended before its time (Ctrl-C).
         own_limits: Attempts that this machine did not let begin, by errno: no fate of the target's.
         accept_gap_ms: For each restart the longest time around it without any new connection being answered;
-            None where nobody connected.
+            None where no client connected.
         totals: ``{kind: {fate or event: count}}`` over the whole run.
     """
 

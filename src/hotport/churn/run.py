@@ -58,8 +58,8 @@ class Experiment:
     Attributes:
         plan: Of all engines together.
         allowed: How many of which fate are no matter; None: any number.
-        settle_s: The load ends so long after the last restart is over and its time between restarts has passed (of
-            a signal nobody says when it is over), even if the plan's end is later; None: with the plan.
+        settle_s: The load ends so long after the last restart is over and its time between restarts has passed (a
+            signal has no report of its end), even if the plan's end is later; None: with the plan.
         lag_p99_us_max: A run whose attempts began later than this means nothing.
     """
 

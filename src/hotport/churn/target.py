@@ -60,8 +60,8 @@ def resolve(url: str, *, timeout_s: float, verify_tls: bool = True) -> Target:
     A name that stands for several addresses is taken for the first that answers.
 
     Raises:
-        ConfigError: It is no target (HP701), its name is unknown (HP702), nobody answers (HP703), or the TLS handshake
-            fails (HP713).
+        ConfigError: It is no target (HP701), its name is unknown (HP702), no server answers (HP703), or the TLS
+            handshake fails (HP713).
 
     Sources: getaddrinfo(3); connect(2).
     """

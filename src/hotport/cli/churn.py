@@ -167,7 +167,7 @@ FILE: Final = click.Path(path_type=Path, allow_dash=True)
 @click.option("--who-header", default="x-generation", show_default=True, help="Of answers: says who has answered.")
 @click.option("--insecure", is_flag=True, help="Take any certificate.")
 @click.option("--engines", type=click.IntRange(1, 256), help="Processes that make load.  [default: what it needs]")
-@click.option("--seed", type=click.IntRange(0, 2**31), help="Of what is left to chance.  [default: another each time]")
+@click.option("--seed", type=click.IntRange(0, 2**31), help="Of all random choices.  [default: another each time]")
 @click.option("--allow", "allowed", type=ALLOWED, help="Losses that do not fail the run: 'refused=3,timed out=*'.")
 @click.option("--json", "json_path", type=FILE, metavar="FILE", help="Write everything as JSON; - is stdout.")
 @click.option("--html", "html_path", type=FILE, metavar="FILE", help="Write a page with everything in it.")
@@ -175,7 +175,7 @@ def command(url: str, json_path: Path | None, html_path: Path | None, **options:
     """Put URL under load, restart its server meanwhile, and report the fate of every single attempt.
 
     URL is http://, https://, ws://, wss://, tcp://, udp:// or unix:PATH. Without any kind of client there is a
-    mixture that suits it. The server is restarted by --restart, --hotport or --signal, or by nobody.
+    mixture that suits it. The server is restarted by --restart, --hotport or --signal, or not at all.
 
     Exit codes: 0 nothing was lost; 1 something was; 2 the run means nothing (usage, target, or this machine);
     130 interrupted: what was seen until then is told.

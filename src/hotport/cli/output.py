@@ -100,7 +100,7 @@ def waiting(what: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        console(stderr=True).print(f"not waiting any longer; the {what} goes on: hotport status")
+        console(stderr=True).print(f"not waiting any longer; the {what} continues: hotport status")
         raise SystemExit(ExitCode.INTERRUPTED) from None
 
 
@@ -132,7 +132,7 @@ def print_report(report: Report) -> None:
     out.print(f"queue        {overflows or 'no overflow'}")
     if report.rebind_gap_us is not None:
         out.print(
-            f"{report.strategy:13}nobody listened for {report.rebind_gap_us:g} us; {report.refused} refused (counted "
+            f"{report.strategy:13}not listening for {report.rebind_gap_us:g} us; {report.refused} refused (counted "
             f"in the whole network namespace), {report.reset} reset"
         )
     elif report.strategy != "inherit":
@@ -140,7 +140,7 @@ def print_report(report: Report) -> None:
     if report.outcome == "done":
         out.print(f"[green]done[/]: generation {report.generation} of {report.service} serves")
     else:
-        serves = f"generation {report.serving} of {report.service} serves on" if report.serving else "nobody serves"
+        serves = f"generation {report.serving} of {report.service} serves on" if report.serving else "no worker serves"
         out.print(f"[red]{report.outcome}[/]: {serves}")
 
 
@@ -162,7 +162,7 @@ def print_status(status: Status) -> None:
     out.width = max(out.width, WIDE)  # a terminal that is narrower folds lines, where rich would cut words
     restarting = f", restarting into generation {status.restarting}" if status.restarting else ""
     is_served = any(worker.phase == "serving" for worker in status.workers)
-    serves = f"generation {status.generation} serves" if is_served else "NOBODY serves"
+    serves = f"generation {status.generation} serves" if is_served else "NO WORKER serves"
     leaving = _leaving(status)
     out.print(
         f"{status.service}: {serves} {status.target} on {', '.join(status.addresses)}{restarting}{leaving}",
@@ -182,7 +182,7 @@ def print_status(status: Status) -> None:
         out.print(f"status port {status.status_address}", markup=False)
     out.print(f"strategy {status.strategy} ({status.strategy_why})", markup=False)
     for address, who in status.lost.items():
-        out.print(f"LOST {address}: {who}; it is tried again and again", markup=False)
+        out.print(f"LOST {address}: {who}; binding it again is being tried", markup=False)
     for address, why in status.gone.items():
         out.print(f"GONE {address}: its socket file was removed or replaced; {why or 'see the log'}", markup=False)
     table = Table(box=None, pad_edge=False)
@@ -244,7 +244,7 @@ def print_strategies(obstacles: Mapping[str, str], chosen: str) -> None:
     """
     out = console()
     table = Table(box=None, pad_edge=False)
-    for heading in ("strategy", "refused", "reset", "nobody listens", "here"):
+    for heading in ("strategy", "refused", "reset", "rebind gap", "here"):
         table.add_column(heading, overflow="fold")
     for name, obstacle in obstacles.items():
         promise = GUARANTEES[Strategy(name)]

@@ -24,9 +24,9 @@ WORDS = {
     "restart.quiesced": "the old generation accepts no more",
     "restart.watching": "watching generation {generation} for {detail}; hotport undo takes it back",
     "restart.undoing": "taking the old generation back: {detail}",
-    "restart.undone": "undone; waiting for what is left of generation {generation}",
+    "restart.undone": "undone; waiting for the last workers of generation {generation}",
     "restart.draining": "draining the old generation",
-    "restart.done": "waiting for what is left of the old generation",
+    "restart.done": "waiting for the last workers of the old generation",
     "restart.aborted": "aborting: {detail}",
 }
 

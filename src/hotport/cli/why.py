@@ -34,7 +34,7 @@ TICK_S = 1.0
 @click.command("why", context_settings=HELP)
 @click.argument("address", required=False)
 @click.option("--user", help="Whether this user could bind, instead of you; a name or a number.")
-@click.option("--watch", is_flag=True, help="Stay until the address is free, with the reason and what is left to wait.")
+@click.option("--watch", is_flag=True, help="Stay until the address is free, with the reason and the time left.")
 @click.option(
     "--probe",
     is_flag=True,

@@ -162,7 +162,7 @@ def examine(machine: Machine, options: Options) -> Iterator[Finding]:
     if machine.somaxconn is not None and machine.somaxconn < options.backlog:
         yield Finding(
             f"net.core.somaxconn is {machine.somaxconn}, below the backlog of {options.backlog}",
-            "while nobody accepts for a moment, fewer connections than intended wait; the others are dropped",
+            "when accepting pauses for a moment, fewer connections than intended wait; the others are dropped",
             f"sysctl -w net.core.somaxconn={options.backlog}, and start the service again",
         )
     if machine.aborts_on_overflow:
@@ -240,7 +240,7 @@ def examine_service(
             yield Finding(
                 f"{listener.address} has TCP_NODELAY off",
                 "the last small piece of an answer waits for the client's delayed acknowledgement, up to 40 ms",
-                "whoever makes the socket sets it: NoDelay=true in a systemd socket unit",
+                "the process that makes the socket sets it: NoDelay=true in a systemd socket unit",
             )
     for member in members:
         if member.inheritable:
@@ -255,7 +255,7 @@ def examine_service(
             yield Finding(
                 f"{member.name} (pid {member.pid}) has {used:,} of {most:,} descriptors open",
                 "soon it can neither accept nor open files, and a restart needs room for two generations",
-                "LimitNOFILE= in the unit; hotport why PORT shows connections that nobody closes",
+                "LimitNOFILE= in the unit; hotport why PORT shows connections that are never closed",
             )
 
 

@@ -39,7 +39,7 @@ class Successor:
         pid: Its process id.
         ended: It has ended, and has been waited for.
         leaves: It has ended, or will soon.
-        has_left: It said ``STOPPING=1`` or was interrupted: it ended, or will end, because somebody wanted it to.
+        has_left: It said ``STOPPING=1`` or was interrupted: it ended, or will end, on request.
         control: Where it takes connections: ``@name``.
 
     Descriptors: owns the pidfd and the notify socket.
@@ -163,7 +163,7 @@ class Successor:
         """Order it to accept and to reserve room for `connections`, and wait until it does; closes `channel`.
 
         Raises:
-            RestartError: It has ended (HP445), or does not answer (HP446): then it must not live on.
+            RestartError: It has ended (HP445), or does not answer (HP446): then it must be ended.
         """
         try:
             async with asyncio.timeout(COMMIT_TIMEOUT_S):

@@ -1,7 +1,7 @@
 """Abstract unix sockets: two processes find each other by a name that needs no cleaning up.
 
-Anybody in the network namespace may connect or send to such a socket, so whoever uses it looks at the credentials
-that the kernel attaches. The names are long and random, so nobody can take one beforehand.
+Any process in the network namespace may connect or send to such a socket, so users check the credentials
+that the kernel attaches. The names are long and random, so none can be taken beforehand.
 
 Sources: unix(7), abstract sockets.
 """

@@ -100,7 +100,7 @@ def send_notification(sock: socket.socket, payload: bytes, descriptors: Sequence
         Whether the kernel took it; False if the receiver's queue is full (for as long as the socket's timeout).
 
     Raises:
-        OSError: Whoever listened is gone.
+        OSError: The receiver is gone.
 
     Sources: unix(7) SCM_RIGHTS; sd_pid_notify_with_fds(3).
     """

@@ -66,7 +66,7 @@ class InetSocket(NamedTuple):
         state: A number as in ``net/tcp_states.h``; of UDP 7 without and 1 with a peer.
         host: Where it is bound, as 4 or 16 bytes.
         timer: 3 when `expires_ms` counts down to its end.
-        rqueue: Bytes that nobody has read; of a listener, connections that wait to be accepted.
+        rqueue: Bytes not read yet; of a listener, connections that wait to be accepted.
         wqueue: Bytes that the peer has not acknowledged; of a listener, its backlog.
         uid: As this user namespace names it.
         inode: 0 if no process holds it: it waits to be accepted, or its process has let go of it.

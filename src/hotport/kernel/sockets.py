@@ -69,7 +69,7 @@ _BYTES_ACKED: Final = 120  # offsetof(struct tcp_info, tcpi_bytes_acked)
 def bind_listener(address: Address, *, backlog: int, shares_port: bool = False, listens: bool = True) -> socket.socket:
     """Make, or adopt, the one socket of an address; from now on it accepts.
 
-    ``listen`` is called exactly once. Whoever calls it again replaces the backlog, and asyncio's
+    ``listen`` is called exactly once. Calling it again replaces the backlog, and asyncio's
     ``create_server(sock=...)`` does so with 100 unless it is told otherwise.
 
     - TCP: SO_REUSEADDR, so that TIME_WAIT does not keep the port; TCP_NODELAY, which accepted sockets inherit
@@ -77,14 +77,14 @@ def bind_listener(address: Address, *, backlog: int, shares_port: bool = False, 
       Of a name with several addresses the first IPv4 one is taken.
     - UDP: no SO_REUSEADDR, which would let a stranger share the port; nothing to wait for without TIME_WAIT.
     - A socket file is bound under another name and renamed, so that no client finds it missing; what is found
-      there is replaced only if it is a socket on which nobody listens.
+      there is replaced only if it is a socket that is not listening.
     - ``fd://`` sockets keep their backlog and options; TCP_NODELAY is added.
 
     Args:
         address: Not a ``systemd:`` one, which stands for several (`passed_addresses`).
         backlog: Length of the accept queue; the kernel caps it at ``net.core.somaxconn``.
         shares_port: TCP: SO_REUSEPORT as well, so that other sockets of this user can listen on the same address.
-        listens: False leaves ``listen`` of a TCP socket to the caller: until then nobody can connect to it.
+        listens: False leaves ``listen`` of a TCP socket to the caller: until then no client can connect to it.
 
     Returns:
         A non-blocking, close-on-exec socket, that the caller closes.
@@ -423,10 +423,10 @@ def rebind(listener: socket.socket, *, backlog: int) -> tuple[socket.socket, flo
         listener: The last descriptor of it, or the address is still taken; it is closed, whatever happens.
 
     Returns:
-        The new listener, and how long nobody listened, in seconds.
+        The new listener, and how long the address was not listening, in seconds.
 
     Raises:
-        KernelError: Somebody was quicker, or the kernel refuses for another reason (HP101).
+        KernelError: Another process was quicker, or the kernel refuses for another reason (HP101).
 
     Sources: socket(7) SO_REUSEADDR; kernel ``inet_csk_get_port``.
     """
@@ -600,8 +600,8 @@ def _explain_name_in_use(address: UnixAddress) -> _Why:
 def _is_answered(path: str) -> bool:
     """Tell whether a socket is bound to this address.
 
-    Sources: connect(2): ECONNREFUSED and ENOENT mean nobody; EAGAIN is a full queue, EPROTOTYPE a datagram
-        socket, EACCES somebody else's: all of them alive, or not ours to judge.
+    Sources: connect(2): ECONNREFUSED and ENOENT mean none; EAGAIN is a full queue, EPROTOTYPE a datagram
+        socket, EACCES another user's: all of them bound, or not ours to judge.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)

@@ -74,7 +74,7 @@ def can_steer() -> bool:
 def deafen(listener: socket.socket) -> None:
     """Drop new connections of a listener, so that its accept queue can be emptied completely.
 
-    A SYN that is dropped is sent again after a second (RFC 6298, 2.1), by when somebody else listens. Without this it
+    A SYN that is dropped is sent again after a second (RFC 6298, 2.1), by when another socket listens. Without this it
     would make a connection that is reset when the listener closes.
 
     Raises:

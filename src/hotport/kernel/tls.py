@@ -64,7 +64,7 @@ def load_certificate(file: str, key_file: str | None) -> ServerContext:
 
     Raises:
         StartError: They cannot be read, are not PEM, do not belong together, or the key is encrypted (HP507).
-            Nobody is ever asked for a passphrase.
+            A passphrase is never asked for.
     """
     key_file = file if key_file is None else key_file
     cert_name, key_name = shlex.quote(file), shlex.quote(key_file)
@@ -80,7 +80,7 @@ def load_certificate(file: str, key_file: str | None) -> ServerContext:
     try:
         context.load_cert_chain(file, key_file, password=_refuse_to_ask)
     except _Encrypted:
-        cause = f"its private key in {key_file} is encrypted, and a worker has nobody to ask for the passphrase"
+        cause = f"its private key in {key_file} is encrypted, and a worker cannot ask for its passphrase"
         fix = f"(umask 077; openssl pkey -in {key_name} -out {shlex.quote(f'{key_file}.plain')})"
         raise _unusable(file, cause=cause, fix=fix) from None
     except OSError as error:  # ssl.SSLError is one

@@ -5,7 +5,7 @@ A new socket is compared with every socket on the port whose address overlaps. E
 - both have SO_REUSEADDR, and the old one does not listen (of UDP: both have it), or
 - both have SO_REUSEPORT and one uid (an old one in TIME_WAIT: any uid).
 
-``listen`` applies the same rule again, so whoever may bind may listen, unless somebody else does so in between.
+``listen`` applies the same rule again, so a socket that can be bound can listen, unless another one listens in between.
 
 What the kernel remembers of sockets that are gone cannot be read: it lets in a socket with SO_REUSEPORT, without
 looking at the others, if the last one that was bound to the port had it, too, and the same uid and address. So a "no"
@@ -66,8 +66,8 @@ class Answer(msgspec.Struct, frozen=True):
         rule: The rule that decides, in one sentence; with `who` before it, if that is not empty.
         who: Who is in the way, and how.
         until: When that will change, in one sentence; empty if it need not.
-        ends_in_s: Seconds until it changes by itself; None if it does not, or nobody knows when.
-        blockers: Who refuses, or might; whoever stays longest first.
+        ends_in_s: Seconds until it changes by itself; None if it does not, or the time is unknown.
+        blockers: The sockets that prevent it, or may; the longest-lived first.
     """
 
     can: Can
@@ -130,7 +130,7 @@ def blame(port: Port, asker: Asker, options: Options) -> Answer:
 def judge_name(name: UnixName) -> Answer:
     """Judge whether a socket file or an abstract name can be bound; options make no difference there.
 
-    A file in the way refuses, whoever holds it and if nobody does: so servers remove it, or rename another over it.
+    An existing file prevents a bind, held or not: so servers remove it, or rename another over it.
 
     Sources: unix(7), NOTES; bind(2).
     """
@@ -385,7 +385,7 @@ def _until(old: Sockets) -> str:
     if old.is_held:
         return f"when {owner} closes {'it' if old.count == 1 else 'them'}, or ends"
     if old.state in LEFT:
-        return "nobody can say when: the peer has to read, or to go away; the kernel gives up after many minutes"
+        return "it is not known when: the peer has to read, or to leave; the kernel gives up after many minutes"
     return "when its listener accepts and ends it, or closes"
 
 
@@ -444,7 +444,7 @@ def _why_not_refused(port: Port) -> str:
     listeners = [old for old in near if old.state == State.LISTEN]
     if listeners:
         return "the listener there has SO_REUSEPORT, too, and belongs to the same user: connections would be shared"
-    return "what is left on the port has set the same option, and does not listen"
+    return "the leftovers on the port have set the same option, and do not listen"
 
 
 def _may_be_outgoing(port: Port) -> bool:

@@ -55,7 +55,7 @@ class Quiesce(msgspec.Struct, frozen=True):
     """Tell a worker to stop accepting and to keep its connections.
 
     Attributes:
-        empties: Nobody else serves what waits, or comes late; it does.
+        empties: No other worker serves what waits or comes late, so it does.
     """
 
     worker: int
@@ -107,7 +107,7 @@ class Terminate(msgspec.Struct, frozen=True):
     """Tell a worker to leave soon: a draining one cuts its connections, one that takes no orders gets SIGTERM.
 
     Attributes:
-        is_hurried: Somebody does not want to wait: it cuts what it has; one that takes no orders is killed.
+        is_hurried: The request is urgent: it cuts what it has; one that takes no orders is killed.
     """
 
     worker: int
@@ -152,7 +152,7 @@ class Refusal(enum.Enum):
     STOPPING = "the service is stopping"
     TOO_MANY_DRAINING = "too many older generations are still draining"
     LAME_DUCK = "the service is a lame duck, and stops soon"
-    PORT_LOST = "somebody else has one of its addresses, and it is tried to get that back first"
+    PORT_LOST = "another process has one of its addresses; binding it again is being tried"
     WATCHED = "the last restart is still being watched, and can be undone"
     NOTHING_TO_UNDO = "no restart is in progress or in its undo window"
     NOT_WATCHED = "no restart is being watched"

@@ -34,9 +34,9 @@ class Adopt(msgspec.Struct, frozen=True):
 
     Attributes:
         workers: Those that are alive, each in its phase by its own word: never OPENING nor QUIESCING, which are orders
-            under way, and those died with whoever gave them.
+            under way, and those died with the process that gave them.
         wanted: How many should serve.
-        generations: How many generation numbers have been given out, as far as anybody remembers.
+        generations: How many generation numbers have been given out, as far as is known.
         spawned: How many worker numbers.
         favoured: The generation that should go on if several serve whole; 0: the newest.
     """
@@ -76,7 +76,7 @@ class RequestStop(msgspec.Struct, frozen=True):
     """The end of the service is requested; a second request, or `now`, cuts connections; a third kills workers.
 
     Attributes:
-        is_succeeded: Another supervisor's workers accept already: nobody has to empty the accept queue.
+        is_succeeded: Another supervisor's workers accept already: no worker has to empty the accept queue.
         lame_duck_s: Seconds to serve on before, if it is this request that begins the stop; the next one ends them.
     """
 

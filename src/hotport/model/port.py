@@ -77,7 +77,7 @@ class Process(msgspec.Struct, frozen=True):
         generation: Of a worker of hotport's, the generation that it runs; 0 for others.
         stop: The command that stops the service of hotport's that it belongs to; empty if it belongs to none, or
             that cannot be seen.
-        is_suspended: Stopped by Ctrl-Z, SIGSTOP or a debugger: it answers nobody, and no signal but KILL and CONT.
+        is_suspended: Stopped by Ctrl-Z, SIGSTOP or a debugger: it answers nothing, and no signal but KILL and CONT.
     """
 
     pid: int
@@ -115,16 +115,16 @@ class Sockets(msgspec.Struct, frozen=True):
     """Sockets on the port that are alike in everything that matters to a bind.
 
     Attributes:
-        uid: Whose they are; None if nobody says so (TIME_WAIT).
+        uid: Whose they are; None if unknown (TIME_WAIT).
         options: None where they could not be read.
         is_held: A process has a descriptor of them, though perhaps of them we may not see which.
         is_timed: The kernel ends them by itself, in at most `ends_in_s`.
         holders: Those processes that we may see, and no more than a few.
         unit: What the control group says where the process could not be seen.
         peers: Some of the other ends.
-        queue: Of a listener, how many connections wait to be accepted; of others, bytes that nobody has read.
+        queue: Of a listener, how many connections wait to be accepted; of others, bytes not read yet.
         backlog: Of a listener, how long its queue may become; of others, bytes that their peers have not acknowledged.
-        waited_s: Of a listener, for how long at least somebody has been in its queue.
+        waited_s: Of a listener, for how long at least a connection has been in its queue.
         interface: The index of the interface that they are bound to; 0 for all.
         is_outgoing: They are connections to a listener on this machine.
         nodelay: Of a listener, whether it has TCP_NODELAY, which accepted connections inherit; None if not known.

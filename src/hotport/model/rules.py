@@ -18,7 +18,7 @@ How the listeners reach the new ones is the restart's `Strategy`. For *inherit* 
 steps more before OPENING, and none of the old ones is left to be quiesced after it::
 
     RELEASING   tell the old ones to empty the accept queue and to close the listeners, wait for the acknowledgements
-    REBINDING   close the last descriptor and bind again; if somebody else was quicker, the restart aborts, and the
+    REBINDING   close the last descriptor and bind again; if another process was quicker, the restart aborts, and the
                 address is tried again and again
 
 Before the line *(done)* anything that goes wrong with a new worker aborts the restart by the inverses in
@@ -105,8 +105,8 @@ BACKOFF_FIRST_S: Final = 0.5
 BACKOFF_MAX_S: Final = 30.0
 
 
-#: Between attempts to bind an address that somebody has taken. Seldom in the end: a bind that fails slows the port
-#: down, with many connections in TIME_WAIT by milliseconds.
+#: Between attempts to bind an address that another process has taken. Seldom in the end: a bind that fails slows the
+#: port down, with many connections in TIME_WAIT by milliseconds.
 REGAIN_FIRST_S: Final = 0.1
 
 

@@ -68,7 +68,7 @@ class Service(msgspec.Struct, frozen=True):
         failures: Times that workers were lost without a quiet spell between them.
         is_backing_off: No replacement is started before the back-off timer ends.
         is_lame_duck: It serves on for a while, and then stops: load balancers are to take it out until then.
-        regains: Since somebody else has taken one of the addresses: how often it was tried to be had; 0: nobody has.
+        regains: Since another process has taken one of the addresses: attempts to bind it again; 0: none is lost.
     """
 
     wanted: int

@@ -49,7 +49,7 @@ class Type:
         to_native: The value as a user would write it.
         suffix: The unit, as it ends the name of the field.
         choices: The only values allowed, if they can be listed.
-        example: A value to show to somebody who wrote a wrong one, where the default would not help.
+        example: A value to show in an error, where the default would not help.
     """
 
     metavar: str

@@ -334,7 +334,7 @@ class Supervisor:
             return f"{effects.Refusal.IN_PROGRESS.value} (generation {service.restart.generation})"
         if service.generation == 0:
             return effects.Refusal.STARTING.value
-        return f"somebody else has {', '.join(self.owned.lost)}" if self.owned.lost else ""
+        return f"another process has {', '.join(self.owned.lost)}" if self.owned.lost else ""
 
     def depart(self) -> None:
         """End `run` as soon as everything that has happened is dealt with; the workers serve on."""

@@ -45,7 +45,7 @@ class QuiesceOrder(msgspec.Struct, frozen=True, kw_only=True, tag="quiesce"):
     """Stop accepting; keep every connection.
 
     Attributes:
-        empties: Take what waits in the accept queue first, and go on taking what comes late: nobody is sent there.
+        empties: Take what waits in the accept queue first, and keep taking late ones: new clients are sent elsewhere.
     """
 
     empties: bool = False
@@ -442,7 +442,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
             its workers had begun to serve.
         queue_overflows: What the kernel counted meanwhile (``/proc/net/netstat``, whole network namespace).
         strategy: How the listeners reached the new generation.
-        rebind_gap_us: With *rebind*: microseconds in which nobody listened; None with the others.
+        rebind_gap_us: With *rebind*: microseconds without a listener; None with the others.
         refused: With *rebind*: connections that were refused in the gap: the segments with RST that the kernel sent
             meanwhile (``OutRsts`` in ``/proc/net/snmp``, whole network namespace), less `reset`.
         reset: With *rebind*: connections that waited in the accept queue when it was closed, or that nobody could be
@@ -509,7 +509,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
         status_address: Where the status port is; empty without one.
         strategy: How listeners reach the next generation, and why in this way.
         strategies: Every strategy, and why it cannot work here; empty if it can.
-        lost: Addresses that somebody else has taken, and who; they are tried again.
+        lost: Addresses that another process has taken, and which; binding them is retried.
         gone: Addresses whose socket file was removed or replaced, and why it could not be made again.
         log_dropped: Lines of the supervisor's log that could not be written.
     """

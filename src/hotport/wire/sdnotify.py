@@ -1,6 +1,6 @@
 """Notifications that a program sends about itself to ``NOTIFY_SOCKET``, one datagram at a time.
 
-Newline-separated ``KEY=value``; unknown keys are for somebody else and are ignored, so are values that make
+Newline-separated ``KEY=value``; unknown keys are ignored, so are values that make
 no sense. One key is ours: ``X_HOTPORT_ERROR`` says why a worker cannot start. Its lines must survive a
 protocol of lines, so the value is a JSON string; plain text, as a shell script sends it, is taken as it is.
 
