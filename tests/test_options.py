@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 import msgspec
 import pytest
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hotport.errors import ConfigError
 from hotport.options import (
     OPTIONS,
+    Option,
     Options,
     format_duration,
     format_size,
@@ -25,6 +26,7 @@ from hotport.options import (
     runtime_root,
     service_name,
 )
+from hotport.options.keywords import Duration, RunOptions, ServeOptions, Share, Size, Texts
 from hotport.options.loading import Loaded, load, meant_flag, rows, show
 from tests.support import assert_three_lines
 
@@ -663,3 +665,24 @@ def test_a_program_that_cannot_say_ready_has_to_live_longer(tmp_path: Path) -> N
 @pytest.mark.parametrize(("flag", "meant"), [("--reload", "--watch"), ("--worker", "--workers"), ("--zzz", None)])
 def test_flags_of_other_servers_lead_to_ours(flag: str, meant: str | None) -> None:
     assert meant_flag(flag) == meant
+
+
+# Keyword arguments
+
+
+def annotation(option: Option) -> object:
+    """What may be given for an option in Python."""
+    if option.is_switch:
+        return bool
+    if option.choices:
+        return Literal[option.choices]
+    if option.is_list:
+        return Texts
+    kind: Any = {"TIME": Duration, "SIZE": Size, "SHARE": Share, "N": int}.get(option.metavar, str)
+    return kind | None if option.default is None else kind
+
+
+def test_keyword_arguments_have_the_names_and_types_of_the_options() -> None:
+    own_parameters = {"target", "command", "bind"}
+    assert get_type_hints(RunOptions) == {o.key: annotation(o) for o in OPTIONS if o.key not in own_parameters}
+    assert get_type_hints(ServeOptions).keys() < get_type_hints(RunOptions).keys()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 import anyio
 
@@ -21,6 +21,7 @@ from hotport.model.lifecycle import Phase
 from hotport.model.signals import HELD, NOTES, TERMINATING
 from hotport.observe.logs import configure, get_logger
 from hotport.options import WORKERS_MAX, service_name
+from hotport.options.keywords import RunOptions
 from hotport.options.loading import Loaded, load
 from hotport.supervisor.contain import Containing, contained, retried
 from hotport.supervisor.control import serve_control
@@ -43,7 +44,7 @@ def run(
     app: str | Callable[..., Any],
     *,
     bind: str | Sequence[str] | None = None,
-    **options: Any,
+    **options: Unpack[RunOptions],
 ) -> None:
     """Serve an application under a supervisor until it is stopped; the process exits if that failed.
 

@@ -118,7 +118,7 @@ def test_what_cannot_be_run_ends_the_program_with_three_lines(tmp_path: Path, ca
 
 def test_whoever_calls_run_can_ask_what_was_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        hotport.run("app:app", wrkers=2)
+        hotport.run("app:app", wrkers=2)  # type: ignore[call-arg]
     assert isinstance(caught.value.__cause__, hotport.ConfigError)
     assert caught.value.code == 2
     assert_three_lines(capsys.readouterr().err, "HP302")

@@ -13,11 +13,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, Unpack
 
 import anyio
 
-from hotport.adapters.base import Connections, Context
+from hotport.adapters.base import Connections, Context, Draining
 from hotport.address import UnixAddress, parse_address
 from hotport.embedded.keeper import keeping
 from hotport.embedded.manager import Manager
@@ -38,11 +39,12 @@ from hotport.kernel.sockets import (
     unlink_if_ours,
 )
 from hotport.options import Options
+from hotport.options.keywords import ServeOptions
 from hotport.options.loading import load
 from hotport.worker import background
 from hotport.worker.server import ConnectionServer, DatagramServer, SocketsServer, make_server
 
-__all__ = ["Restarted", "Server", "serve"]
+__all__ = ["OpenConnections", "Restarted", "Server", "serve"]
 
 log = logging.getLogger("hotport.embedded")
 
@@ -176,12 +178,51 @@ def _listen(text: str, backlog: int, predecessor: Predecessor | None) -> Iterato
         yield _Listener(text, bind_listener(address, backlog=backlog), backlog, is_adopted=False)
 
 
+class OpenConnections:
+    """The connections of a server, read only."""
+
+    __slots__ = ("_connections",)
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    @property
+    def open(self) -> Mapping[Any, float]:
+        """The open connections, with the time at which each was accepted, by the event loop's clock; a live view."""
+        return MappingProxyType(self._connections.open)
+
+    @property
+    def fates(self) -> Mapping[str, int]:
+        """How many connections ended in which way while draining; a live view."""
+        return MappingProxyType(self._connections.fates)
+
+    @property
+    def accepted(self) -> int:
+        """How many connections were accepted."""
+        return self._connections.accepted
+
+    @property
+    def requests(self) -> int:
+        """How many requests were begun; a stream counts as one."""
+        return self._connections.requests
+
+    @property
+    def errors(self) -> int:
+        """How many requests failed: answers of 5xx, and those that were broken off."""
+        return self._connections.errors
+
+    @property
+    def draining(self) -> Draining:
+        """The drain notice."""
+        return self._connections.draining
+
+
 class Server:
     """A server that runs in the event loop that made it.
 
     Attributes:
         addresses: Where it listens, port 0 resolved.
-        connections: What is open, and the drain notice.
+        connections: The open connections, their counts, and the drain notice; read only.
         generation: 1 in the program as it was first started, one more in each successor.
     """
 
@@ -193,7 +234,7 @@ class Server:
         predecessor: Predecessor | None,
     ) -> None:
         self.addresses = tuple(listener.address for listener in listeners)
-        self.connections = inner.connections
+        self.connections = OpenConnections(inner.connections)
         self.generation = predecessor.spec.generation if predecessor is not None else 1
         self._inner = inner
         self._listeners = listeners
@@ -362,7 +403,7 @@ class Server:
             channel = await successor.ready(self._settings.ready_timeout_s)
             self._has_committed = True  # it may have connections from here on: nobody can change his mind
             hands_off = self._settings.handoff != "off" and not self._settings.tls_cert
-            committed = await successor.commit(channel, len(self.connections.open) if hands_off else 0)
+            committed = await successor.commit(channel, len(self._inner.connections.open) if hands_off else 0)
         except BaseException:
             self._has_committed = False
             with anyio.CancelScope(shield=True):
@@ -412,7 +453,7 @@ class Server:
             if not self._has_committed:
                 restarting.cancel()
             elif not timeout_s:
-                self.connections.hurry()
+                self._inner.connections.hurry()
             await asyncio.wait({restarting})
         try:
             if self._predecessor is not None:
@@ -445,7 +486,7 @@ async def serve(
     *,
     bind: str | Sequence[str] = "tcp://127.0.0.1:8000",
     restart_on_hup: bool = False,
-    **options: Any,
+    **options: Unpack[ServeOptions],
 ) -> AsyncIterator[Server]:
     """Serve an application inside the running asyncio event loop.
 
@@ -466,10 +507,8 @@ async def serve(
         restart_on_hup: SIGHUP calls `Server.restart`, and the log says what came of it. One that comes because the
             terminal is gone closes the server instead. Under nohup it is ignored while a predecessor that leads the
             session has not ended: the kernel sends it at that end.
-        options: ``kind``, ``tasks``, ``backlog``, ``connections_max``, ``drain_timeout``, ``keep_alive``, ``lifespan``,
-            ``trusted_proxy``, ``proxy_protocol``, ``root_path``, ``tls_cert``, ``tls_key``, ``tls_client_ca``,
-            ``tls_client_auth``, ``tls_alpn``, ``ws_...``, and for restarts ``ready_timeout``, ``kill_timeout`` and
-            ``handoff``: as in ``hotport.toml``.
+        options: Those of `ServeOptions`, as in ``hotport.toml``; ``ready_timeout``, ``kill_timeout`` and ``handoff``
+            are about restarts.
 
     Raises:
         ConfigError: An option is wrong; or signals cannot be handled here (HP450).
