@@ -7,7 +7,7 @@ import logging
 import os
 import select
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final
 
@@ -47,12 +47,16 @@ class Predecessor:
     Attributes:
         spec: What it has told us.
         over: It is gone, and what it had handed over by then is served here.
+        passed: Further descriptors that it has passed, by name: the program's.
 
     Descriptors: owns the listeners that were passed until they are adopted, the control socket and a pidfd.
     """
 
-    def __init__(self, spec: Succession, listeners: dict[int, socket.socket], pidfd: int | None) -> None:
+    def __init__(
+        self, spec: Succession, listeners: dict[int, socket.socket], passed: Mapping[str, int], pidfd: int | None
+    ) -> None:
         self.spec = spec
+        self.passed = passed
         self.over = asyncio.Event()
         self.manager = Manager(spec.manager)
         self._name = worker_socket(spec.generation - 1, 1)  # as it calls itself when it offers its connections
@@ -91,7 +95,12 @@ class Predecessor:
             if not _listens(os.environ.get("NOTIFY_SOCKET", "")):  # gone, and somebody else may have its pid
                 os.close(pidfd)
                 pidfd = None
-        return cls(spec, {number: inherited_listener(fd) for number, (fd, _) in enumerate(passed)}, pidfd)
+        descriptors = [fd for fd, _ in passed]
+        listeners, others = descriptors[: len(spec.asked)], descriptors[len(spec.asked) :]
+        for fd in others:
+            os.set_inheritable(fd, False)
+        by_number = {number: inherited_listener(fd) for number, fd in enumerate(listeners)}
+        return cls(spec, by_number, dict(zip(spec.passed, others, strict=True)), pidfd)
 
     @property
     def has_ended(self) -> bool:

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, Unpack
+from typing import TYPE_CHECKING, Any, Final, Unpack
 
 import anyio
 
@@ -45,6 +45,9 @@ from hotport.worker import background
 from hotport.worker.server import ConnectionServer, DatagramServer, SocketsServer, make_server
 
 __all__ = ["OpenConnections", "Restarted", "Server", "serve"]
+
+if TYPE_CHECKING:
+    from _typeshed import FileDescriptorLike
 
 log = logging.getLogger("hotport.embedded")
 
@@ -224,6 +227,7 @@ class Server:
         addresses: Where it listens, port 0 resolved.
         connections: The open connections, their counts, and the drain notice; read only.
         generation: 1 in the program as it was first started, one more in each successor.
+        passed: What the predecessor has passed with `pass_on`: descriptors by name. The program closes them.
     """
 
     def __init__(
@@ -236,6 +240,8 @@ class Server:
         self.addresses = tuple(listener.address for listener in listeners)
         self.connections = OpenConnections(inner.connections)
         self.generation = predecessor.spec.generation if predecessor is not None else 1
+        self.passed: Mapping[str, int] = predecessor.passed if predecessor is not None else MappingProxyType({})
+        self._passed_on: dict[str, FileDescriptorLike] = {}
         self._inner = inner
         self._listeners = listeners
         self._settings = settings
@@ -284,6 +290,18 @@ class Server:
             StartError: They cannot be used; those from before are kept.
         """
         self._inner.reload_tls()
+
+    def pass_on(self, name: str, file: FileDescriptorLike) -> None:
+        """Pass a descriptor to the successor of each restart from now on, which finds it in `passed`.
+
+        A state that is small goes the same way: in a file of ``os.memfd_create``.
+
+        Args:
+            name: The successor's key; a second file of that name replaces the first.
+            file: A descriptor, or an object with ``fileno()``. The program owns it, and keeps it open: one that is
+                closed by then makes the restart fail (HP444).
+        """
+        self._passed_on[name] = file
 
     async def wait_closed(self) -> None:
         """Wait until `close` has been called or a restart is done."""
@@ -398,6 +416,7 @@ class Server:
             listeners=[listener.kept for listener in self._listeners],
             addresses=self.addresses,
             asked=[listener.place for listener in self._listeners],
+            passed={name: _number(file) for name, file in self._passed_on.items()},
         )
         try:
             channel = await successor.ready(self._settings.ready_timeout_s)
@@ -468,6 +487,14 @@ class Server:
         finally:
             for listener in self._listeners:
                 listener.close(is_passed_on=self._is_succeeded)
+
+
+def _number(file: FileDescriptorLike) -> int:
+    """Return the descriptor of a file; -1 if it is closed, which cannot be passed."""
+    try:
+        return file if isinstance(file, int) else file.fileno()
+    except ValueError:
+        return -1
 
 
 def _refused(why: str, serving: int) -> RestartError:

@@ -6,8 +6,9 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Final
 
 from hotport.address import listener_name, parse_address
@@ -78,6 +79,7 @@ class Successor:
         listeners: Sequence[socket.socket],
         addresses: Sequence[str],
         asked: Sequence[str],
+        passed: Mapping[str, int] = MappingProxyType({}),
     ) -> Successor:
         """Start it; blocks during fork and exec.
 
@@ -87,13 +89,19 @@ class Successor:
             listeners: To pass; they stay open here.
             addresses: Where they are.
             asked: What was asked for.
+            passed: Further descriptors by name; they stay open here.
 
         Raises:
             RestartError: It cannot be started (HP444); nothing is left of it.
         """
         name, control = abstract_name(), abstract_name()
         told = Succession(
-            predecessor=os.getpid(), generation=generation, control=control, manager=manager, asked=tuple(asked)
+            predecessor=os.getpid(),
+            generation=generation,
+            control=control,
+            manager=manager,
+            asked=tuple(asked),
+            passed=tuple(passed),
         )
         environment = {
             **start.environment,
@@ -107,8 +115,11 @@ class Successor:
                 start.argv,
                 environment=environment,
                 cwd=start.directory,
-                listeners=[listener.fileno() for listener in listeners],
-                listen_names=[listener_name(parse_address(address)) for address in addresses],
+                listeners=[*(listener.fileno() for listener in listeners), *passed.values()],
+                listen_names=[
+                    *(listener_name(parse_address(address)) for address in addresses),
+                    *("passed",) * len(passed),
+                ],
                 is_successor=True,
                 ignored=start.ignored,
                 is_orphan=bool(manager),

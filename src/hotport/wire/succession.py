@@ -27,6 +27,7 @@ class Succession(msgspec.Struct, frozen=True, kw_only=True):
         control: Where it has to listen: ``@name`` of an abstract unix socket.
         manager: ``NOTIFY_SOCKET`` of the service manager, which the predecessor's own stands in for; empty without one.
         asked: The addresses of the passed listeners, as they were asked for: ``tcp://127.0.0.1:0`` keeps its port.
+        passed: Names of the descriptors that follow the listeners (`Server.pass_on`).
     """
 
     predecessor: int
@@ -34,6 +35,7 @@ class Succession(msgspec.Struct, frozen=True, kw_only=True):
     control: str
     manager: str
     asked: tuple[str, ...]
+    passed: tuple[str, ...] = ()
 
 
 class CommitOrder(msgspec.Struct, frozen=True, kw_only=True, tag="commit"):
