@@ -29,6 +29,7 @@ __all__ = [
     "KernelError",
     "RestartError",
     "StartError",
+    "advice",
     "in_one_line",
     "nearest",
     "visible",
@@ -75,9 +76,7 @@ class HotportError(Exception):
         self.note = note
 
     def __str__(self) -> str:
-        lines = [f"{self.code} {self.what}", f"  cause: {self.cause}"]
-        lines += [f"  try:   {self.fix}"] * bool(self.fix) + [f"  note:  {self.note}"] * bool(self.note)
-        return "\n".join(lines)
+        return "\n".join([f"{self.code} {self.what}", f"  cause: {self.cause}", *advice(self.fix, self.note)])
 
 
 class ConfigError(HotportError, ValueError):
@@ -122,6 +121,11 @@ class ControlError(HotportError):
     """A control socket is missing, belongs to another user, or did not answer."""
 
     exit_code = ExitCode.NO_SUPERVISOR
+
+
+def advice(fix: str, note: str) -> list[str]:
+    """Render a fix and a note, where there are such, as lines to show below a cause."""
+    return [f"  {label:7}{text}" for label, text in (("try:", fix), ("note:", note)) if text]
 
 
 def describe_errno(number: int) -> str:

@@ -12,7 +12,7 @@ from hotport.cli import HELP
 from hotport.cli.client import ask, raise_failure
 from hotport.cli.output import print_json, print_strategies, write
 from hotport.diagnose.doctor import examine, examine_service, read_machine, read_service
-from hotport.errors import ControlError, ExitCode
+from hotport.errors import ControlError, ExitCode, advice
 from hotport.kernel.process import working_directory
 from hotport.kernel.steer import can_steer
 from hotport.model.guarantee import Facts, choose, table
@@ -46,7 +46,7 @@ def command(name: str | None, as_json: bool) -> int:
         print_json(findings)
     else:
         for finding in findings:
-            write(f"{finding.what}\n  so:    {finding.consequence}\n  try:   {finding.fix}")
+            write("\n".join([finding.what, f"  so:    {finding.consequence}", *advice(finding.fix, finding.note)]))
         if status is not None:
             print_strategies(status.strategies, status.strategy)
         else:
