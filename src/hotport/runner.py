@@ -129,7 +129,7 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
 
     Raises:
         ConfigError, StartError, KernelError: The service could not start; nothing is left behind.
-        ControlError: Workers that are left cannot be adopted, or the supervisor that runs does not give its listeners.
+        ControlError: Remaining workers cannot be adopted, or the running supervisor does not pass its listeners.
     """
     surroundings = Surroundings.snapshot()
     options = read(Path(surroundings.directory)).options

@@ -179,7 +179,7 @@ def detect_kind(application: Any, name: str = "app") -> str:
             raise StartError(
                 "HP516",
                 "cannot serve an ASGI 2 application as it is",
-                cause="it takes the scope alone, and returns what takes receive and send",
+                cause="it takes the scope alone, and returns a callable for receive and send",
                 fix=f"from asgiref.compatibility import guarantee_single_callable as single; {name} = single({name})"
                 "  # pip install asgiref",
             )

@@ -34,5 +34,5 @@ def gap_ns(mean_ms: float, rng: random.Random) -> int:
 
 
 def _exponential(rng: random.Random) -> float:
-    """As `random.Random.expovariate`, at half its price."""
+    """Draw like `random.Random.expovariate`, at half its cost."""
     return -log(1.0 - rng.random())

@@ -149,7 +149,7 @@ class Brake:
         self._in_a_row = 0
 
     def delay_s(self, *, is_own: bool) -> float:
-        """How many seconds to wait before the restart for a change.
+        """Return how many seconds to wait before the restart for a change.
 
         Args:
             is_own: All of it came while the code of the last restart was starting.

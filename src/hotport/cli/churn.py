@@ -299,7 +299,7 @@ def check_descriptors(plan: Plan, engines: int) -> None:
         "HP704",
         f"cannot hold {math.ceil(asked):,} connections with {engines} engine{'s' if engines > 1 else ''}",
         cause=f"each may open {limit:,} descriptors (RLIMIT_NOFILE), so {max(0, share):,} connections would fit; "
-        f"a target that stands still has --timeout ({format_duration(plan.timeout_ms / 1000)}) of attempts waiting",
+        f"while the target stalls, the attempts of {format_duration(plan.timeout_ms / 1000)} (--timeout) are open",
         fix=f"--engines {enough}" if enough else f"ulimit -n {needed}",
         note=f"or raise the limit: ulimit -n {needed}" if enough else "or make a smaller load",
     )

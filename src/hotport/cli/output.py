@@ -84,7 +84,7 @@ def output_error(error: OSError) -> int:
             swallow(stream)
     problem = ConfigError(
         "HP336",
-        "cannot print what there is to say",
+        "cannot print the output",
         cause=f"stdout or stderr: {describe_errno(error.errno)}",
         fix="df -h",
         note="or send the output elsewhere",

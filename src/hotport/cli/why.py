@@ -79,7 +79,7 @@ def _require_linux() -> None:
         raise ConfigError(
             "HP131",
             "cannot explain a port here",
-            cause=f"the rules and the tables that are read are those of Linux, and this is {sys.platform}",
+            cause=f"it reads tables of the Linux kernel, and this is {sys.platform}",
             fix="netstat -an",
             note="the documentation of bind() on this system has its rules",
         )

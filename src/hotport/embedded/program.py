@@ -29,7 +29,7 @@ IGNORED_BY_PYTHON: Final = frozenset({signal.SIGPIPE, signal.SIGXFSZ})
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What to execute, where, in which environment, with which signals ignored; links are resolved now."""
+    """A command to execute, with its directory, environment and ignored signals; links are resolved now."""
 
     argv: tuple[str, ...]
     directory: str

@@ -117,7 +117,7 @@ class _Listener:
         withhold(self)
 
     def descriptors(self) -> tuple[int, ...]:
-        """What a forked child must not have."""
+        """Descriptors that a forked child must not keep."""
         return self.socket.fileno(), self.kept.fileno()
 
     @property

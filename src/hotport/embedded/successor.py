@@ -159,7 +159,7 @@ class Successor:
                 RestartError(
                     "HP446",
                     f"the successor was not ready in time; pid {os.getpid()} serves on",
-                    cause=in_one_line(self._error) or f"pid {self.pid} has not come to accept within {timeout_s:g} s",
+                    cause=in_one_line(self._error) or f"pid {self.pid} did not accept within {timeout_s:g} s",
                     fix='ready_timeout = "2m"',
                     note="allow it more time, or look at what it does while it starts: py-spy dump --pid PID",
                     phase="start up",
@@ -269,8 +269,8 @@ class Successor:
             raise self._failed(
                 RestartError(
                     "HP445",
-                    f"the successor did not come to serve; pid {os.getpid()} serves on",
-                    cause=f"where it should take orders, {error.strerror}",
+                    f"the successor did not start to serve; pid {os.getpid()} serves on",
+                    cause=f"its control socket cannot be reached: {error.strerror}",
                     fix="ss -lxp",
                     phase="start up",
                     serving=self._serving,
@@ -290,7 +290,7 @@ class Successor:
         return self._failed(
             RestartError(
                 "HP445",
-                f"the successor did not come to serve; pid {os.getpid()} serves on",
+                f"the successor did not start to serve; pid {os.getpid()} serves on",
                 cause=cause,
                 note="correct the program, then restart again",
                 phase=phase,

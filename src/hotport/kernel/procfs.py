@@ -227,7 +227,7 @@ def zombies(parent: int) -> list[int]:
 
 
 def command(pid: int) -> str:
-    """How a process was started, in one short line; ``?`` when it is gone.
+    """Describe how a process was started, in one short line; ``?`` when it is gone.
 
     Whoever started it has chosen the words: what would move the cursor of a terminal, or break the line, is left out.
 

@@ -173,7 +173,7 @@ def inet(
 
 
 def lingering(family: int, port: int) -> dict[bytes, Lingering]:
-    """How many connections are in TIME_WAIT on a local port, by their local address; counted, and not listed.
+    """Count the connections in TIME_WAIT on a local port, by their local address, without listing them.
 
     Raises:
         KernelError: As `inet`.
@@ -306,7 +306,7 @@ def _closing(data: bytes) -> int | None:
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int]]:
-    """Where the body of each message begins and ends."""
+    """Find where the body of each message begins and ends."""
     at = 0
     while at < len(data):
         (length,) = _LENGTH.unpack_from(data, at)

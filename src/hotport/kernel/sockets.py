@@ -205,7 +205,7 @@ def location(text: str) -> Address:
 
 
 def accept_queue_length(listener: socket.socket) -> int:
-    """How many connections wait in a TCP listener's accept queue; 0 for other sockets.
+    """Count the connections in a TCP listener's accept queue; 0 for other sockets.
 
     Sources: tcp(7) TCP_INFO; of a listener, ``tcpi_unacked`` is the length of its queue (kernel ``tcp_get_info``).
     """
@@ -216,7 +216,7 @@ def accept_queue_length(listener: socket.socket) -> int:
 
 
 def acknowledged_bytes(sock: socket.socket) -> int:
-    """How many bytes the peer's kernel has taken since the connection began; 0 if this is no TCP socket, or closed.
+    """Count the bytes the peer's kernel has acknowledged since the connection began; 0 if closed or not TCP.
 
     Sources: tcp(7) TCP_INFO; ``tcpi_bytes_acked`` of struct tcp_info (linux/tcp.h), since Linux 4.1.
     """
@@ -267,7 +267,7 @@ def ended_by_peer(descriptors: Iterable[int]) -> dict[int, bool]:
 
 
 def unsent_bytes(sock: socket.socket) -> int:
-    """How much was written to a connection and is not acknowledged, or not sent; 0 if it is closed.
+    """Count the bytes written to a connection and not yet acknowledged, or not sent; 0 if it is closed.
 
     Sources: tcp(7) SIOCOUTQ; unix(7) has it too.
     """

@@ -248,7 +248,7 @@ def _wait_for_room(fd: int, timeout_s: float | None) -> None:
 
 
 def _pieces(data: bytes) -> list[bytes]:
-    """Whole lines, as many as are written in one piece; a longer line is one, and may be torn by other processes'."""
+    """Split into pieces of whole lines that are written at once; a longer line is a piece, and may be torn."""
     pieces, start = list[bytes](), 0
     while start < len(data):
         end = data.rfind(b"\n", start, start + PIECE_BYTES_MAX) + 1

@@ -68,7 +68,7 @@ def _option(default: object, type_: Type, says: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What a service is and how it behaves; durations are seconds, sizes bytes.
+    """The options of a service; durations are seconds, sizes bytes.
 
     It travels to workers as JSON, so it holds nothing but numbers, texts and tuples of texts.
     """

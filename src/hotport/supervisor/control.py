@@ -144,7 +144,7 @@ async def _converse(supervisor: Supervisor, stream: SocketStream, house: House) 
         failed = HotportError(
             "HP642",
             f"{supervisor.name} could not do this",
-            cause=f"an error that hotport did not expect: {type(error).__name__} ({str(error)[:ERROR_CHARS_MAX]})",
+            cause=f"an unexpected error: {type(error).__name__} ({str(error)[:ERROR_CHARS_MAX]})",
             fix=f"hotport status {supervisor.name}",
             note="the service's log has the traceback",
         )
@@ -172,7 +172,7 @@ async def _read_request(stream: SocketStream) -> Any:
     raise ControlError(
         "HP641",
         "no request came",
-        cause=f"the connection said nothing whole for {REQUEST_TIMEOUT_S:g} s",
+        cause=f"no complete request arrived within {REQUEST_TIMEOUT_S:g} s",
         fix="hotport status",
         note="the control socket is for the hotport command",
     )

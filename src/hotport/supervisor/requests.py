@@ -316,7 +316,7 @@ def _no_tls(supervisor: Supervisor) -> str:
 def _no_answer(service: str, worker: int) -> str:
     error = StartError(
         "HP414",
-        f"worker {worker} did not say that it has read its certificates",
+        f"worker {worker} did not confirm that it has read its certificates",
         cause=f"it was busy for {RELOAD_TIMEOUT_S:g} s, and may still do it",
         fix=f"hotport reload-tls {service}",
     )

@@ -142,7 +142,7 @@ def _check(supervisor: Supervisor, request: TakeOverRequest) -> None:
 def _refused(code: str, supervisor: Supervisor, cause: str, fix: str, note: str) -> RestartError:
     return RestartError(
         code,
-        f"{supervisor.name} is not given to another supervisor",
+        f"cannot hand {supervisor.name} over to another supervisor",
         cause=cause,
         fix=fix,
         note=note,
@@ -209,7 +209,7 @@ def ask_predecessor(directory: str, name: str) -> Predecessor:
             raise ControlError(
                 "HP656",
                 f"cannot take over {name}",
-                cause=f"its supervisor does not give its listeners: {error.strerror or error}",
+                cause=f"its supervisor does not pass its listeners: {error.strerror or error}",
                 fix=f"hotport status {name}",
             ) from error
         reply = replies[0]

@@ -523,7 +523,7 @@ def make_server(
             raise StartError(
                 "HP512",
                 "cannot serve this application over TLS",
-                cause="it takes the listening sockets, and what comes from them does not pass through hotport",
+                cause="it accepts connections by itself, so that they do not pass through hotport",
                 note="remove tls_cert, and give the certificate to its own server",
             )
         return SocketsServer(adapter, listeners, context.connections)
