@@ -149,9 +149,9 @@ EXIT_CODES: Final = {
 }
 
 ERRORS_HEAD: Final = """
-An error has three lines: a code and what could not be done, the cause, and something to try. Codes are stable: a script
-may look at them. `…` and words in braces stand for what is known when it happens. A `KernelError` ends its first line
-with the errno: `EADDRINUSE (address already in use)`.
+An error has a code and what could not be done, the cause, and what to do: something to paste (`try:`), a note, or
+both. Codes are stable: a script may look at them. `…` and words in braces are filled in when the error occurs. A
+`KernelError` ends its first line with the errno: `EADDRINUSE (address already in use)`.
 
 The third column names the Python class (`hotport.ConfigError` and so on) and the exit status of a command that ends
 with it.
@@ -168,6 +168,8 @@ class ErrorSite:
     module: str
     what: str
     cause: str
+    fix: str
+    note: str
 
 
 def error_sites() -> list[ErrorSite]:
@@ -182,19 +184,21 @@ def _sites_in(path: Path) -> Iterator[ErrorSite]:
     tree = ast.parse(path.read_text())
     name = path.relative_to(SOURCE).as_posix()
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    makers = {function.name: made for function in functions if (made := _made_by(function)) is not None}
+    makers = {function.name: (function, made) for function in functions if (made := _made_by(function)) is not None}
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or not _is_code(node):
             continue
-        error, what, cause = node.func.id, _argument(node, 1, "what"), _argument(node, 3, "cause")
+        error, given = node.func.id, _arguments(node, ("code", "what"))
         if error in makers:  # a helper that is given the code and the cause, and puts the rest around them
-            made = makers[error]
-            error, what, cause = ast.unparse(made.func), _argument(made, 1, "what"), _argument(node, 2, "cause")
+            helper, made = makers[error]
+            error, names = ast.unparse(made.func), [argument.arg for argument in helper.args.args]
+            given = {**_arguments(made, ("code", "what")), **_arguments(node, names)}
         module = importlib.import_module(f"hotport.{name.removesuffix('.py').replace('/', '.')}")
         kind = getattr(module, error)
         code = node.args[0]
         assert isinstance(code, ast.Constant)
-        yield ErrorSite(str(code.value), error, kind.exit_code, name, _says(what), _says(cause))
+        texts = (_says(given.get(part)) for part in ("what", "cause", "fix", "note"))
+        yield ErrorSite(str(code.value), error, kind.exit_code, name, *texts)
 
 
 def _is_code(call: ast.Call) -> bool:
@@ -214,11 +218,10 @@ def _made_by(function: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.Call | Non
     return None
 
 
-def _argument(call: ast.Call, index: int, name: str) -> ast.expr | None:
-    for keyword in call.keywords:
-        if keyword.arg == name:
-            return keyword.value
-    return call.args[index] if len(call.args) > index else None
+def _arguments(call: ast.Call, names: Sequence[str]) -> dict[str, ast.expr]:
+    """The arguments of a call by the names of the parameters."""
+    named = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg is not None}
+    return dict(zip(names, call.args, strict=False)) | named
 
 
 def _says(node: ast.expr | None) -> str:
@@ -256,6 +259,8 @@ def errors_page() -> str:
             if site.code[2] != hundred:
                 continue
             says = _code(site.what or "…") + (f"<br>cause: {site.cause}" if site.cause else "")
+            says += f"<br>try: {_code(site.fix.replace(' or: ', '` or `'))}" if site.fix else ""
+            says += f"<br>note: {site.note}" if site.note else ""
             row = (_code(site.code), says, f"{_code(site.error)}, {site.exit_code}", _code(site.module))
             if row not in rows:
                 rows.append(row)
@@ -324,15 +329,15 @@ closes what it has bound. Port 0 means the port that it has got.
 
 `SO_REUSEADDR`, without which a server could not come back while connections are in TIME_WAIT, has no rule about
 users: in the gap of a `rebind` any user can take a port above 1023. With `guard` the supervisor keeps a second socket
-bound to each TCP address, which never listens and has `SO_REUSEPORT` alone. The kernel lets nobody bind beside it but
+bound to each TCP address, which never listens and has `SO_REUSEPORT` alone. The kernel lets no user bind beside it but
 the same user with `SO_REUSEPORT`; the listeners of the service have that, too. It also keeps the gap short: with
 `SO_REUSEPORT` the kernel does not look at every connection in TIME_WAIT. Its price: processes of the same user can
 join the port silently (`hotport why` names them). A guard is kept until the service ends, or its address is dropped.
 
-## When somebody takes the port
+## When another process takes the port
 
 If a port cannot be bound again, the restart aborts: its report and the event `port.lost` name who has it, and so does
-`hotport status`, as `lost`. The connections of the old generation live on. The port is tried after 0.1 s, then with
+`hotport status`, as `lost`. The connections of the old generation stay open. The port is tried after 0.1 s, then with
 pauses twice as long each time, up to 5 s; when it is ours again (`port.regained`), the old workers are given it.
 Until then restarts are refused (HP410).
 """
@@ -342,7 +347,7 @@ def strategies_page() -> str:
     """What each strategy promises, and who can have it."""
     parts = [f"# Strategies\n\n{GENERATED}\n{STRATEGIES_HEAD}"]
     rows = [(_code(s.value), g.refused, g.reset, g.gap) for s, g in GUARANTEES.items()]
-    parts.append(_table(("strategy", "refused", "reset", "nobody listens for"), rows) + "\n")
+    parts.append(_table(("strategy", "refused", "reset", "rebind gap"), rows) + "\n")
     for strategy, says in GUARANTEES.items():
         parts.append(f"## {strategy.value}\n\n{_sentence(says.how)}\n")
         parts.append(f"**What clients see**: {says.clients_see}.\n\n**Needs**: {says.needs}.\n")

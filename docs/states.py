@@ -28,7 +28,7 @@ HEAD: Final = """
 <!-- Written by docs/states.py from the source; do not edit. -->
 
 What may happen to a worker is a table, `TRANSITIONS` in `hotport.model.lifecycle`; what a service does next is one pure
-function, `step` in `hotport.model.rules`; what becomes of a connection is a table in `hotport.adapters.asgi.states`.
+function, `step` in `hotport.model.rules`; the fate of a connection is a table in `hotport.adapters.asgi.states`.
 This page is written from them.
 
 ## The life of one worker
@@ -48,7 +48,7 @@ RESTART: Final = """
 New workers take over from old ones in a batch of all, or, in a phased restart, in batches of one. Until the last line,
 whatever goes wrong with a new worker takes back what the batch has done, first with the old workers, then with the new
 ones, and the old generation serves on. That is called *aborted*; from `baking` and `watching`, and after the commit if
-somebody asks for it, it leads through `undoing` and is called *undone*. After a canary's bake the steps start again,
+an undo is requested, it leads through `undoing` and is called *undone*. After a canary's bake the steps start again,
 with the rest of its batch.
 
 The steps *releasing* and *rebinding* are those of the strategy `rebind` alone. With `overlap`, newcomers are steered to
@@ -76,7 +76,7 @@ WHO: Final = {
 }
 WHO_UNDOING: Final = "each old worker"
 
-#: Where the inverse is for somebody else.
+#: Where the inverse is for others.
 INVERTED: Final[dict[type[Effect], str]] = {Rebind: "each old worker, with what was bound"}
 
 TAIL: Final = """
@@ -100,19 +100,19 @@ TAIL: Final = """
 - Scaling down lets go first of workers that do not accept yet, then of those that wait for a replacement, then of the
   newest.
 - A restart is refused while {generations} older generations still drain.
-- An address that somebody else has taken while it was bound again is tried after {regain:g} s, then twice as long each
-  time, up to {regains:g} s; restarts are refused until it is there. Then the workers that serve are given it (`Share`).
+- An address that another process has taken while it was bound again is tried after {regain:g} s, then twice as long
+  each time, up to {regains:g} s; restarts are refused until it is there. Then the workers that serve get it (`Share`).
 """
 
 
 CONNECTIONS: Final = """
 ## The states of a connection
 
-What a connection of an ASGI application is doing decides what becomes of it when its worker leaves. Quiesce changes
-nothing in any state: it concerns the listeners. In the drain a connection moves to a worker that goes on with it, and
-the client sees nothing of that. If nobody can (no worker follows, `handoff = "off"`, TLS), no HTTP connection is closed
+What a connection of an ASGI application is doing decides its fate when its worker leaves. Quiesce changes
+nothing in any state: it concerns the listeners. In the drain a connection moves to a worker that continues it, and
+the client sees nothing of that. If none can (no worker follows, `handoff = "off"`, TLS), no HTTP connection is closed
 either: a connection that is closed without notice may be one on which the client has just begun to send. Instead, the
-next answer that has no request behind it says `Connection: close`. At the deadline, `drain_timeout`, what is left is
+next answer that has no request behind it says `Connection: close`. At the deadline, `drain_timeout`, what remains is
 ended and counted under its fate.
 """
 
@@ -186,7 +186,7 @@ def _steps() -> str:
         inverse = f"`{INVERSE[effect].__name__}` {INVERTED.get(effect, 'it')}" if effect and not is_undoing else ""
         rows.append((step.value, does, inverse, row.awaits, f"{LASTS[row.clock]}: {row.late}"))
     rows.append(("(done)", "`Drain` each old worker", "none", "", ""))
-    return _table(("step", "effect", "inverse", "goes on when", "at the latest"), rows)
+    return _table(("step", "effect", "inverse", "ends when", "at the latest"), rows)
 
 
 def states_page() -> str:

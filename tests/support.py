@@ -337,12 +337,11 @@ def watching_pid(pid: int) -> Iterator[Callable[[], None]]:
 
 
 def assert_three_lines(text: str, code: str) -> None:
-    """An error is what happened under a stable code, a cause and something to try, and nothing else."""
+    """An error is what happened under a stable code, a cause, and something to try or a note or both; nothing else."""
     lines = text.rstrip("\n").split("\n")
-    assert len(lines) == 3, text
     assert lines[0].startswith(f"{code} "), text
     assert lines[1].startswith("  cause: "), text
-    assert lines[2].startswith("  try:   "), text
+    assert [line[:9] for line in lines[2:]] in (["  try:   "], ["  note:  "], ["  try:   ", "  note:  "]), text
     assert all(len(line) > 9 for line in lines), text
 
 

@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 import msgspec
 import pytest
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hotport.errors import ConfigError
 from hotport.options import (
     OPTIONS,
+    Option,
     Options,
     format_duration,
     format_size,
@@ -25,7 +26,9 @@ from hotport.options import (
     runtime_root,
     service_name,
 )
+from hotport.options.keywords import Duration, RunOptions, ServeOptions, Share, Size, Texts
 from hotport.options.loading import Loaded, load, meant_flag, rows, show
+from tests.support import assert_three_lines
 
 
 def read(
@@ -48,7 +51,7 @@ def read(
 def refused(tmp_path: Path, *args: Any, **kwargs: Any) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
         read(tmp_path, *args, **kwargs)
-    assert len(str(caught.value).splitlines()) == 3
+    assert_three_lines(str(caught.value), caught.value.code)
     return caught.value
 
 
@@ -311,18 +314,18 @@ def test_unknown_key_names_file_key_and_the_nearest(tmp_path: Path) -> None:
     assert (error.code, error.what, error.fix) == (
         "HP302",
         "unknown option 'wrokers' in hotport.toml",
-        "write workers",
+        "workers = 2",
     )
 
 
 @pytest.mark.parametrize(
     ("key", "fix"),
     [
-        ("drain-timout", "write drain_timeout"),
-        ("port", "write bind"),
-        ("forwarded_allow_ips", "write trusted_proxy"),
-        ("trusted_proxies", "write trusted_proxy"),
-        ("xyzzy", "hotport serve --help lists them"),
+        ("drain-timout", "drain_timeout = 1"),
+        ("port", "bind = 1"),
+        ("forwarded_allow_ips", "trusted_proxy = 1"),
+        ("trusted_proxies", "trusted_proxy = 1"),
+        ("xyzzy", "hotport serve --help"),
     ],
 )
 def test_unknown_key_gets_the_best_advice_there_is(tmp_path: Path, key: str, fix: str) -> None:
@@ -334,7 +337,7 @@ def test_unknown_argument_of_a_call_is_no_traceback(tmp_path: Path) -> None:
     assert (error.code, error.what, error.fix) == (
         "HP302",
         "unknown option 'wrokers' in the arguments",
-        "write workers",
+        "workers = 2",
     )
 
 
@@ -346,10 +349,10 @@ def test_key_in_both_spellings_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variable", "fix"),
     [
-        ("HOTPORT_WORKER_COUNT", "write HOTPORT_"),
-        ("HOTPORT_WROKERS", "write HOTPORT_WORKERS"),
-        ("HOTPORT_PORT", "write HOTPORT_BIND"),
-        ("HOTPORT_RUNTIMEDIR", "write HOTPORT_RUNTIME_DIR"),
+        ("HOTPORT_WORKER_COUNT", "HOTPORT_"),
+        ("HOTPORT_WROKERS", "HOTPORT_WORKERS=8000"),
+        ("HOTPORT_PORT", "HOTPORT_BIND=8000"),
+        ("HOTPORT_RUNTIMEDIR", "HOTPORT_RUNTIME_DIR=8000"),
         ("HOTPORT_XYZZY", "unset HOTPORT_XYZZY"),
     ],
 )
@@ -662,3 +665,24 @@ def test_a_program_that_cannot_say_ready_has_to_live_longer(tmp_path: Path) -> N
 @pytest.mark.parametrize(("flag", "meant"), [("--reload", "--watch"), ("--worker", "--workers"), ("--zzz", None)])
 def test_flags_of_other_servers_lead_to_ours(flag: str, meant: str | None) -> None:
     assert meant_flag(flag) == meant
+
+
+# Keyword arguments
+
+
+def annotation(option: Option) -> object:
+    """What may be given for an option in Python."""
+    if option.is_switch:
+        return bool
+    if option.choices:
+        return Literal[option.choices]
+    if option.is_list:
+        return Texts
+    kind: Any = {"TIME": Duration, "SIZE": Size, "SHARE": Share, "N": int}.get(option.metavar, str)
+    return kind | None if option.default is None else kind
+
+
+def test_keyword_arguments_have_the_names_and_types_of_the_options() -> None:
+    own_parameters = {"target", "command", "bind"}
+    assert get_type_hints(RunOptions) == {o.key: annotation(o) for o in OPTIONS if o.key not in own_parameters}
+    assert get_type_hints(ServeOptions).keys() < get_type_hints(RunOptions).keys()

@@ -1,4 +1,4 @@
-"""A server that restarts itself: kill -HUP PID, and the code on disk goes on where this one stopped."""
+"""A server that restarts itself: kill -HUP PID, and the code on disk continues where this one stopped."""
 
 import asyncio
 import os

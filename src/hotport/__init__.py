@@ -1,4 +1,4 @@
-"""hotport: an asyncio server framework whose restarts nobody's connection notices."""
+"""hotport: an asyncio server framework whose restarts no connection notices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from hotport.adapters.protocol import Transferable
     from hotport.adapters.sockets import Lifetime
     from hotport.adapters.stream import Stream, StreamAttribute, hand_off, restartable
-    from hotport.embedded.server import Restarted, Server, serve
+    from hotport.embedded.server import OpenConnections, Restarted, Server, serve
+    from hotport.options.keywords import RunOptions, ServeOptions
     from hotport.runner import run
 
 __version__ = "0.1.0"
@@ -30,8 +31,11 @@ __all__ = [
     "HotportError",
     "KernelError",
     "Lifetime",
+    "OpenConnections",
     "RestartError",
     "Restarted",
+    "RunOptions",
+    "ServeOptions",
     "Server",
     "StartError",
     "Stream",
@@ -48,7 +52,10 @@ __all__ = [
 _HOMES = {
     "Draining": "hotport.adapters.base",
     "Lifetime": "hotport.adapters.sockets",
+    "OpenConnections": "hotport.embedded.server",
     "Restarted": "hotport.embedded.server",
+    "RunOptions": "hotport.options.keywords",
+    "ServeOptions": "hotport.options.keywords",
     "Server": "hotport.embedded.server",
     "Stream": "hotport.adapters.stream",
     "StreamAttribute": "hotport.adapters.stream",

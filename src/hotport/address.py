@@ -1,4 +1,4 @@
-"""Where to listen, as text and as values: ``tcp://[::1]:8000``, ``unix:run/app.sock``, ``fd://3``.
+"""Addresses to listen on, as text and as values: ``tcp://[::1]:8000``, ``unix:run/app.sock``, ``fd://3``.
 
 Nothing here asks the system: host names stay names, files need not exist.
 """
@@ -30,7 +30,7 @@ UNIX_PATH_BYTES_MAX: Final = 107
 """``sun_path`` has 108 bytes and ends with a NUL (unix(7)); an abstract name begins with one instead."""
 
 _SCHEMES: Final = ("tcp", "udp", "unix", "fd", "systemd")
-_FORMS: Final = ":8000, 127.0.0.1:8000, [::1]:8000, unix:run/app.sock, udp://:5353, fd://3 or systemd:NAME"
+_FORMS: Final = "write :8000, 127.0.0.1:8000, [::1]:8000, unix:run/app.sock, udp://:5353, fd://3 or systemd:NAME"
 _LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _FD_NAME: Final = re.compile(r"[!-9;-~]{1,255}")  # sd_listen_fds_with_names(3): ASCII, no colon
 
@@ -62,7 +62,7 @@ class UnixAddress(msgspec.Struct, frozen=True):
 
     @property
     def is_abstract(self) -> bool:
-        """No file: the name lives in the network namespace (unix(7))."""
+        """Whether it has no file: the name belongs to the network namespace (unix(7))."""
         return self.path.startswith("@")
 
     def __str__(self) -> str:
@@ -115,27 +115,27 @@ def parse_address(text: str) -> Address:
         case "fd":
             return FdAddress(_parse_fd(text, rest))
     meant = "tcp" if scheme.lower() in {"http", "https"} else nearest(scheme.lower(), _SCHEMES)
-    raise _unknown_scheme(text, scheme, f"--bind {_prefix(meant)}{rest.rstrip('/')}" if meant else _FORMS)
+    raise _unknown_scheme(text, scheme, f"--bind {_prefix(meant)}{rest.rstrip('/')}" if meant else "")
 
 
 def listener_name(address: Address) -> str:
-    """The address as it stands in ``LISTEN_FDNAMES``, where a colon separates names."""
+    """Encode an address for ``LISTEN_FDNAMES``, where a colon separates names."""
     return str(address).replace("%", "%25").replace(":", "%3A")
 
 
 def parse_listener_name(name: str) -> Address:
-    """The inverse of `listener_name`.
+    """Decode what `listener_name` has encoded.
 
     Raises:
-        ConfigError: If somebody else chose the name (HP11x).
+        ConfigError: If the name was not made by `listener_name` (HP11x).
     """
     return parse_address(name.replace("%3A", ":").replace("%25", "%"))
 
 
-def _error(code: str, text: str, cause: str, fix: str) -> ConfigError:
-    if not text.isprintable():  # then a fix made of it is nothing to paste
-        fix = _FORMS
-    return ConfigError(code, f"{text!r} is not an address to listen on", cause=cause, fix=fix)
+def _error(code: str, text: str, cause: str, fix: str, note: str = "") -> ConfigError:
+    if not fix or not text.isprintable():  # then a fix made of it is nothing to paste
+        fix, note = "", _FORMS
+    return ConfigError(code, f"{text!r} is not an address to listen on", cause=cause, fix=fix, note=note)
 
 
 def _unknown_scheme(text: str, scheme: str, fix: str) -> ConfigError:
@@ -163,7 +163,7 @@ def _host_port(host: str, port: int | str) -> str:
 
 
 def _parse_host_port(text: str, rest: str) -> tuple[str, int]:
-    """Split and check what stands behind ``tcp://``; `text` is the whole address, for the error."""
+    """Split and check the part after ``tcp://``; `text` is the whole address, for the error."""
     is_bracketed = rest.startswith("[") and "]" in rest
     if is_bracketed:
         host, _, tail = rest[1:].partition("]")
@@ -179,7 +179,7 @@ def _parse_host_port(text: str, rest: str) -> tuple[str, int]:
         if rest == text and (scheme := nearest(host, _SCHEMES)):  # unx:app.sock
             raise _unknown_scheme(text, host, f"--bind {_prefix(scheme)}{port}")
         number = port.partition("/")[0]
-        fix = f"--bind {_host_port(host, number)}" if _is_number(number) else _FORMS
+        fix = f"--bind {_host_port(host, number)}" if _is_number(number) else ""
         raise _error("HP112", text, f"{port!r} is not a port number", fix)
     if len(port) > 5 or int(port) > PORT_MAX:
         cause = f"{port} is not a port number: they end at {PORT_MAX}"
@@ -213,8 +213,8 @@ def _parse_host(text: str, host: str, port: str, *, is_bracketed: bool) -> str:
             raise _error("HP113", text, f"{host} is not an IPv4 address", f"--bind 127.0.0.1:{port}") from None
     name = host.lower()
     if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in name.split(".")):
-        fix = f"--bind :{port} for all interfaces, 127.0.0.1:{port} for this machine only"
-        raise _error("HP113", text, f"{host!r} is not a host name", fix)
+        note = f"this binds all interfaces; for this machine only: --bind 127.0.0.1:{port}"
+        raise _error("HP113", text, f"{host!r} is not a host name", f"--bind :{port}", note)
     return name
 
 
@@ -228,7 +228,8 @@ def _parse_unix_path(text: str, path: str) -> str:
         raise _error("HP114", text, f"{path!r} is not a file name", "--bind unix:run/app.sock")
     if size > UNIX_PATH_BYTES_MAX:
         cause = f"the path has {size} bytes; Linux allows {UNIX_PATH_BYTES_MAX}"
-        raise _error("HP114", text, cause, "--bind unix:app.sock, relative to the working directory")
+        note = "a path relative to the working directory is shorter"
+        raise _error("HP114", text, cause, "--bind unix:app.sock", note)
     return path
 
 
@@ -241,5 +242,5 @@ def _parse_fd(text: str, number: str) -> int:
 def _parse_fd_name(text: str, name: str) -> str:
     if not _FD_NAME.fullmatch(name):
         cause = "a descriptor name has 1 to 255 printable ASCII characters, no space and no colon"
-        raise _error("HP117", text, cause, "--bind systemd:NAME, as in FileDescriptorName=NAME")
+        raise _error("HP117", text, cause, "--bind systemd:web", "where the socket unit says FileDescriptorName=web")
     return name

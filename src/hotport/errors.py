@@ -1,4 +1,4 @@
-"""Every error that hotport raises: what happened, why, and what to do now.
+"""Every error that hotport raises: what happened, why, and what to do.
 
 ::
 
@@ -29,6 +29,7 @@ __all__ = [
     "KernelError",
     "RestartError",
     "StartError",
+    "advice",
     "in_one_line",
     "nearest",
     "visible",
@@ -40,7 +41,7 @@ _OBEYED: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u20
 
 
 class ExitCode:
-    """What a hotport command's exit status means."""
+    """Exit statuses of hotport commands."""
 
     DONE: Final = 0
     BUG: Final = 1
@@ -54,26 +55,28 @@ class ExitCode:
 
 
 class HotportError(Exception):
-    """Base of the tree; carries its three lines as data.
+    """Base of the tree; carries its lines as data.
 
     Args:
         code: Stable identifier, ``HP`` and three digits.
         what: What could not be done, in one line.
         cause: Why, as far as it is known.
-        fix: What to type or change now.
+        fix: One command, option or line of code that can be pasted; empty if there is none.
+        note: What to do beside it, or in its place, in prose; mostly empty.
     """
 
     exit_code: ClassVar[int] = ExitCode.BUG
 
-    def __init__(self, code: str, what: str, *, cause: str, fix: str) -> None:
+    def __init__(self, code: str, what: str, *, cause: str, fix: str = "", note: str = "") -> None:
         super().__init__(code, what)
         self.code = code
         self.what = what
         self.cause = cause
         self.fix = fix
+        self.note = note
 
     def __str__(self) -> str:
-        return f"{self.code} {self.what}\n  cause: {self.cause}\n  try:   {self.fix}"
+        return "\n".join([f"{self.code} {self.what}", f"  cause: {self.cause}", *advice(self.fix, self.note)])
 
 
 class ConfigError(HotportError, ValueError):
@@ -91,8 +94,8 @@ class StartError(HotportError):
 class KernelError(StartError, OSError):
     """A system call failed; ``errno`` is kept, and ``except OSError`` catches it."""
 
-    def __init__(self, code: str, what: str, *, errno: int, cause: str, fix: str) -> None:
-        StartError.__init__(self, code, f"{what}: {describe_errno(errno)}", cause=cause, fix=fix)
+    def __init__(self, code: str, what: str, *, errno: int, cause: str, fix: str = "", note: str = "") -> None:
+        StartError.__init__(self, code, f"{what}: {describe_errno(errno)}", cause=cause, fix=fix, note=note)
         self.errno = errno
 
 
@@ -106,16 +109,23 @@ class RestartError(HotportError):
 
     exit_code = ExitCode.ABORTED
 
-    def __init__(self, code: str, what: str, *, cause: str, fix: str, phase: str = "refused", serving: int) -> None:
-        super().__init__(code, what, cause=cause, fix=fix)
+    def __init__(
+        self, code: str, what: str, *, cause: str, fix: str = "", note: str = "", phase: str = "refused", serving: int
+    ) -> None:
+        super().__init__(code, what, cause=cause, fix=fix, note=note)
         self.phase = phase
         self.serving = serving
 
 
 class ControlError(HotportError):
-    """A control socket is missing, belongs to somebody else, or did not answer."""
+    """A control socket is missing, belongs to another user, or did not answer."""
 
     exit_code = ExitCode.NO_SUPERVISOR
+
+
+def advice(fix: str, note: str) -> list[str]:
+    """Render a fix and a note, where there are such, as lines to show below a cause."""
+    return [f"  {label:7}{text}" for label, text in (("try:", fix), ("note:", note)) if text]
 
 
 def describe_errno(number: int) -> str:
@@ -125,7 +135,7 @@ def describe_errno(number: int) -> str:
 
 
 def in_one_line(error: str) -> str:
-    """What happened: the first line of our own errors, the last one of a traceback."""
+    """Shorten an error: the first line of our own, the last one of a traceback."""
     lines = error.strip().splitlines() or [""]
     return lines[0 if lines[0].startswith("HP") else -1].strip()
 
@@ -139,7 +149,7 @@ def visible(text: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known name that the reader most likely meant, if one is near enough."""
+    """Return the known name closest to `word`, if one is close enough."""
     from difflib import get_close_matches  # most processes never look for a near miss
 
     found = get_close_matches(word, list(known), n=1, cutoff=0.6)

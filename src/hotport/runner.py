@@ -1,4 +1,4 @@
-"""The front door of a service under a supervisor; for a server in one's own event loop see `hotport.embedded`."""
+"""Run a service under a supervisor; for a server in the program's own event loop see `hotport.embedded`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 import anyio
 
@@ -20,6 +20,7 @@ from hotport.model.lifecycle import Phase
 from hotport.model.signals import HELD, NOTES, TERMINATING
 from hotport.observe.logs import configure, get_logger
 from hotport.options import WORKERS_MAX, service_name
+from hotport.options.keywords import RunOptions
 from hotport.options.loading import Loaded, load
 from hotport.supervisor.contain import Containing, contained, retried
 from hotport.supervisor.control import serve_control
@@ -40,11 +41,11 @@ def run(
     app: str | Callable[..., Any],
     *,
     bind: str | Sequence[str] | None = None,
-    **options: Any,
+    **options: Unpack[RunOptions],
 ) -> None:
     """Serve an application under a supervisor until it is stopped; the process exits if that failed.
 
-    Then it has said why in three lines on stderr, as ``hotport serve`` does.
+    Then it has said why on stderr, as ``hotport serve`` does.
 
     Workers are processes of their own: they import the application by its name. So `app` is a target
     (``"module:attribute"``, ``"file.py:attribute"``), or something that lives at the top level of a module; the
@@ -85,7 +86,7 @@ def _is_in_worker() -> bool:
 
 
 def target_of(app: Callable[..., Any]) -> str:
-    """The target by which a worker finds `app`.
+    """Return the target by which a worker imports `app`.
 
     Raises:
         ConfigError: It has no name at the top level of a module (HP330).
@@ -103,7 +104,8 @@ def target_of(app: Callable[..., Any]) -> str:
             "HP330",
             f"cannot name {app!r} for a worker",
             cause="workers import the application, and it is not at the top level of a module",
-            fix='give it a name there, or pass a target: hotport.run("module:app")',
+            fix='hotport.run("module:app")',
+            note="pass such a target, or give the application a name at the top level of its module",
         )
     if module.__name__ != "__main__":
         return f"{module.__name__}:{name}"
@@ -124,7 +126,7 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
 
     Raises:
         ConfigError, StartError, KernelError: The service could not start; nothing is left behind.
-        ControlError: Workers that are left cannot be adopted, or the supervisor that runs does not give its listeners.
+        ControlError: Remaining workers cannot be adopted, or the running supervisor does not pass its listeners.
     """
     surroundings = Surroundings.snapshot()
     options = read(Path(surroundings.directory)).options
@@ -164,7 +166,7 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
 
 
 async def _answer_probes(supervisor: Supervisor, startup: Startup) -> None:
-    """Answer on the status port while this supervisor is the one to do so: two may have it."""
+    """Answer on the status port while this supervisor owns it; two supervisors may hold it."""
     if supervisor.status_port is None:
         return
     inherited = startup.inheritance.status_port if startup.inheritance is not None else None

@@ -1,4 +1,4 @@
-"""Which peers are proxies of ours, whose word about their clients is taken."""
+"""Trusted proxies: peers whose statements about their clients are believed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Host: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def parse_host(text: str) -> Host | None:
-    """An IP address without its zone, and an IPv4 one never as IPv6; None if the text is none."""
+    """Parse an IP address without its zone, IPv4-mapped ones as IPv4; None if the text is not one."""
     try:
         found = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
@@ -27,8 +27,8 @@ class Trusted:
     """The peers that are trusted.
 
     Args:
-        entries: Addresses, networks (``10.0.0.0/8``), ``unix`` for whoever connects through a unix socket (its file
-            mode says who can), ``*`` for everybody.
+        entries: Addresses, networks (``10.0.0.0/8``), ``unix`` for any peer of a unix socket (its file mode
+            says who can connect), ``*`` for all peers.
 
     Raises:
         ValueError: An entry is none of these; says what would be.
@@ -48,7 +48,7 @@ class Trusted:
     def peer(self, address: Any) -> bool:
         """Whether a peer is trusted: a tuple that begins with its host, or the path (mostly empty) of a unix socket.
 
-        None, all that is left of a peer that has gone already, is nobody.
+        None, the address of a peer that has already left, is not trusted.
         """
         if not isinstance(address, tuple):
             return self._is_unix and address is not None

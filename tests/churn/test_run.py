@@ -106,7 +106,7 @@ async def test_a_run_whose_engine_dies_means_nothing_and_keeps_what_was_seen() -
 async def test_a_run_whose_engine_cannot_be_understood_means_nothing() -> None:
     result = await run(Experiment(plan("/mumble")))
     assert result.verdict.exit_code == 2
-    assert "nobody understands" in result.verdict.why_invalid[0]
+    assert "what cannot be read" in result.verdict.why_invalid[0]
 
 
 async def test_a_run_whose_engine_never_ends_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ def test_full_queue_is_told_with_what_the_machine_has_counted() -> None:
 
 def test_listener_that_was_leaked_into_a_child_makes_clients_hang() -> None:
     found = only(replace(LISTEN, holders=(SLEEP,), queue=3, waited_s=12))
-    assert "nobody accepts: pid 8 (sleep 1000, user www) is listening on 127.0.0.1:8000, 3 wait" in found
+    assert "no process accepts: pid 8 (sleep 1000, user www) is listening on 127.0.0.1:8000, 3 wait" in found
     assert "the first for at least 12 s" in found
     assert "leaked into a process that knows nothing of it" in found
 
@@ -88,7 +88,7 @@ def test_more_specific_listener_takes_connections_from_the_wildcard() -> None:
 
 def test_dual_stack_listener_takes_ipv4_as_well_unless_somebody_else_does() -> None:
     dual = replace(LISTEN, local=DUAL)
-    assert "nobody else can bind 0.0.0.0:8000" in only(dual)
+    assert "no other socket can be bound to 0.0.0.0:8000" in only(dual)
     found = risks(dual, replace(LISTEN, local=EVERYWHERE))
     assert "takes all IPv4 connections from the dual-stack one on [::]" in found[0]
     assert risks(replace(dual, local=Local(ip_address("::"), True))) == ()
@@ -111,7 +111,7 @@ def test_many_in_time_wait_make_the_next_bind_slow() -> None:
 @pytest.mark.parametrize("local", [HERE, EVERYWHERE])
 def test_datagram_socket_that_anybody_may_share_is_told(local: Local) -> None:
     found = only(Sockets(State.BOUND, local, uid=0, options=A, user="root", holders=(NGINX,)), protocol="udp")
-    assert "whoever binds last gets every datagram" in found
+    assert "the last to bind gets every datagram" in found
 
 
 def test_datagram_sockets_of_others_and_more_specific_ones_are_told() -> None:

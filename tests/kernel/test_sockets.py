@@ -202,7 +202,7 @@ def test_port_that_is_bound_without_listening_is_not_blamed_on_a_listener(stack:
     error = refused(TcpAddress("127.0.0.1", port))
     assert error.errno == errno.EADDRINUSE
     assert f") is bound to 127.0.0.1:{port} without listening; it has set neither option" in error.cause
-    assert error.fix.endswith(f"or first: kill {os.getpid()}")
+    assert error.note == f"or first: kill {os.getpid()}"
 
 
 @needs_root
@@ -217,7 +217,7 @@ def test_port_of_a_process_that_we_may_not_look_at_is_said_to_be_that(stack: Exi
         assert error.cause.startswith(
             f"a process of user root that we may not look at is listening on 127.0.0.1:{port}"
         )
-        assert error.fix.endswith(f"sudo hotport why tcp://127.0.0.1:{port}")
+        assert error.note == f"or first: sudo hotport why tcp://127.0.0.1:{port}"
 
     assert as_nobody(look) == 0
 
@@ -239,7 +239,7 @@ def test_leftovers_of_a_server_without_reuseaddr_are_blamed_with_the_seconds(sta
 def test_port_that_is_free_again_is_not_blamed_on_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_bind(monkeypatch)
     error = refused("127.0.0.1:1")
-    assert error.cause.startswith("whoever had it is gone by now")
+    assert error.cause.startswith("its owner is gone by now")
     monkeypatch.setattr("hotport.kernel.procfs.kernel_version", lambda: (6, 7))
     assert "Linux 6.8 does" in refused("127.0.0.1:1").cause
 
@@ -351,7 +351,7 @@ def test_socket_file_whose_maker_is_gone_names_who_holds_it(run_dir: Path) -> No
     try:
         error = refused("unix:app.sock")
         assert error.cause.startswith(f"pid {worker} (")
-        assert error.fix == f"--bind another path, or first: kill {worker}"
+        assert (error.fix, error.note) == (f"kill {worker}", "or bind another path")
     finally:
         os.kill(worker, signal.SIGKILL)
         select.select([pidfd], [], [], DEADLINE_S)

@@ -150,7 +150,7 @@ def test_orphan_has_no_end_that_anybody_could_name() -> None:
     orphan = Sockets(State.FIN_WAIT1, HERE, uid=0, is_held=False, backlog=100, peers=("192.0.2.1:9",))
     answer = judge(on(orphan), USER, NONE)
     assert "without a process (orphan) is in FIN_WAIT1, 99 bytes unsent: 192.0.2.1:9 does not read" in answer.who
-    assert answer.until.startswith("nobody can say when")
+    assert answer.until.startswith("it is not known when")
     todo = list(remedies(on(orphan), answer))
     assert todo == ["ss -K state fin-wait-1 sport = :8000  # as root; what is unsent is lost"]
     sent = replace(orphan, backlog=1, count=2)
@@ -195,7 +195,7 @@ def test_other_addresses_do_not_matter() -> None:
     answer = judge(on(replace(LISTEN, local=Local(ip_address("127.0.0.2")))), USER, NONE)
     assert (answer.can, answer.rule) == (Can.YES, "what is on the port has other addresses")
     assert judge(on(replace(TIME_WAIT, options=A)), USER, A).rule.startswith(
-        "what is left on the port has set the same"
+        "the leftovers on the port have set the same"
     )
 
 

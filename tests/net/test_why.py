@@ -106,7 +106,7 @@ def test_listener_that_leaked_into_sleep_is_told() -> None:
     code, found = isolated(leaked_listener)
     assert code == 1
     assert re.match(r"pid \d+ \(sleep 1000, user root.*\) is listening on", found["answers"]["none"]["who"])
-    (risk,) = (risk for risk in found["risks"] if risk.startswith("nobody accepts"))
+    (risk,) = (risk for risk in found["risks"] if risk.startswith("no process accepts"))
     assert "clients hang" in risk
 
 

@@ -55,6 +55,7 @@ async def main():
         with open("pid.new", "w") as file:
             file.write(str(os.getpid()))
         os.replace("pid.new", "pid")
+        getattr(app, "BEGUN", lambda server: None)(server)
         tell("serving", generation=server.generation, addresses=server.addresses, argv=sys.argv, cwd=os.getcwd(),
              group=os.getpgid(0),
              names=sorted(name for name in os.environ if name.startswith(("LISTEN_", "HOTPORT_SUCC"))))

@@ -290,7 +290,7 @@ def test_stop_goes_on_when_whoever_asked_for_it_is_interrupted(tmp_path: Path) -
         asking.send_signal(signal.SIGINT)
         _, words = asking.communicate(timeout=DEADLINE_S)
         assert asking.returncode == 130
-        assert words == "not waiting any longer; the stop goes on: hotport status\n"
+        assert words == "not waiting any longer; the stop continues: hotport status\n"
         assert service.process.poll() is None
 
 

@@ -99,8 +99,8 @@ def test_an_upgrade_changes_neither_the_name_nor_what_comes_after_the_service(tm
 @pytest.mark.parametrize(
     ("call", "code", "words"),
     [
-        ("hotport.run(lambda stream: None, bind='unix:s')", 2, 'HP330 pass a target: hotport.run("module:app")'),
-        ("hotport.run(echo, wrkers=2)", 2, "HP302 write workers"),
+        ("hotport.run(lambda stream: None, bind='unix:s')", 2, 'HP330 hotport.run("module:app")'),
+        ("hotport.run(echo, wrkers=2)", 2, "HP302 workers = 2"),
         ("hotport.run(echo, bind='unix:server.py')", 2, "HP103 server.py"),
         ("hello = echo; hotport.run('server.py:hello', bind='unix:s')", 3, "HP502 move 'hello'"),
         ("hotport.run('server:ecko', bind='unix:s')", 3, "HP502 'echo'"),
@@ -118,7 +118,7 @@ def test_what_cannot_be_run_ends_the_program_with_three_lines(tmp_path: Path, ca
 
 def test_whoever_calls_run_can_ask_what_was_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        hotport.run("app:app", wrkers=2)
+        hotport.run("app:app", wrkers=2)  # type: ignore[call-arg]
     assert isinstance(caught.value.__cause__, hotport.ConfigError)
     assert caught.value.code == 2
     assert_three_lines(capsys.readouterr().err, "HP302")

@@ -49,6 +49,59 @@ def test_an_import_that_fails_leaves_the_old_one_serving(tmp_path: Path) -> None
         assert program.hello() == ("two", program.pid)
 
 
+#: The first generation passes a memory file and one end of a pair of sockets; each answers with what it finds there.
+PASSING = """
+import os, socket
+import hotport
+
+STATE = SOCK = None
+
+def BEGUN(server):
+    global STATE, SOCK
+    if server.passed:
+        STATE, SOCK = server.passed["state"], socket.socket(fileno=server.passed["peer"])
+    else:
+        STATE, (SOCK, own) = os.memfd_create("state"), socket.socketpair()
+        own.send(b"from the first")
+        own.close()
+    assert sorted(server.passed) == (["peer", "state"] if server.generation > 1 else [])
+    assert not os.get_inheritable(STATE) and not SOCK.get_inheritable()
+    os.pwrite(STATE, b"seen by %d" % server.generation, 0) if server.generation == 1 else None
+    server.pass_on("state", STATE)
+    server.pass_on("peer", SOCK)
+
+async def APP(stream):
+    async for line in stream:
+        if line == b"peer\\n":
+            await stream.send(SOCK.recv(99) + b"\\n")
+        else:
+            await stream.send(os.pread(STATE, 99, 0) + b"\\n")
+"""
+
+
+def test_descriptors_and_state_go_to_every_successor(tmp_path: Path) -> None:
+    def ask(line: bytes) -> bytes:
+        with program.connect() as client:
+            client.sendall(line)
+            return client.recv(99)
+
+    with Embedded(tmp_path, PASSING) as program:
+        assert ask(b"state\n") == b"seen by 1\n"
+        program.restart()
+        assert ask(b"state\n") == b"seen by 1\n"
+        program.restart()
+        assert ask(b"state\n") == b"seen by 1\n"
+        assert ask(b"peer\n") == b"from the first\n"
+
+
+def test_restart_with_a_closed_descriptor_is_refused(tmp_path: Path) -> None:
+    closed = "\ndef BEGUN(server):\n    with open('app.py') as file:\n        server.pass_on('gone', file)\n"
+    with Embedded(tmp_path, lines("one") + closed) as program:
+        said = program.fail()
+        assert_three_lines(said["text"], "HP444")
+        assert program.hello() == ("one", program.pid)
+
+
 def test_full_program_with_a_queue_closes_nobody(tmp_path: Path) -> None:
     """Its successor filled up from the accept queue, and had no room for what came from the old process."""
     options = "OPTIONS = {'connections_max': 3}\n"

@@ -92,7 +92,7 @@ def test_the_manager_learns_that_a_restart_was_aborted(tmp_path: Path) -> None:
         said = program.fail()
         assert "exited, status unknown" in said["text"], "it is the manager's child, so the manager knows"
         assert manager.read().text.startswith("RELOADING=1\n")
-        what = f"the successor did not come to serve; pid {program.pid} serves on"
+        what = f"the successor did not start to serve; pid {program.pid} serves on"
         assert manager.read() == (f"READY=1\nSTATUS=restart aborted, generation 1 serves: {what}", program.pid, [])
 
 

@@ -300,6 +300,6 @@ def test_supervisor_of_another_protocol_is_refused(tmp_path: Path) -> None:
         )
         new = stack.enter_context(take_over(tmp_path, "app:app", env={"PYTHONPATH": str(tmp_path), "LATER": "1"}))
         assert new.wait() == 4
-        assert "HP654 svc is not given to another supervisor" in new.log()
+        assert "HP654 cannot hand svc over to another supervisor" in new.log()
         assert assert_healthy(old, workers=1)["pid"] == old.process.pid
         assert os.path.exists(old.runtime / "control.sock")

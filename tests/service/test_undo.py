@@ -186,7 +186,8 @@ def test_hup_restarts_with_the_same_window_and_a_stop_ends_it(tmp_path: Path) ->
         assert_three_lines(
             second.stderr.split("\n", 1)[1] if second.stderr.startswith("asking") else second.stderr, "HP410"
         )
-        assert "hotport undo svc, or hotport undo --keep svc" in second.stderr
+        assert "  try:   hotport undo svc\n" in second.stderr
+        assert "hotport undo --keep svc" in second.stderr
         clash = service.run("restart", "--canary", "1", "--phased")
         assert clash.returncode == 4
         assert_three_lines(clash.stderr, "HP305")

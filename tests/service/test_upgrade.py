@@ -195,7 +195,7 @@ def test_interpreter_or_options_that_cannot_be_used_are_refused_beforehand(tmp_p
         for python, cause in OTHERS.items():
             result = service.run("upgrade", "--python", python)
             assert result.returncode == 4
-            assert "HP652 cannot upgrade the supervisor of svc, it goes on as it is" in result.stderr
+            assert "HP652 cannot upgrade the supervisor of svc; it continues unchanged" in result.stderr
             assert cause in result.stderr
             assert ask_line(service.port).version == "v1"
         assert service.restart()["outcome"] == "done"

@@ -25,6 +25,7 @@ from hotport.supervisor import contain, supervisor
 from hotport.supervisor.takeover import take_over
 from hotport.wire.messages import (
     Progress,
+    RebalanceRequest,
     ReloadTlsRequest,
     Report,
     RestartRequest,
@@ -145,6 +146,7 @@ def act(stage: Stage) -> None:
         RestartRequest(strategy="transfer"),
         RestartRequest(phased=True),
         ReloadTlsRequest(),
+        RebalanceRequest(),
         UpgradeRequest(python="/bin/false"),
         ScaleRequest(workers=1),
     ):

@@ -151,13 +151,25 @@ async def test_what_outlives_the_deadline_is_cut_and_counted() -> None:
     await client.aclose()
 
 
+async def test_connections_of_a_server_are_read_only() -> None:
+    async with hotport.serve(echo, bind="127.0.0.1:0") as server, connected(server) as client:
+        assert await echoes(client, b"x")
+        (connection,) = server.connections.open
+        assert (server.connections.accepted, server.connections.requests, server.connections.errors) == (1, 1, 0)
+        with pytest.raises(TypeError):
+            server.connections.open[connection] = 0.0  # type: ignore[index]
+        with pytest.raises(AttributeError):
+            server.connections.accepted = 0  # type: ignore[misc]
+    assert server.connections.draining.is_set()
+
+
 async def test_everybody_who_waits_for_the_last_connection_learns_of_its_end() -> None:
     async with hotport.serve(echo, bind="127.0.0.1:0") as server:
         client = await anyio.connect_tcp("127.0.0.1", port_of(server))
         assert await echoes(client, b"x")
         async with anyio.create_task_group() as waiting:
             for _ in range(2):
-                waiting.start_soon(server.connections.wait_empty)
+                waiting.start_soon(server._inner.connections.wait_empty)
             await client.aclose()
 
 

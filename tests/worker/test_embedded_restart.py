@@ -268,7 +268,7 @@ async def test_drain_that_fails_does_not_take_the_service_back_from_the_successo
         raise LookupError("a bug of ours")
 
     async with hotport.serve(echo, bind=f"unix:{path}") as server:
-        monkeypatch.setattr(server.connections, "wait_empty", fail)
+        monkeypatch.setattr(server._inner.connections, "wait_empty", fail)
         done = await server.restart([sys.executable, str(tmp_path / "stays.py"), "echo", server.addresses[0]])
     try:
         assert "a bug of ours" in log.text

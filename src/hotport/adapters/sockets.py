@@ -73,7 +73,7 @@ class SocketsAdapter:
                 "HP506",
                 "the application returned before it called lifetime.started()",
                 cause="a `sockets` application serves until lifetime.draining is set",
-                fix="call lifetime.started() once it accepts, then await lifetime.draining.wait()",
+                note="call lifetime.started() once it accepts, then await lifetime.draining.wait()",
             )
 
     async def finish(self) -> None:

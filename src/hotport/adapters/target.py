@@ -57,20 +57,21 @@ def load_target(target: str, *, app_dir: str, factory: bool) -> Any:
         if not hasattr(found, name):
             near = nearest(name, [n for n in dir(found) if not n.startswith("_")])
             cause = f"{getattr(module, '__file__', module_name)} has no {name!r}"
-            fix = f"hotport serve {module_name}:{near or 'NAME'}"
+            fix = f"hotport serve {module_name}:{near}" if near else ""
+            note = "" if near else f"name another attribute of the module: hotport serve {module_name}:NAME"
             if _is_guarded(module, name):
                 cause += "; workers import it, and what stands under if __name__ == '__main__' is not run then"
-                fix = f"move {name!r} out of there, to the top level of the module"
+                fix, note = "", f"move {name!r} out of there, to the top level of the module"
             elif near:
                 cause += f"; the nearest name is {near!r}"
-            raise StartError("HP502", f"cannot find {attribute!r} in {module_name}", cause=cause, fix=fix)
+            raise StartError("HP502", f"cannot find {attribute!r} in {module_name}", cause=cause, fix=fix, note=note)
         found = getattr(found, name)
     if not callable(found):
         raise StartError(
             "HP503",
             f"{target} is not an application",
             cause=f"it is of type {type(found).__name__} and cannot be called",
-            fix="name an ASGI app, a stream handler, a protocol factory or a sockets function",
+            note="name an ASGI app, a stream handler, a protocol factory or a sockets function",
         )
     return found() if factory else found
 
@@ -103,9 +104,8 @@ def _import(name: str, attribute: str) -> Any:
             f"cannot find the module {name!r}",
             cause=f"it is neither in {places[0]} nor installed in {sys.executable}"
             + (f"; the nearest name is {near!r}" if near else ""),
-            fix=f"hotport serve {near}:{attribute}"
-            if near
-            else f"hotport serve {name}:{attribute} --app-dir DIR, where DIR is the directory that it is in",
+            fix=f"hotport serve {near}:{attribute}" if near else "",
+            note="" if near else f"name the directory that it is in: hotport serve {name}:{attribute} --app-dir DIR",
         ) from None
 
 
@@ -179,7 +179,7 @@ def detect_kind(application: Any, name: str = "app") -> str:
             raise StartError(
                 "HP516",
                 "cannot serve an ASGI 2 application as it is",
-                cause="it takes the scope alone, and returns what takes receive and send",
+                cause="it takes the scope alone, and returns a callable for receive and send",
                 fix=f"from asgiref.compatibility import guarantee_single_callable as single; {name} = single({name})"
                 "  # pip install asgiref",
             )
@@ -191,7 +191,7 @@ def detect_kind(application: Any, name: str = "app") -> str:
         "HP504",
         "cannot tell what kind of application this is",
         cause=f"it takes {len(required)} argument(s) and is {'' if is_async else 'not '}async{hint}",
-        fix="say it with --kind asgi, stream, protocol, datagram or sockets",
+        note="name the kind: --kind asgi, stream, protocol, datagram or sockets",
     )
 
 

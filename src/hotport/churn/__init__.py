@@ -1,1 +1,1 @@
-"""The restart laboratory: clients that notice everything while something restarts, and what they have seen."""
+"""The restart laboratory: put a server under load, restart it, and report every loss."""

@@ -1,4 +1,4 @@
-"""Where one answer ends and what it says about its connection; bodies are counted, not kept."""
+"""Read answers: where one ends, and whether its connection is kept; bodies are counted, not stored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CHUNK: Final = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;.*)?", re.DOTALL)
 
 
 class AnswerError(ValueError):
-    """What came is no answer."""
+    """The received bytes are not an answer."""
 
 
 class AnswerReader(Protocol):
@@ -71,7 +71,7 @@ class LineReader:
 
 
 class _Head(NamedTuple):
-    """What the head of an answer says, but for its status nothing if that is an interim one.
+    """The parsed head of an answer; for an interim one, the status only.
 
     Attributes:
         body_bytes: None if the connection's end is the body's.

@@ -1,4 +1,4 @@
-"""Which fate it is: how far an attempt was, and what happened then."""
+"""Classify attempts: from how far one had come, and what happened then, to its fate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["FATES", "OWN_LIMITS", "Happening", "Stage", "classify", "happening_o
 
 
 class Stage(enum.Enum):
-    """How far an attempt is; IDLE is a connection without one."""
+    """How far an attempt has come; IDLE is a connection without one."""
 
     CONNECTING = "connecting"
     CONNECTED = "connected, nothing sent"
@@ -26,7 +26,7 @@ class Stage(enum.Enum):
 
 
 class Happening(enum.Enum):
-    """What a system call, the clock or the reader of answers has said."""
+    """What a system call, the clock or the reader of answers reported."""
 
     REFUSED = "refused"
     RESET = "reset"
@@ -109,14 +109,14 @@ _REFUSING: Final = frozenset(
 
 
 def happening_of(number: int) -> Happening:
-    """What an errno of connect, send or recv means."""
+    """Translate an errno of connect, send or recv."""
     if number in _REFUSING:
         return Happening.REFUSED
     return Happening.OVERDUE if number == errno.ETIMEDOUT else Happening.RESET
 
 
 def classify(stage: Stage, happening: Happening) -> Fate | Event:
-    """The one fate of an attempt, or what has become of an idle connection.
+    """Return the fate of an attempt, or the event of an idle connection.
 
     Raises:
         LookupError: If that cannot happen then: a mistake of the caller's.

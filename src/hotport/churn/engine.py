@@ -43,7 +43,7 @@ _PLAN_BYTES_MAX: Final = 1 << 20
 
 
 class Engine:
-    """Everything that one plan asks for.
+    """Runs everything that one plan asks for.
 
     Args:
         tell: Takes each tick.
@@ -64,7 +64,7 @@ class Engine:
         ]
 
     def watch_stdin(self, fd: int) -> None:
-        """Stop when it ends; heed an `End`."""
+        """Read stdin: stop when it ends, obey an `End`."""
         line = b""
 
         def on_event(_: int) -> None:
@@ -89,7 +89,7 @@ class Engine:
             on_event(0)
 
     def stop(self) -> None:
-        """End now: what is under way has no fate."""
+        """Stop now; attempts in progress get no fate."""
         self._is_stopped = True
         self._loop.interrupt()
 
@@ -117,7 +117,7 @@ class Engine:
         return self._recorder.summary()
 
     def close(self) -> None:
-        """Give every socket up."""
+        """Close every socket."""
         for client in list(self._site.clients):
             client.close()
         self._loop.end()
@@ -163,7 +163,7 @@ def _impossible(load: Load, cause: str) -> ConfigError:
 
 
 def resolve(plan: Plan) -> Address:
-    """The one address that every client of this engine goes to."""
+    """Resolve the one address that every client of this engine connects to."""
     target = plan.target
     tls = None
     if target.is_tls:
@@ -189,7 +189,7 @@ def resolve(plan: Plan) -> Address:
 
 
 def read_plan(fd: int) -> Plan:
-    """The first line.
+    """Read the plan, the first line of stdin.
 
     Raises:
         ConfigError: If it is no plan (HP781).

@@ -1,4 +1,4 @@
-"""What can become of a request, a message or a connection: closed lists, in which there is no "other".
+"""Fates of requests, messages and connections: closed lists without an "other".
 
 A request is one attempt; nothing is ever repeated quietly. It ends in exactly one `Fate`. A numbered message on a
 connection that carries many (a WebSocket, a raw stream, datagrams) does, too. What happens to connections between
@@ -30,7 +30,7 @@ class Kind(enum.Enum):
 
 
 class Fate(enum.Enum):
-    """How one attempt has ended."""
+    """How an attempt ended."""
 
     ANSWERED = "answered"
     LATE = "late"
@@ -47,7 +47,7 @@ class Fate(enum.Enum):
 
 
 class Event(enum.Enum):
-    """What has happened to a connection without the loss of a request."""
+    """What happened to a connection without the loss of a request."""
 
     IDLE_CLOSE = "idle close"
     TOLD_TO_CLOSE = "told to close"
@@ -61,7 +61,7 @@ LOSSES: Final = tuple(fate for fate in Fate if fate not in (Fate.ANSWERED, Fate.
 MEANINGS: Final[Mapping[Fate | Event, str]] = {
     Fate.ANSWERED: "a whole answer, in time",
     Fate.LATE: "a whole answer, but longer after the intended start than is allowed",
-    Fate.REFUSED: "nobody listened (ECONNREFUSED), or the handshake was answered with a reset",
+    Fate.REFUSED: "no process listened (ECONNREFUSED), or the handshake was answered with a reset",
     Fate.RESET_BEFORE_SEND: "the connection was made, and was reset or closed before anything was sent on it",
     Fate.RESET_AFTER_SEND: "a reset after the request, or a part of it, was sent, and before a byte of the answer",
     Fate.CLOSED_UNANSWERED: "an orderly end after the request was sent, and before a byte of the answer",
@@ -79,7 +79,7 @@ MEANINGS: Final[Mapping[Fate | Event, str]] = {
 
 
 class Tally(dict[tuple[str, str], int]):
-    """How often which kind of client has seen which fate or event: ``tally["keepalive", "answered"]``."""
+    """Counts of fates and events by kind of client: ``tally["keepalive", "answered"]``."""
 
     def __missing__(self, key: tuple[str, str]) -> int:
         return 0
@@ -89,15 +89,15 @@ class Tally(dict[tuple[str, str], int]):
         self[kind.value, what.value] += count
 
     def merge(self, other: Mapping[tuple[str, str], int]) -> None:
-        """Count what somebody else has seen as well."""
+        """Add the counts of another tally."""
         for key, count in other.items():
             self[key] += count
 
     def total(self, what: Fate | Event) -> int:
-        """Of all kinds of client."""
+        """Sum over all kinds of client."""
         return sum(count for (_, name), count in self.items() if name == what.value)
 
     @property
     def lost(self) -> int:
-        """Attempts that had no whole answer."""
+        """Count the attempts that got no whole answer."""
         return sum(self.total(fate) for fate in LOSSES)

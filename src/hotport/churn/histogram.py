@@ -24,13 +24,13 @@ class Histogram:
         self.counts: dict[int, int] = dict(counts or {})
 
     def add(self, us: int) -> None:
-        """One more; negative values count as 0."""
+        """Count a value; negative ones count as 0."""
         index = _index(us) if us > 0 else 0
         counts = self.counts
         counts[index] = counts.get(index, 0) + 1
 
     def merge(self, other: Mapping[int, int]) -> None:
-        """What somebody else has counted, as well."""
+        """Add the counts of another histogram."""
         for index, count in other.items():
             self.counts[index] = self.counts.get(index, 0) + count
 
@@ -55,7 +55,7 @@ class Histogram:
 
 
 def _index(us: int) -> int:
-    """The bucket of a value: the number of the doubling, and which part of it."""
+    """Return the bucket of a value: the number of the doubling, and which part of it."""
     doubling = us.bit_length() - 1 - _SHIFT
     if doubling <= 0:
         return us

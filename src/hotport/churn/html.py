@@ -1,4 +1,4 @@
-"""A run as one page that needs nothing else: no network, no other file, no library."""
+"""Render a run as one self-contained page: no network, no other file, no library."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _LOSSES: Final = frozenset(fate.value for fate in LOSSES)
 
 
 def render(result: Result) -> str:
-    """The page. Every string in the result may come from anybody: nothing in it becomes markup or script."""
+    """Render the page; strings in the result are untrusted, and never become markup or script."""
     template = files("hotport.churn").joinpath("page.html").read_text("utf-8")
     verdict = result.verdict
     mood = "invalid" if not verdict.is_valid else "clean" if verdict.is_clean else "lost"
@@ -81,7 +81,7 @@ def render(result: Result) -> str:
 
 
 def _view(result: Result) -> dict[str, Any]:
-    """What is drawn, in as many columns as there is room for."""
+    """Prepare the data of the charts, in as many columns as fit."""
     size = max(1, math.ceil(result.duration_ms / result.bucket_ms / COLUMNS_MAX))
     width_ms = size * result.bucket_ms
     groups: dict[int, list[Bucket]] = {}
@@ -147,7 +147,7 @@ def _curve(histogram: Histogram) -> list[tuple[float, float]]:
 
 
 def _script(data: bytes) -> str:
-    """JSON that ends no script element."""
+    """Encode JSON that cannot end a script element."""
     text = data.decode()
     for character, escaped in _UNSAFE.items():
         text = text.replace(character, escaped)
@@ -158,7 +158,7 @@ def _script(data: bytes) -> str:
 
 
 def _table(name: str, headings: Sequence[str], rows: Iterable[Sequence[str]], *, words: Iterable[int] = (0,)) -> str:
-    """Cells are HTML already; those columns that are not `words` are numbers."""
+    """Render a table; cells are HTML already, and columns other than `words` are numbers."""
     words = set(words)
     kinds = ["word" if column in words else "number" for column in range(len(headings))]
     head = "".join(f'<th scope="col" class="{kind}">{text}</th>' for kind, text in zip(kinds, headings, strict=True))

@@ -51,11 +51,11 @@ class Loss(Exception):
 
 
 class OwnLimit(Loss):
-    """This machine did not let an attempt begin: no fate of the server's."""
+    """This machine could not begin an attempt; this is not a fate of the server's."""
 
 
 class ChurnUser(User):
-    """One client, which asks again and again.
+    """One client that sends requests repeatedly.
 
     Attributes:
         kind: How it behaves.
@@ -104,7 +104,7 @@ class ChurnUser(User):
 
     @task
     def ask(self) -> None:
-        """One attempt, from its beginning to its one fate."""
+        """Perform one attempt, from its beginning to its fate."""
         began_at, began_s = time.time(), time.perf_counter()
         loss: Loss | None = None
         try:
@@ -127,7 +127,7 @@ class ChurnUser(User):
         )
 
     def _attempt(self, deadline_s: float) -> tuple[Stage, Happening]:
-        """How far it came, and what happened then."""
+        """Perform one attempt; return how far it came, and what happened then."""
         self._reader.start()
         if self._sock is not None and self._has_ended():
             self._close()
@@ -166,7 +166,7 @@ class ChurnUser(User):
         return sock
 
     def _listen(self, sock: socket.socket, timeout_s: float) -> Happening | None:
-        """What the server says within a time; None if that is no whole answer, nor the end."""
+        """Receive for a limited time; None if neither a whole answer nor the end has come."""
         end_s = time.monotonic() + timeout_s
         while (left_s := end_s - time.monotonic()) > 0:
             sock.settimeout(left_s)
@@ -189,7 +189,7 @@ class ChurnUser(User):
         return None
 
     def _has_ended(self) -> bool:
-        """Whether the server has closed the connection, or said what nobody has asked for, between two attempts."""
+        """Whether the server closed the connection, or sent unrequested bytes, between two attempts."""
         assert self._sock is not None
         self._sock.settimeout(0.0)
         try:
@@ -227,19 +227,19 @@ def _happening(error: OSError) -> Happening:
 
 
 class ConnectUser(ChurnUser):
-    """Asks on a new connection each time."""
+    """Sends each request on a new connection."""
 
     kind = Kind.CONNECT
 
 
 class KeepaliveUser(ChurnUser):
-    """Asks on a connection that it keeps for as long as the server does."""
+    """Sends requests on a connection that it keeps as long as the server does."""
 
     kind = Kind.KEEPALIVE
 
 
 class LateUser(ChurnUser):
-    """Connects, says nothing for a while, then asks."""
+    """Connects, sends nothing for a while, then a request."""
 
     kind = Kind.LATE
 
@@ -251,7 +251,7 @@ class HalfheadUser(ChurnUser):
 
 
 class SlowUser(ChurnUser):
-    """Asks for something that takes its time."""
+    """Requests a slow path."""
 
     kind = Kind.SLOW
     path = "/slow"

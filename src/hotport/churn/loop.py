@@ -20,7 +20,7 @@ _LEAVE_NS: Final = 1_000_000_000
 
 
 class Loop:
-    """Calls back when sockets (edge-triggered: read until nothing is left) or times are due.
+    """An epoll loop, edge-triggered (handlers read until EAGAIN), with timers.
 
     Attributes:
         seen_ns: Whatever had arrived by then has been handled. Only what was due by then may be called overdue: an
@@ -38,16 +38,16 @@ class Loop:
         self.seen_ns = time.monotonic_ns()
 
     def watch(self, fd: int, handler: Callable[[int], None], *, can_send: bool = False) -> None:
-        """Call with epoll's events from now on; if it can already send, only with what arrives."""
+        """Watch a socket; if it can already send, for arriving data only."""
         self._handlers[fd] = handler
         self._epoll.register(fd, _READABLE if can_send else _EVENTS)
 
     def watch_sending(self, fd: int) -> None:
-        """Call, too, when something can be sent again."""
+        """Watch for room to send as well."""
         self._epoll.modify(fd, _EVENTS)
 
     def rewatch(self, fd: int, handler: Callable[[int], None]) -> None:
-        """Call somebody else."""
+        """Change the callback of a socket."""
         self._handlers[fd] = handler
 
     def close(self, sock: socket.socket) -> None:
@@ -65,31 +65,31 @@ class Loop:
         self._handlers[sock.fileno()] = leaving.on_event
 
     def left(self, leaving: _Leaving) -> None:
-        """The other side has closed."""
+        """Close a socket whose other side has closed."""
         del self._leaving[leaving]
         self.close(leaving.sock)
 
     def call_at(self, when_ns: int, call: Callable[[Any], None], argument: Any) -> None:
-        """Call at a time of CLOCK_MONOTONIC; what is called must itself know if it is not wanted any more."""
+        """Schedule a call at a time of CLOCK_MONOTONIC; the callee checks whether it is still needed."""
         self._numbers += 1
         heapq.heappush(self._timers, (when_ns, self._numbers, call, argument))
 
     def has_timer_by(self, when_ns: int) -> bool:
-        """Whether something is still to be called that is due by then."""
+        """Whether a timer is due by then."""
         return bool(self._timers) and self._timers[0][0] <= when_ns
 
     def run(self, until_ns: int) -> None:
-        """Handle what comes until then, or until `interrupt`."""
+        """Run until then, or until `interrupt`."""
         self._until_ns = until_ns
         while self.turn(self._until_ns) < self._until_ns:
             pass
 
     def interrupt(self) -> None:
-        """Let `run` return after the turn at hand."""
+        """Let `run` return after the current turn."""
         self._until_ns = 0
 
     def turn(self, until_ns: int) -> int:
-        """Handle what is there; wait for something until then if there is nothing.
+        """Run one turn; wait until then at most if nothing is ready.
 
         Returns:
             When it has looked.
@@ -121,7 +121,7 @@ class Loop:
         return now
 
     def end(self) -> None:
-        """Close what has been given up, and stop watching."""
+        """Close the remaining sockets, and the epoll instance."""
         for leaving in list(self._leaving):
             self.left(leaving)
         self._close()
@@ -150,7 +150,7 @@ class Loop:
 
 
 class _Leaving:
-    """A connection on which everything has been said."""
+    """A finished connection that waits for the other side to close first."""
 
     __slots__ = ("_loop", "sock")
 

@@ -1,4 +1,4 @@
-"""Where something was measured, so that a number can be judged later."""
+"""Describe the machine of a measurement, so that its numbers can be judged later."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PACKAGES: Final = ("hotport", "anyio", "httptools", "msgspec", "uvloop", "websoc
 
 
 def machine(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """The processor, the kernel, its settings, and the versions of those `packages` that are installed."""
+    """Describe the processor, the kernel, its settings, and the versions of installed `packages`."""
     cpu = re.search(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo"))
     memory = re.search(r"MemTotal:\s*(\d+) kB", _read("/proc/meminfo"))
     return {

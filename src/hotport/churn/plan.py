@@ -1,4 +1,4 @@
-"""What an engine is told, and what it tells: the only contract between engines and their coordinator.
+"""Messages to and from engines: the only contract between engines and their coordinator.
 
 An engine is a process, ``python -m hotport.churn.engine``. It reads one `Plan` as a line of JSON from stdin, prints
 ``{"type": "armed"}`` when it could begin, reads a second line, `Begin`, begins when CLOCK_MONOTONIC (the same in every
@@ -57,13 +57,13 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class Begin(msgspec.Struct, frozen=True):
-    """The moment at which every engine begins; told when all are armed, however long that took."""
+    """The moment at which every engine begins; sent once all are armed."""
 
     at_ns: int
 
 
 class End(msgspec.Struct, frozen=True):
-    """From when on no attempt begins, if that is before the plan's own end; those under way still have their time."""
+    """No attempt begins from then on, if that is before the plan's own end; those in progress continue."""
 
     at_ns: int
 

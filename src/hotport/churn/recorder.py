@@ -1,4 +1,4 @@
-"""What has been seen, in buckets of time: bounded, whatever happens."""
+"""Record fates and events in buckets of time, in bounded memory."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Recorder:
         self._tell(Tick(bucket, self._incidents, self._dropped))
 
     def answered(self, kind: str, intended_ns: int, waited_ns: int, now_ns: int, who: str, *, is_new: bool) -> None:
-        """A whole answer.
+        """Record a whole answer.
 
         Args:
             waited_ns: By the client on purpose; no part of the latency.
@@ -93,28 +93,28 @@ class Recorder:
             self._count(kind, _ANSWERED)
 
     def lost(self, kind: str, fate: Fate, intended_ns: int, now_ns: int, detail: str) -> None:
-        """An attempt without a whole answer."""
+        """Record an attempt without a whole answer."""
         self.advance(now_ns)
         self._count(kind, fate.value)
         self._incident(kind, fate.value, intended_ns, now_ns, detail)
 
     def event(self, kind: str, event: Event, now_ns: int) -> None:
-        """Something happened to a connection."""
+        """Record an event of a connection."""
         self.advance(now_ns)
         self._count(kind, event.value)
 
     def lag(self, ns: int, now_ns: int) -> None:
-        """An attempt began so much later than it should have."""
+        """Record how late an attempt began."""
         if now_ns >= self.over_ns:
             self.advance(now_ns)
         self._lag.add(ns // 1000)
 
     def own_limit(self, name: str) -> None:
-        """An attempt could not begin on this machine."""
+        """Record an attempt that could not begin on this machine."""
         self._own_limits[name] = self._own_limits.get(name, 0) + 1
 
     def summary(self, error: str = "") -> Summary:
-        """The end."""
+        """Return the summary."""
         return Summary(self._lag_before.counts, self._own_limits, self._connect_answers_ms, error)
 
     def _count(self, kind: str, what: str) -> None:

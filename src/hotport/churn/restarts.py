@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import signal
 import tempfile
 from collections.abc import Callable
@@ -40,7 +41,7 @@ class RunCommand:
 
 @dataclass(frozen=True, slots=True)
 class SendSignal:
-    """A signal to a process; when what it causes is over, nobody says.
+    """A signal to a process; nothing reports when the restart that it causes is done.
 
     Attributes:
         pid_file: Read anew each time, as a restart may change what stands there; or
@@ -65,7 +66,8 @@ class SendSignal:
                 "HP714",
                 f"cannot send {self}",
                 cause=_describe(error),
-                fix="pgrep -a NAME, then --pid PID; or --restart 'COMMAND'",
+                fix=f"ps -p {self.pid}" if self.pid_file is None else f"cat {shlex.quote(str(self.pid_file))}",
+                note="name the server's pid with --pid, or a command that restarts it with --restart",
             ) from None
 
     def read_pid(self) -> int:
@@ -78,7 +80,7 @@ class SendSignal:
 
 @dataclass(frozen=True, slots=True)
 class AskHotport:
-    """What ``hotport restart`` asks for, over the control socket of a service."""
+    """The request of ``hotport restart``, over the control socket of a service."""
 
     name: str
     control: Path
@@ -108,12 +110,12 @@ class Restarts:
 
     @property
     def needs_s(self) -> float:
-        """How long a run is in which no restart delays the next."""
+        """Return how long a run takes if no restart delays the next."""
         return self.after_s + self.times * self.every_s
 
     @property
     def needs_s_max(self) -> float:
-        """How long a run can be in which each restart has its time."""
+        """Return how long a run takes if each restart needs its full timeout."""
         return self.after_s + self.times * max(self.every_s, self.timeout_s) + self.every_s
 
     async def perform(self, now_ms: Callable[[], float], end_ms: float, tell: Callable[[RestartMark], None]) -> None:
@@ -180,7 +182,7 @@ async def _run(command: str, mark: RestartMark) -> None:
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """End a command and all that it has started in its group."""
+    """End a command and its process group."""
     try:
         os.killpg(process.pid, signal.SIGTERM)
         async with asyncio.timeout(TERM_S):

@@ -1,4 +1,4 @@
-"""What a run has found, as it travels: from engines to the coordinator, into ``--json`` and the HTML page.
+"""The result of a run, as engines send it and ``--json`` and the HTML page show it.
 
 Times are milliseconds since the run began; latencies are microseconds, counted from the *intended* start of an attempt
 (a client that waits for a slow server does not stop the clock: no coordinated omission).
@@ -17,7 +17,7 @@ FORMAT = 1
 
 
 class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What was asked for, of one kind of client.
+    """The load asked for of one kind of client.
 
     Attributes:
         rate: Attempts a second over all engines, for kinds that are asked for by rate; else 0.
@@ -32,7 +32,7 @@ class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Target(msgspec.Struct, frozen=True):
-    """Where the load went.
+    """The target of the load.
 
     Attributes:
         host: As it was given.
@@ -106,7 +106,7 @@ class RestartMark(msgspec.Struct):
 
 
 class Lag(msgspec.Struct):
-    """By how much attempts began too late through no fault of the target's, in microseconds."""
+    """How late the engines began attempts, in microseconds."""
 
     p50: float = 0.0
     p99: float = 0.0
@@ -114,7 +114,7 @@ class Lag(msgspec.Struct):
 
 
 class Verdict(msgspec.Struct):
-    """What to make of it.
+    """The verdict on a run.
 
     Attributes:
         is_valid: The engines kept their schedule and had what they needed; else `why_invalid` says what was missing.
@@ -137,7 +137,7 @@ class Result(msgspec.Struct):
         is_partial: It was ended before its time (Ctrl-C).
         own_limits: Attempts that this machine did not let begin, by errno: no fate of the target's.
         accept_gap_ms: For each restart the longest time around it without any new connection being answered;
-            None where nobody connected.
+            None where no client connected.
         totals: ``{kind: {fate or event: count}}`` over the whole run.
     """
 

@@ -53,13 +53,13 @@ _Key = TypeVar("_Key")
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """What to do.
+    """The configuration of a run.
 
     Attributes:
         plan: Of all engines together.
         allowed: How many of which fate are no matter; None: any number.
-        settle_s: The load ends so long after the last restart is over and its time between restarts has passed (of
-            a signal nobody says when it is over), even if the plan's end is later; None: with the plan.
+        settle_s: The load ends so long after the last restart is over and its time between restarts has passed (a
+            signal has no report of its end), even if the plan's end is later; None: with the plan.
         lag_p99_us_max: A run whose attempts began later than this means nothing.
     """
 
@@ -77,7 +77,7 @@ def _ignore(_: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Observer:
-    """Who is told while it happens.
+    """Callbacks during a run.
 
     Attributes:
         bucket: Each one when every engine has told its part of it, in order.
@@ -89,13 +89,13 @@ class Observer:
 
 
 def default_engines(loads: Sequence[Load], cores: int) -> int:
-    """As many as the load needs, and the machine has."""
+    """Return as many engines as the load needs, and the machine has processors for."""
     attempts = sum(load.rate + load.count * 1000 / max(10.0, load.think_ms) for load in loads)
     return max(1, min(cores, math.ceil(attempts / ATTEMPTS_PER_ENGINE)))
 
 
 def descriptors_needed(plan: Plan, engines: int) -> int:
-    """What one engine may have open at once, if the target stands still for as long as it is waited for."""
+    """Return how many descriptors one engine needs if the target stands still for a whole timeout."""
     connections = sum(
         math.ceil(load.count / engines) + math.ceil(load.rate / engines * plan.timeout_ms / 1000) for load in plan.loads
     )
@@ -103,7 +103,7 @@ def descriptors_needed(plan: Plan, engines: int) -> int:
 
 
 def shares(plan: Plan, engines: int) -> list[Plan]:
-    """The plan of each engine: rates divided evenly, connections too, as far as whole ones can be."""
+    """Divide a plan among engines: rates evenly, connections as evenly as whole numbers allow."""
     return [
         msgspec.structs.replace(
             plan,
@@ -121,7 +121,7 @@ def _share(load: Load, number: int, engines: int) -> Load | None:
 
 
 def accept_gaps(answers_ms: Sequence[int], restarts: Sequence[RestartMark], end_ms: float) -> list[float | None]:
-    """For each restart the longest time without an answer on a new connection that touches it.
+    """Return for each restart the longest time without an answer on a new connection that touches it.
 
     A restart counts from its beginning until the next one begins: what goes wrong late is its doing, too.
 
@@ -140,7 +140,7 @@ def accept_gaps(answers_ms: Sequence[int], restarts: Sequence[RestartMark], end_
 
 
 async def run(experiment: Experiment, observer: Observer | None = None, stop: asyncio.Event | None = None) -> Result:
-    """Put the target under load, restart it meanwhile, and say what has become of every attempt.
+    """Put the target under load, restart it meanwhile, and report the fate of every attempt.
 
     Args:
         stop: When it is set, the engines say what there is, and the result is partial.
@@ -290,7 +290,7 @@ def _result(
 
 
 class _Merger:
-    """Adds up what engines tell of the same slice of time."""
+    """Merges the reports of engines about the same slice of time."""
 
     def __init__(self, engines: int, tell: Callable[[Bucket], None]) -> None:
         self.buckets: list[Bucket] = []
@@ -317,7 +317,7 @@ class _Merger:
         self._reach(engine, told.at_ms)
 
     def end(self, engine: int) -> None:
-        """Nobody waits for this engine any more."""
+        """Stop waiting for this engine."""
         self._reach(engine, math.inf)
 
     def _reach(self, engine: int, at_ms: float) -> None:
@@ -374,16 +374,16 @@ class _Engine:
         except TimeoutError:
             why = f"it was not armed within {ARM_TIMEOUT_S:g} s"
         except (msgspec.MsgspecError, ValueError) as error:
-            why = f"it said what nobody understands: {error}"
+            why = f"it said what cannot be read: {error}"
         raise StartError(
             "HP710",
             f"engine {self.number} could not begin",
             cause=why,
-            fix="a smaller load, or fewer --engines",
+            note="try a smaller load, or fewer --engines",
         )
 
     async def listen(self, merger: _Merger, overdue_s: float) -> None:
-        """Hear it out, to the end of its process."""
+        """Read everything that the engine reports, to the end of its process."""
         summary: Summary | None = None
         why = ""
         try:
@@ -398,7 +398,7 @@ class _Engine:
         except TimeoutError:
             why = f"it was not over after {overdue_s:.0f} s"
         except (msgspec.MsgspecError, ValueError) as error:
-            why = f"it said what nobody understands: {error}"
+            why = f"it said what cannot be read: {error}"
         merger.end(self.number)
         self.summary = summary or Summary({}, error=why)
 

@@ -28,11 +28,11 @@ def arrivals(rate: float, begin_ns: int, end_ns: int, how: str, rng: random.Rand
 
 
 def gap_ns(mean_ms: float, rng: random.Random) -> int:
-    """A time to think, exponential around its mean; at least a millisecond, so that nothing runs hot."""
+    """Draw a think time, exponential around its mean; at least a millisecond, to avoid a busy loop."""
     gap = int(_exponential(rng) * mean_ms * 1e6)
     return max(1000000, gap)
 
 
 def _exponential(rng: random.Random) -> float:
-    """As `random.Random.expovariate`, at half its price."""
+    """Draw like `random.Random.expovariate`, at half its cost."""
     return -log(1.0 - rng.random())

@@ -1,9 +1,10 @@
-"""What a run is aimed at: a URL, resolved once, so that engines measure the target and not a resolver."""
+"""The target of a run: a URL, resolved once, so that engines measure the target and not a resolver."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import socket
 import ssl
 from contextlib import closing
@@ -23,7 +24,8 @@ BY_RATE: Final = frozenset(
 
 _PORTS: Final = {"http": 80, "ws": 80, "https": 443, "wss": 443, "tcp": None, "udp": None}
 _SCHEMES: Final = (*_PORTS, "unix")
-_FORMS: Final = "hotport churn http://127.0.0.1:8000; also https, ws, wss, tcp, udp and unix:PATH"
+_EXAMPLE: Final = "hotport churn http://127.0.0.1:8000"
+_FORMS: Final = "a target is a URL with http, https, ws, wss, tcp or udp, or unix:PATH"
 
 _HTTP: Final = frozenset(
     {Kind.CONNECT, Kind.KEEPALIVE, Kind.LATE, Kind.HALFHEAD, Kind.SLOW, Kind.UPLOAD, Kind.WEBSOCKET}
@@ -45,7 +47,7 @@ def fitting(url: str) -> frozenset[Kind]:
 
 
 def default_path(url: str) -> str:
-    """What a URL says after its host: ``/`` if nothing."""
+    """Return path and query of a URL: ``/`` if there are none."""
     parts = _split(url)
     if parts.scheme == "unix":
         return "/"
@@ -53,13 +55,13 @@ def default_path(url: str) -> str:
 
 
 def resolve(url: str, *, timeout_s: float, verify_tls: bool = True) -> Target:
-    """Find out where `url` leads, and that somebody listens there.
+    """Resolve `url`, and check that a server listens there.
 
     A name that stands for several addresses is taken for the first that answers.
 
     Raises:
-        ConfigError: It is no target (HP701), its name is unknown (HP702), nobody answers (HP703), or the TLS handshake
-            fails (HP713).
+        ConfigError: It is no target (HP701), its name is unknown (HP702), no server answers (HP703), or the TLS
+            handshake fails (HP713).
 
     Sources: getaddrinfo(3); connect(2).
     """
@@ -82,7 +84,8 @@ def resolve(url: str, *, timeout_s: float, verify_tls: bool = True) -> Target:
             "HP702",
             f"cannot find {host}",
             cause=f"getaddrinfo: {why}",
-            fix=f"getent hosts {host}, or give an address",
+            fix=f"getent hosts {shlex.quote(host)}",
+            note="or name the server by its address",
         ) from None
     for last, (family, _, _, _, address) in enumerate(found, 1 - len(found)):
         try:
@@ -108,7 +111,8 @@ def _connect(url: str, family: int, kind: int, address: object, timeout_s: float
                 "HP703",
                 f"cannot reach {url}",
                 cause=f"connecting to {_shown(address)}: {why}",
-                fix="start the server first, or see who listens: ss -ltnpx",
+                fix="ss -ltnpx",
+                note="start the server first, or see what listens",
             ) from None
 
 
@@ -123,15 +127,11 @@ def _shake_hands(url: str, host: str, address: tuple[object, ...], timeout_s: fl
         ):
             pass
     except OSError as error:  # ssl.SSLError is one
-        why, fix = str(error), f"openssl s_client -connect {host}:{address[1]}"
+        why, fix, note = str(error), f"openssl s_client -connect {host}:{address[1]}", ""
         if isinstance(error, ssl.SSLCertVerificationError):
-            why, fix = error.verify_message, "--insecure, or SSL_CERT_FILE=ca.pem"
-        raise ConfigError(
-            "HP713",
-            f"cannot speak TLS with {url}",
-            cause=why,
-            fix=fix,
-        ) from None
+            why, fix = error.verify_message, "--insecure"
+            note = "to verify it, name its authority's certificate: SSL_CERT_FILE=ca.pem"
+        raise ConfigError("HP713", f"cannot speak TLS with {url}", cause=why, fix=fix, note=note) from None
 
 
 def _name(error: OSError) -> str:
@@ -143,7 +143,7 @@ def _shown(address: object) -> str:
 
 
 def _split(url: str) -> SplitResult:
-    """The parts of a URL that is complete."""
+    """Split a URL, and check that it is complete."""
     if url.startswith("unix:"):
         path = re.sub("^//+", "/", url.removeprefix("unix:"))
         if not path or len(os.fsencode(path)) > 107 or "\0" in path:
@@ -153,7 +153,7 @@ def _split(url: str) -> SplitResult:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise _error(url, str(error), _FORMS) from None
+        raise _error(url, str(error), _EXAMPLE) from None
     if "://" not in url:
         raise _error(url, "it does not say what is spoken there", f"hotport churn http://{url.removeprefix('//')}")
     if parts.scheme not in _SCHEMES:
@@ -161,19 +161,20 @@ def _split(url: str) -> SplitResult:
         rest = url.partition("://")[2]
         raise _error(url, f"{parts.scheme!r} is not one of {', '.join(_SCHEMES)}", _again(near, rest))
     if not host:
-        raise _error(url, "it names no host", _FORMS)
+        raise _error(url, "it names no host", _EXAMPLE)
     if not port and _PORTS[parts.scheme] is None:
         raise _error(url, "it names no port", f"hotport churn {parts.scheme}://{parts.netloc.rstrip(':')}:8000")
     if not url.isprintable() or " " in url:
-        raise _error(url, "it holds a space or a control character", _FORMS)
+        raise _error(url, "it holds a space or a control character", _EXAMPLE)
     return parts
 
 
 def _again(scheme: str | None, rest: str) -> str:
     if scheme is None:
-        return _FORMS
+        return _EXAMPLE
     return f"hotport churn {scheme}:{rest}" if scheme == "unix" else f"hotport churn {scheme}://{rest}"
 
 
 def _error(url: str, cause: str, fix: str) -> ConfigError:
-    return ConfigError("HP701", f"{url!r} is not a target", cause=cause, fix=fix)
+    note = _FORMS if fix == _EXAMPLE else ""
+    return ConfigError("HP701", f"{url!r} is not a target", cause=cause, fix=fix, note=note)

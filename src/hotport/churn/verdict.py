@@ -1,4 +1,4 @@
-"""What to make of a run: whether it means anything, whether anything was lost, and that in a sentence or two."""
+"""Judge a run: whether it is valid, whether anything was lost, and that in a sentence or two."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def judge(
     allowed: Mapping[str, int | None] | None = None,
     lag_p99_us_max: float = LAG_P99_US_MAX,
 ) -> Verdict:
-    """Whether a run means anything, and whether anything was lost in it.
+    """Judge whether a run is valid, and whether anything was lost in it.
 
     Args:
         totals: ``{kind: {fate or event: count}}``.
@@ -100,7 +100,7 @@ def judge(
 
 
 def sentences(result: Result) -> list[str]:
-    """What a person reads in ten seconds: what became of the attempts first, then what else there is to know."""
+    """Summarise a run in a few sentences, the fates of attempts first."""
     counts, losses = counts_of(result.totals), losses_of(result.totals)
     attempts = f"{attempts_of(result.totals):,}"
     restarts = count_of(len(result.restarts), "restart") if result.restarts else "no restart"
@@ -130,7 +130,7 @@ def sentences(result: Result) -> list[str]:
 
 
 def counts_of(totals: Totals) -> Counter[str]:
-    """Of each fate and event, over all kinds of client."""
+    """Count each fate and event over all kinds of client."""
     counts: Counter[str] = Counter()
     for found in totals.values():
         counts.update(found)
@@ -138,18 +138,18 @@ def counts_of(totals: Totals) -> Counter[str]:
 
 
 def attempts_of(totals: Totals) -> int:
-    """Every attempt has one fate; events are none."""
+    """Count the attempts: each has one fate; events are not fates."""
     return sum(count for name, count in counts_of(totals).items() if name not in _EVENTS)
 
 
 def losses_of(totals: Totals) -> dict[str, int]:
-    """Of each fate that is a loss and has occurred, in their usual order."""
+    """Count each loss that occurred, in their usual order."""
     counts = counts_of(totals)
     return {name: counts[name] for name in _LOSSES if counts[name]}
 
 
 def losses_by_restart(result: Result) -> list[dict[str, int]]:
-    """What was lost before the first restart, after the first until the second, and so on."""
+    """Count the losses before the first restart, after the first until the second, and so on."""
     groups: list[Counter[str]] = [Counter() for _ in range(len(result.restarts) + 1)]
     for bucket in result.buckets:
         groups[_restart_at(result, bucket)].update(losses_of(bucket.fates))
@@ -157,14 +157,14 @@ def losses_by_restart(result: Result) -> list[dict[str, int]]:
 
 
 def window(mark: RestartMark) -> tuple[float, float]:
-    """From when until when a restart is under way, in milliseconds since the run began (`PHASES`)."""
+    """Return begin and end of a restart, in milliseconds since the run began (`PHASES`)."""
     if mark.ended_ms is None:
         return mark.began_ms, mark.began_ms + OPEN_END_MS
     return mark.began_ms, mark.ended_ms + MOMENT_MS
 
 
 def latency_by_phase(result: Result) -> dict[str, Histogram]:
-    """Of whole answers; those in a bucket that touches a restart count as during it."""
+    """Collect the latencies of whole answers by phase; a bucket that touches a restart counts as during it."""
     histograms = {name: Histogram() for name in PHASES}
     windows = [window(mark) for mark in result.restarts]
     first = min((began for began, _ in windows), default=float("inf"))
@@ -180,7 +180,7 @@ def latency_by_phase(result: Result) -> dict[str, Histogram]:
 
 
 def answered_by(buckets: Iterable[Bucket]) -> dict[str, int]:
-    """Whole answers by who gave them, in the order in which they appeared."""
+    """Count whole answers by the generation that gave them, in the order of appearance."""
     found: dict[str, int] = {}
     for bucket in buckets:
         for name, count in bucket.answered_by.items():
@@ -200,7 +200,7 @@ def named(number: int, what: str) -> str:
 
 
 def named_connections(mark: RestartMark) -> str:
-    """What hotport says of the old generation's connections, which clients cannot see: ``12 moved, 3 told to close``.
+    """Show the fates that hotport reports of the old generation's connections: ``12 moved, 3 told to close``.
 
     The fates are hotport's; whatever names it has for them are told.
     """
@@ -223,7 +223,7 @@ def _not_allowed(losses: Mapping[str, int], allowed: Mapping[str, int | None]) -
 
 
 def _restart_at(result: Result, bucket: Bucket) -> int:
-    """Which restart had begun last when the bucket was over; 0: none."""
+    """Return the restart that had begun last when the bucket ended; 0 for none."""
     end_ms = bucket.at_ms + result.bucket_ms
     return sum(mark.began_ms < end_ms for mark in result.restarts)
 

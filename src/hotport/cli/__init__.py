@@ -22,7 +22,7 @@ COMMANDS = (
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether somebody looks; a stream that was closed before we started is None."""
+    """Whether a stream is a terminal; one that was closed before the start is None."""
     return stream is not None and stream.isatty()
 
 
@@ -55,7 +55,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings=HELP)
 @click.version_option(package_name="hotport")
 def _group() -> None:
-    """A server whose restarts nobody's connection notices."""
+    """A server whose restarts no connection notices."""
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
-"""Files for reports: whole or not there, and known to be possible before there is anything to report."""
+"""Report files: checked before the run, and replaced only when whole."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import tempfile
 from contextlib import suppress
@@ -42,12 +43,13 @@ class ReportFile:
                 "HP711",
                 f"cannot write {path}",
                 cause=describe_errno(error.errno or 0),
-                fix="name a file in a directory that exists and is yours",
+                fix=f"ls -ld {shlex.quote(str(path.parent))}",
+                note="name a file in a directory that exists and that you may write to",
             ) from None
         return self
 
     def write(self, data: bytes) -> None:
-        """Everything at once; afterwards the file is there."""
+        """Write everything at once; the file appears under its name."""
         try:
             if self._file is None:
                 self._write_as_it_is(data)
@@ -61,8 +63,9 @@ class ReportFile:
             raise ConfigError(
                 "HP712",
                 f"could not write {self._path}",
-                cause=f"{describe_errno(error.errno or 0)}; what was there before is as it was",
-                fix="df -h, and run it again with another file",
+                cause=f"{describe_errno(error.errno or 0)}; an earlier file is unchanged",
+                fix="df -h",
+                note="run it again, with another file if the disk is full",
             ) from None
 
     def _write_as_it_is(self, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""What `hotport churn` and `hotport demo` show: a picture on a terminal, lines elsewhere, tables at the end."""
+"""The output of `hotport churn` and `hotport demo`: a chart on a terminal, lines elsewhere, tables at the end."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def perform(
 
 
 class Screen:
-    """Draws what it is told until its `draw` is cancelled.
+    """Draws the run until its `draw` is cancelled.
 
     Args:
         words: Where to; without a terminal there are lines instead of a picture.
@@ -122,7 +122,7 @@ class Screen:
         self._line_ms = LINE_MS
 
     async def draw(self) -> None:
-        """Keep the picture true; on a terminal the chart stays when this is cancelled."""
+        """Keep the chart up to date; on a terminal it stays when this is cancelled."""
         if not self._words.is_terminal:
             return
         try:
@@ -134,7 +134,7 @@ class Screen:
             self._words.print(Group(*self._chart()))
 
     def bucket(self, bucket: Bucket) -> None:
-        """One more slice of the run is over."""
+        """Take a finished slice of the run."""
         for kind, found in bucket.fates.items():
             into = self._totals.setdefault(kind, {})
             for name, count in found.items():
@@ -147,7 +147,7 @@ class Screen:
             self._words.print(self._line(), markup=False)
 
     def restart(self, mark: RestartMark) -> None:
-        """A restart has begun, or has an outcome."""
+        """Take a restart that has begun, or has an outcome."""
         self._marks[mark.number] = mark
         if not self._words.is_terminal:
             at_ms = mark.ended_ms if mark.ended_ms is not None else mark.began_ms
@@ -156,7 +156,7 @@ class Screen:
             )
 
     def picture(self) -> RenderableType:
-        """Everything that is known now."""
+        """Render the current state."""
         losses = losses_of(self._totals)
         facts = _facts_table()
         facts.add_row("attempts", f"{attempts_of(self._totals):,}", f"{self._rate():,.0f}/s, {self._time()}")
@@ -199,13 +199,13 @@ class Screen:
         return [Text(), *_bars(styled), words, Text()]
 
     def _style(self, answered_by: dict[str, int]) -> str:
-        """Of who has answered most: each has a colour, in the order in which they appear."""
+        """Return the style of the generation that answered most: each has a colour, in the order of appearance."""
         for name in answered_by:
             self._answerers.setdefault(name, COLOURS[len(self._answerers) % len(COLOURS)])
         return self._answerers[max(answered_by, key=lambda name: answered_by[name])] if answered_by else COLOURS[0]
 
     def _answering(self) -> Text:
-        """Who has answered in the last second, the most frequent first."""
+        """List the generations that answered in the last second, the most frequent first."""
         counts: Counter[str] = Counter()
         for bucket in self._second:
             counts.update(bucket.answered_by)
@@ -272,7 +272,7 @@ def _facts_table() -> Table:
 
 
 def print_result(result: Result, out: Console) -> None:
-    """Everything for people; the verdict comes last."""
+    """Print the result for people; the verdict comes last."""
     for table in (_fates(result, out.width), _latency(result, out.width), _facts(result)):
         out.print(table)
         out.print()
@@ -285,7 +285,7 @@ def print_result(result: Result, out: Console) -> None:
 
 
 def write_json(result: Result) -> None:
-    """Everything for programs, on stdout."""
+    """Write the result for programs to stdout."""
     write(msgspec.json.encode(result).decode())
 
 
@@ -331,7 +331,7 @@ def _latency(result: Result, width: int) -> Table:
 
 
 def _facts(result: Result) -> Table:
-    """Restarts and what was lost after each, who answered, and how well these clients did themselves."""
+    """List restarts and the losses after each, the generations that answered, and the engines' own lag."""
     facts = _facts_table()
     before, *lost = losses_by_restart(result)
     if result.restarts and before:

@@ -1,4 +1,4 @@
-"""Which files count as code, where they are at the moment, and when a restart seems to cause the next one."""
+"""Choose the files that count as code, follow their links, and detect restarts that cause the next one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BRAKE_MAX_S: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a path means at the moment.
+    """What a path leads to at present.
 
     Attributes:
         root: The file or directory, without links; None if there is none.
@@ -85,7 +85,7 @@ def find(path: str | Path) -> Place:
 
 
 class Watched:
-    """The files that count: those that are named, and in directories that are named those that match.
+    """The watched files: those that are named, and the matching ones in directories that are named.
 
     Args:
         paths: Absolute, and as they were named: a link that is switched leads to other files.
@@ -110,7 +110,7 @@ class Watched:
         return sorted({os.path.dirname(spot) for place in self.places for spot in place.spots})
 
     def look(self) -> bool:
-        """Follow the paths again; whether one of them means something else now."""
+        """Follow the paths again; return whether one of them leads elsewhere now."""
         before, self.places = self.places, tuple(map(find, self._paths))
         return before != self.places
 
@@ -120,7 +120,7 @@ class Watched:
         return all(place.root is not None for place in self.places)
 
     def concerns(self, path: str) -> bool:
-        """Whether a change there may count, or may make a path mean something else."""
+        """Whether a change there may count, or may make a path lead elsewhere."""
         return self.counts(path) or any(path in place.spots for place in self.places)
 
     def counts(self, path: str) -> bool:
@@ -143,13 +143,13 @@ class Watched:
 
 
 class Brake:
-    """Holds restarts back that cause each other: a service that writes a file of its own code as it starts."""
+    """Delays restarts that cause each other: a service that writes a file of its own code as it starts."""
 
     def __init__(self) -> None:
         self._in_a_row = 0
 
     def delay_s(self, *, is_own: bool) -> float:
-        """How many seconds to wait before the restart for a change.
+        """Return how many seconds to wait before the restart for a change.
 
         Args:
             is_own: All of it came while the code of the last restart was starting.
@@ -159,7 +159,7 @@ class Brake:
         return 0.0 if beyond < 0 else min(2.0 ** min(beyond, 10), BRAKE_MAX_S)
 
     def release(self) -> None:
-        """Something has changed while a restart was held back: it has another cause."""
+        """End the delay: a change during it has another cause than the restart."""
         self._in_a_row = 0
 
 

@@ -76,7 +76,7 @@ class _Given(NamedTuple):
 
 
 class _Text(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.4
-    """Text that `read` makes a value of, or raises a three-line error about."""
+    """Text that `read` makes a value of, or raises an error about."""
 
     def __init__(self, name: str, read: Callable[[_Given], Any]) -> None:
         self.name = name
@@ -167,15 +167,15 @@ FILE: Final = click.Path(path_type=Path, allow_dash=True)
 @click.option("--who-header", default="x-generation", show_default=True, help="Of answers: says who has answered.")
 @click.option("--insecure", is_flag=True, help="Take any certificate.")
 @click.option("--engines", type=click.IntRange(1, 256), help="Processes that make load.  [default: what it needs]")
-@click.option("--seed", type=click.IntRange(0, 2**31), help="Of what is left to chance.  [default: another each time]")
+@click.option("--seed", type=click.IntRange(0, 2**31), help="Of all random choices.  [default: another each time]")
 @click.option("--allow", "allowed", type=ALLOWED, help="Losses that do not fail the run: 'refused=3,timed out=*'.")
 @click.option("--json", "json_path", type=FILE, metavar="FILE", help="Write everything as JSON; - is stdout.")
 @click.option("--html", "html_path", type=FILE, metavar="FILE", help="Write a page with everything in it.")
 def command(url: str, json_path: Path | None, html_path: Path | None, **options: Any) -> int:
-    """Put URL under load, restart its server meanwhile, and say what became of every single attempt.
+    """Put URL under load, restart its server meanwhile, and report the fate of every single attempt.
 
     URL is http://, https://, ws://, wss://, tcp://, udp:// or unix:PATH. Without any kind of client there is a
-    mixture that suits it. The server is restarted by --restart, --hotport or --signal, or by nobody.
+    mixture that suits it. The server is restarted by --restart, --hotport or --signal, or not at all.
 
     Exit codes: 0 nothing was lost; 1 something was; 2 the run means nothing (usage, target, or this machine);
     130 interrupted: what was seen until then is told.
@@ -207,7 +207,7 @@ command.params[1:1] = map(_option, Kind)
 
 
 def _experiment(url: str, options: Mapping[str, Any]) -> Experiment:
-    """What the options mean, and whether this machine and the target allow it.
+    """Make the experiment from the options, and check that this machine and the target allow it.
 
     Raises:
         ConfigError: They do not (HP70x, HP71x).
@@ -247,7 +247,7 @@ def _loads(url: str, options: Mapping[str, Any]) -> list[Load]:
                 "HP708",
                 f"--{kind.value} cannot be used with {url}",
                 cause=f"clients for such a target are {', '.join(sorted(kind.value for kind in fits))}",
-                fix="another URL: ws:// and http:// are the same here, udp:// takes --datagram, tcp:// takes --stream",
+                note="use another URL: ws:// and http:// are the same here, udp:// takes --datagram, tcp:// --stream",
             )
     if not wanted:
         is_websocket = url.startswith(("ws:", "wss:"))
@@ -267,7 +267,8 @@ def _restarts(options: Mapping[str, Any]) -> Restarts | None:
             "HP709",
             "it is not clear how to restart",
             cause="it needs one of --restart, --hotport and --signal; and --signal one of --pid and --pid-file",
-            fix="--restart 'systemctl reload app', or --signal HUP --pid-file app.pid, or --hotport app",
+            fix="--restart 'systemctl reload app'",
+            note="or --signal HUP --pid-file app.pid, or --hotport app",
         )
     if not asked:
         return None
@@ -298,8 +299,9 @@ def check_descriptors(plan: Plan, engines: int) -> None:
         "HP704",
         f"cannot hold {math.ceil(asked):,} connections with {engines} engine{'s' if engines > 1 else ''}",
         cause=f"each may open {limit:,} descriptors (RLIMIT_NOFILE), so {max(0, share):,} connections would fit; "
-        f"a target that stands still has --timeout ({format_duration(plan.timeout_ms / 1000)}) of attempts waiting",
-        fix=f"--engines {enough}, or ulimit -n {needed}" if enough else f"ulimit -n {needed}, or a smaller load",
+        f"while the target stalls, the attempts of {format_duration(plan.timeout_ms / 1000)} (--timeout) are open",
+        fix=f"--engines {enough}" if enough else f"ulimit -n {needed}",
+        note=f"or raise the limit: ulimit -n {needed}" if enough else "or make a smaller load",
     )
 
 

@@ -1,4 +1,4 @@
-"""Talking to a running service."""
+"""Talk to a running service."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from hotport.channel import exchange
 from hotport.errors import ConfigError, ControlError, nearest
@@ -19,6 +19,9 @@ from hotport.options import runtime_root
 from hotport.wire.messages import Failure
 
 __all__ = ["ask", "ask_service", "find_service", "is_elsewhere", "raise_failure"]
+
+
+_ELSEWHERE: Final = "if it runs with another HOTPORT_RUNTIME_DIR, set the same one here"
 
 
 def ask(name: str | None, request: Any) -> Iterator[Any]:
@@ -32,7 +35,7 @@ def ask(name: str | None, request: Any) -> Iterator[Any]:
 
 
 def ask_service(service: Path, request: Any) -> Iterator[Any]:
-    """`ask`, of the service with this runtime directory."""
+    """Send one request to the service with this runtime directory, as `ask` does."""
     with _connect(service) as sock:
         has_answer = False
         for reply in exchange(sock, request):
@@ -48,13 +51,13 @@ def ask_service(service: Path, request: Any) -> Iterator[Any]:
 
 
 def raise_failure(reply: Any) -> None:
-    """Raise what a service refused with; anything else is let through."""
+    """Raise the error of a refusal; do nothing for any other reply."""
     if isinstance(reply, Failure):
         raise reply.error()
 
 
 def find_service(name: str | None) -> Path:
-    """The runtime directory of a running service: the named one, or the only one."""
+    """Find the runtime directory of a running service: the named one, or the only one."""
     root = runtime_root(os.environ, os.geteuid(), Path(tempfile.gettempdir()))
     running = sorted(p.parent.name for p in root.glob("*/control.sock")) if root.is_dir() else []
     if name is not None:
@@ -64,7 +67,8 @@ def find_service(name: str | None) -> Path:
                 "HP605",
                 f"no service {name} runs here",
                 cause=f"there is no {root / name}/control.sock" + (f"; the nearest is {near!r}" if near else ""),
-                fix=_again(near, instead_of=name) if near else f"ls {root}, or set HOTPORT_RUNTIME_DIR",
+                fix=_again(near, instead_of=name) if near else f"ls {root}",
+                note="" if near else _ELSEWHERE,
             )
         return root / name
     answers = {service: _answer_of(root / service) for service in running}
@@ -77,7 +81,8 @@ def find_service(name: str | None) -> Path:
             "HP605",
             "no service runs here",
             cause=f"no supervisor answers in {root}",
-            fix="hotport serve module:app, or set HOTPORT_RUNTIME_DIR to where it runs",
+            fix="hotport serve app:app",
+            note=_ELSEWHERE,
         )
     if len(alive) > 1:
         raise ConfigError(
@@ -90,14 +95,14 @@ def find_service(name: str | None) -> Path:
 
 
 def _again(name: str, *, instead_of: str | None = None) -> str:
-    """The command that was given, for the service `name`."""
+    """Return the current command line, for the service `name`."""
     given = sys.argv[1:]
     words = [name if word == instead_of else word for word in given] if instead_of else [*given, name]
     return shlex.join(["hotport", *words])
 
 
 def is_elsewhere(service: Path) -> bool:
-    """Whether the supervisor of a service runs where its pid means nothing here: in another container.
+    """Whether the supervisor of a service runs in another pid namespace, such as a container.
 
     Sources: unix(7) SO_PEERCRED; pid_namespaces(7): a process that cannot be seen from here has the pid 0.
     """
@@ -106,7 +111,7 @@ def is_elsewhere(service: Path) -> bool:
 
 
 def _answer_of(service: Path) -> ControlError | None:
-    """Why a service cannot be talked to; None if it can."""
+    """Return the error of connecting to a service; None if it works."""
     try:
         _connect(service).close()
     except ControlError as error:
@@ -121,15 +126,19 @@ def _connect(service: Path) -> socket.socket:
         sock.connect(str(path))
     except OSError as error:
         sock.close()
-        cause = {
-            ConnectionRefusedError: "its supervisor is gone and has left its socket behind",
-            PermissionError: f"{path} belongs to another user",
-        }.get(type(error), os.strerror(error.errno or 0).lower())
+        cause, note = {
+            ConnectionRefusedError: (
+                "its supervisor is gone and has left its socket behind",
+                "start the service again: it adopts the workers that still run",
+            ),
+            PermissionError: (f"{path} belongs to another user", "run the command as the service's user"),
+        }.get(type(error), (os.strerror(error.errno or 0).lower(), ""))
         raise ControlError(
             "HP606",
             f"cannot reach the supervisor of {service.name}",
             cause=cause,
-            fix="run the command as the service's user, or hotport serve again, which adopts the workers that are left",
+            fix=f"ls -l {shlex.quote(str(path))}",
+            note=note,
         ) from None
     pid, uid, _ = peer_credentials(sock)
     if not _may_answer(uid, service):

@@ -190,7 +190,7 @@ class _Service:
                 "HP403",
                 "the demo's service did not start",
                 cause=f"it said:\n{self.log_tail()}",
-                fix="hotport serve, with an application of your own, to see whether that starts",
+                note="see whether an application of your own starts: hotport serve app:app",
             )
 
     def edit(self) -> None:
@@ -239,7 +239,7 @@ def _serving(directory: Path, words: Console) -> Iterator[_Service]:
 
 
 def _experiment(service: _Service, address: str, restarts: int, connections: int) -> Experiment:
-    """Clients in every state in which a restart can find one, most of them keeping their connection."""
+    """Make clients in every state in which a restart can find them, most with kept connections."""
     host, _, port = address.rpartition(":")
     keeping = -(-connections * 4 // 5)
     loads = [
@@ -264,7 +264,7 @@ def _experiment(service: _Service, address: str, restarts: int, connections: int
 
 
 def _outcome(result: Result, service: _Service) -> tuple[int, str]:
-    """The exit code, and what there is to say beside what clients saw."""
+    """Return the exit code, and remarks beside what clients saw."""
     written = {f"v{number}" for number in range(1, service.version + 1)}
     silent = written - {name.partition(",")[0] for name in answered_by(result.buckets)}
     if not result.verdict.is_clean:

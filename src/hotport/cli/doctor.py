@@ -12,7 +12,7 @@ from hotport.cli import HELP
 from hotport.cli.client import ask, raise_failure
 from hotport.cli.output import print_json, print_strategies, write
 from hotport.diagnose.doctor import examine, examine_service, read_machine, read_service
-from hotport.errors import ControlError, ExitCode
+from hotport.errors import ControlError, ExitCode, advice
 from hotport.kernel.process import working_directory
 from hotport.kernel.steer import can_steer
 from hotport.model.guarantee import Facts, choose, table
@@ -46,7 +46,7 @@ def command(name: str | None, as_json: bool) -> int:
         print_json(findings)
     else:
         for finding in findings:
-            write(f"{finding.what}\n  so:    {finding.consequence}\n  try:   {finding.fix}")
+            write("\n".join([finding.what, f"  so:    {finding.consequence}", *advice(finding.fix, finding.note)]))
         if status is not None:
             print_strategies(status.strategies, status.strategy)
         else:
@@ -57,7 +57,7 @@ def command(name: str | None, as_json: bool) -> int:
 
 
 def _strategies(options: Options) -> tuple[dict[str, str], str]:
-    """For a service that would be started here: why each strategy cannot work, and which one would be taken."""
+    """Explain for a service started here why strategies cannot work, and which one would be used."""
     facts = Facts(
         schemes=tuple(dict.fromkeys(text.partition(":")[0] for text in options.bind)),
         command=options.command[0] if options.command else "",
@@ -70,7 +70,7 @@ def _strategies(options: Options) -> tuple[dict[str, str], str]:
 
 
 def _status(name: str | None) -> Status | None:
-    """The service as it is; None if there is none, and none was named."""
+    """Return the status of the service; None if none runs and none was named."""
     try:
         for reply in ask(name, StatusRequest()):
             raise_failure(reply)

@@ -1,4 +1,4 @@
-"""Where words and data go: data to stdout, words to stderr, colour only where it is wanted."""
+"""Print data to stdout, messages to stderr, colour only on terminals that want it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _TAKES_NO_MORE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errn
 
 
 class _Console(Console):
-    """A console that shows what a terminal would obey, and whose readers may leave.
+    """A console that escapes control characters, and survives readers that leave.
 
     ``hotport restart | head -1`` has the restart's outcome all the same.
     """
@@ -56,13 +56,13 @@ class _Console(Console):
 
 
 def swallow(stream: IO[str]) -> None:
-    """Let a stream lead nowhere; what is still buffered would fail again at the end."""
+    """Redirect a stream to /dev/null; its buffered rest would fail again at exit."""
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A rich console that keeps to ``NO_COLOR`` and to what is a terminal."""
+    """Make a rich console that respects ``NO_COLOR`` and whether it is a terminal."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if is_terminal(stream) else WIDE  # rich takes 80 where nobody says, and cuts tables
     plain = bool(os.environ.get("NO_COLOR"))
@@ -70,7 +70,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def output_error(error: OSError) -> int:
-    """Say that what was to be printed could not be (HP336), if it is that; the exit code.
+    """Report that the output could not be printed (HP336), if that is the error; return the exit code.
 
     Raises:
         OSError: The same, if it is another.
@@ -84,9 +84,10 @@ def output_error(error: OSError) -> int:
             swallow(stream)
     problem = ConfigError(
         "HP336",
-        "cannot print what there is to say",
+        "cannot print the output",
         cause=f"stdout or stderr: {describe_errno(error.errno)}",
-        fix="df -h, and send the output elsewhere",
+        fix="df -h",
+        note="or send the output elsewhere",
     )
     with suppress(OSError):  # stderr may be what takes no more
         console(stderr=True).out(problem, highlight=False)
@@ -95,26 +96,26 @@ def output_error(error: OSError) -> int:
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Ends the command when it is interrupted in the block; what it waits for is the supervisor's affair."""
+    """End the command when it is interrupted in the block; the supervisor continues what it waits for."""
     try:
         yield
     except KeyboardInterrupt:
-        console(stderr=True).print(f"not waiting any longer; the {what} goes on: hotport status")
+        console(stderr=True).print(f"not waiting any longer; the {what} continues: hotport status")
         raise SystemExit(ExitCode.INTERRUPTED) from None
 
 
 def write(text: str) -> None:
-    """Lines of data on stdout."""
+    """Write lines of data to stdout."""
     console().out(text, highlight=False)
 
 
 def print_json(value: Any) -> None:
-    """A message, or whatever msgspec encodes, as JSON on stdout."""
+    """Print a message, or anything that msgspec encodes, as JSON on stdout."""
     write(msgspec.json.format(msgspec.json.encode(value)).decode())
 
 
 def print_report(report: Report) -> None:
-    """One restart, for people: the most important line last."""
+    """Print one restart, for people: the most important line last."""
     out = console()
     if report.error:
         out.print(report.error, markup=False)
@@ -131,7 +132,7 @@ def print_report(report: Report) -> None:
     out.print(f"queue        {overflows or 'no overflow'}")
     if report.rebind_gap_us is not None:
         out.print(
-            f"{report.strategy:13}nobody listened for {report.rebind_gap_us:g} us; {report.refused} refused (counted "
+            f"{report.strategy:13}not listening for {report.rebind_gap_us:g} us; {report.refused} refused (counted "
             f"in the whole network namespace), {report.reset} reset"
         )
     elif report.strategy != "inherit":
@@ -139,7 +140,7 @@ def print_report(report: Report) -> None:
     if report.outcome == "done":
         out.print(f"[green]done[/]: generation {report.generation} of {report.service} serves")
     else:
-        serves = f"generation {report.serving} of {report.service} serves on" if report.serving else "nobody serves"
+        serves = f"generation {report.serving} of {report.service} serves on" if report.serving else "no worker serves"
         out.print(f"[red]{report.outcome}[/]: {serves}")
 
 
@@ -156,12 +157,12 @@ def _counts(fates: dict[str, int]) -> str:
 
 
 def print_status(status: Status) -> None:
-    """A service and its workers, for people."""
+    """Print a service and its workers, for people."""
     out = console()
     out.width = max(out.width, WIDE)  # a terminal that is narrower folds lines, where rich would cut words
     restarting = f", restarting into generation {status.restarting}" if status.restarting else ""
     is_served = any(worker.phase == "serving" for worker in status.workers)
-    serves = f"generation {status.generation} serves" if is_served else "NOBODY serves"
+    serves = f"generation {status.generation} serves" if is_served else "NO WORKER serves"
     leaving = _leaving(status)
     out.print(
         f"{status.service}: {serves} {status.target} on {', '.join(status.addresses)}{restarting}{leaving}",
@@ -181,7 +182,7 @@ def print_status(status: Status) -> None:
         out.print(f"status port {status.status_address}", markup=False)
     out.print(f"strategy {status.strategy} ({status.strategy_why})", markup=False)
     for address, who in status.lost.items():
-        out.print(f"LOST {address}: {who}; it is tried again and again", markup=False)
+        out.print(f"LOST {address}: {who}; binding it again is being tried", markup=False)
     for address, why in status.gone.items():
         out.print(f"GONE {address}: its socket file was removed or replaced; {why or 'see the log'}", markup=False)
     table = Table(box=None, pad_edge=False)
@@ -235,7 +236,7 @@ def _leaving(status: Status) -> str:
 
 
 def print_strategies(obstacles: Mapping[str, str], chosen: str) -> None:
-    """What each strategy promises, and whether it can work here.
+    """Print what each strategy promises, and whether it can work here.
 
     Args:
         obstacles: Why a strategy cannot work, by its name; empty if it can.
@@ -243,7 +244,7 @@ def print_strategies(obstacles: Mapping[str, str], chosen: str) -> None:
     """
     out = console()
     table = Table(box=None, pad_edge=False)
-    for heading in ("strategy", "refused", "reset", "nobody listens", "here"):
+    for heading in ("strategy", "refused", "reset", "rebind gap", "here"):
         table.add_column(heading, overflow="fold")
     for name, obstacle in obstacles.items():
         promise = GUARANTEES[Strategy(name)]
@@ -253,7 +254,7 @@ def print_strategies(obstacles: Mapping[str, str], chosen: str) -> None:
 
 
 def print_tls_report(report: TlsReport) -> None:
-    """What became of the certificates, for people: the most important line last."""
+    """Print the outcome of reloading certificates, for people: the most important line last."""
     out = console()
     for worker in report.workers:
         if worker.error:

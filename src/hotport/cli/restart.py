@@ -24,9 +24,9 @@ WORDS = {
     "restart.quiesced": "the old generation accepts no more",
     "restart.watching": "watching generation {generation} for {detail}; hotport undo takes it back",
     "restart.undoing": "taking the old generation back: {detail}",
-    "restart.undone": "undone; waiting for what is left of generation {generation}",
+    "restart.undone": "undone; waiting for the last workers of generation {generation}",
     "restart.draining": "draining the old generation",
-    "restart.done": "waiting for what is left of the old generation",
+    "restart.done": "waiting for the last workers of the old generation",
     "restart.aborted": "aborting: {detail}",
 }
 
@@ -83,7 +83,7 @@ def command(
 
 
 def follow(name: str | None, request: Any, what: str, *, as_json: bool) -> Report | None:
-    """Send a request that ends with the report of a restart, and tell what happens; None if the supervisor ended."""
+    """Send a request that ends with a restart's report, and show its progress; None if the supervisor ended."""
     words = console(stderr=True)
     report: Report | None = None
     with waiting(what), words.status("asking the supervisor") as shown:

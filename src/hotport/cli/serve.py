@@ -21,7 +21,7 @@ __all__ = ["command"]
 
 
 class _Serve(click.Command):
-    """Keeps what follows ``--`` apart: it is a program with options of its own."""
+    """Separates what follows ``--``: a program with options of its own."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         program: list[str] = []
@@ -37,7 +37,8 @@ class _Serve(click.Command):
                 "HP302",
                 f"unknown flag {error.option_name}",
                 cause="hotport has no option of this name",
-                fix=f"hotport serve {meant} ..." if meant else "hotport serve --help lists them",
+                fix="hotport serve --help",
+                note=f"did you mean {meant}?" if meant else "",
             ) from None
 
 

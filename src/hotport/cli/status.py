@@ -16,7 +16,7 @@ __all__ = ["command"]
 
 @click.command("status", context_settings=HELP)
 @click.argument("name", required=False)
-@click.option("--ready", "must_be_ready", is_flag=True, help="Fail unless it serves, and goes on to.")
+@click.option("--ready", "must_be_ready", is_flag=True, help="Fail unless it serves, and is not about to stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(name: str | None, must_be_ready: bool, as_json: bool) -> int:
     """Show the service NAME: generations, workers, connections.

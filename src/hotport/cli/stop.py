@@ -24,7 +24,7 @@ __all__ = ["command"]
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(name: str | None, now: bool, lame_duck: str | None, as_json: bool) -> int:
-    """Stop the service NAME and wait until it is gone.
+    """Stop the service NAME and wait until it has ended.
 
     A second stop ends the time of a lame duck; one more, or --now, does not wait for connections either.
 

@@ -20,7 +20,7 @@ __all__ = ["command"]
 @click.option("--python", metavar="FILE", help="Go on with this interpreter, and the hotport that is installed for it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(name: str | None, python: str | None, as_json: bool) -> int:
-    """Let the supervisor of NAME become the hotport that is installed now; its pid and its workers stay.
+    """Replace the supervisor of NAME by the installed hotport; its pid and its workers stay.
 
     The new one is tried out first. The application is not restarted; hotport restart does that.
     """

@@ -91,7 +91,8 @@ def watching(options: Options) -> Iterator[None]:
                 "HP333",
                 f"cannot watch {path}",
                 cause="it does not exist",
-                fix="name a file or directory with --watch-path",
+                fix="--watch-path .",
+                note="name a file or a directory that exists",
             )
     ours, theirs = socket.socketpair()
     with ours:
@@ -115,7 +116,8 @@ def watching(options: Options) -> Iterator[None]:
                         "HP334",
                         f"cannot watch {', '.join(map(str, paths))}",
                         cause=said.strip() or "the watcher ended without a word; what it wrote is above",
-                        fix="sysctl fs.inotify.max_user_watches, or watch less with --watch-path",
+                        fix="sysctl fs.inotify.max_user_watches",
+                        note="raise that limit, or watch less with --watch-path",
                     )
             yield
         finally:
@@ -167,12 +169,12 @@ class _Changes:
         self._stop = threading.Event()
 
     def end(self) -> None:
-        """Watch no more; `next` returns None."""
+        """Stop watching; `next` returns None."""
         self._stop.set()
         self._found.put(None)
 
     def stand(self) -> None:
-        """Watch what has to be watched now, in place of what was watched until now; return when that stands.
+        """Replace the watched paths by the current ones; return once they are watched.
 
         Raises:
             OSError: It cannot be watched.
@@ -226,7 +228,7 @@ class _Changes:
             stands.put(None)
 
     def next(self, timeout_s: float | None = None) -> frozenset[str] | None:
-        """The files that have changed since and count; waits for one. None when there will be no more.
+        """Wait for files that count to change, and return them; None at the end.
 
         Raises:
             queue.Empty: None has changed in time.
@@ -244,7 +246,7 @@ class _Changes:
         return None
 
     def _get(self, deadline: float | None) -> frozenset[str] | None:
-        """All that was found; waits until there is something."""
+        """Wait for changes, and return all that were found."""
         files: frozenset[str] = frozenset()
         while not files or not self._found.empty():
             found = self._found.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
@@ -264,7 +266,8 @@ def _restart_for_each(changes: _Changes, name: str, gone: threading.Event) -> No
     while (files := changes.next()) is not None:
         log.info("watch.changed", files=_shown(files))
         if delay_s := brake.delay_s(is_own=changed_within(files, *starting)):
-            log.warning("watch.braked", files=_shown(files), wait_s=delay_s, why=BRAKED, fix="--watch-exclude PATTERN")
+            note = "exclude them with --watch-exclude"
+            log.warning("watch.braked", files=_shown(files), wait_s=delay_s, why=BRAKED, note=note)
             with suppress(queue.Empty):
                 files = changes.next(delay_s)
                 if files is None:
@@ -279,7 +282,7 @@ def _shown(files: frozenset[str]) -> list[str]:
 
 
 def _restart(name: str, gone: threading.Event) -> tuple[float, float]:
-    """Restart the service and tell about it if it fails; one that cannot begin yet is tried until it can.
+    """Restart the service, and report a failure; retry while it cannot begin yet.
 
     Returns:
         From when to when new code was starting (``time.time()``).

@@ -34,7 +34,7 @@ TICK_S = 1.0
 @click.command("why", context_settings=HELP)
 @click.argument("address", required=False)
 @click.option("--user", help="Whether this user could bind, instead of you; a name or a number.")
-@click.option("--watch", is_flag=True, help="Stay until the address is free, with the reason and what is left to wait.")
+@click.option("--watch", is_flag=True, help="Stay until the address is free, with the reason and the time left.")
 @click.option(
     "--probe",
     is_flag=True,
@@ -43,7 +43,7 @@ TICK_S = 1.0
 @click.option("--explain", "topic", metavar="STATE", help="What a state, option or error means: TIME_WAIT, BUSY, ...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(address: str | None, user: str | None, watch: bool, probe: bool, topic: str | None, as_json: bool) -> int:
-    """Explain ADDRESS: who has it, until when, and what to do.
+    """Explain ADDRESS: what holds it, until when, and what to do.
 
     Whether a server could bind to it, with which options, and by which rule not. ADDRESS is like 8000,
     :8000, 127.0.0.1:8000, [::1]:8000, udp://:5353 or unix:run/app.sock. Nothing is bound and nothing is sent.
@@ -79,8 +79,9 @@ def _require_linux() -> None:
         raise ConfigError(
             "HP131",
             "cannot explain a port here",
-            cause=f"the rules and the tables that are read are those of Linux, and this is {sys.platform}",
-            fix="netstat -an, and the documentation of bind() on this system",
+            cause=f"it reads tables of the Linux kernel, and this is {sys.platform}",
+            fix="netstat -an",
+            note="the documentation of bind() on this system has its rules",
         )
 
 
@@ -89,11 +90,12 @@ def _subject(text: str) -> Subject:
         address = parse_address(f":{text}" if text.isascii() and text.isdigit() else text)
     except ConfigError as error:
         error.fix = error.fix.replace("--bind ", "hotport why ")
+        error.note = error.note.replace("--bind ", "hotport why ")
         raise
     if isinstance(address, UnixAddress):
         return address
     if not isinstance(address, TcpAddress | UdpAddress):
-        cause, fix = "it is a socket that somebody passes on, and not a port", "hotport why :8000"
+        cause, fix = "it is a socket that another process passes on, and not a port", "hotport why :8000"
     elif address.port == 0:
         cause, fix = "port 0 stands for any port that is free: a bind to it finds one", "hotport why :8000"
     else:
@@ -133,7 +135,7 @@ def _show(diagnosis: Diagnosis, *, as_json: bool) -> None:
 
 
 def _say(text: str) -> None:
-    """As `hotport.cli.output.write`, without rich, which takes a third of the whole time to load."""
+    """Write like `hotport.cli.output.write`, without rich, which takes a third of the whole time to load."""
     try:
         click.echo(text)
     except BrokenPipeError:  # the exit code tells all the same
@@ -167,7 +169,7 @@ def _watch(subject: Subject, asker: Asker, diagnosis: Diagnosis, *, as_json: boo
 
 
 def _wait(diagnosis: Diagnosis) -> None:
-    """Until the last TIME_WAIT ends, a process that is in the way ends, or a second has passed."""
+    """Wait until the last TIME_WAIT ends, a blocking process ends, or a second has passed."""
     answer = diagnosis.answers[diagnosis.usual]
     pids = {holder.pid for old in answer.blockers for holder in old.holders}
     if not isinstance(diagnosis.facts, Port):

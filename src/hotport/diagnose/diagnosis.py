@@ -1,4 +1,4 @@
-"""One address, read and judged; and, if wanted, really tried."""
+"""Read and judge one address, and try it if asked to."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Subject: TypeAlias = TcpAddress | UdpAddress | UnixAddress
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What is known of an address.
+    """Everything known about an address.
 
     Attributes:
         free: The answer for the options that servers usually set: SO_REUSEADDR on TCP, none elsewhere.
@@ -75,7 +75,7 @@ def diagnose(address: Subject, asker: Asker, *, probe: bool = False) -> Diagnosi
 
 
 def _dual_stack(port: Port, asker: Asker, answer: Answer) -> Iterator[str]:
-    """What a server that takes IPv4 by its IPv6 socket, as many do, would be told instead."""
+    """Judge the address for a dual-stack server, which takes IPv4 on its IPv6 socket."""
     if port.local.host.version == 6 and port.local.host.is_unspecified:
         dual = judge(replace(port, local=Local(port.local.host, v6only=False)), asker, usual(port))
         if dual.can != answer.can:
@@ -107,7 +107,7 @@ def _bind(family: int, kind: int, sockaddr: tuple[Any, ...], options: Options) -
 
 
 def _told(answer: Answer, blamed: Answer, number: int) -> Answer:
-    """An answer once the kernel has given its own."""
+    """Correct an answer by the kernel's own."""
     if not number:
         return answer if answer.can == Can.YES else Answer(Can.YES, "a bind has just worked")
     name = errno.errorcode.get(number, str(number))

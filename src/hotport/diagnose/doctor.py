@@ -1,4 +1,4 @@
-"""What makes restarts lossy or fragile: on this machine, and in a running service."""
+"""Find what makes restarts lossy or fragile: on this machine, and in a running service."""
 
 from __future__ import annotations
 
@@ -47,21 +47,23 @@ KILL_MODES: Final = {
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """Something to repair.
+    """One problem to repair.
 
     Attributes:
         what: How it is.
         consequence: What comes of it.
-        fix: What to type or change.
+        fix: One command or line of configuration that can be pasted; empty if there is none.
+        note: What to do beside it, or in its place, in prose.
     """
 
     what: str
     consequence: str
-    fix: str
+    fix: str = ""
+    note: str = ""
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """What the machine allows; None where it could not be read."""
+    """The limits of the machine; None where they could not be read."""
 
     kernel: tuple[int, int]
     has_pidfd: bool
@@ -128,14 +130,14 @@ def read_machine(root: Path) -> Machine:
 
 
 class Managed(msgspec.Struct, frozen=True):
-    """The unit of a service manager in which the service runs, and how the manager ends it."""
+    """The unit that the service runs in, and how its service manager ends it."""
 
     unit: str
     kill_mode: str
 
 
 def read_service(status: Status) -> tuple[list[ListenerState], list[Member], Managed | None]:
-    """Look at a running service; what may not be looked at is left out.
+    """Read the state of a running service; leave out what is not readable.
 
     Raises:
         KernelError: If netlink is not to be had (HP130).
@@ -152,42 +154,45 @@ def read_service(status: Status) -> tuple[list[ListenerState], list[Member], Man
 
 
 def examine(machine: Machine, options: Options) -> Iterator[Finding]:
-    """What is wrong with a machine for a service with these options; a pure function."""
+    """Find problems of a machine for a service with these options; a pure function."""
     if machine.kernel < (5, 3) or not machine.has_pidfd:
         yield Finding(
             f"pidfd_open does not work (Linux {machine.kernel[0]}.{machine.kernel[1]})",
             "hotport cannot run: it could not tell a process from another one that got its pid",
-            "Linux 5.3 or newer; in a container, a seccomp profile that permits pidfd_open",
+            note="use Linux 5.3 or newer; in a container, a seccomp profile that permits pidfd_open",
         )
     if machine.somaxconn is not None and machine.somaxconn < options.backlog:
         yield Finding(
             f"net.core.somaxconn is {machine.somaxconn}, below the backlog of {options.backlog}",
-            "while nobody accepts for a moment, fewer connections than intended wait; the others are dropped",
-            f"sysctl -w net.core.somaxconn={options.backlog}, and start the service again",
+            "when accepting pauses for a moment, fewer connections than intended wait; the others are dropped",
+            fix=f"sysctl -w net.core.somaxconn={options.backlog}",
+            note="then start the service again",
         )
     if machine.aborts_on_overflow:
         yield Finding(
             "net.ipv4.tcp_abort_on_overflow is 1",
             "a client that finds the accept queue full is reset, where it would try again and get in",
-            "sysctl -w net.ipv4.tcp_abort_on_overflow=0",
+            fix="sysctl -w net.ipv4.tcp_abort_on_overflow=0",
         )
     if machine.overflows:
         yield Finding(
             f"accept queues have overflowed {machine.overflows:,} times since this network was made (ListenOverflows)",
             "each time a client had to wait for a second or more, and some gave up",
-            f"more workers, or a longer --backlog (now {options.backlog}) with a somaxconn to match",
+            note=f"run more workers, or raise --backlog (now {options.backlog}) and net.core.somaxconn",
         )
     if machine.descriptors_max < options.backlog + SPARE:
         yield Finding(
             f"a process may open {machine.descriptors_max:,} descriptors (hard limit)",
             "connections beyond that stay in the accept queue until others end; two generations drain at once",
-            f"LimitNOFILE={2 * (options.backlog + SPARE)} in the unit, or ulimit -Hn",
+            fix=f"LimitNOFILE={2 * (options.backlog + SPARE)}",
+            note="in the section [Service] of the unit; elsewhere, raise ulimit -Hn",
         )
     if machine.runtime_obstacle:
         yield Finding(
             f"the runtime directory {machine.runtime_root} {machine.runtime_obstacle}",
             "hotport restart, status and stop do not find the service, or it refuses to start (HP622)",
-            f"ls -ld {machine.runtime_root}; or HOTPORT_RUNTIME_DIR=/a/directory/of/yours",
+            fix=f"ls -ld {machine.runtime_root}",
+            note="or set HOTPORT_RUNTIME_DIR to a directory of yours",
         )
     for address in options.bind:
         yield from _examine_address(machine, str(address))
@@ -200,7 +205,7 @@ def examine_service(
     gone: Mapping[str, str] | None = None,
     managed: Managed | None = None,
 ) -> Iterator[Finding]:
-    """What is wrong with a running service; a pure function.
+    """Find problems of a running service; a pure function.
 
     Args:
         gone: Addresses whose socket file is not in its place, and why.
@@ -209,38 +214,42 @@ def examine_service(
         yield Finding(
             f"{managed.unit} has KillMode={managed.kill_mode}",
             KILL_MODES[managed.kill_mode],
-            f"KillMode=mixed in its section [Service]: systemctl edit {managed.unit}",
+            fix=f"systemctl edit {managed.unit}",
+            note="set KillMode=mixed in its section [Service]",
         )
     for address, why in (gone or {}).items():
         yield Finding(
             f"the socket file of {address} was removed or replaced" + (f" ({why})" if why else ""),
             "no new client can connect there; those that are connected are served",
-            "hotport restart, which binds it again; and see what removes it",
+            fix="hotport restart",
+            note="it binds the address again; find out what removes the file",
         )
     for listener in listeners:
         if listener.strangers:
             yield Finding(
                 f"{listener.address} is also held by {', '.join(listener.strangers)}",
                 "the port stays busy after the service is stopped, and clients connect and hang",
-                "end that process; start programs with closed descriptors (close_fds=True, the default in Python)",
+                note="end that process, and start programs with closed descriptors (close_fds=True, Python's default)",
             )
         if listener.joiners:
             yield Finding(
                 f"{', '.join(listener.joiners)} listens on the port of {listener.address}, too (SO_REUSEPORT)",
                 "it gets a share of the connections, and what is in its queue is reset when it ends",
-                "end it, or bind without SO_REUSEPORT; hotport's own listeners are shared without",
+                note="end it, or bind without SO_REUSEPORT; hotport's own listeners are shared without",
             )
         if listener.is_shared and not listener.migrates:
             yield Finding(
                 f"{listener.address} has SO_REUSEPORT, and net.ipv4.tcp_migrate_req is 0",
                 "when one of the listeners closes, the connections in its queue are reset",
-                "sysctl -w net.ipv4.tcp_migrate_req=1 (Linux 5.14)",
+                fix="sysctl -w net.ipv4.tcp_migrate_req=1",
+                note="it needs Linux 5.14",
             )
         if listener.nodelay is False:
             yield Finding(
                 f"{listener.address} has TCP_NODELAY off",
                 "the last small piece of an answer waits for the client's delayed acknowledgement, up to 40 ms",
-                "whoever makes the socket sets it: NoDelay=true in a systemd socket unit",
+                fix="NoDelay=true",
+                note="in the section [Socket] of the systemd unit, or by the process that makes the socket",
             )
     for member in members:
         if member.inheritable:
@@ -248,14 +257,14 @@ def examine_service(
             yield Finding(
                 f"sockets of {member.name} (pid {member.pid}) are inheritable: descriptors {numbers}",
                 "every program that it starts holds them as well: ports stay busy and connections stay open",
-                "os.set_inheritable(fd, False) in the program; SOCK_CLOEXEC in C",
+                note="call os.set_inheritable(fd, False) in the program; use SOCK_CLOEXEC in C",
             )
         if member.descriptors is not None and member.descriptors[0] > NEARLY_FULL * member.descriptors[1]:
             used, most = member.descriptors
             yield Finding(
                 f"{member.name} (pid {member.pid}) has {used:,} of {most:,} descriptors open",
                 "soon it can neither accept nor open files, and a restart needs room for two generations",
-                "LimitNOFILE= in the unit; hotport why PORT shows connections that nobody closes",
+                note="raise LimitNOFILE= in the unit; hotport why PORT shows connections that are never closed",
             )
 
 
@@ -271,14 +280,15 @@ def _examine_address(machine: Machine, text: str) -> Iterator[Finding]:
         yield Finding(
             f"{address} is below {sysctl} ({machine.low_end}), and you may not bind there",
             "the service does not start as this user",
-            f"AmbientCapabilities=CAP_NET_BIND_SERVICE, or sysctl -w {sysctl}={address.port}",
+            fix="AmbientCapabilities=CAP_NET_BIND_SERVICE",
+            note=f"in the section [Service] of the unit; or for all programs: sysctl -w {sysctl}={address.port}",
         )
     if machine.ephemeral.gives(address.port):
         yield Finding(
             f"{address} is one of the ports for outgoing connections "
             f"({machine.ephemeral.low} to {machine.ephemeral.high})",
             "while the service is stopped, an outgoing connection can be given the port: the next start fails",
-            machine.ephemeral.keeping(address.port),
+            fix=machine.ephemeral.keeping(address.port),
         )
 
 
@@ -314,7 +324,7 @@ def _number(text: str) -> int | None:
 
 
 def _obstacle(root: Path) -> str:
-    """Why services cannot have their directories there; empty if they can."""
+    """Explain why services cannot have their directories there; empty if they can."""
     try:
         found = root.lstat()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Short texts about what a port can be in, for those who want to know; exact, with sources."""
+"""Short texts about the states of a port; exact, with sources."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ the port after the server is gone, and clients connect and hang.
 Sources: listen(2), accept(2), socket(7).""",
     "BOUND": """\
 A socket has the port, and neither listens nor is connected. netstat and /proc/net/tcp do not show it; sock_diag does
-since Linux 6.8. It keeps out everybody, except where both set SO_REUSEADDR, or SO_REUSEPORT as one user.
+since Linux 6.8. It excludes all other sockets, except where both set SO_REUSEADDR, or SO_REUSEPORT as one user.
 A process can bind like that in the gap of a restart, unnoticed, and listen in the next gap: a sleeper. Bound with
 SO_REUSEPORT alone, as the service's own user, the same is a guard: it keeps strangers out and takes nothing itself.
 Sources: bind(2), socket(7).""",
@@ -38,7 +38,7 @@ Without a process it has not been accepted yet, and is reset when the listener c
 Sources: RFC 9293 section 3.3.2, socket(7).""",
     "FIN_WAIT1": """\
 This side has closed; not everything it sent, or its FIN, has been acknowledged. If its process is gone the kernel
-goes on alone (an orphan). While the peer lives and does not read, that has no end that anybody could name: more than
+completes it alone (an orphan). While the peer lives and does not read, this can last indefinitely: more than
 five minutes were measured. net.ipv4.tcp_orphan_retries bounds it only if the peer does not answer at all.
 Sources: RFC 9293 section 3.3.2, tcp(7).""",
     "FIN_WAIT2": """\
@@ -50,8 +50,8 @@ Sources: RFC 9293 section 3.3.2, tcp(7).""",
 Both sides have closed at the same time, and this one's FIN has not been acknowledged yet. TIME_WAIT follows.
 Sources: RFC 9293 section 3.5.""",
     "TIME_WAIT": """\
-Whoever closes a connection first remembers it: two addresses and two ports. It protects from two things.
-- If the last acknowledgement was lost, the peer repeats its FIN, and somebody has to answer.
+The side that closes a connection first remembers it: two addresses and two ports. It protects from two things.
+- If the last acknowledgement was lost, the peer repeats its FIN, which has to be answered.
 - A late segment must not be taken for data of a new connection between the same two ports. So the pair rests until
   every segment has died: twice the maximum segment lifetime, for which RFC 9293 assumes 2 minutes. Linux waits 60 s,
   and has no setting for that (net.ipv4.tcp_fin_timeout is about FIN_WAIT2).
@@ -70,13 +70,13 @@ The peer has closed, this side has, too, and its FIN waits to be acknowledged: b
 not read; as in FIN_WAIT1 there may be no end to that.
 Sources: RFC 9293 section 3.3.2.""",
     "SO_REUSEADDR": """\
-On Linux, TCP: let me bind though something is left on the port, if that has set the option, too, and does not listen.
+On Linux, TCP: allow a bind despite leftovers on the port, if those have set the option, too, and do not listen.
 It never makes two servers listen on one port. The *old* socket needs it as well, so set it always, before bind.
-It does not ask whose the old socket is: once nobody listens, every user who sets it can take a port above
-net.ipv4.ip_unprivileged_port_start, even over open connections of somebody else.
+It ignores the owner of the old socket: once no socket listens, every user who sets it can take a port above
+net.ipv4.ip_unprivileged_port_start, even over open connections of another user.
 On UDP there is nothing to wait for, and it does something else: several sockets, of any users, have one port, and
-whoever has bound last gets every datagram. Do not set it there.
-On BSD and macOS only the new socket needs it. On Windows it lets anybody take the port of a running server;
+the last one bound gets every datagram. Do not set it there.
+On BSD and macOS only the new socket needs it. On Windows it lets any process take the port of a running server;
 SO_EXCLUSIVEADDRUSE is what a server wants there, and a bind over TIME_WAIT works without any option.
 Sources: socket(7), ip(7); Microsoft, "Using SO_REUSEADDR and SO_EXCLUSIVEADDRUSE".""",
     "SO_REUSEPORT": """\
@@ -91,13 +91,13 @@ A dual-stack one needs the port of 0.0.0.0, too: it finds EADDRINUSE where a ser
 one beside it does not. hotport and asyncio set it; many others, python -m http.server among them, do not.
 Sources: ipv6(7).""",
     "EADDRINUSE": """\
-Somebody has the port, or has left something on it: bind(2) and listen(2) compare the new socket with every one whose
+Another socket has the port, or leftovers of one do: bind(2) and listen(2) compare the new socket with every one whose
 address overlaps: 0.0.0.0 with every IPv4 address; :: with everything, unless it is IPv6 only (IPV6_V6ONLY); a
 connection has the address that its client connected to, not the one that the server was bound to.
 From listen it means that another socket has begun to listen since the bind.
 Sources: bind(2), listen(2), ipv6(7).""",
     "EACCES": """\
-Ports below net.ipv4.ip_unprivileged_port_start, 1024 by default, belong to whoever has CAP_NET_BIND_SERVICE in the
+Ports below net.ipv4.ip_unprivileged_port_start, 1024 by default, belong to processes with CAP_NET_BIND_SERVICE in the
 network namespace: so that a client may trust what answers there to be the machine's and not a user's. Give it to the
 service (AmbientCapabilities= in systemd), lower the sysctl, or let systemd or a proxy hold the port.
 Sources: ip(7), capabilities(7).""",
@@ -107,7 +107,7 @@ port for outgoing connections to that address is in use. An address that comes l
 net.ipv4.ip_nonlocal_bind=1 or IP_FREEBIND.
 Sources: bind(2), ip(7).""",
     "BUSY": """\
-Who should close first? Whoever does has the connection in TIME_WAIT. On a server that costs 256 bytes each, no
+Which side should close first? That side has the connection in TIME_WAIT. On a server that costs 256 bytes each, no
 throughput, and time in the next bind with SO_REUSEADDR: 0.2 ms for 10,000, 5 to 15 ms for 100,000, while which new
 connections wait. On a client it costs ports: those of net.ipv4.ip_local_port_range, divided by 60 s, for each address
 and port that it connects to, unless net.ipv4.tcp_tw_reuse lets it use them again after a second. So a proxy in front
@@ -119,7 +119,7 @@ Sources: RFC 9293 section 3.5.2; benchmarks/timewait.py; draft-faber-time-wait-a
 
 
 def explain(topic: str) -> str:
-    """The text about a topic; case, ``-`` and ``_`` do not matter.
+    """Return the text about a topic; case, ``-`` and ``_`` do not matter.
 
     Raises:
         ConfigError: If there is none (HP135).

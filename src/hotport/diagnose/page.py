@@ -1,4 +1,4 @@
-"""A diagnosis as a page for people: first what they asked, then why, then what is there."""
+"""Render a diagnosis for people: the answer first, then the reason, then the sockets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS_MAX: Final = 40
 
 
 def page(diagnosis: Diagnosis, *, columns: int, paint: Callable[[str, str], str] = lambda text, _: text) -> str:
-    """The whole page, without a line break at its end.
+    """Render the whole page, without a line break at its end.
 
     Args:
         columns: Where lines are folded.
@@ -96,7 +96,7 @@ def _table(port: Port, columns: int) -> Iterator[str]:
 
 
 def _picture(port: Port) -> Iterator[str]:
-    """How a connection ends, with how many of them are where."""
+    """Draw how a connection ends, with the number of connections in each state."""
     counts: Counter[State] = Counter()
     for old in port.sockets:
         counts[old.state] += old.count

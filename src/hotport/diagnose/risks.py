@@ -1,4 +1,4 @@
-"""What could go wrong on a port, at the next restart or now; a pure function of what was read."""
+"""Find what could go wrong on a port, at the next restart or now; a pure function of the facts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["risks_of"]
 MANY: Final = 10_000
 BOUND_IN_A_MS: Final = 20_000  # 0.2 ms for 10,000, 5 to 15 ms for 100,000: benchmarks/timewait.py
 
-#: Seconds after which somebody in an accept queue shows that nobody accepts.
+#: Seconds after which a connection in an accept queue shows that no process accepts.
 PATIENCE_S: Final = 1.0
 
 
 def risks_of(port: Port) -> tuple[str, ...]:
-    """A sentence each, the most urgent first; empty if there is none."""
+    """Return one sentence for each risk, the most urgent first; empty if there is none."""
     listeners = [old for old in port.sockets if old.state == State.LISTEN]
     if port.protocol == "udp":
         return tuple(_datagrams(port))
@@ -47,7 +47,7 @@ def _queues(port: Port, listeners: list[Sockets]) -> Iterator[str]:
             leaked = "; perhaps it was leaked into a process that knows nothing of it" if len(programs) <= 1 else ""
             wait = "1 waits" if old.queue == 1 else f"{old.queue:,} wait"
             yield (
-                f"nobody accepts: {narrate(old, port)}, {wait} in its queue, the first for at least "
+                f"no process accepts: {narrate(old, port)}, {wait} in its queue, the first for at least "
                 f"{old.waited_s:.0f} s, and clients hang{leaked}"
             )
         if len(programs) > 1 and not _is_handed_on(old):
@@ -56,7 +56,7 @@ def _queues(port: Port, listeners: list[Sockets]) -> Iterator[str]:
 
 
 def _is_handed_on(listener: Sockets) -> bool:
-    """Whether it is one of hotport's: its holders are meant to be several, and none of them lets go of the port."""
+    """Whether it is a listener of hotport's, which several processes share on purpose."""
     return bool(listener.holders) and all(holder.is_ours for holder in listener.holders)
 
 
@@ -65,7 +65,7 @@ def _sleepers(port: Port) -> Iterator[str]:
         if old.state == State.BOUND:
             yield (
                 f"a sleeper: {narrate(old, port)}; with SO_REUSEADDR it can listen, and get the clients, as soon as "
-                "nobody else does; /proc/net/tcp and netstat do not show it"
+                "no other socket does; /proc/net/tcp and netstat do not show it"
             )
 
 
@@ -91,7 +91,7 @@ def _groups(port: Port, listeners: list[Sockets]) -> Iterator[str]:
 
 
 def _stolen(port: Port, listeners: list[Sockets]) -> Iterator[str]:
-    """Connections go to the listener that names the address, not to the one that takes them all."""
+    """Find listeners on a specific address that take connections from a wildcard listener."""
     for wide in listeners:
         if not wide.local.host.is_unspecified:
             continue
@@ -106,11 +106,12 @@ def _stolen(port: Port, listeners: list[Sockets]) -> Iterator[str]:
             elif wide.local.host.version == 6 and narrow.local.host.version == 4:
                 yield f"the listener on 0.0.0.0 takes all IPv4 connections from the dual-stack one on {wide.local}"
         if wide.local.host.version == 6 and wide.local.v6only is False:
-            yield f"{narrate(wide, port)}, and IPv4 as well (dual stack): nobody else can bind 0.0.0.0:{port.number}"
+            alone = f"no other socket can be bound to 0.0.0.0:{port.number}"
+            yield f"{narrate(wide, port)}, and IPv4 as well (dual stack): {alone}"
 
 
 def _gap(port: Port, listeners: list[Sockets]) -> Iterator[str]:
-    """Between the close of a server and its next bind."""
+    """Find what could take the port between the close of a server and its next bind."""
     for old in listeners[:1]:
         if _is_handed_on(old):
             continue
@@ -121,7 +122,7 @@ def _gap(port: Port, listeners: list[Sockets]) -> Iterator[str]:
             )
         if port.ephemeral.gives(port.number):
             yield (
-                "while nobody listens an outgoing connection can be given the port, which is one of "
+                "while no socket listens, an outgoing connection can be given the port, which is one of "
                 f"{port.ephemeral.low} to {port.ephemeral.high}: {port.ephemeral.keeping(port.number)}"
             )
 
@@ -140,8 +141,8 @@ def _datagrams(port: Port) -> Iterator[str]:
     for old in port.sockets:
         if old.options is not None and old.options.reuse_address:
             yield (
-                f"{narrate(old, port)} with SO_REUSEADDR: any user who sets it, too, can bind beside it, and whoever "
-                "binds last gets every datagram; UDP has no TIME_WAIT, so nobody needs it there"
+                f"{narrate(old, port)} with SO_REUSEADDR: any user who sets it, too, can bind beside it, and the "
+                "last to bind gets every datagram; UDP has no TIME_WAIT, so the option is not needed there"
             )
     owners = {old.user for old in port.sockets}
     if len(owners) > 1:

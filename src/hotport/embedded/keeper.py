@@ -1,4 +1,4 @@
-"""Socket files of a server inside one's own event loop: noticed when they disappear."""
+"""Watch the socket files of an embedded server, and notice when they disappear."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger("hotport.embedded")
 
 @contextmanager
 def keeping(paths: Sequence[str], mend: Callable[[], Awaitable[bool]]) -> Iterator[None]:
-    """Inside the block, have `mend` called when one of these files is removed, renamed or replaced.
+    """Call `mend` whenever one of these files is removed, renamed or replaced inside the block.
 
     Args:
         mend: Makes them again, and returns whether it has made any.

@@ -1,4 +1,4 @@
-"""What the service manager is told, if there is one: systemd, or a hotport supervisor."""
+"""Notify the service manager, if there is one: systemd, or a hotport supervisor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BARRIER_TIMEOUT_S: Final = 5.0
 
 
 class Notifier:
-    """The process behind ``NOTIFY_SOCKET``; nothing happens if `path` is empty.
+    """The service manager behind ``NOTIFY_SOCKET``; every call does nothing if `path` is empty.
 
     Datagrams are sent from a thread: a manager that is busy for a while must not stop the event loop.
     """
@@ -33,7 +33,7 @@ class Notifier:
             log.warning("the service manager did not take %s", said)
 
     async def pass_to(self, pid: int) -> None:
-        """Name the process to watch from now on, and wait until the manager has read that.
+        """Make `pid` the main process of the service, and wait until the manager has read that.
 
         A manager that learns it after our end takes that for the end of the service.
         """

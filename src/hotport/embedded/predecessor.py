@@ -1,4 +1,4 @@
-"""The process that came before, from the side of its successor."""
+"""The successor's side of an embedded restart."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import os
 import select
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final
 
@@ -41,17 +41,21 @@ ACCEPT_PAUSE_S: Final = 0.1
 
 
 class Predecessor:
-    """Who has started this process to take its place.
+    """The process that started this one as its successor.
 
     Attributes:
         spec: What it has told us.
         over: It is gone, and what it had handed over by then is served here.
+        passed: Further descriptors that it has passed, by name: the program's.
 
     Descriptors: owns the listeners that were passed until they are adopted, the control socket and a pidfd.
     """
 
-    def __init__(self, spec: Succession, listeners: dict[int, socket.socket], pidfd: int | None) -> None:
+    def __init__(
+        self, spec: Succession, listeners: dict[int, socket.socket], passed: Mapping[str, int], pidfd: int | None
+    ) -> None:
         self.spec = spec
+        self.passed = passed
         self.over = asyncio.Event()
         self.manager = Notifier(spec.manager)
         self._name = worker_socket(spec.generation - 1, 1)  # as it calls itself when it offers its connections
@@ -67,13 +71,13 @@ class Predecessor:
         withhold(self)
 
     def descriptors(self) -> tuple[int, ...]:
-        """What a forked child must not have."""
+        """Descriptors that a forked child must not keep."""
         sockets = (*self._listeners.values(), *((self._control,) if self._control is not None else ()))
         return tuple(each.fileno() for each in sockets)
 
     @classmethod
     def claim(cls) -> Predecessor | None:
-        """Take what a predecessor has passed to this process, once; None if there is none.
+        """Take over what the predecessor has passed, once; None without a predecessor.
 
         The variables leave the environment, but for ``NOTIFY_SOCKET``: it stays the predecessor's until that is gone.
         """
@@ -90,11 +94,16 @@ class Predecessor:
             if not _listens(os.environ.get("NOTIFY_SOCKET", "")):  # gone, and somebody else may have its pid
                 os.close(pidfd)
                 pidfd = None
-        return cls(spec, {number: inherited_listener(fd) for number, (fd, _) in enumerate(passed)}, pidfd)
+        descriptors = [fd for fd, _ in passed]
+        listeners, others = descriptors[: len(spec.asked)], descriptors[len(spec.asked) :]
+        for fd in others:
+            os.set_inheritable(fd, False)
+        by_number = {number: inherited_listener(fd) for number, fd in enumerate(listeners)}
+        return cls(spec, by_number, dict(zip(spec.passed, others, strict=True)), pidfd)
 
     @property
     def has_ended(self) -> bool:
-        """Whether its process is gone; what follows from that may still be on its way."""
+        """Whether its process has ended; the reaction to that may still be pending."""
         if self._pidfd is None:
             return True
         poll = select.poll()  # select(2) knows no descriptor above 1023
@@ -103,7 +112,7 @@ class Predecessor:
 
     @property
     def leads_session(self) -> bool:
-        """Whether it leads our session: then its end may hang up on this process.
+        """Whether it leads our session: its end may then send SIGHUP to this process.
 
         The kernel sends SIGHUP to the foreground group of the terminal that the leader has, or had until that was gone;
         and does so before the leader can be waited for.
@@ -113,7 +122,7 @@ class Predecessor:
         return os.getsid(0) == self.spec.predecessor
 
     def adopt(self, text: str) -> list[socket.socket]:
-        """The listeners of an address that were passed: the caller's from here on.
+        """Return the passed listeners of an address; the caller owns them from here on.
 
         One, or none; ``systemd:NAME`` may have several.
         """
@@ -124,7 +133,7 @@ class Predecessor:
         return [self._listeners.pop(number) for number in found]
 
     async def wait_for_order(self, server: Server) -> None:
-        """Say that this process could accept, and return when it shall: on order, or when there is nobody to give it.
+        """Report that this process is ready to accept; return when ordered to, or when the predecessor has ended.
 
         Raises:
             KernelError: The control socket cannot be made (HP212).
@@ -137,7 +146,7 @@ class Predecessor:
         await self._ordered.wait()
 
     async def accepting(self) -> None:
-        """Say that connections are being accepted; close what nobody has adopted."""
+        """Report that connections are being accepted; close the passed listeners that were not adopted."""
         dropped = tuple(self._listeners)
         self._close_listeners()
         if self._order is not None:
@@ -148,16 +157,16 @@ class Predecessor:
         self._committed.set()
 
     def failed(self, error: str) -> None:
-        """Say why this process cannot serve."""
+        """Report why this process cannot serve."""
         notify(self._notify_path, encode_notification(status="failed to start", error=error))
 
     def leaving(self) -> None:
-        """Say that this process ends because it was told to."""
+        """Report that this process ends on request."""
         if not self.over.is_set():
             notify(self._notify_path, encode_notification(stopping=True))
 
     async def close(self) -> None:
-        """End every conversation with it."""
+        """Close every connection to it."""
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
@@ -181,7 +190,7 @@ class Predecessor:
                 return
 
     async def _watch(self, accepting: asyncio.Task[Any]) -> None:
-        """Go on alone when the predecessor has ended, and tell the service manager that this process is the service."""
+        """Become the main process of the service once the predecessor has ended, and tell the service manager."""
         if self._pidfd is not None:
             await anyio.wait_readable(self._pidfd)
             self._close_pidfd()

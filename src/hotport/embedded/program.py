@@ -1,4 +1,4 @@
-"""How this process was started, and so how it is started once more."""
+"""How this process was started, and so how to start its successor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IGNORED_BY_PYTHON: Final = frozenset({signal.SIGPIPE, signal.SIGXFSZ})
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What to execute, where, in which environment, and deaf to what; links are followed as they are now."""
+    """A command to execute, with its directory, environment and ignored signals; links are resolved now."""
 
     argv: tuple[str, ...]
     directory: str
@@ -39,7 +39,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What is known about the start of this process.
+    """How this process was started.
 
     Attributes:
         argv: As the interpreter got it.
@@ -55,7 +55,7 @@ class Program:
 
     @classmethod
     def snapshot(cls) -> Program:
-        """Remember it now: the program may go to another directory later.
+        """Record it now: the program may change its directory later.
 
         Sources: proc_pid_environ(5): the environment at the time of exec, whatever setenv(3) did since.
         """
@@ -65,7 +65,7 @@ class Program:
         return cls(tuple(sys.orig_argv), working_directory(environment), environment, deaf_to)
 
     def why_not_again(self) -> str:
-        """Why the same command line would not start the same program; empty if it would."""
+        """Explain why the same command line would not start the same program; empty if it would."""
         if "_pytest" in sys.modules:
             return "it runs in pytest, which would run all tests once more"
         if hasattr(sys, "ps1") or sys.flags.interactive or hasattr(builtins, "__IPYTHON__"):
@@ -77,7 +77,7 @@ class Program:
         return ""
 
     def resolve(self, argv: Sequence[str] | None, serving: int) -> Start:
-        """What starts the successor.
+        """Return what starts the successor.
 
         Args:
             argv: In place of this program's own command line; its first word may be relative to the directory.
@@ -107,7 +107,7 @@ class Program:
         return ""
 
     def refuse_if_it_cannot(self, argv: Sequence[str] | None, serving: int) -> None:
-        """Find out what stands against a successor, whatever the server does.
+        """Raise an error if no successor could be started, whatever the server does.
 
         Raises:
             RestartError: It could not outlive this process (HP440), a supervisor does this (HP441), or the same
@@ -118,7 +118,8 @@ class Program:
                 "HP440",
                 "cannot restart: no successor could outlive this process",
                 cause=why,
-                fix="hotport serve, whose pid stays the same",
+                fix="hotport serve app:app",
+                note="the pid of a supervisor stays the same",
                 serving=serving,
             )
         if "HOTPORT_GENERATION" in os.environ:
@@ -134,13 +135,14 @@ class Program:
                 "HP442",
                 "cannot restart: this program cannot be started again as it was",
                 cause=why,
-                fix='say what to start: await server.restart(argv=["python", "server.py"])',
+                fix='await server.restart(argv=["python", "server.py"])',
+                note="name the command that starts the program",
                 serving=serving,
             )
 
 
 def _is_there(script: str, words: Sequence[str], directory: str) -> bool:
-    """Whether a script that was named on the command line can be found by that name."""
+    """Whether the script that the command line names is found by that name."""
     return script not in words or script == "-c" or os.path.exists(os.path.join(directory, script))
 
 
@@ -149,7 +151,7 @@ def _not_there(what: str, serving: int) -> RestartError:
         "HP443",
         "cannot restart: the program is not where it was",
         cause=f"{what} is not there, or cannot be used",
-        fix="start the server by an absolute path, or say what to start: await server.restart(argv=[...])",
+        note="start the server by an absolute path, or name the command: await server.restart(argv=[...])",
         serving=serving,
     )
 

@@ -1,4 +1,4 @@
-"""A server inside one's own event loop (`serve`), which can be succeeded by a new process (`Server.restart`)."""
+"""A server in the program's own event loop (`serve`) that can restart the program (`Server.restart`)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, Unpack
 
 import anyio
 
-from hotport.adapters.base import Connections, Context
+from hotport.adapters.base import Connections, Context, Draining
 from hotport.address import UnixAddress, parse_address
 from hotport.embedded.keeper import keeping
 from hotport.embedded.manager import Notifier
@@ -39,11 +40,15 @@ from hotport.kernel.sockets import (
 )
 from hotport.model.fates import Fate, by_name
 from hotport.options import Options
+from hotport.options.keywords import ServeOptions
 from hotport.options.loading import load
 from hotport.worker import background
 from hotport.worker.server import ConnectionServer, DatagramServer, SocketsServer, make_server
 
-__all__ = ["Restarted", "Server", "serve"]
+__all__ = ["OpenConnections", "Restarted", "Server", "serve"]
+
+if TYPE_CHECKING:
+    from _typeshed import FileDescriptorLike
 
 log = logging.getLogger("hotport.embedded")
 
@@ -53,7 +58,7 @@ _servers: Final[set[Server]] = set()
 
 @dataclass(frozen=True, slots=True)
 class Restarted:
-    """A restart that is done; this process serves nobody any more.
+    """The result of a restart that is done; this process serves no clients any more.
 
     Attributes:
         pid: The process that serves now.
@@ -71,22 +76,22 @@ class Restarted:
 
     @property
     def handed_off(self) -> int:
-        """Connections that are served by the new process."""
+        """Connections that the new process serves."""
         return sum(count for fate, count in self.connections.items() if Fate(fate).is_moved)
 
     @property
     def cut(self) -> int:
-        """Connections that were closed at the end of ``drain_timeout`` in the middle of something."""
+        """Connections that were closed in the middle of work at the end of ``drain_timeout``."""
         return sum(count for fate, count in self.connections.items() if Fate(fate).is_cut)
 
     @property
     def finished(self) -> int:
-        """All others: they have ended by themselves, or after what was begun."""
+        """All others: they ended by themselves, or after finishing what they had begun."""
         return sum(self.connections.values()) - self.handed_off - self.cut
 
 
 class _Listener:
-    """One address, whoever accepts from it.
+    """One address, whichever process accepts from it.
 
     Descriptors: owns a duplicate of `socket`, so that a successor can have it; `socket` itself is the server's.
 
@@ -110,22 +115,22 @@ class _Listener:
         withhold(self)
 
     def descriptors(self) -> tuple[int, ...]:
-        """What a forked child must not have."""
+        """Descriptors that a forked child must not keep."""
         return self.socket.fileno(), self.kept.fileno()
 
     @property
     def path(self) -> str:
-        """Its socket file, if it has one that we have made or a predecessor of ours."""
+        """Its socket file, if this process or a predecessor has made it."""
         return self._path
 
     @property
     def is_gone(self) -> bool:
-        """Its socket file was removed or replaced: new clients do not find it."""
+        """Whether its socket file was removed or replaced: new clients do not find it."""
         is_kept = bool(self._path) and self.is_ours and not self._is_dropped
         return is_kept and (self._file is None or socket_file(self._path) != self._file)
 
     async def remake(self, adopt: Callable[[Mapping[str, socket.socket]], Awaitable[None]]) -> None:
-        """Bind its path again, and have the server accept there.
+        """Bind its path again and accept there.
 
         Raises:
             KernelError: Another process has the path, or nothing can be made there.
@@ -143,12 +148,12 @@ class _Listener:
         self.kept, self._file = sock, file
 
     def drop(self) -> None:
-        """The successor does not want it: nobody accepts there once the server has closed `socket`."""
+        """Close a listener that the successor does not want: no process accepts there afterwards."""
         self._is_dropped = True
         self.kept.close()
 
     def renew(self) -> socket.socket:
-        """The listener once more, after `socket` was closed."""
+        """Return the listener again after `socket` was closed."""
         if self._is_dropped:
             self._is_dropped = False
             address = UnixAddress(self._path) if self._path else parse_address(self.address)
@@ -158,7 +163,7 @@ class _Listener:
         return self.socket
 
     def close(self, *, is_passed_on: bool = False) -> None:
-        """Close it; its socket file is removed unless a successor accepts there."""
+        """Close it, and remove its socket file unless a successor accepts there."""
         self.socket.close()
         self.kept.close()
         if self.is_ours and (self._is_dropped or not is_passed_on):
@@ -166,7 +171,7 @@ class _Listener:
 
 
 def _listen(text: str, backlog: int, predecessor: Predecessor | None) -> Iterator[_Listener]:
-    """The listeners of an address, passed or bound now; several for ``systemd:NAME``."""
+    """Return the listeners of an address, passed or bound now; several for ``systemd:NAME``."""
     adopted = predecessor.adopt(text) if predecessor is not None else []
     for sock in adopted:
         yield _Listener(text, sock, backlog, is_adopted=True)
@@ -174,13 +179,53 @@ def _listen(text: str, backlog: int, predecessor: Predecessor | None) -> Iterato
         yield _Listener(text, bind_listener(address, backlog=backlog), backlog, is_adopted=False)
 
 
+class OpenConnections:
+    """The connections of a server, read only."""
+
+    __slots__ = ("_connections",)
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    @property
+    def open(self) -> Mapping[Any, float]:
+        """The open connections, with the time at which each was accepted, by the event loop's clock; a live view."""
+        return MappingProxyType(self._connections.open)
+
+    @property
+    def fates(self) -> Mapping[Fate, int]:
+        """How many connections ended in which way while draining; a live view."""
+        return MappingProxyType(self._connections.fates)
+
+    @property
+    def accepted(self) -> int:
+        """How many connections were accepted."""
+        return self._connections.accepted
+
+    @property
+    def requests(self) -> int:
+        """How many requests were begun; a stream counts as one."""
+        return self._connections.requests
+
+    @property
+    def errors(self) -> int:
+        """How many requests failed: answers of 5xx, and those that were broken off."""
+        return self._connections.errors
+
+    @property
+    def draining(self) -> Draining:
+        """The drain notice."""
+        return self._connections.draining
+
+
 class Server:
     """A server that runs in the event loop that made it.
 
     Attributes:
         addresses: Where it listens, port 0 resolved.
-        connections: What is open, and the drain notice.
+        connections: The open connections, their counts, and the drain notice; read only.
         generation: 1 in the program as it was first started, one more in each successor.
+        passed: What the predecessor has passed with `pass_on`: descriptors by name. The program closes them.
     """
 
     def __init__(
@@ -191,8 +236,10 @@ class Server:
         predecessor: Predecessor | None,
     ) -> None:
         self.addresses = tuple(listener.address for listener in listeners)
-        self.connections = inner.connections
+        self.connections = OpenConnections(inner.connections)
         self.generation = predecessor.spec.generation if predecessor is not None else 1
+        self.passed: Mapping[str, int] = predecessor.passed if predecessor is not None else MappingProxyType({})
+        self._passed_on: dict[str, FileDescriptorLike] = {}
         self._inner = inner
         self._listeners = listeners
         self._settings = settings
@@ -209,7 +256,7 @@ class Server:
         self._is_ending = False
 
     async def _mend_in_between(self) -> bool:
-        """Bind socket files of listeners again that have disappeared; whether any was bound.
+        """Bind listeners again whose socket files have disappeared; return whether any was bound.
 
         A running restart is waited for: its successor has what was passed to it.
         """
@@ -233,23 +280,35 @@ class Server:
         return has_made
 
     def close(self) -> None:
-        """Let `wait_closed` return, and so the ``async with`` block end and drain."""
+        """Let `wait_closed` return, so that the ``async with`` block ends and drains."""
         self._closed.set()
 
     def reload_tls(self) -> None:
-        """Read the certificates again, for connections from now on.
+        """Read the certificates again, for new connections.
 
         Raises:
             StartError: They cannot be used; those from before are kept.
         """
         self._inner.reload_tls()
 
+    def pass_on(self, name: str, file: FileDescriptorLike) -> None:
+        """Pass a descriptor to the successor of each restart from now on, which finds it in `passed`.
+
+        A state that is small goes the same way: in a file of ``os.memfd_create``.
+
+        Args:
+            name: The successor's key; a second file of that name replaces the first.
+            file: A descriptor, or an object with ``fileno()``. The program owns it, and keeps it open: one that is
+                closed by then makes the restart fail (HP444).
+        """
+        self._passed_on[name] = file
+
     async def wait_closed(self) -> None:
-        """Return when `close` has been called, or a restart is done: the program has nothing left to serve."""
+        """Wait until `close` has been called or a restart is done."""
         await self._closed.wait()
 
     async def restart(self, argv: Sequence[str] | None = None) -> Restarted:
-        """Start this program once more, hand everything over to the new process, and let `wait_closed` return.
+        """Start this program again, hand everything over to the new process, and let `wait_closed` return.
 
         The new process gets the listeners, imports the program as it is on disk now, and binds nothing that is bound
         already. Once it accepts, this one stops accepting, hands over the connections that can move, lets the others
@@ -305,7 +364,7 @@ class Server:
                 "cannot restart one of several servers",
                 cause=f"this process has {len(_servers)} open blocks of hotport.serve, and its successor serves all or "
                 "none",
-                fix="serve one application on several addresses, or run them with hotport serve",
+                note="serve one application on several addresses, or run each with hotport serve",
                 serving=self.generation,
             )
         self._program.refuse_if_it_cannot(argv, self.generation)
@@ -349,7 +408,7 @@ class Server:
         )
 
     async def _bring_up(self, start: Start) -> tuple[Successor, tuple[int, ...]]:
-        """A successor that accepts, and which listeners it does not want; nothing is left of one that fails."""
+        """Start a successor; return it once it accepts, with the listeners it does not want; clean up if it fails."""
         successor = Successor.start(
             start,
             generation=self.generation + 1,
@@ -357,12 +416,13 @@ class Server:
             listeners=[listener.kept for listener in self._listeners],
             addresses=self.addresses,
             asked=[listener.place for listener in self._listeners],
+            passed={name: _number(file) for name, file in self._passed_on.items()},
         )
         try:
             channel = await successor.ready(self._settings.ready_timeout_s)
             self._has_committed = True  # it may have connections from here on: nobody can change his mind
             hands_off = self._settings.handoff != "off" and not self._settings.tls_cert
-            committed = await successor.commit(channel, len(self.connections.open) if hands_off else 0)
+            committed = await successor.commit(channel, len(self._inner.connections.open) if hands_off else 0)
         except BaseException:
             self._has_committed = False
             with anyio.CancelScope(shield=True):
@@ -371,7 +431,7 @@ class Server:
         return successor, committed.dropped
 
     async def _leave(self, successor: Successor, *, is_last: bool) -> Mapping[Fate, int]:
-        """Hand off, drain, and say what became of the connections; serve again if the successor dies meanwhile.
+        """Hand off and drain, and count the fates of connections; serve again if the successor dies meanwhile.
 
         Args:
             is_last: The successor does not accept from every listener: what waits there is served here.
@@ -399,20 +459,20 @@ class Server:
             "HP449",
             f"the successor has died after it had taken over; pid {os.getpid()} serves again",
             cause=f"pid {successor.pid} {successor.how_it_ended}, and its connections ended with it",
-            fix="mend the program, then restart again",
+            note="correct the program, then restart again",
             phase="drain",
             serving=self.generation,
         )
 
     async def _end(self, timeout_s: float) -> None:
-        """Finish connections within `timeout_s` seconds, unless a successor has them, and let go of everything."""
+        """Finish the remaining connections within `timeout_s` seconds, and close everything."""
         self._is_ending = True
         restarting = self._restarting
         if restarting is not None and not restarting.done():
             if not self._has_committed:
                 restarting.cancel()
             elif not timeout_s:
-                self.connections.hurry()
+                self._inner.connections.hurry()
             await asyncio.wait({restarting})
         try:
             if self._predecessor is not None:
@@ -429,12 +489,20 @@ class Server:
                 listener.close(is_passed_on=self._is_succeeded)
 
 
+def _number(file: FileDescriptorLike) -> int:
+    """Return the descriptor of a file; -1 if it is closed, which cannot be passed."""
+    try:
+        return file if isinstance(file, int) else file.fileno()
+    except ValueError:
+        return -1
+
+
 def _refused(why: str, serving: int) -> RestartError:
     return RestartError(
         "HP448",
         "cannot restart now",
         cause=why,
-        fix="wait for its end, then restart again",
+        note="wait until that has ended, then restart again",
         serving=serving,
     )
 
@@ -445,7 +513,7 @@ async def serve(
     *,
     bind: str | Sequence[str] = "tcp://127.0.0.1:8000",
     restart_on_hup: bool = False,
-    **options: Any,
+    **options: Unpack[ServeOptions],
 ) -> AsyncIterator[Server]:
     """Serve an application inside the running asyncio event loop.
 
@@ -466,10 +534,8 @@ async def serve(
         restart_on_hup: SIGHUP calls `Server.restart`, and the log says what came of it. One that comes because the
             terminal is gone closes the server instead. Under nohup it is ignored while a predecessor that leads the
             session has not ended: the kernel sends it at that end.
-        options: ``kind``, ``tasks``, ``backlog``, ``connections_max``, ``drain_timeout``, ``keep_alive``, ``lifespan``,
-            ``trusted_proxy``, ``proxy_protocol``, ``root_path``, ``tls_cert``, ``tls_key``, ``tls_client_ca``,
-            ``tls_client_auth``, ``tls_alpn``, ``ws_...``, and for restarts ``ready_timeout``, ``kill_timeout`` and
-            ``handoff``: as in ``hotport.toml``.
+        options: Those of `ServeOptions`, as in ``hotport.toml``; ``ready_timeout``, ``kill_timeout`` and ``handoff``
+            are about restarts.
 
     Raises:
         ConfigError: An option is wrong; or signals cannot be handled here (HP450).
@@ -563,7 +629,8 @@ def _restarting_on_hup(server: Server, predecessor: Predecessor | None) -> Itera
             "HP450",
             "cannot restart on SIGHUP",
             cause=f"only the main thread handles signals, and this event loop runs in another one ({error})",
-            fix="leave restart_on_hup out, and call server.restart()",
+            fix="await server.restart()",
+            note="leave restart_on_hup out, and restart by that call",
         ) from error
     try:
         yield
@@ -575,5 +642,5 @@ def _restarting_on_hup(server: Server, predecessor: Predecessor | None) -> Itera
 
 
 def _describe(error: BaseException) -> str:
-    """In our three lines, or with the traceback."""
+    """Render one of our errors as its lines, any other with its traceback."""
     return str(error) if isinstance(error, HotportError) else "".join(traceback.format_exception(error)).rstrip()

@@ -1,4 +1,4 @@
-"""The process that comes next, from the side of the one that starts it."""
+"""The predecessor's side of an embedded restart."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Final
 
 from hotport.address import listener_name, parse_address
@@ -31,13 +32,13 @@ COMMIT_TIMEOUT_S: Final = 5.0
 
 
 class Successor:
-    """A child that is to take our place.
+    """A child process that is to replace this one.
 
     Attributes:
         pid: Its process id.
         ended: It has ended, and has been waited for.
         leaves: It has ended, or will soon.
-        has_left: It said ``STOPPING=1`` or was interrupted: it ended, or will end, because somebody wanted it to.
+        has_left: It said ``STOPPING=1`` or was interrupted: it ended, or will end, on request.
         control: Where it takes connections: ``@name``.
 
     Descriptors: owns the pidfd and the notify socket.
@@ -63,7 +64,7 @@ class Successor:
         withhold(self)
 
     def descriptors(self) -> tuple[int]:
-        """What a forked child must not have."""
+        """Descriptors that a forked child must not keep."""
         return (self._notify_socket.fileno(),)
 
     @classmethod
@@ -76,8 +77,9 @@ class Successor:
         listeners: Sequence[socket.socket],
         addresses: Sequence[str],
         asked: Sequence[str],
+        passed: Mapping[str, int] = MappingProxyType({}),
     ) -> Successor:
-        """Start it; blocks for the time of fork and exec.
+        """Start it; blocks during fork and exec.
 
         Args:
             generation: Its number.
@@ -85,13 +87,19 @@ class Successor:
             listeners: To pass; they stay open here.
             addresses: Where they are.
             asked: What was asked for.
+            passed: Further descriptors by name; they stay open here.
 
         Raises:
             RestartError: It cannot be started (HP444); nothing is left of it.
         """
         name, control = abstract_name(), abstract_name()
         told = Succession(
-            predecessor=os.getpid(), generation=generation, control=control, manager=manager, asked=tuple(asked)
+            predecessor=os.getpid(),
+            generation=generation,
+            control=control,
+            manager=manager,
+            asked=tuple(asked),
+            passed=tuple(passed),
         )
         environment = {
             **start.environment,
@@ -105,8 +113,11 @@ class Successor:
                 start.argv,
                 environment=environment,
                 cwd=start.directory,
-                listeners=[listener.fileno() for listener in listeners],
-                listen_names=[listener_name(parse_address(address)) for address in addresses],
+                listeners=[*(listener.fileno() for listener in listeners), *passed.values()],
+                listen_names=[
+                    *(listener_name(parse_address(address)) for address in addresses),
+                    *("passed",) * len(passed),
+                ],
                 is_successor=True,
                 ignored=start.ignored,
                 is_orphan=bool(manager),
@@ -119,13 +130,14 @@ class Successor:
                 f"the successor could not be started: {error.what}",
                 cause=error.cause,
                 fix=error.fix,
+                note=error.note,
                 phase="spawn",
                 serving=generation - 1,
             ) from error
         return cls(child, notify_socket, control, generation)
 
     async def ready(self, timeout_s: float) -> Channel:
-        """Wait until it could accept; the channel on which it is told to.
+        """Wait until it is ready to accept; return the channel on which to order it.
 
         Args:
             timeout_s: It may extend that: ``EXTEND_TIMEOUT_USEC``.
@@ -145,8 +157,9 @@ class Successor:
                 RestartError(
                     "HP446",
                     f"the successor was not ready in time; pid {os.getpid()} serves on",
-                    cause=in_one_line(self._error) or f"pid {self.pid} has not come to accept within {timeout_s:g} s",
-                    fix="hotport.serve(..., ready_timeout=...), or see what it does: py-spy dump --pid PID",
+                    cause=in_one_line(self._error) or f"pid {self.pid} did not accept within {timeout_s:g} s",
+                    fix='ready_timeout = "2m"',
+                    note="allow it more time, or look at what it does while it starts: py-spy dump --pid PID",
                     phase="start up",
                     serving=self._serving,
                 )
@@ -156,10 +169,10 @@ class Successor:
         raise self._has_ended("start up")
 
     async def commit(self, channel: Channel, connections: int) -> Committed:
-        """Order it to accept, and to keep room for so many, and wait until it does. `channel` is closed.
+        """Order it to accept and to reserve room for `connections`, and wait until it does; closes `channel`.
 
         Raises:
-            RestartError: It has ended (HP445), or does not answer (HP446): then it must not live on.
+            RestartError: It has ended (HP445), or does not answer (HP446): then it must be ended.
         """
         try:
             async with asyncio.timeout(COMMIT_TIMEOUT_S):
@@ -171,7 +184,7 @@ class Successor:
                 "HP446",
                 f"the successor was not ready in time; pid {os.getpid()} serves on",
                 cause=f"pid {self.pid} said that it was ready, and did not accept within {COMMIT_TIMEOUT_S:g} s",
-                fix="see what keeps its event loop busy: py-spy dump --pid PID",
+                note="look at what keeps its event loop busy while it starts: py-spy dump --pid PID",
                 phase="commit",
                 serving=self._serving,
             ) from None
@@ -184,7 +197,7 @@ class Successor:
             channel.close()
 
     async def abort(self, timeout_s: float) -> None:
-        """End it: by SIGTERM, and by SIGKILL after `timeout_s` seconds."""
+        """End it by SIGTERM, and by SIGKILL after `timeout_s` seconds."""
         for number, wait_s in ((signal.SIGTERM, timeout_s), (signal.SIGKILL, None)):
             if self.ended.is_set():
                 break
@@ -195,7 +208,7 @@ class Successor:
         self.close()
 
     def close(self) -> None:
-        """Let it go its way."""
+        """Release it: it runs on independently."""
         if not self.ended.is_set():
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
@@ -238,7 +251,7 @@ class Successor:
         return describe_exit(self._status)
 
     def _connect(self) -> Channel | None:
-        """Where it takes orders; None if ``READY=1`` came from the application, and hotport is not there yet."""
+        """Connect to its control socket; None if ``READY=1`` came from the application before hotport was listening."""
         self._is_ready = False
         try:
             return Channel.connect(self.control)
@@ -248,8 +261,8 @@ class Successor:
             raise self._failed(
                 RestartError(
                     "HP445",
-                    f"the successor did not come to serve; pid {os.getpid()} serves on",
-                    cause=f"where it should take orders, {error.strerror}",
+                    f"the successor did not start to serve; pid {os.getpid()} serves on",
+                    cause=f"its control socket cannot be reached: {error.strerror}",
                     fix="ss -lxp",
                     phase="start up",
                     serving=self._serving,
@@ -265,9 +278,9 @@ class Successor:
         return self._failed(
             RestartError(
                 "HP445",
-                f"the successor did not come to serve; pid {os.getpid()} serves on",
+                f"the successor did not start to serve; pid {os.getpid()} serves on",
                 cause=cause,
-                fix="mend the program, then restart again",
+                note="correct the program, then restart again",
                 phase=phase,
                 serving=self._serving,
             )

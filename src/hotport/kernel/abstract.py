@@ -1,7 +1,7 @@
-"""Unix sockets without a file: two processes find each other by a name that nobody has to remove.
+"""Abstract unix sockets: two processes find each other by a name that needs no cleaning up.
 
-Anybody in the network namespace may connect or send to such a socket, so whoever uses it looks at the credentials
-that the kernel attaches. The names are long and random, so nobody can take one beforehand.
+Any process in the network namespace may connect or send to such a socket, so users check the credentials
+that the kernel attaches. The names are long and random, so none can be taken beforehand.
 
 Sources: unix(7), abstract sockets.
 """
@@ -19,12 +19,12 @@ _BACKLOG = 8
 
 
 def abstract_name() -> str:
-    """A name that nobody can guess: ``@hotport-`` and 128 random bits."""
+    """Make a name that cannot be guessed: ``@hotport-`` and 128 random bits."""
     return f"@hotport-{os.urandom(16).hex()}"
 
 
 def sockaddr(name: str) -> str:
-    """What bind(2) and connect(2) take for ``@name`` or a path."""
+    """Return the address of ``@name`` or a path as bind(2) and connect(2) take it."""
     return f"\0{name[1:]}" if name.startswith("@") else name
 
 

@@ -1,4 +1,4 @@
-"""Files and directories that say whose a service is."""
+"""Directories that mark which process owns a service."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def is_at(fd: int, path: str) -> bool:
 
 
 def private_directory(path: str) -> None:
-    """Make a directory that only we may enter, or make sure that an existing one is such.
+    """Make a directory that only this user may enter, or check that an existing one is.
 
-    Its parent must exist. What is found is refused rather than repaired: somebody else may have put it there.
+    Its parent must exist. What is found is refused rather than repaired: another user may have put it there.
 
     Raises:
         ConfigError: If it cannot be made (HP621), or is not ours alone (HP622).

@@ -1,4 +1,4 @@
-"""What a child made by fork must not have of ours: descriptors, signal handlers, the event loop.
+"""Keep descriptors, signal handlers and the event loop from children that the application forks.
 
 fork(2) gives a child duplicates of everything. A connection that a child has open, too, does not end for its client
 when we close it; a listener goes on listening; a signal to the child wakes our event loop, whose wake-up descriptor the
@@ -33,14 +33,14 @@ BLOCKED_FOR_EXEC: Final = frozenset({signal.SIGURG, signal.SIGWINCH, signal.SIGI
 
 
 class Owner(Protocol):
-    """Something that owns descriptors which a forked child must not have."""
+    """An owner of descriptors that a forked child must not keep."""
 
     def descriptors(self) -> Iterable[int]:
-        """Those that are open now; -1 is ignored. Called in the child; must not wait or close anything."""
+        """List those that are open now; -1 is ignored. Called in the child; must not wait or close anything."""
 
 
 class _Withheld:
-    """What the hooks of this process know; fork hooks cannot be taken back, so there is one for all owners."""
+    """State of the fork hooks of this process; hooks cannot be removed, so one serves all owners."""
 
     def __init__(self) -> None:
         self.owners: WeakSet[Owner] = WeakSet()
@@ -56,7 +56,7 @@ _withheld: Final = _Withheld()
 
 
 def withhold(owner: Owner) -> None:
-    """Keep an owner's descriptors, and the event loop that runs now, from children that are forked from now on.
+    """Keep an owner's descriptors, and the running event loop, from children forked from now on.
 
     In the child, a socket whose peer has hung up takes the place of each descriptor. The number stays in use: an object
     that was copied with the process may close it later, and must not close something of the child's own. Transports are
@@ -72,7 +72,7 @@ def withhold(owner: Owner) -> None:
 
 
 def withheld(sock: socket.socket) -> socket.socket:
-    """As `withhold`, for a socket without an owner that could name it; returns the socket."""
+    """Withhold a socket that has no owner; returns the socket."""
     _withheld.sockets.add(sock)
     _hook()
     return sock
@@ -95,7 +95,7 @@ def has_forked() -> bool:
 
 
 def _before() -> None:
-    """Hold signals to the child back until its handlers are reset: before that they go to our wake-up descriptor."""
+    """Block signals to the child until its handlers are reset: until then they reach our wake-up descriptor."""
     _withheld.thread.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _handled() - BLOCKED_FOR_EXEC)
 
 
@@ -141,7 +141,7 @@ def _default_signals() -> None:
 
 
 def _handled() -> set[int]:
-    """Signals that an event loop handles."""
+    """Return the signals that an event loop handles."""
     return {number for number in signal.valid_signals() if _is_of_event_loop(signal.getsignal(number))}
 
 
@@ -185,7 +185,7 @@ def _poll_descriptor(loop: asyncio.AbstractEventLoop) -> int:
 
 
 def _end() -> None:
-    """End a child that has come back into its parent's event loop, where it would run the parent's tasks again.
+    """End a child that has returned into its parent's event loop, where it would run the parent's tasks again.
 
     An exception and ``sys.exit()`` in a handler come back, too: the loop cancels its tasks before it lets them out.
     """

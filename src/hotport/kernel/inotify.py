@@ -1,4 +1,4 @@
-"""Being told by the kernel that a file or directory is removed, renamed or replaced.
+"""Watch files and directories for being removed, renamed or replaced (inotify).
 
 Sources: inotify(7), inotify_add_watch(2).
 """
@@ -34,7 +34,7 @@ _EVENTS_BYTES: Final = 64 * 1024
 
 
 class Watch:
-    """Becomes readable when something that it watches changes.
+    """An inotify instance; becomes readable when a watched file changes.
 
     Raises:
         KernelError: The kernel has no inotify, or this user has no instance left (HP214).
@@ -59,19 +59,19 @@ class Watch:
             )
 
     def fileno(self) -> int:
-        """The descriptor to wait for."""
+        """Return the descriptor to wait on."""
         return self._fd
 
     def add_directory(self, path: str) -> bool:
-        """Watch for removed, renamed and replaced entries; again is the same. False if that is not possible."""
+        """Watch a directory for removed, renamed and replaced entries; idempotent. False if that is not possible."""
         return self._add(path, _OF_DIRECTORY)
 
     def add_file(self, path: str) -> bool:
-        """Watch one file, whatever happens beside it; again is the same. False if that is not possible."""
+        """Watch one file and nothing else in its directory; idempotent. False if that is not possible."""
         return self._add(path, _OF_FILE)
 
     def drain(self) -> None:
-        """Take every event; what has happened is for the caller to look at."""
+        """Discard all pending events; the caller checks what has changed."""
         try:
             while os.read(self._fd, _EVENTS_BYTES):
                 pass
@@ -79,7 +79,7 @@ class Watch:
             return
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         os.close(self._fd)
 
     def _add(self, path: str, mask: int) -> bool:

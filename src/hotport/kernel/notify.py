@@ -1,4 +1,4 @@
-"""Notification datagrams: who said what, by the kernel's word (sd_notify(3), unix(7))."""
+"""Notification datagrams, with their senders as the kernel names them (sd_notify(3), unix(7))."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CONTROL_BYTES: Final = socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_SPACE(DESCR
 
 
 def receive_notification(sock: socket.socket) -> tuple[int, int, bytes] | None:
-    """Take one datagram, if there is one; never blocks.
+    """Receive one datagram, if there is one; never blocks.
 
     Descriptors that come with it (``FDSTORE=1`` is not for us) are closed at once. A datagram longer than
     `NOTIFICATION_BYTES_MAX` is returned empty: half a message could say the opposite of the whole.
@@ -54,7 +54,7 @@ def receive_notification(sock: socket.socket) -> tuple[int, int, bytes] | None:
 
 
 def notify(path: str, payload: bytes, *, timeout_s: float = 1.0) -> bool:
-    """Send one notification; never raises, because whoever listened may be gone.
+    """Send one notification; never raises, because the receiver may be gone.
 
     Args:
         path: What ``NOTIFY_SOCKET`` says: a path, or ``@name`` for an abstract socket.
@@ -77,10 +77,9 @@ def notify(path: str, payload: bytes, *, timeout_s: float = 1.0) -> bool:
 
 
 def open_notify(path: str) -> socket.socket | None:
-    """A non-blocking socket for many notifications, that the caller closes; None if nobody listens on `path`,
-    or no descriptor is left.
+    """Open a non-blocking socket for many notifications; None if `path` has no listener, or no descriptor is left.
 
-    It is connected: another one polls writable even while the receiver's queue is full.
+    The caller closes it. It is connected: another one polls writable even while the receiver's queue is full.
     """
     sock = None
     try:
@@ -101,7 +100,7 @@ def send_notification(sock: socket.socket, payload: bytes, descriptors: Sequence
         Whether the kernel took it; False if the receiver's queue is full (for as long as the socket's timeout).
 
     Raises:
-        OSError: Whoever listened is gone.
+        OSError: The receiver is gone.
 
     Sources: unix(7) SCM_RIGHTS; sd_pid_notify_with_fds(3).
     """

@@ -13,7 +13,7 @@ __all__ = ["Sink", "open_sink"]
 
 
 class Sink(NamedTuple):
-    """A way to write to what a descriptor is open on.
+    """A non-blocking way to write to the file that a descriptor is open on.
 
     Attributes:
         fd: What to poll for room.
@@ -29,7 +29,7 @@ class Sink(NamedTuple):
 
 
 def open_sink(fd: int) -> Sink:
-    """A way to write to what `fd` is open on without waiting; `fd` stays the caller's, and as it is.
+    """Make a sink for the file that `fd` is open on; `fd` stays the caller's, and unchanged.
 
     O_NONBLOCK belongs to the open file description, which other processes share: set there, it would make their writes
     fail. So a pipe or terminal is opened once more, and a socket is told with each message. A file is not: it has a

@@ -1,4 +1,4 @@
-"""Reads what there is to know about a port, without a bind and without a packet."""
+"""Read everything known about a port, without a bind and without a packet."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ _NS_GET_USERNS: Final = 0xB701
 
 
 class Taken(NamedTuple):
-    """What a socket itself says, and the kernel's list of them does not; `nodelay` of listeners only."""
+    """Options read from a socket itself, which the kernel's list lacks; `nodelay` of listeners only."""
 
     options: Options
     v6only: bool
@@ -83,7 +83,7 @@ class Taken(NamedTuple):
 
 @dataclass(slots=True)
 class _Alike:
-    """Sockets that the kernel describes alike, while they are counted."""
+    """A group of sockets that the kernel describes alike, while they are counted."""
 
     first: InetSocket
     count: int = 0
@@ -95,14 +95,14 @@ class _Alike:
 
 
 def ourselves() -> Asker:
-    """This process, as one that would bind."""
+    """Describe this process as one that would bind."""
     uid = os.geteuid()
     may_bind_low = procfs.has_capability(_CAP_NET_BIND_SERVICE) and _owns_network()
     return Asker(uid, procfs.user_name(uid), may_bind_low)
 
 
 def read_port(address: TcpAddress | UdpAddress, sockaddr: tuple[Any, ...], *, v6only: bool = True) -> Port:
-    """Everything on the port of an address, in this network namespace.
+    """Read everything on the port of an address, in this network namespace.
 
     Bounded in time and memory: connections in TIME_WAIT are counted by the kernel's list and not kept, the
     search for processes ends after a while, and what was left out is said.
@@ -155,7 +155,7 @@ def read_port(address: TcpAddress | UdpAddress, sockaddr: tuple[Any, ...], *, v6
 
 
 def read_name(address: UnixAddress) -> UnixName:
-    """What has the name of an AF_UNIX address.
+    """Read which socket or file has the name of an AF_UNIX address.
 
     Raises:
         KernelError: If netlink is not to be had (HP130).
@@ -206,7 +206,7 @@ def read_name(address: UnixAddress) -> UnixName:
 
 
 def _without_file(address: UnixAddress, named: Sequence[sockdiag.UnixSocket]) -> list[sockdiag.UnixSocket]:
-    """Listeners of hotport at a path where no file is any more.
+    """Find hotport's listeners at a path whose file is gone.
 
     Their own name is the one that they were bound under, beside that path; workers have the path in their environment.
     """
@@ -224,7 +224,7 @@ def _was_given(pid: int, address: UnixAddress) -> bool:
 
 
 def _is_answered(path: str) -> bool | None:
-    """Whether a socket file has a socket, maybe in another network namespace: of those there is no list.
+    """Whether a socket is bound to a socket file, even in another network namespace, which has no list.
 
     Nobody is connected: to a datagram socket a connect says nothing, and of other sockets it is refused as such. None
     where we may not ask.
@@ -237,7 +237,7 @@ def _is_answered(path: str) -> bool | None:
 
 
 def options_of(pid: int, fd: int) -> Taken | None:
-    """Options of a socket that another process holds; None where that is not permitted."""
+    """Read the options of a socket that another process holds; None if that is not permitted."""
     taken = -1
     try:
         pidfd = os.pidfd_open(pid)
@@ -260,7 +260,7 @@ def options_of(pid: int, fd: int) -> Taken | None:
 
 
 def _count(protocol: int, port: int) -> tuple[list[_Alike], bool]:
-    """What is on the port, by kinds; and whether that is all of it."""
+    """Count the sockets on the port by kind, and tell whether all were read."""
     groups: dict[object, _Alike] = {}
     rows = chain.from_iterable(sockdiag.inet(protocol, family, port) for family in _FAMILIES)
     for row in islice(rows, SOCKETS_MAX):  # the less is done here the better
@@ -286,7 +286,7 @@ def _count(protocol: int, port: int) -> tuple[list[_Alike], bool]:
 
 
 def _described(group: _Alike, holders: dict[int, list[tuple[int, int]]]) -> Iterator[Sockets]:
-    """The group as values: one for each combination of options that was found among its sockets."""
+    """Describe the group as values: one for each combination of options found among its sockets."""
     row = group.first
     is_timed = row.timer == _TIMER_TO_THE_END and not row.inode
     parts: defaultdict[Taken | None, list[int]] = defaultdict(list)
@@ -337,7 +337,7 @@ def _processes(inodes: Sequence[int], holders: dict[int, list[tuple[int, int]]])
 
 
 def _stopping(directory: str) -> str:
-    """The command that stops the service with this runtime directory."""
+    """Return the command that stops the service with this runtime directory."""
     if not directory:
         return ""
     root, _, name = directory.rpartition("/")
@@ -362,7 +362,7 @@ def _lingering(port: int) -> Iterator[Sockets]:
 
 
 def _with_queue(old: Sockets, port: int) -> Sockets:
-    """A listener in whose queue somebody is, with how long the first of them has been there."""
+    """Describe a listener with connections in its queue, and how long the first one has waited."""
     if old.state != State.LISTEN or not old.queue:
         return old
     waited_ms = 0

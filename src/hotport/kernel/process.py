@@ -1,4 +1,4 @@
-"""Processes: signal, wait, look; one system call each, and nothing raised for what is already gone."""
+"""Signal, reap and inspect processes: one system call each; a process that is gone raises nothing."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def send_signal(pidfd: int, signum: int) -> bool:
 
 
 def descriptors_left() -> int:
-    """How many more descriptors this process may open at most, as far as its lowest free one tells; 0 if none.
+    """Estimate how many more descriptors this process may open, by its lowest free one; 0 if none.
 
     Sources: open(2): the lowest number that is free is taken; getrlimit(2) RLIMIT_NOFILE.
     """
@@ -65,13 +65,13 @@ def descriptors_left() -> int:
 
 
 def numbers(names: Collection[str]) -> frozenset[signal.Signals]:
-    """Signals by their names."""
+    """Return signals by their names."""
     return frozenset(signal.Signals[name] for name in names)
 
 
 @contextmanager
 def holding(signals: Collection[int]) -> Iterator[None]:
-    """Let these signals wait until they are unblocked, at the latest until the end of the block.
+    """Block these signals inside the block; they may be unblocked before its end.
 
     Sources: pthread_sigmask(3); execve(2): the mask survives it, handlers do not.
     """
@@ -83,7 +83,7 @@ def holding(signals: Collection[int]) -> Iterator[None]:
 
 
 def discard(signals: Collection[int]) -> None:
-    """Forget which of these signals wait; handlers stay as they are.
+    """Discard pending instances of these signals; handlers stay unchanged.
 
     Sources: POSIX.1-2017, 2.4.3: setting the action to SIG_IGN discards a pending signal, blocked or not.
     """
@@ -93,7 +93,7 @@ def discard(signals: Collection[int]) -> None:
 
 
 def kill_group(pgid: int) -> None:
-    """SIGKILL every process of a group; nothing happens if none is left.
+    """Send SIGKILL to every process of a group; does nothing if the group is empty.
 
     Sources: kill(2); killpg(3).
     """
@@ -130,7 +130,7 @@ def working_directory(environ: Mapping[str, str]) -> str:
 
 
 def duplicate_descriptor(pidfd: int, fd: int) -> int:
-    """A duplicate, here, of a descriptor that another process has open; close-on-exec, the caller's to close.
+    """Duplicate a descriptor of another process into this one; close-on-exec, owned by the caller.
 
     Raises:
         OSError: EPERM: we may not trace that process. EBADF: it has no such descriptor. ESRCH: it is gone.
@@ -147,7 +147,7 @@ def duplicate_descriptor(pidfd: int, fd: int) -> int:
 
 
 def ends_with_terminal() -> bool:
-    """Whether the end of its terminal is meant to end this process: ask before SIGHUP is handled.
+    """Whether this process should end with its terminal; ask before SIGHUP is handled.
 
     Who ignores SIGHUP was started by nohup(1), and who has no terminal by setsid(1) or a service manager.
     """
@@ -171,7 +171,7 @@ def reap(pid: int) -> int | None:
 
 
 def reap_orphans(known: Collection[int]) -> list[tuple[int, int]]:
-    """Collect ended children that nobody here started: pid 1 inherits every orphan.
+    """Reap orphans: as pid 1, this process inherits children it did not start.
 
     A child in `known` is left to its owner, and hides no orphan behind it. Call it when SIGCHLD arrives.
 
@@ -227,7 +227,7 @@ def run_delay_s() -> float:
 
 
 def trim_memory() -> None:
-    """Give memory that was freed back to the system, as far as the allocator keeps it; where it cannot, do nothing.
+    """Return freed memory from the allocator to the system, where the C library can.
 
     Sources: malloc_trim(3), of glibc alone.
     """
@@ -258,7 +258,7 @@ def open_descriptors() -> tuple[int, ...]:
 
 
 def _is_open(fd: int) -> bool:
-    """Not so for the descriptor that listed the directory."""
+    """Whether a descriptor is open; false for the one that listed the directory."""
     try:
         fcntl.fcntl(fd, fcntl.F_GETFD)
     except OSError:
@@ -267,7 +267,7 @@ def _is_open(fd: int) -> bool:
 
 
 def raise_descriptor_limit() -> int:
-    """Let this process, and those it starts, open as many descriptors as they may.
+    """Raise the soft limit of descriptors to the hard limit, for this process and its children.
 
     Returns:
         The limit now: the soft limit, made equal to the hard one.

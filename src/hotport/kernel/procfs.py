@@ -1,4 +1,4 @@
-"""What /proc says: queues that overflowed, who holds which socket, which children have ended."""
+"""Read /proc: queue overflows, the holders of sockets, ended children."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _CGROUPS_MAX: Final = 5_000
 
 
 def queue_overflows() -> dict[str, int]:
-    """How often the machine (the network namespace) turned connections away, since it started.
+    """Count the connections that the network namespace has dropped for full queues since it started.
 
     Take it twice and subtract. Empty where the kernel does not say (some sandboxes).
 
@@ -76,7 +76,7 @@ def queue_overflows() -> dict[str, int]:
 
 
 def resets_sent() -> int:
-    """How many TCP segments with RST the machine (the network namespace) has sent, since it started.
+    """Count the TCP segments with RST that the network namespace has sent since it started.
 
     Take it twice and subtract. 0 where the kernel does not say.
 
@@ -89,7 +89,7 @@ def resets_sent() -> int:
 
 
 def sysctl(name: str) -> str:
-    """A kernel setting as text, ``?`` where it cannot be read. Sources: sysctl(8)."""
+    """Read a kernel setting as text, ``?`` where it cannot be read. Sources: sysctl(8)."""
     with suppress(OSError), open(f"/proc/sys/{name.replace('.', '/')}") as file:
         return file.read().strip()
     return "?"
@@ -130,7 +130,7 @@ def has_routes() -> bool:
 
 
 def environment(pid: int) -> dict[str, str]:
-    """The environment with which a process was started; empty when it is gone, or not ours to read.
+    """Read the environment with which a process was started; empty if it is gone or not readable.
 
     Sources: proc_pid_environ(5): what it has changed since does not show.
     """
@@ -187,7 +187,7 @@ def group(leader: int) -> list[int]:
 
 
 def listening(pid: int, inodes: Collection[int]) -> list[str]:
-    """Where those of a process's stream sockets listen that have one of these inodes.
+    """Find the addresses on which a process listens, among its stream sockets with these inodes.
 
     Sources: proc_pid_net(5): tcp and tcp6, state 0A, addresses as words of the machine; unix, flag ``__SO_ACCEPTCON``.
     """
@@ -227,7 +227,7 @@ def zombies(parent: int) -> list[int]:
 
 
 def command(pid: int) -> str:
-    """How a process was started, in one short line; ``?`` when it is gone.
+    """Describe how a process was started, in one short line; ``?`` when it is gone.
 
     Whoever started it has chosen the words: what would move the cursor of a terminal, or break the line, is left out.
 
@@ -246,7 +246,7 @@ def command(pid: int) -> str:
 
 
 def holders(inodes: Collection[int], *, cpu_s: float) -> tuple[dict[int, list[tuple[int, int]]], str]:
-    """Which processes hold which sockets, by the inodes of these.
+    """Find which processes hold which sockets, by inode.
 
     Looks at the first descriptors of every process first, where listeners are; then, until each inode has somebody,
     at those of processes that have many more. Other users' processes cannot be looked into without CAP_SYS_PTRACE.
@@ -289,7 +289,7 @@ def holders(inodes: Collection[int], *, cpu_s: float) -> tuple[dict[int, list[tu
 
 
 def _look(pid: int, names: list[str], wanted: dict[str, int], found: dict[int, list[tuple[int, int]]]) -> None:
-    """Note which of these descriptors are wanted.
+    """Note which of these descriptors are among the wanted sockets.
 
     Raises:
         PermissionError: They may be listed (CAP_DAC_READ_SEARCH), but not be looked at.
@@ -302,7 +302,7 @@ def _look(pid: int, names: list[str], wanted: dict[str, int], found: dict[int, l
 
 
 def has_socket(pid: int, inodes: Collection[int]) -> bool:
-    """Whether a process has one of these sockets open; no where we may not look. Sources: proc_pid_fd(5)."""
+    """Whether a process has one of these sockets open; false where that is not readable. Sources: proc_pid_fd(5)."""
     wanted = {f"socket:[{inode}]" for inode in inodes}
     with suppress(OSError):
         for name in os.listdir(f"/proc/{pid}/fd"):
@@ -313,7 +313,7 @@ def has_socket(pid: int, inodes: Collection[int]) -> bool:
 
 
 def sockets_of(pid: int) -> dict[int, tuple[int, bool]]:
-    """The sockets that a process has open; empty where we may not look.
+    """List the sockets that a process has open; empty where that is not readable.
 
     Returns:
         By descriptor, the inode, and whether programs that it starts inherit it (it is not close-on-exec).
@@ -333,7 +333,7 @@ def sockets_of(pid: int) -> dict[int, tuple[int, bool]]:
 
 
 def descriptor_use(pid: int) -> tuple[int, int] | None:
-    """How many descriptors a process has open, and how many it may; None where we may not look.
+    """Count the open descriptors of a process, with its limit; None where that is not readable.
 
     Sources: proc_pid_limits(5): the soft limit comes first.
     """
@@ -362,7 +362,7 @@ def owner(pid: int) -> str:
 
 
 def generation(pid: int) -> int:
-    """The generation that a worker of hotport's runs; 0 for every other process, and where we may not look.
+    """Read the generation of a hotport worker; 0 for other processes, and where that is not readable.
 
     Sources: proc_pid_environ(5).
     """
@@ -395,7 +395,7 @@ def supervises(pid: int, directory: str) -> bool:
 
 
 def _open_early(pid: int) -> Iterator[str]:
-    """Paths of what a process has open, among its first descriptors."""
+    """List the paths of the first descriptors of a process."""
     for fd in range(_RUNTIME_FDS):
         with suppress(OSError):
             named = os.readlink(f"/proc/{pid}/fd/{fd}")
@@ -404,7 +404,7 @@ def _open_early(pid: int) -> Iterator[str]:
 
 
 def parent(pid: int) -> int:
-    """Who has started a process, or has adopted it; 0 when it is gone. Sources: proc_pid_stat(5), ppid."""
+    """Read the parent of a process; 0 when it is gone. Sources: proc_pid_stat(5), ppid."""
     return int(state[1]) if (state := _state(pid)) else 0
 
 
@@ -415,7 +415,7 @@ def is_suspended(pid: int) -> bool:
 
 
 def _state(pid: int) -> list[str]:
-    """What the kernel says of a process behind its name; empty when it is gone."""
+    """Read the fields of a process's stat after its name; empty when it is gone."""
     with suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
         return file.read().rpartition(b")")[2].decode().split()
     return []
@@ -460,7 +460,7 @@ def control_group(inode: int) -> str:
 
 
 def _unit(path: str) -> str:
-    """The innermost name that means something to a person."""
+    """Return the innermost name that means something to a reader."""
     for name in reversed(path.split("/")):
         if re.search(r"\.(service|socket|scope)$|[0-9a-f]{64}", name):
             return _printable(name)

@@ -1,4 +1,4 @@
-"""What an address with a host name stands for; a module of its own, because `hotport why` has to be quick."""
+"""Resolve host names of addresses; a module of its own, because `hotport why` has to be quick."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["resolve"]
 def resolve(
     address: TcpAddress | UdpAddress, kind: socket.SocketKind
 ) -> tuple[socket.AddressFamily, int, tuple[Any, ...]]:
-    """The family, the protocol and the socket address that an address stands for: of several the first IPv4 one.
+    """Resolve an address to family, protocol and socket address: of several the first IPv4 one.
 
     Raises:
         ConfigError: If the host is unknown (HP102).
@@ -29,7 +29,8 @@ def resolve(
             "HP102",
             f"cannot bind {address}: unknown host {address.host!r}",
             cause=f"getaddrinfo: {str(words).lower()}",
-            fix=f"getent ahosts {address.host}; or bind :{address.port} for all interfaces",
+            fix=f"getent ahosts {address.host}",
+            note=f"to bind all interfaces: --bind :{address.port}",
         ) from error
     family, _, protocol, _, sockaddr = min(found, key=lambda entry: entry[0] != socket.AF_INET)
     return family, protocol, sockaddr

@@ -41,7 +41,7 @@ def send_descriptors(sock: socket.socket, data: bytes | memoryview, descriptors:
 
     Raises:
         BlockingIOError: Nothing was sent: the receiver's queue is full.
-        OSError: ETOOMANYREFS: too many descriptors of this user are under way. EPIPE: nobody will receive.
+        OSError: ETOOMANYREFS: too many descriptors of this user are under way. EPIPE: the peer has closed.
 
     Sources: unix(7) SCM_RIGHTS; sendmsg(2).
     """

@@ -1,4 +1,4 @@
-"""What the kernel says about sockets: NETLINK_SOCK_DIAG, and whether an address is this machine's.
+"""List the kernel's sockets (NETLINK_SOCK_DIAG), and tell whether an address is local.
 
 No privilege is needed: every user sees every socket of the network namespace. Nothing is bound and nothing is sent.
 """
@@ -66,7 +66,7 @@ class InetSocket(NamedTuple):
         state: A number as in ``net/tcp_states.h``; of UDP 7 without and 1 with a peer.
         host: Where it is bound, as 4 or 16 bytes.
         timer: 3 when `expires_ms` counts down to its end.
-        rqueue: Bytes that nobody has read; of a listener, connections that wait to be accepted.
+        rqueue: Bytes not read yet; of a listener, connections that wait to be accepted.
         wqueue: Bytes that the peer has not acknowledged; of a listener, its backlog.
         uid: As this user namespace names it.
         inode: 0 if no process holds it: it waits to be accepted, or its process has let go of it.
@@ -89,12 +89,12 @@ class InetSocket(NamedTuple):
 
     @property
     def peer_port(self) -> int:
-        """0 without a peer."""
+        """The port of its peer; 0 without one."""
         return int.from_bytes(self.network_port, "big")
 
     @property
     def v6only(self) -> bool | None:
-        """None where the kernel does not say: it does for sockets that listen or are only bound."""
+        """Whether it is IPv6 only; None for connections, where the kernel does not say."""
         value = _attributes(self.attributes).get(_SKV6ONLY)
         return None if value is None else value != b"\0"
 
@@ -105,7 +105,7 @@ class InetSocket(NamedTuple):
 
     @property
     def waited_ms(self) -> int:
-        """Since when its peer has sent nothing: of a connection that nobody accepts, how long it waits at least."""
+        """Milliseconds since its peer sent anything: how long a connection in the accept queue has waited at least."""
         info = _attributes(self.attributes).get(_INFO, b"")[_LAST_ACK_RECEIVED : _LAST_ACK_RECEIVED + 4]
         return int.from_bytes(info, "little")
 
@@ -173,7 +173,7 @@ def inet(
 
 
 def lingering(family: int, port: int) -> dict[bytes, Lingering]:
-    """How many connections are in TIME_WAIT on a local port, by their local address; counted, and not listed.
+    """Count the connections in TIME_WAIT on a local port, by their local address, without listing them.
 
     Raises:
         KernelError: As `inet`.
@@ -226,7 +226,7 @@ def unix() -> Iterator[UnixSocket]:
 
 
 def is_local(host: bytes, interface: int = 0) -> bool:
-    """Whether a socket could be bound to an address: it is one of ours, or a broadcast or multicast one.
+    """Whether an address can be bound: a local, broadcast or multicast one.
 
     Args:
         host: As 4 or 16 bytes.
@@ -283,12 +283,12 @@ def _ask(protocol: int, kind: int, flags: int, request: bytes) -> Iterator[bytes
             "cannot ask the kernel for its sockets",
             errno=error.errno or 0,
             cause="a sandbox (seccomp, a container, a user namespace) or the kernel's configuration forbids netlink",
-            fix="ask outside of the sandbox; under systemd: RestrictAddressFamilies=AF_NETLINK in its unit",
+            note="ask outside the sandbox; under systemd, add RestrictAddressFamilies=AF_NETLINK to the unit",
         ) from error
 
 
 def _closing(data: bytes) -> int | None:
-    """Where the message stands that ends a dump; None if it is not in here.
+    """Find the message that ends a dump; None if it is not in this buffer.
 
     Raises:
         OSError: The kernel refused.
@@ -306,7 +306,7 @@ def _closing(data: bytes) -> int | None:
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int]]:
-    """Where the body of each message begins and ends."""
+    """Find where the body of each message begins and ends."""
     at = 0
     while at < len(data):
         (length,) = _LENGTH.unpack_from(data, at)

@@ -1,4 +1,4 @@
-"""Sockets: bound once, adopted, or replaced; an error says who or what is in the way."""
+"""Bind, adopt and replace sockets; an error names what prevents it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import termios
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from hotport.address import Address, FdAddress, SystemdAddress, TcpAddress, UdpAddress, UnixAddress, parse_address
 from hotport.errors import ConfigError, KernelError
@@ -69,7 +69,7 @@ _BYTES_ACKED: Final = 120  # offsetof(struct tcp_info, tcpi_bytes_acked)
 def bind_listener(address: Address, *, backlog: int, shares_port: bool = False, listens: bool = True) -> socket.socket:
     """Make, or adopt, the one socket of an address; from now on it accepts.
 
-    ``listen`` is called exactly once. Whoever calls it again replaces the backlog, and asyncio's
+    ``listen`` is called exactly once. Calling it again replaces the backlog, and asyncio's
     ``create_server(sock=...)`` does so with 100 unless it is told otherwise.
 
     - TCP: SO_REUSEADDR, so that TIME_WAIT does not keep the port; TCP_NODELAY, which accepted sockets inherit
@@ -77,14 +77,14 @@ def bind_listener(address: Address, *, backlog: int, shares_port: bool = False, 
       Of a name with several addresses the first IPv4 one is taken.
     - UDP: no SO_REUSEADDR, which would let a stranger share the port; nothing to wait for without TIME_WAIT.
     - A socket file is bound under another name and renamed, so that no client finds it missing; what is found
-      there is replaced only if it is a socket on which nobody listens.
+      there is replaced only if it is a socket that is not listening.
     - ``fd://`` sockets keep their backlog and options; TCP_NODELAY is added.
 
     Args:
         address: Not a ``systemd:`` one, which stands for several (`passed_addresses`).
         backlog: Length of the accept queue; the kernel caps it at ``net.core.somaxconn``.
         shares_port: TCP: SO_REUSEPORT as well, so that other sockets of this user can listen on the same address.
-        listens: False leaves ``listen`` of a TCP socket to the caller: until then nobody can connect to it.
+        listens: False leaves ``listen`` of a TCP socket to the caller: until then no client can connect to it.
 
     Returns:
         A non-blocking, close-on-exec socket, that the caller closes.
@@ -158,7 +158,7 @@ def inherited_listener(fd: int, *, is_in_use: bool = False) -> socket.socket:
 
 
 def as_sockets(descriptors: Sequence[int]) -> list[socket.socket]:
-    """Non-blocking sockets of descriptors that another process has sent.
+    """Make non-blocking sockets of descriptors that another process has sent.
 
     Raises:
         OSError: One of them is no socket (ENOTSOCK).
@@ -181,7 +181,7 @@ def as_sockets(descriptors: Sequence[int]) -> list[socket.socket]:
 
 
 def bound_address(address: Address, listener: socket.socket) -> Address:
-    """Where the listener of an address is: port 0 is a number now, ``fd://`` and ``systemd:`` are a place."""
+    """Return where the listener of an address really is: port 0 becomes its number, ``fd://`` its address."""
     if isinstance(address, UnixAddress):
         return address  # the kernel knows it by the name under which it was first made
     name = listener.getsockname()
@@ -198,14 +198,14 @@ def file_path(address: Address) -> str:
 
 
 def location(text: str) -> Address:
-    """Where an address is, whatever the working directory is at the next start."""
+    """Make an address independent of the working directory."""
     address = parse_address(text)
     path = file_path(address)
     return UnixAddress(path) if path else address
 
 
 def accept_queue_length(listener: socket.socket) -> int:
-    """How many connections wait in a TCP listener's accept queue; 0 for other sockets.
+    """Count the connections in a TCP listener's accept queue; 0 for other sockets.
 
     Sources: tcp(7) TCP_INFO; of a listener, ``tcpi_unacked`` is the length of its queue (kernel ``tcp_get_info``).
     """
@@ -216,7 +216,7 @@ def accept_queue_length(listener: socket.socket) -> int:
 
 
 def acknowledged_bytes(sock: socket.socket) -> int:
-    """How many bytes the peer's kernel has taken since the connection began; 0 if this is no TCP socket, or closed.
+    """Count the bytes the peer's kernel has acknowledged since the connection began; 0 if closed or not TCP.
 
     Sources: tcp(7) TCP_INFO; ``tcpi_bytes_acked`` of struct tcp_info (linux/tcp.h), since Linux 4.1.
     """
@@ -241,7 +241,7 @@ def end(sock: socket.socket) -> None:
 
 
 def reset(sock: socket.socket, *, is_shared: bool) -> None:
-    """Let a connection end with a reset when it is closed, or now if others have duplicates. A unix socket has none.
+    """Make a connection end with a reset on close, or now if others have duplicates; unix sockets have no reset.
 
     Sources: socket(7), SO_LINGER with a time of 0; connect(2), AF_UNSPEC: kernel ``tcp_disconnect``.
     """
@@ -256,7 +256,7 @@ def reset(sock: socket.socket, *, is_shared: bool) -> None:
 
 
 def ended_by_peer(descriptors: Iterable[int]) -> dict[int, bool]:
-    """Those of some connections whose peer sends no more, also if what it sent before was not read; whether it is gone.
+    """Find the connections whose peer has stopped sending, even before its data is read; True if it is gone.
 
     Sources: poll(2) POLLRDHUP; POLLHUP and POLLERR are reported without being asked for.
     """
@@ -267,7 +267,7 @@ def ended_by_peer(descriptors: Iterable[int]) -> dict[int, bool]:
 
 
 def unsent_bytes(sock: socket.socket) -> int:
-    """How much was written to a connection and is not acknowledged, or not sent; 0 if it is closed.
+    """Count the bytes written to a connection and not yet acknowledged, or not sent; 0 if it is closed.
 
     Sources: tcp(7) SIOCOUTQ; unix(7) has it too.
     """
@@ -278,7 +278,7 @@ def unsent_bytes(sock: socket.socket) -> int:
 
 
 def take_waiting(listener: socket.socket) -> list[socket.socket]:
-    """Accept what waits in an accept queue, as far as there are descriptors for it.
+    """Accept the connections in an accept queue, as far as there are descriptors for them.
 
     The listener does not block any more.
 
@@ -330,7 +330,7 @@ def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
 
 
 def socket_file(path: str) -> tuple[int, int] | None:
-    """By what `unlink_if_ours` knows a file again: device and inode; None if there is none."""
+    """Identify a socket file for `unlink_if_ours` by device and inode; None if there is none."""
     try:
         found = os.stat(path)
     except OSError:
@@ -339,7 +339,7 @@ def socket_file(path: str) -> tuple[int, int] | None:
 
 
 def check_peer(sock: socket.socket) -> None:
-    """Make sure that a process of this user, or of root, listened at the address that `sock` is connected to.
+    """Check that the process that `sock` is connected to belongs to this user or root.
 
     Raises:
         PermissionError: Another user did, and may have put the socket there for us to find.
@@ -350,7 +350,7 @@ def check_peer(sock: socket.socket) -> None:
 
 
 def access_of(path: str) -> tuple[int, int, int] | None:
-    """Who may use a file: its mode, owner and group; None if there is none."""
+    """Read the mode, owner and group of a file; None if there is none."""
     try:
         found = os.stat(path)
     except OSError:
@@ -359,7 +359,7 @@ def access_of(path: str) -> tuple[int, int, int] | None:
 
 
 def set_access(path: str, access: tuple[int, int, int]) -> None:
-    """Let the same use a file as `access_of` said, as far as we may."""
+    """Set mode, owner and group as `access_of` returned them, as far as permitted."""
     mode, uid, gid = access
     with suppress(OSError):
         os.chmod(path, mode)
@@ -368,12 +368,12 @@ def set_access(path: str, access: tuple[int, int, int]) -> None:
 
 
 def may_command(uid: int) -> bool:
-    """Whether a user may tell this process what to do: its own, and root."""
+    """Whether a user may control this process: its own, and root."""
     return uid in (os.geteuid(), 0)
 
 
 def unlink_if_ours(path: str, file: tuple[int, int] | None) -> bool:
-    """Remove a socket file, unless somebody has put another one in its place since.
+    """Remove a socket file, unless another process has replaced it.
 
     Args:
         file: What `socket_file` said when it was made.
@@ -412,7 +412,7 @@ def bind_guard(address: TcpAddress) -> socket.socket:
         sock.bind(sockaddr)
     except OSError as error:
         sock.close()
-        raise _refused(address, error, *_explain_inet(address, error, sockaddr)) from error
+        raise _refused(address, error, _explain_inet(address, error, sockaddr)) from error
     return sock
 
 
@@ -423,10 +423,10 @@ def rebind(listener: socket.socket, *, backlog: int) -> tuple[socket.socket, flo
         listener: The last descriptor of it, or the address is still taken; it is closed, whatever happens.
 
     Returns:
-        The new listener, and how long nobody listened, in seconds.
+        The new listener, and how long the address was not listening, in seconds.
 
     Raises:
-        KernelError: Somebody was quicker, or the kernel refuses for another reason (HP101).
+        KernelError: Another process was quicker, or the kernel refuses for another reason (HP101).
 
     Sources: socket(7) SO_REUSEADDR; kernel ``inet_csk_get_port``.
     """
@@ -445,7 +445,7 @@ def rebind(listener: socket.socket, *, backlog: int) -> tuple[socket.socket, flo
     except OSError as error:
         listener.close()
         sock.close()
-        raise _refused(address, error, *_explain_inet(address, error, name)) from error
+        raise _refused(address, error, _explain_inet(address, error, name)) from error
 
 
 def _bind_inet(
@@ -470,45 +470,50 @@ def _bind_inet(
     except OSError as error:
         if sock is not None:
             sock.close()
-        raise _refused(address, error, *_explain_inet(address, error, sockaddr)) from error
+        raise _refused(address, error, _explain_inet(address, error, sockaddr)) from error
     return sock
 
 
-def _explain_inet(address: TcpAddress | UdpAddress, error: OSError, sockaddr: tuple[Any, ...]) -> tuple[str, str]:
-    """The cause, and what to try."""
+class _Why(NamedTuple):
+    """Why an address cannot be bound, and what to do."""
+
+    cause: str
+    fix: str
+    note: str = ""
+
+
+def _explain_inet(address: TcpAddress | UdpAddress, error: OSError, sockaddr: tuple[Any, ...]) -> _Why:
     another = type(address)(address.host, address.port + 1 if 1023 < address.port < 65535 else 8000)
     match error.errno:
         case errno.EADDRINUSE:
-            cause, fix = _explain_in_use(address, sockaddr)
-            return cause, f"--bind {another}, or first: {fix}"
+            cause, remedy = _explain_in_use(address, sockaddr)
+            return _Why(cause, f"--bind {another}", f"or first: {remedy}")
         case errno.EACCES:
             sysctl = "net.ipv4.ip_unprivileged_port_start"
-            start = procfs.sysctl(sysctl)
-            return f"ports below {start} need CAP_NET_BIND_SERVICE ({sysctl})", (
-                f"--bind {another}, or as root: sysctl -w {sysctl}={address.port}"
-            )
+            cause = f"ports below {procfs.sysctl(sysctl)} need CAP_NET_BIND_SERVICE ({sysctl})"
+            return _Why(cause, f"--bind {another}", f"or as root: sysctl -w {sysctl}={address.port}")
         case errno.EADDRNOTAVAIL:
-            return f"no interface of this machine has the address {sockaddr[0]}", "ip -brief address"
+            return _Why(f"no interface of this machine has the address {sockaddr[0]}", "ip -brief address")
         case errno.EAFNOSUPPORT:
-            return "the kernel does not speak this address family", "ip -brief address"
+            return _Why("the kernel does not support this address family", "ip -brief address")
         case _:
-            return f"the kernel does not say more for {sockaddr[0]}", "ip -brief address"
+            return _Why(f"the kernel does not say more for {sockaddr[0]}", "ip -brief address")
 
 
 def _explain_in_use(address: TcpAddress | UdpAddress, sockaddr: tuple[Any, ...]) -> tuple[str, str]:
-    """Who has the port, by which rule that keeps us out, and what to do about it."""
+    """Name the process that has the port, the rule that excludes us, and a remedy."""
     from hotport.kernel.port import ourselves, read_port  # most binds succeed
     from hotport.model.bind import Can, blame, remedies, usual
 
     try:
         port = read_port(address, sockaddr)
     except KernelError as error:
-        return f"somebody has it, and we cannot see who: {error.cause}", error.fix
+        return f"it is in use, and its owner cannot be seen: {error.cause}", error.note
     asker = ourselves()
     answer = blame(port, asker, usual(port))
     if answer.can == Can.YES:
         unread = f" ({'; '.join(port.unread)})" if port.unread else ""
-        return f"whoever had it is gone by now, or cannot be seen{unread}", f"hotport why {address}"
+        return f"its owner is gone by now, or cannot be seen{unread}", f"hotport why {address}"
     until = f"; {answer.until}" if answer.ends_in_s is not None else ""
     return f"{answer.because}{until}", next(remedies(port, answer))
 
@@ -521,7 +526,7 @@ def _bind_abstract(address: UnixAddress, path: str, backlog: int) -> socket.sock
         sock.listen(backlog)
     except OSError as error:
         sock.close()
-        raise _refused(address, error, *_explain_unix(error, address)) from error
+        raise _refused(address, error, _explain_unix(error, address)) from error
     return sock
 
 
@@ -540,7 +545,7 @@ def _bind_unix(address: UnixAddress, path: str, backlog: int) -> socket.socket:
         )
     if mode and _is_answered(path):
         error = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-        raise _refused(address, error, *_explain_unix(error, address))
+        raise _refused(address, error, _explain_unix(error, address))
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.setblocking(False)
     try:
@@ -551,32 +556,33 @@ def _bind_unix(address: UnixAddress, path: str, backlog: int) -> socket.socket:
             "HP103",
             f"cannot bind {address}",
             cause=f"its path, or the name that it is first made under, has over {_UNIX_PATH_BYTES_MAX} bytes",
-            fix="--bind unix:run/app.sock, relative to the working directory",
+            fix="--bind unix:run/app.sock",
+            note="a path relative to the working directory is shorter",
         ) from None
     except OSError as error:
         sock.close()
-        raise _refused(address, error, *_explain_unix(error, address)) from error
+        raise _refused(address, error, _explain_unix(error, address)) from error
     return sock
 
 
-def _explain_unix(error: OSError, address: UnixAddress) -> tuple[str, str]:
+def _explain_unix(error: OSError, address: UnixAddress) -> _Why:
     path = address.path
     directory = os.path.dirname(path) or "."
     match error.errno:
         case errno.EADDRINUSE:
             return _explain_name_in_use(address)
         case errno.ENOENT:
-            return f"there is no directory {directory}", f"mkdir -p {directory}"
+            return _Why(f"there is no directory {directory}", f"mkdir -p {directory}")
         case errno.EACCES | errno.EPERM | errno.EROFS:
-            return f"nothing can be made in {directory} by uid {os.geteuid()}", f"ls -ld {directory}"
+            return _Why(f"nothing can be made in {directory} by uid {os.geteuid()}", f"ls -ld {directory}")
         case _:
-            return f"the kernel does not say more for {path}", f"ls -ld {directory} {path}"
+            return _Why(f"the kernel does not say more for {path}", f"ls -ld {directory} {path}")
 
 
-def _explain_name_in_use(address: UnixAddress) -> tuple[str, str]:
-    """Who holds a socket of that name, and what to do about it.
+def _explain_name_in_use(address: UnixAddress) -> _Why:
+    """Name the process that holds a socket of that name, and a remedy.
 
-    That need not be who has called listen: a master may be gone, and a worker of it hold what it has inherited.
+    It need not be the one that called listen: a worker can hold what it inherited from a master that is gone.
     """
     from hotport.kernel.port import read_name  # most binds succeed
     from hotport.model.bind import Can, judge_name, remedies_of_name
@@ -584,18 +590,18 @@ def _explain_name_in_use(address: UnixAddress) -> tuple[str, str]:
     try:
         name = read_name(address)
     except KernelError as error:
-        return f"somebody listens on it or is bound to it, and we cannot see who: {error.cause}", error.fix
+        return _Why(f"it is in use, and its owner cannot be seen: {error.cause}", error.fix, error.note)
     answer = judge_name(name)
     if answer.can == Can.YES or not name.is_held:
-        return "whoever had it is gone by now", f"hotport why {shlex.quote(str(address))}"
-    return answer.who, f"--bind another path, or first: {next(remedies_of_name(name, answer))}"
+        return _Why("its owner is gone by now", f"hotport why {shlex.quote(str(address))}")
+    return _Why(answer.who, next(remedies_of_name(name, answer)), "or bind another path")
 
 
 def _is_answered(path: str) -> bool:
     """Tell whether a socket is bound to this address.
 
-    Sources: connect(2): ECONNREFUSED and ENOENT mean nobody; EAGAIN is a full queue, EPROTOTYPE a datagram
-        socket, EACCES somebody else's: all of them alive, or not ours to judge.
+    Sources: connect(2): ECONNREFUSED and ENOENT mean none; EAGAIN is a full queue, EPROTOTYPE a datagram
+        socket, EACCES another user's: all of them bound, or not ours to judge.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
@@ -621,7 +627,8 @@ def _bind_private(path: str, kind: socket.SocketKind) -> socket.socket:
             "HP603",
             f"cannot make the control socket {path}",
             cause=f"its path has over {_UNIX_PATH_BYTES_MAX} bytes, more than the kernel takes",
-            fix="HOTPORT_RUNTIME_DIR=/run/user/$(id -u)/hp hotport serve, or any shorter directory",
+            fix="HOTPORT_RUNTIME_DIR=/run/user/$(id -u)/hp hotport serve",
+            note="any directory with a shorter path will do",
         ) from None
     except OSError as error:
         sock.close()
@@ -663,7 +670,8 @@ def _not_passed(address: SystemdAddress, passed: Sequence[str]) -> ConfigError:
         "HP105",
         f"cannot take {address}",
         cause=cause,
-        fix="systemctl show --property=Listen,FileDescriptorName NAME.socket",
+        fix="systemctl list-sockets --all",
+        note="a socket has the name in FileDescriptorName= of its unit",
     )
 
 
@@ -682,5 +690,6 @@ def _not_a_listener(fd: int, cause: str) -> ConfigError:
     )
 
 
-def _refused(address: Address, error: OSError, cause: str, fix: str) -> KernelError:
-    return KernelError("HP101", f"cannot bind {address}", errno=error.errno or 0, cause=cause, fix=fix)
+def _refused(address: Address, error: OSError, why: _Why) -> KernelError:
+    number = error.errno or 0
+    return KernelError("HP101", f"cannot bind {address}", errno=number, cause=why.cause, fix=why.fix, note=why.note)

@@ -1,4 +1,4 @@
-"""Start a program that inherits listeners: fork, then exec, with nothing left over from this process."""
+"""Start a program that inherits listeners: fork, then exec, with a clean environment."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _become(
     held: Collection[int],
     is_orphan: bool,
 ) -> NoReturn:
-    """The child's whole life before its exec; all signals are blocked when it starts."""
+    """Run in the child from fork to exec; all signals are blocked at its start."""
     step = "prepare"
     try:
         gc.disable()  # a finaliser of ours must not run here
@@ -195,7 +195,7 @@ def _become(
 
 
 def _without_orphan(report: bytes) -> tuple[bytes, int]:
-    """What has failed, and the pid of the child's child."""
+    """Separate the failure from the pid of the child's child."""
     found = _ORPHAN.search(report)
     if found is None:
         if not report:
@@ -219,7 +219,7 @@ def _read_all(fd: int) -> bytes:
 
 
 def _discard(pid: int, pidfd: int) -> None:
-    """Leave nothing of a child that did not become what was asked for."""
+    """Kill and reap a child that did not exec, and close what belongs to it."""
     if pid <= 0:
         return
     with suppress(ProcessLookupError):
@@ -243,12 +243,13 @@ def _no_room(argv: Sequence[str], error: OSError) -> KernelError:
         f"cannot start {argv[0]}",
         errno=number,
         cause=causes.get(number, "fork, pipe or pidfd_open was refused"),
-        fix="raise the limit, or run fewer workers: see `ulimit -a` and `systemctl show -p TasksMax`",
+        fix="ulimit -a",
+        note="raise the limit (systemctl show -p TasksMax shows that of a unit), or run fewer workers",
     )
 
 
 def _not_started(failure: bytes, argv: Sequence[str], environment: Mapping[str, str], cwd: str) -> KernelError:
-    """What the child reported: the step it came to, an errno, and the exception's own words."""
+    """Make the error for a child's report: the step it reached, an errno, and the exception's text."""
     step, number_text, words = failure.decode(errors="replace").split(" ", 2)
     number, program = int(number_text), argv[0]
     if step == "enter":
@@ -267,10 +268,10 @@ def _not_started(failure: bytes, argv: Sequence[str], environment: Mapping[str, 
             cause=f"the new process could not take them: {words}",
             fix="ulimit -n",
         )
-    path = os.path.join(cwd, program)
+    path, note = os.path.join(cwd, program), ""
     if "/" not in program and number == errno.ENOENT:
         cause = f"it is in no directory of PATH={environment.get('PATH', os.defpath)}"
-        fix = f"give its path, or install it: command -v {program}"
+        fix, note = f"command -v {program}", "install it, or give its path"
     elif number == errno.ENOENT and os.path.exists(path):
         cause = "it exists, but the interpreter that its first line names does not"
         fix = f"head -1 {path}"
@@ -282,4 +283,4 @@ def _not_started(failure: bytes, argv: Sequence[str], environment: Mapping[str, 
         cause, fix = "it is no program for this machine, or a script without a #! line", f"file {path}"
     else:
         cause, fix = words, f"ls -l {path}"
-    return KernelError("HP550", f"cannot execute {program}", errno=number, cause=cause, fix=fix)
+    return KernelError("HP550", f"cannot execute {program}", errno=number, cause=cause, fix=fix, note=note)

@@ -1,4 +1,4 @@
-"""Who gets a connection that is only beginning: one-instruction classic BPF programs on listeners.
+"""Choose the listener of each new connection: one-instruction classic BPF programs.
 
 Neither needs a privilege.
 
@@ -58,7 +58,7 @@ def unsteer(listener: socket.socket) -> None:
 
 @cache
 def can_steer() -> bool:
-    """Whether this kernel does what `steer` asks for: tried once, on a port of the loopback interface that is free."""
+    """Whether this kernel supports `steer`: tried once, on a free port of the loopback interface."""
     with socket.socket() as sock:
         try:
             share_port(sock)
@@ -72,9 +72,9 @@ def can_steer() -> bool:
 
 
 def deafen(listener: socket.socket) -> None:
-    """Drop whatever comes for a listener from now on: its accept queue can be emptied to the last connection.
+    """Drop new connections of a listener, so that its accept queue can be emptied completely.
 
-    A SYN that is dropped is sent again after a second (RFC 6298, 2.1), by when somebody else listens. Without this it
+    A SYN that is dropped is sent again after a second (RFC 6298, 2.1), by when another socket listens. Without this it
     would make a connection that is reset when the listener closes.
 
     Raises:

@@ -28,7 +28,7 @@ MISMATCHES: Final = frozenset({"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_C
 
 
 class ServerContext(ssl.SSLContext):
-    """What a handshake with one of the server's certificates is made from.
+    """The TLS context of one of the server's certificates.
 
     Attributes:
         certificate: The certificate itself as PEM, without those behind it.
@@ -41,7 +41,7 @@ class ServerContext(ssl.SSLContext):
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a certificate says.
+    """The names and the end of a certificate.
 
     Attributes:
         names: Its DNS names in small letters; may begin with ``*.``.
@@ -57,14 +57,14 @@ class _Encrypted(Exception):
 
 
 def load_certificate(file: str, key_file: str | None) -> ServerContext:
-    """A context for TLS 1.2 and later from a certificate chain and its private key, both PEM, read now.
+    """Make a context for TLS 1.2 and later from a certificate chain and its private key, both PEM.
 
     Args:
         key_file: None if the key is in the same file.
 
     Raises:
         StartError: They cannot be read, are not PEM, do not belong together, or the key is encrypted (HP507).
-            Nobody is ever asked for a passphrase.
+            A passphrase is never asked for.
     """
     key_file = file if key_file is None else key_file
     cert_name, key_name = shlex.quote(file), shlex.quote(key_file)
@@ -80,7 +80,7 @@ def load_certificate(file: str, key_file: str | None) -> ServerContext:
     try:
         context.load_cert_chain(file, key_file, password=_refuse_to_ask)
     except _Encrypted:
-        cause = f"its private key in {key_file} is encrypted, and a worker has nobody to ask for the passphrase"
+        cause = f"its private key in {key_file} is encrypted, and a worker cannot ask for its passphrase"
         fix = f"(umask 077; openssl pkey -in {key_name} -out {shlex.quote(f'{key_file}.plain')})"
         raise _unusable(file, cause=cause, fix=fix) from None
     except OSError as error:  # ssl.SSLError is one
@@ -120,7 +120,7 @@ def verify_clients(context: ServerContext, file: str, *, is_required: bool) -> N
 
 
 def describe(context: ServerContext) -> Description:
-    """What the certificate of a context says, expired or not; before the context asks clients for theirs.
+    """Describe the certificate of a context, expired or not; call before `verify_clients`.
 
     Raises:
         ssl.SSLError: OpenSSL does not take it for a server's certificate.

@@ -1,1 +1,1 @@
-"""What may happen: values in, values out, no I/O."""
+"""Decisions: values in, values out, no I/O."""

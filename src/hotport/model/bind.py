@@ -5,7 +5,7 @@ A new socket is compared with every socket on the port whose address overlaps. E
 - both have SO_REUSEADDR, and the old one does not listen (of UDP: both have it), or
 - both have SO_REUSEPORT and one uid (an old one in TIME_WAIT: any uid).
 
-``listen`` applies the same rule again, so whoever may bind may listen, unless somebody else does so in between.
+``listen`` applies the same rule again, so a socket that can be bound can listen, unless another one listens in between.
 
 What the kernel remembers of sockets that are gone cannot be read: it lets in a socket with SO_REUSEPORT, without
 looking at the others, if the last one that was bound to the port had it, too, and the same uid and address. So a "no"
@@ -59,15 +59,15 @@ class Can(StrEnum):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """Whether one can bind and listen with some options.
+    """Whether a bind and listen with some options works.
 
     Attributes:
         error: The errno that a bind would fail with, by its name; empty unless `can` is NO.
         rule: The rule that decides, in one sentence; with `who` before it, if that is not empty.
         who: Who is in the way, and how.
         until: When that will change, in one sentence; empty if it need not.
-        ends_in_s: Seconds until it changes by itself; None if it does not, or nobody knows when.
-        blockers: Who refuses, or might; whoever stays longest first.
+        ends_in_s: Seconds until it changes by itself; None if it does not, or the time is unknown.
+        blockers: The sockets that prevent it, or may; the longest-lived first.
     """
 
     can: Can
@@ -80,17 +80,17 @@ class Answer(msgspec.Struct, frozen=True):
 
     @property
     def because(self) -> str:
-        """Who, and by which rule."""
+        """Which process prevents it, and by which rule."""
         return f"{self.who}; {self.rule}" if self.who else self.rule
 
 
 def usual(port: Port) -> Options:
-    """What servers set, hotport among them: SO_REUSEADDR on TCP, nothing on UDP."""
+    """Return the options that servers usually set, hotport among them: SO_REUSEADDR on TCP, none on UDP."""
     return CHOICES["reuseaddr" if port.protocol == "tcp" else "none"]
 
 
 def judge(port: Port, asker: Asker, options: Options) -> Answer:
-    """Whether `asker` can bind to the port, and listen, with `options`; as far as what was read decides it."""
+    """Judge whether `asker` can bind to the port with `options`, and listen, as far as the facts decide it."""
     if (denied := _denied(port, asker)) is not None:
         return denied
     refusing: list[Sockets] = []
@@ -120,7 +120,7 @@ def judge(port: Port, asker: Asker, options: Options) -> Answer:
 
 
 def blame(port: Port, asker: Asker, options: Options) -> Answer:
-    """As `judge`, once the kernel has refused: of what could not be read it is known then."""
+    """Judge after the kernel has refused, which settles the facts that could not be read."""
     answer = judge(port, asker, options)
     if answer.can == Can.UNKNOWN:
         return replace(answer, can=Can.NO, rule=_rule(answer.blockers[0], asker, options), error="EADDRINUSE")
@@ -128,9 +128,9 @@ def blame(port: Port, asker: Asker, options: Options) -> Answer:
 
 
 def judge_name(name: UnixName) -> Answer:
-    """Whether one can bind to a socket file or an abstract name; options make no difference there.
+    """Judge whether a socket file or an abstract name can be bound; options make no difference there.
 
-    A file in the way refuses, whoever holds it and if nobody does: so servers remove it, or rename another over it.
+    An existing file prevents a bind, held or not: so servers remove it, or rename another over it.
 
     Sources: unix(7), NOTES; bind(2).
     """
@@ -162,7 +162,7 @@ def judge_name(name: UnixName) -> Answer:
 
 
 def refuses(port: Port, old: Sockets, uid: int, new: Options) -> bool | None:
-    """Whether sockets on the port keep a new one out; None if a fact is missing."""
+    """Whether sockets on the port prevent a new one; None if a fact is missing."""
     is_near = overlaps(port.local, old.local)
     if is_near is False or old.state == State.SYN_RECV:  # not in the table of bound ports until the handshake is done
         return False
@@ -193,7 +193,7 @@ def overlaps(new: Local, old: Local) -> bool | None:
 
 
 def narrate(old: Sockets, port: Port) -> str:
-    """What sockets do there, as the beginning of a sentence."""
+    """Say what sockets do on the port, as the beginning of a sentence."""
     who, place, many = _seen(old.holders, old.user, old.unit), f"{old.local}:{port.number}", old.count != 1
     connections = f"{old.count:,} connections" if many else "a connection"
     match old.state:
@@ -222,7 +222,7 @@ def narrate(old: Sockets, port: Port) -> str:
 
 
 def remedies(port: Port, answer: Answer) -> Iterator[str]:
-    """What to do about an answer that is not yes: the one that is most likely right first."""
+    """Suggest remedies for an answer that is not yes, the most likely one first."""
     match answer.error:
         case "EACCES":
             yield f"sysctl -w net.ipv4.ip_unprivileged_port_start={port.number}  # as root"
@@ -254,7 +254,7 @@ def remedies(port: Port, answer: Answer) -> Iterator[str]:
 
 
 def remedies_of_name(name: UnixName, answer: Answer) -> Iterator[str]:
-    """Likewise, for a name of AF_UNIX."""
+    """Suggest remedies for a name of AF_UNIX."""
     if answer.can == Can.YES:
         return
     path, directory = _pasteable(name.path), _pasteable(_directory(name.path))
@@ -285,7 +285,7 @@ _SS: Final = {State.FIN_WAIT1: "fin-wait-1", State.LAST_ACK: "last-ack", State.C
 
 
 def _denied(port: Port, asker: Asker) -> Answer | None:
-    """What the kernel looks at before it looks at other sockets; IPv6 asks first for the port, IPv4 for the address."""
+    """Judge what the kernel checks before other sockets; IPv6 checks the port first, IPv4 the address."""
     low = absent = invalid = None
     host = port.local.host
     if 0 < port.number < port.low_end and not asker.may_bind_low:
@@ -299,7 +299,10 @@ def _denied(port: Port, asker: Asker) -> Answer | None:
 
 
 def _nonsense(port: Port) -> str | None:
-    """Why no socket of this kind could ever have an address. Sources: kernel ``net/ipv6/af_inet6.c`` __inet6_bind."""
+    """Explain why no socket of this kind can ever have an address.
+
+    Sources: kernel ``net/ipv6/af_inet6.c`` __inet6_bind.
+    """
     host = port.local.host
     if host.version == 4:
         return None
@@ -365,7 +368,7 @@ _ORDER: Final = (State.LISTEN, State.BOUND, State.CLOSE_WAIT, State.ESTABLISHED)
 
 
 def _stays(old: Sockets) -> tuple[int, float]:
-    """How long sockets will stay, comparable."""
+    """Return a sort key: how long sockets will stay."""
     if old.is_timed:
         return 0, old.ends_in_s
     return len(_ORDER) - _ORDER.index(old.state) + 1 if old.state in _ORDER else 1, 0.0
@@ -382,12 +385,12 @@ def _until(old: Sockets) -> str:
     if old.is_held:
         return f"when {owner} closes {'it' if old.count == 1 else 'them'}, or ends"
     if old.state in LEFT:
-        return "nobody can say when: the peer has to read, or to go away; the kernel gives up after many minutes"
+        return "it is not known when: the peer has to read, or to leave; the kernel gives up after many minutes"
     return "when its listener accepts and ends it, or closes"
 
 
 def _seen(holders: tuple[Process, ...], user: str, unit: str) -> str:
-    """Who it is, as far as we may see."""
+    """Name the holder, as far as it is visible."""
     if holders:
         others = f" with {len(holders) - 1} more" if len(holders) > 1 else ""
         return f"{holders[0]}{others}"
@@ -401,7 +404,7 @@ def _listed(peers: tuple[str, ...]) -> str:
 
 
 def _rule(old: Sockets, asker: Asker, new: Options) -> str:
-    """Why `old` refuses, as the end of a sentence."""
+    """Say why `old` refuses, as the end of a sentence."""
     is_alien = old.uid is not None and old.uid != asker.uid
     if new.reuse_port and is_alien and (old.options is None or old.options.reuse_port):
         return f"SO_REUSEPORT is shared by the sockets of one user only, and it is user {old.user}'s"
@@ -418,7 +421,7 @@ def _rule(old: Sockets, asker: Asker, new: Options) -> str:
 
 
 def _doubt(port: Port, old: Sockets, new: Options, *, is_shared: bool) -> str:
-    """What is missing, as the end of a sentence."""
+    """Say which fact is missing, as the end of a sentence."""
     if is_shared:
         return (
             "it would refuse, but another socket of this user shares the port by SO_REUSEPORT, and the kernel does "
@@ -441,7 +444,7 @@ def _why_not_refused(port: Port) -> str:
     listeners = [old for old in near if old.state == State.LISTEN]
     if listeners:
         return "the listener there has SO_REUSEPORT, too, and belongs to the same user: connections would be shared"
-    return "what is left on the port has set the same option, and does not listen"
+    return "the leftovers on the port have set the same option, and do not listen"
 
 
 def _may_be_outgoing(port: Port) -> bool:

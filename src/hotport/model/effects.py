@@ -1,4 +1,4 @@
-"""Everything that the rules have the supervisor do, and what takes each of it back."""
+"""Effects: everything that the rules make the supervisor do, and the inverse of each."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Spawn(msgspec.Struct, frozen=True):
 
 
 class Open(msgspec.Struct, frozen=True):
-    """Tell a worker to accept; it is given the listeners that it has not got."""
+    """Tell a worker to accept; give it the listeners that it lacks."""
 
     worker: int
 
@@ -55,7 +55,7 @@ class Quiesce(msgspec.Struct, frozen=True):
     """Tell a worker to stop accepting and to keep its connections.
 
     Attributes:
-        empties: Nobody else serves what waits, or comes late; it does.
+        empties: No other worker serves what waits or comes late, so it does.
     """
 
     worker: int
@@ -69,45 +69,45 @@ class Release(msgspec.Struct, frozen=True):
 
 
 class Rebind(msgspec.Struct, frozen=True):
-    """Close the listeners and bind their addresses again; `Bound` says what came of it."""
+    """Close the listeners and bind their addresses again; `Bound` reports the outcome."""
 
     generation: int
 
 
 class Regain(msgspec.Struct, frozen=True):
-    """Try again to bind the addresses that somebody else has; `Bound` says what came of it."""
+    """Retry binding the lost addresses; `Bound` reports the outcome."""
 
 
 class Share(msgspec.Struct, frozen=True):
-    """Give a worker that accepts the listeners that it has not got."""
+    """Give a worker that accepts the listeners that it lacks."""
 
     worker: int
 
 
 class Steer(msgspec.Struct, frozen=True):
-    """Let every new connection come to the sockets of this generation, and none to those of the one before it."""
+    """Steer new connections to the sockets of this generation, away from the one before it."""
 
     generation: int
 
 
 class Unsteer(msgspec.Struct, frozen=True):
-    """Let every new connection come to the sockets of the generation before this one again."""
+    """Steer new connections to the sockets of the generation before this one again."""
 
     generation: int
 
 
 class Drain(msgspec.Struct, frozen=True):
-    """Tell a worker to finish its connections and leave; `is_last` if nobody will serve after it."""
+    """Tell a worker to finish its connections and leave; `is_last` if no worker will serve after it."""
 
     worker: int
     is_last: bool = False
 
 
 class Terminate(msgspec.Struct, frozen=True):
-    """Tell a worker to leave soon: one that drains, to cut what it has; one that takes no orders gets SIGTERM.
+    """Tell a worker to leave soon: a draining one cuts its connections, one that takes no orders gets SIGTERM.
 
     Attributes:
-        is_hurried: Somebody does not want to wait: it cuts what it has; one that takes no orders is killed.
+        is_hurried: The request is urgent: it cuts what it has; one that takes no orders is killed.
     """
 
     worker: int
@@ -141,7 +141,7 @@ class StopTimer(msgspec.Struct, frozen=True):
 
 
 class CloseListeners(msgspec.Struct, frozen=True):
-    """Give up the supervisor's own listeners: the service is ending."""
+    """Close the supervisor's own listeners: the service is ending."""
 
 
 class Refusal(enum.Enum):
@@ -152,7 +152,7 @@ class Refusal(enum.Enum):
     STOPPING = "the service is stopping"
     TOO_MANY_DRAINING = "too many older generations are still draining"
     LAME_DUCK = "the service is a lame duck, and stops soon"
-    PORT_LOST = "somebody else has one of its addresses, and it is tried to get that back first"
+    PORT_LOST = "another process has one of its addresses; binding it again is being tried"
     WATCHED = "the last restart is still being watched, and can be undone"
     NOTHING_TO_UNDO = "no restart is in progress or in its undo window"
     NOT_WATCHED = "no restart is being watched"
@@ -167,14 +167,14 @@ class Refuse(msgspec.Struct, frozen=True):
 
 
 class Accept(msgspec.Struct, frozen=True):
-    """Answer a request: it is being carried out."""
+    """Accept a request: it is being carried out."""
 
     request: int
     generation: int = 0
 
 
 class News(enum.Enum):
-    """What is told to operators, logs and reports."""
+    """News for operators, logs and reports."""
 
     STARTED = "service.started"
     ADOPTED = "service.adopted"
@@ -199,7 +199,7 @@ class News(enum.Enum):
 
 
 class Announce(msgspec.Struct, frozen=True):
-    """Something worth telling has happened."""
+    """Publish a piece of news."""
 
     news: News
     generation: int = 0

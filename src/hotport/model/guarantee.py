@@ -1,4 +1,4 @@
-"""What each strategy promises, what it needs, and which one a service can have: a table, and two questions to it.
+"""What each strategy promises and needs, and which one a service can use: a table, and two functions.
 
 A *strategy* is how the listeners reach the next generation. Nothing here asks the system: what is known of a service
 comes as `Facts`.
@@ -29,12 +29,12 @@ class Guarantee(msgspec.Struct, frozen=True):
 
     Attributes:
         how: What happens.
-        clients_see: In the words of somebody who connects.
+        clients_see: In the words of a client.
         refused: Connections that are refused (ECONNREFUSED).
         reset: Connections that are made, and reset before they are served.
-        gap: How long nobody listens.
+        gap: How long no process listens.
         needs: What must be so.
-        is_lossless: Nobody is refused, reset or late.
+        is_lossless: No client is refused, reset or late.
     """
 
     how: str
@@ -49,7 +49,7 @@ class Guarantee(msgspec.Struct, frozen=True):
 GUARANTEES: Final[Mapping[Strategy, Guarantee]] = {
     Strategy.INHERIT: Guarantee(
         how="workers are started with the listeners: LISTEN_FDS, from descriptor 3 up",
-        clients_see="nothing: one accept queue for the whole life of the service, and somebody always serves it",
+        clients_see="nothing: one accept queue for the whole life of the service, which a worker always serves",
         refused="none",
         reset="none",
         gap="none",
@@ -81,8 +81,8 @@ GUARANTEES: Final[Mapping[Strategy, Guarantee]] = {
         clients_see="a gap: connects are refused in it, and those of the last microseconds before it are late by the "
         "second after which TCP sends a SYN again",
         refused="those that come in the gap; counted in the report",
-        reset="those that wait and can be given to nobody, counted in the report; and those whose handshake is half "
-        "done when the port is closed, not counted",
+        reset="those in the accept queue that no worker can be given, counted in the report; and those whose handshake "
+        "is half done when the port is closed, not counted",
         gap="10 us with nothing in TIME_WAIT on the port, 0.2 ms with 10,000, 5 to 15 ms with 100,000; with --guard "
         "10 us at any number",
         needs="as overlap. Without --guard any user can take a port above 1023 in the gap",
@@ -92,7 +92,7 @@ GUARANTEES: Final[Mapping[Strategy, Guarantee]] = {
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """What is known of a service and the restart that it wants.
+    """Facts about a service and a requested restart.
 
     Attributes:
         schemes: Of its addresses: ``tcp``, ``udp``, ``unix``, ``fd``, ``systemd``.
@@ -114,7 +114,7 @@ class Facts(msgspec.Struct, frozen=True):
 
 
 def obstacle(strategy: Strategy, facts: Facts) -> str:
-    """Why a service cannot have a strategy; empty if it can."""
+    """Explain why a service cannot use a strategy; empty if it can."""
     if strategy is Strategy.INHERIT:
         return ""
     if facts.command:
@@ -128,7 +128,7 @@ def obstacle(strategy: Strategy, facts: Facts) -> str:
     if foreign := sorted({scheme for scheme in facts.schemes if scheme != "tcp"}):
         why = {
             "unix": "a unix address is a file: SO_REUSEPORT is for tcp, and to bind it again would replace the file",
-            "fd": "an fd:// socket was made by whoever started hotport, and may be shared with others",
+            "fd": "an fd:// socket was made by the process that started hotport, and may be shared with others",
             "systemd": "a systemd: socket belongs to the service manager, which keeps it open",
         }
         return why[foreign[0]]
@@ -145,24 +145,24 @@ def obstacle(strategy: Strategy, facts: Facts) -> str:
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """The strategy of a restart, and why this one; without one, why not."""
+    """The chosen strategy of a restart, and why; without one, why not."""
 
     strategy: Strategy | None
     why: str
 
 
 def choose(wanted: str, facts: Facts) -> Choice:
-    """The strategy for what the option says: ``auto``, or the name of one."""
+    """Choose the strategy for the option's value: ``auto``, or the name of one."""
     if wanted != "auto":
         why = obstacle(Strategy(wanted), facts)
         return Choice(None, why) if why else Choice(Strategy(wanted), "asked for")
-    # The best one always can: to be handed on to a child a descriptor needs nobody's consent.
+    # The best one always can: a child inherits descriptors without anyone's consent.
     best = next(strategy for strategy in Strategy if not obstacle(strategy, facts))
     return Choice(best, "auto: the best there is, and it can always work within one supervisor")
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One strategy for one service: what it promises, and why the service cannot have it, if it cannot."""
+    """One strategy for one service: its promises, and why the service cannot use it, if it cannot."""
 
     strategy: Strategy
     guarantee: Guarantee
@@ -170,5 +170,5 @@ class Row(msgspec.Struct, frozen=True):
 
 
 def table(facts: Facts) -> tuple[Row, ...]:
-    """Every strategy, the best first."""
+    """List every strategy for a service, the best first."""
     return tuple(Row(strategy, GUARANTEES[strategy], obstacle(strategy, facts)) for strategy in Strategy)

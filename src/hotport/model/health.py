@@ -1,4 +1,4 @@
-"""Whether the new workers of a restart are well: what was seen of them, and the user's rules, give a verdict."""
+"""Judge the health of the new workers of a restart, by samples and the user's rules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Ill", "Rules", "Sample", "verdict"]
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
-    """What the user calls well; a bound of 0 allows anything.
+    """The user's bounds for healthy workers; a bound of 0 allows anything.
 
     Attributes:
         errors_max: The share of failed requests (0 to 1), looked at from `requests_min` requests on.
@@ -25,7 +25,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
-    """What was seen of one new worker.
+    """Measurements of one new worker.
 
     Attributes:
         requests: Taken up since it started; `errors` of them failed.
@@ -44,14 +44,14 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ill(msgspec.Struct, frozen=True):
-    """Why the new workers are not well; `worker` is 0 if all of them together are meant."""
+    """Why the new workers are not healthy; `worker` is 0 if it is about all of them together."""
 
     why: str
     worker: int = 0
 
 
 def verdict(rules: Rules, samples: Sequence[Sample]) -> Ill | None:
-    """The first rule that the new workers of a restart break; None if they are well."""
+    """Return the first rule that the new workers of a restart break; None if they are healthy."""
     for sample in samples:
         if why := _is_ill(rules, sample):
             return Ill(f"worker {sample.worker} {why}", sample.worker)

@@ -1,4 +1,4 @@
-"""Everything that can happen to a service: what the supervisor tells the rules."""
+"""Inputs of the rules: everything that can happen to a service."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ __all__ = [
 
 
 class Adopt(msgspec.Struct, frozen=True):
-    """Begin: with the workers of a supervisor that is gone, or was this process before its exec; or without any.
+    """Begin: without workers, or with those of a dead supervisor, or of this process before its exec.
 
     Attributes:
         workers: Those that are alive, each in its phase by its own word: never OPENING nor QUIESCING, which are orders
-            under way, and those died with whoever gave them.
+            under way, and those died with the process that gave them.
         wanted: How many should serve.
-        generations: How many generation numbers have been given out, as far as anybody remembers.
+        generations: How many generation numbers have been given out, as far as is known.
         spawned: How many worker numbers.
         favoured: The generation that should go on if several serve whole; 0: the newest.
     """
@@ -49,7 +49,7 @@ class Adopt(msgspec.Struct, frozen=True):
 
 
 class RequestRestart(msgspec.Struct, frozen=True):
-    """Somebody asks for a restart; `request` is given back with the answer.
+    """A restart is requested; `request` comes back with the answer.
 
     Attributes:
         wanted: The number of workers from this restart on; None keeps it.
@@ -66,17 +66,17 @@ class RequestRestart(msgspec.Struct, frozen=True):
 
 
 class RequestScale(msgspec.Struct, frozen=True):
-    """Somebody asks for another number of workers."""
+    """Another number of workers is requested."""
 
     request: int
     wanted: int
 
 
 class RequestStop(msgspec.Struct, frozen=True):
-    """End the service; a second request, or `now`, has connections cut; one more kills the workers.
+    """The end of the service is requested; a second request, or `now`, cuts connections; a third kills workers.
 
     Attributes:
-        is_succeeded: Another supervisor's workers accept already: nobody has to empty the accept queue.
+        is_succeeded: Another supervisor's workers accept already: no worker has to empty the accept queue.
         lame_duck_s: Seconds to serve on before, if it is this request that begins the stop; the next one ends them.
     """
 
@@ -86,21 +86,21 @@ class RequestStop(msgspec.Struct, frozen=True):
 
 
 class Said(msgspec.Struct, frozen=True):
-    """A worker said something (one of the facts in `Event` but ``EXITED``)."""
+    """A worker reported an `Event` (any but ``EXITED``)."""
 
     worker: int
     event: Event
 
 
 class Exited(msgspec.Struct, frozen=True):
-    """A worker is gone and has been reaped, or could not be started at all."""
+    """A worker has exited and been reaped, or could not be started."""
 
     worker: int
     why: str
 
 
 class RecycleDue(msgspec.Struct, frozen=True):
-    """A worker has served long enough and should be replaced."""
+    """A worker has reached a recycling limit and should be replaced."""
 
     worker: int
 
@@ -113,7 +113,7 @@ class MoreTime(msgspec.Struct, frozen=True):
 
 
 class Bound(msgspec.Struct, frozen=True):
-    """`Rebind` or `Regain` has been carried out; with a `why`, somebody else has an address.
+    """`Rebind` or `Regain` has been carried out; `why` says which process holds an address, if one does.
 
     Attributes:
         is_kept: It could not be begun: the listeners are as they were.
@@ -124,20 +124,20 @@ class Bound(msgspec.Struct, frozen=True):
 
 
 class RequestUndo(msgspec.Struct, frozen=True):
-    """Somebody, `by` name, wants the old generation back."""
+    """The return of the old generation is requested, `by` a command, a signal or a health rule."""
 
     request: int
     by: str
 
 
 class RequestKeep(msgspec.Struct, frozen=True):
-    """Somebody has seen enough of the new workers: end the bake or the undo window now."""
+    """The end of the bake or of the undo window is requested: keep the new workers."""
 
     request: int
 
 
 class Unhealthy(msgspec.Struct, frozen=True):
-    """The new workers of a restart are not well; `worker` is 0 if all of them together are meant."""
+    """The new workers of a restart are not healthy; `worker` is 0 if it is about all of them together."""
 
     generation: int
     why: str
@@ -169,7 +169,7 @@ class Timer(msgspec.Struct, frozen=True):
 
 
 class Elapsed(msgspec.Struct, frozen=True):
-    """A timer has ended. One that nobody waits for any more changes nothing."""
+    """A timer has ended; one that is not awaited any more changes nothing."""
 
     timer: Timer
 

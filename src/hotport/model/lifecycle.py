@@ -17,7 +17,7 @@ __all__ = ["CURRENT", "MORE_TIME_MAX_S", "TRANSITIONS", "Event", "IllegalTransit
 
 
 class Phase(enum.Enum):
-    """Where a worker is in its life."""
+    """The phase of a worker's life."""
 
     STARTING = "starting"  #: exec'ed; has not said READY=1
     READY = "ready"  #: initialised by its own word; waits for the commit
@@ -31,7 +31,7 @@ class Phase(enum.Enum):
 
 
 class Event(enum.Enum):
-    """What moves a worker on."""
+    """What changes a worker's phase."""
 
     READY = "ready"
     ACCEPTING = "accepting"
@@ -45,7 +45,7 @@ class Event(enum.Enum):
 
 
 class IllegalTransition(AssertionError):
-    """An event that the table does not know in that phase: a bug of ours. Nothing was changed."""
+    """An event that the table does not have for that phase: a bug. Nothing was changed."""
 
 
 #: Workers that serve now or are on their way to it.

@@ -1,4 +1,4 @@
-"""A port as it was found: who is on it, in which state, and what could not be read. Values only."""
+"""A port as it was read: its sockets, their holders and states, and what could not be read. Values only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Host: TypeAlias = IPv4Address | IPv6Address
 
 
 class State(StrEnum):
-    """What a socket is doing. `BOUND` is ours: bound, and neither listening nor connected."""
+    """The state of a socket. `BOUND` is our addition: bound, and neither listening nor connected."""
 
     LISTEN = "LISTEN"
     BOUND = "BOUND"
@@ -77,7 +77,7 @@ class Process(msgspec.Struct, frozen=True):
         generation: Of a worker of hotport's, the generation that it runs; 0 for others.
         stop: The command that stops the service of hotport's that it belongs to; empty if it belongs to none, or
             that cannot be seen.
-        is_suspended: Stopped by Ctrl-Z, SIGSTOP or a debugger: it answers nobody, and no signal but KILL and CONT.
+        is_suspended: Stopped by Ctrl-Z, SIGSTOP or a debugger: it answers nothing, and no signal but KILL and CONT.
     """
 
     pid: int
@@ -90,12 +90,12 @@ class Process(msgspec.Struct, frozen=True):
 
     @property
     def is_ours(self) -> bool:
-        """A supervisor of hotport's, or a worker."""
+        """Whether it is a supervisor or a worker of hotport's."""
         return bool(self.stop) or _OURS.search(self.command) is not None
 
     @property
     def endings(self) -> tuple[str, ...]:
-        """What ends it kindly, and what else helps."""
+        """Commands that end it, the gentlest first."""
         if self.is_suspended:
             return (
                 f"kill {self.pid} && kill -CONT {self.pid}  # it ends; suspended as it is, it does not hear the first",
@@ -112,19 +112,19 @@ class Process(msgspec.Struct, frozen=True):
 
 
 class Sockets(msgspec.Struct, frozen=True):
-    """Sockets on the port that are alike in everything that decides about a bind.
+    """Sockets on the port that are alike in everything that matters to a bind.
 
     Attributes:
-        uid: Whose they are; None if nobody says so (TIME_WAIT).
+        uid: Whose they are; None if unknown (TIME_WAIT).
         options: None where they could not be read.
         is_held: A process has a descriptor of them, though perhaps of them we may not see which.
         is_timed: The kernel ends them by itself, in at most `ends_in_s`.
         holders: Those processes that we may see, and no more than a few.
         unit: What the control group says where the process could not be seen.
         peers: Some of the other ends.
-        queue: Of a listener, how many connections wait to be accepted; of others, bytes that nobody has read.
+        queue: Of a listener, how many connections wait to be accepted; of others, bytes not read yet.
         backlog: Of a listener, how long its queue may become; of others, bytes that their peers have not acknowledged.
-        waited_s: Of a listener, for how long at least somebody has been in its queue.
+        waited_s: Of a listener, for how long at least a connection has been in its queue.
         interface: The index of the interface that they are bound to; 0 for all.
         is_outgoing: They are connections to a listener on this machine.
         nodelay: Of a listener, whether it has TCP_NODELAY, which accepted connections inherit; None if not known.
@@ -151,7 +151,7 @@ class Sockets(msgspec.Struct, frozen=True):
 
 
 class Asker(msgspec.Struct, frozen=True):
-    """Who would bind.
+    """The process that would bind.
 
     Attributes:
         may_bind_low: Has CAP_NET_BIND_SERVICE.
@@ -182,7 +182,7 @@ class Ephemeral(msgspec.Struct, frozen=True):
         return self.low <= port <= self.high and not kept
 
     def keeping(self, port: int) -> str:
-        """What to type so that it is kept back, too: who sets the list replaces it."""
+        """Return the command that reserves the port as well; setting the list replaces it."""
         return f"sysctl -w net.ipv4.ip_local_reserved_ports={self.reserved}{',' * bool(self.reserved)}{port}"
 
 
@@ -237,5 +237,5 @@ class UnixName(msgspec.Struct, frozen=True):
 
     @property
     def is_abstract(self) -> bool:
-        """It has no file, and goes with its last socket."""
+        """Whether it has no file, and disappears with its last socket."""
         return self.path.startswith("@")

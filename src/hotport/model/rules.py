@@ -1,4 +1,4 @@
-"""What a service does next: one pure function over everything that can happen to it.
+"""The rules of a service: one pure function from state and input to state and effects.
 
 ``step(service, event)`` returns the service that follows and the effects that the supervisor has to carry out,
 in order. Nothing here knows a clock, a process or a socket: a timer is an effect, and its end an event.
@@ -18,7 +18,7 @@ How the listeners reach the new ones is the restart's `Strategy`. For *inherit* 
 steps more before OPENING, and none of the old ones is left to be quiesced after it::
 
     RELEASING   tell the old ones to empty the accept queue and to close the listeners, wait for the acknowledgements
-    REBINDING   close the last descriptor and bind again; if somebody else was quicker, the restart aborts, and the
+    REBINDING   close the last descriptor and bind again; if another process was quicker, the restart aborts, and the
                 address is tried again and again
 
 Before the line *(done)* anything that goes wrong with a new worker aborts the restart by the inverses in
@@ -105,8 +105,8 @@ BACKOFF_FIRST_S: Final = 0.5
 BACKOFF_MAX_S: Final = 30.0
 
 
-#: Between attempts to bind an address that somebody has taken. Seldom in the end: a bind that fails slows the port
-#: down, with many connections in TIME_WAIT by milliseconds.
+#: Between attempts to bind an address that another process has taken. Seldom in the end: a bind that fails slows the
+#: port down, with many connections in TIME_WAIT by milliseconds.
 REGAIN_FIRST_S: Final = 0.1
 
 
@@ -179,7 +179,7 @@ class _Draft:
         self.emit(Open(worker), StartTimer(Timer(Clock.OPEN, worker)))
 
     def quiesce(self, worker: int, restart: Restart) -> None:
-        """By the kind of the restart; the answer is the same."""
+        """Quiesce or release a worker, by the kind of the restart; both are answered alike."""
         self.move(worker, Event.QUIESCE)
         if restart.step is Step.RELEASING:
             self.emit(Release(worker))
@@ -195,7 +195,7 @@ class _Draft:
         self.emit(Terminate(worker, is_hurried), StartTimer(Timer(Clock.KILL, worker)))
 
     def release(self, worker: int, *, is_last: bool = False) -> None:
-        """Let a worker go in the kindest way that its phase allows; one that is going is left alone."""
+        """Dismiss a worker as gently as its phase allows; one that is leaving is left alone."""
         phase = self.service.workers[worker].phase
         if (phase, Event.DRAIN) in TRANSITIONS:
             self.drain(worker, is_last=is_last)
@@ -204,7 +204,7 @@ class _Draft:
 
 
 def step(service: Service, event: Input) -> tuple[Service, tuple[Effect, ...]]:
-    """What follows from `event`: the new state and the effects to carry out, in order."""
+    """Apply `event`: return the new state and the effects to carry out, in order."""
     draft = _Draft(service)
     match event:
         case Adopt():
@@ -236,7 +236,7 @@ def step(service: Service, event: Input) -> tuple[Service, tuple[Effect, ...]]:
 
 
 def _adopt(draft: _Draft, event: Adopt) -> None:
-    """Everything that a restart can be broken off at ends in one of two ways: its commit was reached, or it was not."""
+    """Finish an interrupted restart in one of two ways: after its commit go forward, before it go back."""
     workers = MappingProxyType({worker.id: worker for worker in sorted(event.workers, key=lambda w: w.id)})
     generation = surviving(event.workers, event.wanted, event.favoured)
     draft.set(
@@ -308,7 +308,7 @@ def _is_refused(draft: _Draft, event: RequestRestart | RequestScale) -> bool:
 
 
 def refusal(service: Service, *, is_restart: bool) -> tuple[Refusal, int] | None:
-    """Why a restart, or another number of workers, is refused now, and the generation that is the reason (or 0)."""
+    """Return why a restart or a scaling is refused now, with the generation that is the reason (or 0)."""
     if service.is_stopping:
         return Refusal.STOPPING, 0
     if service.is_lame_duck:
@@ -326,7 +326,7 @@ def refusal(service: Service, *, is_restart: bool) -> tuple[Refusal, int] | None
 
 
 def _request_verdict(draft: _Draft, event: RequestUndo | RequestKeep) -> None:
-    """Somebody decides about the new workers before the time is over."""
+    """Decide about the new workers before the watch or the bake has ended."""
     service, restart = draft.service, draft.service.restart
     if service.is_stopping:
         draft.emit(Refuse(event.request, Refusal.STOPPING))
@@ -379,7 +379,7 @@ def _request_stop(draft: _Draft, event: RequestStop) -> None:
 
 
 def _drain_last(draft: _Draft) -> None:
-    """Let those that accept empty the queue and leave, once nobody else holds the listeners any more.
+    """Let accepting workers empty the queue and leave, once no other worker holds the listeners.
 
     A worker that is stuck in its start-up would keep the port open and never accept: what queued behind it would be
     reset when it is killed. So the others serve until it is gone.
@@ -432,7 +432,7 @@ def _exited(draft: _Draft, event: Exited) -> None:
 
 
 def _lost(draft: _Draft, worker: Worker, why: str) -> None:
-    """A worker that was wanted is leaving or gone."""
+    """Handle the loss of a worker that is still needed."""
     draft.emit(Announce(News.WORKER_LOST, generation=worker.generation, worker=worker.id, why=why))
     restart = draft.service.restart
     if restart is not None and worker.id in restart.new:
@@ -493,7 +493,7 @@ def _elapsed(draft: _Draft, timer: Timer) -> None:
 
 
 def _elapsed_step(draft: _Draft, restart: Restart) -> None:
-    """The time of a restart's step is over."""
+    """Handle the end of the timer of a restart's step."""
     match restart.step:
         case Step.RELEASING:
             holding = restart.old.intersection(draft.service.ids(*_HOLDING))  # so they cannot be bound again
@@ -531,7 +531,7 @@ def _take_back(draft: _Draft, restart: Restart, why: str, culprit: int = 0, *, i
 
 
 def _undo(draft: _Draft, restart: Restart, why: str, culprit: int) -> None:
-    """Begin to take back what serves: the new ones go when the old ones can have their connections."""
+    """Begin an undo: the new workers leave once the old ones can take their connections."""
     new = tuple(sorted(restart.new))
     draft.emit(
         *(StopTimer(Timer(clock)) for clock in _CLOCKS),
@@ -542,7 +542,7 @@ def _undo(draft: _Draft, restart: Restart, why: str, culprit: int) -> None:
 
 
 def _abort(draft: _Draft, restart: Restart, why: str, culprit: int = 0) -> None:
-    """Take back what the restart has done: the old ones accept again, the new ones go."""
+    """Abort a restart: the old workers accept again, the new ones leave."""
     _unsteer(draft, restart)
     _reopen(draft, restart)
     _dismiss(draft, restart)
@@ -561,7 +561,7 @@ def _reopen(draft: _Draft, restart: Restart) -> None:
 
 
 def _dismiss(draft: _Draft, restart: Restart) -> None:
-    """Let the new ones go.
+    """Dismiss the new workers.
 
     New ones on whom the port depends wait for a replacement of the old code first: those of earlier batches,
     and every one that serves if no old one is left.
@@ -593,7 +593,7 @@ def _give_up(draft: _Draft, restart: Restart, why: str, culprit: int = 0, news: 
 
 
 def _go_on(draft: _Draft) -> None:
-    """Whatever has become possible by the last event."""
+    """Proceed with everything that the last event has made possible."""
     service = draft.service
     if not service.workers and (service.generation == 0 or service.is_stopping):
         draft.emit(Finish(has_failed=not service.is_stopping))
@@ -649,7 +649,7 @@ def _watch(draft: _Draft, restart: Restart) -> None:
 
 
 def _end_watch(draft: _Draft, restart: Restart) -> None:
-    """The new workers have shown that they are well, or somebody is satisfied with them."""
+    """End the watch: the new workers have proved healthy, or the operator keeps them."""
     if restart.step is Step.WATCHING:
         draft.emit(StopTimer(Timer(Clock.WATCH)))
         _finish_batch(draft, restart)
@@ -673,7 +673,7 @@ def _open(draft: _Draft, restart: Restart) -> None:
 
 
 def _release(draft: _Draft, restart: Restart) -> None:
-    """Begin to close the listeners. A worker that is only starting would keep them open, and is not wanted any more."""
+    """Begin to close the listeners; dismiss starting workers, which would keep them open."""
     draft.emit(StartTimer(Timer(Clock.QUIESCE)))
     old = [w for w in draft.service.current if w.generation != restart.generation]
     for worker in old:
@@ -693,7 +693,7 @@ def _go_on_releasing(draft: _Draft, restart: Restart) -> None:
 
 
 def _bound(draft: _Draft, why: str, *, is_kept: bool) -> None:
-    """The addresses have been bound again, or somebody was quicker."""
+    """Handle the outcome of a rebind: bound again, or taken by another process."""
     restart, regains = draft.service.restart, draft.service.regains
     if draft.service.is_stopping:
         return
@@ -775,13 +775,13 @@ def _go_on_maintaining(draft: _Draft) -> None:
 
 
 def _lasting(draft: _Draft) -> list[Worker]:
-    """Current workers but those that leave as soon as their replacement serves."""
+    """Return current workers except those that leave once their replacement serves."""
     current = _counted(draft)
     relieved = {w.replaces for w in current}
     return [w for w in current if w.id not in relieved]
 
 
 def _counted(draft: _Draft) -> list[Worker]:
-    """Current workers, without those of a restart that has not replaced any yet."""
+    """Return current workers, without those of a restart that has not replaced any yet."""
     restart = draft.service.restart
     return [w for w in draft.service.current if restart is None or w.id not in restart.new]

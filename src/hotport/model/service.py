@@ -1,4 +1,4 @@
-"""A service as decisions see it: its workers, and the restart in progress. Values only."""
+"""The state of a service for decisions: its workers, and the restart in progress. Values only."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Restart(msgspec.Struct, frozen=True):
 
 
 class Stage(enum.Enum):
-    """Whether clients should be sent to a service, and why not; a restart makes no difference."""
+    """Whether load balancers should send clients, and why not; a restart makes no difference."""
 
     STARTING = "starting"
     READY = "ready"
@@ -59,7 +59,7 @@ class Stage(enum.Enum):
 
 
 class Service(msgspec.Struct, frozen=True):
-    """Everything that decisions are made from.
+    """The state that decisions are made from.
 
     Attributes:
         wanted: How many workers should serve.
@@ -68,7 +68,7 @@ class Service(msgspec.Struct, frozen=True):
         failures: Times that workers were lost without a quiet spell between them.
         is_backing_off: No replacement is started before the back-off timer ends.
         is_lame_duck: It serves on for a while, and then stops: load balancers are to take it out until then.
-        regains: Since somebody else has taken one of the addresses: how often it was tried to be had; 0: nobody has.
+        regains: Since another process has taken one of the addresses: attempts to bind it again; 0: none is lost.
     """
 
     wanted: int
@@ -94,13 +94,13 @@ class Service(msgspec.Struct, frozen=True):
 
     @property
     def draining_generations(self) -> int:
-        """How many generations have nothing left but leaving workers."""
+        """Count the generations of which all remaining workers are leaving."""
         current = {w.generation for w in self.current}
         return len({w.generation for w in self.workers.values()} - current)
 
     @property
     def favoured(self) -> int:
-        """The generation that a next supervisor should go on with if several serve whole."""
+        """The generation that the next supervisor should keep if several serve completely."""
         restart = self.restart
         if restart is not None and STEPS[restart.step].is_committed and not restart.remaining:
             return restart.generation
@@ -108,7 +108,7 @@ class Service(msgspec.Struct, frozen=True):
 
     @property
     def stage(self) -> Stage:
-        """What load balancers are told; while workers are exchanged it stays READY."""
+        """The stage to report to load balancers; it stays READY while workers are exchanged."""
         if self.is_stopping:
             return Stage.STOPPING
         if self.generation == 0:
@@ -123,9 +123,9 @@ _SERVED: Final = (Phase.OPENING, Phase.SERVING, Phase.QUIESCING, Phase.QUIESCED)
 
 
 def surviving(workers: Iterable[Worker], wanted: int, favoured: int = 0) -> int:
-    """The generation that a service is of whose supervisor is gone: one that serves whole, else what is left.
+    """Choose which generation to keep after the supervisor died: a complete one that serves, else the largest.
 
-    A generation serves whole only after its commit, or before the next one's; of several the `favoured` one goes on, or
+    A generation serves whole only after its commit, or before the next one's; of several the `favoured` one is kept, or
     the newest. 0 if none has begun to serve.
     """
     workers = tuple(workers)

@@ -60,7 +60,7 @@ _IGNORED: Final = dict.fromkeys(Moment, Does.NOTHING)
 
 
 def _request(does: Does) -> Row:
-    """What is refused unless the service serves and nothing else is going on."""
+    """A request that is refused unless the service serves and no other request runs."""
     return _row(Does.REFUSE, does, Does.REFUSE, does, Does.REFUSE)
 
 

@@ -50,7 +50,7 @@ class Row(msgspec.Struct, frozen=True):
         clock: What bounds it: `READY` and `OPEN` each worker by itself, the others the restart; None: nothing does.
         late: What follows when that has elapsed, in the words of the reference.
         lost: What follows when a new worker is lost.
-        unwanted: What follows when the new workers are not well, or somebody wants the old ones back.
+        unwanted: What follows when the new workers are not well, or an undo is requested.
         is_committed: The new workers are to stay, and newcomers are steered to them.
         is_watched: The new workers serve and are judged.
     """

@@ -1,4 +1,4 @@
-"""One chain for every log line of a process: ours, the libraries', the application's.
+"""One structlog chain for every log line of a process: ours, the libraries', the application's.
 
 Everything goes through the standard library's root logger and one structlog formatter: a line of JSON, or coloured
 columns on a terminal. Lines go to stderr with one write each, which never waits and never fails: see
@@ -57,7 +57,7 @@ _QUOTED: Final = frozenset(" \t=\r\n\"'")
 
 @dataclass
 class _Look:
-    """How lines of this process look and where they go."""
+    """The format and the output of this process's log lines."""
 
     output: Output | None = None
     values: Mapping[str, object] = field(default_factory=dict)
@@ -68,23 +68,23 @@ _look = _Look()
 
 
 def write(text: str) -> None:
-    """Write whole lines where log lines go: at once if there is room, in order, and without waiting or failing."""
+    """Write whole lines to the log's output, in order; never waits and never fails."""
     _output().write(text)
 
 
 def dropped() -> int:
-    """How many lines this process has dropped, since they could not be written and too many waited already."""
+    """Count the lines this process has dropped because too many were waiting."""
     return _look.output.dropped if _look.output is not None else 0
 
 
 def flush(timeout_s: float = FLUSH_TIMEOUT_S) -> None:
-    """Write what still waits, as far as it is taken within `timeout_s` seconds."""
+    """Write the waiting lines, for at most `timeout_s` seconds."""
     if _look.output is not None:
         _look.output.flush(timeout_s)
 
 
 def _output() -> Output:
-    """Opened for the first line."""
+    """Return the output; opened for the first line."""
     if _look.output is None:
         fd = _stderr()
         _look.output = Output(open_sink(os.open(os.devnull, os.O_WRONLY) if fd is None else fd), _dropped_line)
@@ -92,7 +92,7 @@ def _output() -> Output:
 
 
 def _stderr() -> int | None:
-    """Its descriptor; None if it is closed, or something else stands for it."""
+    """Return the descriptor of stderr; None if it is closed or replaced."""
     try:
         return sys.stderr.fileno()
     except (AttributeError, OSError, ValueError):
@@ -104,7 +104,7 @@ def _dropped_line(lines: int, why: str) -> str:
 
 
 def renderer(name: str, *, level: str = "info") -> Callable[[dict[str, Any]], str]:
-    """Makes lines of events at a fraction of what a logger takes for it, for those who write very many.
+    """Make a renderer of log lines that is far cheaper than a logger, for callers that write very many.
 
     They look like a logger's of that name; call it after `configure`.
     """
@@ -122,12 +122,12 @@ def _timestamp() -> str:
 
 
 def get_logger(name: str) -> Any:
-    """A structlog logger; bound values travel through the standard library's record."""
+    """Return a structlog logger; bound values travel through the standard library's record."""
     return structlog.stdlib.get_logger(name)
 
 
 def get_shared_logger(name: str) -> Any:
-    """As `get_logger`, for what runs in a worker and in somebody's own program alike; call it when it is needed.
+    """Return a logger for code that runs in workers and in user programs; call it at use, not at import.
 
     In a program that has configured no structlog, lines go where the standard library's go: structlog by itself would
     print them on stdout, which is the program's.
@@ -146,7 +146,7 @@ def get_shared_logger(name: str) -> Any:
 
 
 class _Handler(logging.Handler):
-    """Writes what the formatter makes of a record."""
+    """Writes formatted records to the output."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -157,7 +157,7 @@ class _Handler(logging.Handler):
             write(text + "\n")
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Say where the line was made that cannot be shown; the library's own way writes to stderr, and waits."""
+        """Report where a record that cannot be formatted was made, without waiting as the library's handler does."""
         where = f"a line of {record.name} cannot be shown, from {record.pathname}:{record.lineno}"
         write(f"{where}\n{traceback.format_exc()}")
 
@@ -231,7 +231,7 @@ def configure(*, format: str, level: str, **bound: object) -> None:
 
 
 def _visible_values(event: dict[str, Any]) -> dict[str, Any]:
-    """A line of ours for a terminal: it may quote clients and programs, who must not write lines or move the cursor.
+    """Escape control characters in values, which may quote clients and programs, before they reach a terminal.
 
     An application's own lines are its own.
     """
@@ -257,7 +257,7 @@ def _visible_traceback(stream: TextIO, exc_info: Any) -> None:
 
 
 def revive() -> None:
-    """Let our loggers speak again after an application has configured logging.
+    """Enable our loggers again after an application has configured logging.
 
     By default `logging.config.dictConfig` disables every logger that it does not name.
     """

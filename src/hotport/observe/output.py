@@ -1,4 +1,4 @@
-"""Where lines leave a process: whole, in order, without waiting for a reader, and without an error for who writes.
+"""Write lines out of the process: whole, in order, without waiting for a reader, without an error to the writer.
 
 What cannot be written at once waits in a bounded buffer; what does not fit there is dropped and counted. The count is a
 line of its own, in the place of the lines that are missing.
@@ -41,7 +41,7 @@ NOT_READ: Final = "they are not read"
 
 
 class _Waiting(NamedTuple):
-    """What is to be written next.
+    """The lines to write next.
 
     Attributes:
         lines: How many are lost with it.
@@ -89,7 +89,7 @@ class Output:
         self._thread: threading.Thread | None = None
 
     def forget(self) -> None:
-        """In a forked child: what waits is the parent's to write."""
+        """Drop the waiting lines in a forked child: the parent writes them."""
         self._told = self.dropped = 0
         self._reset()
 
@@ -98,7 +98,7 @@ class Output:
         self.write_bytes(text.encode(errors="backslashreplace"))
 
     def write_bytes(self, data: bytes) -> None:
-        """As `write`."""
+        """Write whole lines of bytes, as `write` does."""
         with self._lock:
             for piece in (data,) if len(data) <= PIECE_BYTES_MAX else _pieces(data):
                 self._put(piece)
@@ -108,7 +108,7 @@ class Output:
                 self._start_waiting()
 
     def flush(self, timeout_s: float) -> None:
-        """Write what waits, within `timeout_s` seconds."""
+        """Write the waiting lines, for at most `timeout_s` seconds."""
         end_s = time.monotonic() + timeout_s
         while self._waiting and (left_s := end_s - time.monotonic()) > 0:
             if (thread := self._thread) is not None:
@@ -121,7 +121,7 @@ class Output:
                     self._flush()
 
     def close(self) -> None:
-        """Let go of the sink; what still waits is lost."""
+        """Close the sink; lines still waiting are lost."""
         with self._lock:
             self._waiting.clear()
             self._sink.close()
@@ -136,7 +136,7 @@ class Output:
             self.dropped += lines
 
     def _put_report(self, beside: int) -> bool:
-        """Say how many lines are missing here, if there is room for that and something `beside` it."""
+        """Report how many lines are missing here, if there is room for that and `beside` more bytes."""
         data = self._report(self.dropped - self._will_tell, self._why or NOT_READ).encode()
         if self._waiting and self._size + len(data) + beside > self._max:
             return False
@@ -146,7 +146,7 @@ class Output:
         return True
 
     def _flush(self) -> bool:
-        """Write what waits; True if something has to go on waiting."""
+        """Write the waiting lines; return whether some must keep waiting."""
         self._is_writing = True
         try:
             while self._waiting or self.dropped > self._will_tell:
@@ -163,7 +163,7 @@ class Output:
         return False
 
     def _failed(self, error: OSError) -> bool:
-        """Whether it is worth waiting."""
+        """Handle a failed write; return whether to retry later."""
         is_full = isinstance(error, BlockingIOError)
         self._is_failing = not is_full
         self._why = NOT_READ if is_full else os.strerror(error.errno or 0)
@@ -210,7 +210,7 @@ class Output:
                     return
 
     def _write_one(self) -> None:
-        """Where writing may wait, only this thread does it; others may add to what waits meanwhile."""
+        """Write in one thread where writing may block; other threads may add lines meanwhile."""
         with self._lock:
             if not self._waiting:
                 return
@@ -248,7 +248,7 @@ def _wait_for_room(fd: int, timeout_s: float | None) -> None:
 
 
 def _pieces(data: bytes) -> list[bytes]:
-    """Whole lines, as many as are written in one piece; a longer line is one, and may be torn by other processes'."""
+    """Split into pieces of whole lines that are written at once; a longer line is a piece, and may be torn."""
     pieces, start = list[bytes](), 0
     while start < len(data):
         end = data.rfind(b"\n", start, start + PIECE_BYTES_MAX) + 1
@@ -260,7 +260,7 @@ def _pieces(data: bytes) -> list[bytes]:
 
 
 class _Raw(io.RawIOBase):
-    """What `sys.stderr` writes to, so that other people's writes do not wait either."""
+    """The raw stream under `sys.stderr`, so that writes of other code do not wait either."""
 
     def __init__(self, output: Output, fd: int) -> None:
         self._output = output

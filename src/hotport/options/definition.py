@@ -1,4 +1,4 @@
-"""The options of a service and what follows from them alone."""
+"""The options of a service, and what is computed from them alone."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _option(default: object, type_: Type, says: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What a service is and how it behaves; durations are seconds, sizes bytes.
+    """The options of a service; durations are seconds, sizes bytes.
 
     It travels to workers as JSON, so it holds nothing but numbers, texts and tuples of texts.
     """
@@ -85,7 +85,7 @@ class Options:
     kind: Kind = _option(
         "auto",
         choice("auto", "asgi", "stream", "protocol", "datagram", "sockets"),
-        "What the target is; auto looks at it.",
+        "The kind of application; auto detects it.",
     )
     factory: bool = _option(False, switch(), "The target is a function that returns the application.")
     workers: int = _option(1, count(1, WORKERS_MAX), "Worker processes.")
@@ -102,10 +102,8 @@ class Options:
         60.0, duration(is_positive=True), "How long a new worker may take to become ready."
     )
     settle_s: float = _option(0.25, duration(), "How long a new worker must stay alive after it said ready.")
-    drain_timeout_s: float = _option(
-        30.0, duration(), "How long a leaving worker may finish what it began; 1s with --watch."
-    )
-    kill_timeout_s: float = _option(5.0, duration(), "From asking a worker to leave at once to SIGKILL.")
+    drain_timeout_s: float = _option(30.0, duration(), "How long a leaving worker may take to finish; 1s with --watch.")
+    kill_timeout_s: float = _option(5.0, duration(), "Time between asking a worker to leave at once and SIGKILL.")
     handoff: HandoffChoice = _option(
         "auto",
         choice("auto", "websocket", "off"),
@@ -117,7 +115,7 @@ class Options:
         choice("auto", "off"),
         "Whether workers share connections evenly: one with more leaves new ones to others, and hands open ones over.",
     )
-    orphan_timeout_s: float = _option(60.0, duration(), "How long workers serve on without a supervisor.")
+    orphan_timeout_s: float = _option(60.0, duration(), "How long workers keep serving without a supervisor.")
     keep_alive_s: float = _option(5.0, duration(), "How long an idle HTTP connection stays open.")
     head_max_bytes: int = _option(65536, size(), "The largest HTTP request head; above it the answer is 431.")
     header_fields_max: int = _option(
@@ -128,10 +126,10 @@ class Options:
     )
     body_max_bytes: int = _option(0, size(), "The largest HTTP request body; above it the answer is 413; 0: any.")
     connection_buffer_bytes: int = _option(
-        256 * 1024, size(), "How much may wait for one connection, in either direction, before reading pauses."
+        256 * 1024, size(), "How much is buffered for one connection, in either direction, before reading pauses."
     )
     send_timeout_s: float = _option(
-        60.0, duration(), "How long a client may take nothing of what is sent to it; 0: for ever."
+        60.0, duration(), "How long a client may read nothing of what is sent to it; 0: for ever."
     )
     body_timeout_s: float = _option(
         60.0, duration(), "How long nothing of an HTTP request body may arrive; then the answer is 408; 0: for ever."
@@ -143,7 +141,7 @@ class Options:
         "send_timeout.",
     )
     concurrency_max: int = _option(
-        0, count(0), "Requests under way in a worker above which the answer is 503; 0: any number."
+        0, count(0), "Concurrent requests in a worker above which the answer is 503; 0: any number."
     )
     server_header: bool = _option(True, switch(), "Say `server: hotport` in answers.")
     ws_message_max_bytes: int = _option(
@@ -157,7 +155,7 @@ class Options:
     ws_deflate: bool = _option(True, switch(), "WebSocket messages may be compressed (permessage-deflate).")
     phased: bool = _option(False, switch(), "Restart one worker after the other, for machines short of memory.")
     max_requests: int = _option(0, count(0), "Requests after which a worker is replaced; 0: never.")
-    max_requests_jitter: int = _option(0, count(0), "Up to so many requests more, by chance, for each worker.")
+    max_requests_jitter: int = _option(0, count(0), "Random number of further requests for each worker, at most this.")
     max_memory_bytes: int = _option(0, size(), "Resident memory at which a worker is replaced; 0: never.")
     memory_pressure_bytes: int = _option(
         0,
@@ -168,12 +166,12 @@ class Options:
     trusted_proxy: tuple[str, ...] = _option(
         ("127.0.0.1", "::1", "unix"),
         peers(),
-        "Proxies to believe who their clients are: addresses, networks, unix or *; may be given more than once.",
+        "Proxies that are trusted to name their clients: addresses, networks, unix or *; may be given more than once.",
     )
     proxy_protocol: bool = _option(
         False, switch(), "Trusted proxies begin each connection with a PROXY header (version 1 or 2)."
     )
-    root_path: str = _option("", prefix(), "What a proxy has cut off the paths of an ASGI application: /api.")
+    root_path: str = _option("", prefix(), "The path prefix that a proxy removes before an ASGI application: /api.")
     tls_cert: tuple[str, ...] = _option(
         (),
         paths("FILE"),
@@ -183,18 +181,18 @@ class Options:
     tls_key: tuple[str, ...] = _option(
         (), paths("FILE"), "Its private key, if it is not in the same file; as many as certificates."
     )
-    tls_client_ca: str | None = _option(None, text("FILE"), "Authorities (PEM) that sign certificates of clients.")
+    tls_client_ca: str | None = _option(None, text("FILE"), "Authorities (PEM) that sign the certificates of clients.")
     tls_client_auth: ClientAuth = _option(
         "auto",
         choice("auto", "none", "optional", "required"),
         "Whether clients need a certificate; auto: required with a tls_client_ca.",
     )
     tls_alpn: tuple[str, ...] = _option(
-        (), protocols(), "What is spoken over TLS (ALPN), the best first; by default http/1.1 for asgi."
+        (), protocols(), "Protocols over TLS (ALPN), the preferred one first; by default http/1.1 for asgi."
     )
     app_dir: str = _option(".", text("DIR"), "Where the target is imported from.")
     python: str | None = _option(None, text("FILE"), "The interpreter of workers; by default this one.")
-    lifespan: Lifespan = _option("auto", choice("auto", "on", "off"), "ASGI lifespan; auto: if the app knows it.")
+    lifespan: Lifespan = _option("auto", choice("auto", "on", "off"), "ASGI lifespan; auto: if the app supports it.")
     watch: bool = _option(False, switch(), "Restart when code changes.")
     watch_path: tuple[str, ...] = _option(
         (),
@@ -220,12 +218,12 @@ class Options:
         "auto", choice("auto", "console", "json"), "Log lines; auto: console on a terminal."
     )
     log_level: LogLevel = _option(
-        "info", choice("debug", "info", "warning", "error"), "The least urgent lines that are logged."
+        "info", choice("debug", "info", "warning", "error"), "The lowest level that is logged."
     )
     lame_duck_s: float = _option(
         0.0,
         duration(),
-        "How long a service that is to stop says so on its status port and serves on, before it drains.",
+        "How long a stopping service reports that on its status port and keeps serving, before it drains.",
     )
     status_bind: str | None = _option(
         None, address(), "Where to answer health checks: /ready, /live, /status, and HAProxy's agent-check."
@@ -237,7 +235,7 @@ class Options:
     )
     guard: bool = _option(False, switch(), "Keep TCP ports from other users even while nothing listens on them.")
     undo_window_s: float = _option(
-        0.0, duration(), "How long the old generation stays after a restart, to be taken back; 0: not at all."
+        0.0, duration(), "How long the old generation stays after a restart, so that it can be undone; 0: not at all."
     )
     canary: int = _option(
         0,
@@ -250,13 +248,13 @@ class Options:
         url_path(),
         "What each new worker is asked for while it is watched (GET, not over the port); 2xx and 3xx are healthy.",
     )
-    health_timeout_s: float = _option(2.0, duration(is_positive=True), "How long the answer to that may take.")
+    health_timeout_s: float = _option(2.0, duration(is_positive=True), "How long the answer to health_path may take.")
     health_errors_max: float = _option(
         0.0, share(), "The share of 5xx among the new workers' answers above which they are taken back; 0: any."
     )
-    health_requests_min: int = _option(20, count(1), "Requests before that share is looked at.")
+    health_requests_min: int = _option(20, count(1), "Requests before health_errors_max is applied.")
     health_lag_max_s: float = _option(
-        0.0, duration(), "How long a new worker's event loop may be held up while it is watched; 0: for ever."
+        0.0, duration(), "How long a new worker's event loop may be blocked while it is watched; 0: for ever."
     )
     health_memory_max_bytes: int = _option(
         0, size(), "Resident memory of a new worker above which it is taken back while it is watched; 0: any."
@@ -319,7 +317,7 @@ NAME: Final = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{NAME_CHARS_MAX - 1}}}
 
 
 def service_name(options: Options) -> str:
-    """The service's name: as given, else made from the target's module or file, or from the command.
+    """Return the service's name: as given, else made from the target's module or file, or the command.
 
     ``app:app`` is ``app``, ``path/to/server.py:echo`` is ``server``, ``/usr/bin/gunicorn`` is ``gunicorn``.
     """
@@ -334,17 +332,17 @@ def service_name(options: Options) -> str:
 
 
 def as_name(text: str) -> str:
-    """The nearest thing to `text` that `NAME` matches."""
+    """Convert `text` to a name that `NAME` matches."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip(".-")[:NAME_CHARS_MAX] or "app"
 
 
 def runtime_root(environ: Mapping[str, str], uid: int, tmp: Path) -> Path:
-    """The directory that holds one directory for each service of this user.
+    """Return the directory that holds one directory for each service of this user.
 
     Args:
         environ: ``HOTPORT_RUNTIME_DIR`` wins over ``XDG_RUNTIME_DIR``.
         uid: Root's is ``/run/hotport`` otherwise.
-        tmp: Everybody else's is ``hotport-UID`` in there.
+        tmp: That of other users is ``hotport-UID`` in there.
 
     Raises:
         ConfigError: If ``HOTPORT_RUNTIME_DIR`` is relative (HP308): workers run in other directories.

@@ -1,9 +1,10 @@
-"""Options from file, environment and flags, checked together, each with where it came from."""
+"""Load options from file, environment and flags, each with its origin, and check them together."""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ _BY_ENV: Final[Mapping[str, Option]] = {option.env: option for option in OPTIONS
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Options, and where each one comes from.
+    """Options, and the origin of each.
 
     Attributes:
         options: The effective values.
@@ -73,7 +74,7 @@ def load(
     cwd: Path,
     needs_program: bool = True,
 ) -> Loaded:
-    """Put the options together and check them.
+    """Load the options from all sources and check them together.
 
     Args:
         file: A TOML file; None looks for ``hotport.toml``, else for ``[tool.hotport]`` in ``pyproject.toml``.
@@ -114,7 +115,7 @@ def load(
 
 
 def checked(values: Mapping[str, object]) -> dict[str, Any]:
-    """Values of options by field, as they came over a control socket, with the checks of flags; None passes.
+    """Check values of options by field, from a control socket, as flags are checked; None passes.
 
     Raises:
         ConfigError: One of them cannot be used (HP304, HP11x).
@@ -125,7 +126,7 @@ def checked(values: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _read_file(file: Path | None, cwd: Path) -> tuple[Mapping[str, object], str]:
-    """The table of options, and what to call it in messages."""
+    """Read the table of options, with its name for messages."""
     if file is not None:
         return _read_toml(cwd / file, str(file))
     for name in ("hotport.toml", "pyproject.toml"):
@@ -150,19 +151,19 @@ def _read_toml(path: Path, name: str) -> tuple[Mapping[str, object], str]:
     except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError; or one in another
         is_deep = isinstance(error, RecursionError)
         cause = "it is nested too deeply" if is_deep else " ".join(str(error).split())
-        fix = f"correct {name}; see https://toml.io"
-        raise ConfigError("HP301", f"{name} is not TOML", cause=cause, fix=fix) from error
+        note = f"correct {name}; https://toml.io describes the format"
+        raise ConfigError("HP301", f"{name} is not TOML", cause=cause, note=note) from error
     if path.name != "pyproject.toml":
         if "tool" in document:
             cause = "[tool.hotport] is for pyproject.toml"
-            fix = f"remove this line from {name}: options stand in no table there"
-            raise ConfigError("HP302", f"unknown option 'tool' in {name}", cause=cause, fix=fix)
+            note = f"remove this line from {name}: options stand in no table there"
+            raise ConfigError("HP302", f"unknown option 'tool' in {name}", cause=cause, note=note)
         return document, name
     tool = document.get("tool", {})
     table = tool.get("hotport", {}) if isinstance(tool, dict) else {}
     if not isinstance(table, dict):
         cause = "tool.hotport is not a table"
-        raise ConfigError("HP301", f"cannot use {name}", cause=cause, fix="start it with [tool.hotport]")
+        raise ConfigError("HP301", f"cannot use {name}", cause=cause, note="start it with [tool.hotport]")
     return table, f"{name} [tool.hotport]"
 
 
@@ -176,11 +177,11 @@ def _known_keys(table: Mapping[str, object], source: str) -> Iterable[tuple[Opti
                 "HP302",
                 f"unknown option {written!r} in {source}",
                 cause="hotport has no option of this name",
-                fix=f"write {meant.key}" if meant else "hotport serve --help lists them",
+                fix=f"{meant.key} = {_toml(value)}" if meant else "hotport serve --help",
             )
         if key in seen:
             cause = f"as {seen[key]!r} and as {written!r}"
-            raise ConfigError("HP302", f"{key} stands twice in {source}", cause=cause, fix="remove one of them")
+            raise ConfigError("HP302", f"{key} stands twice in {source}", cause=cause, note="remove one of them")
         seen[key] = written
         yield _BY_KEY[key], value
 
@@ -205,7 +206,7 @@ def _known_variables(environ: Mapping[str, str]) -> Iterable[tuple[Option, str]]
                 "HP303",
                 f"unknown option {variable} in the environment",
                 cause="hotport has no option of this name",
-                fix=f"write {meant}" if meant else f"unset {variable}",
+                fix=f"{meant}={shlex.quote(text)}" if meant else f"unset {variable}",
             )
 
 
@@ -226,25 +227,25 @@ _ELSEWHERE: Final = {
 
 
 def _meant(key: str) -> Option | None:
-    """The option that somebody who wrote `key` most likely wanted."""
+    """Return the option that was most likely meant by `key`."""
     found = _ELSEWHERE.get(key) or nearest(key, _BY_KEY)
     return _BY_KEY[found] if found else None
 
 
 def meant_flag(flag: str) -> str | None:
-    """The flag that somebody who wrote `flag` most likely wanted, by our names and those of other servers."""
+    """Return the flag that was most likely meant, by our names and those of other servers."""
     found = _meant(flag.lstrip("-").replace("-", "_"))
     return found.flag if found else None
 
 
 def _read(option: Option, value: object, origin: str) -> object:
-    """One value from one source; text from the environment and from flags may stand for any type."""
+    """Read one value from one source; text from the environment and from flags may be of any type."""
     is_text = isinstance(value, str) and origin in {option.env, option.flag, _ARGUMENT}
     try:
         return option.type.from_text(str(value)) if is_text else option.type.from_native(value)
     except ConfigError as error:  # an address
         what = f"{_where(option, origin)}: {error.what}"
-        raise ConfigError(error.code, what, cause=error.cause, fix=error.fix) from None
+        raise ConfigError(error.code, what, cause=error.cause, fix=error.fix, note=error.note) from None
     except ValueError as error:
         shown = ", ".join(map(str, value)) if isinstance(value, tuple) else value  # of a flag given more than once
         right = nearest(str(value), option.choices) or option.type.example or option.default
@@ -264,7 +265,7 @@ def _where(option: Option, origin: str) -> str:
 
 
 def _written(option: Option, right: object, origin: str) -> str:
-    """How to write a right value in the place where the wrong one stood."""
+    """Write a valid value in the syntax of the source that had the invalid one."""
     if origin in {option.env, option.flag}:
         text = ",".join(map(str, right)) if isinstance(right, list) else _toml(right).strip('"')
         text = option.metavar if right in (None, []) else text
@@ -294,63 +295,80 @@ def _check(loaded: Loaded, *, needs_program: bool) -> None:
     if options.target is None and not options.command and needs_program:
         cause = "neither a target nor a command was given"
         raise ConfigError("HP306", "there is nothing to serve", cause=cause, fix="hotport serve app:app")
-    for key, relation, other, cause, fix in _clashes(options):
-        one, two = (_where(_BY_KEY[name], loaded.origins[name]) for name in (key, other))
-        raise ConfigError("HP305", f"{one} cannot be used {relation} {two}", cause=cause, fix=fix)
+    for clash in _clashes(options):
+        one, two = (_where(_BY_KEY[name], loaded.origins[name]) for name in (clash.key, clash.other))
+        what = f"{one} cannot be used {clash.relation} {two}"
+        raise ConfigError("HP305", what, cause=clash.cause, fix=clash.fix, note=clash.note)
 
 
-def _clashes(options: Options) -> Iterable[tuple[str, str, str, str, str]]:
-    """One option, ``with`` or ``without``, another option; why, and what to do."""
+class _Clash(NamedTuple):
+    """An option that cannot be used ``with`` or ``without`` another one."""
+
+    key: str
+    relation: str
+    other: str
+    cause: str
+    fix: str = ""
+    note: str = ""
+
+
+def _clashes(options: Options) -> Iterable[_Clash]:
     if options.command:
         if options.target is not None:
             cause = "a service is an application or a command"
-            yield "target", "with", "command", cause, "hotport serve -- COMMAND"
+            yield _Clash("target", "with", "command", cause, fix=f"hotport serve -- {shlex.join(options.command)}")
         for key in _OF_OUR_WORKERS:
             field = _BY_KEY[key].field
             if getattr(options, field) != getattr(_DEFAULTS, field):
-                yield key, "with", "command", "only hotport's own workers know it", f"remove {key}"
+                yield _Clash(key, "with", "command", "only hotport's own workers know it", note=f"remove {key}")
     elif options.ready == "exec":
         cause = "only a command can be ready without saying so"
-        yield "ready", "without", "command", cause, "hotport serve --ready exec -- COMMAND"
+        yield _Clash("ready", "without", "command", cause, fix='ready = "notify"')
     yield from _tls_clashes(options)
     if options.canary and options.phased:
         cause = "a phased restart starts with one new worker anyway"
-        yield "canary", "with", "phased", cause, "remove phased; or use undo_window, which watches each worker of it"
+        note = "remove phased; or use undo_window, which watches each worker of it"
+        yield _Clash("canary", "with", "phased", cause, note=note)
     if options.max_requests_jitter and not options.max_requests:
         cause = "there is no number of requests to add it to"
-        yield "max_requests_jitter", "without", "max_requests", cause, "--max-requests 10000"
+        yield _Clash("max_requests_jitter", "without", "max_requests", cause, fix="--max-requests 10000")
     if options.proxy_protocol and options.kind == "sockets":
         cause = "a sockets application reads from its connections by itself"
-        yield "proxy_protocol", "with", "kind", cause, "remove proxy_protocol, and read the header in the application"
+        note = "remove proxy_protocol, and read the header in the application"
+        yield _Clash("proxy_protocol", "with", "kind", cause, note=note)
     for key in ("watch_path", "watch_include", "watch_exclude"):
         if getattr(options, key) and not options.watch:
-            yield key, "without", "watch", "nothing is watched", "--watch"
+            yield _Clash(key, "without", "watch", "nothing is watched", fix="--watch")
     if any(isinstance(parse_address(text), UdpAddress) for text in options.bind):
         if options.kind in {"asgi", "stream"}:
             cause = f"{options.kind} needs connections, and UDP has none"
-            yield "bind", "with", "kind", cause, "--kind protocol, or --bind with a tcp:// address"
+            yield _Clash("bind", "with", "kind", cause, fix="--kind datagram", note="or bind a tcp:// address")
         if options.tls_cert:
-            yield "bind", "with", "tls_cert", "TLS needs connections, and UDP has none", "--bind :8443"
+            yield _Clash("bind", "with", "tls_cert", "TLS needs connections, and UDP has none", fix="--bind :8443")
 
 
-def _tls_clashes(options: Options) -> Iterable[tuple[str, str, str, str, str]]:
+def _tls_clashes(options: Options) -> Iterable[_Clash]:
     certs, keys = len(options.tls_cert), len(options.tls_key)
     if not certs:
         if keys:
             cause = "a key is of no use without its certificate"
-            yield "tls_key", "without", "tls_cert", cause, f"--tls-cert FILE --tls-key {options.tls_key[0]}"
+            yield _Clash("tls_key", "without", "tls_cert", cause, note="name its certificate with --tls-cert")
         for key in ("tls_client_ca", "tls_client_auth", "tls_alpn"):
             if getattr(options, key) != getattr(_DEFAULTS, key):
-                yield key, "without", "tls_cert", "it is a part of TLS, which needs a certificate", "--tls-cert FILE"
+                cause = "it is a part of TLS, which needs a certificate"
+                yield _Clash(key, "without", "tls_cert", cause, note="name a certificate with --tls-cert")
     elif keys not in (0, certs):
         cause = f"the number of certificates is {certs}, that of keys {keys}: each key goes with one certificate"
-        yield "tls_key", "with", "tls_cert", cause, "--tls-cert A.pem --tls-key A.key --tls-cert B.pem --tls-key B.key"
+        note = "like this: --tls-cert A.pem --tls-key A.key --tls-cert B.pem --tls-key B.key"
+        yield _Clash("tls_key", "with", "tls_cert", cause, note=note)
     if options.tls_client_auth in {"optional", "required"} and options.tls_client_ca is None:
         cause = "there is no authority to judge certificates of clients by"
-        yield "tls_client_auth", "without", "tls_client_ca", cause, "--tls-client-ca FILE"
+        note = "name its certificates with --tls-client-ca"
+        yield _Clash("tls_client_auth", "without", "tls_client_ca", cause, note=note)
     if options.kind == "sockets" and certs:
         cause = "a sockets application has a server of its own, which speaks TLS by itself"
-        yield "tls_cert", "with", "kind", cause, "remove tls_cert, and give the certificate to that server"
+        note = "remove tls_cert, and give the certificate to that server"
+        yield _Clash("tls_cert", "with", "kind", cause, note=note)
 
 
 class Row(NamedTuple):
@@ -362,7 +380,7 @@ class Row(NamedTuple):
 
 
 def rows(loaded: Loaded) -> tuple[Row, ...]:
-    """Each effective value and where it came from, in the order of `OPTIONS`."""
+    """List each effective value and its origin, in the order of `OPTIONS`."""
 
     def value(option: Option) -> Any:
         found = getattr(loaded.options, option.field)
@@ -372,7 +390,7 @@ def rows(loaded: Loaded) -> tuple[Row, ...]:
 
 
 def show(loaded: Loaded) -> str:
-    """The rows as aligned text that is itself a ``hotport.toml``."""
+    """Show the rows as aligned text that is itself a ``hotport.toml``."""
     table = rows(loaded)
     name_width = max(len(row.key) for row in table)
     value_width = max(len(_toml(row.value)) for row in table)

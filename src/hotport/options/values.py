@@ -1,4 +1,4 @@
-"""Types of value: how each is read from text or from TOML and Python, and shown again."""
+"""Types of option values: how each is read from text, TOML and Python, and shown."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ DURATION_MAX_S: Final = 366 * 86400.0
 
 @dataclass(frozen=True, slots=True)
 class Type:
-    """How values of one type are read and shown; both readers raise ValueError and say what would be right.
+    """Readers and writers for one type of value; both readers raise ValueError that names a valid form.
 
     Attributes:
         metavar: What stands for a value in a usage line.
@@ -49,7 +49,7 @@ class Type:
         to_native: The value as a user would write it.
         suffix: The unit, as it ends the name of the field.
         choices: The only values allowed, if they can be listed.
-        example: A value to show to somebody who wrote a wrong one, where the default would not help.
+        example: A value to show in an error, where the default would not help.
     """
 
     metavar: str

@@ -128,12 +128,13 @@ async def _converse(supervisor: Supervisor, channel: Channel, rundir: RuntimeDir
                 "HP640",
                 f"uid {uid} may not control {supervisor.name}",
                 cause=f"the service belongs to uid {os.geteuid()}",
-                fix=f"run the command as uid {os.geteuid()} or as root",
+                fix=f"sudo -u '#{os.geteuid()}' hotport status {supervisor.name}",
+                note="run commands as that user, or as root",
             )
         request = await _read_request(channel)
         reply = await _carry_out(supervisor, request, channel, rundir, upgrade, by=f"pid {pid} of uid {uid}")
     except HotportError as error:
-        log.warning("control.refused", error=error.what, cause=error.cause)
+        log.warning("control.refused", error=error.what, cause=error.cause, fix=error.fix, note=error.note)
         reply = _failure(error)
     except _GONE:
         raise
@@ -141,8 +142,9 @@ async def _converse(supervisor: Supervisor, channel: Channel, rundir: RuntimeDir
         failed = HotportError(
             "HP642",
             f"{supervisor.name} could not do this",
-            cause=f"an error that hotport did not expect: {type(error).__name__} ({str(error)[:ERROR_CHARS_MAX]})",
-            fix=f"hotport status {supervisor.name}, and see its log",
+            cause=f"an unexpected error: {type(error).__name__} ({str(error)[:ERROR_CHARS_MAX]})",
+            fix=f"hotport status {supervisor.name}",
+            note="the service's log has the traceback",
         )
         with suppress(*_GONE):
             await channel.say(_failure(failed))
@@ -152,7 +154,14 @@ async def _converse(supervisor: Supervisor, channel: Channel, rundir: RuntimeDir
 
 
 def _failure(error: HotportError) -> Failure:
-    return Failure(code=error.code, what=error.what, cause=error.cause, fix=error.fix, exit_code=error.exit_code)
+    return Failure(
+        code=error.code,
+        what=error.what,
+        cause=error.cause,
+        fix=error.fix,
+        note=error.note,
+        exit_code=error.exit_code,
+    )
 
 
 async def _read_request(channel: Channel) -> Any:
@@ -161,8 +170,9 @@ async def _read_request(channel: Channel) -> Any:
     raise ControlError(
         "HP641",
         "no request came",
-        cause=f"the connection said nothing whole for {REQUEST_TIMEOUT_S:g} s",
-        fix="use the hotport command",
+        cause=f"no complete request arrived within {REQUEST_TIMEOUT_S:g} s",
+        fix="hotport status",
+        note="the control socket is for the hotport command",
     )
 
 

@@ -217,7 +217,7 @@ class Fleet:
                 program_pid=unaware.pid,
                 addresses=unaware.addresses,
                 why=f"LISTEN_PID is {process.pid}, the wrapper's, so the program takes no listener from hotport",
-                fix="start the program in place of its wrapper: -- sh -c 'exec PROGRAM ...'",
+                note="start the program in place of its wrapper: -- sh -c 'exec PROGRAM ...'",
             )
 
     async def _watch(self, process: WorkerProcess) -> None:

@@ -85,7 +85,8 @@ class Launch:
                     "HP402",
                     f"cannot use the interpreter {options.python or sys.executable}",
                     cause=f"{python} is not there or cannot be executed",
-                    fix="name another one with --python, for example --python current/.venv/bin/python",
+                    fix=f"ls -l {python}",
+                    note="name another one, for example --python current/.venv/bin/python",
                 )
         app_dir = os.path.realpath(os.path.join(directory, options.app_dir))  # may be a link to a release, too
         if not os.path.isdir(app_dir) and not options.command:
@@ -93,7 +94,8 @@ class Launch:
                 "HP405",
                 f"cannot import from {options.app_dir}",
                 cause=_why_no_directory(os.path.join(directory, options.app_dir)),
-                fix=f"name the directory of {options.target} with --app-dir",
+                fix=f"ls -ld {os.path.join(directory, options.app_dir)}",
+                note=f"name the directory of {options.target} with --app-dir",
             )
         # Read again while the worker runs; the application may have changed the directory by then.
         tls_cert, tls_key = (
@@ -106,7 +108,7 @@ class Launch:
                     "HP404",
                     f"cannot start in {named}",
                     cause=f"the path {os.fsencode(path)!r} is not printable UTF-8, and workers are told it as JSON",
-                    fix="rename the directory",
+                    note="rename the directory",
                 )
         environment = {**surroundings.environment, "PWD": directory}
         options = replace(options, app_dir=app_dir, tls_cert=tls_cert, tls_key=tls_key, tls_client_ca=tls_client_ca)

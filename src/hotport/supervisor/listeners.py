@@ -492,7 +492,7 @@ def _bind(asked: str, options: Options) -> Listener:
             "HP107",
             f"cannot take {asked} in a restart",
             cause="sockets are passed to a process when it starts",
-            fix="systemctl restart the service, or stop it and serve again",
+            note="restart the service with systemctl, or stop it and serve again",
         )
     sock = listen(address, options)
     return _known(asked, str(bound_address(address, sock)), sock)

@@ -103,7 +103,8 @@ class Publisher:
             "HP403",
             f"the service {self._name} did not start",
             cause=self._loss or "no worker said READY=1",
-            fix="hotport serve --log-level debug, or raise --ready-timeout",
+            fix="--log-level debug",
+            note="if it needs longer to start, raise --ready-timeout",
         )
         self.manager.failed(str(failure))
         return failure

@@ -225,9 +225,10 @@ def _gather(found: Found, inherited: Mapping[str, socket.socket], directory: str
         pids = " ".join(str(each.pid) for each in silent)
         raise ControlError(
             "HP651",
-            f"cannot take over what is left of {os.path.basename(directory)}",
+            f"cannot adopt the workers of {os.path.basename(directory)}",
             cause=f"its workers (pid {pids.replace(' ', ', ')}) may have listeners, and give none of them back",
-            fix=f"kill {pids}, and start it again",
+            fix=f"kill {pids}",
+            note="then start the service again",
         )
     if found.listeners and found.current not in found.listeners:  # it has released them for the next generation
         found.listeners[found.current] = dict(found.listeners[max(found.listeners)])
@@ -307,7 +308,8 @@ def _believe(orphan: Orphan, hello: Hello) -> None:
             "HP650",
             f"cannot supervise worker {orphan.worker} (pid {orphan.pid})",
             cause=f"it speaks version {hello.protocol} of the control protocol, and this hotport version {PROTOCOL}",
-            fix=f"serve with the hotport that started it, or kill {orphan.pid} first",
+            fix=f"kill {orphan.pid}",
+            note="to keep the worker, serve with the hotport version that started it",
         )
     orphan.phase = _PHASES.get(hello.phase, Phase.DRAINING)
     orphan.memory = hello.memory

@@ -86,7 +86,7 @@ async def restart(supervisor: Supervisor, request: RestartRequest = RESTART, hea
         options = _override(supervisor.read_options(Path(supervisor.surroundings.directory)), request)
         launch = Launch.resolve(options, supervisor.surroundings)
     except HotportError as error:
-        raise _refused(error.code, error.what, supervisor, cause=error.cause, fix=error.fix) from error
+        raise _passed_on(error, supervisor) from error
     if refused := refusal(supervisor.service, is_restart=True):  # before anything is bound for it
         raise supervisor.refused(*refused)
     if supervisor.owned.lost:
@@ -108,7 +108,8 @@ async def restart(supervisor: Supervisor, request: RestartRequest = RESTART, hea
             "the address of its status port has changed",
             supervisor,
             cause=f"it is {status_bind}; the options now say {options.status_bind}",
-            fix=f"hotport upgrade {supervisor.name}, and restart then",
+            fix=f"hotport upgrade {supervisor.name}",
+            note="restart afterwards",
         )
     wants = chosen.strategy
     if options.canary and wants in _NO_CANARY:
@@ -117,12 +118,13 @@ async def restart(supervisor: Supervisor, request: RestartRequest = RESTART, hea
             "a canary cannot serve beside its old workers",
             supervisor,
             cause=_NO_CANARY[wants],
-            fix=f"hotport restart {supervisor.name} --canary 0, or --strategy auto",
+            fix=f"hotport restart {supervisor.name} --canary 0",
+            note="or use --strategy auto, which allows a canary",
         )
     try:
         plan = supervisor.owned.prepare(options, wants, supervisor.service.generation)
     except HotportError as error:
-        raise _refused(error.code, error.what, supervisor, cause=error.cause, fix=error.fix) from error
+        raise _passed_on(error, supervisor) from error
     get_logger("hotport.supervisor").info("restart.strategy", strategy=wants.value, why=chosen.why)
     wanted = options.workers if options.workers != before.workers else None
 
@@ -148,7 +150,8 @@ def _override(options: Options, request: RestartRequest) -> Options:
             "HP305",
             "--canary cannot be used with --phased",
             cause="a phased restart starts with one new worker anyway",
-            fix="--undo-window 30s watches each worker of a phased restart",
+            fix="--undo-window 30s",
+            note="it watches each worker of a phased restart",
         )
     return replace(options, phased=False) if request.canary else replace(options, canary=0)
 
@@ -215,13 +218,20 @@ def facts(supervisor: Supervisor, options: Options) -> Facts:
     )
 
 
-def _refused(code: str, what: str, supervisor: Supervisor, *, cause: str, fix: str) -> RestartError:
+def _passed_on(error: HotportError, supervisor: Supervisor) -> RestartError:
+    return _refused(error.code, error.what, supervisor, cause=error.cause, fix=error.fix, note=error.note)
+
+
+def _refused(
+    code: str, what: str, supervisor: Supervisor, *, cause: str, fix: str = "", note: str = ""
+) -> RestartError:
     serving = supervisor.service.generation
     return RestartError(
         code,
         f"cannot restart {supervisor.name}, generation {serving} serves on: {what}",
         cause=cause,
         fix=fix,
+        note=note,
         serving=serving,
     )
 
@@ -253,7 +263,8 @@ async def scale(supervisor: Supervisor, wanted: int) -> None:
                 "HP412",
                 f"cannot run {wanted} workers of {supervisor.name} yet",
                 cause="a worker failed; it is tried again with increasing pauses",
-                fix=f"hotport status {supervisor.name}, and look at the log",
+                fix=f"hotport status {supervisor.name}",
+                note="the service's log says why the worker failed",
                 phase="scaling",
                 serving=service.generation,
             )
@@ -309,7 +320,8 @@ async def rebalance(supervisor: Supervisor) -> int:
             "HP419",
             f"cannot rebalance {supervisor.name}",
             cause="its workers do not know each other's load: balance is off",
-            fix="balance = 'auto' in hotport.toml, and hotport restart",
+            fix='balance = "auto"',
+            note="then restart the service",
             serving=supervisor.service.generation,
         )
     moved: list[int] = []
@@ -330,14 +342,14 @@ def _no_tls(supervisor: Supervisor) -> str:
     if supervisor.service.is_stopping:
         return "the service is stopping"
     if supervisor.options.command:
-        return f"{supervisor.options.command[0]} is a program of its own: what it reads, and when, is its affair"
+        return f"{supervisor.options.command[0]} is a program of its own, and reads its certificates itself"
     return "" if supervisor.options.tls_cert else "it does not speak TLS: no tls_cert is set"
 
 
 def _no_answer(service: str, worker: int) -> str:
     error = StartError(
         "HP414",
-        f"worker {worker} did not say that it has read its certificates",
+        f"worker {worker} did not confirm that it has read its certificates",
         cause=f"it was busy for {RELOAD_TIMEOUT_S:g} s, and may still do it",
         fix=f"hotport reload-tls {service}",
     )

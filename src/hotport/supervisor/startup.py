@@ -108,7 +108,8 @@ def start_up(
             "HP630",
             f"the service {name} is already running",
             cause=f"another supervisor has locked {directory}",
-            fix=f"hotport restart {name}, or start this one with --take-over or with another --name",
+            fix=f"hotport restart {name}",
+            note="to start this one as well, use --take-over, or another --name",
         )
     inheritance = anyio.run(take_over, directory, name)
     stack.callback(inheritance.close)
@@ -248,7 +249,8 @@ def _expand(texts: Sequence[str]) -> dict[Address, str]:
                     "HP106",
                     f"cannot listen on {text} and on {found[address]}",
                     cause=f"both are {address}, and a socket has one owner",
-                    fix=f"leave one of them out: --bind {text}",
+                    fix=f"--bind {text}",
+                    note="leave the other one out",
                 )
             found[address] = text
     return found

@@ -252,7 +252,7 @@ class Supervisor:
             return f"{effects.Refusal.IN_PROGRESS.value} (generation {service.restart.generation})"
         if service.generation == 0:
             return effects.Refusal.STARTING.value
-        return f"somebody else has {', '.join(self.owned.lost)}" if self.owned.lost else ""
+        return f"another process has {', '.join(self.owned.lost)}" if self.owned.lost else ""
 
     def begin_hand_over(self) -> None:
         """Begin nothing until `end_hand_over`: another supervisor gives out the numbers, and has the paths."""
@@ -434,7 +434,9 @@ class Supervisor:
         """Put a request to the model and wait for its answer; raise RestartError if it is refused."""
         if self.is_succeeded or self.is_departing:
             self.owned.discard(asked.plan)
-            raise self._refused("another supervisor is taking over", f"hotport status {self.name}, and try again")
+            raise self._refused(
+                "another supervisor is taking over", f"hotport status {self.name}", "try again when that has ended"
+            )
         self._requests += 1
         self._asked[self._requests] = asked
         self.input(make(self._requests))
@@ -465,15 +467,16 @@ class Supervisor:
         """The error for a request that is not carried out."""
         last = self.news.reports.last_in_words() if refusal is effects.Refusal.NOTHING_TO_UNDO else ""
         number = f" (generation {generation})" if generation else ""
-        return self._refused(f"{refusal.value}{number}{last}", _fix(self.name, refusal))
+        return self._refused(f"{refusal.value}{number}{last}", *_advice(self.name, refusal))
 
-    def _refused(self, cause: str, fix: str) -> RestartError:
+    def _refused(self, cause: str, fix: str, note: str) -> RestartError:
         serving = self.service.generation
         return RestartError(
             "HP410",
             f"{self.name} does not take this request now",
             cause=f"{cause}; generation {serving} serves",
             fix=fix,
+            note=note,
             serving=serving,
         )
 
@@ -493,12 +496,12 @@ class Supervisor:
         asked.is_answered.set()
 
 
-def _fix(name: str, refusal: effects.Refusal) -> str:
-    """The command that helps after a refusal."""
+def _advice(name: str, refusal: effects.Refusal) -> tuple[str, str]:
+    """Return the fix and the note of a refused request."""
     match refusal:
         case effects.Refusal.WATCHED:
-            return f"hotport undo {name}, or hotport undo --keep {name}"
+            return f"hotport undo {name}", f"to keep the new generation instead: hotport undo --keep {name}"
         case effects.Refusal.NOTHING_TO_UNDO:
-            return f"deploy the old code and hotport restart {name}; next time with --undo-window 30s"
+            return f"hotport restart {name}", "deploy the old code first; next time use --undo-window 30s"
         case _:
-            return f"hotport status {name}"
+            return f"hotport status {name}", ""

@@ -113,19 +113,19 @@ def _check(supervisor: Supervisor, request: TakeOverRequest) -> None:
             f"the other supervisor (hotport {request.version}) speaks version {request.protocol} of the control "
             f"protocol, and this one (hotport {__version__}) version {PROTOCOL}"
         )
-        raise _refused(
-            "HP654", supervisor, cause, f"hotport upgrade {supervisor.name} first, or stop it and serve again"
-        )
+        note = "or stop the service and serve again"
+        raise _refused("HP654", supervisor, cause, f"hotport upgrade {supervisor.name}", note)
     if cause := supervisor.why_busy:
-        raise _refused("HP655", supervisor, cause, f"hotport status {supervisor.name}, and try again")
+        raise _refused("HP655", supervisor, cause, f"hotport status {supervisor.name}", "try again when that has ended")
 
 
-def _refused(code: str, supervisor: Supervisor, cause: str, fix: str) -> RestartError:
+def _refused(code: str, supervisor: Supervisor, cause: str, fix: str, note: str) -> RestartError:
     return RestartError(
         code,
-        f"{supervisor.name} is not given to another supervisor",
+        f"cannot hand {supervisor.name} over to another supervisor",
         cause=cause,
         fix=fix,
+        note=note,
         serving=supervisor.service.generation,
     )
 
@@ -153,7 +153,7 @@ async def take_over(directory: str, name: str) -> Inheritance:
             raise ControlError(
                 "HP656",
                 f"cannot take over {name}",
-                cause=f"its supervisor does not give its listeners: {_why(error)}",
+                cause=f"its supervisor does not pass its listeners: {_why(error)}",
                 fix=f"hotport status {name}",
             ) from error
         stack.callback(lambda: list(map(os.close, descriptors)))

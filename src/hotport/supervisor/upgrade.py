@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import signal
 import socket
 import subprocess
@@ -137,7 +138,8 @@ class Upgrade:
                 "HP657",
                 f"cannot upgrade the supervisor of {supervisor.name} now",
                 cause=cause,
-                fix=f"hotport status {supervisor.name}, and try again",
+                fix=f"hotport status {supervisor.name}",
+                note="try again when that has ended",
                 serving=supervisor.service.generation,
             )
 
@@ -225,25 +227,29 @@ async def preflight(supervisor: Supervisor, python: str | None) -> list[str]:
         words = ended.stderr.decode(errors="replace").strip()[-_LAST_WORDS_CHARS_MAX:]
         found = msgspec.json.decode(ended.stdout.splitlines()[-1], type=Identity)
     except OSError as error:
-        raise _refused("HP652", supervisor, f"{argv[0]}: {error.strerror}", "name another one with --python") from error
+        cause = f"{argv[0]}: {error.strerror}"
+        fix, note = f"ls -l {argv[0]}", "name another interpreter with --python"
+        raise _refused("HP652", supervisor, cause, fix, note) from error
     except TimeoutError:
-        raise _refused("HP652", supervisor, "it did not say in time who it is", "raise --ready-timeout") from None
+        raise _refused("HP652", supervisor, "it did not say in time who it is", 'ready_timeout = "2m"') from None
     except (IndexError, msgspec.MsgspecError):
         cause = words.replace("\n", "\n         ") or "it did not say who it is"
-        fix = f"look at it by hand: {CHECK}=1 {' '.join(argv)}"
+        fix = f"{CHECK}=1 {shlex.join(argv)}"
         raise _refused("HP652", supervisor, cause, fix) from None
     if found.protocol != PROTOCOL:
         cause = f"{found} speaks version {found.protocol} of the control protocol, and the workers version {PROTOCOL}"
-        raise _refused("HP653", supervisor, cause, f"hotport stop {supervisor.name}, then serve with the new one")
+        note = "then serve with the new version"
+        raise _refused("HP653", supervisor, cause, f"hotport stop {supervisor.name}", note)
     return argv
 
 
-def _refused(code: str, supervisor: Supervisor, cause: str, fix: str) -> RestartError:
+def _refused(code: str, supervisor: Supervisor, cause: str, fix: str, note: str = "") -> RestartError:
     return RestartError(
         code,
-        f"cannot upgrade the supervisor of {supervisor.name}, it goes on as it is",
+        f"cannot upgrade the supervisor of {supervisor.name}; it continues unchanged",
         cause=cause,
         fix=fix,
+        note=note,
         serving=supervisor.service.generation,
     )
 

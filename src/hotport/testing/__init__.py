@@ -1,4 +1,4 @@
-"""What tests of one's own service are made with; fixtures are in `hotport.testing.plugin`, which pytest finds."""
+"""Tools to test your own service; fixtures are in `hotport.testing.plugin`, which pytest finds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Applications that fail when they are told to: to see what one's own deployment does about it."""
+"""Applications that fail on demand, to see how a deployment reacts."""
 
 from __future__ import annotations
 

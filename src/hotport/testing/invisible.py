@@ -1,4 +1,4 @@
-"""Restart a service under load, and fail if anybody noticed."""
+"""Restart a service under load, and fail if a client noticed."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ async def assert_invisible_restart_async(
 def _with_parameters_of(
     model: Callable[_Parameters, Coroutine[Any, Any, Result]],
 ) -> Callable[[Callable[..., Result]], Callable[_Parameters, Result]]:
-    """One signature for two functions, for people, type checkers and documentation."""
+    """Give two functions one signature, for people, type checkers and documentation."""
 
     def decorated(function: Callable[..., Result]) -> Callable[_Parameters, Result]:
         function.__signature__ = signature(model)  # type: ignore[attr-defined]
@@ -185,7 +185,7 @@ def _loads(kinds: Collection[str] | Mapping[str, float]) -> list[Load]:
 
 
 def _told(result: Result, service: Service) -> str:
-    """Everything that is needed to see what went wrong."""
+    """Describe everything needed to see what went wrong."""
     parts = ["\n".join(sentences(result)), _table(result.totals)]
     parts += [f"restart {mark.number} {mark.outcome}: {mark.detail}" for mark in result.restarts if mark.detail]
     incidents = result.incidents[:_INCIDENTS]
@@ -197,7 +197,7 @@ def _told(result: Result, service: Service) -> str:
 
 
 def _table(totals: Mapping[str, Mapping[str, int]]) -> str:
-    """Kinds of client, and what became of their attempts and connections."""
+    """Render a table of clients, and of the fates of their attempts and connections."""
     seen = [what.value for what in (*Fate, *Event) if any(counts.get(what.value) for counts in totals.values())]
     rows = [("", *seen)]
     rows += [(kind, *(f"{counts.get(what, 0):,}" for what in seen)) for kind, counts in totals.items()]

@@ -37,7 +37,7 @@ _LOOK_MS: Final = 10
 
 
 class ServeProcess:
-    """``hotport serve`` with whatever arguments, in a runtime directory of its own.
+    """``hotport serve`` with any arguments, in a runtime directory of its own.
 
     It is started at once; `wait_ready` returns when every worker serves. Leaving the ``with`` block ends it, and
     cuts what is still connected.
@@ -94,7 +94,7 @@ class ServeProcess:
             sys.stderr.write(self.log())  # pytest shows it beside the failure
 
     def end(self) -> None:
-        """End it now, if it still runs; connections are cut."""
+        """Kill it now, if it still runs; connections are cut."""
         try:
             if self.process.poll() is None:
                 self.process.send_signal(signal.SIGQUIT)
@@ -111,14 +111,14 @@ class ServeProcess:
         return self.process.wait(self.timeout_s)
 
     def kill(self) -> None:
-        """SIGKILL the supervisor, and sweep away the sockets that it had no time to unlink."""
+        """Send SIGKILL to the supervisor, and remove the sockets that it had no time to unlink."""
         self.process.kill()
         self.process.wait(self.timeout_s)
         for name in ("control.sock", "notify.sock"):
             (self.runtime / name).unlink(missing_ok=True)
 
     def wait_ready(self) -> Self:
-        """Return when it has told its service manager READY=1, and every worker serves.
+        """Wait until it has sent READY=1 and every worker serves.
 
         Raises:
             StartError: It has ended instead, or nothing has happened for `timeout_s` (HP720).
@@ -142,14 +142,14 @@ class ServeProcess:
                     "HP720",
                     f"the service {self.name} did not start",
                     cause=f"exit code {ended}" if ended is not None else f"not ready after {self.timeout_s:g} s",
-                    fix="look at its log below, or start it by hand: hotport serve",
+                    note="its log is below",
                 )
             )
         self.wait_serving()
         return self
 
     def wait_serving(self, workers: int | None = None) -> None:
-        """Return when there are so many workers (as many as are wanted), and all of them serve."""
+        """Wait until there are this many workers (by default as many as are wanted), and all of them serve."""
 
         def all_serve() -> bool:
             status = self.status()
@@ -159,7 +159,7 @@ class ServeProcess:
         self.wait_until(all_serve, "every worker serves")
 
     def wait_until(self, claim: Callable[[], bool], what: str) -> None:
-        """Return when something has become true that nobody announces; an AssertionError after `timeout_s`."""
+        """Poll until a condition is true that nothing announces; raise an AssertionError after `timeout_s`."""
         pause = select.poll()
         end = time.monotonic() + self.timeout_s
         while not claim():
@@ -173,7 +173,7 @@ class ServeProcess:
 
     @property
     def addresses(self) -> list[str]:
-        """Where it listens, as ``hotport status`` says it."""
+        """The addresses it listens on, as ``hotport status`` shows them."""
         return list(self.status()["addresses"])
 
     @property
@@ -182,11 +182,11 @@ class ServeProcess:
         return int(self.addresses[0].rpartition(":")[2])
 
     def log(self) -> str:
-        """Everything that the supervisor and its workers have written so far."""
+        """Return everything that the supervisor and its workers have written so far."""
         return self.log_path.read_text(errors="replace")
 
     def log_tail(self) -> str:
-        """The end of it."""
+        """Return the end of the log."""
         return "\n".join(self.log().splitlines()[-LOG_LINES:])
 
     def _with_log(self, error: _Error) -> _Error:
@@ -194,19 +194,19 @@ class ServeProcess:
         return error
 
     def ask(self, request: msgspec.Struct) -> list[Any]:
-        """Every reply to one request, over the control socket itself: no command to start for each."""
+        """Send one request over the control socket and return every reply, without starting a command."""
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(self.timeout_s)
             sock.connect(str(self.runtime / "control.sock"))
             return list(exchange(sock, request))
 
     def status(self) -> Any:
-        """What ``hotport status --json`` prints."""
+        """Return what ``hotport status --json`` prints."""
         return msgspec.to_builtins(self.ask(StatusRequest())[-1])
 
 
 class Service(ServeProcess):
-    """A service of a test's own: on a free port of the loopback interface, with its own supervisor and workers.
+    """A service for one test: on a free port of the loopback interface, with its own supervisor and workers.
 
     Args:
         app: A target (``"module:app"``, ``"path/file.py:app"``), or a function or class at the top level of a module.
@@ -234,7 +234,7 @@ class Service(ServeProcess):
                 "HP724",
                 f"bind cannot be {options['bind']!r} in a test",
                 cause="the service listens on a free port of the loopback interface, so that tests can run together",
-                fix="remove bind; Service.url says where it listens",
+                note="leave bind out; Service.url says where it listens",
             )
         cwd = cwd or Path.cwd()
         target, root = (app, []) if isinstance(app, str) else _target_of(app)
@@ -252,11 +252,11 @@ class Service(ServeProcess):
 
     @property
     def url(self) -> str:
-        """Where it answers, without a slash at the end; for applications that speak HTTP."""
+        """The URL it answers on, without a slash at the end; for applications that speak HTTP."""
         return f"http{'s' if self._options.tls_cert else ''}://127.0.0.1:{self.port}"
 
     def restart(self, *, phased: bool | None = None) -> Any:
-        """Restart it, and wait until the old generation has gone.
+        """Restart it, and wait until the old generation has left.
 
         Returns:
             The report, as ``hotport restart --json`` prints it.
@@ -266,7 +266,10 @@ class Service(ServeProcess):
         """
         reply = self.ask(RestartRequest(phased=phased))[-1]
         if isinstance(reply, Failure):
-            raise RestartError(reply.code, reply.what, cause=reply.cause, fix=reply.fix, serving=self._generation())
+            generation = self._generation()
+            raise RestartError(
+                reply.code, reply.what, cause=reply.cause, fix=reply.fix, note=reply.note, serving=generation
+            )
         assert isinstance(reply, Report), self.log_tail()
         if reply.outcome != "done":
             raise self._with_log(
@@ -274,7 +277,7 @@ class Service(ServeProcess):
                     "HP721",
                     f"the restart of {self.name} was aborted, generation {reply.serving} serves on",
                     cause=reply.error.partition("\n")[0],
-                    fix="mend the application; its log is below",
+                    note="correct the application; its log is below",
                     phase=reply.phases[-1].name,
                     serving=reply.serving,
                 )
@@ -286,7 +289,7 @@ class Service(ServeProcess):
 
 
 def _target_of(app: Callable[..., Any]) -> tuple[str, list[str]]:
-    """How a worker finds a function or a class, and the directory from which its module is imported, if it has one.
+    """Return the target of a function or a class, and the directory from which its module is imported.
 
     pytest imports test modules from directories of which nobody else knows.
     """
@@ -306,13 +309,13 @@ def _target_of(app: Callable[..., Any]) -> tuple[str, list[str]]:
 
 
 def _import_path() -> list[str]:
-    """What this process imports from, but for what every interpreter of its installation imports from."""
+    """Return this process's import path, without the entries that every interpreter of its installation has."""
     known = (sysconfig.get_path("stdlib"), *site.getsitepackages())
     return [entry for entry in sys.path if entry and not entry.startswith(known)]
 
 
 def _arguments(flags: Mapping[str, Any]) -> list[str]:
-    """Options by key as arguments of ``hotport serve``; the target comes last."""
+    """Convert options by key to arguments of ``hotport serve``; the target comes last."""
     words: list[str] = []
     for option in OPTIONS:
         value = flags.get(option.key)

@@ -1,1 +1,1 @@
-"""What processes say to each other: encoded and decoded here, without I/O."""
+"""Messages between processes: encoded and decoded here, without I/O."""

@@ -1,4 +1,4 @@
-"""What travels with an established connection when it is handed off, and how it is packed.
+"""The state that travels with a connection when it is handed off, and its encoding.
 
 A connection is a descriptor and an envelope. Between two workers of one service they travel in batches, over the
 control socket of the worker that takes them (`hotport.worker.handoff`)::
@@ -56,7 +56,7 @@ HEADER_BYTES: Final = _HEADER.size
 
 
 class Frame(enum.IntEnum):
-    """What a frame is."""
+    """The kinds of frame."""
 
     BATCH = 1
     ACK = 2
@@ -67,7 +67,7 @@ class Frame(enum.IntEnum):
 
 
 class HttpState(msgspec.Struct, frozen=True, array_like=True, tag="http"):
-    """An HTTP/1.1 connection on which no request is under way.
+    """An HTTP/1.1 connection without a request in progress.
 
     Attributes:
         has_served: It has had an answer: it is idle, not new.
@@ -79,7 +79,7 @@ class HttpState(msgspec.Struct, frozen=True, array_like=True, tag="http"):
 
 
 class WebSocketState(msgspec.Struct, frozen=True, array_like=True, tag="websocket"):
-    """An open WebSocket between two frames, no message of which has arrived in part.
+    """An open WebSocket between two messages.
 
     Attributes:
         target: The request target of its handshake.
@@ -104,13 +104,13 @@ class WebSocketState(msgspec.Struct, frozen=True, array_like=True, tag="websocke
 
 
 class StreamState(msgspec.Struct, frozen=True, array_like=True, tag="stream"):
-    """A byte stream whose handler has agreed; `application` is what it wants to find again."""
+    """A byte stream whose handler has agreed; `application` is the state it has exported."""
 
     application: Any
 
 
 class ProtocolState(msgspec.Struct, frozen=True, array_like=True, tag="protocol"):
-    """An `asyncio.Protocol` that has agreed; `application` is what it has exported."""
+    """An `asyncio.Protocol` that has agreed; `application` is the state it has exported."""
 
     application: Any
 
@@ -141,7 +141,7 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Ack(msgspec.Struct, frozen=True, array_like=True):
-    """The answer to a batch.
+    """The answer to a batch of offers.
 
     Attributes:
         refused: Which connections of it are not taken, by number.
@@ -160,13 +160,13 @@ _counts: Final = msgspec.msgpack.Decoder(Annotated[int, msgspec.Meta(ge=0)])
 
 
 def encode_frame(frame: Frame, content: Sequence[msgspec.Raw | Envelope] | Ack | int | None = None) -> bytes:
-    """One frame, whole."""
+    """Encode one whole frame."""
     payload = b"" if content is None else _encoder.encode(content)
     return _HEADER.pack(frame, len(payload)) + payload
 
 
 def encode_state(state: object) -> bytes:
-    """What an application has exported, as it would travel; to learn that it can, before anything is moved.
+    """Encode the state an application has exported, to learn that it can travel before anything is moved.
 
     Raises:
         TypeError: It holds something that cannot travel: what JSON has, and bytes, can.
@@ -178,7 +178,7 @@ def encode_state(state: object) -> bytes:
 
 
 def pack(envelope: Envelope) -> msgspec.Raw:
-    """An envelope as it travels in a batch.
+    """Encode an envelope for a batch.
 
     Raises:
         TypeError: It holds something that cannot travel: a path that is no UTF-8, for one.
@@ -187,7 +187,7 @@ def pack(envelope: Envelope) -> msgspec.Raw:
 
 
 def parse_header(header: bytes) -> tuple[Frame, int]:
-    """The kind of a frame, and how many bytes follow.
+    """Parse the kind of a frame, and how many bytes follow.
 
     Raises:
         ControlError: It is no header of a frame (HP220).
@@ -199,7 +199,7 @@ def parse_header(header: bytes) -> tuple[Frame, int]:
 
 
 def decode_batch(payload: bytes) -> list[Envelope | None]:
-    """The envelopes of a batch; None for one that is none: the others are not to suffer from it.
+    """Decode the envelopes of a batch; None for one that is invalid, so that the others are not lost.
 
     Raises:
         ControlError: It is no batch (HP220).
@@ -215,7 +215,7 @@ def _unpack(packed: msgspec.Raw) -> Envelope | None:
 
 
 def decode_ack(payload: bytes) -> Ack:
-    """The answer to a batch.
+    """The answer to a batch of offers.
 
     Raises:
         ControlError: It is not one (HP220).
@@ -244,7 +244,8 @@ def _not_understood(cause: str) -> ControlError:
         "HP220",
         "cannot understand another worker's connections",
         cause=cause,
-        fix="hotport restart, once both generations have one version of hotport",
+        fix="hotport restart",
+        note="connections move once both generations run the same version of hotport",
     )
 
 

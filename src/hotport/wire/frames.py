@@ -19,7 +19,7 @@ class FrameError(ControlError):
 
 
 def encode_frame(payload: bytes, *, frame_bytes_max: int = FRAME_BYTES_MAX) -> bytes:
-    """One frame that carries `payload`.
+    """Encode one frame that carries `payload`.
 
     Raises:
         FrameError: If it is longer than `frame_bytes_max`, so that no peer would take it (HP612).
@@ -29,7 +29,7 @@ def encode_frame(payload: bytes, *, frame_bytes_max: int = FRAME_BYTES_MAX) -> b
             "HP612",
             f"cannot send a control message of {len(payload)} bytes",
             cause=f"a frame carries at most {frame_bytes_max} bytes",
-            fix="ask for less at a time",
+            note="ask for less at a time",
         )
     return len(payload).to_bytes(_HEADER_BYTES, "big") + payload
 

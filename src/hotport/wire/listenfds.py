@@ -1,4 +1,4 @@
-"""Socket activation: how a started program learns which descriptors are its listeners.
+"""Socket activation: tell a started program which descriptors are its listeners.
 
 Descriptors are passed from `FIRST_FD` up, without a gap; three environment variables say how many, for whom
 and what they are called. Sources: sd_listen_fds(3); systemd ``sd-daemon.c`` for what is refused.
@@ -25,7 +25,7 @@ _UNNAMED: Final = "unknown"  # what sd_listen_fds_with_names(3) calls a descript
 
 
 def listen_environment(names: Sequence[str], pid: int) -> dict[str, str]:
-    """Say to process `pid` that it holds ``len(names)`` listeners from `FIRST_FD` up.
+    """Make the variables that tell process `pid` it holds ``len(names)`` listeners from `FIRST_FD` up.
 
     Args:
         names: One for each listener, in order: printable ASCII without ``:``, 1 to 255 characters.
@@ -43,7 +43,7 @@ def listen_environment(names: Sequence[str], pid: int) -> dict[str, str]:
                 "HP321",
                 f"cannot name a listener {name!r}",
                 cause="LISTEN_FDNAMES takes 1 to 255 printable ASCII characters, and ':' separates names",
-                fix="percent-encode the name (':' is %3A), or shorten it",
+                note="percent-encode the name (':' is %3A), or shorten it",
             )
     if not names:
         return {}
@@ -55,7 +55,7 @@ def listen_environment(names: Sequence[str], pid: int) -> dict[str, str]:
 
 
 def parse_listen_environment(environ: Mapping[str, str], pid: int) -> tuple[tuple[int, str], ...]:
-    """The listeners that `environ` promises to process `pid`, as ``(descriptor, name)``.
+    """Return the listeners that `environ` passes to process `pid`, as ``(descriptor, name)``.
 
     A descriptor without a name is called ``unknown``. ``LISTEN_PIDFDID`` is not looked at: telling processes
     apart by more than a pid takes a system call.

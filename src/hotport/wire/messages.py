@@ -28,7 +28,7 @@ PROTOCOL: Final = 1
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker is told at its start, as JSON in ``HOTPORT_WORKER``."""
+    """What a worker needs to know at its start, as JSON in ``HOTPORT_WORKER``."""
 
     service: str
     directory: str
@@ -48,7 +48,7 @@ class QuiesceOrder(msgspec.Struct, frozen=True, kw_only=True, tag="quiesce"):
     """Stop accepting; keep every connection.
 
     Attributes:
-        empties: Take what waits in the accept queue first, and go on taking what comes late: nobody is sent there.
+        empties: Take what waits in the accept queue first, and keep taking late ones: new clients are sent elsewhere.
     """
 
     empties: bool = False
@@ -67,11 +67,11 @@ class DrainOrder(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
 
 
 class HurryOrder(msgspec.Struct, frozen=True, kw_only=True, tag="hurry"):
-    """Cut what is open, say what that was, and leave now."""
+    """Cut the open connections, report them, and leave now."""
 
 
 class SuccessorsOrder(msgspec.Struct, frozen=True, kw_only=True, tag="successors"):
-    """To a worker that drains or is quiesced: these workers can go on with its connections from now on."""
+    """To a worker that drains or is quiesced: these workers can take its connections from now on."""
 
     successors: tuple[str, ...]
 
@@ -100,7 +100,7 @@ class ExpectOrder(msgspec.Struct, frozen=True, kw_only=True, tag="expect"):
 
 
 class InspectOrder(msgspec.Struct, frozen=True, kw_only=True, tag="inspect"):
-    """Say how you are; `is_watched`: and how long your event loop was held up since I asked last."""
+    """Report your state; if `is_watched`, also how long your event loop was blocked since the last inspection."""
 
     is_watched: bool = False
 
@@ -118,7 +118,7 @@ class RebalanceOrder(msgspec.Struct, frozen=True, kw_only=True, tag="rebalance")
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
-    """What a supervisor could not learn from workers, if it did not leave it with them.
+    """State of a supervisor that the next one could not learn from workers; each worker keeps a copy.
 
     Attributes:
         wanted: How many workers should serve.
@@ -159,7 +159,7 @@ class TransferOrder(msgspec.Struct, frozen=True, kw_only=True, tag="transfer"):
 
 
 class ReleaseOrder(msgspec.Struct, frozen=True, kw_only=True, tag="release"):
-    """Take what waits in the accept queue of these addresses, and close their listeners; keep every connection.
+    """Empty the accept queues of these addresses and close their listeners; keep every connection.
 
     Attributes:
         timeout_s: When to close a listener whose queue cannot be emptied: a worker may be out of descriptors.
@@ -170,7 +170,7 @@ class ReleaseOrder(msgspec.Struct, frozen=True, kw_only=True, tag="release"):
 
 
 class ProbeOrder(msgspec.Struct, frozen=True, kw_only=True, tag="probe"):
-    """Ask your application for `path` by HTTP, and say what became of it within `timeout_s`."""
+    """Request `path` from your application by HTTP, and report the outcome within `timeout_s`."""
 
     path: str
     timeout_s: float
@@ -200,7 +200,7 @@ Order = (
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
-    """The first word on every connection to a worker.
+    """The first message on every connection to a worker.
 
     Attributes:
         phase: ``starting``, ``ready``, ``serving``, ``quiesced`` or ``draining``.
@@ -242,19 +242,19 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
 
 
 class Expired(msgspec.Struct, frozen=True, kw_only=True, tag="expired"):
-    """This worker has served long enough."""
+    """This worker has reached a recycling limit."""
 
     why: str
 
 
 class Drained(msgspec.Struct, frozen=True, kw_only=True, tag="drained"):
-    """Every connection has ended; how many in which way, counted since draining began."""
+    """Every connection has ended; how many with which fate, counted since draining began."""
 
     fates: dict[str, int]
 
 
 class Lingering(msgspec.Struct, frozen=True, kw_only=True):
-    """A connection that a worker which drains waits for: whose, of which kind, how old, and why it is still here."""
+    """A connection that a draining worker waits for: its peer, kind and age, and why it is still open."""
 
     peer: str
     kind: str
@@ -263,7 +263,7 @@ class Lingering(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Inspection(msgspec.Struct, frozen=True, kw_only=True, tag="inspection"):
-    """How a worker is.
+    """The state of a worker.
 
     Attributes:
         lingering: The oldest connections of one that drains.
@@ -299,7 +299,7 @@ class Rebalanced(msgspec.Struct, frozen=True, kw_only=True, tag="rebalanced"):
 
 
 class Listening(msgspec.Struct, frozen=True, kw_only=True, tag="listening"):
-    """Duplicates of the listeners of these addresses come with this word."""
+    """Duplicates of the listeners of these addresses come with this message."""
 
     addresses: tuple[str, ...]
 
@@ -318,7 +318,7 @@ class Transferred(msgspec.Struct, frozen=True, kw_only=True, tag="transferred"):
 
 
 class Probed(msgspec.Struct, frozen=True, kw_only=True, tag="probed"):
-    """What became of a probe: `why` it failed, or nothing."""
+    """The outcome of a probe: `why` it failed, or nothing."""
 
     why: str = ""
 
@@ -430,7 +430,7 @@ class TakenOver(msgspec.Struct, frozen=True, kw_only=True, tag="committed"):
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
-    """Something has happened on the way; `ms` since the request was taken up."""
+    """Progress of a request; `ms` since it was accepted."""
 
     event: str
     ms: float
@@ -462,7 +462,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
             its workers had begun to serve.
         queue_overflows: What the kernel counted meanwhile (``/proc/net/netstat``, whole network namespace).
         strategy: How the listeners reached the new generation.
-        rebind_gap_us: With *rebind*: microseconds in which nobody listened; None with the others.
+        rebind_gap_us: With *rebind*: microseconds without a listener; None with the others.
         refused: With *rebind*: connections that were refused in the gap: the segments with RST that the kernel sent
             meanwhile (``OutRsts`` in ``/proc/net/snmp``, whole network namespace), less `reset`.
         reset: With *rebind*: connections that waited in the accept queue when it was closed, or that nobody could be
@@ -521,7 +521,7 @@ class WatchStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
-    """The service as it is.
+    """The state of the service.
 
     Attributes:
         stage: ``"starting"``, ``"ready"``, ``"unserved"``, ``"lame duck"`` or ``"stopping"``.
@@ -529,7 +529,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
         status_address: Where the status port is; empty without one.
         strategy: How listeners reach the next generation, and why in this way.
         strategies: Every strategy, and why it cannot work here; empty if it can.
-        lost: Addresses that somebody else has taken, and who; they are tried again.
+        lost: Addresses that another process has taken, and which; binding them is retried.
         gone: Addresses whose socket file was removed or replaced, and why it could not be made again.
         log_dropped: Lines of the supervisor's log that could not be written.
     """
@@ -559,11 +559,11 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
 
 
 class WorkerTls(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of the certificates in one worker.
+    """The outcome of reloading certificates in one worker.
 
     Attributes:
         outcome: ``"reloaded"``; ``"starting"``, which reads them before it accepts; or ``"kept"`` those from before.
-        error: Why they were kept, in three lines.
+        error: Why they were kept, as an error is shown.
     """
 
     worker: int
@@ -574,7 +574,7 @@ class WorkerTls(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TlsReport(msgspec.Struct, frozen=True, kw_only=True, tag="tls_report"):
-    """What became of the certificates in every worker."""
+    """The outcome of reloading certificates in every worker."""
 
     service: str
     workers: tuple[WorkerTls, ...]
@@ -595,10 +595,11 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, tag="failure"):
     cause: str
     fix: str
     exit_code: int
+    note: str = ""
 
     def error(self) -> ControlError:
-        """The error, for whoever has asked; its exit code is the service's verdict."""
-        error = ControlError(self.code, self.what, cause=self.cause, fix=self.fix)
+        """Make the error that the client raises; its exit code is the one that the service chose."""
+        error = ControlError(self.code, self.what, cause=self.cause, fix=self.fix, note=self.note)
         error.exit_code = self.exit_code  # type: ignore[misc]
         return error
 
@@ -632,18 +633,18 @@ _decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
 
 
 def worker_socket(generation: int, worker: int) -> str:
-    """The name of a worker's control socket in the service's runtime directory."""
+    """Return the name of a worker's control socket in the service's runtime directory."""
     return f"worker-{generation}.{worker}.sock"
 
 
 def parse_worker_socket(name: str) -> tuple[int, int] | None:
-    """Whose control socket a file is: generation and worker; None if it is something else."""
+    """Parse generation and worker from the name of a control socket; None for any other name."""
     found = _WORKER_SOCKET.fullmatch(name)
     return (int(found[1]), int(found[2])) if found else None
 
 
 def encode(message: msgspec.Struct) -> bytes:
-    """One message as JSON."""
+    """Encode one message as JSON."""
     return _encoder.encode(message)
 
 
@@ -663,5 +664,6 @@ def decode(payload: bytes, kind: Any) -> Any:
             "HP602",
             "cannot understand a control message",
             cause=f"{error}; it begins {payload[:60]!r}",
-            fix="use the same hotport version on both sides of a control socket",
+            fix="hotport --version",
+            note="use the same hotport version on both sides of a control socket",
         ) from None

@@ -1,4 +1,4 @@
-"""The PROXY protocol: what a proxy says first on a connection, namely for whom it speaks.
+"""The PROXY protocol: the header by which a proxy names the client of a connection.
 
 Version 1 is a line of text, version 2 is binary; both come before anything else, TLS included.
 Source: HAProxy, ``doc/proxy-protocol.txt`` (sections 2.1, 2.2).
@@ -34,11 +34,11 @@ _ADDRESS_BYTES: Final = {
 
 
 class ProxyHeaderError(ValueError):
-    """These bytes do not begin with a header, whatever comes after them; says why."""
+    """These bytes are not the beginning of a header; says why."""
 
 
 class Endpoints(NamedTuple):
-    """The connection that a proxy passes on: whence it came to the proxy, and where it was accepted."""
+    """The connection that a proxy passes on: the client's address, and the proxy's own."""
 
     source: tuple[str, int]
     destination: tuple[str, int]
@@ -58,7 +58,7 @@ class ProxyHeader(msgspec.Struct, frozen=True):
 
 
 def parse_proxy_header(data: bytes) -> ProxyHeader | None:
-    """The header with which `data` begins.
+    """Parse the header at the beginning of `data`.
 
     Returns:
         None if there is more to come: all of `data` belongs to a header that is not whole.
@@ -143,7 +143,7 @@ def _parse_binary(data: bytes) -> ProxyHeader | None:
 def _endpoints(
     version: type[ipaddress.IPv4Address] | type[ipaddress.IPv6Address], block: bytes, width: int
 ) -> Endpoints:
-    """Both addresses, then both ports."""
+    """Parse both addresses, then both ports."""
     source, destination = block[:width], block[width : 2 * width]
     ports = block[2 * width : 2 * width + 4]
     return Endpoints(
@@ -153,7 +153,7 @@ def _endpoints(
 
 
 def _check_tlvs(rest: bytes) -> None:
-    """Nothing in them is used; but a block that does not add up was not written by a proxy."""
+    """Check that the TLVs add up; their content is not used."""
     at = 0
     while at < len(rest):
         end = at + _TLV_FIXED_BYTES + int.from_bytes(rest[at + 1 : at + _TLV_FIXED_BYTES], "big")

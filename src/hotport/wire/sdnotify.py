@@ -1,6 +1,6 @@
-"""Notifications: what a program says about itself on ``NOTIFY_SOCKET``, one datagram at a time.
+"""Notifications that a program sends about itself to ``NOTIFY_SOCKET``, one datagram at a time.
 
-Newline-separated ``KEY=value``; unknown keys are for somebody else and are ignored, so are values that make
+Newline-separated ``KEY=value``; unknown keys are ignored, so are values that make
 no sense. One key is ours: ``X_HOTPORT_ERROR`` says why a worker cannot start. Its lines must survive a
 protocol of lines, so the value is a JSON string; plain text, as a shell script sends it, is taken as it is.
 
@@ -44,7 +44,7 @@ _USEC_PER_S: Final = 1_000_000
 
 
 class Notification(msgspec.Struct, frozen=True):
-    """What one datagram says; a field that it does not mention keeps its default.
+    """The content of one datagram; a field that it does not mention keeps its default.
 
     Attributes:
         ready: Initialised; or, after `reloading`, finished with it.
@@ -72,7 +72,7 @@ class Notification(msgspec.Struct, frozen=True):
 
     @classmethod
     def parse(cls, payload: bytes) -> Notification:
-        """Read a datagram; never fails, the last of several equal keys counts."""
+        """Parse a datagram; never fails, the last of several equal keys counts."""
         text = payload[:NOTIFICATION_BYTES_MAX].decode(errors="replace")
         said = dict(line.partition("=")[::2] for line in text.split("\n"))
         return cls(
@@ -102,7 +102,7 @@ def encode_notification(
     monotonic_s: float | None = None,
     error: str | None = None,
 ) -> bytes:
-    """Say what is given; the arguments are the attributes of `Notification`.
+    """Encode what is given; the arguments are the attributes of `Notification`.
 
     Always fits into `NOTIFICATION_BYTES_MAX`: a status becomes one line of at most 1000 characters, and of an
     error that is too long the end is kept, because there a traceback says what went wrong.
@@ -127,7 +127,7 @@ def encode_notification(
 
 
 def store_name(address: Address) -> str | None:
-    """What a listener is called in the store: ``hotport+tcp%3A//127.0.0.1%3A8000``.
+    """Return a listener's name in the descriptor store: ``hotport+tcp%3A//127.0.0.1%3A8000``.
 
     Returns:
         Printable ASCII without a colon (sd_notify(3), FDNAME); None if that has over 255 bytes, as a long path in
@@ -138,7 +138,7 @@ def store_name(address: Address) -> str | None:
 
 
 def parse_store_name(name: str) -> Address | None:
-    """The inverse of `store_name`; None for a name that somebody else chose."""
+    """Parse a name that `store_name` made; None for any other name."""
     if not name.startswith(STORE_PREFIX):
         return None
     try:
@@ -148,12 +148,12 @@ def parse_store_name(name: str) -> Address | None:
 
 
 def encode_store(name: str) -> bytes:
-    """Have the manager keep the descriptors that come with it; unwatched, since a listener never hangs up."""
+    """Ask the manager to store the descriptors that come with it; unwatched, since a listener never hangs up."""
     return f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0".encode("ascii")
 
 
 def encode_store_remove(name: str) -> bytes:
-    """Have the manager close every descriptor that it keeps under a name."""
+    """Ask the manager to close every descriptor that it stores under a name."""
     return f"FDSTOREREMOVE=1\nFDNAME={name}".encode("ascii")
 
 

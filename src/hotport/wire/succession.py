@@ -1,4 +1,4 @@
-"""What a program that restarts itself and its successor say to each other.
+"""Messages between a program that restarts itself and its successor.
 
 The successor is told in ``HOTPORT_SUCCESSION`` what it succeeds, and gets the listeners as `hotport.wire.listenfds` has
 it. It says ``READY=1`` when it could accept; then its predecessor connects to its control socket and orders the commit,
@@ -19,7 +19,7 @@ SUCCESSION_VARIABLE: Final = "HOTPORT_SUCCESSION"
 
 
 class Succession(msgspec.Struct, frozen=True, kw_only=True):
-    """What a successor is told at its start, as JSON.
+    """What a successor needs to know at its start, as JSON.
 
     Attributes:
         predecessor: The pid of the process that started it.
@@ -27,6 +27,7 @@ class Succession(msgspec.Struct, frozen=True, kw_only=True):
         control: Where it has to listen: ``@name`` of an abstract unix socket.
         manager: ``NOTIFY_SOCKET`` of the service manager, which the predecessor's own stands in for; empty without one.
         asked: The addresses of the passed listeners, as they were asked for: ``tcp://127.0.0.1:0`` keeps its port.
+        passed: Names of the descriptors that follow the listeners (`Server.pass_on`).
     """
 
     predecessor: int
@@ -34,6 +35,7 @@ class Succession(msgspec.Struct, frozen=True, kw_only=True):
     control: str
     manager: str
     asked: tuple[str, ...]
+    passed: tuple[str, ...] = ()
 
 
 class CommitOrder(msgspec.Struct, frozen=True, kw_only=True, tag="commit"):

@@ -610,7 +610,8 @@ def make_server(
             "HP530",
             "this application has no listener to start with",
             cause="it takes its sockets at its start, and the strategy of this restart gives them later",
-            fix="hotport restart --strategy inherit, or strategy = 'auto'",
+            fix="hotport restart --strategy inherit",
+            note='or set strategy = "auto"',
         )
     if isinstance(adapter, SocketsAdapter):
         if options.proxy_protocol:
@@ -618,14 +619,14 @@ def make_server(
                 "HP518",
                 "cannot read the PROXY header for this application",
                 cause="it accepts connections by itself (kind sockets)",
-                fix="remove proxy_protocol, and let the application's own server read the header",
+                note="remove proxy_protocol, and let the application's own server read the header",
             )
         if options.tls_cert:
             raise StartError(
                 "HP512",
                 "cannot serve this application over TLS",
-                cause="it takes the listening sockets, and what comes from them does not pass through hotport",
-                fix="remove tls_cert, and give the certificate to its own server",
+                cause="it accepts connections by itself, so that they do not pass through hotport",
+                note="remove tls_cert, and give the certificate to its own server",
             )
         return SocketsServer(adapter, listeners, context.connections)
     if isinstance(adapter, DatagramAdapter):
@@ -634,14 +635,14 @@ def make_server(
                 "HP519",
                 "cannot serve this application from a socket for connections",
                 cause="it takes datagrams",
-                fix="bind a udp address: --bind udp://:5353",
+                fix="--bind udp://:5353",
             )
         if options.tls_cert:
             raise StartError(
                 "HP512",
                 "cannot serve this application over TLS",
                 cause="TLS needs a connection, and datagrams have none",
-                fix="remove tls_cert",
+                note="remove tls_cert",
             )
         return DatagramServer(adapter, listeners, context.connections)
     if any(listener.type != socket.SOCK_STREAM for listener in listeners):
@@ -649,7 +650,8 @@ def make_server(
             "HP511",
             "cannot serve this application from a datagram socket",
             cause="it takes connections, and udp has none",
-            fix="bind a tcp or unix address, or write it as an asyncio.DatagramProtocol (--kind datagram)",
+            fix="--bind :8000",
+            note="or write the application as an asyncio.DatagramProtocol (--kind datagram)",
         )
     alpn = ["http/1.1"] if kind_of(application, options) == "asgi" else []
     return ConnectionServer(

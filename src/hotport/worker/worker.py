@@ -246,7 +246,7 @@ class Worker:
                 "HP508",
                 f"{options.target} ended its process while it was imported",
                 cause=f"it called sys.exit({error.code!r})",
-                fix="guard the call: if __name__ == '__main__':",
+                note="guard the call: if __name__ == '__main__':",
             ) from error
         server = make_server(
             application,

@@ -59,7 +59,7 @@ class Lifespan:
                 "HP509",
                 "the application did not start",
                 cause=_last_lines(str(answer.get("message") or "")) or "it gave no reason",
-                fix="correct its lifespan startup, then start it again",
+                note="correct its lifespan startup, then start it again",
             )
 
     async def shutdown(self) -> None:
@@ -140,7 +140,8 @@ class Lifespan:
             cause="it returned before it had started up"
             if error is None
             else _last_lines("".join(traceback.format_exception(error))),
-            fix="correct its lifespan startup, or say --lifespan off",
+            fix="--lifespan off",
+            note="if the application needs its lifespan startup, correct that instead",
         )
 
 

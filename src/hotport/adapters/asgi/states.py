@@ -132,7 +132,7 @@ STATES: Final[Mapping[State, Row]] = {
         "the rest of an answer", Moves.ANSWERED, Drained.SERVES_ONE_MORE, Manner.TRUNCATE, Fate.CUT_STREAMING
     ),
     State.SURPLUS: Row(
-        "nothing: it sends a body that nobody will read",
+        "nothing: it sends a body that will not be read",
         Moves.READ,
         Drained.SERVES_ONE_MORE,
         Manner.CLOSE,

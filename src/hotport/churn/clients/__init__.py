@@ -1,1 +1,1 @@
-"""Clients, one family a module: each owns its socket and knows exactly how far it is."""
+"""Clients, one family per module: each owns its socket and knows exactly how far it has come."""

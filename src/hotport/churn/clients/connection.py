@@ -1,4 +1,4 @@
-"""A stream connection to the target, over TLS or not, that tells its owner everything that becomes of it."""
+"""A stream connection to the target, over TLS or not, that reports every change to its owner."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WAIT: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class Connection:
-    """Owns a socket; what uses it is a subclass with the hooks at the end.
+    """The owner of a socket; subclasses implement the hooks at the end.
 
     Attributes:
         sock: None while there is none.
@@ -45,7 +45,7 @@ class Connection:
         self._tries = 0
 
     def connect(self) -> None:
-        """Begin; `made`, `failed` or `limited` tells the rest, perhaps before this returns."""
+        """Start connecting; `made`, `failed` or `limited` is called, perhaps before this returns."""
         self.rest = b""
         self._broken = None
         try:
@@ -72,7 +72,7 @@ class Connection:
             self.failed(happening_of(number), errno.errorcode.get(number, ""))
 
     def send(self, data: bytes) -> None:
-        """Send, and what is not taken now later; may end in `failed`."""
+        """Send now what the kernel takes, and the rest later; may call `failed`."""
         self.rest = self.rest + data if self.rest else data
         while self.rest and self.sock is not None:
             try:
@@ -88,7 +88,7 @@ class Connection:
             self.sent(count)
 
     def look(self) -> None:
-        """Learn that the connection has ended, if it has a moment ago: who knows that does not send on it."""
+        """Check whether the connection has just ended, so that no attempt is sent on it."""
         site = self.crowd.site
         if self.sock is None or time.monotonic_ns() - site.loop.seen_ns < _MOMENT_NS:
             return
@@ -116,7 +116,7 @@ class Connection:
                 return
 
     def close(self, *, politely: bool = False) -> None:
-        """Give the connection up, if there is one.
+        """Close the connection, if there is one.
 
         Args:
             politely: Everything has been said, so that the other side may close first.
@@ -205,30 +205,30 @@ class Connection:
     # Hooks
 
     def made(self) -> None:
-        """Something can be sent."""
+        """Called when the connection is established."""
         raise NotImplementedError
 
     def sent(self, count: int) -> None:
-        """So many bytes were taken."""
+        """Called when the kernel has taken bytes."""
 
     def fed(self, data: bytes) -> None:
-        """Something has come."""
+        """Called with received bytes."""
         raise NotImplementedError
 
     def is_whole_at_end(self) -> bool:
-        """The orderly end of the connection was the end of an answer, and has been handled as such."""
+        """Called at the orderly end of the connection; return whether that completed an answer."""
         return False
 
     def give_up(self, attempt: Attempt) -> None:
-        """The attempt is overdue."""
+        """Give up the attempt: it is overdue."""
         raise NotImplementedError
 
     def failed(self, happening: Happening, detail: str) -> None:
-        """The connection is of no more use; close it."""
+        """Called when the connection has failed; close it."""
         raise NotImplementedError
 
     def limited(self, limit: OwnLimit) -> None:
-        """This machine did not let it begin."""
+        """Called when this machine could not open the connection."""
         raise NotImplementedError
 
 

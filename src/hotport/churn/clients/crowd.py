@@ -1,4 +1,4 @@
-"""What clients of one load share: where they go, what their attempts have become."""
+"""What the clients of one load share: the target, the schedule and the recorder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RAMP_RATE = 2000.0
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where sockets go."""
+    """The address that sockets connect to."""
 
     family: socket.AddressFamily
     where: tuple[str, int] | tuple[str, int, int, int] | str
@@ -45,7 +45,7 @@ class Address:
 
 @dataclass(slots=True)
 class Site:
-    """What every crowd of an engine has in common."""
+    """What all crowds of an engine share."""
 
     plan: Plan
     address: Address
@@ -57,17 +57,17 @@ class Site:
 
 
 class OwnLimit(Exception):
-    """This machine would not let a connection begin."""
+    """This machine could not open a connection."""
 
 
 class Client(Protocol):
-    """Owns a socket."""
+    """The owner of a socket."""
 
     def give_up(self, attempt: Attempt) -> None:
         """The attempt is overdue."""
 
     def close(self) -> None:
-        """Give the socket up."""
+        """Close the socket."""
 
 
 class Attempt:
@@ -104,15 +104,15 @@ class Crowd:
         self._timeout_ns = int(site.plan.timeout_ms * 1e6) + self._waits_ns
 
     def start(self) -> None:
-        """Put the first attempts on the clock."""
+        """Schedule the first attempts."""
         raise NotImplementedError
 
     def is_over(self) -> bool:
-        """Nothing is under way."""
+        """Whether no attempt is in progress."""
         return not self.under_way
 
     def new_attempt(self, intended_ns: int) -> Attempt:
-        """Begin one, as late as it is: through nobody's fault but the engine's."""
+        """Begin an attempt, and record how late the engine began it."""
         now = time.monotonic_ns()
         self.site.recorder.lag(now - intended_ns, now)
         attempt = Attempt(intended_ns, now + self._timeout_ns)
@@ -120,7 +120,7 @@ class Crowd:
         return attempt
 
     def give_up_overdue(self, seen_ns: int) -> None:
-        """End the attempts whose time was over by then."""
+        """End the attempts that are overdue at `now_ns`."""
         while self.under_way:
             attempt = next(iter(self.under_way))
             if attempt.deadline_ns > seen_ns:
@@ -131,38 +131,38 @@ class Crowd:
                 attempt.client.give_up(attempt)
 
     def due_ns(self, now_ns: int) -> int:
-        """When the first attempt can be overdue, of those under way and those to come."""
+        """Return when the first attempt can be overdue, of those in progress and those to come."""
         return next(iter(self.under_way)).deadline_ns if self.under_way else now_ns + self._timeout_ns
 
     def answered(self, attempt: Attempt, who: str = "") -> None:
-        """The attempt has its whole answer."""
+        """Record that the attempt has its whole answer."""
         del self.under_way[attempt]
         now = time.monotonic_ns()
         self.site.recorder.answered(self.name, attempt.intended_ns, self._waits_ns, now, who, is_new=not self.keeps)
 
     def end(self, attempt: Attempt, fate: Fate, detail: str) -> None:
-        """The attempt has another fate."""
+        """Record another fate of the attempt."""
         del self.under_way[attempt]
         self.site.recorder.lost(self.name, fate, attempt.intended_ns, time.monotonic_ns(), detail)
 
     def extra(self, fate: Fate, detail: str) -> None:
-        """An answer that no attempt was waiting for: a fate more than there are attempts."""
+        """Record an answer that no attempt was waiting for: one fate more than attempts."""
         now = time.monotonic_ns()
         self.site.recorder.lost(self.name, fate, now, now, detail)
 
     def happen(self, attempt: Attempt, stage: Stage, happening: Happening, detail: str) -> None:
-        """The attempt has ended, other than by the right answer."""
+        """End an attempt that did not get the right answer."""
         fate = classify(stage, happening)
         assert isinstance(fate, Fate)
         self.end(attempt, fate, detail)
 
     def drop(self, attempt: Attempt, limit: OwnLimit) -> None:
-        """The attempt could not begin."""
+        """Drop an attempt that could not begin."""
         del self.under_way[attempt]
         self.site.recorder.own_limit(str(limit))
 
     def event(self, event: Event) -> None:
-        """Something has become of a connection."""
+        """Record an event of a connection."""
         self.site.recorder.event(self.name, event, time.monotonic_ns())
 
     def arrivals(self) -> Iterator[int]:
@@ -199,7 +199,7 @@ class Crowd:
 
 
 def host_of(target: Target) -> str:
-    """What goes into Host."""
+    """Return the value of the Host field."""
     if target.socket_path:
         return "localhost"
     host = f"[{target.host}]" if ":" in target.host else target.host

@@ -1,4 +1,4 @@
-"""Clients that send numbered messages, each of which is to come back: over a stream, or as datagrams."""
+"""Clients that send numbered messages and expect each one back: over a stream, or as datagrams."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LINE_BYTES_MAX: Final = 65536
 
 
 class Messages:
-    """Which numbers are under way, and which answers are one too many or too late to be in order.
+    """Numbers in progress; tells which answers are duplicates or out of order.
 
     Args:
         is_ordered: Whether an answer after that to a later message is out of order; datagrams promise none.
@@ -37,7 +37,7 @@ class Messages:
         self.renew()
 
     def renew(self) -> None:
-        """Go on with the next number on a new connection, on which nothing has been answered."""
+        """Continue with the next number on a new connection, on which nothing has been answered."""
         self._first = min(self.under_way, default=self._next)
         self._highest = 0
         self._given_up: set[int] = set()
@@ -50,12 +50,12 @@ class Messages:
         return attempt.number
 
     def give_up(self, attempt: Attempt) -> None:
-        """Its time is over; an answer that comes after all is nothing new."""
+        """Give up a message; a later answer is then no duplicate."""
         del self.under_way[attempt.number]
         self._given_up.add(attempt.number)
 
     def answered(self, text: str | bytes, who: str) -> None:
-        """Something came back."""
+        """Record an answer."""
         number = int(text) if len(text) < 20 and text.isdigit() else 0
         attempt = self.under_way.pop(number, None)
         crowd = self._crowd
@@ -78,7 +78,7 @@ class Messages:
 
 
 class Talker(Connection):
-    """One connection that is kept, with any number of messages under way."""
+    """One kept connection with any number of messages in progress."""
 
     __slots__ = ("_is_ready", "_sent_up_to", "messages", "who")
 
@@ -90,7 +90,7 @@ class Talker(Connection):
         self._sent_up_to = 0
 
     def say(self, attempt: Attempt) -> None:
-        """Send the next message; on the connection that is there, if it is."""
+        """Send the next message, on the open connection if there is one."""
         if self._is_ready:
             self.look()
         attempt.client = self
@@ -111,7 +111,7 @@ class Talker(Connection):
             self._drop()  # a connection that was not made in time
 
     def open(self) -> None:
-        """Messages can be sent: send those that waited for it."""
+        """Send the messages that waited for the connection."""
         self._is_ready = True
         waiting = list(self.messages.under_way)
         if waiting:
@@ -123,7 +123,7 @@ class Talker(Connection):
         self._drop()
 
     def leave(self, detail: str, *, is_told: bool) -> None:
-        """The other side has said that it will end the connection, and will not answer any more."""
+        """Leave a connection whose peer has announced its end and will not answer any more."""
         self._lose(Happening.ENDED, detail, is_told=is_told)
         self._drop(politely=True)
 
@@ -156,11 +156,11 @@ class Talker(Connection):
     # Hooks
 
     def opening_stage(self) -> Stage:
-        """How far a connection is that is made, and on which no message can be sent yet."""
+        """Return the stage of a connection that is established, but cannot carry messages yet."""
         return Stage.CONNECTED
 
     def encode(self, number: int) -> bytes:
-        """A message as it is sent."""
+        """Encode a message."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""Clients that ask and get one answer: on a new connection each time, or on one that they keep."""
+"""Clients that send requests: on a new connection each time, or on one that they keep."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Script = Sequence[tuple[int, bytes]]
 
 
 class Asker(Connection):
-    """One connection, on which one request at a time is under way."""
+    """One connection with one request at a time."""
 
     __slots__ = ("_attempt", "_crowd", "_part", "_reader", "_sent")
 
@@ -39,7 +39,7 @@ class Asker(Connection):
         self._sent = self._part = 0
 
     def begin(self, attempt: Attempt) -> None:
-        """Ask; on the connection that is there, if it is."""
+        """Send the request, on the open connection if there is one."""
         self.look()
         attempt.client = self
         self._attempt = attempt
@@ -105,7 +105,7 @@ class Asker(Connection):
         return True
 
     def _finish(self) -> None:
-        """The answer is whole."""
+        """Finish an attempt whose answer is whole."""
         crowd, reader, attempt = self._crowd, self._reader, self._attempt
         assert attempt is not None
         if not crowd.is_expected(reader.status):
@@ -138,7 +138,7 @@ class Asker(Connection):
 
 
 class AskerCrowd(Crowd):
-    """Clients that ask.
+    """Clients that send requests.
 
     Args:
         script: Of each request.
@@ -157,15 +157,15 @@ class AskerCrowd(Crowd):
         self._header = site.plan.generation_header.encode()
 
     def new_reader(self) -> AnswerReader:
-        """For one connection."""
+        """Make the reader for one connection."""
         return HttpReader(self._header) if self._is_http else LineReader()
 
     def is_expected(self, status: int) -> bool:
-        """Whether it is the right answer."""
+        """Whether the answer is the expected one."""
         return not self._is_http or status == self.site.plan.expected_status
 
     def call_in(self, delay_ns: int, call: Callable[[Attempt], None], attempt: Attempt) -> None:
-        """Go on with an attempt, if it is still under way then."""
+        """Continue an attempt later, if it is still in progress then."""
         if delay_ns:
             self.site.loop.call_at(time.monotonic_ns() + delay_ns, call, attempt)
         else:
@@ -179,7 +179,7 @@ class AskerCrowd(Crowd):
                 self._ask_at(intended_ns, Asker(self))
 
     def next(self, asker: Asker, *, failed: bool) -> None:
-        """An asker has nothing to do any more."""
+        """Schedule the next attempt of an asker that is free."""
         if self.load.rate > 0:
             if self.keeps:
                 self._free.append(asker)
@@ -226,14 +226,14 @@ class AskerCrowd(Crowd):
 
 
 def asker_crowd(site: Site, kind: Kind, load: Load, rng: random.Random) -> AskerCrowd:
-    """The crowd for every kind that asks."""
+    """Make the crowd for any kind that sends requests."""
     plan = site.plan
     keeps = kind is Kind.KEEPALIVE or (kind is Kind.TLS and load.count > 0)
     return AskerCrowd(site, kind, load, rng, script_of(plan, kind, keeps=keeps), keeps=keeps)
 
 
 def script_of(plan: Plan, kind: Kind, *, keeps: bool) -> Script:
-    """What a client of this kind sends in one attempt."""
+    """Return what a client of this kind sends in one attempt."""
     slow_ns = int(plan.slow_ms * 1e6)
     path = {Kind.SLOW: plan.slow_path, Kind.UPLOAD: plan.upload_path}.get(kind, plan.path)
     fields = [("Host", host_of(plan.target)), ("User-Agent", "hotport-churn")]
