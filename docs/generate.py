@@ -351,6 +351,7 @@ def strategies_page() -> str:
     for strategy, says in GUARANTEES.items():
         parts.append(f"## {strategy.value}\n\n{_sentence(says.how)}\n")
         parts.append(f"**What clients see**: {says.clients_see}.\n\n**Needs**: {says.needs}.\n")
+        parts.append(f"**Workers' shares** of what comes: {says.shares}.\n")
     found = [
         (name, ", ".join(_code(row.strategy.value) for row in table(facts) if not row.obstacle), _reasons(facts))
         for name, facts in SERVICES.items()

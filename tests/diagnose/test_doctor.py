@@ -118,6 +118,20 @@ def test_socket_file_that_is_gone_is_found() -> None:
 
 
 @pytest.mark.parametrize(
+    ("shares", "words"),
+    [
+        ({1: 900, 2: 50, 3: 50}, "worker 1 has 900 of 1,000 connections, one of 3 workers"),
+        ({1: 20, 2: 0}, ""),  # few of them may be anywhere
+        ({1: 400, 2: 600}, ""),
+        ({1: 5000}, ""),
+        ({}, ""),
+    ],
+)
+def test_uneven_shares_of_workers_are_found(shares: dict[int, int], words: str) -> None:
+    assert [finding.what for finding in examine_service([], [], shares=shares)] == ([words] if words else [])
+
+
+@pytest.mark.parametrize(
     ("kill_mode", "is_sound"),
     [("control-group", False), ("none", False), ("mixed", True), ("process", True), ("", True)],
 )

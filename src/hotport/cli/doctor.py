@@ -41,7 +41,9 @@ def command(name: str | None, as_json: bool) -> int:
     status = _status(name)
     if status is not None:
         listeners, members, managed = read_service(status)
-        findings += examine_service(listeners, members, gone=status.gone, managed=managed)
+        serving = [each for each in status.workers if each.phase == "serving" and each.generation == status.generation]
+        shares = {each.worker: each.connections for each in serving if each.connections is not None}
+        findings += examine_service(listeners, members, gone=status.gone, managed=managed, shares=shares)
     if as_json:
         print_json(findings)
     else:

@@ -198,6 +198,8 @@ def print_status(status: Status) -> None:
         "status",
     ):
         table.add_column(heading, justify="left" if heading in ("phase", "status") else "right")
+    serving = [each for each in status.workers if each.phase == "serving" and each.generation == status.generation]
+    total = sum(each.connections or 0 for each in serving) if len(serving) > 1 else 0
     for worker in status.workers:
         table.add_row(
             str(worker.generation),
@@ -205,7 +207,7 @@ def print_status(status: Status) -> None:
             str(worker.pid),
             worker.phase,
             _age(worker.age_s),
-            _number(worker.connections),
+            _share(worker.connections, total if worker in serving else 0),
             _number(worker.requests),
             _mib(worker.rss_bytes or 0),
             Text(visible(worker.status)),
@@ -265,6 +267,11 @@ def print_tls_report(report: TlsReport) -> None:
     told = ", ".join(f"{counts[outcome]} {said}" for outcome, said in words.items() if counts[outcome])
     begin = "[red]not renewed everywhere[/]" if counts["kept"] else "[green]renewed[/]"
     out.print(f"{begin}: certificates of {report.service}; workers: {told or 'none'}")
+
+
+def _share(connections: int | None, total: int) -> str:
+    """How many of all that are open, and which part of them, if there are others that have some."""
+    return f"{connections} ({connections / total:.0%})" if total and connections is not None else _number(connections)
 
 
 def _number(value: int | None) -> str:

@@ -34,6 +34,10 @@ __all__ = [
     "read_service",
 ]
 
+#: A worker with so many times the mean of connections, and so many more, has not the share that it should have.
+UNEVEN: Final = 1.5
+UNEVEN_MIN: Final = 20
+
 #: Descriptors that a worker needs beside those of connections: listeners, its event loop, files, libraries.
 SPARE: Final = 100
 NEARLY_FULL: Final = 0.8
@@ -204,11 +208,13 @@ def examine_service(
     *,
     gone: Mapping[str, str] | None = None,
     managed: Managed | None = None,
+    shares: Mapping[int, int] | None = None,
 ) -> Iterator[Finding]:
     """Find problems of a running service; a pure function.
 
     Args:
         gone: Addresses whose socket file is not in its place, and why.
+        shares: How many connections the workers of the generation that serves have, by number.
     """
     if managed is not None and managed.kill_mode in KILL_MODES:
         yield Finding(
@@ -223,6 +229,14 @@ def examine_service(
             "no new client can connect there; those that are connected are served",
             fix="hotport restart",
             note="it binds the address again; find out what removes the file",
+        )
+    if shares and max(shares.values()) > UNEVEN * sum(shares.values()) / len(shares) + UNEVEN_MIN:
+        worker, most = max(shares.items(), key=lambda share: share[1])
+        yield Finding(
+            f"worker {worker} has {most:,} of {sum(shares.values()):,} connections, one of {len(shares)} workers",
+            "its clients wait while other workers are idle",
+            fix="hotport rebalance",
+            note='workers do so by themselves, unless balance or handoff is "off" or these connections cannot move',
         )
     for listener in listeners:
         if listener.strangers:

@@ -34,6 +34,7 @@ class Guarantee(msgspec.Struct, frozen=True):
         reset: Connections that are made, and reset before they are served.
         gap: How long no process listens.
         needs: What must be so.
+        shares: How evenly workers share what comes.
         is_lossless: No client is refused, reset or late.
     """
 
@@ -43,6 +44,7 @@ class Guarantee(msgspec.Struct, frozen=True):
     reset: str
     gap: str
     needs: str
+    shares: str
     is_lossless: bool = True
 
 
@@ -54,6 +56,7 @@ GUARANTEES: Final[Mapping[Strategy, Guarantee]] = {
         reset="none",
         gap="none",
         needs="nothing: it works for every address and every program",
+        shares="even in each generation; while both accept, each gets what the kernel gives it",
     ),
     Strategy.TRANSFER: Guarantee(
         how="workers are started without listeners, and get them over their control socket (SCM_RIGHTS) when they are "
@@ -63,6 +66,7 @@ GUARANTEES: Final[Mapping[Strategy, Guarantee]] = {
         reset="none",
         gap="none",
         needs="an application that is served by hotport: an asgi, stream or protocol one",
+        shares="even in each generation; while both accept, each gets what the kernel gives it",
     ),
     Strategy.OVERLAP: Guarantee(
         how="a second socket joins with SO_REUSEPORT; once the new workers accept, a one-instruction classic BPF "
@@ -74,6 +78,7 @@ GUARANTEES: Final[Mapping[Strategy, Guarantee]] = {
         gap="none",
         needs="tcp addresses that hotport has bound itself, an application that is served by hotport, and all workers "
         "replaced at once",
+        shares="even in each generation, which has a queue of its own",
     ),
     Strategy.REBIND: Guarantee(
         how="the new workers have started completely; the old ones empty the accept queue and close; the port is bound "
@@ -86,6 +91,7 @@ GUARANTEES: Final[Mapping[Strategy, Guarantee]] = {
         gap="10 us with nothing in TIME_WAIT on the port, 0.2 ms with 10,000, 5 to 15 ms with 100,000; with --guard "
         "10 us at any number",
         needs="as overlap. Without --guard any user can take a port above 1023 in the gap",
+        shares="even: one generation accepts at a time",
         is_lossless=False,
     ),
 }
