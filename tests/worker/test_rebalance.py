@@ -13,7 +13,7 @@ import pytest
 from hotport.model.fates import Fate
 from hotport.worker import handoff, server
 from hotport.worker.share import Moves
-from tests.adapters.asgi_support import Client, respond, until
+from tests.adapters.asgi_support import Client, respond, turns, until
 from tests.worker.handoff_support import DEADLINE_S, Generation, Service, Successor, service
 from tests.worker.test_handoff_http import App, get
 from tests.worker.test_handoff_websocket import Client as WebSocketClient
@@ -27,13 +27,15 @@ class Plan:
 
     def __init__(self) -> None:
         self.moves: list[tuple[str, int]] = []
+        self.looks = 0
 
     def take_part(self, takes_part: bool) -> None: ...
 
     def is_ahead(self) -> bool:
         return False
 
-    def look(self) -> None: ...
+    def look(self) -> None:
+        self.looks += 1
 
     def plan_moves(self, *, is_asked: bool = False) -> Moves | None:
         if not self.moves:
@@ -184,8 +186,7 @@ async def test_it_goes_on_after_a_restart_that_was_taken_back(tmp_path: Path) ->
         light = await port.start(app)
         old.server.quiesce()
         plan.moves.append((light.path, 2))
-        await asyncio.sleep(0.03)  # it would have looked
-        assert plan.moves
+        assert old.server._balancing is None
         await old.server.accept()
         await until(lambda: len(light.connections.open) == 2)
         async with asyncio.timeout(DEADLINE_S):
@@ -206,3 +207,28 @@ async def test_it_says_how_many_have_moved_when_it_is_asked(tmp_path: Path) -> N
         old.server.quiesce()
         assert await asked == 0
         assert await old.server.rebalance() == 0
+
+
+async def test_connections_that_cannot_move_are_not_tried_all_the_time(tmp_path: Path) -> None:
+    async with two(tmp_path, App(), 3, handoff="auto") as (_, old, plan, clients):
+        plan.moves += [(str(tmp_path / "nobody.sock"), 2)] * 3
+        await until(lambda: len(plan.moves) == 2 and old.server._moving is not None and old.server._moving.done())
+        looks = plan.looks
+        await until(lambda: plan.looks == looks + 5)
+        assert len(plan.moves) == 2
+        assert await old.server.rebalance() == 0  # but whoever asks is not put off
+        assert len(plan.moves) == 1
+        assert [await answer(client) for client in clients] == [b"1 /a "] * 3
+
+
+async def test_nothing_begins_to_move_after_a_second_order_to_accept_and_a_drain(tmp_path: Path) -> None:
+    app = App()
+    async with two(tmp_path, app, 3) as (port, old, plan, _):
+        await old.server.accept()
+        new = await port.start(app)
+        old.server.quiesce()
+        plan.moves.append((new.path, 3))
+        assert old.server._balancing is None
+        looks = plan.looks
+        await turns()
+        assert (plan.looks, plan.moves) == (looks, [(new.path, 3)])

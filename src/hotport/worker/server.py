@@ -35,6 +35,9 @@ __all__ = ["ConnectionServer", "DatagramServer", "Server", "SocketsServer", "mak
 #: How long a worker that is out of descriptors tries to take what waits at a listener that is replaced.
 REPLACE_TIMEOUT_S: Final = 1.0
 
+#: How soon it is tried again when none of them has moved: they may be of a kind that cannot.
+NONE_MOVED_PAUSE_S: Final = 10.0
+
 #: How long connections that were chosen to move to a worker with fewer may take to come to a safe point.
 BALANCE_TIMEOUT_S: Final = 5.0
 
@@ -140,7 +143,9 @@ class ConnectionServer:
         self._released: list[Acceptor] = []
         self._staying: asyncio.Task[None] | None = None
         self._balancing: asyncio.Task[None] | None = None
+        self._moving: asyncio.Task[None] | None = None
         self._asked: asyncio.Future[int] | None = None
+        self._try_again_s = 0.0
         self._beside: set[asyncio.Task[None]] = set()
         self._adapter = adapter
         self._tls = tls
@@ -235,8 +240,8 @@ class ConnectionServer:
         if self._mover is not None:  # taken back; what is under way arrives, or comes back
             self._staying = background.start("handoff", self._stay(self._mover), self._beside)
             self._mover = None
-        if self._share is not None:
-            self._balancing = background.start("balance", self._balance(self._balancing), self._beside)
+        if self._share is not None and self._balancing is None:
+            self._balancing = background.start("balance", self._balance(), self._beside)
 
     async def _stay(self, mover: Mover) -> None:
         await mover.close()
@@ -247,8 +252,7 @@ class ConnectionServer:
         self._is_accepting = False
         self.connections.count_fates(True)
         self._stop_acceptors()
-        if self._balancing is not None:
-            self._balancing.cancel()
+        self._stop_balancing()
 
     def held(self) -> dict[str, int]:
         """The descriptors of the listeners that are open here, by address."""
@@ -276,39 +280,33 @@ class ConnectionServer:
         if self._is_accepting:
             self._start_acceptors()
 
-    async def _balance(self, before: asyncio.Task[None] | None) -> None:
-        """Hand connections to workers with clearly fewer, now and then, until cancelled.
-
-        Cancellation: safe; what is under way arrives, or comes back.
-        """
-        if before is not None:
-            await asyncio.wait({before})
+    async def _balance(self) -> None:
+        """Hand connections to workers with clearly fewer, now and then, until cancelled."""
         assert self._share is not None
-        moving: asyncio.Task[None] | None = None
+        loop = asyncio.get_running_loop()
         try:
             while True:
                 await asyncio.sleep(LOOK_S)
                 self._share.look()
-                is_moving = any(each and not each.done() for each in (moving, self._staying))
+                is_moving = any(each and not each.done() for each in (self._moving, self._staying))
                 if is_moving or self._mover is not None or not self._hands_off:
                     continue
                 asked, self._asked = self._asked, None
+                if asked is None and loop.time() < self._try_again_s:
+                    continue
                 moves = self._share.plan_moves(is_asked=asked is not None)
                 if moves is not None:
-                    moving = background.start("balance", self._move_some(moves, asked), self._beside)
+                    self._moving = background.start("balance", self._move_some(moves, asked), self._beside)
                 elif asked is not None:
                     asked.set_result(0)
         finally:
             if self._asked is not None:
                 self._asked.set_result(0)
                 self._asked = None
-            if moving is not None:
-                moving.cancel()
-                await asyncio.wait({moving})
 
     async def rebalance(self) -> int:
         """Hand over what makes the shares of workers as even as can be, soon; how many connections have moved."""
-        if self._balancing is None or self._balancing.done() or not self._hands_off:
+        if self._balancing is None or not self._hands_off:
             return 0
         if self._asked is None:
             self._asked = asyncio.get_running_loop().create_future()
@@ -324,18 +322,26 @@ class ConnectionServer:
         finally:
             await mover.close()
             self.connections.lead(None)
-            if mover.moved:
+            if not mover.moved:
+                self._try_again_s = asyncio.get_running_loop().time() + NONE_MOVED_PAUSE_S
+            else:
                 to = [os.path.basename(path) for path in moves.paths]
                 get_shared_logger("hotport.worker").info("balance.moved", count=mover.moved, to=to)
             if asked is not None:
                 asked.set_result(mover.moved)
 
+    def _stop_balancing(self) -> None:
+        """Begin no move for balance any more; what is under way arrives, or comes back."""
+        for task in (self._balancing, self._moving):
+            if task is not None:
+                task.cancel()
+        self._balancing = None
+
     async def _end_balancing(self) -> None:
-        """Nothing moves any more for balance; bounded by the timeouts of a batch."""
-        if self._balancing is not None:
-            self._balancing.cancel()
-            await asyncio.wait({self._balancing})
-            self._balancing = None
+        """Return when nothing moves for balance any more; bounded by the timeouts of a batch."""
+        self._stop_balancing()
+        if self._moving is not None:
+            await asyncio.wait({self._moving})
 
     async def follow(self, successors: Sequence[str]) -> None:
         await self._end_balancing()
