@@ -106,7 +106,7 @@ def test_workers_that_look_at_the_same_moment_do_not_overshoot(sizes: list[int])
         for to, count in plan_moves(mine, counts).items():
             arrived[to] += count
     mean = sum(sizes) / len(sizes)
-    assert all(counts[key] + count <= mean for key, count in arrived.items() if count)
+    assert all(counts[key] + count < mean + 1 for key, count in arrived.items() if count)
 
 
 def test_scaling_up_is_even_after_one_look() -> None:
@@ -138,7 +138,8 @@ def test_a_day_of_drift_moves_little() -> None:
     ("counts", "late", "expected"),
     [
         ({1: 100, 2: 100, 3: 100}, {1}, {3: 50, 2: 50}),
-        ({1: 3, 2: 100, 3: 100}, {1}, {3: 1, 2: 1}),
+        ({1: 3, 2: 100, 3: 100}, {1}, {3: 2, 2: 1}),
+        ({1: 1, 2: 133, 3: 133, 4: 133}, {1}, {4: 1}),
         ({1: 100, 2: 100}, {1, 2}, {}),  # they all are: the machine is, or the application is like that
         ({1: 100, 2: 10}, {2}, {}),
         ({1: 0, 2: 10}, {1}, {}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
@@ -36,8 +37,12 @@ LATE_HOLD_S: Final = 5.0
 #: One that has not looked for so long beyond its time hangs; it cannot say so itself.
 HUNG_S: Final = 1.0
 
-#: A connection that came from another worker stays for so long.
-STAY_S: Final = 10.0
+#: So many of them travel at once: each batch holds up two event loops for a moment.
+BATCH_MAX: Final = 32
+
+#: A connection that came from another worker stays for so long. Workers that scale brings come one after the other:
+#: the first of them gets more than its share at first.
+STAY_S: Final = 1.0
 
 
 def is_ahead(mine: int, others: Sequence[int]) -> bool:
@@ -64,7 +69,7 @@ def plan_moves(
     able = [key for key in counts if key not in late] or list(counts)
     share = sum(counts.values()) / len(able)
     wanted = {key: share if key in able else 0.0 for key in counts}
-    surplus = {key: int(count - wanted[key]) for key, count in counts.items()}
+    surplus = {key: math.floor(count - wanted[key]) for key, count in counts.items()}  # so that all can be taken
     slack = 0.0 if is_asked or not wanted[mine] else wanted[mine] * DRIFT_RATIO + DRIFT_MIN
     if surplus[mine] <= 0 or counts[mine] - wanted[mine] <= slack:
         return {}

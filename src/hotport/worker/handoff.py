@@ -37,6 +37,7 @@ from hotport.errors import ControlError
 from hotport.kernel.fork import withhold
 from hotport.kernel.process import descriptors_left
 from hotport.kernel.scm import DESCRIPTORS_MAX
+from hotport.model.balance import BATCH_MAX
 from hotport.model.fates import Fate
 from hotport.observe.logs import get_shared_logger
 from hotport.wire.envelope import (
@@ -180,6 +181,8 @@ class Mover:
         if self._some is None:
             self._connections.lead(self._ready if self._successors else None)
         elif self._successors:
+            for successor in self._successors.values():
+                successor.batch_max = BATCH_MAX
             self._connections.lead_some(self._ready, *self._some)
         self._see_through()
 
