@@ -10,6 +10,7 @@ where `paced` does not, and counts in buckets where `churn` has the microsecond 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import select
@@ -183,7 +184,8 @@ def held(port: int, connections: int) -> int:
 def kept(port: int, connections: int, rate: float) -> list[tuple[float, float]]:
     """Send requests on kept connections when they are due, whatever became of the earlier ones, until stdin ends.
 
-    All connections take turns. A request for which none is free waits for one.
+    All connections take turns. A request for which none is free waits for one. All that were due before stdin ended
+    are sent, so that none is left out because the server kept every connection waiting.
 
     Returns:
         Of each request: when it was due (CLOCK_MONOTONIC), and how many seconds later its answer had come.
@@ -212,31 +214,34 @@ def _asked(
     received = dict.fromkeys(socks, 0)
     dues: dict[int, float] = {}
     latencies: list[tuple[float, float]] = []
-    began, count, is_over = clock(), 0, False
-    while dues or not is_over:
-        due = began + count / rate
-        if free and not is_over and clock() >= due:
+    began, count = clock(), 0
+    due, ended = began, math.inf
+    while dues or due < ended:
+        may_send = free and due < ended
+        if may_send and clock() >= due:
             if takes_any:
                 free.rotate(chance.randrange(len(free)))
             fd = free.popleft()
             socks[fd].send(REQUEST)
             dues[fd] = due
             count += 1
+            due = began + count / rate
             continue
         # select has microseconds where epoll_wait has milliseconds
-        select.select([poll], [], [], max(0.0, due - clock()) if free and not is_over else TIMEOUT_S)
+        ready, _, _ = select.select([poll], [], [], max(0.0, due - clock()) if may_send else TIMEOUT_S)
+        assert ready or may_send, f"{len(dues)} requests have no answer"
         for fd, _ in poll.poll(0):
             if fd == 0:
                 poll.unregister(0)
-                is_over = True
+                ended = clock()
                 continue
             data = socks[fd].recv(65536)
             assert data, "the server closed a connection"
             received[fd] += len(data)
             if received[fd] == size:
                 received[fd] = 0
-                due = dues.pop(fd)
-                latencies.append((due, clock() - due))
+                since = dues.pop(fd)
+                latencies.append((since, clock() - since))
                 free.append(fd)
     return latencies
 
