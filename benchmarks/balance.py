@@ -151,7 +151,12 @@ def main() -> int:
     goals: list[Goal] = []
     skipped: dict[str, str] = {}
     for name in options.only:
-        found, reached = PARTS[name](options, skipped)
+        try:
+            found, reached = PARTS[name](options, skipped)
+        except (AssertionError, OSError, ValueError, subprocess.SubprocessError) as error:
+            skipped[name] = repr(error)
+            print(f"{name}: left out, {error!r}\n", flush=True)
+            continue
         show(f"{options.rounds} rounds", found)
         print(f"load average {os.getloadavg()[0]:.1f}\n", flush=True)
         samples |= {f"{name}: {key}": values for key, values in found.items()}
