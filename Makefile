@@ -85,6 +85,7 @@ bench: $(VENV)/.dev debian
 	$(BIN)/python benchmarks/handoff.py
 	$(BIN)/python benchmarks/power.py
 	$(BIN)/python benchmarks/hostile.py
+	$(BIN)/python benchmarks/balance.py
 	$(MAKE) bench-report
 
 bench-report: $(VENV)/.dev

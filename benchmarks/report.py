@@ -23,6 +23,7 @@ PEERS_PAGE: Final = ROOT / "docs" / "discussion" / "what-restarts-cost-elsewhere
 CHURN_PAGE: Final = ROOT / "docs" / "how-to" / "load-test-restarts.md"
 WHY_PAGE: Final = ROOT / "docs" / "how-to" / "explain-a-busy-port.md"
 GAP_PAGE: Final = ROOT / "docs" / "how-to" / "choose-a-strategy.md"
+BALANCE_PAGE: Final = ROOT / "docs" / "how-to" / "share-load-among-workers.md"
 LIMITS_PAGE: Final = ROOT / "docs" / "how-to" / "limits-and-logs.md"
 PICTURE: Final = RESULTS / "rebind.svg"
 
@@ -80,6 +81,7 @@ def main() -> None:
     WHY_PAGE.write_text(rendered_why_page(WHY_PAGE.read_text()))
     GAP_PAGE.write_text(rendered_gap_page(GAP_PAGE.read_text()))
     LIMITS_PAGE.write_text(rendered_limits_page(LIMITS_PAGE.read_text()))
+    BALANCE_PAGE.write_text(rendered_balance_page(BALANCE_PAGE.read_text()))
     if (results := results_of("rebind")) is not None:
         PICTURE.write_text(drawn(results))
 
@@ -133,6 +135,12 @@ def rendered_limits_page(page: str) -> str:
     """The page on limits with what one hostile client can cost."""
     results = results_of("hostile")
     return page if results is None else _between(page, "hostile", _hostile(results))
+
+
+def rendered_balance_page(page: str) -> str:
+    """The page on sharing load with how evenly workers of each server have it."""
+    results = results_of("balance")
+    return page if results is None else _between(page, "balance", _balance(results))
 
 
 def drawn(results: dict[str, Any]) -> str:
@@ -451,6 +459,70 @@ def _hostile(results: dict[str, Any]) -> str:
             f"Linux {machine['kernel']}, {machine['cores']} cores, load average "
             f"{machine['load_average'][0]:.1f}{first}.",
             "How: `benchmarks/hostile.py`; samples in `benchmarks/results/hostile.json`.",
+            "",
+        ]
+    )
+
+
+#: Figures of balance.py: what they are called, which samples, and how many decimals they have.
+SHARES: Final = (
+    ("{connections:,} connections, one a millisecond: most, to the mean", ("one a ms, share",), 2),
+    ("p50 / p99 of the first answer, ms", ("one a ms, p50 ms", "one a ms, p99 ms"), 1),
+    ("64 connections at once: most, to the mean", ("at once, share",), 2),
+    ("requests on these: most, to the fewest", ("at once, requests' share",), 2),
+    ("their p50 / p99, ms", ("at once, p50 ms", "at once, p99 ms"), 1),
+    ("a connection for each request: most, to the mean", ("for each request, share",), 2),
+    ("connections for each second of processor time", ("for each request, connections/CPU s",), 0),
+)
+
+
+def _balance(results: dict[str, Any]) -> str:
+    samples, machine = results["samples"], results["machine"]
+
+    def figure(name: str, decimals: int = 0) -> str:
+        return f"{statistics.median(samples[name]):,.{decimals}f}"
+
+    lines = ["## Measured", ""]
+    if servers := [name for name in results["servers"] if f"servers: {name} one a ms, share" in samples]:
+        heads = [
+            f"{name} {machine['packages'][name]}" if name in machine["packages"] else f"`{name}`" for name in servers
+        ]
+        lines += [f"| four workers | {' | '.join(heads)} |", "|---|" + "---|" * len(servers)]
+        for what, keys, decimals in SHARES:
+            cells = [" / ".join(figure(f"servers: {name} {key}", decimals) for key in keys) for name in servers]
+            lines.append(f"| {what.format(**results)} | {' | '.join(cells)} |")
+        lines += [
+            "",
+            "*Most* is the count of the worker with the most, 1.00 if all have the same.",
+            *(f"{name} was left out: {why}." for name, why in results["skipped"].items()),
+            "",
+        ]
+    if "scale: connections closed" in samples:
+        farthest = statistics.median(samples["scale: farthest from the mean"])
+        closed, lost = (sum(samples[f"scale: {what}"]) for what in ("connections closed", "messages lost"))
+        latency = [figure(f"scale: p99 ms, {when}", 1) for when in ("before", "until all serve", "once all serve")]
+        lines += [
+            f"`hotport scale 4`, while two workers had {2 * results['connections']:,} connections, half of them",
+            f"WebSockets: 2 s later no worker was farther than {100 * farthest:.1f} % from the mean;",
+            f"{closed:,.0f} connections were closed, {lost:,.0f} messages lost. The p99 of other clients was",
+            f"{latency[0]} ms before, {latency[1]} ms while the new workers started, and {latency[2]} ms in the 2 s",
+            "after that.",
+            "",
+        ]
+    if "stall: auto, connections left" in samples:
+        before, left = figure("stall: auto, connections before"), max(samples["stall: auto, connections left"])
+        lines += [
+            "When one of four workers began to block its event loop for 300 ms of each 500 ms, it had",
+            f"{before} connections; after 2 s it had {left:,.0f}. From then on the p99 of all clients was",
+            f'{figure("stall: auto, p99 ms")} ms, and {figure("stall: off, p99 ms")} ms with `balance = "off"`.',
+            "",
+        ]
+    rounds, load = max(map(len, samples.values())), machine["load_average"][0]
+    return "\n".join(
+        [
+            *lines,
+            f"Medians of {rounds} rounds; Linux {machine['kernel']}, {machine['cores']} cores, load average",
+            f"{load:.1f}. How: `benchmarks/balance.py`; samples in `benchmarks/results/balance.json`.",
             "",
         ]
     )

@@ -31,11 +31,12 @@ SMALL = {
     "handoff.py": ("--counts", "20", "--seconds", "0.2"),
     "power.py": ("--seconds", "0.5"),
     "hostile.py": ("--seconds", "0.2", "--servers", "hotport", "--only", "bytes", "closes"),
+    "balance.py": ("--seconds", "0.2", "--connections", "40", "--servers", "hotport", "uvicorn"),
     "why.py": ("--established", "20", "--timewait", "20"),
 }
 
 #: These have clients of their own; in a network namespace if that is permitted, and on loopback if not.
-UNLOADED = ("rebind.py", "gap.py", "timewait.py", "peers.py", "power.py", "hostile.py", "why.py")
+UNLOADED = ("rebind.py", "gap.py", "timewait.py", "peers.py", "power.py", "hostile.py", "balance.py", "why.py")
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from benchmarks.report import (
+    BALANCE_PAGE,
     CHURN_PAGE,
     LIMITS_PAGE,
     PAGE,
@@ -18,6 +19,7 @@ from benchmarks.report import (
     WHY_PAGE,
     drawn,
     rendered,
+    rendered_balance_page,
     rendered_churn_page,
     rendered_limits_page,
     rendered_page,
@@ -89,6 +91,11 @@ def test_page_on_busy_ports_has_the_figures_of_the_results() -> None:
 def test_page_on_limits_has_the_figures_of_the_results() -> None:
     page = LIMITS_PAGE.read_text()
     assert page == rendered_limits_page(page), "run: make bench-report"
+
+
+def test_page_on_shared_load_has_the_figures_of_the_results() -> None:
+    page = BALANCE_PAGE.read_text()
+    assert page == rendered_balance_page(page), "run: make bench-report"
 
 
 def test_the_picture_of_the_gaps_is_what_the_results_say() -> None:
