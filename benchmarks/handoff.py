@@ -124,7 +124,7 @@ async def main(count):
             fds = [transport.get_extra_info("socket").fileno() for transport in batch]
             before = time.process_time()
             send_descriptors(ours, b"x", fds)
-            _, fds = receive_descriptors(theirs, 1)
+            _, fds, _ = receive_descriptors(theirs, 1)
             passing += time.process_time() - before
             for transport in batch:
                 transport.abort()

@@ -17,7 +17,7 @@ __all__ = ["command"]
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(name: str | None, as_json: bool) -> int:
-    """Share the open connections of the service NAME among its workers as evenly as can be.
+    """Share the connections of NAME evenly among its workers.
 
     Workers do so by themselves when the shares differ clearly. Connections move between two requests or messages; one
     that is busy for longer stays where it is.
