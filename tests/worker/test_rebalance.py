@@ -15,6 +15,7 @@ from hotport.worker import handoff, server
 from hotport.worker.share import Moves
 from tests.adapters.asgi_support import Client, respond, turns, until
 from tests.worker.handoff_support import DEADLINE_S, Generation, Service, Successor, service
+from tests.worker.test_handoff_and_back import answer
 from tests.worker.test_handoff_http import App, get
 from tests.worker.test_handoff_websocket import Client as WebSocketClient
 from tests.worker.test_handoff_websocket import Echo
@@ -63,13 +64,6 @@ async def two(
             found.append(Client(stack.enter_context(await port.connect())))
             assert await answer(found[-1]) == b"1 /a "
         yield port, old, plan, found
-
-
-async def answer(client: Client, request: bytes = get("/a")) -> bytes:
-    await client.send(request)
-    found = await client.answer()
-    assert not found.says_close
-    return found.body
 
 
 async def test_some_connections_move_and_both_serve_on(tmp_path: Path) -> None:
