@@ -243,7 +243,7 @@ async def test_worker_that_hangs_gets_nothing(clock: Clock) -> None:
 
 
 async def test_workers_that_are_all_late_share_as_if_none_was(clock: Clock) -> None:
-    _, shares = three([600, 0, 0])
+    _, shares = three([150, 0, 0])
     clock.now_s += 2 * HUNG_S
     for share in shares:
         share.look()

@@ -11,7 +11,7 @@ __all__ = ["Deferral", "is_ahead", "plan_moves"]
 #: A worker is ahead if it has more connections than the mean by this ratio and this number. The number lets small
 #: counts differ: leaving the queue to others costs a wake-up and, at worst, a deferral.
 AHEAD_RATIO: Final = 0.03
-AHEAD_MIN: Final = 1
+AHEAD_MIN: Final = 2
 
 #: The longest that a connection waits in the accept queue for a worker that has fewer.
 DEFER_S: Final = 0.001
@@ -27,7 +27,7 @@ DRIFT_MIN: Final = 8
 
 #: How often a worker looks, and how many connections it moves then at most.
 LOOK_S: Final = 0.25
-MOVES_MAX: Final = 250
+MOVES_MAX: Final = 125
 
 #: A worker whose event loop looks later than that, and not for want of a processor, is held up: it gets no connections,
 #: and hands on those that it has, until it has been on time for as long as the second number says.
@@ -38,7 +38,7 @@ LATE_HOLD_S: Final = 5.0
 HUNG_S: Final = 1.0
 
 #: So many of them travel at once: each batch holds up two event loops for a moment.
-BATCH_MAX: Final = 32
+BATCH_MAX: Final = 8
 
 #: A connection that came from another worker stays for so long. Workers that scale brings come one after the other:
 #: the first of them gets more than its share at first.
