@@ -284,25 +284,20 @@ class ConnectionServer:
         """Hand connections to workers with clearly fewer, now and then, until cancelled."""
         assert self._share is not None
         loop = asyncio.get_running_loop()
-        try:
-            while True:
-                await asyncio.sleep(LOOK_S)
-                self._share.look()
-                is_moving = any(each and not each.done() for each in (self._moving, self._staying))
-                if is_moving or self._mover is not None or not self._hands_off:
-                    continue
-                asked, self._asked = self._asked, None
-                if asked is None and loop.time() < self._try_again_s:
-                    continue
-                moves = self._share.plan_moves(is_asked=asked is not None)
-                if moves is not None:
-                    self._moving = background.start("balance", self._move_some(moves, asked), self._beside)
-                elif asked is not None:
-                    asked.set_result(0)
-        finally:
-            if self._asked is not None:
-                self._asked.set_result(0)
-                self._asked = None
+        while True:
+            await asyncio.sleep(LOOK_S)
+            self._share.look()
+            is_moving = any(each and not each.done() for each in (self._moving, self._staying))
+            if is_moving or self._mover is not None or not self._hands_off:
+                continue
+            asked, self._asked = self._asked, None
+            if asked is None and loop.time() < self._try_again_s:
+                continue
+            moves = self._share.plan_moves(is_asked=asked is not None)
+            if moves is not None:
+                self._moving = background.start("balance", self._move_some(moves, asked), self._beside)
+            elif asked is not None:
+                asked.set_result(0)
 
     async def rebalance(self) -> int:
         """Hand over what makes the shares of workers as even as can be, soon; how many connections have moved."""
@@ -336,6 +331,9 @@ class ConnectionServer:
             if task is not None:
                 task.cancel()
         self._balancing = None
+        if self._asked is not None:
+            self._asked.set_result(0)
+            self._asked = None
 
     async def _end_balancing(self) -> None:
         """Return when nothing moves for balance any more; bounded by the timeouts of a batch."""

@@ -39,7 +39,7 @@ class AccessLog:
         self._render = _combined if format == "combined" else _structured(logs.renderer("hotport.access"))
 
     def ended(self, request: Scope, status: int, sent: int, began: float) -> None:
-        """A request has its answer, or nobody waits for one any more (0: none was begun).
+        """A request has its answer, or its client has left (0: none was begun).
 
         Args:
             sent: Bytes of the answer's body.

@@ -39,7 +39,7 @@ TOO_SLOW: Final = "its client was too slow"
 
 
 class ClientLeft(OSError):
-    """Raised by ``send()`` when nobody can receive the answer any more (ASGI HTTP specification 2.4)."""
+    """Raised by ``send()`` when the client cannot receive the answer any more (ASGI HTTP specification 2.4)."""
 
     def __init__(self) -> None:
         super().__init__("the client has left")
