@@ -72,7 +72,7 @@ class Datagrams(asyncio.DatagramTransport):
         self.closed = asyncio.Event()
         protocol.connection_made(self)
 
-    # -- called by the worker ----------------------------------------------------------------------------
+    # -- called by the worker ------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Start receiving."""
@@ -124,7 +124,7 @@ class Datagrams(asyncio.DatagramTransport):
             log.exception("the application failed on a datagram from %s", address)
         return True
 
-    # -- asyncio.DatagramTransport -----------------------------------------------------------------------
+    # -- asyncio.DatagramTransport -------------------------------------------------------------------------
 
     def sendto(self, data: Any, addr: Any = None) -> None:
         """Send one datagram to `addr`, or queue it while the kernel has no room."""

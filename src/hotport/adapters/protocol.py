@@ -170,7 +170,7 @@ class _TrackedBase(asyncio.BaseProtocol):
         if self._transport is not None:
             self._transport.abort()
 
-    # -- handing it off ----------------------------------------------------------------------------------
+    # -- handing it off ------------------------------------------------------------------------------------
 
     @property
     def will_move(self) -> bool:

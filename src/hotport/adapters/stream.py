@@ -143,7 +143,7 @@ class Stream(ByteStream, asyncio.Protocol):
         self._connections.opened(self)
         self._connections.count_request()
 
-    # -- asyncio.Protocol --------------------------------------------------------------------------------
+    # -- asyncio.Protocol ----------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop has classes of its own
@@ -180,7 +180,7 @@ class Stream(ByteStream, asyncio.Protocol):
         self._is_writable.set()
         self._come_to_rest()
 
-    # -- Connection --------------------------------------------------------------------------------------
+    # -- Connection ----------------------------------------------------------------------------------------
 
     @property
     def held_bytes(self) -> int:
@@ -209,7 +209,7 @@ class Stream(ByteStream, asyncio.Protocol):
             return Fate.CUT_OFFERED
         return Fate.CUT_STREAM
 
-    # -- handing it off ----------------------------------------------------------------------------------
+    # -- handing it off ------------------------------------------------------------------------------------
 
     @property
     def is_at_safe_point(self) -> bool:
@@ -318,7 +318,7 @@ class Stream(ByteStream, asyncio.Protocol):
         finally:
             self._stays = None
 
-    # -- anyio.abc.ByteStream ----------------------------------------------------------------------------
+    # -- anyio.abc.ByteStream ------------------------------------------------------------------------------
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
         """Receive at least one byte, at most `max_bytes`.
@@ -407,7 +407,7 @@ class Stream(ByteStream, asyncio.Protocol):
             StreamAttribute.draining: lambda: self._connections.draining,
         }
 
-    # -- the handler's task ------------------------------------------------------------------------------
+    # -- the handler's task --------------------------------------------------------------------------------
 
     async def _run(self) -> None:
         assert self._transport is not None

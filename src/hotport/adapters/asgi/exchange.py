@@ -154,7 +154,7 @@ class Exchange:
         # the raw path: its escapes protect the log
         return f"{self.scope['method']} {self.scope['raw_path'].decode('latin-1')}"
 
-    # -- called by the connection ------------------------------------------------------------------------
+    # -- called by the connection --------------------------------------------------------------------------
 
     def add_body(self, data: bytes) -> None:
         """Add bytes of the request's body."""
@@ -238,7 +238,7 @@ class Exchange:
             self._hold_head({"status": 500, "headers": [(b"content-type", b"text/plain; charset=utf-8")]})
             self._write(b"Internal Server Error", is_end=True)
 
-    # -- called by the application -----------------------------------------------------------------------
+    # -- called by the application -------------------------------------------------------------------------
 
     async def receive(self) -> Message:
         """ASGI ``receive``: the body as it arrives, then ``http.disconnect`` after the answer or the client's end."""
@@ -446,7 +446,7 @@ class Exchange:
             self._wakeup.set()
         self.connection.answered(self)
 
-    # -- extensions --------------------------------------------------------------------------------------
+    # -- extensions ----------------------------------------------------------------------------------------
 
     async def _send_file(self, path: str) -> None:
         """Send a file as the whole body (``http.response.pathsend``)."""

@@ -149,7 +149,7 @@ class HttpConnection(asyncio.Protocol):
         self._fate = Fate.FINISHED
         shared.registry.opened(self)
 
-    # -- called by the worker ----------------------------------------------------------------------------
+    # -- called by the worker ------------------------------------------------------------------------------
 
     @property
     def state(self) -> State:
@@ -227,7 +227,7 @@ class HttpConnection(asyncio.Protocol):
             self._close()
         return fate
 
-    # -- handing it off ----------------------------------------------------------------------------------
+    # -- handing it off ------------------------------------------------------------------------------------
 
     @property
     def is_at_safe_point(self) -> bool:
@@ -309,7 +309,7 @@ class HttpConnection(asyncio.Protocol):
             return f"{self.state.value}, TLS"
         return f"{self.state.value}, slow to read" if self.is_at_safe_point else self.state.value
 
-    # -- called by the transport -------------------------------------------------------------------------
+    # -- called by the transport ---------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]  # a full transport: it was made for a stream socket
@@ -493,7 +493,7 @@ class HttpConnection(asyncio.Protocol):
         if self.handoff is not None:
             self.handoff.come_to_rest(self)
 
-    # -- room --------------------------------------------------------------------------------------------
+    # -- room ----------------------------------------------------------------------------------------------
 
     def _waiting_bytes(self) -> int:
         """About how many bytes of memory waiting requests take."""
@@ -518,7 +518,7 @@ class HttpConnection(asyncio.Protocol):
             return False
         return self._waiting_bytes() <= self.shared.options.connection_buffer_bytes
 
-    # -- called by the reader ----------------------------------------------------------------------------
+    # -- called by the reader ------------------------------------------------------------------------------
 
     def on_request(
         self,
@@ -601,7 +601,7 @@ class HttpConnection(asyncio.Protocol):
         if self._current is None:
             self._advance()
 
-    # -- requests and answers ----------------------------------------------------------------------------
+    # -- requests and answers ------------------------------------------------------------------------------
 
     def _advance(self, *, ending: int = 0) -> None:
         """Start the next request; also those behind it, while applications answer in their first step.
@@ -687,7 +687,7 @@ class HttpConnection(asyncio.Protocol):
         self.transport.write(self.shared.refusal(status, why))
         self._linger()
 
-    # -- flow --------------------------------------------------------------------------------------------
+    # -- flow ----------------------------------------------------------------------------------------------
 
     def _pause_reading(self) -> None:
         if not self._is_reading_paused:
@@ -792,7 +792,7 @@ class HttpConnection(asyncio.Protocol):
         """Whether bytes for the client wait in the kernel, or are not acknowledged."""
         return self.sock is not None and unsent_bytes(self.sock) > 0
 
-    # -- endings -----------------------------------------------------------------------------------------
+    # -- endings -------------------------------------------------------------------------------------------
 
     def _wait(self, ticks: int) -> None:
         """Wait for the client for at most so many ticks; 0 is for ever."""

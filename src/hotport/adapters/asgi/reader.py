@@ -302,7 +302,7 @@ class Reader:
         self._parser = None
         self.on_message_complete()
 
-    # -- called by the parser ----------------------------------------------------------------------------
+    # -- called by the parser ------------------------------------------------------------------------------
 
     def on_url(self, url: bytes) -> None:
         self._url += url

@@ -118,7 +118,7 @@ class Session:
         """Whether the application waits for a message."""
         return self._receiving > 0
 
-    # -- called by the connection ------------------------------------------------------------------------
+    # -- called by the connection --------------------------------------------------------------------------
 
     def deliver(self, kind: str, content: str | bytes) -> None:
         """Queue a complete message, of kind ``"text"`` or ``"bytes"``."""
@@ -163,7 +163,7 @@ class Session:
         self._clear()
         self.connection.resume_reading_if_room()
 
-    # -- called by the application -----------------------------------------------------------------------
+    # -- called by the application -------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Run the application for this WebSocket; close the WebSocket or deny the handshake at its end."""

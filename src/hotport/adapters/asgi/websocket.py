@@ -215,7 +215,7 @@ class WebSocketConnection(asyncio.Protocol):
     def __str__(self) -> str:
         return str(self._session)
 
-    # -- called by the worker, and the state that moves to another process -------------------------------
+    # -- called by the worker, and the state that moves to another process ---------------------------------
 
     @property
     def state(self) -> State:
@@ -322,7 +322,7 @@ class WebSocketConnection(asyncio.Protocol):
         self.transport.close()
         return fate
 
-    # -- handing it off ----------------------------------------------------------------------------------
+    # -- handing it off ------------------------------------------------------------------------------------
 
     @property
     def is_at_safe_point(self) -> bool:
@@ -442,7 +442,7 @@ class WebSocketConnection(asyncio.Protocol):
     def _is_tls(self) -> bool:
         return bool(self._session.scope["scheme"] == "wss" and self.transport.get_extra_info("ssl_object"))
 
-    # -- called by the transport -------------------------------------------------------------------------
+    # -- called by the transport ---------------------------------------------------------------------------
 
     def connection_lost(self, exc: Exception | None) -> None:
         end_for_client(self, self.handoff)
@@ -652,7 +652,7 @@ class WebSocketConnection(asyncio.Protocol):
     def _refuse_large(self) -> None:
         self._protocol.fail(1009, f"a message of more than {self.shared.options.ws_message_max_bytes} bytes")
 
-    # -- clients that leave unnoticed, or do not read ----------------------------------------------------
+    # -- clients that leave unnoticed, or do not read ------------------------------------------------------
 
     def hung_up(self, *, is_gone: bool) -> None:
         """Abort once the client has left and the application takes no more of what it had sent."""
@@ -691,7 +691,7 @@ class WebSocketConnection(asyncio.Protocol):
         self._end()
         self._has_said_goodbye = True
 
-    # -- the handshake -----------------------------------------------------------------------------------
+    # -- the handshake -------------------------------------------------------------------------------------
 
     def _shake_hands(self) -> None:
         """Negotiate the handshake, and run the application if the request is valid."""
@@ -779,7 +779,7 @@ class WebSocketConnection(asyncio.Protocol):
             self.transport.write(self.shared.refusal(status, why))
             self._say_goodbye()
 
-    # -- called by the answer that denies a handshake, as of an `HttpConnection` -------------------------
+    # -- called by the answer that denies a handshake, as of an `HttpConnection` ---------------------------
 
     def announce_close(self, exchange: Exchange) -> bool:
         """True: an answer in place of a WebSocket is the last one."""
@@ -801,7 +801,7 @@ class WebSocketConnection(asyncio.Protocol):
         self._has_said_goodbye = True
         self.abort()
 
-    # -- messages ----------------------------------------------------------------------------------------
+    # -- messages ------------------------------------------------------------------------------------------
 
     def send_message(self, text: str | None, data: bytes | None) -> None:
         """Write one message as one frame."""
@@ -854,7 +854,7 @@ class WebSocketConnection(asyncio.Protocol):
             if not self.transport.is_closing():
                 self.transport.resume_reading()
 
-    # -- pings -------------------------------------------------------------------------------------------
+    # -- pings ---------------------------------------------------------------------------------------------
 
     def _wait(self, what: _Wait, ticks: int) -> None:
         """Replace the current wait; 0 ticks is for ever."""
@@ -895,7 +895,7 @@ class WebSocketConnection(asyncio.Protocol):
             self._protocol.fail(1011, "keepalive ping timeout")
             self._flush()
 
-    # -- endings -----------------------------------------------------------------------------------------
+    # -- endings -------------------------------------------------------------------------------------------
 
     def close(self, code: int, reason: str) -> None:
         """Begin the closing handshake, if the WebSocket is open.
