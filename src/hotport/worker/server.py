@@ -30,7 +30,7 @@ from hotport.worker.probe import probe
 from hotport.worker.share import Moves, Share
 from hotport.worker.tls import Tls
 
-__all__ = ["ConnectionServer", "DatagramServer", "Server", "SocketsServer", "make_server"]
+__all__ = ["ApplicationServer", "ConnectionServer", "DatagramServer", "SocketsServer", "make_server"]
 
 #: Seconds for which a worker without free descriptors tries to empty the queue of a replaced listener.
 REPLACE_TIMEOUT_S: Final = 1.0
@@ -42,7 +42,7 @@ NONE_MOVED_PAUSE_S: Final = 10.0
 BALANCE_TIMEOUT_S: Final = 5.0
 
 
-class Server(Protocol):
+class ApplicationServer(Protocol):
     """The interface of a worker's server; its methods are called in this order, `accept` and `quiesce` alternately."""
 
     connections: Connections

@@ -88,7 +88,7 @@ from hotport.wire.sdnotify import encode_notification
 from hotport.worker import background
 from hotport.worker.lag import LagMeter
 from hotport.worker.pressure import Pressure
-from hotport.worker.server import ConnectionServer, Server, make_server
+from hotport.worker.server import ApplicationServer, ConnectionServer, make_server
 from hotport.worker.share import Share
 
 __all__ = ["Worker"]
@@ -150,8 +150,8 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._log = get_logger("hotport.worker").bind()  # bound now: the application may configure structlog
         self._peers: set[_Peer] = set()
-        self._server: Server | None = None
-        self._starting: asyncio.Task[Server] | None = None
+        self._server: ApplicationServer | None = None
+        self._starting: asyncio.Task[ApplicationServer] | None = None
         self._draining: asyncio.Task[None] | None = None
         self._beside: set[asyncio.Task[None]] = set()  # tasks that the next order does not wait for
         self._lag = LagMeter()
@@ -229,7 +229,7 @@ class Worker:
 
     # -- start ---------------------------------------------------------------------------------------------
 
-    async def _start(self) -> Server:
+    async def _start(self) -> ApplicationServer:
         options = self._options
         limit = raise_descriptor_limit()
         connections = Connections(
@@ -371,7 +371,7 @@ class Worker:
         self._drain_order = order
         self._leaving.set()
 
-    async def _drain(self, server: Server) -> None:
+    async def _drain(self, server: ApplicationServer) -> None:
         order = self._drain_order
         self._log.info("drain.began", connections=len(server.connections.open))
         fates = await server.drain(order.timeout_s, is_last=order.is_last, successors=order.successors)
@@ -596,10 +596,10 @@ class Worker:
         finally:
             channel.close()
 
-    async def _probe(self, server: Server, order: ProbeOrder, peer: _Peer) -> None:
+    async def _probe(self, server: ApplicationServer, order: ProbeOrder, peer: _Peer) -> None:
         peer.say(Probed(why=await server.probe(order.path, order.timeout_s)))
 
-    async def _rebalance(self, server: Server, peer: _Peer) -> None:
+    async def _rebalance(self, server: ApplicationServer, peer: _Peer) -> None:
         peer.say(Rebalanced(moved=await server.rebalance()))
 
     def _inspect(self, *, is_watched: bool) -> Inspection:
