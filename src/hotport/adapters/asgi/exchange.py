@@ -133,7 +133,7 @@ class Exchange:
         #: Body bytes that the application has not received; a bytearray once it has grown.
         self.body: bytes | bytearray = b""
         self.received = 0
-        #: The request's content-length, or `CHUNKED`; None if the body came with the head.
+        #: The request's content-length, -1 if it is chunked; None if the body came with the head.
         self.length: int | None = None
         self.expects_continue = False
         self.is_complete = False

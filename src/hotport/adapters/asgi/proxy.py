@@ -1,8 +1,8 @@
 """Read a request's client and scheme from a trusted proxy's header fields.
 
 Only ``X-Forwarded-For`` and ``X-Forwarded-Proto`` are read. RFC 7239 ``Forwarded`` is not, on purpose: a proxy that
-writes one kind passes the other on as the client sent it, so a server that reads both trusts clients. ``X-Forwarded-
-Host`` and ``-Prefix`` are left to applications: a scope has no place for them.
+writes one kind passes the other on as the client sent it, so a server that reads both trusts clients.
+``X-Forwarded-Host`` and ``-Prefix`` are left to applications: a scope has no place for them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def forwarded(
     Args:
         headers: With names in lower case.
         client: The peer, which stays the client if no field names another.
-        scheme: The connection's scheme; ``ws`` only becomes ``wss``, and ``http`` only ``https``.
+        scheme: The connection's scheme; a WebSocket's stays ``ws`` or ``wss``, a request's ``http`` or ``https``.
 
     Returns:
         The nearest client that is not trusted itself, else the farthest, with port 0 if none is given. The scheme is
