@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from hotport.churn.fates import LOSSES, Event, Fate, Kind
+from hotport.churn.fates import LOSSES, ConnectionEvent, Fate, Kind
 from hotport.churn.histogram import Histogram
 from hotport.churn.result import FORMAT, Bucket, Incident, Lag, Load, RestartMark, Result, Target
 from hotport.churn.verdict import judge
@@ -14,7 +14,7 @@ from hotport.churn.verdict import judge
 BUCKET_MS = 100
 
 #: ``{at_ms: {(kind, fate or event): count}}``, on top of what is answered.
-Extra = Mapping[int, Mapping[tuple[Kind, Fate | Event], int]]
+Extra = Mapping[int, Mapping[tuple[Kind, Fate | ConnectionEvent], int]]
 
 MACHINE: Mapping[str, Any] = {
     "at": "2026-11-23T12:00:00+00:00",
@@ -117,7 +117,10 @@ def mark(number: int, began_ms: float, ended_ms: float | None, outcome: str = "d
 def clean() -> Result:
     """Three restarts, nothing lost; 40 clients had to reconnect."""
     told: Extra = {
-        at: {(Kind.KEEPALIVE, Event.TOLD_TO_CLOSE): count, (Kind.KEEPALIVE, Event.RECONNECTED): count}
+        at: {
+            (Kind.KEEPALIVE, ConnectionEvent.TOLD_TO_CLOSE): count,
+            (Kind.KEEPALIVE, ConnectionEvent.RECONNECTED): count,
+        }
         for at, count in ((2200, 14), (5200, 13), (8200, 13))
     }
     connections = {"told_to_close": 14, "moved": 1200, "of_which_nobody_knows_yet": 1, "cut_body": 0}
@@ -131,14 +134,14 @@ def clean() -> Result:
 
 def lossy() -> Result:
     """Losses of every kind around a restart and before it, late answers, and a restart that was aborted."""
-    extra: dict[int, dict[tuple[Kind, Fate | Event], int]] = {
+    extra: dict[int, dict[tuple[Kind, Fate | ConnectionEvent], int]] = {
         1000: {(Kind.CONNECT, Fate.WRONG_STATUS): 1},
         2400: {(Kind.CONNECT, Fate.REFUSED): 120, (Kind.KEEPALIVE, Fate.RESET_AFTER_SEND): 5},
         2500: {(Kind.CONNECT, Fate.REFUSED): 92, (Kind.KEEPALIVE, Fate.CLOSED_UNANSWERED): 4},
         2600: {(Kind.KEEPALIVE, Fate.TRUNCATED): 2, (Kind.CONNECT, Fate.RESET_BEFORE_SEND): 3},
         2700: {(Kind.WEBSOCKET, Fate.LOST): 6, (Kind.WEBSOCKET, Fate.DUPLICATED): 1},
         2800: {(Kind.WEBSOCKET, Fate.OUT_OF_ORDER): 1, (Kind.KEEPALIVE, Fate.LATE): 9},
-        3000: {(Kind.WEBSOCKET, Event.RECONNECTED): 20, (Kind.KEEPALIVE, Event.IDLE_CLOSE): 11},
+        3000: {(Kind.WEBSOCKET, ConnectionEvent.RECONNECTED): 20, (Kind.KEEPALIVE, ConnectionEvent.IDLE_CLOSE): 11},
         7300: {(Kind.KEEPALIVE, Fate.REFUSED): 3},
         9000: {(Kind.CONNECT, Fate.TIMED_OUT): 2},
     }

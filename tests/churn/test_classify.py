@@ -8,7 +8,7 @@ import itertools
 import pytest
 
 from hotport.churn.classify import FATES, OWN_LIMITS, Happening, Stage, classify, happening_of
-from hotport.churn.fates import Event, Fate
+from hotport.churn.fates import ConnectionEvent, Fate
 
 _IMPOSSIBLE = {
     (Stage.CONNECTING, Happening.WHOLE),
@@ -26,8 +26,8 @@ def test_every_pair_has_one_meaning(stage: Stage, happening: Happening) -> None:
             classify(stage, happening)
         return
     fate = classify(stage, happening)
-    assert isinstance(fate, Event if stage is Stage.IDLE else Fate)
-    is_answer = fate in (Fate.ANSWERED, Event.IDLE_CLOSE) or fate is Fate.WRONG_STATUS
+    assert isinstance(fate, ConnectionEvent if stage is Stage.IDLE else Fate)
+    is_answer = fate in (Fate.ANSWERED, ConnectionEvent.IDLE_CLOSE) or fate is Fate.WRONG_STATUS
     assert is_answer == (stage is Stage.IDLE or happening in (Happening.WHOLE, Happening.WRONG))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotport.churn.fates import LOSSES, MEANINGS, Event, Fate, Kind, Tally
+from hotport.churn.fates import LOSSES, MEANINGS, ConnectionEvent, Fate, Kind, Tally
 from hotport.churn.histogram import Histogram
 
 values = st.lists(st.integers(0, 10**9), min_size=1, max_size=200)
@@ -45,13 +45,13 @@ def test_tally_knows_losses_from_answers_and_events() -> None:
     tally = Tally()
     tally.add(Kind.CONNECT, Fate.ANSWERED, 5)
     tally.add(Kind.KEEPALIVE, Fate.REFUSED)
-    tally.add(Kind.KEEPALIVE, Event.TOLD_TO_CLOSE, 3)
+    tally.add(Kind.KEEPALIVE, ConnectionEvent.TOLD_TO_CLOSE, 3)
     other = Tally()
     other.add(Kind.SLOW, Fate.TRUNCATED, 2)
     tally.merge(other)
     assert tally.lost == 3
     assert tally.total(Fate.ANSWERED) == 5
     assert tally["slow", "truncated"] == 2
-    assert set(MEANINGS) == {*Fate, *Event}
+    assert set(MEANINGS) == {*Fate, *ConnectionEvent}
     assert Fate.ANSWERED not in LOSSES
     assert Fate.LATE not in LOSSES

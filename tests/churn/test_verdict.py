@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from hotport.churn.fates import LOSSES, Event, Fate, Kind
+from hotport.churn.fates import LOSSES, ConnectionEvent, Fate, Kind
 from hotport.churn.result import Lag, Result
 from hotport.churn.verdict import (
     answered_by,
@@ -88,7 +88,7 @@ def test_losses_are_told_by_fate_with_the_restarts_that_they_followed() -> None:
 
 
 def test_losses_before_and_after_a_restart_are_told_apart() -> None:
-    refused: dict[tuple[Kind, Fate | Event], int] = {(Kind.CONNECT, Fate.REFUSED): 2}
+    refused: dict[tuple[Kind, Fate | ConnectionEvent], int] = {(Kind.CONNECT, Fate.REFUSED): 2}
     result = results.build(
         restarts=[results.mark(1, 1000, 1200)],
         accept_gap_ms=[None],
@@ -100,7 +100,7 @@ def test_losses_before_and_after_a_restart_are_told_apart() -> None:
 
 
 def test_few_kinds_of_loss_are_all_named() -> None:
-    lost: dict[tuple[Kind, Fate | Event], int] = {(Kind.CONNECT, fate): 1 for fate in LOSSES[:4]}
+    lost: dict[tuple[Kind, Fate | ConnectionEvent], int] = {(Kind.CONNECT, fate): 1 for fate in LOSSES[:4]}
     result = results.build(restarts=[], accept_gap_ms=[], duration_ms=1000, extra={300: lost})
     assert sentences(result)[0].endswith(": 1 refused, 1 reset before send, 1 reset after send, 1 closed unanswered")
 
@@ -110,7 +110,7 @@ def test_losses_that_were_allowed_are_still_told() -> None:
         restarts=[],
         accept_gap_ms=[],
         duration_ms=1000,
-        extra={300: {(Kind.CONNECT, Fate.REFUSED): 2, (Kind.KEEPALIVE, Event.TOLD_TO_CLOSE): 1}},
+        extra={300: {(Kind.CONNECT, Fate.REFUSED): 2, (Kind.KEEPALIVE, ConnectionEvent.TOLD_TO_CLOSE): 1}},
         allowed={"refused": 5},
     )
     (said,) = sentences(result)

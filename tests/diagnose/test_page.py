@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from hotport.diagnose.diagnosis import Diagnosis
 from hotport.diagnose.page import page
 from hotport.model.bind import CHOICES, judge, judge_name, remedies
-from hotport.model.port import Asker, Local, Options, Port, Process, Sockets, State, UnixName
+from hotport.model.port import Asker, Local, Port, Process, ReuseOptions, Sockets, State, UnixName
 
 HERE = Local(ip_address("127.0.0.1"))
 ROOT = Asker(0, "root", may_bind_low=True)
@@ -37,7 +37,7 @@ def test_free_port_is_a_short_page() -> None:
 
 def test_busy_port_is_a_page_from_the_answer_to_the_details() -> None:
     listener = Sockets(
-        State.LISTEN, HERE, uid=0, options=Options(reuse_port=True), holders=HOLDERS, queue=3, backlog=128
+        State.LISTEN, HERE, uid=0, options=ReuseOptions(reuse_port=True), holders=HOLDERS, queue=3, backlog=128
     )
     left = Sockets(State.TIME_WAIT, HERE, count=1234, is_held=False, is_timed=True, ends_in_s=42, peers=("10.0.0.9:5",))
     hidden = Sockets(State.CLOSE_WAIT, HERE, uid=5, user="eve", unit="web.service")

@@ -6,14 +6,14 @@ import pytest
 from msgspec.structs import replace
 
 from hotport.diagnose.risks import risks_of
-from hotport.model.port import Local, Options, Port, Process, Sockets, State
+from hotport.model.port import Local, Port, Process, ReuseOptions, Sockets, State
 
 HERE = Local(ip_address("127.0.0.1"))
 EVERYWHERE = Local(ip_address("0.0.0.0"))
 DUAL = Local(ip_address("::"), False)
-A, P = Options(reuse_address=True), Options(reuse_port=True)
+A, P = ReuseOptions(reuse_address=True), ReuseOptions(reuse_port=True)
 NGINX, SLEEP = Process(7, "nginx", "www"), Process(8, "sleep 1000", "www")
-LISTEN = Sockets(State.LISTEN, HERE, uid=33, options=Options(), holders=(NGINX,), user="www", backlog=128)
+LISTEN = Sockets(State.LISTEN, HERE, uid=33, options=ReuseOptions(), holders=(NGINX,), user="www", backlog=128)
 
 
 def risks(*sockets: Sockets, number: int = 8000, protocol: str = "tcp", overflows: int = 0) -> tuple[str, ...]:

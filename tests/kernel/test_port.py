@@ -19,7 +19,7 @@ from hotport.kernel.port import options_of, ourselves, read_name, read_port
 from hotport.kernel.process import reap
 from hotport.kernel.sockets import bind_listener
 from hotport.kernel.spawn import spawn
-from hotport.model.port import Options, Port, State
+from hotport.model.port import Port, ReuseOptions, State
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_listener_is_read_with_its_process_and_options(stack: ExitStack) -> None
     port = read(number)
     (listener,) = port.sockets
     assert (listener.state, listener.uid, listener.queue, listener.waited_s) == (State.LISTEN, os.geteuid(), 0, 0)
-    assert listener.options == Options(reuse_address=True)  # create_server sets it
+    assert listener.options == ReuseOptions(reuse_address=True)  # create_server sets it
     assert listener.nodelay is False
     (holder,) = listener.holders
     assert holder.pid == os.getpid()
@@ -60,7 +60,7 @@ def test_connections_are_counted_together_and_told_apart_by_their_options(stack:
         accepted.append(stack.enter_context(listener.accept()[0]))
     accepted[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     connections = {found.options: found.count for found in read(number).sockets if found.state == State.ESTABLISHED}
-    assert connections == {Options(reuse_address=True): 2, Options(): 1}
+    assert connections == {ReuseOptions(reuse_address=True): 2, ReuseOptions(): 1}
 
 
 def test_sockets_beyond_those_that_are_looked_at_are_unknown(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,19 +4,19 @@ from ipaddress import ip_address
 
 import pytest
 
-from hotport.model.port import Ephemeral, Local, Options, Process
+from hotport.model.port import Ephemeral, Local, Process, ReuseOptions
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (Options(), "neither option"),
-        (Options(reuse_address=True), "SO_REUSEADDR"),
-        (Options(reuse_port=True), "SO_REUSEPORT"),
-        (Options(reuse_address=True, reuse_port=True), "SO_REUSEADDR and SO_REUSEPORT"),
+        (ReuseOptions(), "neither option"),
+        (ReuseOptions(reuse_address=True), "SO_REUSEADDR"),
+        (ReuseOptions(reuse_port=True), "SO_REUSEPORT"),
+        (ReuseOptions(reuse_address=True, reuse_port=True), "SO_REUSEADDR and SO_REUSEPORT"),
     ],
 )
-def test_options_are_named_as_in_the_manual(options: Options, text: str) -> None:
+def test_options_are_named_as_in_the_manual(options: ReuseOptions, text: str) -> None:
     assert str(options) == text
 
 

@@ -18,7 +18,7 @@ from benchmarks.netns import sysctl
 from hotport.address import TcpAddress, UdpAddress
 from hotport.kernel.port import read_port
 from hotport.model.bind import CHOICES, Can, judge
-from hotport.model.port import Asker, Local, Options, Port, State
+from hotport.model.port import Asker, Local, Port, ReuseOptions, State
 
 Where: TypeAlias = tuple[str, bool]
 
@@ -57,7 +57,9 @@ def acting_as(uid: int) -> Iterator[None]:
         os.seteuid(0)
 
 
-def opened(where: Where, port: int, options: Options, *, uid: int = 0, kind: int = socket.SOCK_STREAM) -> socket.socket:
+def opened(
+    where: Where, port: int, options: ReuseOptions, *, uid: int = 0, kind: int = socket.SOCK_STREAM
+) -> socket.socket:
     """A bound socket."""
     host, v6only = where
     with acting_as(uid):
@@ -74,7 +76,7 @@ def opened(where: Where, port: int, options: Options, *, uid: int = 0, kind: int
     return sock
 
 
-def kernel_says(where: Where, port: int, options: Options, *, uid: int, kind: int = socket.SOCK_STREAM) -> bool:
+def kernel_says(where: Where, port: int, options: ReuseOptions, *, uid: int, kind: int = socket.SOCK_STREAM) -> bool:
     """Whether bind, and listen, work; the socket is gone afterwards."""
     try:
         with opened(where, port, options, uid=uid, kind=kind) as sock:
@@ -99,7 +101,7 @@ def asked_for(port: Port, where: Where) -> Port:
 
 
 def disagreements(
-    title: str, port: Port, where: Where, *, known: Options, v6only: bool = False, kind: int = socket.SOCK_STREAM
+    title: str, port: Port, where: Where, *, known: ReuseOptions, v6only: bool = False, kind: int = socket.SOCK_STREAM
 ) -> Iterator[str]:
     """Where the rule and the kernel differ, for each choice of options and each user.
 
@@ -139,7 +141,9 @@ def disagreements(
 class Leftovers:
     """Makes them; sockets stay open until the stack is closed."""
 
-    def __init__(self, port: int, options: Options, where: Where = HERE, via: str = "127.0.0.1", uid: int = 0) -> None:
+    def __init__(
+        self, port: int, options: ReuseOptions, where: Where = HERE, via: str = "127.0.0.1", uid: int = 0
+    ) -> None:
         self.port = port
         self.options = options
         self.where = where

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks.netns import isolated
 from hotport.model.bind import CHOICES, Can, judge
-from hotport.model.port import Asker, Options
+from hotport.model.port import Asker, ReuseOptions
 from tests.net.cells import (
     ADDRESSES,
     UIDS,
@@ -32,7 +32,7 @@ STEPS_MAX = 8
 @dataclass(frozen=True)
 class Bind:
     where: Where
-    options: Options
+    options: ReuseOptions
     uid: int
     does_listen: bool
 
@@ -74,7 +74,7 @@ class World:
     port: int
     stack: ExitStack
     bound: list[tuple[Bind, socket.socket]] = field(default_factory=list)
-    seen: set[Options] = field(default_factory=set)
+    seen: set[ReuseOptions] = field(default_factory=set)
 
     def do(self, step: Bind | Visit | Close) -> None:
         match step:
@@ -128,7 +128,7 @@ def run() -> bool:
 
     @settings(max_examples=50 * RESTARTS, suppress_health_check=list(HealthCheck), database=None)
     @given(histories, where, options, uid)
-    def check(history: list[Bind | Visit | Close], where: Where, options: Options, uid: int) -> None:
+    def check(history: list[Bind | Visit | Close], where: Where, options: ReuseOptions, uid: int) -> None:
         with ExitStack() as stack:
             world = World(new_port(), stack)
             for step in history:

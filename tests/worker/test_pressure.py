@@ -14,7 +14,7 @@ from hotport.adapters.base import HELD_BYTES_MIN, Connections, Context
 from hotport.options import Options
 from hotport.worker import pressure
 from hotport.worker.pressure import Pressure
-from hotport.worker.server import Server, make_server
+from hotport.worker.server import ApplicationServer, make_server
 from tests.adapters.asgi_support import until
 
 pytestmark = pytest.mark.anyio
@@ -41,7 +41,7 @@ class Memory:
 
 
 @asynccontextmanager
-async def serving(memory: Memory) -> AsyncIterator[tuple[Server, Pressure, tuple[str, int]]]:
+async def serving(memory: Memory) -> AsyncIterator[tuple[ApplicationServer, Pressure, tuple[str, int]]]:
     connections = memory.connections = Connections(maximum=100)
     options = Options(target="app:app", lifespan="off", handoff="off")
     with socket.create_server(("127.0.0.1", 0)) as listener:

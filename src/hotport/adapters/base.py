@@ -1,7 +1,7 @@
-"""What a worker and the connections it serves agree on.
+"""The interface between a worker and the connections it serves.
 
 A worker accepts sockets and hands each one to a protocol object that an `Adapter` makes. The protocol object
-reports its life to the `Connections` registry; the registry tells it when the worker leaves.
+registers with `Connections` and reports its end there; the registry tells it when the worker leaves.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ __all__ = [
 ]
 
 
-#: Stands for any number of connections.
+#: The room of a worker that has no limit on connections.
 ROOM_MAX = 1 << 20
 
-#: Connections that are told in one turn of the event loop that the worker leaves; meanwhile the others are served.
+#: Connections notified of a drain in one turn of the event loop; the others are served meanwhile.
 TOLD_AT_ONCE = 256
 
 
@@ -52,11 +52,11 @@ class Draining:
         self._deadline = math.inf
 
     def is_set(self) -> bool:
-        """True from the moment at which the worker stopped accepting for good."""
+        """Whether the worker drains: it has stopped accepting for good."""
         return self._event.is_set()
 
     async def wait(self) -> None:
-        """Return when draining starts, at once if it has."""
+        """Wait until draining starts; return at once if it has."""
         await self._event.wait()
 
     def remaining_s(self) -> float:
@@ -78,92 +78,92 @@ class Draining:
         self._event.clear()
 
 
-#: A connection that holds less than this is not ended for want of memory.
+#: A connection that holds less than this is not cut to free memory.
 HELD_BYTES_MIN: Final = 16 * 1024
 
 
 class Offer(NamedTuple):
-    """A connection at a safe point: its descriptor, which stays the connection's, and what has to travel with it."""
+    """A connection at a safe point: its descriptor, still owned by the connection, and its envelope."""
 
     fd: int
     envelope: Envelope
 
 
 class NotAdopted(Exception):
-    """Raised by an adapter that cannot go on with a connection; the text says why."""
+    """Raised by an adapter that cannot adopt a connection; the text says why."""
 
 
 class Connection(Protocol):
-    """What the worker asks of every connection; the protocol objects implement it.
+    """The interface that a worker needs of every connection; protocol objects implement it.
 
-    A worker that leaves says either `drain` or `prepare_handoff`, and may change its mind. One that has only stopped
-    accepting, and may be taken back, says `prepare_handoff` or `stay`. After `prepare_handoff` a connection calls what
-    it was given whenever it comes to a *safe point*: the client waits for nothing, nothing that was written is still in
-    this process, and what was read and not consumed is known byte by byte. Then the worker
-    asks for an offer; the connection stands still from there to `keep`, `release` or `cut`.
+    A draining worker calls either `drain` or `prepare_handoff`, and may change its mind. A quiesced worker, which may
+    be taken back, calls `prepare_handoff` or `stay`. After `prepare_handoff` a connection calls `ready` at each *safe
+    point*: the client waits for nothing, everything that was written has left this process, and every byte that was
+    read and not consumed is known. Then the worker calls `offer`; the connection stands still until `keep`, `release`
+    or `cut`.
     """
 
-    #: What it is called in the status.
+    #: The connection's kind, for the status.
     kind: str
-    #: Counted when it has moved.
+    #: The fate to count when the connection has moved.
     moved_fate: Fate
     #: The peer's address and ours, if they are known.
     endpoints: tuple[Any, Any] | None
-    #: What was accepted; None before that is known. The transport owns it, and its descriptor is -1 once it is closed.
+    #: The accepted socket, owned by the transport; None before it is known. Once closed, its descriptor is -1.
     sock: socket.socket | None
 
     @property
     def held_bytes(self) -> int:
-        """About how much memory holds what waits on its behalf, for the application or for the client."""
+        """About how many bytes of memory are buffered, for the application and for the client."""
 
     def abort(self) -> None:
-        """End now: what was written and has not left is lost."""
+        """Close at once, and drop unsent data."""
 
     @property
     def will_move(self) -> bool:
-        """After `prepare_handoff`: whether it comes to a safe point sooner or later, as far as is known."""
+        """After `prepare_handoff`: whether the connection is expected to reach a safe point."""
 
     def drain(self) -> None:
-        """The worker leaves: finish what was begun, and let the next answer be the last.
+        """Finish what was begun, and make the next answer the last: the worker leaves.
 
-        Must not close a connection on which the client may have begun to send. One that stands still stands on: it
-        may be served elsewhere, and is told again if it is kept.
+        Must not close a connection on which the client may have begun to send. Does nothing while the connection
+        stands still: another process may serve it. It is called again if the connection is kept.
         """
 
     def stay(self) -> None:
-        """The worker does not leave, or not yet, and nobody takes this one: go on as if nothing had been said.
+        """Serve as before: the worker does not leave, or not yet, and no other worker takes this connection.
 
-        One that stands still stands on, as in `drain`.
+        Does nothing while the connection stands still, as in `drain`.
         """
 
     def prepare_handoff(self, ready: Ready) -> bool:
-        """The worker leaves or may leave, and others can go on with this connection: call `ready` at each safe point.
+        """Call `ready` at each safe point from now on: other workers can take this connection.
 
         Returns:
-            False if it cannot move: nothing has changed. True also if it is ending by itself.
+            False, and no change, if the connection cannot move. True also if it is ending by itself.
         """
 
     def offer(self) -> Offer | None:
         """Stand still at a safe point: read nothing, write nothing, wait for nothing.
 
         Returns:
-            None if this is none; then `ready` is called at the next one, and nothing is read from that moment on.
+            None if this is no safe point; then the connection stops reading at the next one, and calls `ready`.
         """
 
     def keep(self) -> None:
-        """It was not taken: go on from the safe point."""
+        """Continue from the safe point: no other process took the connection."""
 
     def release(self) -> None:
-        """It was taken: close the descriptor, and tell the application as far as it has to know."""
+        """Close the descriptor, and tell the application if needed: another process took the connection."""
 
     def why_here(self) -> str:
-        """What it is doing, or what it is, that it has not moved; a few words for the status."""
+        """Why the connection has not moved: a few words for the status."""
 
     def cut(self) -> Fate:
         """Close now, as politely as the protocol allows, and return the fate to count.
 
-        `Fate.IDLE_CLOSED` if no request was lost by it, else the cut of the state that it was in. One that stands still
-        writes nothing: `Fate.CUT_OFFERED`, since another process may have taken it.
+        `Fate.IDLE_CLOSED` if no request was lost, else the cut of the connection's state. A connection that stands
+        still writes nothing, and returns `Fate.CUT_OFFERED`: another process may have taken it.
         """
 
 
@@ -171,19 +171,19 @@ Ready = Callable[[Connection], None]
 
 
 class Connections:
-    """Every connection that was accepted here and has not ended.
+    """The registry of a worker's open connections.
 
     A protocol object calls `opened` when it is made, before any byte is read, and `closed` exactly once.
     """
 
     def __init__(self, *, maximum: int = 0, requests_max: int = 0) -> None:
-        #: With the time at which each was taken in, by the event loop's clock.
+        #: Open connections, each with the event loop's time at which it was registered.
         self.open: dict[Connection, float] = {}
         self.draining = Draining()
         self.fates: Counter[Fate] = Counter()
         #: Connections that were cut, by fate, since the start; `fates` has those of a drain.
         self.cuts: Counter[Fate] = Counter()
-        #: One number: how many are open, for other workers to see (`hotport.kernel.loadpage`).
+        #: One element, the number of open connections; other workers read it (`hotport.kernel.loadpage`).
         self.gauge: list[int] | memoryview = [0]
         self.accepted = 0
         self.adopted = 0
@@ -195,11 +195,11 @@ class Connections:
         self.on_full: Callable[[], None] | None = None
         self.on_room: Callable[[], None] | None = None
         self.on_requests_max: Callable[[], None] | None = None
-        #: Connections move as soon as there is somebody who takes them, though the worker does not drain.
+        #: Whether connections move as soon as another worker can take them, without a drain.
         self.moves_early = False
-        #: Could move, but no successor has room for them; oldest first.
+        #: Connections that could move, but for which no successor has room; oldest first.
         self.crowded: dict[Connection, None] = {}
-        #: Called when fewer connections are left to move.
+        #: Called when the number of connections that may still move has dropped.
         self.on_fewer: Callable[[], None] | None = None
         self._moving: set[Connection] = set()
         self._adopted: set[Connection] = set()
@@ -220,11 +220,11 @@ class Connections:
         withhold(self)
 
     def descriptors(self) -> Iterator[int]:
-        """Of the sockets of all that are open: a forked child must not have them."""
+        """The descriptors of all open connections; a forked child must not have them."""
         return (connection.sock.fileno() for connection in self.open if connection.sock is not None)
 
     def opened(self, connection: Connection) -> None:
-        """Take a connection into the registry; it is told at once if the worker is already leaving."""
+        """Register a connection, and notify it at once if the worker is already leaving."""
         self.open[connection] = self._now()
         self.gauge[0] = len(self.open)
         self.accepted += 1
@@ -234,9 +234,9 @@ class Connections:
             self._see_full()
 
     def keep(self, whose: object, count: int) -> None:
-        """Keep room for so many connections that come from another worker, `whose`; 0: none of them comes any more.
+        """Reserve room for `count` connections from the worker `whose`; 0 ends the reservation.
 
-        Fewer are accepted meanwhile.
+        The limit on accepted connections is lower meanwhile.
         """
         if count:
             self._kept[whose] = count
@@ -248,23 +248,23 @@ class Connections:
             self._see_room()
 
     def press(self, is_pressed: bool) -> None:
-        """Accept nothing while memory is short."""
+        """Stop accepting while memory is short, or start again."""
         self._is_pressed = is_pressed
         self._see_full()
         self._see_room()
 
     def shed(self, wanted_bytes: int) -> tuple[int, int]:
-        """End the connections that hold most, as `Fate.CUT_MEMORY`, until about so much memory is free.
+        """Cut the connections that hold most memory, as `Fate.CUT_MEMORY`, until about `wanted_bytes` are free.
 
         Returns:
-            How many were ended, and how many bytes they held. Those that hold next to nothing stay.
+            How many were cut, and how many bytes they held. Connections below `HELD_BYTES_MIN` stay.
         """
         holders = sorted(((each.held_bytes, n, each) for n, each in enumerate(self.open)), reverse=True)
         count = freed_bytes = 0
         for held_bytes, _, connection in holders:
             if freed_bytes >= wanted_bytes or held_bytes < HELD_BYTES_MIN:
                 break
-            if connection.cut() is not Fate.CUT_OFFERED:  # that one is another worker's by now
+            if connection.cut() is not Fate.CUT_OFFERED:  # another worker may serve it by now
                 connection.abort()
                 self.closed(connection, Fate.CUT_MEMORY)
                 count, freed_bytes = count + 1, freed_bytes + held_bytes
@@ -272,7 +272,7 @@ class Connections:
 
     @property
     def _is_over(self) -> bool:
-        """There are as many as may be, or memory is short."""
+        """Whether the limit on connections is reached, or memory is short."""
         return self._is_pressed or bool(self.maximum and len(self.open) + self._kept_sum >= self.maximum)
 
     def _see_full(self) -> None:
@@ -291,22 +291,22 @@ class Connections:
             self._freed = None
 
     def count_adopted(self, connection: Connection) -> None:
-        """A connection that was taken in was not accepted here: another worker has handed it off."""
+        """Count a registered connection as adopted from another worker, not as accepted."""
         self.accepted -= 1
         self.adopted += 1
         self._adopted.add(connection)
 
     def count_own(self) -> None:
-        """A connection that was taken in was not accepted: this process has both of its ends."""
+        """Do not count a registered connection as accepted: this process has both of its ends."""
         self.accepted -= 1
 
     def forget(self, connection: Connection) -> None:
-        """A connection was not accepted here, and is not handed off either: another worker keeps it."""
+        """Remove a connection, and do not count it: another worker keeps it."""
         self.accepted -= 1
         self._let_go(connection)
 
     def replace(self, connection: Connection, successor: Connection) -> None:
-        """A connection goes on as another object; it stays one connection, and is told if the worker is leaving."""
+        """Put `successor` in the place of a connection's object, and notify it if the worker is leaving."""
         self.open[successor] = self.open.pop(connection)
         if connection in self._adopted:
             self._adopted.remove(connection)
@@ -316,7 +316,7 @@ class Connections:
             self.tell(successor)
 
     def closed(self, connection: Connection, fate: Fate = Fate.FINISHED) -> None:
-        """Let a connection go, and count its fate if the worker accepts no more, or if it was cut."""
+        """Remove a connection; count its fate if the worker has stopped accepting, or if it was cut."""
         if not self._let_go(connection):
             return
         if self._is_counting:
@@ -339,23 +339,23 @@ class Connections:
 
     @property
     def is_full(self) -> bool:
-        """Nothing should be accepted until `on_room` is called."""
+        """Whether to accept nothing until `on_room` is called."""
         return self._is_full
 
     @property
     def is_leaving(self) -> bool:
-        """The worker drains."""
+        """Whether the worker drains."""
         return self._is_draining
 
     @property
     def room(self) -> int:
-        """How many more connections may come from other workers."""
+        """How many more connections can be adopted from other workers."""
         if self._is_draining:
             return 0
         return max(0, self.maximum - len(self.open)) if self.maximum else ROOM_MAX
 
     async def wait_freed(self) -> None:
-        """Return when one more connection may come from another worker."""
+        """Wait until one more connection can be adopted from another worker."""
         while self.maximum and len(self.open) >= self.maximum:
             if self._freed is None:
                 self._freed = asyncio.Event()
@@ -374,35 +374,35 @@ class Connections:
                 self.on_fewer()
 
     def count_request(self) -> None:
-        """One more request was taken up (for ``max_requests`` and the status)."""
+        """Count one more request (for ``max_requests`` and the status)."""
         self.requests += 1
         if self.requests == self.requests_max:
             self.has_reached_requests_max()
 
     def has_reached_requests_max(self) -> None:
-        """For those that add to `requests` themselves."""
+        """Call `on_requests_max`; for callers that add to `requests` themselves."""
         if self.on_requests_max is not None:
             self.on_requests_max()
 
     def count_fates(self, is_counting: bool) -> None:
-        """Count what becomes of connections from now on, or forget what was counted."""
+        """Count the fates of connections from now on, or stop and clear the counts."""
         self._is_counting = is_counting
         if not is_counting:
             self.fates.clear()
 
     def deadline(self, timeout_s: float) -> asyncio.Timeout:
-        """The timeout of a drain, which `hurry` brings forward to now; also if that was called before."""
+        """The timeout of a drain; `hurry` ends it at once, whether called before or after this."""
         self._deadline = asyncio.timeout(0.0 if self._is_hurried else timeout_s)
         return self._deadline
 
     def drain(self, timeout_s: float) -> None:
-        """Tell the application, and every connection soon, that the worker leaves in `timeout_s` seconds."""
+        """Notify the application, and soon every connection, that the worker leaves in `timeout_s` seconds."""
         self._is_counting = self._is_draining = True
         self.draining._start(timeout_s)
         self.lead(self._ready)
 
     def hurry(self) -> None:
-        """End the drain now, or as soon as it begins: the server cuts what is open, and counts it."""
+        """End the drain now, or as soon as it begins: the server cuts and counts open connections."""
         self._is_hurried = True
         self.draining._hurry()
         if self._deadline is not None:
@@ -410,7 +410,7 @@ class Connections:
                 self._deadline.reschedule(self._now())
 
     def resume(self) -> None:
-        """The worker stays after all. Whoever was told that it leaves, leaves; nobody else is."""
+        """End the drain and notify no more connections; those already notified still leave."""
         self._is_draining = self._is_hurried = False
         self._ready = None
         self._untold = []
@@ -419,10 +419,10 @@ class Connections:
         self.draining._stop()
 
     def lead(self, ready: Ready | None) -> None:
-        """From now on connections can be handed off to somebody, or to nobody any more.
+        """Hand off connections from now on, or stop.
 
         Args:
-            ready: Called with each connection that is at a safe point; None if nobody takes them.
+            ready: Called with each connection that is at a safe point; None if no worker takes them.
         """
         was_leading, self._ready = self.is_leading, ready
         chosen = [] if was_leading else list(self._moving)  # by `lead_some`
@@ -432,11 +432,11 @@ class Connections:
         self._tell_some()
 
     def lead_some(self, ready: Ready, count: int, stay_s: float) -> None:
-        """Hand off about so many connections, chosen by chance, while the worker serves on; `lead` ends it.
+        """Hand off about `count` random connections while the worker continues to serve; `lead` ends it.
 
         Args:
             ready: As for `lead`.
-            stay_s: Those that came from another worker more recently than that stay.
+            stay_s: Connections that were adopted less than so many seconds ago stay.
         """
         self._ready = ready
         came_s = self._now() - stay_s
@@ -456,22 +456,22 @@ class Connections:
 
     @property
     def is_leading(self) -> bool:
-        """Whether connections are told something: the worker leaves, or others can go on with them."""
+        """Whether connections are notified: the worker drains, or other workers can take them."""
         return self._is_draining or (self.moves_early and self._ready is not None)
 
     def tell(self, connection: Connection) -> None:
-        """Be handed off, or drain if the worker leaves, or else stay."""
+        """Prepare a connection for handoff; if it cannot move, let it drain or stay."""
         if self._ready is None or not connection.prepare_handoff(self._ready):
             self.not_taken(connection)
         elif connection.will_move and connection in self.open:
             self.will_move(connection)
 
     def will_move(self, connection: Connection) -> None:
-        """A connection comes to a safe point, or is at one."""
+        """Note that a connection is at a safe point, or is expected to reach one."""
         self._moving.add(connection)
 
     def not_taken(self, connection: Connection) -> None:
-        """Nobody goes on with this connection: it drains if the worker leaves, or else stays."""
+        """Let a connection drain if the worker leaves, else stay: no other worker takes it."""
         self._stops_moving(connection)
         if self._is_draining:
             connection.drain()
@@ -479,7 +479,7 @@ class Connections:
             connection.stay()
 
     def cut(self) -> None:
-        """Close what is still open and count it by kind."""
+        """Cut all open connections, and count their fates."""
         self._is_counting = True
         for connection in list(self.open):
             is_crowded = connection in self.crowded
@@ -487,7 +487,7 @@ class Connections:
             self.closed(connection, Fate.CLOSED_NO_ROOM if is_crowded and fate is Fate.IDLE_CLOSED else fate)
 
     async def wait_empty(self) -> None:
-        """Return when no connection is open."""
+        """Wait until no connection is open."""
         while self.open:
             if self._empty is None:
                 self._empty = asyncio.Event()
@@ -517,7 +517,7 @@ class Context:
 
 
 class Adapter(Protocol):
-    """How an application of one kind meets a worker."""
+    """Serves applications of one kind in a worker."""
 
     async def startup(self) -> None:
         """Make the application ready to serve.
@@ -527,23 +527,23 @@ class Adapter(Protocol):
         """
 
     def connection(self) -> asyncio.BaseProtocol:
-        """One protocol object for one accepted socket; it registers itself before it returns.
+        """Make and register the protocol object for one accepted socket.
 
         Before ``connection_made`` its attribute ``sock`` is set to the socket, and ``endpoints`` to the peer's address
-        and our own, as they are or as a trusted proxy has told them; in the second case ``is_proxied`` to True.
+        and our own. If a trusted proxy has told these addresses, ``is_proxied`` is set to True.
         """
 
     def adopt(self, envelope: Envelope) -> asyncio.BaseProtocol:
-        """One protocol object that goes on with another worker's connection; otherwise as `connection`.
+        """Make the protocol object that continues another worker's connection; otherwise as `connection`.
 
-        Whatever can fail, fails here: the other worker lets go of the connection next.
+        Everything that can fail must fail here: the other worker releases the connection next.
 
         Raises:
-            NotAdopted: It cannot go on here; nothing is registered.
+            NotAdopted: It cannot be continued here; nothing is registered.
         """
 
     async def finish(self) -> None:
-        """Return when nothing runs on for connections that have ended; bounded by the caller, within the drain."""
+        """Wait for the tasks of connections that have ended; the caller bounds this by the drain."""
 
     async def shutdown(self) -> None:
-        """Cancel what still runs, and release what `startup` took; called when no connection is left."""
+        """Cancel remaining tasks, and release what `startup` took; called when no connection is open."""

@@ -1,8 +1,8 @@
 """Applications that are an `asyncio.DatagramProtocol` factory.
 
-All workers, and on a restart both generations, read from one socket: a datagram waits in its queue until somebody takes
-it, and then belongs to whoever took it. So nothing has to be handed over, and nothing is lost, as long as nobody closes
-the socket with datagrams of its own in hand. The event loops' own transports cannot stop reading; this one can.
+All workers, and on a restart both generations, read from one socket: each datagram waits in the socket's queue until
+one process receives it. So a restart hands nothing over, and loses nothing, as long as each process serves what it has
+received before it closes the socket. The event loops' own transports cannot stop reading; this one can.
 
 Sources: udp(7); socket(7).
 """
@@ -22,16 +22,16 @@ __all__ = ["DatagramAdapter", "Datagrams"]
 
 log = logging.getLogger("hotport.datagram")
 
-#: Datagrams taken in one turn of the event loop; the rest waits so that everything else gets its turn.
+#: Datagrams received in one turn of the event loop, so that other callbacks get their turn.
 BATCH: Final = 64
 
-#: The largest datagram that there is: udp(7) has 16 bits for its length.
+#: The largest possible datagram: its length field has 16 bits (udp(7)).
 DATAGRAM_BYTES_MAX: Final = 65535
 
-#: How much of what was sent may wait for the kernel before the application is asked to pause.
+#: Unsent bytes at which the application is told to pause.
 HIGH_WATER_BYTES: Final = 64 * 1024
 
-#: How many datagrams are served when nobody will serve them later; a flood must not keep a service alive.
+#: Datagrams that `Datagrams.empty` serves at most, so that a flood cannot delay a stop.
 EMPTY_MAX: Final = 4096
 
 
@@ -39,8 +39,8 @@ class DatagramAdapter:
     """Makes one application protocol for each socket.
 
     An application protocol may have ``drain_started(draining)``, called once when its worker leaves, with a
-    `hotport.Draining`: nothing is received from then on, and it calls ``transport.close()`` when everything is sent
-    that it still wants to send. Without that method its worker leaves at once.
+    `hotport.Draining`: nothing is received from then on, and the protocol calls ``transport.close()`` when it has sent
+    everything. Without that method the transport closes when everything is sent.
     """
 
     def __init__(self, factory: Callable[[], asyncio.DatagramProtocol], context: Context) -> None:
@@ -48,7 +48,7 @@ class DatagramAdapter:
         self._connections = context.connections
 
     def open(self, sock: socket.socket) -> Datagrams:
-        """The application's transport over `sock`, which belongs to it from here on; nothing is read yet."""
+        """Make the application's transport, which owns `sock` from here on; nothing is read yet."""
         return Datagrams(sock, self._factory(), self._connections)
 
 
@@ -72,28 +72,28 @@ class Datagrams(asyncio.DatagramTransport):
         self.closed = asyncio.Event()
         protocol.connection_made(self)
 
-    # -- what the worker asks ------------------------------------------------------------------------------
+    # -- called by the worker ------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Receive from now on."""
+        """Start receiving."""
         if not self._is_reading and not self._is_closing:
             self._is_reading = True
             self._loop.add_reader(self._sock, self._receive)
 
     def stop(self) -> None:
-        """Receive no more. What waits in the socket stays there, for whoever shares it."""
+        """Stop receiving; queued datagrams stay for the processes that share the socket."""
         if self._is_reading:
             self._is_reading = False
             self._loop.remove_reader(self._sock)
 
     def empty(self) -> None:
-        """Receive what waits in the socket now, up to `EMPTY_MAX` datagrams."""
+        """Receive the queued datagrams, at most `EMPTY_MAX`."""
         for _ in range(EMPTY_MAX):
             if self._is_closing or not self._receive_one():
                 return
 
     def drain(self) -> None:
-        """Tell the application, if it wants to know; else close when everything is sent."""
+        """Call the application's ``drain_started`` if there is one; else close when everything is sent."""
         notice = getattr(self._protocol, "drain_started", None)
         if notice is None:
             self.close()
@@ -114,7 +114,7 @@ class Datagrams(asyncio.DatagramTransport):
             data, address = self._sock.recvfrom(DATAGRAM_BYTES_MAX)
         except BlockingIOError:
             return False
-        except OSError as error:  # what became of something that was sent: ICMP (udp(7))
+        except OSError as error:  # an ICMP error for an earlier datagram (udp(7))
             self._protocol.error_received(error)
             return True
         self._connections.count_request()
@@ -127,7 +127,7 @@ class Datagrams(asyncio.DatagramTransport):
     # -- asyncio.DatagramTransport -------------------------------------------------------------------------
 
     def sendto(self, data: Any, addr: Any = None) -> None:
-        """Send one datagram to `addr`; it waits if the kernel has no room for it."""
+        """Send one datagram to `addr`, or queue it while the kernel has no room."""
         if self._is_closing:
             return
         if not self._unsent:
@@ -151,11 +151,11 @@ class Datagrams(asyncio.DatagramTransport):
         return self._unsent_bytes
 
     def is_closing(self) -> bool:
-        """Nothing is taken any more."""
+        """Whether `close` or `abort` was called."""
         return self._is_closing
 
     def close(self) -> None:
-        """Send what waits, then close."""
+        """Stop receiving, send queued datagrams, then close."""
         self.stop()
         if not self._is_closing:
             self._is_closing = True
@@ -163,7 +163,7 @@ class Datagrams(asyncio.DatagramTransport):
                 self._loop.call_soon(self._end)
 
     def abort(self) -> None:
-        """Close now."""
+        """Drop queued datagrams and close now."""
         self._unsent.clear()
         self.close()
         self._end()

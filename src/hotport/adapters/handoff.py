@@ -1,7 +1,7 @@
-"""Take connections to an offer and back, and end them only if no other process may serve them.
+"""Take connections to an offer and back, and end only connections that no other process may serve.
 
-A connection reports its *safe points* from `prepare` on. The worker asks for an offer at one of them; then the
-connection stands still until it is kept, released or cut. `Handoff` drives this for every kind of connection.
+From `prepare` on a connection reports its *safe points*. The worker calls `offer` at one of them; then the connection
+stands still until it is kept, released or cut. `Handoff` drives this for every kind of connection.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ log = logging.getLogger("hotport.handoff")
 
 
 class Stage(Enum):
-    """How far a connection has come; it has no `Handoff` before its worker leaves."""
+    """The stages of a handoff; a connection has no `Handoff` before `prepare`."""
 
     PREPARED = "reports its safe points, and is served meanwhile"
     WANTED = "was asked for at no safe point: is held at the next one"
@@ -48,22 +48,22 @@ OFFERED: Final = Stage.OFFERED
 
 
 class Movable(Connection, Protocol):
-    """What a `Handoff` asks of its connection."""
+    """The interface that a `Handoff` needs of its connection."""
 
     handoff: Handoff | None
 
     @property
     def is_at_safe_point(self) -> bool:
-        """The client waits for nothing, and what was read and not consumed is known byte by byte.
+        """Whether the client waits for nothing, and every byte that was read and not consumed is known.
 
-        `Handoff` checks by itself whether everything that was written has left.
+        `Handoff` itself checks that everything that was written has left.
         """
 
     def hold(self) -> None:
-        """Stop reading, so that the safe point does not pass."""
+        """Stop reading, so that the connection stays at its safe point."""
 
     def pack(self) -> Offer | None:
-        """Stop writing and waiting, and return what travels.
+        """Stop writing and waiting, and return the offer.
 
         Returns:
             None if the application declines for now; `resume` is called.
@@ -77,7 +77,7 @@ class Movable(Connection, Protocol):
 
 
 class Handoff:
-    """Drives one connection from its safe points to an offer, and back if it is not taken."""
+    """Drives one connection from its safe points to an offer, and back if no process takes it."""
 
     __slots__ = ("_connections", "ready", "stage")
 
@@ -87,7 +87,7 @@ class Handoff:
         self.stage = PREPARED
 
     def come_to_rest(self, connection: Movable) -> bool:
-        """Report the connection if it is at a safe point; True if it is held there, because it was asked for before."""
+        """Report the connection if it is at a safe point; True if it is held there for an offer requested before."""
         if self.stage is OFFERED or not connection.is_at_safe_point:
             return False
         if self.stage is WANTED:
@@ -108,7 +108,7 @@ class Handoff:
         if transport.get_write_buffer_size():
             transport.set_write_buffer_limits(high=0)  # `resume_writing` is called when everything has left
             return None
-        self.stage = OFFERED  # before `pack`: what the application does in it is no safe point
+        self.stage = OFFERED  # before `pack`, in which the application must not report safe points
         try:
             offer = connection.pack()
         except Exception:
@@ -128,7 +128,7 @@ class Handoff:
 
 
 def prepare(connection: Movable, connections: Connections, ready: Ready) -> None:
-    """Call `ready` at each safe point of a connection, and now if this is one."""
+    """Call `ready` at each safe point of a connection; at once if it is at one."""
     if connection.handoff is None:
         connection.handoff = Handoff(connections, ready)
     connection.handoff.ready = ready
@@ -140,7 +140,7 @@ def end_handoff(connection: Movable) -> bool:
     handoff = connection.handoff
     if stands_still(handoff):
         return False
-    connection.handoff = None  # first: `resume` would report safe points
+    connection.handoff = None  # before `resume`, which would report safe points
     if handoff is not None:
         handoff.stage = PREPARED
         connection.resume(was_offered=False)
@@ -155,42 +155,43 @@ def stands_still(handoff: Handoff | None) -> bool:
 def make_offer(
     transport: asyncio.Transport, endpoints: tuple[Any, Any] | None, is_proxied: bool, state: State, unread: bytes = b""
 ) -> Offer:
-    """What a connection offers that stands still; see `Envelope`."""
+    """Make the offer of a connection that stands still; see `Envelope`."""
     peer, own = endpoints or (None, None)
     return Offer(transport.get_extra_info("socket").fileno(), Envelope(peer, own, is_proxied, unread, state))
 
 
 def end_for_client(connection: Connection, handoff: Handoff | None) -> None:
-    """In `connection_lost`: let the client see the end even if a forked child has a duplicate of the descriptor.
+    """Shut the socket down in `connection_lost`, even if a forked child has a duplicate of its descriptor.
 
-    Not of a connection that another process may serve by now. Of one that speaks TLS the descriptor is closed before
-    that is called; its client was told the end by TLS, or by `abort`.
+    Skips connections that another process may serve by now. A TLS connection's descriptor is closed before
+    `connection_lost`; TLS, or `abort`, has told the client the end.
     """
     if has_forked() and connection.sock is not None and not stands_still(handoff):
         end(connection.sock)
 
 
 def abort_for_client(connection: Connection, transport: asyncio.Transport, handoff: Handoff | None) -> None:
-    """End a connection at once, for the client as in `end_for_client`: what was written and has not left is lost.
+    """Close a connection at once, as `end_for_client` does, and drop unsent data.
 
-    What was written in this turn has its chance: uvloop before 0.22 hands it to the kernel at the end of the turn.
+    Data written in this turn of the event loop may still leave: uvloop before 0.22 writes it at the end of the turn.
     """
-    if has_forked():  # behind this turn, and before the descriptor is closed, which is one that is called soon, too
+    if has_forked():  # after this turn, and before the transport's own callback closes the descriptor
         asyncio.get_running_loop().call_soon(end_for_client, connection, handoff)
     transport.abort()
 
 
 def reset_for_client(connection: Connection, transport: asyncio.Transport) -> None:
-    """End a connection that has not moved at once, so that its client cannot take it for an orderly end."""
+    """Reset a connection that has not moved, so that its client does not see an orderly end."""
     if connection.sock is not None:
         reset(connection.sock, is_shared=has_forked())
     transport.abort()
 
 
 def taken_bytes(transport: asyncio.Transport, sock: socket.socket | None) -> int:
-    """How much the peer has taken of what was written, from some beginning on.
+    """How many written bytes the peer has taken, from an arbitrary origin.
 
-    Its kernel says so for TCP. Otherwise it is what is left, which says as much while nothing more is written.
+    For TCP the peer's kernel acknowledges them. Otherwise the result is minus the unsent bytes, which grows alike while
+    nothing more is written.
     """
     if sock is None:
         return -transport.get_write_buffer_size()

@@ -1,7 +1,7 @@
 """Applications that are an `asyncio.Protocol` factory.
 
-The bytes go from the transport to the application's own object without a detour: the tracking wrapper lends the
-event loop the application's bound methods and keeps only the two ends of the connection's life for itself.
+The transport calls the application's own object directly: the tracking wrapper gives the event loop the application's
+bound methods, and intercepts only ``connection_made`` and ``connection_lost``.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ log = logging.getLogger("hotport.protocol")
 
 @runtime_checkable
 class Transferable(Protocol):
-    """An `asyncio.Protocol` whose connection can go on in the next generation has these two methods.
+    """The two methods of an `asyncio.Protocol` whose connection can move to the next generation.
 
-    It may have a third, ``transfer_wanted(ask)``, called when its worker leaves: one that declines, and for reasons
-    other than what its client sends, calls ``ask()`` when it has become ready.
+    It may have a third, ``transfer_wanted(ask)``, called when its worker leaves. A protocol that declines for reasons
+    other than what its client sends calls ``ask()`` when it has become ready.
     """
 
     def export_state(self) -> Any:
-        """What the next process's protocol needs to go on: anything that JSON can hold, and bytes.
+        """Return the state that the next process's protocol needs: anything that JSON can hold, and bytes.
 
-        Called while the worker leaves, when everything that was written has left; nothing is read, and nothing may be
-        written after the ``pause_writing()`` that comes before. It must change nothing: if nobody takes the connection,
-        this protocol goes on, with a ``resume_writing()``. If somebody does, its ``connection_lost(None)`` is called.
+        Called while the worker leaves, when everything that was written has left. Nothing is read, and nothing may be
+        written after the ``pause_writing()`` that comes before. It must change nothing: if no process takes the
+        connection, this protocol continues after ``resume_writing()``, else ``connection_lost(None)`` is called.
 
         Returns:
             None to decline now; it is asked again when the client has sent more.
         """
 
     def import_state(self, state: Any) -> None:
-        """Become what exported `state`; called before ``connection_made``, on a new object."""
+        """Restore an exported `state`; called on a new object, before ``connection_made``."""
 
 
 class ProtocolAdapter:
     """Makes one application protocol for each connection, and tracks it.
 
     An application protocol may have ``drain_started(draining)``: it is called once when its worker leaves, with
-    a `hotport.Draining`. Without it the connection goes on until one side closes it, or the deadline cuts it.
+    a `hotport.Draining`. Without it the connection is served until one side closes it, or the deadline cuts it.
 
     It may have ``proxied(source, destination)``: called before ``connection_made`` if a PROXY header has told these
-    addresses; what the transport knows is the connection to the proxy.
+    addresses; the transport's addresses are those of the connection to the proxy.
     """
 
     def __init__(
@@ -71,17 +71,17 @@ class ProtocolAdapter:
         self._context = context
 
     async def startup(self) -> None:
-        """Nothing to do: the factory was imported."""
+        """Do nothing: the factory was imported."""
 
     def connection(self) -> asyncio.BaseProtocol:
-        """One tracked protocol."""
+        """Make a tracked protocol."""
         return self._tracked(self._factory())
 
     def adopt(self, envelope: Envelope) -> asyncio.BaseProtocol:
-        """One tracked protocol that has imported what another worker's has exported.
+        """Make a tracked protocol that has imported the state of another worker's.
 
         Raises:
-            NotAdopted: It cannot, or the connection is of another kind.
+            NotAdopted: The import failed, or the connection is of another kind.
         """
         if not isinstance(envelope.state, ProtocolState):
             raise NotAdopted("a protocol has no such connections")
@@ -101,14 +101,14 @@ class ProtocolAdapter:
         return _Tracked(application, self._context)
 
     async def finish(self) -> None:
-        """Nothing outlives its connection."""
+        """Do nothing: no task outlives its connection."""
 
     async def shutdown(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 class _TrackedBase(asyncio.BaseProtocol):
-    """Stands between a transport and an application protocol; forwards what the loop asks for."""
+    """Tracks an application protocol's connection, and forwards the loop's calls to it."""
 
     kind = "protocol"
     moved_fate = Fate.MOVED_PROTOCOL
@@ -121,7 +121,7 @@ class _TrackedBase(asyncio.BaseProtocol):
         self._connections = context.connections
         self._transport: asyncio.Transport | None = None
         self.handoff: Handoff | None = None
-        #: It was reading when it was told to write nothing; None while it may write.
+        #: Whether the transport was reading when `pack` paused it; None while the application may write.
         self._was_reading: bool | None = None
         self._is_told = False
         # Instance attributes: event loops look these up on the protocol and then call the application directly.
@@ -145,7 +145,7 @@ class _TrackedBase(asyncio.BaseProtocol):
         self._application.connection_lost(exc)
 
     def drain(self) -> None:
-        """Tell the application, if it wants to know."""
+        """Call the application's ``drain_started`` once, if there is one."""
         if not end_handoff(self):
             return
         notice = getattr(self._application, "drain_started", None)
@@ -157,7 +157,7 @@ class _TrackedBase(asyncio.BaseProtocol):
         end_handoff(self)
 
     def cut(self) -> Fate:
-        """Close; what the application has written is still sent as far as the peer takes it at once."""
+        """Close; the transport still tries to flush what the application has written."""
         if self._transport is not None:
             self._transport.close()
         return Fate.CUT_OFFERED if stands_still(self.handoff) else Fate.CUT_PROTOCOL
@@ -177,29 +177,29 @@ class _TrackedBase(asyncio.BaseProtocol):
         return self.handoff is not None
 
     def prepare_handoff(self, ready: Ready) -> bool:
-        """A `Transferable` can move, but not over TLS, whose state cannot be had from OpenSSL."""
+        """Prepare a `Transferable`, unless it is over TLS, whose state OpenSSL does not export."""
         transport = self._transport
         if transport is None:
-            return True  # connection_made will see to it
+            return True  # `connection_made` calls this again
         if not isinstance(self._application, Transferable) or transport.get_extra_info("ssl_object") is not None:
             return False
         if self.handoff is None:
             self._look_on()
-            transport.set_protocol(self)  # loops have looked its methods up before
+            transport.set_protocol(self)  # makes the loop look up the wrapped methods
             if (notice := getattr(self._application, "transfer_wanted", None)) is not None:
                 self._tell_application(notice, self._ask)
         prepare(self, self._connections, ready)
         return True
 
     def _tell_application(self, notice: Callable[[Any], object], what: object) -> None:
-        """The worker leaves; what an application makes of it must not keep others from being told."""
+        """Call an application's method; log its failure, so that other connections are still notified."""
         try:
             notice(what)
         except Exception:
             log.exception("the application failed in %s", getattr(notice, "__qualname__", notice))
 
     def _look_on(self) -> None:
-        """From now on, see when the application has received or sent something."""
+        """Wrap the application's methods, to check for a safe point after each receive and send."""
         application = self._application
 
         def resume_writing() -> None:
@@ -214,7 +214,7 @@ class _TrackedBase(asyncio.BaseProtocol):
 
     @property
     def is_at_safe_point(self) -> bool:
-        """True once attached: only the application knows, and `pack` asks it."""
+        """True once attached: only the application knows its safe points, and `pack` asks it."""
         return self._transport is not None
 
     def offer(self) -> Offer | None:
@@ -223,10 +223,10 @@ class _TrackedBase(asyncio.BaseProtocol):
         return self.handoff.offer(self, self._transport)
 
     def hold(self) -> None:
-        """Do nothing: the application reads on until it is asked for its state."""
+        """Do nothing: the application continues to read until `pack`."""
 
     def pack(self) -> Offer | None:
-        """Export the application's state. It must not write any more: the next process could overtake it."""
+        """Export the application's state, after telling it to write no more."""
         transport = self._transport
         assert transport is not None
         self._was_reading = transport.is_reading()
@@ -254,9 +254,9 @@ class _TrackedBase(asyncio.BaseProtocol):
                 transport.resume_reading()
 
     def release(self) -> None:
-        """The application is told ``connection_lost(None)``."""
+        """Close the descriptor; the application's ``connection_lost(None)`` is called."""
         assert self._transport is not None
-        self._transport.abort()  # closes the descriptor, and nothing else: the connection lives on
+        self._transport.abort()  # closes our descriptor only: another process owns the connection
 
     def why_here(self) -> str:
         if not isinstance(self._application, Transferable):

@@ -24,12 +24,12 @@ from hotport.errors import StartError
 
 __all__ = ["Lifetime", "SocketsAdapter", "SocketsApp"]
 
-#: How long an application that was cancelled may take to return.
+#: Seconds that a cancelled application has to return.
 ABORT_TIMEOUT_S: Final = 1.0
 
 
 class Lifetime:
-    """What such an application tells its worker, and is told by it.
+    """The signals between a sockets application and its worker.
 
     Attributes:
         draining: Set when the application should finish its connections and return.
@@ -56,9 +56,9 @@ class SocketsAdapter:
         self._task: asyncio.Future[None] | None = None
 
     async def startup(self, listeners: Sequence[socket.socket]) -> None:
-        """Start the application and wait until it says that it accepts.
+        """Start the application and wait until it calls ``lifetime.started()``.
 
-        Descriptors: the application gets duplicates, which are its own to close.
+        Descriptors: the application gets duplicates, and closes them itself.
 
         Raises:
             StartError: It returned or raised before that (HP506).
@@ -68,7 +68,7 @@ class SocketsAdapter:
         await asyncio.wait({self._task, started}, return_when=asyncio.FIRST_COMPLETED)
         if self._task.done():
             started.cancel()
-            self._task.result()  # its own exception tells more than ours
+            self._task.result()  # the application's own exception, if any, is more specific
             raise StartError(
                 "HP506",
                 "the application returned before it called lifetime.started()",
@@ -77,12 +77,12 @@ class SocketsAdapter:
             )
 
     async def finish(self) -> None:
-        """Wait for the application to return. Cancellation: safe; the application runs on."""
+        """Wait for the application to return. Cancellation: safe; the application continues to run."""
         assert self._task is not None
         await asyncio.wait({self._task})
 
     async def abort(self) -> None:
-        """Cancel the application, and wait a moment for its end."""
+        """Cancel the application, and wait up to `ABORT_TIMEOUT_S` for its end."""
         assert self._task is not None
         self._task.cancel()
         await asyncio.wait({self._task}, timeout=ABORT_TIMEOUT_S)

@@ -1,8 +1,8 @@
 """Applications that are an async function over a byte stream.
 
 The stream is an `anyio.abc.ByteStream`, so everything that anyio builds on streams (buffered, text, TLS, object
-streams) works with it. It is an object of our own rather than anyio's because what has been received and not yet
-consumed must be known exactly.
+streams) works with it. It is an object of our own rather than anyio's because the bytes that were received
+and not consumed must be known exactly.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ UNREAD_BYTES_MAX = 256 * 1024
 
 
 class StreamAttribute(anyio.TypedAttributeSet):
-    """What `Stream.extra` knows beside `anyio.abc.SocketAttribute`."""
+    """The attributes of `Stream.extra` beside `anyio.abc.SocketAttribute`."""
 
     #: set when the worker leaves
     draining: Draining = anyio.typed_attribute()
@@ -54,17 +54,17 @@ _current: ContextVar[Stream] = ContextVar("hotport.stream")
 
 
 def restartable(handler: H) -> H:
-    """Declare that a stream handler may be started anew, by the next generation, whenever it waits in ``receive()``.
+    """Declare that the next generation may restart a stream handler whenever it waits in ``receive()``.
 
-    What it has received it has dealt with by then, or noted in ``stream.state``. Its task is cancelled where it
-    waits; the next generation's handler gets the same connection, and finds ``stream.state`` as it was left.
+    By then the handler must have processed everything that it has received, or noted it in ``stream.state``. Its task
+    is cancelled there; the next generation's handler gets the same connection and the same ``stream.state``.
     """
     handler.is_restartable = True  # type: ignore[attr-defined]
     return handler
 
 
 async def hand_off(state: Any = None) -> None:
-    """Let the stream whose handler calls this go on in the next generation, if its worker leaves: `Stream.hand_off`."""
+    """Call `Stream.hand_off` of the stream whose handler calls this."""
     await _current.get().hand_off(state)
 
 
@@ -77,14 +77,14 @@ class StreamAdapter:
         self._moved: set[asyncio.Task[None]] = set()
 
     async def startup(self) -> None:
-        """Nothing to do: the handler was imported."""
+        """Do nothing: the handler was imported."""
 
     def connection(self) -> asyncio.BaseProtocol:
-        """One stream; its handler starts when the transport is there."""
+        """Make a stream; its handler starts in ``connection_made``."""
         return Stream(self._handler, self._context, self._moved)
 
     def adopt(self, envelope: Envelope) -> asyncio.BaseProtocol:
-        """A stream on which another worker's handler has been; ours starts when the transport is there.
+        """Make a stream that continues another worker's; its handler starts in ``connection_made``.
 
         Raises:
             NotAdopted: It is of another kind.
@@ -96,23 +96,23 @@ class StreamAdapter:
         return stream
 
     async def finish(self) -> None:
-        """Return when the handlers whose connections have moved have cleaned up; others end before theirs."""
+        """Wait for the handlers of moved connections; all other handlers end before their connections."""
         while self._moved:
             await asyncio.wait(self._moved)
 
     async def shutdown(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 class Stream(ByteStream, asyncio.Protocol):
     """One connection, as its handler sees it.
 
     Attributes:
-        state: What the handler wants to find again if the connection moves to another worker while it runs: anything
-            that JSON can hold, and bytes. None at first.
+        state: What the handler of the next worker needs if the connection moves: anything that JSON can hold, and
+            bytes. None at first.
 
-    When the handler returns the stream is closed after everything sent has left; when it raises, the error is
-    logged and the connection is reset, so that the client does not take a torn answer for a whole one.
+    When the handler returns, the stream is closed after everything sent has left. When it raises, the error is logged
+    and the connection is reset, so that the client does not take a truncated answer for a complete one.
     """
 
     kind = "stream"
@@ -138,7 +138,7 @@ class Stream(ByteStream, asyncio.Protocol):
         self._is_writable.set()
         self._reader: asyncio.Future[None] | None = None
         self.handoff: Handoff | None = None
-        #: While the handler is in `hand_off`: set if the connection stays.
+        #: While the handler waits in `hand_off`: resolved if the connection stays.
         self._stays: asyncio.Future[None] | None = None
         self._connections.opened(self)
         self._connections.count_request()
@@ -191,7 +191,7 @@ class Stream(ByteStream, asyncio.Protocol):
             self._transport.abort()
 
     def drain(self) -> None:
-        """The handler reads it from `StreamAttribute.draining`."""
+        """Stay: the handler reads the drain from `StreamAttribute.draining`."""
         self.stay()
 
     def stay(self) -> None:
@@ -205,7 +205,7 @@ class Stream(ByteStream, asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
         if stands_still(self.handoff):
-            self._is_lost = True  # here: what is done to the socket now would be done to another process's
+            self._is_lost = True  # write nothing more: another process may own the connection
             return Fate.CUT_OFFERED
         return Fate.CUT_STREAM
 
@@ -213,7 +213,7 @@ class Stream(ByteStream, asyncio.Protocol):
 
     @property
     def is_at_safe_point(self) -> bool:
-        """The handler waits in `hand_off`; or in `receive`, and has declared that it may be started anew there."""
+        """Whether the handler waits in `hand_off`, or, if it is restartable, in `receive`."""
         if self._transport is None or self._is_at_eof or self._is_lost or self._is_closed:
             return False
         if self._stays is not None:
@@ -223,11 +223,11 @@ class Stream(ByteStream, asyncio.Protocol):
 
     @property
     def will_move(self) -> bool:
-        """A handler that agrees now and then is not known before it does."""
+        """Whether the handler is restartable, or waits in `hand_off` now."""
         return self.handoff is not None and (self.is_at_safe_point or getattr(self._handler, "is_restartable", False))
 
     def prepare_handoff(self, ready: Ready) -> bool:
-        """A handler may agree at any time; not over TLS, whose state cannot be had from OpenSSL."""
+        """Prepare every stream but those over TLS, whose state OpenSSL does not export."""
         if self._transport is not None and self._transport.get_extra_info("ssl_object") is not None:
             return False
         prepare(self, self._connections, ready)
@@ -248,10 +248,10 @@ class Stream(ByteStream, asyncio.Protocol):
         self._transport.pause_reading()
 
     def pack(self) -> Offer:
-        """Pack the state that the handler declared and the bytes that it has not received."""
+        """Pack the handler's state and the bytes that it has not received."""
         assert self._transport is not None
         encode_state(self.state)
-        self._is_writable.clear()  # whoever sends, waits
+        self._is_writable.clear()  # `send` waits
         return make_offer(
             self._transport, self.endpoints, self.is_proxied, StreamState(self.state), bytes(self._unread)
         )
@@ -261,7 +261,7 @@ class Stream(ByteStream, asyncio.Protocol):
             self.handoff.keep(self)
 
     def resume(self, was_offered: bool) -> None:
-        """Let the handler send again, and read on if there is room."""
+        """Let the handler send again, and resume reading if there is room."""
         transport = self._transport
         if transport is None or self._is_lost:
             return
@@ -272,7 +272,7 @@ class Stream(ByteStream, asyncio.Protocol):
             transport.resume_reading()
 
     def release(self) -> None:
-        """The handler is cancelled where it waits."""
+        """Cancel the handler where it waits, and close the descriptor."""
         assert self._transport is not None
         self._is_closed = self._is_lost = True
         self._is_writable.set()
@@ -280,7 +280,7 @@ class Stream(ByteStream, asyncio.Protocol):
             self._moved.add(self._task)
             self._task.add_done_callback(self._moved.discard)
             self._task.cancel()
-        self._transport.abort()  # closes the descriptor, and nothing else: the connection lives on
+        self._transport.abort()  # closes our descriptor only: another process owns the connection
 
     def why_here(self) -> str:
         if self._transport is not None and self._transport.get_extra_info("ssl_object") is not None:
@@ -290,16 +290,16 @@ class Stream(ByteStream, asyncio.Protocol):
         return "its handler has not agreed to move"
 
     def restore(self, state: Any, unread: bytes) -> None:
-        """Be what another worker's stream was; before there is a transport."""
+        """Take over the state of another worker's stream; called before there is a transport."""
         self.state = state
         self._unread += unread
 
     async def hand_off(self, state: Any = None) -> None:
-        """Let the connection go on in the next generation, if this worker leaves.
+        """Agree that the connection moves to the next generation, if this worker leaves.
 
-        Call it where the handler has dealt with all that it has received. If the connection moves, the handler's task
-        is cancelled here, and the next generation's handler is started with it. Otherwise this returns: at once while
-        the worker stays, or when nobody can take the connection.
+        Call it where the handler has processed everything that it has received. If the connection moves, the handler's
+        task is cancelled here, and the next generation's handler is started with it. Otherwise this returns: at once
+        while the worker stays, or when no worker can take the connection.
 
         Args:
             state: Becomes ``stream.state``, here and there.
@@ -321,7 +321,7 @@ class Stream(ByteStream, asyncio.Protocol):
     # -- anyio.abc.ByteStream ------------------------------------------------------------------------------
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
-        """At least one byte, at most `max_bytes`.
+        """Receive at least one byte, at most `max_bytes`.
 
         Raises:
             EndOfStream: The client has sent everything.
@@ -373,15 +373,15 @@ class Stream(ByteStream, asyncio.Protocol):
         await self._is_writable.wait()
 
     async def _wait_writable(self) -> None:
-        while not self._is_writable.is_set():  # it may stand still again before we run
+        while not self._is_writable.is_set():  # the connection may stand still again before this runs
             await self._is_writable.wait()
 
     async def send_eof(self) -> None:
-        """Send everything, then the end; receiving goes on. Over TLS this closes both directions."""
+        """End the sending direction after everything sent; over TLS this closes both directions."""
         assert self._transport is not None
         await self._wait_writable()
         if self._is_lost:
-            return  # it is another process's to end
+            return  # lost, or another process owns the connection
         if self._transport.can_write_eof():
             self._transport.write_eof()
         else:
@@ -389,13 +389,13 @@ class Stream(ByteStream, asyncio.Protocol):
         await anyio.lowlevel.checkpoint()
 
     async def aclose(self) -> None:
-        """Close; what was sent still leaves."""
+        """Close after everything sent has left."""
         self._close()
         await anyio.lowlevel.checkpoint()
 
     @property
     def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
-        """`anyio.abc.SocketAttribute` and `StreamAttribute`; the addresses are those that a proxy has told, if any."""
+        """The values of `anyio.abc.SocketAttribute` and `StreamAttribute`; a proxy's addresses if it has told any."""
         assert self._transport is not None
         transport = self._transport
         peer, own = self.endpoints or (transport.get_extra_info("peername"), transport.get_extra_info("sockname"))
@@ -424,7 +424,7 @@ class Stream(ByteStream, asyncio.Protocol):
             if not self._is_lost:
                 reset_for_client(self, self._transport)
         finally:
-            _current.reset(token)  # else stream, task and context would keep each other until the collector comes by
+            _current.reset(token)  # break the cycle of stream, task and context
             self._close()
             if self._is_lost:
                 self._connections.closed(self)

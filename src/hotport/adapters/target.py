@@ -1,4 +1,4 @@
-"""From ``module:attribute`` to an application and the adapter that fits it."""
+"""Import an application from ``module:attribute``, and choose its adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hotport.options import Options
 
 __all__ = ["detect_kind", "kind_of", "load_target", "make_adapter", "split_target"]
 
-#: What a script that calls `hotport.run` is loaded as in its workers; never ``__main__``.
+#: The module name under which workers load a script that calls `hotport.run`; never ``__main__``.
 SCRIPT_MODULE: Final = "__hotport_main__"
 
 #: Attributes tried when a target names a module only.
@@ -28,7 +28,7 @@ USUAL_NAMES: Final = ("app", "application", "main", "handler")
 
 
 def split_target(target: str) -> tuple[str, str]:
-    """``pkg.mod:attr`` and ``path/to/file.py:attr`` into their two halves; the second may be empty."""
+    """Split ``pkg.mod:attr`` or ``path/to/file.py:attr`` at the colon; the second half may be empty."""
     module, _, attribute = target.partition(":")
     return module, attribute
 
@@ -37,12 +37,12 @@ def load_target(target: str, *, app_dir: str, factory: bool) -> Any:
     """Import an application.
 
     Args:
-        app_dir: Put in front of ``sys.path`` (once).
+        app_dir: Inserted at the front of ``sys.path``, once.
         factory: The target is a function that returns the application.
 
     Raises:
         StartError: The module or attribute does not exist (HP501, HP502), or is not callable (HP503).
-        BaseException: Whatever the application's own code raises.
+        BaseException: Raised by the application's own code.
     """
     module_name, attribute = split_target(target)
     directory = str(Path(app_dir).resolve())
@@ -133,13 +133,13 @@ def _load_file(path: str, attribute: str) -> Any:
 
 
 def detect_kind(application: Any, name: str = "app") -> str:
-    """``asgi``, ``protocol``, ``datagram``, ``sockets`` or ``stream``, by what the application can be called with.
+    """Return ``asgi``, ``protocol``, ``datagram``, ``sockets`` or ``stream``, by the application's signature.
 
     Args:
-        name: What its module calls it, for the lines that would make an ASGI application of it.
+        name: Its attribute name, for the suggested lines that wrap it as an ASGI application.
 
     Raises:
-        StartError: It is a WSGI (HP515) or an ASGI 2 application (HP516), or cannot be told (HP504).
+        StartError: It is a WSGI (HP515) or an ASGI 2 application (HP516), or of no known kind (HP504).
     """
     inner = _unwrapped(application)
     is_class = isinstance(inner, type)
@@ -196,14 +196,14 @@ def detect_kind(application: Any, name: str = "app") -> str:
 
 
 def _unwrapped(application: Any) -> Any:
-    """What is inside of partials, and of decorators that say so (``functools.wraps``)."""
+    """Unwrap partials, and decorators that use ``functools.wraps``."""
     while isinstance(inner := inspect.unwrap(application), functools.partial):
         application = inner.func
     return inner
 
 
 def _parameters(application: Any) -> list[inspect.Parameter]:
-    """Its own, unless it passes on whatever it gets: then those of what it says that it wraps."""
+    """The application's own parameters; if it takes ``*args``, those of the function that it wraps."""
     own = list(inspect.signature(application, follow_wrapped=False).parameters.values())
     if all(p.kind is not p.VAR_POSITIONAL for p in own):
         return own
@@ -211,7 +211,7 @@ def _parameters(application: Any) -> list[inspect.Parameter]:
 
 
 def _is_async(application: Any) -> bool:
-    """Whether a call gives something to await, as far as can be seen."""
+    """Whether a call returns an awaitable, as far as inspection can tell."""
     if isinstance(application, type):
         return hasattr(application, "__await__")  # its instances: Starlette's endpoints are such classes
     call = getattr(application, "__call__", None)  # noqa: B004  the bound method itself is wanted
@@ -219,13 +219,13 @@ def _is_async(application: Any) -> bool:
 
 
 def kind_of(application: Any, options: Options) -> str:
-    """The kind of an application, after ``options.kind`` or by looking at it; raises StartError if unclear (HP504)."""
+    """Return ``options.kind``, or detect the kind if it is ``auto``; raises StartError as `detect_kind` does."""
     name = "" if options.factory else split_target(options.target or "")[1]
     return detect_kind(application, name or "app") if options.kind == "auto" else options.kind
 
 
 def make_adapter(application: Any, context: Context, options: Options) -> Adapter | DatagramAdapter | SocketsAdapter:
-    """The adapter for an application, after ``options.kind`` or by looking at it.
+    """Make the adapter for an application, by ``options.kind`` or by detection.
 
     Raises:
         StartError: Its kind is unclear or not served (HP504, HP515, HP516), or it needs an extra that is not
@@ -244,7 +244,7 @@ def make_adapter(application: Any, context: Context, options: Options) -> Adapte
                 ) from None
             return AsgiAdapter(application, context, options)
         case "stream":
-            from hotport.adapters.stream import StreamAdapter  # anyio, which others do not need
+            from hotport.adapters.stream import StreamAdapter  # imports anyio, which the other kinds do not need
 
             return StreamAdapter(application, context)
         case "sockets":

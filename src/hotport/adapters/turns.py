@@ -1,4 +1,4 @@
-"""How long connections that have sent much may work before others have their turn."""
+"""Limit the work for busy connections in one turn of the event loop."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ __all__ = ["LONG_READ_BYTES", "TURN_S", "Turns"]
 
 log = logging.getLogger("hotport.error")
 
-#: Seconds of parsing, inflating and delivering for one connection in one turn of the event loop. What was read and not
-#: parsed by then waits in `Turns`. It is looked at between two pieces of work, so each piece has to be short by itself.
+#: Seconds of parsing, inflating and delivering for one connection in one turn of the event loop. Bytes not parsed by
+#: then wait for `Turns`. The limit is checked between two pieces of work, so each piece must be short.
 TURN_S: Final = 0.00025
 
-#: A read of so many bytes ends a turn, too: libuv reads up to 32 times in a row while a client fills its buffer of
-#: 256,000 bytes each time (``uv__read``), unless reading is paused meanwhile.
+#: A read of so many bytes also ends a turn: unless reading is paused, libuv reads up to 32 times in a row while a
+#: client fills its buffer of 256,000 bytes each time (``uv__read``).
 LONG_READ_BYTES: Final = 128 * 1024
 
 
 class Turns:
-    """Continues connections that have more to do than fits a turn, one after the other.
+    """Continues, one after the other, connections whose work does not fit a turn.
 
-    In each turn of the event loop all of them together have `TURN_S`, so a client waits as long for the answer to a
-    request whether one or a hundred others send more than can be served.
+    All of them share `TURN_S` in each turn of the event loop, so a request's latency does not depend on how many other
+    clients send more than can be served.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -34,19 +34,19 @@ class Turns:
         self._waiting: deque[Callable[[], None]] = deque()
 
     def wait(self, work: Callable[[], None]) -> None:
-        """Call `work` once, in its turn, behind those that wait already."""
+        """Queue `work` to be called once."""
         if not self._waiting:
             self._loop.call_soon(self._take)
         self._waiting.append(work)
 
     def _take(self) -> None:
         ends = perf_counter() + TURN_S
-        for _ in range(len(self._waiting)):  # one that waits again meanwhile comes after the others
+        for _ in range(len(self._waiting)):  # work that is queued meanwhile comes after the others
             try:
                 self._waiting[0]()
             except Exception:
-                log.exception("a connection failed in its turn")  # the others have theirs all the same
-            self._waiting.popleft()  # now: it may have waited again, for which there must be no second call
+                log.exception("a connection failed in its turn")  # the others still get their turn
+            self._waiting.popleft()  # only now: while the queue is not empty, `wait` schedules no second `_take`
             if perf_counter() >= ends:
                 break
         if self._waiting:

@@ -7,7 +7,7 @@ import errno
 from collections.abc import Mapping
 from typing import Final
 
-from hotport.churn.fates import Event, Fate
+from hotport.churn.fates import ConnectionEvent, Fate
 
 __all__ = ["FATES", "OWN_LIMITS", "Happening", "Stage", "classify", "happening_of"]
 
@@ -37,14 +37,19 @@ class Happening(enum.Enum):
 
 
 def _row(
-    refused: Fate | Event, reset: Fate | Event, ended: Fate | Event, overdue: Fate, whole: Fate, wrong: Fate
-) -> dict[Happening, Fate | Event]:
+    refused: Fate | ConnectionEvent,
+    reset: Fate | ConnectionEvent,
+    ended: Fate | ConnectionEvent,
+    overdue: Fate,
+    whole: Fate,
+    wrong: Fate,
+) -> dict[Happening, Fate | ConnectionEvent]:
     return dict(zip(Happening, (refused, reset, ended, overdue, whole, wrong), strict=True))
 
 
 #: Every pair that can be. Linux answers a reset in the handshake with ECONNREFUSED, so that a reset of a connection of
 #: which the client has not heard that it was made means that it was made (tcp_reset() in net/ipv4/tcp_input.c).
-FATES: Final[Mapping[Stage, Mapping[Happening, Fate | Event]]] = {
+FATES: Final[Mapping[Stage, Mapping[Happening, Fate | ConnectionEvent]]] = {
     Stage.CONNECTING: {
         Happening.REFUSED: Fate.REFUSED,
         Happening.RESET: Fate.RESET_BEFORE_SEND,
@@ -79,11 +84,11 @@ FATES: Final[Mapping[Stage, Mapping[Happening, Fate | Event]]] = {
         Fate.TRUNCATED, Fate.TRUNCATED, Fate.TRUNCATED, Fate.TIMED_OUT, Fate.ANSWERED, Fate.WRONG_STATUS
     ),
     Stage.IDLE: {
-        Happening.REFUSED: Event.IDLE_CLOSE,
-        Happening.RESET: Event.IDLE_CLOSE,
-        Happening.ENDED: Event.IDLE_CLOSE,
-        Happening.WHOLE: Event.IDLE_CLOSE,  # nobody can tell what it answers: the client gives the connection up
-        Happening.WRONG: Event.IDLE_CLOSE,
+        Happening.REFUSED: ConnectionEvent.IDLE_CLOSE,
+        Happening.RESET: ConnectionEvent.IDLE_CLOSE,
+        Happening.ENDED: ConnectionEvent.IDLE_CLOSE,
+        Happening.WHOLE: ConnectionEvent.IDLE_CLOSE,  # it answers no request: the client closes
+        Happening.WRONG: ConnectionEvent.IDLE_CLOSE,
     },
     Stage.MESSAGE: _row(Fate.LOST, Fate.LOST, Fate.LOST, Fate.TIMED_OUT, Fate.ANSWERED, Fate.WRONG_STATUS),
     Stage.DATAGRAM: _row(Fate.REFUSED, Fate.LOST, Fate.LOST, Fate.LOST, Fate.ANSWERED, Fate.WRONG_STATUS),
@@ -115,7 +120,7 @@ def happening_of(number: int) -> Happening:
     return Happening.OVERDUE if number == errno.ETIMEDOUT else Happening.RESET
 
 
-def classify(stage: Stage, happening: Happening) -> Fate | Event:
+def classify(stage: Stage, happening: Happening) -> Fate | ConnectionEvent:
     """Return the fate of an attempt, or the event of an idle connection.
 
     Raises:

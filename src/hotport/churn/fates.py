@@ -11,7 +11,7 @@ import enum
 from collections.abc import Mapping
 from typing import Final
 
-__all__ = ["LOSSES", "MEANINGS", "Event", "Fate", "Kind", "Tally"]
+__all__ = ["LOSSES", "MEANINGS", "ConnectionEvent", "Fate", "Kind", "Tally"]
 
 
 class Kind(enum.Enum):
@@ -46,7 +46,7 @@ class Fate(enum.Enum):
     OUT_OF_ORDER = "out-of-order message"
 
 
-class Event(enum.Enum):
+class ConnectionEvent(enum.Enum):
     """What happened to a connection without the loss of a request."""
 
     IDLE_CLOSE = "idle close"
@@ -58,7 +58,7 @@ class Event(enum.Enum):
 #: Everything but a whole answer in time, and a whole answer that was late.
 LOSSES: Final = tuple(fate for fate in Fate if fate not in (Fate.ANSWERED, Fate.LATE))
 
-MEANINGS: Final[Mapping[Fate | Event, str]] = {
+MEANINGS: Final[Mapping[Fate | ConnectionEvent, str]] = {
     Fate.ANSWERED: "a whole answer, in time",
     Fate.LATE: "a whole answer, but longer after the intended start than is allowed",
     Fate.REFUSED: "no process listened (ECONNREFUSED), or the handshake was answered with a reset",
@@ -71,10 +71,14 @@ MEANINGS: Final[Mapping[Fate | Event, str]] = {
     Fate.LOST: "a numbered message was not answered before its connection ended",
     Fate.DUPLICATED: "a numbered message was answered more than once",
     Fate.OUT_OF_ORDER: "a numbered message was answered after a later one",
-    Event.IDLE_CLOSE: "the server closed a connection on which no request was under way",
-    Event.TOLD_TO_CLOSE: "a whole answer said `Connection: close`, or a WebSocket was closed with 1001 or 1012",
-    Event.CONNECTED: "a connection was made by a client that keeps it; also each time that it had to make a new one",
-    Event.RECONNECTED: "a client that keeps its connection had to make a new one",
+    ConnectionEvent.IDLE_CLOSE: "the server closed a connection on which no request was under way",
+    ConnectionEvent.TOLD_TO_CLOSE: (
+        "a whole answer said `Connection: close`, or a WebSocket was closed with 1001 or 1012"
+    ),
+    ConnectionEvent.CONNECTED: (
+        "a connection was made by a client that keeps it; also each time that it had to make a new one"
+    ),
+    ConnectionEvent.RECONNECTED: "a client that keeps its connection had to make a new one",
 }
 
 
@@ -84,7 +88,7 @@ class Tally(dict[tuple[str, str], int]):
     def __missing__(self, key: tuple[str, str]) -> int:
         return 0
 
-    def add(self, kind: Kind, what: Fate | Event, count: int = 1) -> None:
+    def add(self, kind: Kind, what: Fate | ConnectionEvent, count: int = 1) -> None:
         """Count one more."""
         self[kind.value, what.value] += count
 
@@ -93,7 +97,7 @@ class Tally(dict[tuple[str, str], int]):
         for key, count in other.items():
             self[key] += count
 
-    def total(self, what: Fate | Event) -> int:
+    def total(self, what: Fate | ConnectionEvent) -> int:
         """Sum over all kinds of client."""
         return sum(count for (_, name), count in self.items() if name == what.value)
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-from hotport.churn.fates import LOSSES, MEANINGS, Event, Fate
+from hotport.churn.fates import LOSSES, MEANINGS, ConnectionEvent, Fate
 from hotport.churn.histogram import Histogram
 from hotport.churn.result import Bucket, RestartMark, Result
 from hotport.churn.verdict import (
@@ -39,7 +39,7 @@ COLUMNS_MAX: Final = 300
 _UNSAFE: Final = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 #: The order of columns in tables: fates, then events.
-_COLUMNS: Final = tuple(what.value for what in (*Fate, *Event))
+_COLUMNS: Final = tuple(what.value for what in (*Fate, *ConnectionEvent))
 _MEANINGS: Final = {what.value: meaning for what, meaning in MEANINGS.items()}
 _LOSSES: Final = frozenset(fate.value for fate in LOSSES)
 

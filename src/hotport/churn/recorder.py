@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from hotport.churn.fates import Event, Fate
+from hotport.churn.fates import ConnectionEvent, Fate
 from hotport.churn.histogram import Histogram
 from hotport.churn.plan import Plan, Summary, Tick
 from hotport.churn.result import Bucket, Incident
@@ -98,7 +98,7 @@ class Recorder:
         self._count(kind, fate.value)
         self._incident(kind, fate.value, intended_ns, now_ns, detail)
 
-    def event(self, kind: str, event: Event, now_ns: int) -> None:
+    def event(self, kind: str, event: ConnectionEvent, now_ns: int) -> None:
         """Record an event of a connection."""
         self.advance(now_ns)
         self._count(kind, event.value)

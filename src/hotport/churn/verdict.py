@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from hotport.churn.fates import LOSSES, Event, Fate
+from hotport.churn.fates import LOSSES, ConnectionEvent, Fate
 from hotport.churn.histogram import Histogram
 from hotport.churn.result import Bucket, Lag, RestartMark, Result, Verdict
 
@@ -54,7 +54,7 @@ PERCENTILES: Final[Mapping[str, float]] = {"p50": 0.5, "p90": 0.9, "p99": 0.99, 
 #: Named in a sentence, the most frequent first; the rest is in the table.
 _FATES_MAX: Final = 4
 
-_EVENTS: Final = frozenset(event.value for event in Event)
+_EVENTS: Final = frozenset(event.value for event in ConnectionEvent)
 _LOSSES: Final = tuple(fate.value for fate in LOSSES)
 
 #: Outcomes that need no mention.
@@ -265,7 +265,10 @@ def _numbered(numbers: Sequence[int]) -> str:
 
 
 def _events(counts: Mapping[str, int]) -> list[str]:
-    told, again, idle = (counts[event.value] for event in (Event.TOLD_TO_CLOSE, Event.RECONNECTED, Event.IDLE_CLOSE))
+    told, again, idle = (
+        counts[event.value]
+        for event in (ConnectionEvent.TOLD_TO_CLOSE, ConnectionEvent.RECONNECTED, ConnectionEvent.IDLE_CLOSE)
+    )
     said = []
     if told and told == again:
         said.append(f"{count_of(told, 'client')} {_were(told)} told to close and reconnected")

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from hotport.churn.fates import Event, Fate
+from hotport.churn.fates import ConnectionEvent, Fate
 from hotport.churn.histogram import Histogram
 from hotport.churn.result import Bucket, RestartMark, Result
 from hotport.churn.run import Experiment, Observer, run
@@ -59,7 +59,7 @@ ANSWERING_SHOWN: Final = 3
 #: With fewer columns there are fewer percentiles.
 NARROW: Final = 72
 
-_FATES: Final = tuple(what.value for what in (*Fate, *Event))
+_FATES: Final = tuple(what.value for what in (*Fate, *ConnectionEvent))
 
 
 def perform(

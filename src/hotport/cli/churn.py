@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 import click
 import msgspec
 
-from hotport.churn.fates import LOSSES, Event, Fate, Kind
+from hotport.churn.fates import LOSSES, ConnectionEvent, Fate, Kind
 from hotport.churn.plan import Plan
 from hotport.churn.restarts import AskHotport, How, Restarts, RunCommand, SendSignal
 from hotport.churn.result import Load
@@ -65,7 +65,7 @@ _HELP_OF_KINDS: Final[Mapping[Kind, str]] = {
 
 _RATE: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)/(s|m|h)")
 _PER_S: Final = {"s": 1, "m": 60, "h": 3600}
-_FATES: Final = tuple(what.value for what in (*Fate, *Event))
+_FATES: Final = tuple(what.value for what in (*Fate, *ConnectionEvent))
 
 
 class _Given(NamedTuple):

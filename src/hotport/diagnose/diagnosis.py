@@ -15,7 +15,7 @@ from hotport.diagnose.risks import risks_of
 from hotport.kernel.port import read_name, read_port
 from hotport.kernel.resolve import resolve
 from hotport.model.bind import CHOICES, Answer, Can, blame, judge, judge_name, remedies, remedies_of_name, usual
-from hotport.model.port import Asker, Local, Options, Port, UnixName
+from hotport.model.port import Asker, Local, Port, ReuseOptions, UnixName
 
 __all__ = ["Diagnosis", "Subject", "diagnose"]
 
@@ -92,7 +92,7 @@ def _diagnose_name(address: UnixAddress, asker: Asker) -> Diagnosis:
     return Diagnosis(str(address), asker, answer.can, "none", {"none": answer}, todo, (), name)
 
 
-def _bind(family: int, kind: int, sockaddr: tuple[Any, ...], options: Options) -> int:
+def _bind(family: int, kind: int, sockaddr: tuple[Any, ...], options: ReuseOptions) -> int:
     """The errno of a bind; 0 if it works."""
     with socket.socket(family, kind) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, options.reuse_address)

@@ -27,7 +27,7 @@ from hotport.wire.messages import OfferOrder, worker_socket
 from hotport.wire.sdnotify import encode_notification
 from hotport.wire.succession import SUCCESSION_VARIABLE, Ask, CommitOrder, Committed, Succession
 from hotport.worker import background
-from hotport.worker.server import Server
+from hotport.worker.server import ApplicationServer
 
 __all__ = ["Predecessor"]
 
@@ -62,7 +62,7 @@ class Predecessor:
         self._listeners = listeners
         self._pidfd = pidfd
         self._notify_path = os.environ.get("NOTIFY_SOCKET", "")
-        self._server: Server | None = None
+        self._server: ApplicationServer | None = None
         self._control: socket.socket | None = None
         self._ordered = asyncio.Event()
         self._committed = asyncio.Event()
@@ -132,7 +132,7 @@ class Predecessor:
             found = [number for number, each in self._listeners.items() if _is_at(each, place)]
         return [self._listeners.pop(number) for number in found]
 
-    async def wait_for_order(self, server: Server) -> None:
+    async def wait_for_order(self, server: ApplicationServer) -> None:
         """Report that this process is ready to accept; return when ordered to, or when the predecessor has ended.
 
         Raises:

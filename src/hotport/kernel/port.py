@@ -25,7 +25,7 @@ from hotport.errors import ConfigError
 from hotport.kernel import procfs, sockdiag
 from hotport.kernel.process import duplicate_descriptor
 from hotport.kernel.sockdiag import InetSocket
-from hotport.model.port import Asker, Host, Local, Options, Port, Process, Sockets, State, UnixName
+from hotport.model.port import Asker, Host, Local, Port, Process, ReuseOptions, Sockets, State, UnixName
 from hotport.options import runtime_root
 from hotport.wire.listenfds import parse_listen_environment
 
@@ -76,7 +76,7 @@ _NS_GET_USERNS: Final = 0xB701
 class Taken(NamedTuple):
     """Options read from a socket itself, which the kernel's list lacks; `nodelay` of listeners only."""
 
-    options: Options
+    options: ReuseOptions
     v6only: bool
     nodelay: bool | None
 
@@ -251,7 +251,7 @@ def options_of(pid: int, fd: int) -> Taken | None:
             v6only = sock.family == socket.AF_INET6 and sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
             is_listener = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
             nodelay = bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)) if is_listener else None
-            return Taken(Options(bool(reuse[0]), bool(reuse[1])), bool(v6only), nodelay)
+            return Taken(ReuseOptions(bool(reuse[0]), bool(reuse[1])), bool(v6only), nodelay)
     except OSError:  # gone, not permitted, or another file by now
         return None
     finally:

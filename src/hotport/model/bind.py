@@ -25,7 +25,7 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
-from hotport.model.port import LEFT, Asker, Local, Options, Port, Process, Sockets, State, UnixName
+from hotport.model.port import LEFT, Asker, Local, Port, Process, ReuseOptions, Sockets, State, UnixName
 
 __all__ = [
     "CHOICES",
@@ -43,10 +43,10 @@ __all__ = [
 
 #: What a socket may set before it is bound, by a short name.
 CHOICES: Final = {
-    "none": Options(),
-    "reuseaddr": Options(reuse_address=True),
-    "reuseport": Options(reuse_port=True),
-    "both": Options(reuse_address=True, reuse_port=True),
+    "none": ReuseOptions(),
+    "reuseaddr": ReuseOptions(reuse_address=True),
+    "reuseport": ReuseOptions(reuse_port=True),
+    "both": ReuseOptions(reuse_address=True, reuse_port=True),
 }
 
 
@@ -84,12 +84,12 @@ class Answer(msgspec.Struct, frozen=True):
         return f"{self.who}; {self.rule}" if self.who else self.rule
 
 
-def usual(port: Port) -> Options:
+def usual(port: Port) -> ReuseOptions:
     """Return the options that servers usually set, hotport among them: SO_REUSEADDR on TCP, none on UDP."""
     return CHOICES["reuseaddr" if port.protocol == "tcp" else "none"]
 
 
-def judge(port: Port, asker: Asker, options: Options) -> Answer:
+def judge(port: Port, asker: Asker, options: ReuseOptions) -> Answer:
     """Judge whether `asker` can bind to the port with `options`, and listen, as far as the facts decide it."""
     if (denied := _denied(port, asker)) is not None:
         return denied
@@ -119,7 +119,7 @@ def judge(port: Port, asker: Asker, options: Options) -> Answer:
     return replace(told, can=Can.UNKNOWN, rule=_doubt(port, first, options, is_shared=bool(shared)), error="")
 
 
-def blame(port: Port, asker: Asker, options: Options) -> Answer:
+def blame(port: Port, asker: Asker, options: ReuseOptions) -> Answer:
     """Judge after the kernel has refused, which settles the facts that could not be read."""
     answer = judge(port, asker, options)
     if answer.can == Can.UNKNOWN:
@@ -161,7 +161,7 @@ def judge_name(name: UnixName) -> Answer:
     return Answer(Can.NO, rule, who, error, "when it ends" + ", and the file is removed" * (not name.is_abstract))
 
 
-def refuses(port: Port, old: Sockets, uid: int, new: Options) -> bool | None:
+def refuses(port: Port, old: Sockets, uid: int, new: ReuseOptions) -> bool | None:
     """Whether sockets on the port prevent a new one; None if a fact is missing."""
     is_near = overlaps(port.local, old.local)
     if is_near is False or old.state == State.SYN_RECV:  # not in the table of bound ports until the handshake is done
@@ -403,7 +403,7 @@ def _listed(peers: tuple[str, ...]) -> str:
     return ", ".join(peers[:2]) + (", ..." if len(peers) > 2 else "")
 
 
-def _rule(old: Sockets, asker: Asker, new: Options) -> str:
+def _rule(old: Sockets, asker: Asker, new: ReuseOptions) -> str:
     """Say why `old` refuses, as the end of a sentence."""
     is_alien = old.uid is not None and old.uid != asker.uid
     if new.reuse_port and is_alien and (old.options is None or old.options.reuse_port):
@@ -420,7 +420,7 @@ def _rule(old: Sockets, asker: Asker, new: Options) -> str:
     return f"it has set {old.options}, and both must have set {either}"
 
 
-def _doubt(port: Port, old: Sockets, new: Options, *, is_shared: bool) -> str:
+def _doubt(port: Port, old: Sockets, new: ReuseOptions, *, is_shared: bool) -> str:
     """Say which fact is missing, as the end of a sentence."""
     if is_shared:
         return (

@@ -9,7 +9,19 @@ from typing import Final, TypeAlias
 
 import msgspec
 
-__all__ = ["LEFT", "Asker", "Ephemeral", "Host", "Local", "Options", "Port", "Process", "Sockets", "State", "UnixName"]
+__all__ = [
+    "LEFT",
+    "Asker",
+    "Ephemeral",
+    "Host",
+    "Local",
+    "Port",
+    "Process",
+    "ReuseOptions",
+    "Sockets",
+    "State",
+    "UnixName",
+]
 
 Host: TypeAlias = IPv4Address | IPv6Address
 
@@ -37,7 +49,7 @@ _OURS: Final = re.compile(r"\bhotport(\.worker| serve) ")
 LEFT: Final = frozenset({State.FIN_WAIT1, State.FIN_WAIT2, State.CLOSING, State.TIME_WAIT, State.LAST_ACK})
 
 
-class Options(msgspec.Struct, frozen=True):
+class ReuseOptions(msgspec.Struct, frozen=True):
     """``SO_REUSEADDR`` and ``SO_REUSEPORT`` of a socket."""
 
     reuse_address: bool = False
@@ -134,7 +146,7 @@ class Sockets(msgspec.Struct, frozen=True):
     local: Local
     count: int = 1
     uid: int | None = None
-    options: Options | None = None
+    options: ReuseOptions | None = None
     is_held: bool = True
     is_timed: bool = False
     ends_in_s: float = 0.0

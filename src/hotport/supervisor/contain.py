@@ -1,7 +1,7 @@
-"""What every task of the supervisor runs under: an error that was not expected ends nothing but what it happened to.
+"""Contain unexpected errors: each ends only the task or block in which it is raised.
 
-Expected errors are handled where they are. Any other one is logged with its traceback, and one thing is given up: a
-conversation, a report, a step. What the service cannot do without (its inputs, its timers, the watch over a worker) is
+Expected errors are handled where they are raised. Any other error is logged with its traceback, and one thing is given
+up: a conversation, a report, a step. Tasks that the service needs (its inputs, its timers, the watch over a worker) are
 `retried` instead.
 """
 
@@ -19,7 +19,7 @@ __all__ = ["Containing", "contained", "retried"]
 
 Arguments = TypeVarTuple("Arguments")
 
-#: From an unexpected error to the next attempt: one that comes each time must cost neither the processor nor the disk.
+#: Seconds from an unexpected error to the next attempt: a permanent error must not load the processor or the disk.
 RETRY_PAUSE_S: Final = 0.1
 
 log = get_logger("hotport.supervisor")
@@ -27,12 +27,12 @@ log = get_logger("hotport.supervisor")
 
 @final
 class Containing:
-    """A block whose unexpected errors are logged and go no further; cancellation passes.
+    """A block whose unexpected errors are logged and suppressed; cancellation passes.
 
     Args:
-        what: Names the block in the log: ``WHAT.failed``.
+        what: The block's name in the log event ``WHAT.failed``.
         give_up: Called with the error; must not raise.
-        about: Put on the log line.
+        about: Fields for the log line.
     """
 
     def __init__(self, what: str, give_up: Callable[[Exception], object] | None = None, **about: object) -> None:
@@ -53,13 +53,13 @@ class Containing:
 
 
 async def contained(what: str, run: Callable[[*Arguments], Awaitable[Any]], *args: *Arguments) -> None:
-    """Await `run`; an unexpected error is logged, and ends only this."""
+    """Await `run`; log an unexpected error, and return."""
     with Containing(what):
         await run(*args)
 
 
 async def retried(what: str, run: Callable[[*Arguments], Awaitable[Any]], *args: *Arguments) -> None:
-    """Await `run`, and after an unexpected error again, until it returns."""
+    """Await `run`; log an unexpected error and await it again, until it returns."""
     while True:
         with Containing(what):
             await run(*args)

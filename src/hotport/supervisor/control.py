@@ -1,4 +1,4 @@
-"""The supervisor's control socket: commands come in, progress and an outcome go out."""
+"""The supervisor's control socket: receive commands, send progress and outcomes."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ from hotport.wire.messages import (
 
 __all__ = ["serve_control"]
 
-#: A request is short; a client that sends more does not speak the protocol.
+#: The longest request; a client that sends more does not speak the protocol.
 REQUEST_BYTES_MAX: Final = 64 * 1024
 
-#: How long a client may take to send its request.
+#: Seconds that a client has to send its request.
 REQUEST_TIMEOUT_S: Final = 5.0
 
-#: How long clients may take to read the last words of a service that has ended.
+#: Seconds that clients have to read the last reply of a service that has ended.
 GOODBYE_TIMEOUT_S: Final = 1.0
 
 CLIENTS_MAX: Final = 64
 
-#: How much of an unexpected error a client is told.
+#: The length at which an unexpected error is cut in a reply.
 ERROR_CHARS_MAX: Final = 500
 
-#: How long to leave the socket alone when nothing can be accepted, for want of descriptors or memory.
+#: Seconds until accepting is retried when descriptors or memory are exhausted.
 ACCEPT_PAUSE_S: Final = 0.1
 
-#: How it shows that a client has left.
+#: The errors when a client has left.
 _GONE: Final = (EOFError, ConnectionError)
 
 _OPTIONS: Final = frozenset(option.field for option in OPTIONS)
@@ -70,7 +70,7 @@ log = get_logger("hotport.control")
 
 
 async def serve_control(supervisor: Supervisor, rundir: RuntimeDirectory, upgrade: Upgrade) -> None:
-    """Answer commands until the service has finished, and then to the end of what is being said.
+    """Answer commands until the service has finished, and complete the replies under way.
 
     Descriptors: owns a duplicate of the control socket. Cancellation: safe; clients see the end of the stream.
     """
@@ -79,7 +79,7 @@ async def serve_control(supervisor: Supervisor, rundir: RuntimeDirectory, upgrad
 
     async def handle(connection: socket.socket) -> None:
         try:
-            # A client that leaves ends its conversation, never what it asked for.
+            # A client that leaves ends its conversation, but never the request.
             with Channel(connection) as channel, Containing("control"), suppress(*_GONE):
                 await _converse(supervisor, channel, rundir, upgrade)
         finally:
@@ -87,7 +87,7 @@ async def serve_control(supervisor: Supervisor, rundir: RuntimeDirectory, upgrad
 
     async def accept(control: socket.socket) -> None:
         while True:
-            await room.acquire()  # before the accept: clients that say nothing must not use up our descriptors
+            await room.acquire()  # before the accept: silent clients must not exhaust our descriptors
             try:
                 await anyio.wait_readable(control)  # anyio's listeners take AF_UNIX sockets from 4.14 on
                 conversations.start_soon(handle, control.accept()[0])
@@ -138,7 +138,7 @@ async def _converse(supervisor: Supervisor, channel: Channel, rundir: RuntimeDir
         reply = _failure(error)
     except _GONE:
         raise
-    except Exception as error:  # a bug of ours, and the client must not wait for an answer
+    except Exception as error:  # a bug here must not let the client wait for a reply
         failed = HotportError(
             "HP642",
             f"{supervisor.name} could not do this",
@@ -177,7 +177,7 @@ async def _read_request(channel: Channel) -> Any:
 
 
 def _checked(request: Any) -> Any:
-    """The request, once what it says of options has passed their checks: clients may be of any make."""
+    """Validate the options in a request, which any client may have sent."""
     options = {name: getattr(request, name) for name in _OPTIONS.intersection(request.__struct_fields__)}
     return msgspec.structs.replace(request, **checked(options))
 
@@ -213,14 +213,14 @@ async def _carry_out(
             return Done(detail="stopped", exit_code=supervisor.exit_code)
         case UpgradeRequest(python=python):
             await upgrade.begin(python, channel)
-            return None  # the next supervisor answers
+            return None  # the next supervisor replies
         case TakeOverRequest():
             return await hand_over(supervisor, request, channel, rundir)
     raise AssertionError(request)
 
 
 async def _report_progress(channel: Channel, run: Callable[[Hear], Awaitable[Report]]) -> Report:
-    """Restart, or undo a restart; progress goes to the client, but does not wait for one that does not read."""
+    """Restart, or undo a restart; send progress to the client, without waiting for one that does not read."""
     send, receive = anyio.create_memory_object_stream[Progress](256)
 
     def hear(news: Announce, ms: float) -> None:

@@ -1,4 +1,4 @@
-"""The worker processes of a service: started, adopted, given orders and listeners, and heard."""
+"""The worker processes of a service: start and adopt them, send orders and listeners, receive their messages."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ __all__ = ["Fleet", "Loop"]
 
 Arguments = TypeVarTuple("Arguments")
 
-#: How long a worker that leaves may take to say how many connections it has, before others accept.
+#: Seconds that a leaving worker has to report its number of connections, before others accept.
 COUNT_TIMEOUT_S: Final = 1.0
 
 
 class Loop(Protocol):
-    """What the fleet needs of the supervisor's loop."""
+    """The interface that the fleet needs of the supervisor's loop."""
 
     @property
     def service(self) -> Service:
@@ -75,16 +75,16 @@ class Loop(Protocol):
 
     @property
     def options(self) -> Options:
-        """Of the generation that serves, or starts."""
+        """The options of the generation that serves, or starts."""
 
     def input(self, event: inputs.Input) -> None:
-        """Tell the model what has happened."""
+        """Queue an input for the model."""
 
     def start(self, what: str, run: Callable[[*Arguments], Awaitable[None]], *args: *Arguments) -> None:
         """Start a task that an unexpected error ends."""
 
     def keep(self, what: str, run: Callable[[*Arguments], Awaitable[None]], *args: *Arguments) -> None:
-        """Start a task that is run again after an unexpected error."""
+        """Start a task that is retried after an unexpected error."""
 
 
 class Fleet:
@@ -95,13 +95,12 @@ class Fleet:
         directory: Its runtime directory.
         notify_socket: Bound in `directory`.
         owned: The service's listeners; the caller closes them.
-        mend: Restores what has disappeared of the runtime directory; called before a worker is started in it.
+        mend: Restores missing files of the runtime directory; called before a worker is started.
 
     Attributes:
-        has_cut: A worker has cut connections, or was killed with some, while the service stopped.
+        has_cut: Whether a worker has cut connections, or was killed with some, while the service stopped.
 
-    Descriptors: owns the notify socket, the processes, and connections that were accepted for a worker and not given to
-    it yet.
+    Descriptors: owns the notify socket, the processes, and accepted connections that no worker has got yet.
     """
 
     def __init__(
@@ -136,7 +135,7 @@ class Fleet:
         return self._loop.options
 
     def descriptors(self) -> Iterator[int]:
-        """What a forked child must not have."""
+        """The descriptors that a forked child must not have."""
         yield from (sock.fileno() for sock in (self.notify_socket, *self._unclaimed))
 
     def close(self) -> None:
@@ -151,7 +150,7 @@ class Fleet:
         """Start a worker."""
         self._mend()
         restart = self._service.restart
-        # Others than inherit give them later.
+        # Strategies other than inherit give the listeners later.
         is_given = restart is not None and restart.generation == generation and restart.strategy is not Strategy.INHERIT
         listeners = {} if is_given else self._owned.sockets(generation)
         try:
@@ -181,10 +180,10 @@ class Fleet:
             self._loop.input(Said(worker, Event.READY))
 
     def adopt(self, orphan: Orphan, phase: Phase | None) -> None:
-        """Supervise a worker that another supervisor has started; do nothing if it has ended."""
+        """Supervise a worker of an earlier supervisor; do nothing if it has ended."""
         try:
             child = Child(orphan.pid, os.pidfd_open(orphan.pid))
-        except ProcessLookupError:  # it has gone since, and may have been killed
+        except ProcessLookupError:  # it has ended meanwhile; if it was killed, its socket file remains
             with suppress(OSError):
                 os.unlink(orphan.control_path)
             return
@@ -205,8 +204,8 @@ class Fleet:
             self._loop.keep("worker.conversation", process.converse, self._hear_word)
 
     async def _examine(self, process: WorkerProcess, after_s: float = 0.0) -> None:
-        """Say if a foreign program does not know of its listeners: clients would wait on them for ever."""
-        await anyio.sleep(after_s)  # one that cannot say that it is ready has bound by then what it binds
+        """Warn if a foreign program ignores its listeners, on which clients would wait for ever."""
+        await anyio.sleep(after_s)  # a program that does not report readiness has bound its own listeners by then
         if self.processes.get(process.worker) is not process:
             return
         if (unaware := find_unaware(process.pid, process.held)) is not None:
@@ -223,7 +222,7 @@ class Fleet:
     async def _watch(self, process: WorkerProcess) -> None:
         await retried("worker.watch", process.wait_ended)
         with Containing("notifications"):
-            self._read_notifications()  # while its pid is not used again
+            self._read_notifications()  # before its pid can be reused
         why = "ended"
         with Containing("worker.collect", worker=process.worker):
             why = process.collect()
@@ -232,7 +231,7 @@ class Fleet:
             process.released.set()
         if process.error:
             self._news.note_error(process.worker, process.error)
-        # One that owes its account was killed, by whomever. An account may come before we know that the service stops.
+        # A worker that still owes its fates was killed. The fates may come before the service is known to stop.
         self.has_cut = self.has_cut or (self._service.is_stopping and (process.owes or process.has_cut))
         name = os.path.basename(process.control_path)
         for other in self.processes.values():
@@ -244,7 +243,7 @@ class Fleet:
     # -- listeners -----------------------------------------------------------------------------------------
 
     def share(self, worker: int) -> None:
-        """Give a worker the listeners that it lacks."""
+        """Give a worker its missing listeners."""
         if process := self.processes.get(worker):
             self._loop.start("transfer", self._give, process)
 
@@ -252,7 +251,7 @@ class Fleet:
         """Tell a worker to accept, once it has its generation's listeners."""
         process = self.processes.get(worker)
         if process is not None:
-            process.successors = ()  # it stops whatever it handed over
+            process.successors = ()  # a worker that accepts stops handing off
         leaving = self._leaving(worker)
         is_whole = process is None or (not self._missing(process) and process.released is None)
         if process is None or process.is_foreign or (is_whole and not leaving):
@@ -261,7 +260,7 @@ class Fleet:
             self._loop.start("transfer", self._give, process, AcceptOrder(), leaving)
 
     def _leaving(self, worker: int) -> list[WorkerProcess]:
-        """Workers whose connections move to one that is about to accept: it keeps room for them."""
+        """The workers whose connections move to a worker that is about to accept, and that reserves room for them."""
         service, restart = self._service, self._service.restart
         if self._options.handoff == "off" or self._options.tls_cert or self._options.command or service.is_stopping:
             return []
@@ -277,7 +276,7 @@ class Fleet:
         return [process for process in found if process is not None and process.is_talking]
 
     async def _announce(self, process: WorkerProcess, leaving: Sequence[WorkerProcess]) -> None:
-        """Tell a worker for how many connections of others to keep room."""
+        """Tell a worker for how many connections of leaving workers to reserve room."""
         counts: dict[str, int] = {}
 
         async def ask(other: WorkerProcess) -> None:
@@ -296,7 +295,7 @@ class Fleet:
             process.order(ExpectOrder(connections=counts))
 
     async def give_all(self) -> None:
-        """Give every worker that accepts the listeners that it lacks, and wait until each has taken them or not."""
+        """Give all accepting workers their missing listeners, and wait until each has taken or refused them."""
         async with anyio.create_task_group() as tasks:
             for number in self._service.ids(Phase.SERVING):
                 process = self.processes.get(number)
@@ -305,19 +304,19 @@ class Fleet:
         self.close_unused()
 
     def _missing(self, process: WorkerProcess) -> dict[str, socket.socket]:
-        """The listeners of a worker's generation that it has not got."""
+        """The listeners of its generation that a worker lacks."""
         sockets = self._owned.sockets(process.generation)
         return {address: sock for address, sock in sockets.items() if sock not in process.held}
 
     async def _give(
         self, process: WorkerProcess, then: AcceptOrder | None = None, leaving: Sequence[WorkerProcess] = ()
     ) -> None:
-        """Give a worker the listeners that it lacks, and accepted connections without a worker; then an order.
+        """Give a worker its missing listeners and all unclaimed connections; then send an order.
 
-        If that fails there is no order, and the timer that bounds its answer decides.
+        Sends no order if that fails; then the timer that bounds its answer decides.
         """
         await self._announce(process, leaving)
-        if process.released is not None:  # it must not close what it is given now
+        if process.released is not None:  # else it could close the listeners that it is given now
             await process.released.wait()
             process.released = None
         accepted, self._unclaimed = self._unclaimed, []
@@ -358,7 +357,7 @@ class Fleet:
         """Close the listeners that a generation shares with the one before it, and bind them again."""
         old = self._service.generation
         leaving = {number: process.pid for number, process in self.processes.items() if process.generation <= old}
-        if lingering := self._owned.lingering(leaving, old, generation):  # then to close ours would not free the port
+        if lingering := self._owned.lingering(leaving, old, generation):  # closing ours would not free the port
             self._loop.input(inputs.Bound(f"worker {lingering[0]} still has a listener open", is_kept=True))
             return
         result = self._owned.rebind(old, generation, self._options.backlog)
@@ -372,14 +371,14 @@ class Fleet:
         self._loop.input(inputs.Bound(self._owned.regain(self._options)))
 
     def steer(self, generation: int, index: int) -> None:
-        """Send new connections to a generation's sockets (index 1), or to those before them (index 0)."""
+        """Steer new connections to a generation's sockets (index 1), or to their predecessors (index 0)."""
         try:
             self._owned.steer(generation, index)
         except OSError as error:  # the queues of the old sockets are emptied before they are closed
             self._log.warning("port.not_steered", error=str(error))
 
     def close_unused(self) -> None:
-        """Close the listeners that no generation needs; give what waited there to a worker that accepts."""
+        """Close the listeners that no generation needs; give their queued connections to an accepting worker."""
         if self._service.is_stopping or not self._service.generation:
             return
         wanted = {self._service.generation}
@@ -406,20 +405,20 @@ class Fleet:
     def _order(self, worker: int, order: AcceptOrder | QuiesceOrder, answer: Event) -> None:
         process = self.processes.get(worker)
         if process is None:
-            return  # its Exited is on the way
-        if process.is_foreign:  # accepts from its start until it leaves, and cannot be told otherwise
+            return  # its `Exited` is queued
+        if process.is_foreign:  # accepts from its start until it leaves, and takes no orders
             self._news.reports.note(self._service.restart, worker, answer, time.monotonic())
             self._loop.input(Said(worker, answer))
         else:
             process.order(order)
 
     def drain(self, worker: int, *, is_last: bool) -> None:
-        """Tell a worker to hand its connections over, finish the others, and leave."""
+        """Tell a worker to hand off its connections, finish the others, and leave."""
         process = self.processes.get(worker)
         if process is None:
             return
         if process.is_foreign or not process.is_talking:
-            process.signal(signal.SIGTERM)  # ours drain on it, too
+            process.signal(signal.SIGTERM)  # on which hotport's workers drain, too
         else:
             process.is_leaving = True
             process.successors = () if is_last else self._successors(worker)
@@ -437,8 +436,8 @@ class Fleet:
             return
         if process.is_talking and (is_hurried or process.is_leaving):
             process.order(HurryOrder())
-        elif process.is_talking:  # not by a signal: the worker counts those; and it may accept, after a recovery
-            timeout_s = self._options.kill_timeout_s / 2  # it has to say what it has cut, before it is killed
+        elif process.is_talking:  # no signal, which the worker would count; after a recovery it may accept
+            timeout_s = self._options.kill_timeout_s / 2  # leaves time to report its fates before it is killed
             process.order(DrainOrder(timeout_s=timeout_s, successors=self._successors(worker)))
         elif is_hurried:
             process.kill()
@@ -446,17 +445,17 @@ class Fleet:
             process.signal(signal.SIGTERM)
 
     def _abandoned(self, process: WorkerProcess) -> dict[str, socket.socket]:
-        """Listeners of a worker that leaves, at which no later generation accepts."""
+        """The listeners of a leaving worker from which no later generation accepts."""
         restart = self._service.restart
         generations = {self._service.generation, restart.generation if restart else 0} - {0}
         served = {sock for number in generations for sock in self._owned.sockets(number).values()}
         return self._owned.named(process.held - served)
 
     def _successors(self, leaving: int) -> tuple[str, ...]:
-        """Control sockets of the workers that take a worker's connections.
+        """The control sockets of a leaving worker's successors.
 
-        They are of the generation that is expected to stay: neither a canary nor one that is being taken back, unless
-        there is no other.
+        They are workers of the generation that is expected to stay: neither a canary nor a generation that is being
+        taken back, unless there is no other.
         """
         if self._service.is_stopping:
             return self._remote_successors
@@ -471,7 +470,7 @@ class Fleet:
         return tuple(process.control_path for process in processes if process is not None and process.is_talking)
 
     def redirect(self) -> None:
-        """Tell workers that drain, or may be taken back, their successors if these have changed."""
+        """Send workers that drain, or may be taken back, their successors if these have changed."""
         restart = self._service.restart
         is_watching = restart is not None and restart.step is steps.Step.WATCHING
         for number in self._service.ids(Phase.DRAINING, *((Phase.QUIESCED,) if is_watching else ())):
@@ -484,7 +483,7 @@ class Fleet:
                 process.order(SuccessorsOrder(successors=successors))
 
     def deposit(self) -> None:
-        """Leave with the workers what the next supervisor needs to know."""
+        """Store with the workers the state that the next supervisor needs."""
         memory = self.memory
         for process in self.processes.values():
             if process.is_talking and process.memory != memory:
@@ -492,12 +491,12 @@ class Fleet:
                 process.order(RememberOrder(memory=memory))
 
     def name_successors(self, paths: Sequence[str]) -> None:
-        """Hand connections to the workers of another supervisor, with these control sockets, when the service stops."""
+        """Set the workers of another supervisor, by control socket, as successors for the stop of the service."""
         self._remote_successors = tuple(paths)
 
     @property
     def memory(self) -> Memory:
-        """What the next supervisor could not learn from the workers otherwise."""
+        """The state that the next supervisor could not learn from the workers otherwise."""
         service = self._service
         return Memory(
             wanted=service.wanted,
@@ -506,19 +505,19 @@ class Fleet:
             favoured=service.favoured,
         )
 
-    # -- what workers say ----------------------------------------------------------------------------------
+    # -- workers' messages ---------------------------------------------------------------------------------
 
     def listen_on(self, notify_socket: socket.socket) -> None:
-        """Hear workers on this socket from now on, bound to the path that they know; owned from here on."""
+        """Receive notifications on another socket, bound to the path that workers know; owned from here on."""
         self._read_notifications()
         before, self.notify_socket = self.notify_socket, notify_socket
         anyio.notify_closing(before)
         before.close()
 
     async def receive_notifications(self) -> None:
-        """Hear workers until cancelled."""
+        """Receive notifications until cancelled."""
         while True:
-            with suppress(anyio.ClosedResourceError):  # replaced by another one
+            with suppress(anyio.ClosedResourceError):  # `listen_on` has replaced the socket
                 await anyio.wait_readable(self.notify_socket)
                 self._read_notifications()
 
@@ -533,7 +532,7 @@ class Fleet:
                     self._dismiss(pid)
 
     def _dismiss(self, pid: int) -> None:
-        """End a worker that the supervisor before this one started just before its end, and did not record."""
+        """Terminate a worker that the previous supervisor started just before its end, and did not record."""
         with suppress(OSError):
             pidfd = os.pidfd_open(pid)
             try:
@@ -544,7 +543,7 @@ class Fleet:
                 os.close(pidfd)
 
     def _process_of(self, pid: int) -> WorkerProcess | None:
-        """The worker that sent a notification: itself, or the leader of the sender's process group."""
+        """Return the worker that sent a notification: the sender itself, or the leader of its process group."""
         by_pid = {process.pid: process for process in self.processes.values()}
         if pid in by_pid:
             return by_pid[pid]
@@ -570,7 +569,7 @@ class Fleet:
 
     def _hear_word(self, worker: int, word: Word) -> None:
         match word:
-            case Hello(phase=phase) if phase != "starting":  # what it has said before it could not reach us
+            case Hello(phase=phase) if phase != "starting":  # its earlier notification was lost
                 self._loop.input(Said(worker, Event.READY))
             case Accepting(at_s=at_s, fates=fates):
                 self._news.reports.taken_back(self._service.restart, worker, fates)
@@ -594,7 +593,7 @@ class Fleet:
                 if process := self.processes.get(worker):
                     process.owes, process.has_cut = False, any(self._is_cut(fate) for fate in fates)
                 self._news.reports.drained(worker, fates)
-            case TlsReloaded(error=error) if error:  # no request waits for it: the order came while it started
+            case TlsReloaded(error=error) if error:  # no request waits: the order came during the start
                 self._log.warning("tls.kept", worker=worker, error=error)
             case _:
                 pass

@@ -1,4 +1,4 @@
-"""A foreign program that takes no listener from hotport and opens its own: it runs below a wrapper."""
+"""Find foreign programs below a wrapper, which open their own listeners instead of hotport's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Unaware", "find_unaware"]
 
 
 class Unaware(NamedTuple):
-    """A process below a worker's first one, and where it listens by itself."""
+    """A descendant of a worker's first process, and the addresses of its own listeners."""
 
     pid: int
     command: str
@@ -21,10 +21,10 @@ class Unaware(NamedTuple):
 
 
 def find_unaware(leader: int, given: Collection[socket.socket]) -> Unaware | None:
-    """The program that a worker's first process has started, and that listens on sockets which it was not given.
+    """Find a program that a worker's first process has started, and that listens on sockets that are not `given`.
 
-    ``LISTEN_PID`` names the first process, so another program takes nothing from ``LISTEN_FDS`` (sd_listen_fds(3)).
-    What the first program has forked is itself: it has the same command line.
+    ``LISTEN_PID`` names the first process, so other programs ignore ``LISTEN_FDS`` (sd_listen_fds(3)). Forks of the
+    first program have the same command line, and are skipped.
     """
     known = {os.fstat(sock.fileno()).st_ino for sock in given if sock.fileno() >= 0}
     wrapper = procfs.arguments(leader)

@@ -1,7 +1,6 @@
-"""Looking at the new workers of a restart while they can be taken back.
+"""Check the health of a restart's new workers while they can be taken back.
 
-Health is looked at, again and again: there is nothing to await that says that somebody is not well. Only the end of a
-worker is an event, and the model's.
+Health is polled, since bad health is no event that can be awaited. Only the end of a worker is an event, for the model.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ __all__ = ["watch_health"]
 
 INTERVAL_S: Final = 0.25
 
-#: From one request to the health path to the next.
+#: Seconds between two requests to the health path.
 PROBE_INTERVAL_S: Final = 1.0
 
-#: How long an answer is waited for, if no rule says how long a worker may be silent.
+#: Seconds to wait for an answer if no rule limits a worker's silence.
 ANSWER_TIMEOUT_S: Final = 0.5
 
-#: What a supervisor that wakes up so late has missed says nothing about a worker.
+#: The supervisor's own lag beyond which a missed answer does not count against a worker.
 OWN_LAG_MAX_S: Final = 0.1
 
 
@@ -36,13 +35,13 @@ Tell: TypeAlias = Callable[[str, int], None]
 
 
 async def watch_health(workers: Callable[[], Sequence[WorkerProcess]], options: Options, tell: Tell) -> None:
-    """Look at the new workers of a restart, and say once when they are not well.
+    """Check the new workers of a restart, and report bad health once.
 
-    Workers that cannot be looked at are not taken to be well.
+    A failed check counts as bad health.
 
     Args:
-        workers: Those to look at now; none when the watch is over.
-        tell: Called with what is wrong, and the worker's number: 0 if all of them together are meant.
+        workers: Returns the workers to check now; none when the watch is over.
+        tell: Called with the reason, and the worker's number: 0 for all workers together.
     """
 
     def give_up(error: Exception) -> None:

@@ -1,4 +1,4 @@
-"""What a new supervisor receives from the one before it."""
+"""The inheritance of a new supervisor from its predecessor."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["Inheritance"]
 
 @dataclass(frozen=True, slots=True)
 class Inheritance:
-    """Descriptors and state of the supervisor before this one, received by `upgrade` or `takeover`.
+    """Descriptors and state of the predecessor, received by `upgrade` or `takeover`.
 
     Attributes:
-        version: Of its hotport.
-        memory: What its workers may not know.
+        version: The predecessor's hotport version.
+        memory: State that its workers may not know.
         lock: Descriptor of the runtime directory's lock.
-        listeners: Of the generation that serves, by canonical address.
+        listeners: The listeners of the serving generation, by canonical address.
         bind: The same addresses as its options name them, in that order; empty after an upgrade.
-        status_port: Where it answers health checks; a live predecessor does so until our workers serve.
+        status_port: Its status port, on which a live predecessor answers until our workers serve.
         predecessor: The control connection to it; None if this process was that supervisor before an exec.
         paths: After an exec: the control and the notify socket, bound in the runtime directory.
         service: After an exec: the service's name.
@@ -53,7 +53,7 @@ class Inheritance:
                 connection.close()
 
     def listener(self, text: str) -> tuple[str, socket.socket] | None:
-        """The listener of an address as our options name it, with its canonical address."""
+        """Return the canonical address and the listener of an address as our options name it."""
         for named, (address, listener) in zip(self.bind, self.listeners.items(), strict=False):
             if text in (named, address):
                 return address, listener

@@ -1,7 +1,7 @@
-"""Restore the files by which a service is found when they disappear.
+"""Restore a service's directory and socket files when they disappear.
 
-The kernel tells when something is removed (`hotport.kernel.inotify`). Where it cannot, files are looked at when a
-worker is started, a restart begins, or a client asks for the status.
+The kernel notifies about removals (`hotport.kernel.inotify`). Without inotify, files are checked when a worker is
+started, a restart begins, or a client asks for the status.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from hotport.supervisor.supervisor import StatusPort, Supervisor
 
 __all__ = ["keep_files"]
 
-#: Between two looks: a program that removes files in a loop must not keep the supervisor busy.
+#: Seconds between two checks, so that a program that removes files in a loop does not keep the supervisor busy.
 PAUSE_S: Final = 0.1
 
-#: After an unexpected error.
+#: Seconds until the next check after an unexpected error.
 FAILED_PAUSE_S: Final = 10.0
 
 log = get_logger("hotport.supervisor")
 
 
 async def keep_files(supervisor: Supervisor, rundir: RuntimeDirectory) -> None:
-    """Make the runtime directory, the sockets in it and the socket files of listeners again, until cancelled.
+    """Restore the runtime directory, the sockets in it and the socket files of listeners, until cancelled.
 
     Cancellation: safe. Descriptors: one for inotify, closed at the end.
     """
@@ -50,17 +50,17 @@ async def keep_files(supervisor: Supervisor, rundir: RuntimeDirectory) -> None:
         while True:
             try:
                 await _look(watch, supervisor, rundir, told)
-            except Exception:  # a bug of ours must not cost the service its supervisor
+            except Exception:  # a bug here must not end the supervisor
                 log.exception("files.failed")
                 await anyio.sleep(FAILED_PAUSE_S)
             await anyio.sleep(PAUSE_S)
 
 
 async def _look(watch: Watch, supervisor: Supervisor, rundir: RuntimeDirectory, told: dict[str, str]) -> None:
-    """Make again what is gone, or wait until something changes if nothing is.
+    """Restore missing files; if nothing was restored, wait until a file changes.
 
     Args:
-        told: Why addresses are gone, as the log has it; kept from one look to the next.
+        told: The reasons already logged, by missing address; kept from one check to the next.
     """
     _watch_all(watch, supervisor)
     has_made = rundir.mend(supervisor)
@@ -75,7 +75,7 @@ async def _look(watch: Watch, supervisor: Supervisor, rundir: RuntimeDirectory, 
             log.error("listener.gone", address=address, why=why)
     told.clear()
     told.update(gone)
-    if not has_made:  # else what was made may be gone again, and is not watched yet
+    if not has_made:  # else a restored file may be missing again, and is not watched yet
         await anyio.wait_readable(watch.fileno())
         watch.drain()
 
@@ -93,7 +93,7 @@ def _path_of(port: StatusPort | None) -> str:
 
 
 def _mend_status_port(supervisor: Supervisor) -> dict[str, str]:
-    """Bind the socket file of the status port again if it is gone; its address, and why that cannot be."""
+    """Restore the status port's socket file if it is missing; return its address and the reason of a failure."""
     port = supervisor.status_port
     path = _path_of(port)
     if port is None or not path or supervisor.is_succeeded or supervisor.is_departing:
@@ -110,16 +110,16 @@ def _mend_status_port(supervisor: Supervisor) -> dict[str, str]:
 
 
 def _is_busy(supervisor: Supervisor) -> bool:
-    """A generation starts, and its workers are given listeners."""
+    """Whether a generation is starting, whose workers get listeners."""
     service = supervisor.service
     return service.generation == 0 or (service.restart is not None and service.restart.step is not Step.WATCHING)
 
 
 async def _mend_listeners(supervisor: Supervisor) -> bool:
-    """Bind again the addresses whose socket files are gone, and let workers accept there; whether any was made.
+    """Rebind listeners whose socket files are missing, and give them to the workers; return whether any was made.
 
-    A program that takes its listeners at its start, and only there, gets them with the next restart: until then nothing
-    would accept from a new one.
+    A program that takes listeners only at its start gets them with the next restart: until then no worker would accept
+    from a new one.
     """
     owned, service = supervisor.owned, supervisor.service
     if not owned.gone or service.is_stopping or supervisor.is_succeeded or supervisor.is_departing:

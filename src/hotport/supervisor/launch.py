@@ -1,4 +1,4 @@
-"""What a generation is started from: resolved once, so that all its workers are of one piece."""
+"""Resolve a generation's options, interpreter, directory and environment, once for all its workers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hotport.wire.messages import WorkerSpec, encode
 
 __all__ = ["Launch", "Surroundings"]
 
-#: Meant for this process or set anew for each worker; never handed on as they are.
+#: Variables for this process alone, or set anew for each worker; workers do not inherit them.
 PRIVATE_VARIABLES = (
     *LISTEN_VARIABLES,
     *MANAGER_VARIABLES,
@@ -28,11 +28,11 @@ PRIVATE_VARIABLES = (
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What the supervisor itself was started in: kept, so that no generation inherits from another.
+    """The supervisor's own environment and directory, kept so that no generation inherits from another.
 
     Attributes:
-        environment: As it was, less what was meant for the supervisor alone.
-        directory: The working directory *as it was named*; its links are followed anew by each generation.
+        environment: The environment without variables for the supervisor alone.
+        directory: The working directory *as it was named*; each generation resolves its links again.
     """
 
     environment: Mapping[str, str]
@@ -40,7 +40,7 @@ class Surroundings:
 
     @classmethod
     def snapshot(cls) -> Surroundings:
-        """Remember them now."""
+        """Take them from this process, now."""
         environment = {k: v for k, v in os.environ.items() if k not in PRIVATE_VARIABLES}
         return cls(environment, working_directory(environment))
 
@@ -49,8 +49,8 @@ class Surroundings:
 class Launch:
     """How to start the workers of one generation.
 
-    A worker that is replaced later comes from the same release and interpreter as its siblings, whatever a link
-    points to by then.
+    A worker that is started later uses the same release and interpreter as its siblings, even if a link has changed
+    meanwhile.
     """
 
     options: Options
@@ -60,11 +60,11 @@ class Launch:
 
     @classmethod
     def resolve(cls, options: Options, surroundings: Surroundings) -> Launch:
-        """Follow the links as they are now.
+        """Resolve the links as they are now.
 
         Raises:
-            StartError: The directory (HP401), the interpreter (HP402) or the application's directory (HP405) is not
-                there, or workers cannot be told where it is (HP404).
+            StartError: The directory (HP401), the interpreter (HP402) or the application's directory (HP405) is
+                missing, or its path cannot be passed to workers (HP404).
         """
         named = surroundings.directory
         directory = os.path.realpath(named)
@@ -77,7 +77,7 @@ class Launch:
             )
         python = options.python or sys.executable
         if "/" in python and not options.command:
-            # The directory is resolved, the name is not: a virtual environment is known by where its python lies.
+            # Resolve the directory, not the file: Python finds a virtual environment by its python's directory.
             place, name = os.path.split(os.path.join(named, python))
             python = os.path.join(os.path.realpath(place), name)
             if not os.access(python, os.X_OK):
@@ -88,7 +88,7 @@ class Launch:
                     fix=f"ls -l {python}",
                     note="name another one, for example --python current/.venv/bin/python",
                 )
-        app_dir = os.path.realpath(os.path.join(directory, options.app_dir))  # may be a link to a release, too
+        app_dir = os.path.realpath(os.path.join(directory, options.app_dir))  # may also be a link to a release
         if not os.path.isdir(app_dir) and not options.command:
             raise StartError(
                 "HP405",
@@ -97,7 +97,7 @@ class Launch:
                 fix=f"ls -ld {os.path.join(directory, options.app_dir)}",
                 note=f"name the directory of {options.target} with --app-dir",
             )
-        # Read again while the worker runs; the application may have changed the directory by then.
+        # Absolute, since they are read again later, when the application may have changed the working directory.
         tls_cert, tls_key = (
             tuple(os.path.join(directory, f) for f in fs) for fs in (options.tls_cert, options.tls_key)
         )
@@ -140,7 +140,7 @@ class Launch:
 
 
 def _why_no_directory(named: str) -> str:
-    """What a path is in place of a directory."""
+    """Say why a path is no directory."""
     if not os.path.lexists(named):
         return f"{named} does not exist"
     found = os.path.realpath(named)

@@ -1,4 +1,4 @@
-"""Which listeners there are, at which addresses, and for which generations; each is closed when nobody needs it."""
+"""The listeners of a service, by address and generation; each is closed when no generation needs it."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from hotport.options import Options
 
 __all__ = ["Listener", "Listeners", "Rebound", "listen"]
 
-#: Why a socket file is not made again that a service manager has made.
+#: Why a service manager's socket file is not restored.
 NOT_OURS: Final = "a service manager made it: systemctl restart its socket unit, and then the service"
 
-#: The kernel counts a reset after it has sent it (tcp_v4_send_reset() in net/ipv4/tcp_ipv4.c): another processor may
-#: be in between.
+#: Seconds that another processor may need to count a reset, which the kernel does after sending it
+#: (tcp_v4_send_reset() in net/ipv4/tcp_ipv4.c).
 COUNTED_S: Final = 0.002
 
 
@@ -45,16 +45,16 @@ class Listener:
     """One address of one or several generations.
 
     Attributes:
-        asked: The address as the options have it, in its canonical form; port 0 is still 0.
-        address: Where it is bound.
-        sock: None while somebody else has the address.
-        why_lost: Who that is.
-        before: The listener of the same address that this one takes over from, if it has a socket of its own.
-        path: Its socket file; empty if there is none, or it is another process's by now.
+        asked: The address in the options, in its canonical form; port 0 is still 0.
+        address: The bound address.
+        sock: The socket; None while another process has the address.
+        why_lost: Names that process.
+        before: The predecessor at the same address, if this listener has its own socket.
+        path: Its socket file; empty if there is none, or if another process owns it now.
         file: Device and inode of that file.
-        is_passed: A service manager has made the socket and its file, and keeps them.
+        is_passed: Whether a service manager has made the socket and its file, and keeps them.
         access: Mode, owner and group of that file.
-        why_gone: Why that file could not be made again.
+        why_gone: Why that file could not be restored.
     """
 
     asked: str
@@ -70,18 +70,18 @@ class Listener:
 
     @property
     def is_listening(self) -> bool:
-        """Clients can connect."""
+        """Whether clients can connect."""
         return self.sock is not None and bool(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
     @property
     def is_gone(self) -> bool:
-        """Its socket file was removed or replaced: new clients do not find it."""
-        if self.file is None:  # what a service manager has made may lie where we cannot see it
+        """Whether its socket file was removed or replaced, so that new clients do not find it."""
+        if self.file is None:  # a service manager's file may lie in a directory that is not visible here
             return bool(self.path) and not self.is_passed
         return socket_file(self.path) != self.file
 
     def leave_file(self) -> None:
-        """The socket file is another listener's, or another process's, from now on."""
+        """Give the socket file up: another listener or process owns it from now on."""
         self.path, self.file = "", None
 
     def close(self) -> None:
@@ -94,14 +94,14 @@ class Listener:
 
 @dataclass(slots=True)
 class Rebound:
-    """What came of binding addresses again.
+    """The result of rebinding addresses.
 
     Attributes:
-        gap_s: How long nobody listened on the address with the longest gap.
+        gap_s: The longest rebind gap of an address, in seconds.
         refused: How many connections were refused meanwhile; see `Report`.
-        reset: How many waited in an accept queue when it was closed.
-        accepted: What was taken from the accept queues before; the caller's to close.
-        why: Who has an address now that could not be bound; empty if all are there.
+        reset: How many connections were queued when their listener was closed.
+        accepted: Connections accepted from the queues before; the caller closes them.
+        why: The address that could not be bound, and who has it; empty if all are bound.
     """
 
     gap_s: float = 0.0
@@ -116,7 +116,7 @@ class Listeners:
 
     Args:
         bound: Listeners by generation and canonical address; owned from here on.
-        asked: For each of them, what the options say; if they cannot be told apart, the addresses themselves.
+        asked: By generation, the addresses in its options; if these do not match the listeners, their own are used.
         shared: As in `share_files`.
 
     Descriptors: owns every listener, and the guards.
@@ -141,29 +141,29 @@ class Listeners:
         self._guards: dict[str, socket.socket] = {}
         self._abandoned: list[Listener] = []
 
-    # -- looking ---------------------------------------------------------------------------------------------
+    # -- queries ---------------------------------------------------------------------------------------------
 
     def of(self, generation: int) -> list[Listener]:
-        """The listeners of a generation; those of the only one there is, if it is not known yet."""
+        """The listeners of a generation; before it is known, those of the first one."""
         return self._of.get(generation) or next(iter(self._of.values()))
 
     def sockets(self, generation: int) -> dict[str, socket.socket]:
-        """The sockets of a generation by address, without those that somebody else has."""
+        """The sockets of a generation by address, without lost addresses."""
         return {each.address: each.sock for each in self.of(generation) if each.sock is not None}
 
     def named(self, sockets: Collection[socket.socket]) -> dict[str, socket.socket]:
-        """Some sockets by address, whether a generation that goes on needs them or not."""
+        """The given sockets by address, abandoned listeners included."""
         known = (*self._each(), *self._abandoned)
         return {each.address: each.sock for each in known if each.sock is not None and each.sock in sockets}
 
     @property
     def lost(self) -> dict[str, str]:
-        """Addresses that somebody else has, and who."""
+        """Addresses lost to another process, and its name."""
         return {each.address: each.why_lost for each in self._each() if each.sock is None}
 
     @property
     def gone(self) -> dict[str, str]:
-        """Addresses whose socket file is not in its place any more, and why it could not be made again."""
+        """Addresses whose socket file is missing, and why it could not be restored."""
         gone = [each for each in self._each() if self._is_gone(each)]
         return {each.address: NOT_OURS if each.is_passed else each.why_gone for each in gone}
 
@@ -173,10 +173,10 @@ class Listeners:
         return [each.path for each in self._each() if each.path]
 
     def lingering(self, pids: Mapping[int, int], generation: int, other: int = 0) -> tuple[int, ...]:
-        """Which of these processes (a pid by worker) have a listener open that a generation has, or one before it had.
+        """Which workers (given with their pids) have a listener open that a generation has, or that was abandoned.
 
         Args:
-            other: Look only for what this generation has in common with it.
+            other: Check only the listeners that the generation shares with this one.
         """
         found = self.common(generation, other) if other else (*self.of(generation), *self._abandoned)
         numbers = [each.sock.fileno() for each in found if each.sock is not None]
@@ -190,10 +190,10 @@ class Listeners:
     # -- a restart -------------------------------------------------------------------------------------------
 
     def prepare(self, options: Options, strategy: Strategy, generation: int) -> list[Listener]:
-        """The listeners of the next generation, which takes over from `generation`.
+        """Make the listeners of the next generation, which follows `generation`.
 
-        What stays is the same listener, or with *overlap* a socket of its own that does not listen yet; what is new is
-        bound now.
+        A kept address has the same listener, or with *overlap* its own socket that does not listen yet; a new address
+        is bound now.
 
         Raises:
             ConfigError, KernelError: An address cannot be bound; nothing has changed.
@@ -206,7 +206,7 @@ class Listeners:
             for text in options.bind:
                 asked = str(parse_address(text))
                 found = [each for each in old if asked in (each.asked, each.address) and each not in taken]
-                if isinstance(parse_address(asked), SystemdAddress):  # one name for all of them
+                if isinstance(parse_address(asked), SystemdAddress):  # one name may stand for several
                     taken.update(found)
                     plan += found
                     if found:
@@ -228,18 +228,18 @@ class Listeners:
         return plan
 
     def add(self, generation: int, plan: list[Listener]) -> None:
-        """A generation has been begun with what was prepared for it."""
+        """Add a generation that has begun, with its prepared listeners."""
         self._of[generation] = plan
 
     def discard(self, plan: Iterable[Listener]) -> None:
-        """What was prepared is not wanted."""
+        """Close prepared listeners that are not needed."""
         known = set(self._each())
         for each in plan:
             if each not in known:
                 each.close()
 
     def join(self, generation: int, backlog: int) -> None:
-        """Let the sockets of a generation listen beside those that it takes over from; these get the connections.
+        """Make a generation's sockets listen beside their predecessors, which still get the connections.
 
         Raises:
             OSError: The kernel refuses.
@@ -247,25 +247,25 @@ class Listeners:
         for each in self.of(generation):
             if each.sock is None or each.is_listening or each.before is None or each.before.sock is None:
                 continue
-            with suppress(OSError):  # EINVAL: the only socket of its address, that never had company
+            with suppress(OSError):  # EINVAL: there has only been one socket at this address
                 steer(each.before.sock, 0)
             each.sock.listen(backlog)
-            with suppress(OSError):  # what goes to the new one all the same waits there
+            with suppress(OSError):  # connections that still reach the new socket are queued there
                 steer(each.sock, 0)
 
     def steer(self, generation: int, index: int) -> None:
-        """Send newcomers to the sockets of a generation (index 1), or to those that it takes over from (index 0).
+        """Steer new connections to a generation's sockets (index 1), or to their predecessors (index 0).
 
-        There are two sockets in each group: `obstacle` sees to that.
+        Each group has two sockets: `obstacle` ensures that.
         """
         for each in self.of(generation):
             if each.sock is not None and each.before is not None and each.is_listening:
                 steer(each.sock, index)
 
     def rebind(self, old: int, new: int, backlog: int) -> Rebound:
-        """Close what two generations have in common, and bind it again.
+        """Close the listeners that two generations share, and bind their addresses again.
 
-        Before it is closed a listener hears nothing new, and its accept queue is emptied. See `Rebound`.
+        Before a listener is closed, it is deafened and its accept queue is emptied. See `Rebound`.
         """
         result = Rebound()
         common = self.common(old, new)
@@ -292,7 +292,7 @@ class Listeners:
         return result
 
     def regain(self, options: Options) -> str:
-        """Try again to bind what somebody else has; who still has an address, empty if all are there."""
+        """Retry binding the lost addresses; return the last failure, empty if all are bound."""
         why = ""
         for each in self._each():
             if each.sock is None:
@@ -307,10 +307,10 @@ class Listeners:
     # -- socket files ----------------------------------------------------------------------------------------
 
     def remake(self, options: Options) -> list[Listener]:
-        """Bind again what has lost its socket file. The listeners from before are abandoned: see `keep`.
+        """Rebind listeners whose socket files are missing, and abandon the old ones: see `keep`.
 
         Returns:
-            The new listeners, which every generation has from now on. What cannot be bound says why in `gone`.
+            The new listeners, which all generations have from now on. `gone` has the reasons of failures.
         """
         made: list[Listener] = []
         for each in self._each():
@@ -332,19 +332,19 @@ class Listeners:
         return made
 
     def note_access(self) -> None:
-        """Remember who may connect to each socket file, for the one that takes its place if it is removed."""
+        """Remember the access rights of each socket file, for its replacement if it is removed."""
         for each in self._each():
             if each.path and not each.is_passed and not each.is_gone:
                 each.access = access_of(each.path)
 
     def blame(self, why: str) -> None:
-        """Say why the socket files that are gone are not made again now."""
+        """Note why missing socket files are not restored now."""
         for each in self._each():
             if self._is_gone(each):
                 each.why_gone = why
 
     def unmake(self, made: Listener, why: str) -> None:
-        """Take back a listener that was made again and that no worker accepts from: its address is gone again."""
+        """Undo `remake` of a listener that no worker accepts from: its address is missing again."""
         before = next((each for each in reversed(self._abandoned) if each.address == made.address), None)
         if before is None:
             return
@@ -355,7 +355,7 @@ class Listeners:
         made.close()
 
     def superseded(self, addresses: Collection[str]) -> set[socket.socket]:
-        """The old sockets of these addresses, which a worker closes when it is given their replacements."""
+        """The old sockets of these addresses, which a worker closes when it gets their replacements."""
         return {each.sock for each in self._abandoned if each.sock is not None and each.address in addresses}
 
     def _is_gone(self, each: Listener) -> bool:
@@ -364,13 +364,13 @@ class Listeners:
     # -- the end ---------------------------------------------------------------------------------------------
 
     def keep(self, generations: Collection[int], held: Collection[socket.socket]) -> list[socket.socket]:
-        """Close what belongs to none of these generations any more, as soon as no worker holds it.
+        """Close listeners that belong to none of these generations, as soon as no worker holds them.
 
         Args:
-            held: Sockets that a worker has open, and empties before it closes them.
+            held: Sockets that workers have open, and empty before they close them.
 
         Returns:
-            Connections that nobody has taken from the accept queues of what was closed; the caller's to close.
+            Connections left in the accept queues of closed listeners; the caller closes them.
         """
         if gone := [number for number in self._of if number not in generations]:
             leaving = {each for number in gone for each in self._of.pop(number)}
@@ -387,22 +387,22 @@ class Listeners:
 
     @property
     def has_shared(self) -> bool:
-        """Whether another supervisor has listeners of these, too."""
+        """Whether another supervisor also has some of these listeners."""
         return bool(self._shared)
 
     def share_files(self, addresses: Collection[str]) -> None:
         """Leave the socket files of these addresses in place when they are closed.
 
-        Another supervisor has these listeners, too, until it is decided which of the two continues.
+        Another supervisor also has these listeners, until it is decided which of the two continues.
         """
         self._shared = frozenset(addresses)
 
     def own_files(self) -> None:
-        """Remove every socket file when its listener is closed: no other supervisor has any, or it has been retired."""
+        """Remove every socket file when its listener is closed: no other supervisor has it, or that one has retired."""
         self._shared = frozenset()
 
     def give_away(self, addresses: Collection[str]) -> None:
-        """Leave the socket files of these addresses: they are another process's from now on."""
+        """Leave the socket files of these addresses: another process owns them from now on."""
         for each in self._each():
             if each.address in addresses:
                 each.leave_file()
@@ -416,12 +416,12 @@ class Listeners:
             guard.close()
 
     def all_sockets(self) -> list[socket.socket]:
-        """Every socket that is owned here, guards included."""
+        """Every owned socket, guards included."""
         listeners = (each.sock for each in (*self._each(), *self._abandoned))
         return [*(sock for sock in listeners if sock is not None), *self._guards.values()]
 
     def _settle(self, closed: Listener) -> None:
-        """A socket is alone at its address again: nothing is steered there any more."""
+        """Stop steering at the address of a closed listener: one socket is left there."""
         for each in self._each():
             if each.before is closed or closed.before is each:
                 each.before = None if each.before is closed else each.before
@@ -435,10 +435,10 @@ class Listeners:
     # -- guards ----------------------------------------------------------------------------------------------
 
     def guard(self, options: Options) -> None:
-        """Hold the addresses of the first generation against other users, if that is wanted.
+        """Guard the addresses of the first generation against other users, if the options say so.
 
         Raises:
-            KernelError: One cannot be held (HP101).
+            KernelError: An address cannot be guarded (HP101).
         """
         self._guard(self._each(), options)
 
@@ -448,7 +448,7 @@ class Listeners:
         for each in listeners:
             address = parse_address(each.address)
             if isinstance(address, TcpAddress) and each.address not in self._guards and each.sock is not None:
-                share_port(each.sock)  # one that was bound before the option was set
+                share_port(each.sock)  # it may have been bound before the option was set
                 self._guards[each.address] = bind_guard(address)
 
     def _unguard(self, address: str) -> None:
@@ -457,14 +457,14 @@ class Listeners:
 
 
 def _is_passed(asked: str) -> bool:
-    """Whether a service manager has made the socket, and its file."""
+    """Whether a service manager has made the socket and its file."""
     return isinstance(parse_address(asked), FdAddress | SystemdAddress)
 
 
 def _asked_for(texts: Collection[str], listeners: Collection[str]) -> list[str]:
-    """What the options say of each listener, in canonical form: one ``systemd:`` name may stand for several.
+    """The options' address for each listener, in canonical form: one ``systemd:`` name may stand for several.
 
-    Listeners that cannot be told apart by their number are asked for by their own addresses.
+    If the numbers do not match, each listener is asked for by its own address.
     """
     asked = [str(parse_address(text)) for text in texts]
     more = len(listeners) - len(asked)
@@ -476,16 +476,16 @@ def _asked_for(texts: Collection[str], listeners: Collection[str]) -> list[str]:
 
 
 def listen(address: Address, options: Options) -> socket.socket:
-    """A new listener, as a service with these options wants it; the caller owns it. See `bind_listener`."""
+    """Bind a new listener by a service's options; the caller owns it. See `bind_listener`."""
     shares_port = options.guard or options.strategy == "overlap"
     sock = bind_listener(address, backlog=options.backlog, shares_port=shares_port)
     if options.command:
-        sock.setblocking(True)  # as systemd passes them: a plain accept loop expects nothing else
+        sock.setblocking(True)  # as systemd passes them, for plain accept loops
     return sock
 
 
 def _bind(asked: str, options: Options) -> Listener:
-    """A listener for an address that is new."""
+    """Make a listener for a new address."""
     address = parse_address(asked)
     if isinstance(address, FdAddress | SystemdAddress):
         raise ConfigError(
@@ -499,15 +499,15 @@ def _bind(asked: str, options: Options) -> Listener:
 
 
 def _join(kept: Listener, options: Options) -> Listener:
-    """A socket of its own beside a listener, that does not listen yet."""
+    """Make a second socket beside a listener, which does not listen yet."""
     assert kept.sock is not None
-    share_port(kept.sock)  # one that was bound for another strategy
+    share_port(kept.sock)  # it may have been bound for another strategy
     sock = bind_listener(parse_address(kept.address), backlog=options.backlog, shares_port=True, listens=False)
     return Listener(kept.asked, kept.address, sock, before=kept)
 
 
 def _known(asked: str, address: str, sock: socket.socket) -> Listener:
-    """A listener with its socket file, if it has one."""
+    """Make a `Listener` of a bound socket, with its socket file if it has one."""
     path = file_path(parse_address(address))
     file = socket_file(path) if path else None
     return Listener(asked, address, sock, path=path, file=file, is_passed=_is_passed(asked))

@@ -1,12 +1,12 @@
-"""The conversation with the service manager that runs this supervisor, if one does (sd_notify(3)).
+"""Notify the service manager that runs this supervisor, if there is one (sd_notify(3)).
 
-The supervisor tells what has happened; what the manager must hear of it is decided here:
+The supervisor reports events; this module decides what the manager must hear of them:
 
 - ``READY=1`` when the first generation serves; ``RELOADING=1`` when a restart begins and ``READY=1`` when its outcome
   is known, whatever it is (``Type=notify-reload``, systemd.service(5)); ``STOPPING=1`` at the end.
-- ``EXTEND_TIMEOUT_USEC`` while it waits for one of these, as long as the timers that bound what is going on.
-- ``WATCHDOG=1`` half way of ``WATCHDOG_USEC``, by a task of the loop that does everything else.
-- ``FDSTORE=1`` for every listener that was bound here, so that its accept queue outlives every process of the service.
+- ``EXTEND_TIMEOUT_USEC`` while it waits for one of these, up to the last timer that bounds the wait.
+- ``WATCHDOG=1`` after each half of ``WATCHDOG_USEC``, by a task in the supervisor's own event loop.
+- ``FDSTORE=1`` for every listener that was bound here, so that its accept queue outlives all processes of the service.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from hotport.wire.sdnotify import encode_notification, encode_store, encode_stor
 
 __all__ = ["MANAGER_VARIABLES", "ServiceManager"]
 
-#: What a manager sets for the process that it watches, and for no other.
+#: Variables that a manager sets for the process that it watches, and for no other.
 MANAGER_VARIABLES: Final = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "FDSTORE")
 
-#: How long the manager may take to read before anything serves; later on nothing waits for it.
+#: Seconds to wait for the manager to read when listeners are stored or removed; other messages never wait.
 BLOCK_S: Final = 1.0
 
-#: How long it may take to let go of listeners that are not wanted any more.
+#: Seconds that it has to close listeners that are not needed any more.
 BARRIER_S: Final = 5.0
 
-#: Beyond the timer that bounds what is going on: for what comes after its end.
+#: Seconds added to the last timer, for the work after its end.
 MARGIN_S: Final = 5.0
 
 WATCHDOG: Final = encode_notification(watchdog=True)
@@ -52,7 +52,7 @@ LATE_MAX: Final = 64
 
 
 class _Waits(enum.Enum):
-    """For what the manager waits, under a timeout of its own."""
+    """What the manager waits for, with its own timeout."""
 
     READY = "ready"
     RELOADED = "reloaded"
@@ -62,22 +62,21 @@ class _Waits(enum.Enum):
 #: Timers that do not bound what the manager waits for.
 _OTHERS: Final = {
     _Waits.READY: {Clock.STABLE, Clock.BACKOFF},
-    _Waits.RELOADED: {Clock.STABLE, Clock.BACKOFF, Clock.DRAIN, Clock.KILL},  # those are of generations before
+    _Waits.RELOADED: {Clock.STABLE, Clock.BACKOFF, Clock.DRAIN, Clock.KILL},  # the last two are of earlier generations
     _Waits.STOPPED: {Clock.STABLE, Clock.BACKOFF},
 }
 
 
 class ServiceManager:
-    """Says what the manager named in the environment must hear; says nothing if there is none.
+    """Sends notifications to the manager named in the environment; does nothing if there is none.
 
     Args:
         environ: ``NOTIFY_SOCKET``, ``WATCHDOG_USEC``, ``WATCHDOG_PID``, ``FDSTORE``.
-        pid: This process; a watchdog for another one is not ours to feed.
+        pid: This process; a watchdog for another one is ignored.
 
     Attributes:
-        watchdog_s: Within how many seconds it must hear ``WATCHDOG=1``; None if it does not watch.
-        store_max: How many descriptors it keeps for this service; 0 if none, or if it does not say (before
-            systemd 254).
+        watchdog_s: Within how many seconds it must get ``WATCHDOG=1``; None without a watchdog.
+        store_max: How many descriptors it stores for this service; 0 also before systemd 254, which does not tell.
 
     Descriptors: one socket, closed by `close`.
     """
@@ -100,12 +99,12 @@ class ServiceManager:
         self._is_late = anyio.Event()
 
     def close(self) -> None:
-        """Say nothing any more."""
+        """Stop notifying."""
         self._path = ""
         self._hang_up()
 
     async def run(self) -> None:
-        """Keep the watchdog quiet and deliver what was not taken at once, until cancelled."""
+        """Feed the watchdog and deliver queued messages, until cancelled."""
         if not self._path:
             return
         async with anyio.create_task_group() as tasks:
@@ -116,12 +115,12 @@ class ServiceManager:
     # -- the store -----------------------------------------------------------------------------------------
 
     def park(self, listeners: Mapping[str, socket.socket], *, held: Collection[str] = ()) -> None:
-        """Have the manager keep duplicates of these listeners, by canonical address; blocks for a moment at most.
+        """Store duplicates of these listeners, by canonical address, with the manager; may block for `BLOCK_S` each.
 
-        It keeps one that it has already only once.
+        The manager stores a listener only once.
 
         Args:
-            held: Addresses whose listeners it passed from a socket unit; it keeps those anyway.
+            held: Addresses whose listeners came from a socket unit, which keeps them anyway.
         """
         if self._sock is not None:
             self._held.update(held)
@@ -134,7 +133,7 @@ class ServiceManager:
                 self._parked[address] = _inode(listeners[address])
 
     def forget(self, names: Iterable[str]) -> None:
-        """Have it close what it keeps under these names, and wait until it has: their addresses may be bound next."""
+        """Remove these names from the store, and wait for the manager: their addresses are bound next."""
         removals = [encode_store_remove(name) for name in names]
         if self._sock is None or not removals:
             return
@@ -144,7 +143,7 @@ class ServiceManager:
             self._log.warning("manager.silent", timeout_s=BARRIER_S)
 
     def follow(self, listeners: Mapping[str, socket.socket]) -> None:
-        """The service has these listeners now: its addresses may have changed, or have other sockets than before."""
+        """Update the store to the service's current listeners."""
         kept = {(address, _inode(sock)) for address, sock in listeners.items()}
         for address, _ in self._parked.items() - kept:
             del self._parked[address]
@@ -152,17 +151,17 @@ class ServiceManager:
         self.park({address: sock for address, sock in listeners.items() if not self.keeps(address)})
 
     def keeps(self, address: str) -> bool:
-        """Whether the listener of an address, and who waits in its accept queue, outlive this process."""
+        """Whether an address's listener, with its accept queue, outlives this process."""
         return address in self._parked or address in self._held
 
-    # -- what it hears -------------------------------------------------------------------------------------
+    # -- notifications -------------------------------------------------------------------------------------
 
     def hear(self, announcement: Announce, *, serving: int, why: str = "") -> None:
-        """Something has happened.
+        """Notify the manager of an announcement, if needed.
 
         Args:
             serving: The generation that serves.
-            why: Of an abort, in more words than the announcement has.
+            why: The detailed reason of an abort.
         """
         serves, generation = f"generation {serving} serves", announcement.generation
         match announcement.news:
@@ -179,7 +178,7 @@ class ServiceManager:
                 outcome = "aborted" if news is News.ABORTED else "undone"
                 self._wait_no_more(f"{serves}, the restart to generation {generation} was {outcome}: {reason}")
             case News.LAME_DUCK:
-                if self._waits is None:  # it has asked for the stop, and counts
+                if self._waits is None:  # the manager has asked for the stop, and its timeout runs
                     self._wait_for(_Waits.STOPPED)
                 self._say(encode_notification(status=f"{serves} as a lame duck for {announcement.why}, then stops"))
             case News.STOPPING:
@@ -189,10 +188,9 @@ class ServiceManager:
                 pass
 
     def refused(self, why: str) -> None:
-        """A restart that the manager may have asked for was not begun.
+        """Answer a reload that the manager may have asked for, when the restart is refused.
 
-        It gets its answer all the same: a reload that is over at once; or, while a restart goes on, the promise that
-        its end will be told.
+        The answer is a reload that ends at once; or, during a restart, another RELOADING=1, which ends with it.
         """
         match self._waits:
             case None:
@@ -204,11 +202,11 @@ class ServiceManager:
                 pass
 
     def failed(self, why: str) -> None:
-        """The service ends without having served."""
+        """Report that the service ends without having served."""
         self._say(encode_notification(status=in_one_line(why)))
 
     def extend(self, timers: Timers) -> None:
-        """Have it wait as long as what goes on is bounded by `timers`; call it whenever they have changed."""
+        """Extend the manager's timeout to the last of `timers`; call it whenever they have changed."""
         if self._waits is None:
             return
         latest = timers.latest(_OTHERS[self._waits])
@@ -227,16 +225,16 @@ class ServiceManager:
         self._waits = None
         self._say(encode_notification(ready=True, status=status))
 
-    # -- saying it -----------------------------------------------------------------------------------------
+    # -- sending -------------------------------------------------------------------------------------------
 
     def _say(self, payload: bytes) -> None:
-        """Send it now, or as soon as the manager has read what it was sent before."""
+        """Send a message now, or as soon as the manager has read the earlier ones."""
         if self._path and (self._late or not self._try(payload)):
             self._late.append(payload)
             self._is_late.set()
 
     def _say_now(self, payload: bytes, descriptors: Sequence[int] = ()) -> bool:
-        """Send it now, and wait for `BLOCK_S` at most until there is room for it."""
+        """Send a message, waiting up to `BLOCK_S` for room; False if it was not sent."""
         if self._sock is None:
             return False
         self._sock.settimeout(BLOCK_S)
@@ -248,8 +246,8 @@ class ServiceManager:
             self._sock.setblocking(False)
 
     def _try(self, payload: bytes) -> bool:
-        """False if the manager has to read first; what nobody hears counts as said."""
-        for _ in range(2):  # it may have been started anew, and listen on the same path
+        """Try to send a message; False if the manager must read first, True also without a manager."""
+        for _ in range(2):  # a restarted manager listens on the same path
             self._sock = self._sock or open_notify(self._path)
             if self._sock is None:
                 break
@@ -276,13 +274,13 @@ class ServiceManager:
 
     async def _keep_watchdog(self, watchdog_s: float) -> None:
         while True:
-            if not self._late:  # else it does not read, and would not hear it in time anyway
+            if not self._late:  # else it does not read, and would not get the message in time
                 self._try(WATCHDOG)
             await anyio.sleep(watchdog_s / 2)
 
 
 def _number(environ: Mapping[str, str], variable: str, default: int) -> int:
-    """A variable as a number; 0 if it is none."""
+    """Parse a variable as a number; 0 if it is none."""
     text = environ.get(variable)
     if text is None:
         return default

@@ -1,4 +1,4 @@
-"""What a supervisor tells others: its log, the service manager, restart reports and subscribers."""
+"""Publish a supervisor's news: to the log, the service manager, restart reports and subscribers."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Publisher:
 
     Args:
         name: The service's name.
-        manager: The service manager's; the caller closes it.
+        manager: Notifies the service manager; the caller closes it.
 
     Attributes:
-        reports: One for each restart.
+        reports: The reports of restarts.
     """
 
     def __init__(self, name: str, manager: ServiceManager) -> None:
@@ -44,7 +44,7 @@ class Publisher:
         self._log = get_logger("hotport.supervisor")
 
     def note_error(self, worker: int, error: str) -> None:
-        """Remember why a worker could not start, or ended, until the restart that it belongs to has been reported."""
+        """Remember why a worker could not start, or ended, until its restart has been reported."""
         self._errors[worker] = error
 
     def publish(
@@ -56,13 +56,13 @@ class Publisher:
         *,
         is_running: bool,
     ) -> None:
-        """Log a piece of news, tell the manager and the subscribers, and close the reports that it completes.
+        """Log an announcement, pass it to the manager and the subscribers, and close the reports that it completes.
 
         Args:
-            service: After the step that announced it.
-            options: Of the generation that it is about.
-            listeners: Of the generation that serves, by address.
-            is_running: The worker that it names has not ended.
+            service: The state after the step that announced it.
+            options: The options of its generation.
+            listeners: The listeners of the serving generation, by address.
+            is_running: Whether the worker that it names still runs.
         """
         news = announcement.news
         serving = service.generation
@@ -73,7 +73,7 @@ class Publisher:
             self._loss = f"worker {announcement.worker} {announcement.why}; " + (
                 bound if is_stuck else "if it has written why, that is above"
             )
-        # A failure to boot is reported once, at the end; but one that hangs may take long to come to it.
+        # A failed boot is reported once, at its end; but a worker that hangs is reported at once.
         if serving or news not in _BAD or is_stuck:
             (self._log.warning if news in _BAD else self._log.info)(news.value, **_fields(announcement, error))
         if news is News.RESTART_BEGAN and service.restart is not None:
@@ -97,7 +97,7 @@ class Publisher:
             self._errors.clear()
 
     def not_started(self) -> StartError | str:
-        """Tell the manager that the service did not start, and return why: a worker's own words if there are any."""
+        """Report to the manager that the service did not start; return why, as a worker's error if there is one."""
         failure: StartError | str | None = next((text for text in self._errors.values() if text), None)
         failure = failure or StartError(
             "HP403",
@@ -111,7 +111,7 @@ class Publisher:
 
     @contextmanager
     def subscribed(self, subscriber: Callable[[Announce | Report], None]) -> Iterator[None]:
-        """Have `subscriber` called with all news and reports."""
+        """Call `subscriber` with all news and reports within the block."""
         self._subscribers.append(subscriber)
         try:
             yield
@@ -125,17 +125,17 @@ class Publisher:
 
 
 def until(seconds: float) -> str:
-    """A period that begins now, and the time of day at its end."""
+    """Render a period that begins now, with the time of day at its end."""
     return f"{format_duration(seconds)}, until {datetime.now() + timedelta(seconds=seconds):%H:%M:%S}"
 
 
 def _fields(announcement: Announce, error: str) -> dict[str, object]:
-    """What the log line of a piece of news has beside its event."""
+    """The fields of an announcement's log line."""
     fields = {
         "generation": announcement.generation,
         "worker": announcement.worker,
         "why": announcement.why,
-        # The key under which renderers keep lines apart.
+        # The key whose line breaks renderers keep.
         "exception": error if announcement.news is News.WORKER_LOST else "",
     }
     return {key: value for key, value in fields.items() if value}

@@ -1,4 +1,4 @@
-"""One worker process, from the supervisor's side."""
+"""The supervisor's side of one worker process."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ __all__ = ["WorkerProcess"]
 
 Answer = TypeVar("Answer", Inspection, TlsReloaded, Probed, Rebalanced)
 
-#: From calling a worker to its acknowledgement of what it was given.
+#: Seconds from connecting to a worker to its acknowledgement of a transfer.
 TRANSFER_TIMEOUT_S = 5.0
 
-#: How long the last words of a worker that is gone are waited for.
+#: Seconds to wait for the last messages of a worker that has ended.
 LAST_WORDS_S = 1.0
 
 
-#: So many questions may wait for a worker's answer: one that is stopped answers none, and is asked on and on.
+#: How many questions may wait for a worker's answer: a suspended worker answers none.
 ASKED_MAX = 64
 
-#: From the end of a conversation with a worker that lives on to the next one.
+#: Seconds until a lost control connection to a live worker is made again.
 RECONNECT_PAUSE_S = 0.1
 
 
@@ -55,19 +55,19 @@ class WorkerProcess:
     """A worker that was started here, or was adopted.
 
     Attributes:
-        error: Why it could not start, in its own words, if it left any.
+        error: Why it could not start, if it has reported that.
         status: Its last ``STATUS=``.
-        control_path: Where it listens for orders, and for connections of other workers.
-        successors: Whom it was told to hand its connections to, if it leaves.
-        is_talking: Its control socket is connected, or being connected.
-        memory: What was left with it last, for a next supervisor.
-        is_leaving: It was told to drain.
-        owes: It serves connections, and has not said what became of them.
-        has_cut: It has said that some of them were cut.
-        expects: Names of workers for whose connections it keeps room.
+        control_path: The socket on which it takes orders, and connections of other workers.
+        successors: The control sockets of the successors that it was told last.
+        is_talking: Whether its control socket is connected, or being connected.
+        memory: The state stored with it last, for the next supervisor.
+        is_leaving: Whether it was told to drain.
+        owes: Whether it serves connections, and has not reported their fates.
+        has_cut: Whether it has reported that some of them were cut.
+        expects: Names of workers for whose connections it reserves room.
         held: Listeners that it has, or is being given.
-        releasing: Listeners that it was told to release, by address, until it says that it has closed them.
-        released: Set when it has closed the listeners that it was told to release; None if it was not told.
+        releasing: Listeners that it was told to release, by address, until it reports them closed.
+        released: Set when it has closed the listeners that it was told to release; None if it was not told to.
 
     Descriptors: owns ``child.pidfd`` and the control connection.
     """
@@ -108,7 +108,7 @@ class WorkerProcess:
         self._log = get_logger("hotport.supervisor").bind(worker=worker, generation=generation)
 
     def order(self, message: Any) -> None:
-        """Queue an order; it leaves when the worker's control socket has been reached."""
+        """Queue an order; it is sent once the worker's control socket is connected."""
         self._orders.append(encode_frame(encode(message)))
         self._has_orders.set()
 
@@ -122,19 +122,19 @@ class WorkerProcess:
         send_signal(self._pidfd, signal.SIGKILL)
 
     async def converse(self, hear: Callable[[int, Word], None]) -> None:
-        """Connect to the worker, carry orders there and its words back, until it is gone.
+        """Connect to the worker, send orders and receive its messages, until it has ended.
 
-        A worker that closes the connection and lives on has failed at an order: it is connected to again, since without
-        a supervisor it would leave. One that cannot be given orders is left to the timers that bound them.
+        A live worker that closes the connection has failed at an order: connect again, since it would leave without a
+        supervisor. If that fails, the timers that bound orders decide.
         """
         with anyio.CancelScope() as self._conversation:
             while not self._has_ended and await self._converse(hear):
                 await anyio.sleep(RECONNECT_PAUSE_S)
-                if not os.path.exists(self.control_path):  # noqa: ASYNC240  it leaves
+                if not os.path.exists(self.control_path):  # noqa: ASYNC240  the worker leaves
                     return
 
     async def _converse(self, hear: Callable[[int, Word], None]) -> bool:
-        """One connection to its end; False if there was none."""
+        """Serve one connection to its end; False if connecting failed."""
         self.is_talking = True
         self._has_said_all = anyio.Event()
         try:
@@ -155,10 +155,10 @@ class WorkerProcess:
                 event.set()
 
     async def ask(self, order: Any, kind: type[Answer], timeout_s: float) -> Answer | None:
-        """The worker's answer to an order; None if it gives none within `timeout_s` seconds, or cannot be asked.
+        """Send an order and return the answer; None without one within `timeout_s` seconds, or if it cannot be sent.
 
-        Who asks how it is while it owes that answer to others waits for the same one: it may be asked for ever, and
-        never answer.
+        Concurrent inspections wait for the same answer, so that questions to a worker that never answers do not pile
+        up.
         """
         if not self.is_talking or len(self._asked) >= ASKED_MAX:
             return None
@@ -177,7 +177,7 @@ class WorkerProcess:
         """Give the worker listeners by address, and connections, and wait until it has them.
 
         Raises:
-            OSError: It cannot be reached, or has not taken them; it may have them all the same.
+            OSError: It cannot be reached, or has not acknowledged them; it may still have them.
             TimeoutError: It has not answered within `TRANSFER_TIMEOUT_S`.
 
         Descriptors: all stay open here.
@@ -195,7 +195,7 @@ class WorkerProcess:
                 raise ConnectionError("the worker has not taken its listeners") from error
 
     async def _send_orders(self, channel: Channel) -> None:
-        with suppress(ConnectionError):  # then the other direction ends, too
+        with suppress(ConnectionError):  # the receiving direction ends, too
             while True:
                 while self._orders:
                     await channel.send(self._orders[0])
@@ -212,7 +212,7 @@ class WorkerProcess:
             except ControlError as error:
                 self._log.warning("worker.garbage", error=str(error))
                 return
-            # Answers come in the order of orders.
+            # A worker answers orders in sequence.
             asked = next((asked for asked in self._asked if asked[0] is type(word)), None)
             if asked is None:
                 hear(self.worker, word)
@@ -223,21 +223,21 @@ class WorkerProcess:
             event.set()
 
     async def wait_ended(self) -> None:
-        """Wait for the end, and for its last words; may be called again."""
+        """Wait for the worker's end and its last messages; may be called again."""
         await anyio.wait_readable(self._pidfd)
         if self.is_talking:
             with anyio.move_on_after(LAST_WORDS_S):
                 await self._has_said_all.wait()
 
     def collect(self) -> str:
-        """Let go of a worker that has ended, and say how it did.
+        """Reap a worker that has ended, release its resources, and describe its exit.
 
-        Its conversation is ended here: a child that it has forked may hold the other end of the connection.
+        Also ends the conversation, since a forked child may hold the connection's other end.
         """
         self._has_ended = True
         if self._conversation is not None:
             self._conversation.cancel()
-        kill_group(self.pid)  # what it has started ends with it; its zombie keeps the group's id ours
+        kill_group(self.pid)  # its descendants end with it; the zombie reserves the group's id
         status = reap(self.pid)
         os.close(self._pidfd)
         with suppress(OSError):  # a worker that was killed leaves its socket behind
@@ -246,6 +246,6 @@ class WorkerProcess:
 
 
 async def _expect(channel: Channel, kind: type[Any]) -> None:
-    """Read words until one of this kind has come; the others are answers to orders."""
+    """Read messages until one of this kind has come; the others answer orders."""
     while not isinstance(await channel.receive_word(), kind):
         pass

@@ -1,7 +1,7 @@
-"""Find the workers of a supervisor that has ended, and take listeners back from them.
+"""Find the workers of a supervisor that has ended, and get their listeners from them.
 
-A supervisor keeps nothing that it could not learn again here; so every next supervisor begins here, whether the one
-before was killed or has exec'ed itself.
+A supervisor has no state that cannot be recovered here. So every supervisor starts here, after a crash of its
+predecessor as after an exec.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from hotport.wire.messages import (
 
 __all__ = ["Found", "Orphan", "survey"]
 
-#: A worker that serves answers at once; one that still imports its application, or is busy with it, is taken at its
-#: supervisor's word: it has been started.
+#: Seconds to wait for a worker's answer. A serving worker answers at once; one that imports its application, or is busy
+#: with it, counts as starting.
 ANSWER_TIMEOUT_S: Final = 2.0
 
-#: It is asked once more, for so long, if no listener was found without its answer: then nothing could be started, and a
-#: busy machine is a likelier reason than a worker that hangs.
+#: Seconds to wait for a second answer if no listener was found. Without listeners nothing can be started, and a busy
+#: machine is a likelier reason than a worker that hangs.
 LAST_ANSWER_TIMEOUT_S: Final = 20.0
 
 _PHASES: Final = {phase.value: phase for phase in (Phase.STARTING, Phase.READY, Phase.SERVING, Phase.QUIESCED)}
@@ -57,10 +57,10 @@ class Orphan:
     """A worker that an earlier supervisor has started.
 
     Attributes:
-        phase: By its own word. A foreign program is taken to serve.
+        phase: The phase that it has reported; SERVING for a foreign program.
         launch: How it was started; None if that cannot be read.
-        listeners: Duplicates of its own, by canonical address.
-        has_answered: It has said which these are; if none, it has none.
+        listeners: Duplicates of its listeners, by canonical address.
+        has_answered: Whether it has reported its listeners, even if it has none.
     """
 
     worker: int
@@ -76,23 +76,23 @@ class Orphan:
 
     @property
     def is_silent(self) -> bool:
-        """Whether it may have listeners of which it has not told."""
+        """Whether it may have listeners that it has not reported."""
         return not self.has_answered and self.phase is not Phase.DRAINING
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a new supervisor of a service starts with.
+    """The workers, listeners and numbers with which a supervisor starts.
 
     Attributes:
         orphans: Oldest first.
-        wanted: How many workers should serve; 0 if that is not known.
-        generations: How many generation numbers were given out, as far as that is known.
-        spawned: How many worker numbers.
-        favoured: The generation that the supervisor before would have kept.
-        generation: The one that serves; 0 if none has begun to.
-        listeners: By generation and canonical address; sockets of the orphans are the same objects.
-        shared: Addresses that another supervisor has, too: see `Listeners`.
+        wanted: How many workers should serve; 0 if unknown.
+        generations: How many generation numbers were given out, as far as known.
+        spawned: How many worker numbers were given out.
+        favoured: The generation that the previous supervisor would have kept.
+        generation: The generation that serves; 0 if none does.
+        listeners: By generation and canonical address; the orphans have the same socket objects.
+        shared: Addresses that another supervisor also has: see `Listeners`.
     """
 
     orphans: tuple[Orphan, ...] = ()
@@ -106,12 +106,12 @@ class Found:
 
     @property
     def workers(self) -> tuple[lifecycle.Worker, ...]:
-        """The orphans, as the model knows workers."""
+        """The orphans as workers of the model."""
         return tuple(lifecycle.Worker(each.worker, each.generation, each.phase) for each in self.orphans)
 
     @property
     def current(self) -> int:
-        """The generation to continue with; the next one if none serves or starts."""
+        """The generation to continue with; a new one if none serves or starts."""
         current = (each.generation for each in self.orphans if each.phase is not Phase.DRAINING)
         return self.generation or max(current, default=self.generations + 1)
 
@@ -127,15 +127,15 @@ async def survey(
     The caller holds the directory's lock. Sockets on which no process answers are removed.
 
     Args:
-        memory: Of the supervisor before, if it could pass it; workers have it otherwise.
-        numbers: Its workers by pid: foreign programs do not know theirs.
-        inherited: Listeners of the generation to continue with that this process has already.
+        memory: The previous supervisor's state, if it could pass it; otherwise workers have it.
+        numbers: Its worker numbers by pid, which foreign programs do not know.
+        inherited: Listeners of the generation to continue with that this process already has.
 
     Raises:
         ControlError: A worker speaks another protocol (HP650), or workers hold the port and none gives a duplicate of
-            it (HP651). They serve on.
+            it (HP651). They continue to serve.
 
-    Descriptors: owned by `Found.listeners`; what else was received is closed.
+    Descriptors: owned by `Found.listeners`; other received ones are closed.
     """
     orphans = _started(directory)
     for file in os.listdir(directory):
@@ -182,7 +182,7 @@ async def survey(
 
 
 def _tidy(directory: str) -> None:
-    """Remove what processes that were killed between bind and rename have left (`hotport.kernel.sockets`)."""
+    """Remove files of processes that were killed between bind and rename (`hotport.kernel.sockets`)."""
     for file in os.listdir(directory):
         if file.startswith("."):
             with suppress(OSError):
@@ -230,32 +230,32 @@ def _gather(found: Found, inherited: Mapping[str, socket.socket], directory: str
             fix=f"kill {pids}",
             note="then start the service again",
         )
-    if found.listeners and found.current not in found.listeners:  # it has released them for the next generation
+    if found.listeners and found.current not in found.listeners:  # released for the next generation
         found.listeners[found.current] = dict(found.listeners[max(found.listeners)])
 
 
 def _started(directory: str) -> dict[tuple[int, int], Orphan]:
-    """Processes that were started to be workers of this service, whether they listen yet or not."""
+    """Find processes that were started as workers of this service, even if they do not listen yet."""
     found: dict[tuple[int, int], Orphan] = {}
     for pid in procfs.leaders_with("NOTIFY_SOCKET", os.path.join(directory, "notify.sock")):
-        with Containing("survey", worker_pid=pid):  # its environment may be anything
+        with Containing("survey", worker_pid=pid):  # its environment may be malformed
             if (orphan := _orphan(pid, directory)) is not None:
                 found.setdefault((orphan.generation, orphan.worker or -pid), orphan)
     return found
 
 
 def _orphan(pid: int, directory: str) -> Orphan | None:
-    """What a process was started to be, by its environment; None if that is no worker."""
+    """Make an orphan of a process by its environment; None if it was not started as a worker."""
     environment = procfs.environment(pid)
     generation = int(environment.get("HOTPORT_GENERATION", "0"))
     if text := environment.get("HOTPORT_WORKER"):
         try:
             spec = msgspec.json.decode(text, type=WorkerSpec)
-        except msgspec.MsgspecError:  # another version's: then it has to say itself who it is
+        except msgspec.MsgspecError:  # of another version: its control socket identifies it
             return None
         path = os.path.join(directory, worker_socket(generation, spec.worker))
         return Orphan(spec.worker, generation, pid, path, launch=_launch(pid, spec, environment))
-    if environment.get("LISTEN_PID") != str(pid):  # started by such a program, in a group of its own
+    if environment.get("LISTEN_PID") != str(pid):  # a child of a foreign program, in its own process group
         return None
     return Orphan(0, generation, pid, "", is_foreign=True, phase=Phase.SERVING)
 
@@ -269,7 +269,7 @@ def _launch(pid: int, spec: WorkerSpec, environment: Mapping[str, str]) -> Launc
 
 
 async def _ask(orphan: Orphan) -> None:
-    """Ask a worker for its phase, what it remembers, and its listeners."""
+    """Ask a worker for its phase, the stored state, and its listeners."""
     try:
         channel = Channel.connect(orphan.control_path)
     except FileNotFoundError:  # started, but it does not listen yet
@@ -277,15 +277,15 @@ async def _ask(orphan: Orphan) -> None:
     except PermissionError as error:
         get_logger("hotport.supervisor").warning("worker.refused", path=orphan.control_path, error=str(error))
         return
-    except OSError:  # ECONNREFUSED: killed, like its supervisor; EAGAIN: it is stuck, and has been for long
+    except OSError:  # ECONNREFUSED: killed; EAGAIN: stuck for long
         if not orphan.pid:
             with suppress(FileNotFoundError):
                 os.unlink(orphan.control_path)
         return
-    # The process that listens is the worker; others may have inherited its environment. 0: another pid namespace.
+    # The listening process is the worker; others may have inherited its environment. 0: another pid namespace.
     orphan.pid = channel.peer[0] or orphan.pid
     has_spoken = False
-    with channel, suppress(EOFError, OSError):  # it ends just now
+    with channel, suppress(EOFError, OSError):  # it is ending
         await channel.say(ListenersOrder())
         while not orphan.has_answered:
             match await channel.receive_word():
@@ -316,9 +316,9 @@ def _believe(orphan: Orphan, hello: Hello) -> None:
 
 
 def _take(orphan: Orphan) -> None:
-    """Duplicate the listeners of a process that does not answer, from its table of descriptors."""
+    """Duplicate the listeners of a process that does not answer, from its descriptor table."""
     environment = procfs.environment(orphan.pid)
-    with suppress(OSError, HotportError):  # not permitted, or gone
+    with suppress(OSError, HotportError):  # not permitted, or the process has ended
         pidfd = os.pidfd_open(orphan.pid)
         try:
             for fd, name in parse_listen_environment(environment, orphan.pid):

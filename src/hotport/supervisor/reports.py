@@ -1,4 +1,4 @@
-"""From what happens during a restart to its one report."""
+"""Collect the events of each restart into one report."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _PHASES = {
 
 
 def accept_gap_s(quiesced_at: Mapping[int, float], accepting_at: Mapping[int, float]) -> float:
-    """How long nobody accepted: from the last old worker's end to the first new one's beginning, at least 0."""
+    """Seconds without an acceptor, from the last old worker's stop to the first new worker's start; at least 0."""
     if not quiesced_at or not accepting_at:
         return 0.0
     return max(0.0, min(accepting_at.values()) - max(quiesced_at.values()))
 
 
 class RestartRecord:
-    """Collects one restart, from its beginning until the workers that lost are gone.
+    """Collects the events of one restart, until the workers that leave have ended.
 
     Args:
-        is_tracked: Workers count their connections; if one ends without having said what became of them, that is
-            counted as a loss of its own.
+        is_tracked: Whether workers count their connections; the end of one that has not reported their fates is counted
+            as a loss.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class RestartRecord:
         self._why = ""
         self._culprit = 0
         self._leaving: set[int] = set()
-        self._back: set[int] = set()  # new workers that are taken back, or were lost and are the reason for it
+        self._back: set[int] = set()  # new workers that are taken back, or whose loss is the reason for it
         self._canary: set[int] = set()
-        self._is_committed = False  # the batch that it is at
+        self._is_committed = False  # the current batch
         self._drained: set[int] = set()
         self._fates: Counter[str] = Counter()
         self._strategy = strategy
@@ -83,35 +83,35 @@ class RestartRecord:
         return round((time.monotonic() - self._began_s) * 1000, 3)
 
     def drained(self, worker: int, fates: Mapping[str, int]) -> None:
-        """What became of a leaving worker's connections, by its own word."""
+        """Add the fates that a leaving worker has reported."""
         if worker in self._leaving | self._back:
             self._drained.add(worker)
             self._fates_of(worker).update(fates)
 
     @property
     def _was_back(self) -> bool:
-        """New workers have served, and were taken back."""
+        """Whether new workers have served and were taken back."""
         return self._outcome == "undone" or (self._outcome == "aborted" and bool(self._back))
 
     def _fates_of(self, worker: int) -> Counter[str]:
         return self._fates_back if worker in self._back else self._fates
 
     def taken_back(self, fates: Mapping[str, int]) -> None:
-        """What became of an old worker's connections before it accepted again."""
+        """Add the fates of an old worker's connections before it accepted again."""
         self._fates.update(fates)
 
     def rebound(self, gap_s: float, refused: int, reset: int) -> None:
-        """What binding the addresses again has cost."""
+        """Note the costs of rebinding."""
         self._rebound = (gap_s, refused, reset)
 
     def lost(self, count: int) -> None:
-        """Connections that were taken from a queue could be given to nobody."""
+        """Count connections accepted from a queue that no worker could take."""
         if self._rebound is not None:
             gap_s, refused, reset = self._rebound
             self._rebound = (gap_s, refused, reset + count)
 
     def hear(self, announcement: Announce) -> None:
-        """Take one piece of news into account."""
+        """Process an announcement."""
         match announcement.news:
             case News.WORKER_RETIRED if (worker := announcement.worker) in self._leaving | self._back:
                 self._leaving.discard(worker)
@@ -124,7 +124,7 @@ class RestartRecord:
                 self._why = announcement.why
                 self._culprit = announcement.worker
                 self._leaving |= set(announcement.workers)
-                # Those that had not begun to serve have no connections.
+                # Workers that had not begun to serve have no connections.
                 self._back |= self._leaving & (set(announcement.workers) if self._is_committed else self._canary)
                 self._mark("aborted")
             case News.DONE:
@@ -155,10 +155,10 @@ class RestartRecord:
         self._phases.append(PhaseTime(name=name, ms=self.elapsed_ms(), batch=max(1, self._batch)))
 
     def report(self, *, serving: int, errors: Mapping[int, str]) -> Report:
-        """The report as far as it is known.
+        """Make the report as far as it is known.
 
         Args:
-            errors: What workers said about their failure to start, by worker.
+            errors: Why workers failed to start, by worker.
         """
         after = self._overflows()
         error = ""
@@ -186,7 +186,7 @@ class RestartRecord:
 
 
 class Reports:
-    """The restarts that are not over yet, and the last one that is."""
+    """The records of restarts that are not over, and the last report."""
 
     def __init__(self, service: str, *, overflows: Callable[[], Mapping[str, int]]) -> None:
         self.last: Report | None = None
@@ -196,7 +196,7 @@ class Reports:
         self._records: dict[int, RestartRecord] = {}
 
     def last_in_words(self) -> str:
-        """How and when the last restart ended, to be added to a sentence; empty if there was none."""
+        """Say how and when the last restart ended, as the end of a sentence; empty if there was none."""
         if self.last is None:
             return ""
         ago = format_duration(round(time.monotonic() - self._last_at_s))
@@ -208,7 +208,7 @@ class Reports:
         return self._records.keys()
 
     def elapsed_ms(self, generation: int) -> float:
-        """Milliseconds since a restart began; 0 if it is over, or never was."""
+        """Milliseconds since a restart began; 0 if it is over or unknown."""
         record = self._records.get(generation)
         return record.elapsed_ms() if record is not None else 0.0
 
@@ -225,7 +225,7 @@ class Reports:
         )
 
     def hear(self, announcement: Announce, *, serving: int, errors: Mapping[int, str]) -> list[Report]:
-        """Take a piece of news into account; the reports of the restarts that it ends."""
+        """Process an announcement; return the reports of the restarts that it ends."""
         ended = []
         for record in list(self._records.values()):
             record.hear(announcement)
@@ -237,28 +237,28 @@ class Reports:
         return ended
 
     def drained(self, worker: int, fates: Mapping[str, int]) -> None:
-        """What became of a leaving worker's connections, by its own word."""
+        """Add the fates that a leaving worker has reported."""
         for record in self._records.values():
             record.drained(worker, fates)
 
     def rebound(self, generation: int, *, gap_s: float, refused: int, reset: int) -> None:
-        """What binding the addresses again has cost a restart."""
+        """Note the costs of a restart's rebinding."""
         if generation in self._records:
             self._records[generation].rebound(gap_s, refused, reset)
 
     def lost(self, count: int) -> None:
-        """Connections that were taken from a queue could be given to nobody."""
+        """Count connections accepted from a queue that no worker could take."""
         for record in self._records.values():
             record.lost(count)
 
     def taken_back(self, restart: Restart | None, worker: int, fates: Mapping[str, int]) -> None:
-        """What became of an old worker's connections before it accepted again, by its own word."""
+        """Add the fates that an old worker has reported before it accepted again."""
         record = self._records.get(restart.generation) if restart is not None else None
         if restart is not None and record is not None and worker in restart.old:
             record.taken_back(fates)
 
     def note(self, restart: Restart | None, worker: int, event: Event, at_s: float) -> None:
-        """When a worker began or ceased to accept, if that belongs to the restart in progress."""
+        """Note when a worker started or stopped accepting, if that belongs to the restart in progress."""
         record = self._records.get(restart.generation) if restart is not None else None
         if restart is None or record is None:
             return

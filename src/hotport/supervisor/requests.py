@@ -1,4 +1,4 @@
-"""What can be asked of a running service: restart it, scale it, renew its certificates, describe it."""
+"""The requests to a running service: restart, undo, scale, rebalance, reload certificates, describe."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ from hotport.wire.messages import (
 
 __all__ = ["Hear", "describe", "keep", "reload_tls", "restart", "scale", "undo"]
 
-#: Is told of each piece of news about a restart, with the milliseconds since it began.
+#: Called with each announcement about a restart, and the milliseconds since it began.
 Hear: TypeAlias = Callable[[Announce, float], None]
 
-#: A restart as the options want it.
+#: A restart without overrides of the options.
 RESTART: Final = RestartRequest()
 
-#: A worker that is busy with its application is shown without figures rather than waited for.
+#: Seconds to wait for a worker's figures; a busy worker is shown without them.
 INSPECT_TIMEOUT_S = 0.5
 
-#: A worker that reads its certificates answers at once; one that is busy for so long is reported.
+#: Seconds to wait for a worker to reload its certificates; a worker that is busy for longer is reported.
 RELOAD_TIMEOUT_S = 5.0
 
-#: How long a worker may take to hand connections over: what is busy has five seconds, what is under way some more.
+#: Seconds for which a worker may hand off connections: busy ones have five seconds, batches under way some more.
 REBALANCE_TIMEOUT_S = 20.0
 
-#: Why a canary makes no sense with a strategy.
+#: Why a canary cannot be used with a strategy.
 _NO_CANARY = {
     Strategy.OVERLAP: "with the strategy overlap every newcomer is sent to one generation: it would see none of them",
     Strategy.REBIND: "with the strategy rebind the old generation lets go of the port before the new one has it",
@@ -67,14 +67,14 @@ _NO_CANARY = {
 
 
 def unheard(news: Announce, ms: float) -> None:
-    """What a restart says to a caller that only wants its outcome."""
+    """Ignore the news, for callers that only need the outcome."""
 
 
 async def restart(supervisor: Supervisor, request: RestartRequest = RESTART, hear: Hear = unheard) -> Report:
-    """Restart and wait until the outcome is known and the losers are gone.
+    """Restart, and wait until the outcome is known and the workers that leave have ended.
 
     Args:
-        hear: Called with each piece of news about it, and the milliseconds since it began.
+        hear: Called with each announcement about it, and the milliseconds since it began.
 
     Raises:
         RestartError: It was refused: another one is in progress, or the service is starting or stopping
@@ -87,7 +87,7 @@ async def restart(supervisor: Supervisor, request: RestartRequest = RESTART, hea
         launch = Launch.resolve(options, supervisor.surroundings)
     except HotportError as error:
         raise _passed_on(error, supervisor) from error
-    if refused := refusal(supervisor.service, is_restart=True):  # before anything is bound for it
+    if refused := refusal(supervisor.service, is_restart=True):  # before anything is bound
         raise supervisor.refused(*refused)
     if supervisor.owned.lost:
         raise supervisor.refused(Refusal.PORT_LOST)
@@ -136,7 +136,7 @@ async def restart(supervisor: Supervisor, request: RestartRequest = RESTART, hea
 
 
 def _override(options: Options, request: RestartRequest) -> Options:
-    """The options for one restart: what the request says is stronger than the file."""
+    """Return the options for one restart; the request's override the file's."""
     said = {
         name: value
         for name in ("phased", "canary", "bake_s", "undo_window_s")
@@ -157,7 +157,7 @@ def _override(options: Options, request: RestartRequest) -> Options:
 
 
 async def undo(supervisor: Supervisor, by: str, hear: Hear = unheard) -> Report:
-    """Take back the restart that is in progress or in its undo window, and wait until the new workers are gone.
+    """Undo the restart that is in progress or in its undo window, and wait until the new workers have ended.
 
     Raises:
         RestartError: There is none, or the service is stopping (HP410).
@@ -166,7 +166,7 @@ async def undo(supervisor: Supervisor, by: str, hear: Hear = unheard) -> Report:
 
 
 async def keep(supervisor: Supervisor) -> str:
-    """End the bake or the undo window of a restart now, and say what follows.
+    """End the bake or the undo window of a restart now; return a sentence about the next step.
 
     Raises:
         RestartError: There is none (HP410).
@@ -179,7 +179,7 @@ async def keep(supervisor: Supervisor) -> str:
 
 
 async def _ask_for_report(supervisor: Supervisor, asked: Asked, make: Callable[[int], Input], hear: Hear) -> Report:
-    """Make a request, pass on what is told about the restart that it is about, and return its report."""
+    """Make a request about a restart, pass its news to `hear`, and return its report."""
     done = anyio.Event()
     result: list[Report] = []
 
@@ -199,7 +199,7 @@ async def _ask_for_report(supervisor: Supervisor, asked: Asked, make: Callable[[
 
 
 def facts(supervisor: Supervisor, options: Options) -> Facts:
-    """What there is to know of a service before a strategy is chosen."""
+    """Collect the facts by which a strategy is chosen."""
     workers = supervisor.service.workers
     leaving = {
         number: process.pid
@@ -272,10 +272,10 @@ async def scale(supervisor: Supervisor, wanted: int) -> None:
 
 
 async def reload_tls(supervisor: Supervisor) -> TlsReport:
-    """Let every worker that accepts, or may accept again, read its certificates again.
+    """Make all workers that accept, or may accept again, reload their certificates.
 
     Raises:
-        RestartError: The service has no certificate of ours, or is stopping (HP413). Nothing has changed.
+        RestartError: The service has no certificates here, or is stopping (HP413). Nothing has changed.
     """
     if cause := _no_tls(supervisor):
         raise RestartError(
@@ -290,11 +290,11 @@ async def reload_tls(supervisor: Supervisor) -> TlsReport:
     async def reload(process: WorkerProcess, phase: Phase) -> None:
         outcome, error = "starting", ""
         if phase is Phase.STARTING:
-            process.order(ReloadTlsOrder())  # it may have read them; it gets the order when it can be talked to
+            process.order(ReloadTlsOrder())  # it may have read the old ones; the order is sent once it is connected
         else:
             answer = await process.ask(ReloadTlsOrder(), TlsReloaded, RELOAD_TIMEOUT_S)
             if answer is None and supervisor.fleet.processes.get(process.worker) is not process:
-                return  # gone; who replaces it reads them anew
+                return  # it has ended; its replacement reads the new ones
             error = _no_answer(supervisor.name, process.worker) if answer is None else answer.error
             outcome = "kept" if error else "reloaded"
         found[process.worker] = WorkerTls(
@@ -310,7 +310,7 @@ async def reload_tls(supervisor: Supervisor) -> TlsReport:
 
 
 async def rebalance(supervisor: Supervisor) -> int:
-    """Let the workers that accept share the open connections as evenly as can be; how many have moved.
+    """Make the workers share the open connections as evenly as possible; return how many have moved.
 
     Raises:
         RestartError: Workers do not balance (HP419). Nothing has moved.
@@ -338,7 +338,7 @@ async def rebalance(supervisor: Supervisor) -> int:
 
 
 def _no_tls(supervisor: Supervisor) -> str:
-    """Why there are no certificates to be read again; empty if there are."""
+    """Why there are no certificates to reload; empty if there are."""
     if supervisor.service.is_stopping:
         return "the service is stopping"
     if supervisor.options.command:
@@ -357,7 +357,7 @@ def _no_answer(service: str, worker: int) -> str:
 
 
 async def describe(supervisor: Supervisor) -> Status:
-    """The service as it is."""
+    """Describe the service's current state."""
     found: dict[int, Inspection | None] = {}
 
     async def inspect(process: WorkerProcess) -> None:

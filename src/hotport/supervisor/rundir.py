@@ -1,4 +1,4 @@
-"""The runtime directory of a service: its lock, and the sockets of its supervisor there."""
+"""The runtime directory of a service, with its lock and the supervisor's sockets."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class RuntimeDirectory:
     """A runtime directory that this supervisor has locked.
 
     Attributes:
-        lock: Held for as long as any process has this open file description.
-        relisten: Called when `control` is another socket; set by the task that accepts there.
+        lock: Held while any process has this open file description.
+        relisten: Called when `control` is replaced; set by the task that accepts on it.
 
     Descriptors: owns `lock` and `control`; `notify` is the fleet's.
     """
@@ -48,33 +48,33 @@ class RuntimeDirectory:
 
     @classmethod
     def create(cls, directory: str, lock: int, stack: ExitStack) -> RuntimeDirectory:
-        """Bind the sockets until `stack` ends, in place of what is at their paths."""
+        """Bind the sockets until `stack` ends, replacing files at their paths."""
         notify = stack.enter_context(bind_notify(os.path.join(directory, "notify.sock")))
         control = stack.enter_context(bind_control(os.path.join(directory, "control.sock")))
         return cls(directory, lock, control, notify)
 
     def descriptors(self) -> tuple[int, ...]:
-        """What a forked child must not have: it would keep the lock for as long as it runs."""
+        """The descriptors that a forked child must not have: it would keep the lock while it runs."""
         return self.lock, self.control.fileno()
 
     async def reclaim(self, supervisor: Supervisor) -> None:
-        """Bind the sockets again: another supervisor had put its own there, and has ended."""
+        """Bind the sockets again, after another supervisor that had replaced them has ended."""
         self._bind_notify(supervisor)
         self._bind_control()
 
     def mend(self, supervisor: Supervisor) -> bool:
-        """Restore what was removed of the directory and of the sockets in it, and log it.
+        """Restore the directory and its sockets if they were removed, and log it.
 
         Returns:
-            Whether anything was made. What cannot be made is logged once.
+            Whether anything was restored. A failure is logged once.
         """
-        if supervisor.is_succeeded or supervisor.is_departing:  # the paths are another supervisor's
+        if supervisor.is_succeeded or supervisor.is_departing:  # another supervisor owns the paths
             return False
         made: list[str] = []
         why = ""
         try:
             why = self._mend(supervisor, made)
-        except Exception as error:  # whatever it is, the service has its workers and serves
+        except Exception as error:  # no error here may end the service
             why = str(error) if isinstance(error, HotportError) else repr(error)
         if made:
             log.warning("files.remade", directory=self.directory, files=made)
@@ -101,7 +101,7 @@ class RuntimeDirectory:
             made.append("control.sock")
         for process in supervisor.fleet.processes.values():
             if not process.is_foreign and process.is_talking and not os.path.exists(process.control_path):
-                process.order(ListenOrder())  # and it says so itself
+                process.order(ListenOrder())  # the worker logs that itself
         return ""
 
     def _is_missing(self, name: str) -> bool:
@@ -121,7 +121,7 @@ class RuntimeDirectory:
     def close(self) -> None:
         """Remove the socket files unless another supervisor has replaced them; release the lock.
 
-        With them goes what workers that were killed have left (`hotport.kernel.loadpage`).
+        Also removes the page that killed workers have left (`hotport.kernel.loadpage`).
         """
         for name, file in self._made.items():
             unlink_if_ours(self._path(name), file)

@@ -1,4 +1,4 @@
-"""Start a supervisor: from nothing, or from what exists of its service already."""
+"""Start a supervisor, with the workers and listeners that its service already has."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ from hotport.supervisor.takeover import take_over
 
 __all__ = ["Startup", "open_status_port", "start_up"]
 
-#: Probes that may wait to be accepted.
+#: The backlog of the status port.
 STATUS_BACKLOG: Final = 128
-#: How long the service manager may take to close a listener that is not wanted any more.
+#: Seconds that the service manager has to close a listener that is not needed any more.
 RELEASE_S: Final = 5.0
 RELEASE_PAUSE_S: Final = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Startup:
-    """What a supervisor starts with.
+    """The runtime directory, workers, listeners and inheritance with which a supervisor starts.
 
     Attributes:
-        found: Workers without a supervisor, and the listeners.
-        inheritance: What the supervisor before it has passed, if that could still do so.
+        found: Orphans and listeners.
+        inheritance: What the predecessor has passed, if it could.
     """
 
     rundir: RuntimeDirectory
@@ -64,7 +64,7 @@ class Startup:
 
     @property
     def has_predecessor(self) -> bool:
-        """Another supervisor serves until ours does."""
+        """Whether a live predecessor serves until our workers do."""
         return self.inheritance is not None and self.inheritance.predecessor is not None
 
 
@@ -77,10 +77,10 @@ def start_up(
     *,
     takes_over: bool,
 ) -> Startup:
-    """Become the service's supervisor until `stack` ends: upgraded, first, after a crash, or by a take-over.
+    """Become the service's supervisor until `stack` ends: start, adopt, upgrade or take over.
 
     Args:
-        inheritance: Of the supervisor that this process was, see `inherit`.
+        inheritance: From this process before its exec, see `inherit`.
         takes_over: Take the listeners of the supervisor that runs this service, if there is one.
     """
     directory = _directory(name)
@@ -89,7 +89,7 @@ def start_up(
         stack.callback(rundir.close)
         stack.callback(inheritance.close)
         found = anyio.run(survey, directory, inheritance.memory, inheritance.numbers, inheritance.listeners)
-        reap_orphans({orphan.pid for orphan in found.orphans})  # SIGCHLD of those that ended during the exec is lost
+        reap_orphans({orphan.pid for orphan in found.orphans})  # SIGCHLDs during the exec are lost
         _park(found.listeners[found.current], options, manager)
         return Startup(rundir, found, inheritance)
     lock = lock_directory(directory)
@@ -125,7 +125,7 @@ def start_up(
 
 
 def open_status_port(supervisor: Supervisor, startup: Startup, stack: ExitStack) -> None:
-    """Open the status port until `stack` ends, if the options name one: inherited, or bound now."""
+    """Open the status port of the options, inherited or new, until `stack` ends."""
     bind = supervisor.options.status_bind
     inherited = port = startup.inheritance.status_port if startup.inheritance else None
     if port is not None and port.bind != bind:
@@ -150,10 +150,10 @@ def open_status_port(supervisor: Supervisor, startup: Startup, stack: ExitStack)
 
 
 def _refuse_beside_another(name: str, directory: str, found: Found) -> None:
-    """Raise if the workers that were found have a supervisor: the directory that it has locked was removed.
+    """Refuse to start if the found workers have a supervisor, whose locked directory was removed.
 
     Raises:
-        ConfigError: They have (HP630).
+        ConfigError: They have one (HP630).
     """
     parents = {procfs.parent(orphan.pid) for orphan in found.orphans} - {0, os.getpid()}
     alive = sorted(pid for pid in parents if procfs.supervises(pid, directory))
@@ -170,7 +170,7 @@ def _refuse_beside_another(name: str, directory: str, found: Found) -> None:
 
 
 def _directory(name: str) -> str:
-    """The service's runtime directory, made if it is not there."""
+    """Return the service's runtime directory; create it if it does not exist."""
     root = runtime_root(os.environ, os.geteuid(), Path(tempfile.gettempdir()))
     private_directory(str(root))
     directory = str(root / name)
@@ -181,9 +181,9 @@ def _directory(name: str) -> str:
 def _listen(
     options: Options, manager: ServiceManager, inheritance: Inheritance | None = None
 ) -> dict[str, socket.socket]:
-    """The listeners of a service, by canonical address; the caller owns them.
+    """Make the listeners of a service, by canonical address; the caller owns them.
 
-    They are inherited, or kept by the service manager, else new.
+    Each is inherited, or from the service manager's store, or new.
     """
     taken = take_back(options.bind, os.environ, backlog=options.backlog)
     manager.forget(taken.unfit)
@@ -211,7 +211,7 @@ def _listen(
 
 
 def _park(listeners: Mapping[str, socket.socket], options: Options, manager: ServiceManager) -> None:
-    """Have the service manager keep listeners that we have from elsewhere; what it has passed again is the same."""
+    """Store inherited listeners with the service manager; the ones that it passed are duplicates."""
     taken = take_back(options.bind, os.environ, backlog=options.backlog)
     for listener in taken.listeners.values():
         listener.close()
@@ -221,10 +221,10 @@ def _park(listeners: Mapping[str, socket.socket], options: Options, manager: Ser
 
 
 def _bind_by(free_by_s: float, bind: Callable[[], tuple[str, socket.socket]]) -> tuple[str, socket.socket]:
-    """Bind, and until `free_by_s` (on the monotonic clock) try again if the address is taken.
+    """Bind; retry until `free_by_s` (on the monotonic clock) while the address is in use.
 
-    systemd closes what it removes from its store in a thread of its own, and sends no word when that has happened
-    (``asynchronous_close`` in its source).
+    systemd closes descriptors removed from its store in another thread, without a notification (``asynchronous_close``
+    in its source).
     """
     while True:
         try:
@@ -236,10 +236,10 @@ def _bind_by(free_by_s: float, bind: Callable[[], tuple[str, socket.socket]]) ->
 
 
 def _expand(texts: Sequence[str]) -> dict[Address, str]:
-    """Every address that is to be bound or adopted, and the text that stands for it; a ``systemd:`` may be several.
+    """Map every address to bind or adopt to its text in the options; a ``systemd:`` text may stand for several.
 
     Raises:
-        ConfigError: A descriptor is named twice (HP106), or no service manager has passed what is named (HP105).
+        ConfigError: A descriptor is named twice (HP106), or no service manager has passed a named one (HP105).
     """
     found: dict[Address, str] = {}
     for text in texts:
@@ -259,10 +259,10 @@ def _expand(texts: Sequence[str]) -> dict[Address, str]:
 def _bind(
     address: Address, options: Options, stack: ExitStack, taken: socket.socket | None = None
 ) -> tuple[str, socket.socket]:
-    """Bind one address until `stack` ends; return it as it really is, and its listener.
+    """Bind one address until `stack` ends; return the bound address and its listener.
 
     Args:
-        taken: The listener of this address, if there is one already; the caller closes it.
+        taken: The existing listener of this address, if any; the caller closes it.
     """
     listener = taken
     if listener is None:

@@ -1,9 +1,9 @@
-"""The status port: what load balancers and orchestrators ask a service, answered by its supervisor.
+"""The status port, on which the supervisor answers load balancers and orchestrators.
 
 A connection carries one question and one answer, over TCP or a unix socket: an HTTP/1 request, or the line that HAProxy
-sends to an agent (``agent-send "agent\\n"``). Workers are not asked whether the service is ready: they may hang, and
-what the supervisor knows of them is what counts. Everything is bounded: the size of a question, the time for both, and
-the connections, of which the oldest makes room.
+sends to an agent (``agent-send "agent\\n"``). Workers, which may hang, are not asked whether the service is ready: the
+supervisor's state counts. Everything is bounded: the size of a question, the time of an exchange, and the number of
+connections, of which the oldest is dropped.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from hotport.wire.messages import Status, encode
 
 __all__ = ["serve_status_port"]
 
-#: From the moment in which a connection is accepted to its end.
+#: Seconds from accepting a connection to its end.
 EXCHANGE_TIMEOUT_S: Final = 2.0
 
-#: A probe's request is short.
+#: The longest question; a probe's request is short.
 QUESTION_BYTES_MAX: Final = 8192
 
 CLIENTS_MAX: Final = 64
 
-#: How long to leave the socket alone when nothing can be accepted, for want of descriptors or memory.
+#: Seconds until accepting is retried when descriptors or memory are exhausted.
 ACCEPT_PAUSE_S: Final = 0.1
 
-#: What HAProxy's agent-check is told. ``ready`` takes back ``drain``, which outlives the process that said it; ``up``
-#: takes back what stands before the sharp in the others.
+#: Answers to HAProxy's agent-check. ``ready`` undoes ``drain``, which outlives the process that has sent it; ``up``
+#: undoes the states before the sharp.
 AGENT: Final = {
     Stage.STARTING: "down#starting",
     Stage.READY: "up ready",
@@ -52,15 +52,15 @@ log = get_logger("hotport.status")
 
 
 async def serve_status_port(supervisor: Supervisor, sock: socket.socket, is_over: anyio.Event) -> None:
-    """Answer on a status port until `is_over`, and then to the end of what is being asked.
+    """Answer on a status port until `is_over`, and complete the exchanges under way.
 
-    ``/ready`` is 200 while clients should be sent here, else 503; ``/live`` is 200; ``/status`` is what
-    ``hotport status --json`` says, without what an application, its command line or its clients may have told.
+    ``/ready`` is 200 while clients should be sent here, else 503; ``/live`` is 200; ``/status`` is the output of
+    ``hotport status --json``, without texts of the application, its command line or its clients.
 
     Args:
-        sock: A listening stream socket, non-blocking; a duplicate of it may be held elsewhere.
+        sock: A listening stream socket, non-blocking; another process may hold a duplicate.
 
-    Cancellation: safe; what is being answered is cut. Descriptors: owns `sock`.
+    Cancellation: safe; exchanges are cut. Descriptors: owns `sock`.
     """
     clients: dict[socket.socket, anyio.CancelScope] = {}
 
@@ -72,7 +72,7 @@ async def serve_status_port(supervisor: Supervisor, sock: socket.socket, is_over
                 async with await anyio.abc.SocketStream.from_socket(connection) as stream:
                     await stream.send(await _answer(supervisor, await _read_question(stream)))
                     await stream.send_eof()
-                    while await stream.receive():  # closing on what was not read would reset the connection
+                    while await stream.receive():  # closing with unread data would reset the connection
                         pass
         finally:
             del clients[connection]
@@ -80,7 +80,7 @@ async def serve_status_port(supervisor: Supervisor, sock: socket.socket, is_over
 
     async def accept() -> None:
         while True:
-            await anyio.wait_readable(sock)  # and nothing is awaited with a connection in hand
+            await anyio.wait_readable(sock)  # no await between accepting a connection and starting its task
             try:
                 connection, _ = sock.accept()
             except BlockingIOError:  # another supervisor has it, or its client has left
@@ -100,11 +100,11 @@ async def serve_status_port(supervisor: Supervisor, sock: socket.socket, is_over
                 accepting.start_soon(retried, "status_port", accept)
                 await is_over.wait()
                 accepting.cancel_scope.cancel()
-            sock.close()  # before the last answer, so that nobody waits in our queue for nothing
+            sock.close()  # before the last answer, so that no client is left in this queue
 
 
 async def _read_question(stream: ByteStream) -> bytes:
-    """The head of an HTTP request, or an agent's line; whatever came if that is neither."""
+    """Read the head of an HTTP request or an agent's line; return any other input as it came."""
     question = b""
     while len(question) <= QUESTION_BYTES_MAX:
         try:
@@ -144,7 +144,7 @@ async def _answer(supervisor: Supervisor, question: bytes) -> bytes:
 
 
 def public(status: Status, options: Options) -> Status:
-    """A status without what may be secret: arguments of a command, words of an application, addresses of clients."""
+    """Remove possible secrets from a status: a command's arguments, an application's texts, clients' addresses."""
     last = status.last_restart
     if last is not None and last.error:
         last = msgspec.structs.replace(last, error=f"see hotport status {status.service}")

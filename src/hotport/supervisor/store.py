@@ -1,4 +1,4 @@
-"""Listeners that the service manager has kept while nobody served (sd_pid_notify_with_fds(3), ``FDSTORE=1``)."""
+"""Take listeners back from the service manager's store (sd_pid_notify_with_fds(3), ``FDSTORE=1``)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["TakenBack", "take_back"]
 
 @dataclass(frozen=True, slots=True)
 class TakenBack:
-    """What came out of the store.
+    """The listeners from the store.
 
     Attributes:
-        listeners: By address as it was given to `take_back`; non-blocking and close-on-exec, the caller's to close.
-        unfit: Names in the store that nothing wants any more; what they held is closed here, and not yet there.
+        listeners: By address as given to `take_back`; non-blocking and close-on-exec; the caller closes them.
+        unfit: Names in the store that are not needed; their sockets are closed here, but not yet in the store.
     """
 
     listeners: Mapping[str, socket.socket]
@@ -33,14 +33,14 @@ class TakenBack:
 
 
 def take_back(addresses: Sequence[str], environ: Mapping[str, str], *, backlog: int) -> TakenBack:
-    """Find the listeners of `addresses` among what the service manager has passed to this process.
+    """Find the listeners of `addresses` among the descriptors that the service manager has passed to this process.
 
-    A listener fits an address if a new one would be bound to the same place: it is looked at where it is, and not at
-    its name alone. Port 0 takes the port that it got before.
+    A listener fits an address if a new one would be bound to the same place: its bound address counts, not its name
+    alone. Port 0 takes the port that it got before.
 
     Args:
-        addresses: As options have them, each of them once.
-        environ: With ``LISTEN_FDS`` and ``LISTEN_FDNAMES``; sockets with names of somebody else's are left alone.
+        addresses: As in the options, each of them once.
+        environ: With ``LISTEN_FDS`` and ``LISTEN_FDNAMES``; sockets with names of other programs are ignored.
         backlog: Length of the accept queues from now on.
 
     Raises:
@@ -59,7 +59,7 @@ def take_back(addresses: Sequence[str], environ: Mapping[str, str], *, backlog: 
             with suppress(OSError):
                 os.close(fd)
     listeners: dict[str, socket.socket] = {}
-    for text in sorted(addresses, key=lambda text: text.endswith(":0")):  # any port is last to choose
+    for text in sorted(addresses, key=lambda text: text.endswith(":0")):  # port 0, which fits any port, chooses last
         wanted = parse_address(text)
         found = next((entry for entry in stored if _fits(wanted, entry[1], entry[2])), None)
         if found is not None:
@@ -86,11 +86,11 @@ def _fits(wanted: Address, named: Address, sock: socket.socket) -> bool:
             is_unix = (sock.family, sock.type) == (socket.AF_UNIX, socket.SOCK_STREAM)
             return is_unix and location(str(wanted)) == named and (wanted.is_abstract or _is_at(sock, wanted.path))
         case _:
-            return False  # a socket unit's, which keeps it by itself
+            return False  # of a socket unit, which keeps the listener itself
 
 
 def _is_at(sock: socket.socket, path: str) -> bool:
-    """Whether clients of a socket file reach this socket: it was bound under another name (`_place`)."""
+    """Whether clients of a socket file reach this socket, which was bound under another name (`_place`)."""
     inode = os.fstat(sock.fileno()).st_ino
     with suppress(OSError, KernelError):
         found = os.lstat(path)

@@ -1,8 +1,8 @@
-"""The supervisor's loop: gives inputs to `hotport.model.rules` and carries out the effects.
+"""The supervisor's loop: give inputs to `hotport.model.rules` and carry out the effects.
 
 One task takes inputs from one queue, steps the model and carries out the effects, in order. Everything else (a worker's
-end, its words, a signal, a command, a timer) only puts an input into that queue; so a restart never occupies the
-supervisor, which is always between two steps. `fleet.py` has the worker processes, `news.py` tells others.
+end, its messages, a signal, a command, a timer) only puts an input into that queue; so a restart never blocks the
+supervisor, which is always between two steps. `fleet.py` has the worker processes, `news.py` publishes news.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ __all__ = ["StatusPort", "Supervisor"]
 
 Arguments = TypeVarTuple("Arguments")
 
-#: Bounds the answer to an order that a worker can carry out at once.
+#: Seconds that a worker has to answer an order that it can carry out at once.
 ANSWER_TIMEOUT_S: Final = 5.0
 
-#: So long without losing a worker, and the next loss counts as the first again.
+#: Seconds without losing a worker after which the next loss counts as the first.
 STABLE_S: Final = 10.0
 
 
@@ -56,11 +56,11 @@ class Asked:
     """A request on its way through the model, and its answer.
 
     Args:
-        launch: Of a restart: what the next generation is started from.
+        launch: Of a restart: how to start the next generation.
         plan: Of a restart: the listeners of the next generation.
 
     Attributes:
-        error: Why the model could not even answer.
+        error: The unexpected error that prevented an answer.
     """
 
     def __init__(self, launch: Launch | None = None, plan: list[Listener] | None = None) -> None:
@@ -73,7 +73,7 @@ class Asked:
 
 
 class StatusPort(NamedTuple):
-    """Where health checks are answered: as the options name it, as it is, its listener, and its socket file."""
+    """The status port: its address in the options, its bound address, its listener, and its socket file."""
 
     bind: str
     address: str
@@ -82,22 +82,22 @@ class StatusPort(NamedTuple):
 
 
 class Supervisor:
-    """One service, from its listeners to its end.
+    """Runs one service, until its last worker has ended.
 
     Args:
         name: The service's name.
         directory: Its runtime directory, private, existing.
         notify_socket: Bound in `directory`; owned from here on.
         read_options: Reads the options again for each restart, from a directory; may raise ConfigError.
-        manager: Hears of it, if this supervisor is itself supervised; the caller closes it.
+        manager: Notifies the service manager; the caller closes it.
         found: Workers of an earlier supervisor, and the listeners; these are owned from here on.
-        mend: Restores what has disappeared of the runtime directory; called before a worker is started in it.
+        mend: Restores missing files of the runtime directory; called before a worker is started.
 
     Attributes:
-        is_departing: It ends without its workers: this process becomes another supervisor of them.
-        has_departed: It takes no input any more; until then, a request to stop the service keeps it.
+        is_departing: Whether it ends without its workers: this process becomes their next supervisor.
+        has_departed: Whether it takes no more inputs; until then, a request to stop the service cancels the departure.
         begun: Set when the first worker was started, or those of an earlier supervisor are adopted.
-        is_succeeded: Another process has the listeners, and the paths in `directory`.
+        is_succeeded: Whether another process has the listeners, and the paths in `directory`.
     """
 
     def __init__(
@@ -150,10 +150,10 @@ class Supervisor:
     # -- life ----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Boot or adopt, serve, and return when the last worker is gone; then look at `exit_code` and `failure`."""
+        """Boot or adopt, serve, and return when the last worker has ended; then `exit_code` and `failure` are set."""
         try:
             self._prepare_launches()
-        except StartError as error:  # raised from here, task groups would wrap it
+        except StartError as error:  # not raised: a task group would wrap it
             self.failure, self.exit_code = error, error.exit_code
             self.finished.set()
             return
@@ -172,11 +172,11 @@ class Supervisor:
         self._tasks.start_soon(contained, what, run, *args)
 
     def keep(self, what: str, run: Callable[[*Arguments], Awaitable[None]], *args: *Arguments) -> None:
-        """Start a task that ends with the supervisor; after an unexpected error it is run again."""
+        """Start a task that ends with the supervisor; after an unexpected error it is retried."""
         self._tasks.start_soon(retried, what, run, *args)
 
     async def _take_inputs(self) -> None:
-        """Step the model with each input, in order, until the last worker is gone or this supervisor departs."""
+        """Step the model with each input, in order, until the last worker has ended or this supervisor departs."""
         while True:
             while self._inputs:
                 event = self._inputs.popleft()
@@ -187,7 +187,7 @@ class Supervisor:
                     self.has_departed = True
                     return
                 else:
-                    self.is_departing = False  # the end of the service was asked for first
+                    self.is_departing = False  # a stop was requested first
             self._has_inputs = anyio.Event()
             await self._has_inputs.wait()
 
@@ -210,7 +210,7 @@ class Supervisor:
         return any(isinstance(effect, effects.Finish) for effect in wanted)
 
     def _give_up(self, event: inputs.Input, error: Exception) -> None:
-        """The model has failed at an input: the service is as it was, and a request gets the error for an answer."""
+        """Answer a request with the error at which the model has failed; the service's state is unchanged."""
         if (asked := self._asked.pop(getattr(event, "request", 0), None)) is not None:
             asked.error = error
             asked.is_answered.set()
@@ -230,7 +230,7 @@ class Supervisor:
         self.options = self._launches[found.current].options
 
     def _adopt(self) -> None:
-        """Begin with the first generation, or with the workers of an earlier supervisor."""
+        """Start the first generation, or adopt the workers of an earlier supervisor."""
         found = self._found
         phases = {worker.id: worker.phase for worker in found.workers}
         for orphan in found.orphans:
@@ -242,7 +242,7 @@ class Supervisor:
 
     @property
     def why_busy(self) -> str:
-        """What must end before another supervisor can have the service; empty if it can have it now."""
+        """What must end before another supervisor can take the service; empty if it can take it now."""
         service = self.service
         if self.is_succeeded or self.is_departing:
             return "another supervisor is taking over"
@@ -255,12 +255,12 @@ class Supervisor:
         return f"another process has {', '.join(self.owned.lost)}" if self.owned.lost else ""
 
     def begin_hand_over(self) -> None:
-        """Begin nothing until `end_hand_over`: another supervisor gives out the numbers, and has the paths."""
+        """Refuse requests until `end_hand_over`: another supervisor assigns the numbers, and has the paths."""
         self.is_succeeded = True
         self.owned.share_files(self.listeners)
 
     def end_hand_over(self, commit: TakenOver | None) -> None:
-        """End the service here if the other supervisor's workers accept; continue without a commit."""
+        """Stop the service here after a commit, since the other supervisor's workers accept; else continue."""
         self.owned.own_files()
         if commit is None:
             self.is_succeeded = False
@@ -271,19 +271,19 @@ class Supervisor:
         self.input(inputs.RequestStop(is_succeeded=True))
 
     def depart(self) -> None:
-        """End `run` as soon as everything that has happened is dealt with; the workers serve on."""
+        """End `run` after the queued inputs; the workers continue to serve."""
         self.is_departing = True
         self._put(None)
 
     def descriptors(self) -> Iterator[int]:
-        """What a forked child must not have."""
+        """The descriptors that a forked child must not have."""
         yield from self.fleet.descriptors()
         yield from (sock.fileno() for sock in self.owned.all_sockets())
         if self._status_port is not None:
             yield self._status_port.listener.fileno()
 
     def close(self) -> None:
-        """Close what `run` was given; the caller unlinks paths."""
+        """Close the fleet's descriptors and the listeners; the caller unlinks paths."""
         self.fleet.close()
         self.owned.close()
 
@@ -298,13 +298,13 @@ class Supervisor:
         self._has_inputs.set()
 
     def stop(self, *, now: bool = False, lame_duck_s: float | None = None) -> None:
-        """Ask for the end of the service; `lame_duck_s` None leaves that time to the options."""
+        """Request the end of the service; `lame_duck_s` None takes that time from the options."""
         seconds = self.options.lame_duck_s if lame_duck_s is None else lame_duck_s
         self.input(inputs.RequestStop(now=now, lame_duck_s=seconds))
 
     @property
     def lame_duck_left_s(self) -> float | None:
-        """Seconds for which a lame duck serves on; None if the service is none."""
+        """Seconds for which a lame duck continues to serve; None if the service is none."""
         return self._timers.left_s(Timer(Clock.LAME_DUCK)) if self.service.is_lame_duck else None
 
     # -- effects -------------------------------------------------------------------------------------------
@@ -362,7 +362,7 @@ class Supervisor:
                 return options.ready_timeout_s
             case Clock.DRAIN if self._is_stopped(timer.worker):
                 return ANSWER_TIMEOUT_S
-            case Clock.DRAIN:  # the worker keeps its own deadline; this is for one that cannot
+            case Clock.DRAIN:  # beyond the worker's own deadline, for one that hangs
                 return options.drain_timeout_s + options.kill_timeout_s + ANSWER_TIMEOUT_S
             case Clock.KILL:
                 return options.kill_timeout_s
@@ -378,7 +378,7 @@ class Supervisor:
                 return ANSWER_TIMEOUT_S
 
     def _is_stopped(self, worker: int) -> bool:
-        """Tell, and log, whether a worker is suspended by a signal: it finishes nothing until it is continued."""
+        """Whether a worker is suspended by a signal, and finishes nothing until it is continued; log it."""
         process = self.fleet.processes.get(worker)
         if process is None or not is_stopped(process.pid):
             return False
@@ -415,11 +415,11 @@ class Supervisor:
 
     @property
     def status_port(self) -> StatusPort | None:
-        """Where health checks are answered; the caller of `use_status_port` closes the last one."""
+        """The current status port; the caller of `use_status_port` closes the last one."""
         return self._status_port
 
     def use_status_port(self, port: StatusPort) -> None:
-        """Answer health checks there from now on; close the listener before, and wake those who wait for a step."""
+        """Replace the status port, close the old listener, and wake the waiters of `wait_stepped`."""
         before, self._status_port = self._status_port, port
         if before is not None:
             before.listener.close()
@@ -427,11 +427,11 @@ class Supervisor:
         self._stepped = anyio.Event()
 
     async def wait_stepped(self) -> None:
-        """Return after the next step of the model, or when the status port was replaced."""
+        """Wait for the next step of the model, or for a new status port."""
         await self._stepped.wait()
 
     async def ask(self, asked: Asked, make: Callable[[int], inputs.Input]) -> None:
-        """Put a request to the model and wait for its answer; raise RestartError if it is refused."""
+        """Queue a request for the model and wait for its answer; raise RestartError if it is refused."""
         if self.is_succeeded or self.is_departing:
             self.owned.discard(asked.plan)
             raise self._refused(
@@ -449,7 +449,7 @@ class Supervisor:
             raise self.refused(asked.refusal, asked.generation)
 
     def _watch_health(self, restart: Restart) -> None:
-        """Look at the new workers of a restart until it leaves its step."""
+        """Check the health of a restart's new workers until it leaves its step."""
 
         def workers() -> list[WorkerProcess]:
             now = self.service.restart
@@ -464,7 +464,7 @@ class Supervisor:
         self.start("health", watch_health, workers, self.options, tell)
 
     def refused(self, refusal: effects.Refusal, generation: int = 0) -> RestartError:
-        """The error for a request that is not carried out."""
+        """Make the error for a refused request."""
         last = self.news.reports.last_in_words() if refusal is effects.Refusal.NOTHING_TO_UNDO else ""
         number = f" (generation {generation})" if generation else ""
         return self._refused(f"{refusal.value}{number}{last}", *_advice(self.name, refusal))

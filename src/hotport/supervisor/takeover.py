@@ -1,11 +1,11 @@
 """Move a service to another live supervisor: other code, another environment, another container.
 
-The new supervisor asks over the control socket and gets the listeners and the lock of the runtime directory. It starts
-a generation beside the old one, and only when that accepts is the old supervisor told to drain and to leave. Until then
-the old one serves, and continues if the new one dies.
+The new supervisor asks over the control socket, and gets the listeners and the lock of the runtime directory. It starts
+a generation beside the old one. When that accepts, the old supervisor drains its own and leaves. Until then the old one
+serves, and continues if the new one dies.
 
-Both supervisors share the runtime directory: connections are handed over through it. A process id means nothing between
-two containers, so none is used.
+Both supervisors share the runtime directory, through which connections are handed off. Process ids are not used: they
+have no meaning across containers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from hotport.wire.messages import (
 
 __all__ = ["hand_over", "retire", "take_over"]
 
-#: A supervisor is only ever between two steps: it answers at once.
+#: Seconds to wait for a supervisor's answer; it is always between two steps, and answers at once.
 ANSWER_TIMEOUT_S: Final = 10.0
 
 log = get_logger("hotport.takeover")
@@ -56,7 +56,7 @@ async def hand_over(
     """Give the listeners and the lock to another supervisor, and leave when its workers accept.
 
     Returns:
-        The last word to the new supervisor; None if it has ended.
+        The last message for the new supervisor; None if it has ended.
 
     Raises:
         RestartError: It is refused: another protocol (HP654), or a restart, stop or take-over is in progress (HP655).
@@ -82,12 +82,12 @@ async def hand_over(
         await retried("take_over.commit", _read_commit, channel, committed)
     except OSError as error:
         log.warning("take_over.failed", error=str(error))
-    except Exception as error:  # this supervisor continues all the same, and the other one is told
+    except Exception as error:  # this supervisor continues, and reports the error to the other
         failure = error
     supervisor.end_hand_over(committed[0] if committed else None)
     if not committed:
         own = supervisor.service.generations
-        # Some of its workers may accept already. They are not waited for: this conversation has no client any more.
+        # Some of its workers may accept already. This conversation has no client any more, and does not wait for them.
         supervisor.start("take_over.drain", _drain_orphans, supervisor, lambda generation: generation > own)
         await retried("take_over.reclaim", rundir.reclaim, supervisor)
         if failure is not None:
@@ -134,14 +134,14 @@ def _refused(code: str, supervisor: Supervisor, cause: str, fix: str, note: str)
 
 
 async def take_over(directory: str, name: str) -> Inheritance:
-    """Take the listeners of the supervisor that runs this service.
+    """Get the listeners of the supervisor that runs this service.
 
-    Until `retire` it can still continue, and does so when the connection is closed.
+    Until `retire` that supervisor continues if the connection is closed.
 
     Raises:
         ControlError: It refuses (its own code), or does not answer (HP656). It continues.
 
-    Descriptors: the caller owns what is in the result.
+    Descriptors: the caller owns those in the result.
     """
     with ExitStack() as stack:
         try:
@@ -178,9 +178,9 @@ def _why(error: OSError | EOFError) -> str:
 
 
 async def retire(inheritance: Inheritance, supervisor: Supervisor) -> None:
-    """Wait until our workers serve, tell the predecessor so, and wait until it has left.
+    """Wait until our workers serve, send the commit to the predecessor, and wait until it has left.
 
-    If it dies meanwhile, its workers, which have no supervisor then, are told to drain by us.
+    Also drains the predecessor's workers if it dies meanwhile.
     """
     assert inheritance.predecessor is not None
     await retried("take_over.wait", _wait_serving, supervisor)
@@ -208,16 +208,16 @@ async def _wait_serving(supervisor: Supervisor) -> None:
 
 
 def _serving(supervisor: Supervisor) -> tuple[str, ...]:
-    """Names of the control sockets of the workers that serve."""
+    """The names of the serving workers' control sockets."""
     processes = (supervisor.fleet.processes.get(number) for number in supervisor.service.ids(Phase.SERVING))
     return tuple(os.path.basename(each.control_path) for each in processes if each is not None and not each.is_foreign)
 
 
 async def _drain_orphans(supervisor: Supervisor, is_other: Callable[[int], bool]) -> None:
-    """Tell workers of the other supervisor to hand their connections to ours, and wait until they have left.
+    """Tell the other supervisor's workers to hand their connections to ours, and wait until they have left.
 
     Args:
-        is_other: Whether a generation is one of its.
+        is_other: Whether a generation is the other supervisor's.
     """
     options = supervisor.options
     paths = tuple(os.path.join(supervisor.directory, name) for name in _serving(supervisor))

@@ -1,7 +1,7 @@
 """Upgrade a supervisor by exec: the same pid, new code, perhaps another interpreter, while its workers serve.
 
-The new one is tried out first, in a process of its own. What it could not learn from the workers passes through the
-exec as inherited descriptors and one variable.
+The new one is tried first, in another process. State that it could not learn from the workers passes the exec as
+inherited descriptors and one variable.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ __all__ = ["Upgrade", "answer_check", "inherit", "report"]
 
 VARIABLE: Final = "HOTPORT_UPGRADE"
 
-#: Set for a process that is to say who it would be, and to end.
+#: Set for a process that only prints its `Identity`.
 CHECK: Final = "HOTPORT_UPGRADE_CHECK"
 
 _LAST_WORDS_CHARS_MAX: Final = 2000
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
-    """Which hotport, on which interpreter, and what it can talk about with workers."""
+    """A supervisor's version of hotport, its interpreter, and its version of the control protocol."""
 
     version: str
     python: str
@@ -57,12 +57,12 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Passed(msgspec.Struct, frozen=True, kw_only=True):
-    """The variable, as JSON; numbers are descriptors. Older and newer versions of hotport read it: fields stay.
+    """The variable, as JSON; integers are descriptors. Other versions of hotport read it, so fields stay.
 
     Attributes:
-        pid: For whom it is meant, as ``LISTEN_PID``.
-        numbers: Workers by pid.
-        status: The status port: as the options name it, its address, and its descriptor.
+        pid: The process for which it is meant, as ``LISTEN_PID``.
+        numbers: Worker numbers by pid.
+        status: The status port: its address in the options, its bound address, and its descriptor.
     """
 
     pid: int
@@ -79,7 +79,7 @@ class _Passed(msgspec.Struct, frozen=True, kw_only=True):
     status: tuple[str, str, int] | None = None
 
     def descriptors(self) -> Iterator[int]:
-        """All of them."""
+        """All descriptors in the variable."""
         yield from (self.lock, self.control, self.notify, *self.listeners.values())
         if self.client is not None:
             yield self.client
@@ -106,15 +106,15 @@ class Upgrade:
         withhold(self)
 
     def descriptors(self) -> tuple[int, ...]:
-        """What a forked child must not have."""
+        """The descriptors that a forked child must not have."""
         return () if self._client is None else (self._client.fileno(),)
 
     async def begin(self, python: str | None, client: Channel | None = None) -> None:
-        """Try the next supervisor out, and let this one depart.
+        """Try the next supervisor, and let this one depart.
 
         Args:
             python: Another interpreter, or None.
-            client: The connection on which the next supervisor answers.
+            client: The connection on which the next supervisor replies.
 
         Raises:
             RestartError: A restart, stop or take-over is in progress (HP657), or the new one cannot start (HP652,
@@ -144,18 +144,18 @@ class Upgrade:
             )
 
     def carry_out(self) -> None:
-        """Exec the next supervisor if the one before has departed for it; return if the service has ended.
+        """Exec the next supervisor if this one has departed; return if the service has ended.
 
-        Signals that are blocked stay so, and pending, until the next supervisor can handle them.
+        Blocked signals stay blocked, and pending, until the next supervisor can handle them.
 
-        If even that fails, after the preflight, the old program is tried; if that fails, too, this process ends and its
-        workers serve on, as after any other death of a supervisor.
+        If the exec fails in spite of the preflight, the old program is exec'ed again. If that fails, too, this process
+        ends and its workers continue to serve, as after any death of a supervisor.
 
         Sources: execve(2): the signal mask and pending signals are preserved; descriptors, unless close-on-exec.
         """
         if not self._supervisor.is_departing:
             return
-        if self._ignores_hangup:  # as nohup(1) has it; a handler would be forgotten by the exec
+        if self._ignores_hangup:  # as set by nohup(1); the exec would reset a handler
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         directory = self._supervisor.surroundings.directory
         passed = self._pack()
@@ -198,22 +198,22 @@ class Upgrade:
 
 
 def describe_self() -> Identity:
-    """This process."""
+    """The identity of this process."""
     python = f"{platform.python_implementation()} {platform.python_version()}"
     return Identity(version=__version__, python=python, protocol=PROTOCOL)
 
 
 async def preflight(supervisor: Supervisor, python: str | None) -> list[str]:
-    """Try the new supervisor out: it reads its options and says what it is; nothing of the service is touched.
+    """Try the new supervisor: it reads its options and prints its identity, and does not touch the service.
 
     Args:
-        python: Another interpreter; None for the one that this process was started with, as it is found now.
+        python: Another interpreter; None for this process's own, resolved again.
 
     Returns:
         The command line to exec.
 
     Raises:
-        RestartError: It could not start (HP652), or cannot talk with the workers that are there (HP653).
+        RestartError: It could not start (HP652), or cannot talk to the workers (HP653).
     """
     directory = supervisor.surroundings.directory
     argv = _command_line(python, directory)
@@ -255,7 +255,7 @@ def _refused(code: str, supervisor: Supervisor, cause: str, fix: str, note: str 
 
 
 def _command_line(python: str | None, directory: str) -> list[str]:
-    """How this process was started, with another interpreter if one is named.
+    """Return this process's command line, with another interpreter if one is named.
 
     A console script belongs to one environment: another interpreter gets the module instead.
     """
@@ -263,14 +263,14 @@ def _command_line(python: str | None, directory: str) -> list[str]:
     if "/" not in interpreter:
         interpreter = sys.executable
     elif arguments and (named := _named_beside(os.path.join(directory, arguments[0]))):
-        interpreter = named  # the kernel has left no trace of the link by which the script was found
+        interpreter = named  # of the script's current version: argv[0] is the one of its start
     if python is not None and arguments and os.path.basename(arguments[0]) == "hotport":
         arguments[:1] = ["-m", "hotport"]
     return [python or interpreter, *arguments]
 
 
 def _named_beside(script: str) -> str:
-    """The interpreter that a console script names in its first line, if it is one of a virtual environment."""
+    """Return the interpreter in a console script's first line, if it is in the same virtual environment."""
     with suppress(OSError, UnicodeDecodeError), open(script) as file:
         first = file.readline().strip()
         named = first.removeprefix("#!")
@@ -284,10 +284,10 @@ def _named_beside(script: str) -> str:
 
 
 def answer_check(environ: Mapping[str, str]) -> None:
-    """Print who this process would be, and end it, if a supervisor asks that before an upgrade.
+    """Print the identity of this process, and exit, if a supervisor asks for it before an upgrade.
 
     Raises:
-        SystemExit: A script may do something after the service's end: this is not it.
+        SystemExit: The identity is printed; code behind the service's end must not run.
     """
     if CHECK in environ:
         print(encode(describe_self()).decode())
@@ -295,7 +295,7 @@ def answer_check(environ: Mapping[str, str]) -> None:
 
 
 def inherit(environ: Mapping[str, str], pid: int) -> Inheritance | None:
-    """Take what the supervisor that this process was before its exec has passed; None in any other process."""
+    """Receive the state and descriptors that this process passed to itself by exec; None if there was no upgrade."""
     text = environ.get(VARIABLE)
     if text is None:
         return None
@@ -326,7 +326,7 @@ def inherit(environ: Mapping[str, str], pid: int) -> Inheritance | None:
 
 
 async def report(inheritance: Inheritance, supervisor: Supervisor) -> None:
-    """Log the upgrade when the workers are adopted, and answer the client that waits for it."""
+    """Log the upgrade when the workers are adopted, and reply to the client that waits for it."""
     await retried("succession", supervisor.begun.wait)
     ms = (time.monotonic() - inheritance.began_s) * 1000
     text = (
@@ -335,5 +335,5 @@ async def report(inheritance: Inheritance, supervisor: Supervisor) -> None:
     )
     logs.get_logger("hotport.supervisor").info("supervisor.upgraded", detail=text)
     if inheritance.client is not None:
-        with inheritance.client as client, suppress(OSError):  # it did not wait
+        with inheritance.client as client, suppress(OSError):  # the client did not wait
             await client.say(Done(detail=text))

@@ -12,7 +12,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, Final, ParamSpec
 
-from hotport.churn.fates import Event, Fate, Kind
+from hotport.churn.fates import ConnectionEvent, Fate, Kind
 from hotport.churn.plan import Plan
 from hotport.churn.restarts import AskHotport, Restarts
 from hotport.churn.result import Load, RestartMark, Result
@@ -198,7 +198,9 @@ def _told(result: Result, service: Service) -> str:
 
 def _table(totals: Mapping[str, Mapping[str, int]]) -> str:
     """Render a table of clients, and of the fates of their attempts and connections."""
-    seen = [what.value for what in (*Fate, *Event) if any(counts.get(what.value) for counts in totals.values())]
+    seen = [
+        what.value for what in (*Fate, *ConnectionEvent) if any(counts.get(what.value) for counts in totals.values())
+    ]
     rows = [("", *seen)]
     rows += [(kind, *(f"{counts.get(what, 0):,}" for what in seen)) for kind, counts in totals.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

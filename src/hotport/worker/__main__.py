@@ -1,4 +1,4 @@
-"""``python -m hotport.worker``: how the supervisor starts a worker."""
+"""The worker's entry point, ``python -m hotport.worker``, as the supervisor starts it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from hotport.wire.listenfds import LISTEN_VARIABLES, parse_listen_environment
 from hotport.wire.messages import WorkerSpec, worker_socket
 from hotport.worker.worker import Worker
 
-#: A source that was changed in the last whole second may be changed again within it; file times come from a coarse
-#: clock, hence another one.
+#: Seconds in which a changed source may change again with the same modification time: one for its resolution, and one
+#: for the coarse clock of file times.
 RACY_S: Final = 2.0
 
 
@@ -33,7 +33,7 @@ def main() -> int:
     passed = parse_listen_environment(os.environ, os.getpid())
     listeners = {str(parse_listener_name(name)): inherited_listener(fd) for fd, name in passed}
     notify_path = os.environ.pop("NOTIFY_SOCKET", None)
-    for name in LISTEN_VARIABLES:  # they were for us, not for what the application starts
+    for name in LISTEN_VARIABLES:  # the application's own children must not inherit them
         os.environ.pop(name, None)
     logs.configure(
         format=spec.options.log_format,
@@ -58,11 +58,11 @@ def main() -> int:
 
 
 def _keep_no_racy_byte_code() -> None:
-    """Have imports keep no byte code of a source that was changed just before this process started, or since.
+    """Write no byte code for sources that were changed just before this process started, or since.
 
-    Byte code is judged by the source's size and whole second of modification. An edit of the same size in the second
-    in which the source was compiled would go unseen: a restart would be done, and the old code would serve. Nothing
-    here is read before now, so a source that is older than that can only be changed in a later second.
+    Byte code is validated by the source's size and whole second of modification. An edit of the same size in the second
+    in which the source was compiled would be missed: the restart would succeed, and the old code would serve. Sources
+    are read from now on, so an older source can only be changed in a later second.
 
     Sources: Python reference, 5.4.7 "Cached bytecode invalidation"; PEP 552 for the header.
     """
@@ -77,7 +77,7 @@ def _keep_no_racy_byte_code() -> None:
     SourceFileLoader.set_data = set_data_unless_racy  # type: ignore[assignment]
 
 
-def _loop_factory(name: str):  # type: ignore[no-untyped-def]  # uvloop is only imported if wanted
+def _loop_factory(name: str):  # type: ignore[no-untyped-def]  # uvloop is only imported if needed
     if name == "asyncio":
         return asyncio.new_event_loop
     import uvloop

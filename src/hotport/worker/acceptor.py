@@ -1,8 +1,8 @@
-"""Taking connections from a listener, so that nothing taken is ever lost.
+"""Accept connections from a listener without losing any.
 
-`asyncio.Server` is not used: on the standard loop its ``close()`` drops connections that were accepted but not yet
-attached (python/cpython#109564). Here a connection gets its protocol object, and so its place in the registry,
-in the same step in which it leaves the accept queue; stopping is one synchronous call between two such steps.
+`asyncio.Server` is not used: on asyncio's loop its ``close()`` drops connections that were accepted but not yet
+attached (python/cpython#109564). Here a connection gets its protocol object, and so its place in the registry, in the
+same step in which it leaves the accept queue; stopping is one synchronous call between two such steps.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ __all__ = ["Acceptor", "PlainSocket", "attach"]
 
 log = logging.getLogger("hotport.acceptor")
 
-#: Connections taken in one turn of the event loop; the rest waits so that open connections get their turn.
+#: Connections accepted in one turn of the event loop, so that open connections get their turn.
 BATCH: Final = 16
 
-#: How long to leave the accept queue alone when nothing can be taken from it: the process or the system is out of
-#: descriptors or memory, or somebody has shut the shared listener down (EINVAL, until somebody listens again).
+#: Seconds until accepting is retried after an error: the process or the system is out of descriptors or memory, or
+#: another process has shut the shared listener down (EINVAL, until one calls listen(2) again).
 PAUSE_S: Final = 0.1
 
-#: What accept(2) reports of a connection that died in the queue: "treat them like EAGAIN by retrying".
+#: Errors of accept(2) for a connection that died in the queue: "treat them like EAGAIN by retrying".
 TRANSIENT: Final = frozenset(
     {
         errno.ECONNABORTED,
@@ -52,23 +52,23 @@ TRANSIENT: Final = frozenset(
 
 EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
-#: How much of an accept queue is served when nobody will serve it later; a flood must not keep a service alive.
+#: Connections that `Acceptor.empty` accepts at most, so that a flood cannot delay a stop.
 EMPTY_MAX: Final = 4096
 
 HANDSHAKE_TIMEOUT_S: Final = 15.0
 
-#: From closing a TLS connection to dropping it. That includes sending what is buffered, so clients may be slow.
+#: Seconds from closing a TLS connection to aborting it; includes flushing, so clients may be slow.
 GOODBYE_TIMEOUT_S: Final = 120.0
 
-#: How long a proxy may take to say for whom it speaks; it is the first thing that it sends.
+#: Seconds that a proxy has to send its PROXY header, which comes first.
 PROXY_HEADER_TIMEOUT_S: Final = 5.0
 
 
 class PlainSocket(socket.socket):
     """A socket whose family and type are plain numbers.
 
-    In `socket.socket` each look at them makes a member of an enumeration: together a tenth of what it takes to
-    accept a connection, since the event loop looks five times.
+    In `socket.socket` each access to them makes an enumeration member; the event loop's five accesses are a tenth of
+    the cost of accepting a connection.
     """
 
     __slots__ = ()
@@ -77,17 +77,17 @@ class PlainSocket(socket.socket):
     type = socket.SocketType.type  # type: ignore[assignment]
 
     def accept(self) -> tuple[PlainSocket, Any]:
-        fd, address = self._accept()  # type: ignore[attr-defined]  # what socket.accept() is written with
+        fd, address = self._accept()  # type: ignore[attr-defined]  # as in socket.accept()
         return PlainSocket(self.family, self.type, self.proto, fd), address
 
 
 def attach(
     loop: asyncio.AbstractEventLoop, sock: socket.socket, protocol: asyncio.BaseProtocol, connections: Connections
 ) -> None:
-    """Let a protocol that is registered have its transport, without TLS; `sock` belongs to the transport.
+    """Attach a registered protocol to a transport without TLS, which owns `sock`.
 
-    ``connect_accepted_socket`` makes the transport, waits once until ``connection_made`` has been called, and ends. A
-    task for that would be a fifth of what a connection costs; so it is stepped here, and once more when it can end.
+    ``connect_accepted_socket`` makes the transport, waits once for ``connection_made``, and ends. A task for it would
+    be a fifth of a connection's cost; so the coroutine is stepped here, and once more when it can end.
     """
     attaching = loop.connect_accepted_socket(lambda: protocol, sock)
     try:
@@ -109,7 +109,7 @@ def _finish(attaching: Coroutine[Any, Any, object], protocol: asyncio.BaseProtoc
 
 
 def _not_attached(protocol: asyncio.BaseProtocol, connections: Connections, error: BaseException) -> None:
-    """A protocol without connection_made gets no connection_lost either."""
+    """Remove a protocol whose connection_made was not called: its connection_lost will not be called either."""
     log.debug("connection not attached: %r", error)
     connections.closed(protocol)  # type: ignore[arg-type]
 
@@ -118,11 +118,10 @@ class Acceptor:
     """One acceptor of one listener.
 
     Args:
-        listener: A non-blocking listening socket of its own (a duplicate, if several acceptors share a queue);
-            it is closed by `close`.
-        tls: Makes every connection a TLS connection, with the context that it has by then.
-        proxies: Peers whose connections begin with a PROXY header, which is read before TLS; None for nobody.
-        share: Says when to leave the queue to other workers; None if there are none.
+        listener: A non-blocking listening socket (a duplicate, if several acceptors share a queue); owned from here on.
+        tls: Makes every connection a TLS connection, with its context at that time.
+        proxies: Peers whose connections begin with a PROXY header, which is read before TLS; None for no peer.
+        share: Decides when to leave the queue to other workers; None if there are none.
     """
 
     def __init__(
@@ -149,16 +148,16 @@ class Acceptor:
         withhold(self)
 
     def start(self) -> None:
-        """Accept from now on."""
+        """Start accepting."""
         if not self._is_accepting:
             self._is_accepting = True
             self._loop.add_reader(self._listener, self._accept)
 
     def stop(self) -> None:
-        """Accept no more. What waits in the accept queue stays there, for whoever shares the listener.
+        """Stop accepting; queued connections stay for the processes that share the listener.
 
-        The descriptor leaves the event loop *before* it may be closed: epoll watches the open file description,
-        which lives on in other processes (epoll(7), question 6). It is never shut down, for the same reason.
+        The descriptor leaves the event loop *before* it may be closed: epoll watches the open file description, which
+        other processes keep open (epoll(7), question 6). It is never shut down, for the same reason.
         """
         if self._pause is not None:
             self._pause.cancel()
@@ -173,9 +172,9 @@ class Acceptor:
         self._listener.close()
 
     async def empty(self) -> None:
-        """Take what waits in the accept queue now, up to `EMPTY_MAX` connections, however full the registry is.
+        """Accept the queued connections, at most `EMPTY_MAX`, even if the registry is full.
 
-        Out of descriptors it waits until some are free; the caller bounds that.
+        Waits for descriptors if there are none; the caller bounds that.
         """
         taken = 0
         while taken < EMPTY_MAX:
@@ -194,10 +193,10 @@ class Acceptor:
                 self._take(accepted, peer)
 
     def take(self, accepted: socket.socket) -> None:
-        """Serve a connection that somebody else has accepted; it belongs to this process from here on."""
+        """Serve a connection that another process has accepted; owned from here on."""
         try:
             peer = accepted.getpeername()
-        except OSError:  # it is gone by now
+        except OSError:  # the client has left
             accepted.close()
         else:
             self._take(PlainSocket(accepted.family, accepted.type, accepted.proto, accepted.detach()), peer)
@@ -207,25 +206,25 @@ class Acceptor:
         return self._listener.fileno()
 
     def descriptors(self) -> tuple[int]:
-        """What a forked child must not have."""
+        """The descriptors that a forked child must not have."""
         return (self.fileno(),)
 
     def waiting(self) -> int:
-        """How many connections wait in the accept queue; 0 where the kernel does not say, or after `close`."""
+        """How many connections wait in the accept queue; 0 if the kernel does not tell, or after `close`."""
         return accept_queue_length(self._listener) if self._listener.fileno() >= 0 else 0
 
     async def wait_attached(self) -> None:
-        """Return when every accepted socket has its transport, or has failed its PROXY header or TLS handshake."""
+        """Wait until every accepted socket has its transport, or has failed its PROXY header or TLS handshake."""
         while self._attaching:
             await asyncio.wait(self._attaching)
 
     def cut_attaching(self) -> None:
-        """Close what has no transport yet: nobody else can."""
+        """Close accepted connections that have no transport yet."""
         for task in self._attaching:
             task.cancel()
 
     def _accept(self) -> None:
-        """Take up to `BATCH` connections, but leave them to other workers while this one is ahead."""
+        """Accept up to `BATCH` connections, but leave them to other workers while this one is ahead."""
         for _ in range(BATCH):
             if self._share is not None and self._share.is_ahead():
                 self._rest(DEFER_S, self._see_what_is_left)
@@ -274,7 +273,7 @@ class Acceptor:
         background.start("connection", steps, self._attaching)
 
     async def _introduce(self, accepted: socket.socket, protocol: asyncio.BaseProtocol, peer: Any) -> None:
-        """Let a proxy say for whom it speaks; then its connection is like any other."""
+        """Read a proxy's PROXY header, then attach the connection like any other."""
         try:
             accepted.setblocking(False)
             async with asyncio.timeout(PROXY_HEADER_TIMEOUT_S):
@@ -294,11 +293,11 @@ class Acceptor:
             self._attach(accepted, protocol)
 
     async def _read_proxy_header(self, accepted: socket.socket) -> ProxyHeader:
-        """Take exactly the header out of the socket: what follows belongs to the protocol, or to TLS.
+        """Read exactly the header from the socket: the bytes behind it belong to the protocol, or to TLS.
 
-        Bytes are looked at first, and taken when they are known to belong to the header. So a part of one does not
-        stay in the socket, where it would wake a level-triggered loop for ever. SO_RCVLOWAT would not do: unix
-        sockets keep it to themselves (socket(7); unix_poll() in net/unix/af_unix.c does not look at it).
+        Bytes are peeked at first, and read once they are known to belong to the header. So a partial header does not
+        stay in the socket, where it would wake a level-triggered loop for ever. SO_RCVLOWAT does not help: poll(2)
+        ignores it for unix sockets (socket(7); unix_poll() in net/unix/af_unix.c).
         """
         begun = b""
         while True:
@@ -330,7 +329,7 @@ class Acceptor:
             await attaching
         except Exception as error:
             _not_attached(protocol, self._connections, error)
-            if not isinstance(error, OSError):  # ssl.SSLError is one: the peer left, or spoke no TLS
+            if not isinstance(error, OSError):  # such as ssl.SSLError: the peer left, or spoke no TLS
                 raise
 
     def _wait(self, error: OSError) -> None:
@@ -338,13 +337,13 @@ class Acceptor:
         self._rest(PAUSE_S, self._resume)
 
     def _rest(self, pause_s: float, then: Callable[[], None]) -> None:
-        """Leave the accept queue alone for a while."""
+        """Stop accepting for `pause_s` seconds, then call `then`."""
         if self._is_accepting:
             self._loop.remove_reader(self._listener)
             self._pause = self._loop.call_later(pause_s, then)
 
     def _see_what_is_left(self) -> None:
-        """Take what other workers have not taken meanwhile: a connection waits no longer for them."""
+        """Accept a connection that other workers have left in the queue meanwhile, and resume accepting."""
         assert self._share is not None
         try:
             accepted, peer = self._listener.accept()
@@ -362,6 +361,6 @@ class Acceptor:
 
 
 def _own_name(listener: socket.socket) -> Any:
-    """The address that all connections of a listener have at our end; None where each has its own (a wildcard)."""
+    """The local address of all of a listener's connections; None if they differ (a wildcard)."""
     name = listener.getsockname()
     return None if isinstance(name, tuple) and name[0] in {"0.0.0.0", "::"} else name

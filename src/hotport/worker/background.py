@@ -1,4 +1,4 @@
-"""Tasks that run beside everything else, and are awaited by nothing."""
+"""Background tasks, which no code awaits."""
 
 from __future__ import annotations
 

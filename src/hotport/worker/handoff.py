@@ -1,21 +1,22 @@
-"""Handing established connections to the workers that come next, and taking them from those that leave.
+"""Hand established connections to successors, and adopt those of predecessors.
 
-A batch of connections changes hands in four steps, so that at no moment two processes could answer one client, and a
-connection is lost only with the process that serves it::
+A batch of connections moves in four steps, so that two processes can never answer the same client, and a connection is
+lost only with the process that serves it::
 
     old                                       new
-    REST                                   -> keeps room for so many
+    REST                                   -> reserves room for so many
     offers stand still; BATCH, descriptors -> adopts each one, reads nothing
                                            <- ACK: taken, but for these
     closes its descriptors; GO             -> serves them
-    (no ACK in time: WITHDRAW              -> lets go of them)
+    (no ACK in time: WITHDRAW              -> drops them)
 
-What the new one has when the old one ends without a word is the new one's to serve: an old one that goes on says so.
+If the old worker ends without GO or WITHDRAW, the new worker serves the connections that it has received: an old
+worker that keeps them sends WITHDRAW.
 
-A new one that has as many connections as it may, or as many descriptors, takes as many of a batch as fit; the others
-stay with the old one and are served there until ROOM comes, or until the drain deadline.
+A new worker at its limit of connections or descriptors takes as many of a batch as fit; the old worker serves the
+others until ROOM comes, or until the drain deadline.
 
-Sources: unix(7) SCM_RIGHTS: a descriptor under way keeps its connection open.
+Sources: unix(7) SCM_RIGHTS: a descriptor in transit keeps its connection open.
 """
 
 from __future__ import annotations
@@ -55,31 +56,31 @@ from hotport.worker.acceptor import PlainSocket, attach
 
 __all__ = ["Mover", "take_connections"]
 
-#: From an offer to its acknowledgement. Clients wait that long if the worker that should take them hangs.
+#: Seconds from an offer to its acknowledgement; clients wait so long if the new worker hangs.
 ACK_TIMEOUT_S: Final = 2.0
 
-#: From calling a successor to its welcome; connections are served meanwhile.
+#: Seconds from connecting to a successor to its welcome; connections are served meanwhile.
 WELCOME_TIMEOUT_S: Final = 5.0
 
-#: Descriptors that a process keeps for everything but connections that it takes over.
+#: Descriptors that a process keeps for other uses than adopted connections.
 SPARE_DESCRIPTORS: Final = 8
 
-#: How soon it is looked again for descriptors, which become free without a word, and how long the sender waits when
-#: too many of its user are under way (ETOOMANYREFS).
+#: Seconds between two checks for free descriptors, and until a retry when too many of the user's descriptors are in
+#: transit (ETOOMANYREFS).
 PAUSE_S: Final = 0.5
 
-#: Connections without room are told to close in the last part of a drain, so that they end between two requests.
+#: The part of the drain after which connections without room are told to close, so that they end between two requests.
 PATIENCE: Final = 0.5
 
-#: Envelopes as large as that in all make a batch: a larger one would take too much of `ACK_TIMEOUT_S`.
+#: The size of a batch's envelopes at which it is full: a larger batch would take too much of `ACK_TIMEOUT_S`.
 BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
 
 
-# -- the worker that leaves ---------------------------------------------------------------------------------
+# -- the leaving worker -------------------------------------------------------------------------------------
 
 
 class _Packed(NamedTuple):
-    """A connection that stands still, and what goes to the successor."""
+    """A connection that stands still, with its packed envelope."""
 
     connection: Connection
     fd: int
@@ -90,11 +91,11 @@ class _Successor:
     """A worker that takes connections.
 
     Attributes:
-        room: How many more it takes, as far as it has said.
-        batch_max: How many descriptors the kernel lets travel at once.
-        rest: How many it was told to keep room for.
-        answer: To the batch that is under way.
-        failure: Why nothing more is heard from it.
+        room: How many more connections it takes, by its last message.
+        batch_max: How many descriptors the kernel accepts in one message.
+        rest: The number of connections in the last REST.
+        answer: The future answer to the current batch.
+        failure: The error that ended its channel.
     """
 
     def __init__(self, path: str, channel: Channel, welcome: Welcome) -> None:
@@ -102,11 +103,11 @@ class _Successor:
         self.channel = channel
         self.room = welcome.room
         self.connections = welcome.connections
-        #: At a safe point when they were put here.
+        #: Connections that were at a safe point when they were queued.
         self.waiting: deque[Connection] = deque()
-        #: Served there, and not closed here yet.
+        #: Connections that it serves, and that are not closed here yet.
         self.moved: list[Connection] = []
-        #: The batch before; the event loop closes it in its next turn.
+        #: The batch before, which the event loop closes in its next turn.
         self.released: list[Connection] = []
         self.batch_max = DESCRIPTORS_MAX
         self.rest = 0
@@ -118,16 +119,16 @@ class _Successor:
         withhold(self)
 
     def descriptors(self) -> tuple[int, ...]:
-        """What a forked child must not have: of connections that are in no registry any more."""
+        """The descriptors of connections that have left the registry; a forked child must not have them."""
         return tuple(each.sock.fileno() for each in (*self.moved, *self.released) if each.sock is not None)
 
 
 class Mover:
-    """Moves the connections of a worker that leaves or may leave, each to the successor with the fewest by then.
+    """Hands off a worker's connections, each to the least-loaded successor.
 
     Args:
-        name: Of the control socket of the worker that leaves.
-        some: About how many to move, and how many seconds those stay that came from another worker; None for all.
+        name: The name of this worker's control socket.
+        some: About how many connections to move, and how many seconds adopted ones stay at least; None for all.
 
     Attributes:
         moved: How many have moved.
@@ -147,15 +148,15 @@ class Mover:
         self._waiting: set[Connection] = set()
         self._is_closed = False
         self._following = asyncio.Lock()
-        #: Some successors may be gone, and others not there yet: nobody is told that there is none.
+        #: The list of successors is changing: do not tell connections that there is none.
         self._is_between = False
         self._log = get_shared_logger("hotport.handoff")
 
     async def follow(self, paths: Sequence[str]) -> None:
         """Hand connections to the workers with these control sockets from now on, and to no others.
 
-        One that does not answer within `WELCOME_TIMEOUT_S` is passed over; without any, connections are told to close
-        if the worker leaves, as if there had never been one. Connections for which none has room wait for it.
+        Skips workers that do not answer within `WELCOME_TIMEOUT_S`. Without a successor, connections are told to close
+        if the worker leaves. Connections for which no successor has room wait for it.
         """
         async with self._following:
             self._is_between = True
@@ -187,7 +188,7 @@ class Mover:
         self._see_through()
 
     async def wait_through(self) -> None:
-        """Return when no connection is left that will move, or no successor."""
+        """Wait until no connection will move, or there is no successor."""
         await self._is_through.wait()
 
     def _on_fewer(self) -> None:
@@ -199,9 +200,9 @@ class Mover:
             self._is_through.set()
 
     async def close(self) -> None:
-        """Move nothing any more; return when what was under way has arrived, or has been taken back.
+        """Stop moving connections; wait until batches under way have arrived, or have been withdrawn.
 
-        That is bounded by the timeouts of a batch; a task that is stuck all the same is not waited for any longer.
+        The timeouts of a batch bound this; a task that is still stuck is cancelled.
         """
         self._is_closed = True
         if self._patience is not None:
@@ -240,7 +241,7 @@ class Mover:
             why = word.why
         except (OSError, EOFError, ControlError) as error:
             why = str(error) or type(error).__name__
-        except Exception as error:  # a bug of ours must not keep connections from the other successors
+        except Exception as error:  # a bug here must not affect the other successors
             why = f"{type(error).__name__}: {error}"
             self._log.exception("handoff.failed", successor=os.path.basename(path))
         except BaseException:
@@ -253,7 +254,7 @@ class Mover:
         return None
 
     def _ready(self, connection: Connection) -> None:
-        """A connection is at a safe point."""
+        """Queue a connection at a safe point for the least-loaded successor that has room."""
         if connection in self._waiting or connection not in self._connections.open:
             return
         self._connections.will_move(connection)
@@ -273,14 +274,14 @@ class Mover:
         successor.has_work.set()
 
     def _spread(self) -> None:
-        """There may be room now for connections that have waited for it."""
+        """Retry the connections that wait for room."""
         for connection in list(self._connections.crowded):
             if self._is_closed or not any(each.room > len(each.waiting) for each in self._successors.values()):
                 return
             self._connections.tell(connection)
 
     def _be_patient(self, connection: Connection) -> None:
-        """Let a connection wait for room, but not until the drain deadline."""
+        """Let a connection wait for room, but tell it to close after the part `PATIENCE` of the drain."""
         draining = self._connections.draining
         if not draining.is_set():
             return
@@ -299,7 +300,7 @@ class Mover:
             successor.has_work.set()
 
     async def _say_rest(self, successor: _Successor) -> None:
-        """How many connections may come to it: its share, as long as several take them."""
+        """Send REST: a successor's share of the connections that may still move."""
         rest = -(-self._connections.moving // max(1, len(self._successors)))
         if rest != successor.rest:
             successor.rest = rest
@@ -307,7 +308,7 @@ class Mover:
                 await successor.channel.send(encode_frame(Frame.REST, rest))
 
     async def _hear(self, successor: _Successor) -> None:
-        """What the successor says, until it says nothing more."""
+        """Receive a successor's messages until its channel ends."""
         try:
             while True:
                 kind, payload, _ = await successor.channel.receive_frame()
@@ -318,7 +319,7 @@ class Mover:
                     successor.answer.set_result(decode_ack(payload))
                 else:
                     raise EOFError(f"an acknowledgement was expected, not {kind.name}")
-        except Exception as error:  # `_serve` says what it was
+        except Exception as error:  # `_serve` logs it
             successor.failure = error
             if successor.answer is not None and not successor.answer.done():
                 successor.answer.set_exception(error)
@@ -338,10 +339,10 @@ class Mover:
                     self._release(successor)
                     await successor.has_work.wait()
         except (OSError, EOFError, ControlError) as error:
-            if successor.waiting or not isinstance(error, EOFError):  # otherwise it has left, and nothing was under way
+            if successor.waiting or not isinstance(error, EOFError):  # otherwise it ended while no batch was under way
                 why = str(error) or type(error).__name__
                 self._log.warning("handoff.broken", successor=os.path.basename(successor.path), why=why)
-        except Exception:  # a bug of ours must not leave connections standing still
+        except Exception:  # after a bug here no connection must stand still for ever
             self._log.exception("handoff.failed", successor=os.path.basename(successor.path))
         self._release(successor)
         self._dismiss(successor)
@@ -350,15 +351,15 @@ class Mover:
             if not self._successors and not self._is_between:
                 self._connections.lead(None)
                 self._see_through()
-            for connection in list(successor.waiting):  # to others, if there are any
+            for connection in list(successor.waiting):  # retry with the other successors
                 self._ready(connection)
-            self._tell_rest()  # to each of the others it is more
+            self._tell_rest()  # the others' shares have grown
         hearing.cancel()
         await asyncio.wait({hearing})
         successor.channel.close()
 
     def _take(self, successor: _Successor) -> list[_Packed]:
-        """The next ones that are at a safe point still; the others say so when they are again."""
+        """Take the next batch of connections that are still at a safe point; the others report their next one."""
         batch: list[_Packed] = []
         size = 0
         most = min(successor.batch_max, successor.room)
@@ -385,7 +386,7 @@ class Mover:
             return connection.offer()
         except Exception:
             self._log.exception("handoff.offer_failed")
-            connection.keep()  # the others of the batch can still move
+            connection.keep()  # the rest of the batch can still move
             self._connections.not_taken(connection)
             return None
 
@@ -398,7 +399,7 @@ class Mover:
             async with asyncio.timeout(ACK_TIMEOUT_S):
                 await channel.send(frame, [each.fd for each in batch])
                 is_sent = True
-                self._release(successor)  # while the other one is busy with this batch
+                self._release(successor)  # meanwhile the successor adopts this batch
                 ack = await answer
             await channel.send(encode_frame(Frame.GO))
         except BaseException as error:
@@ -425,7 +426,7 @@ class Mover:
         finally:
             successor.answer = None
             if not answer.cancel() and not answer.cancelled():
-                answer.exception()  # it has been dealt with
+                answer.exception()  # marks the exception as retrieved
         refused = set(ack.refused)
         successor.room = ack.room
         successor.connections -= len(refused)
@@ -436,29 +437,29 @@ class Mover:
                 connection.keep()
                 if ack.room:
                     self._connections.not_taken(connection)
-                else:  # it is not the connection's fault: others may have room
+                else:  # the successor is full: others may have room
                     self._ready(connection)
             else:
                 self.moved += 1
                 successor.moved.append(connection)
                 self._connections.closed(connection, connection.moved_fate)
-        while len(successor.waiting) > successor.room:  # to others, or until there is room
+        while len(successor.waiting) > successor.room:  # retry with the other successors, or wait for room
             connection = successor.waiting.pop()
             self._waiting.discard(connection)
             self._ready(connection)
         self._spread()
 
     def _release(self, successor: _Successor) -> None:
-        """Close the descriptors of the last batch, which is served elsewhere by now."""
+        """Close the descriptors of the last batch, which the successor serves now."""
         successor.released, successor.moved = successor.moved, []
         for connection in successor.released:
             connection.release()
 
     async def _withdraw(self, channel: Channel) -> bool:
-        """Tell one that has not acknowledged in time that it must not serve what it may still receive.
+        """Send WITHDRAW to a successor that has not acknowledged in time: it must not serve the batch.
 
         Returns:
-            False if there is no room for even that: it has the batch, and will serve it if it ever wakes up.
+            False if the channel is full: the successor has the batch, and will serve it if it ever wakes up.
         """
         try:
             async with asyncio.timeout(ACK_TIMEOUT_S):
@@ -470,27 +471,27 @@ class Mover:
         return True
 
     def _dismiss(self, successor: _Successor) -> None:
-        """Send it nothing any more, once it has answered."""
+        """Remove a successor; its task ends after the current batch."""
         successor.is_closing = True
         successor.has_work.set()
         if self._successors.get(successor.path) is successor:
             del self._successors[successor.path]
 
 
-# -- the worker that comes ----------------------------------------------------------------------------------
+# -- the new worker -----------------------------------------------------------------------------------------
 
 
 async def take_connections(
     channel: Channel, version: int, adapter: Adapter, connections: Connections, *, sender: str = ""
 ) -> None:
-    """Answer another worker's offer, and go on with the connections that it sends until it closes the channel.
+    """Answer another worker's offer, and adopt the connections that it sends until it closes the channel.
 
     Args:
-        version: Of the envelopes that it would send.
-        sender: Whose connections they are, see `OfferOrder`.
+        version: The version of its envelopes.
+        sender: The worker's name, see `OfferOrder`.
 
-    Cancellation: safe between two batches; in the middle of one, its connections are let go of, and stay the other's.
-    Descriptors: what is received belongs to the connections made of it, or is closed. `channel` is closed.
+    Cancellation: safe between two batches; in the middle of one, its connections are dropped, and stay the other's.
+    Descriptors: received ones are owned by the connections made of them, or closed. `channel` is closed.
     """
     log = get_shared_logger("hotport.handoff")
     adopted: list[tuple[socket.socket, asyncio.BaseProtocol]] = []
@@ -506,12 +507,12 @@ async def take_connections(
                 continue
             adopted, refused = _adopt(kind, payload, descriptors, adapter, connections, is_whole=not channel.has_lost)
             room = 0 if channel.has_lost else _room(connections)
-            with suppress(OSError):  # if the other one has closed, what it said before that is still to be heard
+            with suppress(OSError):  # if the other has closed, its last messages are still read
                 await channel.send(encode_frame(Frame.ACK, Ack(refused, room)))
             try:
                 kind, _, _ = await channel.receive_frame()
             except (EOFError, OSError):
-                kind = Frame.GO  # it has ended without a word: it cannot serve them any more
+                kind = Frame.GO  # the other has ended, and cannot serve them
             if kind is Frame.GO:
                 _go_on(adopted, connections)
                 adopted = []
@@ -527,7 +528,7 @@ async def take_connections(
 
 
 async def _receive(channel: Channel, connections: Connections, room: int) -> tuple[int, tuple[Frame, bytes, list[int]]]:
-    """The next frame, and how much room the other one knows of; if it knows of none, it is told as soon as there is."""
+    """Receive a frame; if `room` is 0, first send ROOM as soon as there is any. Return the room sent, and the frame."""
     if room:
         return room, await channel.receive_frame()
     receiving = asyncio.create_task(channel.receive_frame())
@@ -545,16 +546,16 @@ async def _receive(channel: Channel, connections: Connections, room: int) -> tup
 
 
 async def _wait_room(connections: Connections) -> int:
-    """For how many more connections there is room here, once there is room for one."""
+    """Wait until there is room for a connection; return for how many."""
     while True:
         await connections.wait_freed()
         if room := _room(connections):
             return room
-        await asyncio.sleep(PAUSE_S)  # nobody tells when descriptors become free
+        await asyncio.sleep(PAUSE_S)  # the kernel does not notify about free descriptors
 
 
 def _room(connections: Connections) -> int:
-    """For how many more connections there is room here."""
+    """How many more connections can be adopted."""
     return max(0, min(connections.room, descriptors_left() - SPARE_DESCRIPTORS))
 
 
@@ -576,7 +577,7 @@ def _adopt(
     *,
     is_whole: bool,
 ) -> tuple[list[tuple[socket.socket, asyncio.BaseProtocol]], list[int]]:
-    """Make connections of a batch, which are not attached yet; and the numbers of those that cannot be made here."""
+    """Make the connections of a batch, not attached yet; also return the numbers of those that are refused."""
     sockets = [_socket_of(fd) for fd in descriptors]
     adopted: list[tuple[socket.socket, asyncio.BaseProtocol]] = []
     refused: list[int] = []
@@ -591,7 +592,7 @@ def _adopt(
             if sock is not None:
                 sock.close()
         raise
-    if len(sockets) < len(envelopes):  # it is out of descriptors, and everything else needs some, too
+    if len(sockets) < len(envelopes):  # out of descriptors, some of which must stay free for other uses
         fits = max(0, len(sockets) - SPARE_DESCRIPTORS)
         for sock in sockets[fits:]:
             if sock is not None:
@@ -621,7 +622,7 @@ def _adopt(
 
 
 def _socket_of(fd: int) -> PlainSocket | None:
-    """The socket of a connection; None if the descriptor is of something else, which is closed."""
+    """Return the socket of a connection; close any other descriptor and return None."""
     try:
         sock = PlainSocket(fileno=fd)
     except OSError:

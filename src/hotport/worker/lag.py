@@ -1,4 +1,4 @@
-"""How long an event loop is held up, measured while somebody wants to know."""
+"""Measure how long an event loop is blocked, while its lag is being read."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ __all__ = ["LagMeter"]
 
 TICK_S: Final = 0.05
 
-#: Measuring costs a worker its rest, so it ends so long after it was read last.
+#: Seconds after the last reading at which measuring stops, so that an idle worker can sleep.
 READ_AGAIN_S: Final = 5.0
 
 
 class LagMeter:
-    """Asks the event loop to be woken again and again, and notes how late that is."""
+    """Measures how late a repeated timer of the event loop fires."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -23,7 +23,7 @@ class LagMeter:
         self._timer: asyncio.TimerHandle | None = None
 
     def read(self) -> float:
-        """The longest that the loop was held up since the last reading, in seconds; 0 at the first."""
+        """Return the longest time, in seconds, that the loop was blocked since the last reading; 0 at the first."""
         now = self._loop.time()
         self._until = now + READ_AGAIN_S
         if self._timer is None:
@@ -32,7 +32,7 @@ class LagMeter:
         return max(0.0, worst_s)
 
     def close(self) -> None:
-        """Measure no longer."""
+        """Stop measuring."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,6 +1,6 @@
-"""A worker whose memory is short takes no new connections, and ends those that hold most, before the kernel ends it.
+"""Stop accepting and cut the largest connections when memory is short, before the kernel kills the worker.
 
-There is nothing to await that says how much memory a process has, so it is looked at now and then.
+Linux has no event for a process's memory use, so it is polled.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hotport.observe.logs import get_shared_logger
 
 __all__ = ["Pressure"]
 
-#: Seconds between two looks.
+#: Seconds between two checks.
 LOOK_S: Final = 0.25
 
 #: Connections are accepted again below this share of the limit.
@@ -25,11 +25,11 @@ RELIEVED: Final = 0.9
 
 
 class Pressure:
-    """Looks at the resident memory of this process until `close`.
+    """Checks the resident memory of this process until `close`.
 
     Args:
-        limit_bytes: Above it memory is short.
-        used: How much is used; asked at each look.
+        limit_bytes: The limit above which memory is short.
+        used: Returns the bytes in use; called at each check.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class Pressure:
         self._limit_bytes = limit_bytes
         self._used = used
         self._is_pressed = False
-        self._may_be_garbage = True  # it takes too long to look for some at each look
+        self._may_be_garbage = True  # collecting at each check would take too long
         self._loop = asyncio.get_running_loop()
         self._timer = self._loop.call_later(LOOK_S, self._on_timer)
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop checking."""
         self._timer.cancel()
 
     def _on_timer(self) -> None:
@@ -52,7 +52,7 @@ class Pressure:
         self.look()
 
     def look(self) -> None:
-        """Act on how much memory is used now."""
+        """Check the memory in use, and act on it."""
         used = self._used()
         if used > self._limit_bytes and self._may_be_garbage:
             gc.collect()

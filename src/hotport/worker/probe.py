@@ -1,4 +1,4 @@
-"""One HTTP request that a worker makes of itself, on a connection that nobody else can have."""
+"""Probe a worker's own application with one HTTP request over a socket pair."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ PIECE_BYTES: Final = 65536
 
 REQUEST: Final = b"GET %b HTTP/1.1\r\nHost: localhost\r\nUser-Agent: hotport\r\nConnection: close\r\n\r\n"
 
-#: Interim answers come first, each with a head of its own (RFC 9110 section 15.2).
+#: Skips interim answers, each of which has its own head (RFC 9110 section 15.2).
 STATUS: Final = re.compile(rb"(?:HTTP/1\.[01] 1\d\d[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n)*HTTP/1\.[01] ([2-9]\d\d)[ \r]")
 
 
 async def probe(adapter: Adapter, connections: Connections, path: str, timeout_s: float) -> str:
-    """Ask the application for `path`, and read the whole answer.
+    """Request `path` from the application, and read the whole answer.
 
-    The request comes over a socket pair, not over a listener: nothing that shares the port can answer in its place,
-    and neither TLS nor a PROXY header is needed.
+    The request comes over a socket pair, not over a listener: no other process that shares the port can answer it, and
+    neither TLS nor a PROXY header is needed.
 
     Returns:
-        Why that failed; empty if the status is 2xx or 3xx.
+        The reason of the failure; empty if the status is 2xx or 3xx.
     """
     loop = asyncio.get_running_loop()
     ours, theirs = socket.socketpair()

@@ -1,4 +1,4 @@
-"""Serving an application from listeners: what a worker process and `hotport.serve` have in common."""
+"""Serve an application from listeners, in a worker process and in `hotport.serve`."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from hotport.worker.probe import probe
 from hotport.worker.share import Moves, Share
 from hotport.worker.tls import Tls
 
-__all__ = ["ConnectionServer", "DatagramServer", "Server", "SocketsServer", "make_server"]
+__all__ = ["ApplicationServer", "ConnectionServer", "DatagramServer", "SocketsServer", "make_server"]
 
-#: How long a worker that is out of descriptors tries to take what waits at a listener that is replaced.
+#: Seconds for which a worker without free descriptors tries to empty the queue of a replaced listener.
 REPLACE_TIMEOUT_S: Final = 1.0
 
-#: How soon it is tried again when none of them has moved: they may be of a kind that cannot.
+#: Seconds until the next attempt to balance when no connection has moved: they may be of a kind that cannot.
 NONE_MOVED_PAUSE_S: Final = 10.0
 
-#: How long connections that were chosen to move to a worker with fewer may take to come to a safe point.
+#: Seconds that connections chosen for balancing have to reach a safe point.
 BALANCE_TIMEOUT_S: Final = 5.0
 
 
-class Server(Protocol):
-    """The steps of a generation's life, in order; `accept` and `quiesce` may alternate."""
+class ApplicationServer(Protocol):
+    """The interface of a worker's server; its methods are called in this order, `accept` and `quiesce` alternately."""
 
     connections: Connections
 
@@ -51,72 +51,72 @@ class Server(Protocol):
         """Make the application ready. Raises StartError (HP5xx)."""
 
     async def accept(self) -> None:
-        """Accept connections; true when this returns."""
+        """Accept connections; started when this returns."""
 
     def quiesce(self) -> None:
-        """Stop accepting; every connection goes on."""
+        """Stop accepting; open connections are still served."""
 
     async def empty(self, timeout_s: float) -> None:
-        """Take what waits in the accept queue, within `timeout_s`, and from then on what comes late: nobody else will.
+        """Accept the queued connections within `timeout_s`, and from then on late ones: no other worker takes them.
 
-        Handshakes that began before newcomers were sent elsewhere take as long as their clients are far away.
+        Handshakes that began before new connections were routed elsewhere end up to a round trip later.
         """
 
     async def adopt(self, listeners: Mapping[str, socket.socket], accepted: Sequence[socket.socket] = ()) -> None:
-        """Have listeners more, by address, and connections that were accepted elsewhere; all are owned from here on.
+        """Add listeners, by address, and connections that another process has accepted; all are owned from here on.
 
-        What accepts already, accepts from them at once. A listener takes the place of one with the same address: what
-        waits for that is accepted first.
+        A server that accepts also accepts from them at once. A listener replaces one with the same address, whose
+        queued connections are accepted.
 
         Raises:
-            OSError: This application takes its listeners at its start, and only there.
+            OSError: This application takes its listeners only at its start.
         """
 
     async def release(self, addresses: Collection[str], timeout_s: float) -> None:
-        """Take what waits in the accept queue of these addresses, within `timeout_s`, and close their listeners."""
+        """Accept the queued connections of these addresses, within `timeout_s`, and close their listeners."""
 
     def reload_tls(self) -> None:
-        """Read the certificates again, for connections from now on; without any it does nothing.
+        """Read the certificates again, for new connections; without certificates, do nothing.
 
         Raises:
-            StartError: They cannot be used (HP507, HP513, HP514); those that were read before are kept.
+            StartError: They cannot be used (HP507, HP513, HP514); the old ones are kept.
         """
 
     async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[Fate]:
-        """Hand off or finish every connection, cut what is left after `timeout_s` seconds; return fates and counts.
+        """Hand off or finish every connection, cut the remaining ones after `timeout_s`; return the count of each fate.
 
         Args:
-            is_last: Nobody else shares the listeners: serve what waits in the accept queue, too.
+            is_last: No other process shares the listeners: serve queued connections, too.
             successors: Control sockets of the workers to hand connections to.
         """
 
     async def resume(self, listeners: Sequence[socket.socket]) -> None:
-        """Accept again, from these listeners (those of the start, in that order), after a drain that has ended or not.
+        """Accept again from these listeners (those of the start, in that order), during or after a drain.
 
-        Connections that were told to leave do leave.
+        Connections that were told to close still close.
         """
 
     async def follow(self, successors: Sequence[str]) -> None:
-        """While it drains or is quiesced: hand connections to these workers from now on.
+        """Hand connections to these workers from now on, while draining or quiesced.
 
         Cancellation: safe; connections stay.
         """
 
     async def rebalance(self) -> int:
-        """Hand connections to workers of the same generation with fewer, soon; how many have moved."""
+        """Hand connections to workers of the same generation that have fewer; return how many have moved."""
 
     async def probe(self, path: str, timeout_s: float) -> str:
-        """Ask the application for `path` by HTTP; why that failed, or nothing."""
+        """Request `path` from the application by HTTP; return the reason of a failure, or an empty string."""
 
     async def take(self, channel: Channel, version: int, sender: str = "") -> None:
-        """Go on with the connections that another worker offers, in envelopes of `version`, until it has closed."""
+        """Adopt the connections that another worker offers, in envelopes of `version`, until it closes the channel."""
 
     async def shutdown(self) -> None:
-        """Let the application release what it holds."""
+        """Shut the application down."""
 
 
 class ConnectionServer:
-    """Serves the kinds of application that get one connection at a time.
+    """Serves applications that get one connection at a time.
 
     Descriptors: owns `listeners` and closes them when draining starts.
     """
@@ -192,7 +192,7 @@ class ConnectionServer:
             self._start_acceptors()
 
     async def release(self, addresses: Collection[str], timeout_s: float) -> None:
-        # At once: the same addresses may be given again while this waits.
+        # Before waiting, during which listeners of the same addresses may be added.
         leaving = self._take_out(addresses)
         await self._let_go(leaving, timeout_s)
         if not self._acceptors:
@@ -200,7 +200,7 @@ class ConnectionServer:
             self.connections.count_fates(True)
 
     def _take_out(self, addresses: Collection[str]) -> list[Acceptor]:
-        """The acceptors of these addresses, which are none of ours any more."""
+        """Stop, remove and return the acceptors of these addresses."""
         named = list(zip(self._acceptors, self._names, strict=True))
         leaving = [acceptor for acceptor, name in named if name in addresses]
         self._acceptors = [acceptor for acceptor in self._acceptors if acceptor not in leaving]
@@ -210,7 +210,7 @@ class ConnectionServer:
         return leaving
 
     async def _let_go(self, leaving: Sequence[Acceptor], timeout_s: float) -> None:
-        """Accept what waits for these acceptors, and close them."""
+        """Accept the queued connections of these acceptors, and close them."""
         await _empty(leaving, timeout_s)
         for acceptor in leaving:
             acceptor.close()
@@ -218,7 +218,7 @@ class ConnectionServer:
 
     @property
     def _all(self) -> list[Acceptor]:
-        """All that may still attach a connection."""
+        """All acceptors that may still attach a connection."""
         return self._released + self._acceptors
 
     async def resume(self, listeners: Sequence[socket.socket]) -> None:
@@ -237,7 +237,7 @@ class ConnectionServer:
         self.connections.count_fates(False)
         if not self.connections.is_full:
             self._start_acceptors()
-        if self._mover is not None:  # taken back; what is under way arrives, or comes back
+        if self._mover is not None:  # taken back: batches under way arrive, or are withdrawn
             self._staying = background.start("handoff", self._stay(self._mover), self._beside)
             self._mover = None
         if self._share is not None and self._balancing is None:
@@ -255,7 +255,7 @@ class ConnectionServer:
         self._stop_balancing()
 
     def held(self) -> dict[str, int]:
-        """The descriptors of the listeners that are open here, by address."""
+        """The descriptors of the open listeners, by address."""
         named = zip(self._names, self._acceptors, strict=False)
         return {name: acceptor.fileno() for name, acceptor in named if acceptor.fileno() >= 0}
 
@@ -281,7 +281,7 @@ class ConnectionServer:
             self._start_acceptors()
 
     async def _balance(self) -> None:
-        """Hand connections to workers with clearly fewer, now and then, until cancelled."""
+        """Hand connections to workers with clearly fewer, checking every `LOOK_S`, until cancelled."""
         assert self._share is not None
         loop = asyncio.get_running_loop()
         while True:
@@ -300,7 +300,7 @@ class ConnectionServer:
                 asked.set_result(0)
 
     async def rebalance(self) -> int:
-        """Hand over what makes the shares of workers as even as can be, soon; how many connections have moved."""
+        """Hand off connections until shares are as even as possible; return how many have moved."""
         if self._balancing is None or not self._hands_off:
             return 0
         if self._asked is None:
@@ -326,7 +326,7 @@ class ConnectionServer:
                 asked.set_result(mover.moved)
 
     def _stop_balancing(self) -> None:
-        """Begin no move for balance any more; what is under way arrives, or comes back."""
+        """Stop balancing; batches under way arrive, or are withdrawn."""
         for task in (self._balancing, self._moving):
             if task is not None:
                 task.cancel()
@@ -336,7 +336,7 @@ class ConnectionServer:
             self._asked = None
 
     async def _end_balancing(self) -> None:
-        """Return when nothing moves for balance any more; bounded by the timeouts of a batch."""
+        """Stop balancing and wait for batches under way; bounded by their timeouts."""
         self._stop_balancing()
         if self._moving is not None:
             await asyncio.wait({self._moving})
@@ -367,7 +367,7 @@ class ConnectionServer:
     async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[Fate]:
         try:
             await self._drain(timeout_s, is_last, successors)
-        except Exception:  # the worker leaves all the same: what is left is cut, and counted
+        except Exception:  # the worker still leaves: cut and count the remaining connections
             get_shared_logger("hotport.worker").exception("drain.failed")
             await self._cut(is_last)
         return self.connections.fates
@@ -396,7 +396,7 @@ class ConnectionServer:
     async def _cut(self, is_last: bool) -> None:
         self._count_unaccepted(is_last)
         await self._stop_moving()
-        if not self.connections.draining.is_set():  # it has looked for successors until now
+        if not self.connections.draining.is_set():  # the deadline came during the search for successors
             self.connections.drain(0.0)
         self.connections.cut()
         for acceptor in self._all:
@@ -411,9 +411,9 @@ class ConnectionServer:
             self._hands_off = False
 
     def _count_unaccepted(self, is_last: bool) -> None:
-        """What could not be taken from the queue by the deadline is reset when the last listener closes."""
+        """Count queued connections, which the kernel resets when the last listener closes, and close the listeners."""
         if is_last:
-            for acceptor in self._acceptors[:: self._tasks]:  # those in between share its queue
+            for acceptor in self._acceptors[:: self._tasks]:  # the acceptors in between share its queue
                 if waiting := acceptor.waiting():
                     self.connections.fates[Fate.CUT_UNACCEPTED] += waiting
         for acceptor in self._acceptors:
@@ -424,7 +424,7 @@ class ConnectionServer:
 
 
 class DatagramServer:
-    """Serves an application that gets datagrams, from sockets that all workers share.
+    """Serves an application of datagrams, from sockets that all workers share.
 
     Descriptors: owns `listeners`; their transports close them.
     """
@@ -455,30 +455,30 @@ class DatagramServer:
             transport.stop()
 
     async def empty(self, timeout_s: float) -> None:
-        """Both generations read from the same sockets."""
+        """Do nothing: both generations read from the same sockets."""
 
     async def adopt(self, listeners: Mapping[str, socket.socket], accepted: Sequence[socket.socket] = ()) -> None:
-        """It takes its sockets at its start."""
+        """Refuse: the application takes its sockets only at its start."""
         _refuse(listeners, accepted)
 
     async def release(self, addresses: Collection[str], timeout_s: float) -> None:
-        """It keeps its sockets until it drains."""
+        """Do nothing: the sockets are kept until the drain."""
 
     def reload_tls(self) -> None:
-        """There is none."""
+        """Do nothing: datagrams have no TLS."""
 
     async def follow(self, successors: Sequence[str]) -> None:
-        """They share the sockets."""
+        """Do nothing: the successors share the sockets."""
 
     async def rebalance(self) -> int:
-        """It has no connections."""
+        """Do nothing: there are no connections."""
         return 0
 
     async def probe(self, path: str, timeout_s: float) -> str:
         return "takes datagrams, and cannot be asked by HTTP: remove health_path"
 
     async def take(self, channel: Channel, version: int, sender: str = "") -> None:
-        """It has no connections."""
+        """Close the channel: there are no connections."""
         channel.close()
 
     async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[Fate]:
@@ -500,11 +500,11 @@ class DatagramServer:
         return Counter()
 
     async def shutdown(self) -> None:
-        """Its transports are closed by now."""
+        """Do nothing: the transports are closed already."""
 
 
 class SocketsServer:
-    """Runs a server of somebody else's inside the worker; it has its own idea of connections."""
+    """Runs an application that accepts connections by itself."""
 
     def __init__(self, adapter: SocketsAdapter, listeners: Sequence[socket.socket], connections: Connections) -> None:
         self.connections = connections
@@ -515,7 +515,7 @@ class SocketsServer:
         await self._adapter.startup(self._listeners)
 
     async def accept(self) -> None:
-        """It has accepted since it said that it had started."""
+        """Do nothing: the application accepts since `startup`."""
 
     async def resume(self, listeners: Sequence[socket.socket]) -> None:
         await self._adapter.abort()
@@ -526,33 +526,33 @@ class SocketsServer:
         await self.startup()
 
     def quiesce(self) -> None:
-        """It cannot stop accepting without leaving; sharing the listener until it drains loses nothing."""
+        """Do nothing: the application accepts until it drains, and sharing the listener loses nothing."""
 
     async def empty(self, timeout_s: float) -> None:
-        """It accepts until it leaves."""
+        """Do nothing: the application accepts until it drains."""
 
     async def adopt(self, listeners: Mapping[str, socket.socket], accepted: Sequence[socket.socket] = ()) -> None:
-        """It takes its listeners at its start."""
+        """Refuse: the application takes its listeners only at its start."""
         _refuse(listeners, accepted)
 
     async def release(self, addresses: Collection[str], timeout_s: float) -> None:
-        """It keeps its listeners until it drains."""
+        """Do nothing: the application keeps its listeners until it drains."""
 
     def reload_tls(self) -> None:
-        """It has none of ours."""
+        """Do nothing: the application has its own TLS."""
 
     async def follow(self, successors: Sequence[str]) -> None:
-        """Its connections cannot move."""
+        """Do nothing: the connections cannot move."""
 
     async def rebalance(self) -> int:
-        """Its connections cannot move."""
+        """Do nothing: the connections cannot move."""
         return 0
 
     async def probe(self, path: str, timeout_s: float) -> str:
         return "has a server of its own, which cannot be asked but over the port: remove health_path"
 
     async def take(self, channel: Channel, version: int, sender: str = "") -> None:
-        """It has no way of going on with a connection."""
+        """Close the channel: the application cannot adopt connections."""
         channel.close()
 
     async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[Fate]:
@@ -569,7 +569,7 @@ class SocketsServer:
         return Counter({fate: 1})
 
     async def shutdown(self) -> None:
-        """Its own affair."""
+        """Do nothing: `drain` has ended the application."""
 
 
 def _left_s(deadline: asyncio.Timeout) -> float:
@@ -577,7 +577,7 @@ def _left_s(deadline: asyncio.Timeout) -> float:
 
 
 async def _empty(acceptors: Sequence[Acceptor], timeout_s: float) -> None:
-    """Out of descriptors it may take for ever; whoever closes the last one takes or counts what is left."""
+    """Empty the acceptors' queues within `timeout_s`, which bounds the wait for descriptors."""
     with suppress(TimeoutError):
         async with asyncio.timeout(timeout_s):
             for acceptor in acceptors:
@@ -598,10 +598,10 @@ def make_server(
     names: Sequence[str] = (),
     share: Share | None = None,
 ) -> ConnectionServer | DatagramServer | SocketsServer:
-    """The server for an application, after its kind.
+    """Make the server for an application, by its kind.
 
     Args:
-        share: Of what comes to the listeners, if other workers take from them, too.
+        share: The worker's share of new connections; None if no other worker uses the listeners.
 
     Raises:
         StartError: Its kind is unclear or an extra is missing (HP504, HP505), a listener is not for connections

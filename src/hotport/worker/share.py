@@ -1,4 +1,4 @@
-"""A worker's part of what comes to an accept queue that several take from."""
+"""A worker's share of the connections in an accept queue that several workers take from."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hotport.wire.messages import worker_socket
 
 __all__ = ["Moves", "Share"]
 
-#: How old the knowledge may be who else takes from the queue.
+#: Seconds for which the list of the other workers on the queue is cached.
 OTHERS_S: Final = 0.01
 
 
 class Page(Protocol):
-    """What is asked of `hotport.kernel.loadpage.LoadPage`."""
+    """The interface needed of `hotport.kernel.loadpage.LoadPage`."""
 
     @property
     def slot(self) -> int: ...
@@ -43,12 +43,12 @@ class Page(Protocol):
 
 
 class Moves(NamedTuple):
-    """Connections to hand over.
+    """A plan to hand off connections.
 
     Attributes:
-        paths: Control sockets of those who take them.
-        most: How many, to all of them.
-        stay_s: Those that came from another worker more recently than that stay.
+        paths: Control sockets of the workers that take them.
+        most: How many connections at most, to all of these workers.
+        stay_s: Connections that were adopted less than so many seconds ago stay.
     """
 
     paths: list[str]
@@ -57,12 +57,12 @@ class Moves(NamedTuple):
 
 
 class Share:
-    """Whether this worker leaves its accept queue to others that have fewer connections.
+    """Decides whether this worker leaves its accept queue to workers with fewer connections.
 
     Args:
-        page: Where they see each other's; the caller's.
-        generation: Not 0. Its workers take from the same queues.
-        directory: Where they have their control sockets.
+        page: The page with all workers' loads; owned by the caller.
+        generation: The generation whose workers share the queues; not 0.
+        directory: The directory of their control sockets.
     """
 
     def __init__(self, page: Page, generation: int, directory: str) -> None:
@@ -79,13 +79,13 @@ class Share:
         self._is_late = False
 
     def take_part(self, takes_part: bool) -> None:
-        """Let others count on this worker, or not any more: it does not accept, or has no room."""
+        """Show the others whether this worker takes connections from the queue."""
         self._due_s = math.inf
         self.look()
         self._page.join(self._generation if takes_part else 0)
 
     def look(self) -> None:
-        """Show that the event loop runs, each `LOOK_S`, or that it is held up."""
+        """Show the others that this event loop runs, or was blocked; call it every `LOOK_S`."""
         now_s, delay_s = monotonic(), run_delay_s()
         if now_s - self._due_s - (delay_s - self._delay_s) > LATE_S:
             self._late_until_s = now_s + LATE_HOLD_S
@@ -93,7 +93,7 @@ class Share:
         self._page.promise(0.0 if now_s < self._late_until_s else self._due_s)
 
     def _late(self, slots: list[int], now_s: float) -> set[int]:
-        """Those whose event loops are held up; none if all are: then it is the machine, or the application."""
+        """The slots whose event loops are blocked; none if all are: then the machine or the application is slow."""
         late = {slot for slot in slots if self._page.due_s(slot) + HUNG_S < now_s}
         return set() if len(late) == len(slots) else late
 
@@ -112,14 +112,14 @@ class Share:
         return (self._is_late or is_ahead(self._gauge[0], self._page.counts(others))) and self._deferral.is_due()
 
     def deferred(self, *, was_taken: bool) -> None:
-        """Learn from what came of having left the queue to others."""
+        """Note whether another worker took the connection that was left in the queue."""
         self._deferral.ended(was_taken=was_taken)
         if not was_taken:
             self._page.forget_dead(self._others)
             self._look_s = 0.0
 
     def plan_moves(self, *, is_asked: bool = False) -> Moves | None:
-        """What to hand over now; `is_asked`: for shares that are as even as can be."""
+        """Plan which connections to hand off now; `is_asked` plans for shares as even as possible."""
         page = self._page
         slots = [page.slot, *page.others()]
         late = self._late(slots, monotonic())

@@ -1,4 +1,4 @@
-"""Which certificate a connection gets, and reading the certificates again."""
+"""Choose a connection's certificate, and reload the certificates."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ log = logging.getLogger("hotport.tls")
 
 
 class Tls:
-    """Makes connections TLS connections, by what the options name.
+    """The TLS context of new connections, by the options.
 
     Args:
-        alpn: Protocols to agree on if the options name none (RFC 7301); empty leaves it to the client.
+        alpn: Protocols to negotiate if the options name none (RFC 7301); empty leaves it to the client.
 
     Attributes:
-        context: For the next handshake; those that have begun go on with theirs.
+        context: For new handshakes; handshakes under way keep theirs.
 
     Raises:
         StartError: A file cannot be used (HP507, HP513), or a certificate cannot be chosen by its name (HP514).
@@ -37,7 +37,7 @@ class Tls:
         self.context = self._read()
 
     def reload(self) -> None:
-        """Read the files again; if they cannot be used, raise as at first, and keep what is there."""
+        """Read the files again; if they cannot be used, raise as at first, and keep the old context."""
         self.context = self._read()
 
     def _read(self) -> ServerContext:
@@ -60,7 +60,7 @@ class Tls:
 
 
 def _names(file: str, context: ServerContext, *, is_chosen: bool) -> tuple[str, ...]:
-    """The names in a certificate; needed only of one that is chosen by them."""
+    """Return the names in a certificate; raise if it has none and must be chosen by name."""
     description: Description | None = None
     try:
         description = describe(context)
@@ -82,9 +82,10 @@ def _names(file: str, context: ServerContext, *, is_chosen: bool) -> tuple[str, 
 def _chooser(
     by_name: Mapping[str, ServerContext],
 ) -> Callable[[ssl.SSLObject | ssl.SSLSocket, str | None, ssl.SSLContext], None]:
-    """A callback that picks the certificate for the name that a client asks for (RFC 6066 section 3).
+    """Make a callback that chooses the certificate by the client's server name (RFC 6066 section 3).
 
-    A wildcard stands for exactly one label, the first (RFC 9525 section 6.3). Without a match the first one stays.
+    A wildcard stands for exactly one label, the first (RFC 9525 section 6.3). Without a match the first certificate is
+    used.
     """
 
     def choose(connection: ssl.SSLObject | ssl.SSLSocket, name: str | None, _: ssl.SSLContext) -> None:

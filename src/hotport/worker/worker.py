@@ -1,8 +1,8 @@
-"""A worker process: one generation's application, served from inherited listeners.
+"""A worker process: serve one generation's application from inherited listeners.
 
-It listens on a control socket of its own from its first moment, takes orders from whoever of its user connects,
-and keeps nothing that dies with the supervisor: logs go to inherited descriptors, words on the notify socket are
-datagrams, and an order that does not come is not waited for.
+A worker listens on its own control socket from its start, and takes orders from every process of its user. It does not
+depend on a living supervisor: logs go to inherited descriptors, messages on the notify socket are datagrams, and the
+worker never waits for an order.
 """
 
 from __future__ import annotations
@@ -88,46 +88,46 @@ from hotport.wire.sdnotify import encode_notification
 from hotport.worker import background
 from hotport.worker.lag import LagMeter
 from hotport.worker.pressure import Pressure
-from hotport.worker.server import ConnectionServer, Server, make_server
+from hotport.worker.server import ApplicationServer, ConnectionServer, make_server
 from hotport.worker.share import Share
 
 __all__ = ["Worker"]
 
-#: Orders are short; whoever sends more does not speak our language.
+#: The longest order; a peer that sends more does not speak the protocol.
 ORDER_BYTES_MAX: Final = 64 * 1024
 
-#: So many orders of one peer may wait to be obeyed; a supervisor has a few under way.
+#: How many orders of one peer may be queued; a supervisor has a few under way.
 ORDERS_MAX: Final = 256
 
 #: Descriptors kept for the application itself when connections are limited by RLIMIT_NOFILE.
 RESERVED_DESCRIPTORS: Final = 128
 
-#: How many of the connections that are waited for are described.
+#: How many lingering connections are described.
 LINGERING_MAX: Final = 20
 
-#: How long a worker that is told to go by a signal serves on, to be told who can have its connections.
+#: Seconds for which a worker that a signal ends waits for its successors' addresses.
 SUCCESSORS_TIMEOUT_S: Final = 1.0
 
-#: How long a worker that is out of descriptors tries to take what waits for it.
+#: Seconds for which a worker without free descriptors tries to empty its accept queue.
 EMPTY_TIMEOUT_S: Final = 1.0
 
-#: From a welcome to the last of the listeners.
+#: Seconds from the welcome to the last listener.
 TRANSFER_TIMEOUT_S: Final = 5.0
 
-#: How soon READY=1 is said again if the supervisor's queue was full.
+#: Seconds until READY=1 is sent again if the supervisor's queue was full.
 READY_REPEAT_S: Final = 0.25
 
-#: How often memory is looked at: there is nothing to await.
+#: Seconds between two checks of memory, which has no event to await.
 MEMORY_CHECK_S: Final = 5.0
 
 
 class Worker:
-    """One worker, from its first moment in the event loop to its last.
+    """Runs a worker process, from start-up to the end of its drain.
 
     Args:
-        listeners: Inherited, by address, non-blocking; owned from here on. With none, they come later: `TransferOrder`.
+        listeners: Inherited, by address, non-blocking; owned from here on. If empty, `TransferOrder` brings them later.
         control: Bound and listening on `control_path`; both are owned from here on.
-        notify_path: Where ``READY=1`` goes; nobody is told if it is None.
+        notify_path: The socket for ``READY=1``; None sends nothing.
     """
 
     def __init__(
@@ -148,33 +148,33 @@ class Worker:
         self._control_path = control_path
         self._notify_path = notify_path
         self._loop = asyncio.get_running_loop()
-        self._log = get_logger("hotport.worker").bind()  # now: the application may configure structlog for itself
+        self._log = get_logger("hotport.worker").bind()  # bound now: the application may configure structlog
         self._peers: set[_Peer] = set()
-        self._server: Server | None = None
-        self._starting: asyncio.Task[Server] | None = None
+        self._server: ApplicationServer | None = None
+        self._starting: asyncio.Task[ApplicationServer] | None = None
         self._draining: asyncio.Task[None] | None = None
-        self._beside: set[asyncio.Task[None]] = set()  # what the next order does not wait for
+        self._beside: set[asyncio.Task[None]] = set()  # tasks that the next order does not wait for
         self._lag = LagMeter()
         self._pressure: Pressure | None = None
         self._page: LoadPage | None = None
         self._is_quiesced = False
-        self._following: asyncio.Task[None] | None = None  # while it is quiesced and hands connections over
-        # A service manager may signal everybody at once: whoever leaves takes what waits in the accept queue along.
+        self._following: asyncio.Task[None] | None = None  # while quiesced, the task that hands off connections
+        # A service manager may signal all processes at once, so a leaving worker also serves queued connections.
         self._drain_order = DrainOrder(timeout_s=self._options.drain_timeout_s, is_last=True)
         self._leaving = asyncio.Event()
-        self._is_asking = False  # who goes on with the connections, by having said that this worker leaves
-        self._signals = 0  # that told it to leave; orders are none
+        self._is_asking = False  # has sent STOPPING=1, and waits for its successors' addresses
+        self._signals = 0  # how many terminating signals have come
         self._orphan_timer: asyncio.TimerHandle | None = None
         self._has_expired = False
         self._is_accepting: bool | None = None  # None before the first order to accept
-        self._watch: Watch | None = None  # of the runtime directory, while nobody supervises
+        self._watch: Watch | None = None  # of the runtime directory, while there is no supervisor
         self._memory: Memory | None = None
-        self._expected: set[str] = set()  # workers that were said to hand connections over
+        self._expected: set[str] = set()  # workers for whose connections room is reserved
         self._drained: Drained | None = None
         withhold(self)
 
     def descriptors(self) -> Iterator[int]:
-        """What a forked child must not have, beside what its parts own."""
+        """The worker's own descriptors, which a forked child must not have."""
         yield self._control.fileno()
         yield from (listener.fileno() for listener in self._listeners.values())
         yield from (peer.fileno() for peer in self._peers)
@@ -202,7 +202,7 @@ class Worker:
         self._starting = self._loop.create_task(self._start())
         leaving = self._loop.create_task(self._leaving.wait())
         await asyncio.wait({self._starting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not self._starting.done():  # told to go before it was ready: nothing to be kind to
+        if not self._starting.done():  # ended before it was ready: there are no connections
             self._starting.cancel()
             await asyncio.wait({self._starting}, timeout=self._options.kill_timeout_s)
             return ExitCode.DONE
@@ -222,14 +222,14 @@ class Worker:
         return ExitCode.DONE
 
     def _say_ready(self) -> None:
-        """Until the kernel takes it: a supervisor that is not scheduled for a while has a full queue."""
+        """Send READY=1, and retry while the supervisor's queue is full."""
         has_said = self._tell(ready=True, status="ready")
         if not has_said and self._notify_path is not None and not self._leaving.is_set():
             self._loop.call_later(READY_REPEAT_S, self._say_ready)
 
     # -- start ---------------------------------------------------------------------------------------------
 
-    async def _start(self) -> Server:
+    async def _start(self) -> ApplicationServer:
         options = self._options
         limit = raise_descriptor_limit()
         connections = Connections(
@@ -259,11 +259,11 @@ class Worker:
         await server.startup()
         revive()
         gc.collect()
-        gc.freeze()  # what was imported stays: looking for garbage among it takes longer than most requests
+        gc.freeze()  # imported objects stay, and scanning them would take longer than most requests
         return server
 
     def _take_share(self, connections: Connections) -> Share | None:
-        """See the other workers' load, and show them this one's; None where that cannot be."""
+        """Open the page of all workers' loads and make this worker's share; None if that is off or impossible."""
         if self._options.balance == "off":
             return None
         try:
@@ -275,7 +275,7 @@ class Worker:
         return Share(self._page, self._spec.generation, self._spec.directory)
 
     def _fail(self, error: BaseException) -> None:
-        """Say why there will be no READY=1: to the supervisor for its report, else in the log."""
+        """Report a failed start to the supervisor, else log it."""
         if isinstance(error, HotportError):
             text = str(error)
         else:
@@ -309,7 +309,7 @@ class Worker:
 
     @contextmanager
     def _handling_signals(self) -> Iterator[None]:
-        """Do what `WORKER` says; an application that is imported later may decide otherwise."""
+        """Handle signals as `WORKER` says; an application imported later may replace the handlers."""
         handled = [name for name, row in WORKER.items() if set(row.values()) != {Does.NOTHING}]
         before = {number: signal.getsignal(number) for number in numbers(WORKER.keys())}
         for name in handled:
@@ -350,7 +350,7 @@ class Worker:
         return Moment.RESTARTING if self._is_quiesced else Moment.SERVING
 
     def _ask_to_leave(self) -> None:
-        """Leave as if drained, once the supervisor has named the workers that take the connections."""
+        """Drain, once the supervisor has named the successors."""
         self._is_asking = True
         self._tell(stopping=True, status="draining")
         if self._server is not None and self._peers:
@@ -359,7 +359,7 @@ class Worker:
             self._leaving.set()
 
     def _hurry(self) -> None:
-        """Leave now; what is open is cut."""
+        """Leave now, and cut open connections."""
         self._log.info("drain.hurried")
         if not self._leaving.is_set():
             self._tell(stopping=True, status="leaving at once")
@@ -371,7 +371,7 @@ class Worker:
         self._drain_order = order
         self._leaving.set()
 
-    async def _drain(self, server: Server) -> None:
+    async def _drain(self, server: ApplicationServer) -> None:
         order = self._drain_order
         self._log.info("drain.began", connections=len(server.connections.open))
         fates = await server.drain(order.timeout_s, is_last=order.is_last, successors=order.successors)
@@ -388,7 +388,7 @@ class Worker:
             self._log.exception("worker.shutdown_failed")
 
     def _watch_for_orphanhood(self, extra_s: float = 0.0) -> None:
-        """Without anybody on the control socket, leave after ``orphan_timeout``."""
+        """Leave after ``orphan_timeout`` if no peer is connected to the control socket."""
         if self._orphan_timer is not None:
             self._orphan_timer.cancel()
             self._orphan_timer = None
@@ -397,11 +397,11 @@ class Worker:
             self._orphan_timer = self._loop.call_later(delay, self._orphaned, delay)
 
     def _watch_files(self) -> None:
-        """Without a supervisor to look after it, look after the control socket's file: the next one comes by it."""
+        """Watch the control socket's file while there is no supervisor: the next one finds the worker by it."""
         with suppress(KernelError):
             self._watch = Watch()
             self._loop.add_reader(self._watch.fileno(), self._on_files_changed)
-            self._on_files_changed()  # what is gone already tells nobody
+            self._on_files_changed()  # a file that is already missing causes no event
 
     def _unwatch_files(self) -> None:
         if self._watch is not None:
@@ -413,7 +413,7 @@ class Worker:
         if self._watch is None:
             return
         self._watch.drain()
-        with suppress(HotportError):  # what is in the way stays, and `_keep_listening` says so
+        with suppress(HotportError):  # `_keep_listening` logs the obstacle
             private_directory(os.path.dirname(self._spec.directory))
             private_directory(self._spec.directory)
         self._watch.add_directory(self._spec.directory)
@@ -426,7 +426,7 @@ class Worker:
     # -- control -------------------------------------------------------------------------------------------
 
     def peer_joined(self, peer: _Peer) -> None:
-        """Somebody of our user has connected to the control socket."""
+        """Register a control connection, and send it the worker's state."""
         self._peers.add(peer)
         self._unwatch_files()
         self._watch_for_orphanhood()
@@ -454,13 +454,13 @@ class Worker:
         return {None: "ready", True: "serving", False: "quiesced"}[self._is_accepting]
 
     def peer_left(self, peer: _Peer) -> None:
-        """A control connection has ended."""
+        """Handle the end of a control connection."""
         if peer in self._peers:
             self._peers.discard(peer)
             self._watch_for_orphanhood()
             if not self._peers and self._watch is None and self._server is not None and not self._leaving.is_set():
                 self._watch_files()
-            if not self._peers:  # nobody would tell that those have ended who were expected
+            if not self._peers:  # no peer would report the end of the expected workers
                 self._expect(dict.fromkeys(self._expected, 0))
 
     async def _listen(self, control: socket.socket) -> None:
@@ -468,7 +468,7 @@ class Worker:
         self._close_control = (await self._loop.create_unix_server(lambda: _Peer(self), sock=control)).close
 
     async def _keep_listening(self) -> None:
-        """Make the control socket's file again if it has disappeared: others find this worker by it."""
+        """Recreate the control socket if its file has disappeared: others find this worker by it."""
         if socket_file(self._control_path) == self._control_file:
             return
         try:
@@ -482,7 +482,7 @@ class Worker:
         self._log.warning("control.remade", path=self._control_path)
 
     async def obey(self, order: Order, peer: _Peer) -> None:
-        """Carry out one order and say what has become true."""
+        """Carry out an order, and report the result."""
         match order:
             case DrainOrder():
                 self._leave(order)
@@ -495,7 +495,7 @@ class Worker:
                 if self._server is not None and self._draining is not None:
                     background.start(
                         "handoff", self._server.follow(successors), self._beside
-                    )  # it may take a while, and the next order hurry
+                    )  # not awaited: it may take long, and the next order may be to hurry
                 elif self._is_asking:
                     self._leaving.set()
                 elif self._is_quiesced:
@@ -541,7 +541,7 @@ class Worker:
                 peer.say(Released(addresses=addresses, at_s=time.monotonic()))
 
     def _follow(self, successors: Sequence[str]) -> None:
-        """Hand connections over, and stay; not awaited, since the next order may be to take them back."""
+        """Hand off connections while quiesced; in the background, since the next order may be to accept again."""
         assert self._server is not None
         before, server = self._following, self._server
 
@@ -560,7 +560,7 @@ class Worker:
                 self._server.connections.keep(name, count)
 
     def _take(self, version: int, sender: str, peer: _Peer) -> None:
-        """Another worker has connections for us; its control connection carries nothing else from here on."""
+        """Adopt another worker's connections, over its control connection, which now carries nothing else."""
         channel = Channel(peer.detach())
         if self._server is None:
             channel.close()
@@ -568,16 +568,16 @@ class Worker:
         background.start("handoff", self._server.take(channel, version, sender), self._beside)
 
     async def _pass_listeners(self, channel: Channel) -> None:
-        """Send the next supervisor duplicates of the listeners that are still open."""
+        """Send the next supervisor duplicates of the open listeners."""
         if isinstance(self._server, ConnectionServer):
             listeners = self._server.held()
         else:
             listeners = {name: sock.fileno() for name, sock in self._listeners.items() if sock.fileno() >= 0}
-        with channel, suppress(OSError):  # it has ended: then it does not need them any more
+        with channel, suppress(OSError):  # the supervisor has ended
             await channel.say(Listening(addresses=tuple(listeners)), list(listeners.values()))
 
     def _take_listeners(self, order: TransferOrder, peer: _Peer) -> None:
-        """Listeners come, on a control connection that carries nothing else from here on."""
+        """Receive listeners over a control connection, which now carries nothing else."""
         background.start("transfer", self._receive_listeners(order, Channel(peer.detach())), self._beside)
 
     async def _receive_listeners(self, order: TransferOrder, channel: Channel) -> None:
@@ -591,15 +591,15 @@ class Worker:
             listeners = dict(zip(order.addresses, sockets, strict=False))
             await self._server.adopt(listeners, sockets[len(listeners) :])
             await channel.say(Transferred(count=count))
-        except (OSError, EOFError) as error:  # who sends has all of them still
+        except (OSError, EOFError) as error:  # the sender still has all of them
             self._log.warning("transfer.failed", error=str(error) or type(error).__name__)
         finally:
             channel.close()
 
-    async def _probe(self, server: Server, order: ProbeOrder, peer: _Peer) -> None:
+    async def _probe(self, server: ApplicationServer, order: ProbeOrder, peer: _Peer) -> None:
         peer.say(Probed(why=await server.probe(order.path, order.timeout_s)))
 
-    async def _rebalance(self, server: Server, peer: _Peer) -> None:
+    async def _rebalance(self, server: ApplicationServer, peer: _Peer) -> None:
         peer.say(Rebalanced(moved=await server.rebalance()))
 
     def _inspect(self, *, is_watched: bool) -> Inspection:
@@ -619,7 +619,7 @@ class Worker:
         )
 
     def _reload_tls(self) -> str:
-        """Why the certificates from before are kept; empty if they are not."""
+        """Reload the certificates; return why the old ones are kept, else an empty string."""
         try:
             if self._server is not None:
                 self._server.reload_tls()
@@ -634,12 +634,12 @@ class Worker:
             peer.say(message)
 
     def _tell(self, **said: Any) -> bool:
-        """Notify the supervisor; False if there is none that listens."""
+        """Notify the supervisor; False if none receives the message."""
         return self._notify_path is not None and notify(self._notify_path, encode_notification(**said))
 
 
 class _Peer(asyncio.Protocol):
-    """One control connection: the supervisor, or whoever will be it."""
+    """One control connection, from a supervisor or another process of the user."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
@@ -687,7 +687,7 @@ class _Peer(asyncio.Protocol):
         return int(self._transport.get_extra_info("socket").fileno())
 
     def detach(self) -> socket.socket:
-        """Go on with the connection as a socket: nothing is read or written here any more."""
+        """Return the connection as a socket; this object stops reading and writing."""
         assert self._transport is not None
         sock = socket.socket(fileno=os.dup(self.fileno()))
         self._transport.abort()
@@ -698,25 +698,25 @@ class _Peer(asyncio.Protocol):
         try:
             while True:
                 await self._worker.obey(await self._orders.get(), self)
-        except Exception:  # whoever gave the order must not wait for an answer that will not come
+        except Exception:  # close, so that the peer does not wait for an answer
             get_logger("hotport.control").exception("control.failed")
             self.close()
 
 
 def _traceback(error: BaseException) -> str:
-    """The traceback without the frames in front that are ours or the import system's: it begins where theirs does."""
+    """Format a traceback from the application's first frame on, without those of hotport and the import system."""
     told = traceback.TracebackException.from_exception(error)
     package = os.path.dirname(hotport.__file__)
     ours = [f.filename.startswith((package, "<frozen importlib", importlib.__file__)) for f in told.stack]
     if all(ours) and told.stack[-1].filename.startswith("<frozen importlib"):
-        return "".join(told.format_exception_only()).rstrip()  # no line of theirs has run: it cannot be read or parsed
+        return "".join(told.format_exception_only()).rstrip()  # it cannot be read or parsed: none of its code has run
     first = ours.index(False) if False in ours else 0
     told.stack = traceback.StackSummary.from_list(told.stack[first:])
     return "".join(told.format()).rstrip()
 
 
 def _lingering(connections: Connections) -> tuple[Lingering, ...]:
-    """The oldest of the connections that are waited for."""
+    """Describe the oldest connections that delay the end of the drain."""
     now = asyncio.get_running_loop().time()
     oldest = sorted(connections.open.items(), key=lambda item: item[1])[:LINGERING_MAX]
     return tuple(
@@ -740,7 +740,7 @@ def _peer_name(connection: Connection) -> str:
 def _descriptors() -> int:
     try:
         return len(open_descriptors())
-    except OSError:  # none is left to look with
+    except OSError:  # there is no descriptor left to list them
         return raise_descriptor_limit()
 
 

@@ -22,7 +22,7 @@ __all__ = ["AsgiAdapter", "ClientLeft", "State"]
 
 log = logging.getLogger("hotport.error")
 
-#: For applications that are cancelled. Short, because the lifespan shutdown still has to follow.
+#: Seconds that cancelled applications have to end; short, because the lifespan shutdown still follows.
 CANCEL_S: Final = 1.0
 
 
@@ -40,7 +40,7 @@ class AsgiAdapter:
         """Run the application's lifespan startup.
 
         Raises:
-            StartError: It failed (HP509), or takes no part although it must (HP510).
+            StartError: It failed (HP509), or the application lacks a required lifespan (HP510).
         """
         await self._lifespan.startup()
         options = self._options
@@ -50,15 +50,15 @@ class AsgiAdapter:
         self._shared = Shared(self._application, self._context, self._lifespan.state, options, access)
 
     def connection(self) -> HttpConnection:
-        """One HTTP connection, registered; `startup` must have returned."""
+        """Make and register an HTTP connection; `startup` must have returned."""
         assert self._shared is not None, "startup() comes first"
         return HttpConnection(self._shared)
 
     def adopt(self, envelope: Envelope) -> HttpConnection:
-        """One HTTP connection, registered, that goes on with another process's; it may be a WebSocket.
+        """Make and register an HTTP connection or WebSocket that continues another process's.
 
         Raises:
-            NotAdopted: It is of another kind, or a WebSocket that cannot be opened again as it was.
+            NotAdopted: It is of another kind, or a WebSocket that cannot be negotiated as before.
         """
         assert self._shared is not None, "startup() comes first"
         match envelope.state:
@@ -69,14 +69,14 @@ class AsgiAdapter:
         raise NotAdopted("an ASGI application has no such connections")
 
     async def finish(self) -> None:
-        """Return when no application runs on after its answer, or after its client has left (background tasks)."""
+        """Wait for applications that run after their answer, or after their client has left (background tasks)."""
         while self._shared is not None and (tasks := self._running(self._shared)):
             await asyncio.wait(tasks)
 
     async def shutdown(self) -> None:
-        """Cancel what `finish` was not waited for, then run the application's lifespan shutdown.
+        """Cancel applications that `finish` has not waited for, then run the lifespan shutdown.
 
-        Clients that were cut have `LINGER_S` to read why.
+        Clients that were cut have `LINGER_S` to read their last answer.
         """
         if self._shared is not None:
             if tasks := self._running(self._shared):

@@ -1,4 +1,4 @@
-"""One line for every request, when it is over."""
+"""The access log: one line for each finished request."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hotport.observe import logs
 
 __all__ = ["AccessLog"]
 
-#: Written at once; several workers may share a pipe, where longer writes mix (pipe(7), PIPE_BUF).
+#: The longest single write: several workers may share a pipe, which interleaves longer ones (pipe(7), PIPE_BUF).
 BATCH_CHARS_MAX: Final = 4096
 
 #: The status of a request whose client did not wait for an answer, as in nginx.
 CLIENT_LEFT: Final = 499
 
-#: What must not stand in a field of the combined format as it is.
+#: Characters to escape in a field of the combined format.
 UNSAFE: Final = re.compile(r'["\\\x00-\x1f\x7f-\xff]')
 
 Client = tuple[str, int] | None
@@ -29,7 +29,7 @@ class AccessLog:
     """Writes a line for each request in batches, at the end of a turn of the event loop.
 
     Args:
-        format: ``structured`` looks like every other log line, ``combined`` is Apache's.
+        format: ``structured`` is that of all other log lines, ``combined`` is Apache's.
     """
 
     def __init__(self, format: Literal["structured", "combined"], loop: asyncio.AbstractEventLoop) -> None:
@@ -39,17 +39,18 @@ class AccessLog:
         self._render = _combined if format == "combined" else _structured(logs.renderer("hotport.access"))
 
     def ended(self, request: Scope, status: int, sent: int, began: float) -> None:
-        """A request has its answer, or its client has left (0: none was begun).
+        """Log a request that has its answer, or whose client has left.
 
         Args:
+            status: 0 if no answer was begun.
             sent: Bytes of the answer's body.
-            began: By `perf_counter`; 0 if its application was not called.
+            began: The start, by `perf_counter`; 0 if the application was not called.
         """
         ms = (time.perf_counter() - began) * 1000 if began else 0.0
         self._write(self._render(request, request["client"], status or CLIENT_LEFT, sent, ms))
 
     def refused(self, client: Client, status: int) -> None:
-        """What came was no request."""
+        """Log input that was no request."""
         self._write(self._render(None, client, status, 0, 0.0))
 
     def _write(self, line: str) -> None:
@@ -61,7 +62,7 @@ class AccessLog:
         self._size += len(line)
 
     def flush(self) -> None:
-        """Write what is there."""
+        """Write the buffered lines."""
         if self._lines:
             text = "".join(self._lines)
             self._lines.clear()

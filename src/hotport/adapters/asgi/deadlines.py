@@ -1,4 +1,4 @@
-"""Many connections that may wait for too long, and one timer."""
+"""Deadlines of many connections, on one timer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Deadlines", "Member", "Pace", "Paused"]
 
 log = logging.getLogger("hotport.error")
 
-#: So much of the shortest wait passes between two looks; a deadline may be that late, and is never early.
+#: Ticks in the shortest wait; a deadline may be one tick late, and is never early.
 SHARE: Final = 4
 
 TICK_MIN_S: Final = 0.005
@@ -23,44 +23,44 @@ TICK_MAX_S: Final = 1.0
 
 
 class Member(Protocol):
-    """Something that waits."""
+    """An object with a deadline."""
 
-    #: The tick at which its waiting ends; 0 if it waits for nothing.
+    #: The tick at which it expires; 0 if it waits for nothing.
     due: int
 
     def abort(self) -> None:
-        """End it now; nobody will wait for it any more."""
+        """End it now, without waiting."""
 
     def expire(self) -> None:
-        """It has waited long enough. `due` is 0 again."""
+        """Handle the end of the wait; `due` is 0 again."""
 
 
 class Paused(Protocol):
-    """A connection that is not read from, so that the event loop does not see how it ends."""
+    """A connection whose reading is paused, so that the event loop does not see its end."""
 
     sock: socket.socket | None
 
     def hung_up(self, *, is_gone: bool) -> None:
-        """The client sends no more, or it `is_gone`: it has reset the connection. Called at each tick."""
+        """Handle, at each tick, that the client has ended its sending side, or reset the connection (`is_gone`)."""
 
 
 M = TypeVar("M", bound=Member)
 
 
 class Deadlines(Generic[M]):
-    """Looks at every member once a tick.
+    """Checks every member once a tick.
 
-    What a connection waits for changes twice with every request, and hardly ever is it waited for too long. So what
-    happens often costs one assignment, ``member.due = deadlines.now + TICKS``, and the timer does the work: a look
-    at 10,000 idle members takes half a millisecond.
+    A connection's wait changes twice with every request, and hardly ever expires. So a change costs one assignment,
+    ``member.due = deadlines.now + TICKS``, and the timer does the work: checking 10,000 idle members takes half a
+    millisecond.
 
     Args:
-        shortest_s: The shortest wait, in seconds, that will be asked for; it sets the length of a tick.
+        shortest_s: The shortest wait that members use, in seconds; it sets the length of a tick.
 
     Attributes:
-        now: Ticks since the beginning; 1 at first.
-        paused: Members that are not read from now: once a tick the kernel is asked whether their clients have left,
-            with one poll(2) for all of them. A pause that is over before the next tick costs nothing.
+        now: The current tick; 1 at first.
+        paused: Members whose reading is paused: once a tick, one poll(2) for all of them asks the kernel whether their
+            clients have left. A pause that ends before the next tick costs nothing.
     """
 
     __slots__ = ("_empty", "_loop", "_members", "_tick_s", "_timer", "now", "paused")
@@ -75,35 +75,35 @@ class Deadlines(Generic[M]):
         self._empty: asyncio.Event | None = None
 
     def ticks(self, seconds: float) -> int:
-        """How many ticks from `now` are at least so many seconds."""
+        """Convert seconds to ticks from `now`, rounded up."""
         return math.ceil(seconds / self._tick_s) + 1
 
     def left_s(self, member: M) -> float:
-        """About how many seconds `member` may still wait, more than 0; 0 if it waits for nothing."""
+        """About how many seconds, more than 0, `member` may still wait; 0 if it waits for nothing."""
         return max(1, member.due - self.now) * self._tick_s if member.due else 0.0
 
     def add(self, member: M) -> None:
-        """Look at `member` from now on."""
+        """Check `member` from now on."""
         self._members.add(member)
         if self._timer is None:
             self._timer = self._loop.call_later(self._tick_s, self._on_timer)
 
     def discard(self, member: M) -> None:
-        """Look at `member` no more."""
+        """Stop checking `member`."""
         self._members.discard(member)
         if self._empty is not None and not self._members:
             self._empty.set()
             self._empty = None
 
     async def wait_empty(self) -> None:
-        """Return when there are no members."""
+        """Wait until there are no members."""
         while self._members:
             if self._empty is None:
                 self._empty = asyncio.Event()
             await self._empty.wait()
 
     def cancel(self) -> list[M]:
-        """Let nothing expire any more, and return what was looked at."""
+        """Stop the timer, and remove and return all members."""
         left = list(self._members)
         self._members.clear()
         self.paused.clear()
@@ -119,7 +119,7 @@ class Deadlines(Generic[M]):
             try:
                 member.expire()
             except Exception:
-                log.exception("a deadline failed")  # the others have theirs all the same
+                log.exception("a deadline failed")  # the other members are still checked
         if self.paused:
             self._see_hangups()
         self._timer = self._loop.call_later(self._tick_s, self._on_timer) if self._members else None
@@ -135,14 +135,13 @@ class Deadlines(Generic[M]):
 
 
 class Pace:
-    """A member of `Deadlines` that sees to it that something moves on: so many bytes within each period.
+    """A member of `Deadlines` that enforces a minimum rate: so many bytes within each period.
 
-    It looks `SHARE` times a period, so it acts after a period without progress, or a quarter later. Of what goes on by
-    itself within a tick it never hears.
+    It checks `SHARE` times a period, so it acts after a period without progress, or a quarter later.
 
     Args:
         period_s: Seconds in which `bytes_min` bytes have to move.
-        moved_bytes: How many have moved since some beginning; None while nothing has to, which ends the watch.
+        moved_bytes: Returns how many bytes have moved, from an arbitrary origin; None ends the watch.
         on_slow: Called when fewer have moved; the watch has ended.
     """
 
@@ -167,7 +166,7 @@ class Pace:
         deadlines.add(self)
 
     def start(self) -> None:
-        """Begin a period, whether or not one was under way."""
+        """Begin a new period."""
         self._seen = None
         self.due = self._deadlines.now + 1
 
@@ -176,11 +175,11 @@ class Pace:
         self.due = 0
 
     def discard(self) -> None:
-        """End it for good: what it belongs to has ended."""
+        """End the watch for good: its connection has ended."""
         self._deadlines.discard(self)
 
     def abort(self) -> None:
-        """It has nothing to end: what it belongs to is a member itself."""
+        """Do nothing: its connection is a member itself."""
 
     def expire(self) -> None:
         moved, now = self._moved_bytes(), self._deadlines.now

@@ -1,4 +1,4 @@
-"""One HTTP request and its answer, as an ASGI application sees them."""
+"""One HTTP request and its answer: the ASGI application's side."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ LENGTH: Final = 1
 CHUNKED: Final = 2
 UNTIL_CLOSE: Final = 3
 
-#: Larger bodies are handed to the transport beside their head or chunk size instead of being copied behind it, where
-#: the event loop can do that: `Shared.can_gather`.
+#: Larger bodies are not copied behind their head or chunk size but passed to the transport beside it, if the event
+#: loop supports that (`Shared.can_gather`).
 JOIN_BYTES_MAX: Final = 16 * 1024
 
 #: Turns of the event loop that a head waits for its body. Middleware that runs the application in a task of its own
 #: (Starlette's BaseHTTPMiddleware) passes the body on one or two turns after the head.
 HELD_TURNS: Final = 4
 
-#: Why nobody reads an answer, as the log has it.
+#: Why an answer has no reader, in the log's words.
 CLIENT_LEFT: Final = "its client had left"
 CUT: Final = "its connection was cut"
 TOO_SLOW: Final = "its client was too slow"
@@ -46,35 +46,35 @@ class ClientLeft(OSError):
 
 
 class Answering(Protocol):
-    """What an answer asks of its connection."""
+    """The interface that an answer needs of its connection."""
 
     shared: Shared
     transport: asyncio.Transport
-    #: There while the transport's write buffer is too full; set when it is not.
+    #: None unless the transport's write buffer is too full; set when there is room again.
     writable: asyncio.Event | None
     has_eof: bool
 
     def announce_close(self, exchange: Exchange) -> bool:
-        """Whether the head of this answer, which is about to be written, must say that it is the last."""
+        """Whether the head about to be written must say that this answer is the last."""
 
     def answered(self, exchange: Exchange) -> None:
-        """The answer is written whole."""
+        """Handle that the answer is completely written."""
 
     def truncate(self) -> None:
-        """End so that the answer that has begun does not look whole."""
+        """End the connection so that the unfinished answer does not look complete."""
 
     def resume_reading_if_room(self) -> None:
-        """Something was received: there may be room for more."""
+        """Resume reading if there is room, after the application has received something."""
 
 
 class Requesting(Answering, Sink, Protocol):
-    """What requests with a body and answers with files ask, too; a handshake has neither."""
+    """`Answering`, for requests with a body and answers with files; a handshake has neither."""
 
     def ask_for_body(self) -> None:
-        """Let a client that asked whether its body is wanted send it."""
+        """Answer 100 Continue to a client that expects it before it sends its body."""
 
     def see_client_read(self) -> None:
-        """See to it that the client takes what waits for it in time."""
+        """Enforce `send_timeout` on unsent data."""
 
 
 class Exchange:
@@ -124,44 +124,44 @@ class Exchange:
         self.keeps_alive = keeps_alive
         self.stage = WAITING
         self.status = 0
-        #: The scope as it was before the application could change it, until the access log has a line about it.
+        #: A copy of the scope that the application cannot change; None once the access log has the request.
         self.request = dict(scope) if connection.shared.access is not None else None
         #: Bytes of the answer's body that were written.
         self.sent = 0
         self.began = 0.0
         self.task: asyncio.Task[None] | None = None
-        #: What has arrived and the application has not received; a bytearray once it has grown.
+        #: Body bytes that the application has not received; a bytearray once it has grown.
         self.body: bytes | bytearray = b""
         self.received = 0
-        #: The request's content-length, if it has one and the body is not there yet.
+        #: The request's content-length, -1 if it is chunked; None if the body came with the head.
         self.length: int | None = None
         self.expects_continue = False
         self.is_complete = False
         self.is_gone = False
-        #: The client sends no more, but what it has sent is not read yet.
+        #: The client has ended its sending side, but not everything that it has sent is read.
         self.is_ended = False
-        #: What it takes while it waits for its turn, without its body.
+        #: Bytes of memory that the waiting request takes, without its body.
         self.held_bytes = 0
         self._is_http10 = is_http10
         self._is_head = scope["method"] == "HEAD"
         self._is_delivered = False
-        self._is_told = False  # the application knows that the client has left
+        self._is_told = False  # the application was told that the client has left
         self._why_gone = CLIENT_LEFT
         self._wakeup: asyncio.Event | None = None
         self._blocked: asyncio.Future[None] | None = None  # while the kernel takes no more of a file
 
     def __str__(self) -> str:
-        # As it came: what was quoted in it is not for a log.
+        # the raw path: its escapes protect the log
         return f"{self.scope['method']} {self.scope['raw_path'].decode('latin-1')}"
 
-    # -- the connection's side -----------------------------------------------------------------------------
+    # -- called by the connection --------------------------------------------------------------------------
 
     def add_body(self, data: bytes) -> None:
-        """More of the request's body has arrived."""
+        """Add bytes of the request's body."""
         self.received += len(data)
-        self.expects_continue = False  # it has come without
+        self.expects_continue = False  # the body has come without it
         if self.stage == ANSWERED:
-            return  # nobody will ask for it
+            return  # the application will not receive it
         if not self.body:
             self.body = data
         elif isinstance(self.body, bytearray):
@@ -169,11 +169,11 @@ class Exchange:
         else:
             self.body = bytearray(self.body)
             self.body += data
-        if self._wakeup is not None:  # as in `wake`; a call has its price
+        if self._wakeup is not None:  # as in `wake`, without a call
             self._wakeup.set()
 
     def leave(self, why: str = CLIENT_LEFT) -> None:
-        """Drop the rest of the answer, which has no reader any more; only the first `why` is kept."""
+        """Drop the rest of the answer, which has no reader now; only the first `why` is kept."""
         if self.request is not None:
             self.log(self.status)
         if not self.is_gone:
@@ -182,7 +182,7 @@ class Exchange:
         self.wake()
 
     def log(self, status: int) -> None:
-        """Say in the access log how it has ended, if nothing was said yet."""
+        """Write the request to the access log, once."""
         access = self.connection.shared.access
         request, self.request = self.request, None
         if access is not None and request is not None:
@@ -193,12 +193,12 @@ class Exchange:
             self._blocked.set_result(None)
 
     def wake(self) -> None:
-        """Let a waiting `receive` look again."""
+        """Make a waiting `receive` check again."""
         if self._wakeup is not None:
             self._wakeup.set()
 
     async def run(self) -> None:
-        """The application's life with this request; whatever it does, the client gets an answer or an end."""
+        """Run the application for this request; if it fails, answer 500 or end the connection."""
         try:
             await self.application(self.scope, self.receive, self.send)
         except BaseException as error:
@@ -222,7 +222,7 @@ class Exchange:
         is_cancelled = isinstance(error, asyncio.CancelledError)
         if is_over and is_cancelled:
             return
-        if self._is_told:  # as a rule this is what a framework makes of `ClientLeft`, or of a disconnect
+        if self._is_told:  # usually a framework's reaction to `ClientLeft`, or to a disconnect
             log.info("the application ended with %r because %s: %s", error, self._why_gone, self)
         else:
             log.error("the application %s: %s", "was cancelled" if is_cancelled else "raised", self, exc_info=error)
@@ -230,7 +230,7 @@ class Exchange:
             self._make_up()
 
     def _make_up(self) -> None:
-        """500 if the client has seen nothing yet, else an end that cannot be mistaken for a whole answer."""
+        """Answer 500 if nothing is sent yet, else truncate the answer recognisably."""
         if self.stage >= STREAMING:
             self.connection.shared.registry.errors += 1
             self.connection.truncate()
@@ -238,10 +238,10 @@ class Exchange:
             self._hold_head({"status": 500, "headers": [(b"content-type", b"text/plain; charset=utf-8")]})
             self._write(b"Internal Server Error", is_end=True)
 
-    # -- the application's side ----------------------------------------------------------------------------
+    # -- called by the application -------------------------------------------------------------------------
 
     async def receive(self) -> Message:
-        """ASGI ``receive``: the body as it arrives, then ``http.disconnect`` once there is nobody to answer."""
+        """ASGI ``receive``: the body as it arrives, then ``http.disconnect`` after the answer or the client's end."""
         connection = self.connection
         while self.stage != ANSWERED:
             if not self._is_delivered and (self.body or self.is_complete):
@@ -254,7 +254,7 @@ class Exchange:
                 break
             if self.expects_continue and self.stage < STREAMING:
                 self.expects_continue = False
-                cast("Requesting", connection).ask_for_body()  # no handshake has a body
+                cast("Requesting", connection).ask_for_body()  # a handshake has no body
             if self._wakeup is None:
                 self._wakeup = asyncio.Event()
             self._wakeup.clear()
@@ -266,7 +266,7 @@ class Exchange:
 
         Raises:
             ClientLeft: The client has left, or the connection was cut at the drain deadline.
-            RuntimeError: The message does not fit here, or the body not its content-length.
+            RuntimeError: The message is not allowed here, or the body does not match its content-length.
         """
         writable = self.connection.writable
         if writable is not None:
@@ -278,14 +278,14 @@ class Exchange:
         stage = self.stage
         if kind == "http.response.body" and HELD <= stage <= STREAMING:
             if self.connection.transport.is_closing():
-                # It has failed while it was written to. `connection_lost` comes in the next turn of the event loop,
-                # which an application that only sends would never let begin: nothing pauses it any more.
+                # A write has failed. `connection_lost` comes in the event loop's next turn, which never begins if an
+                # application only sends: nothing pauses it any more.
                 self.is_gone = self._is_told = True
                 raise ClientLeft
             self._write(message.get("body", b""), is_end=not message.get("more_body", False))
         elif kind == "http.response.start" and stage == WAITING:
             self._hold_head(message)
-            if self.task is not None:  # else its first step is being taken at once, and `_begin` looks behind it
+            if self.task is not None:  # else this is its eager first step, after which `open_soon` is called
                 shared = self.connection.shared
                 if not shared.held:
                     shared.loop.call_soon(shared.open_held)
@@ -302,7 +302,7 @@ class Exchange:
             raise RuntimeError(f"{kind!r} was sent where {EXPECTED[stage]!r} was expected")
 
     def _hold_head(self, message: Message) -> None:
-        """Check and render status and headers. Nothing is written, so a failure can still become a 500."""
+        """Check and render status and headers, but write nothing: a failure can still become a 500."""
         status = message["status"]
         line = STATUS_LINES.get(status)
         if line is None:
@@ -328,7 +328,7 @@ class Exchange:
                     elif name == b"server":
                         has_server = True
                     else:
-                        # Connection and framing are the server's; the application's wish to close is heard.
+                        # The server sets connection and framing; it only honours the application's `close`.
                         if name == b"connection" and b"close" in field[1].lower():
                             self.keeps_alive = False
                         continue
@@ -353,7 +353,7 @@ class Exchange:
         self.stage = HELD
 
     def open_soon(self, turns: int = HELD_TURNS) -> None:
-        """Write the head without a body if none comes within a few turns of the loop: the stream is open, and quiet."""
+        """Write the head alone if no body comes within `turns` turns of the event loop."""
         if self.stage != HELD or self.is_gone:
             return
         if turns:
@@ -363,7 +363,7 @@ class Exchange:
         self.connection.transport.write(b"".join(self._finish_head(0, is_end=False)))
 
     def _finish_head(self, size: int, *, is_end: bool) -> list[bytes]:
-        """The whole head; the rest of it depends on the first body event, and on whether the worker is leaving."""
+        """Complete the head, by the first body event and by whether the worker leaves."""
         framing = self.framing
         left = self._left
         if framing == LENGTH and left is None:
@@ -374,7 +374,7 @@ class Exchange:
                 self.keeps_alive = False
             else:
                 framing = CHUNKED
-        if framing == LENGTH and size != left:  # as hardly ever, and a call has its price
+        if framing == LENGTH and size != left:  # rare; saves a call
             self._check_length(size, left, is_end=is_end)
         self.framing = framing
         self._left = left
@@ -384,7 +384,7 @@ class Exchange:
         elif framing == CHUNKED:
             lines.append(b"transfer-encoding: chunked\r\n")
         if self.expects_continue:
-            # Nobody asked for the body: whether it comes is anybody's guess (RFC 9110 section 10.1.1).
+            # No 100 Continue was sent, so the body may come or not (RFC 9110 section 10.1.1).
             self.keeps_alive = False
         if self.connection.announce_close(self):
             lines.append(b"connection: close\r\n\r\n")
@@ -410,7 +410,7 @@ class Exchange:
                 self._check_length(size, self._left, is_end=is_end)
         framing = self.framing
         if framing == LENGTH:
-            self._left -= size  # type: ignore[operator]  # known since the head was finished
+            self._left -= size  # type: ignore[operator]  # set by `_finish_head`
         elif framing == CHUNKED and size:
             parts.append(b"%x\r\n" % size)
         elif framing == BODYLESS:
@@ -449,7 +449,7 @@ class Exchange:
     # -- extensions ----------------------------------------------------------------------------------------
 
     async def _send_file(self, path: str) -> None:
-        """``http.response.pathsend``: the whole body is a file."""
+        """Send a file as the whole body (``http.response.pathsend``)."""
         with open(path, "rb", buffering=0) as file:  # noqa: ASYNC230  a local file, as sendfile(2) needs it
             size = os.fstat(file.fileno()).st_size
             before, after = self._frame_file(size)
@@ -466,9 +466,9 @@ class Exchange:
             self._end()
 
     def _frame_file(self, size: int) -> tuple[bytes, bytes]:
-        """What goes in front of a file that is the whole body, and what behind it."""
+        """Return the bytes before and after a file that is the whole body."""
         if self.stage == HELD:
-            has_trailers, self._has_trailers = self._has_trailers, False  # its length is known: no room for any
+            has_trailers, self._has_trailers = self._has_trailers, False  # a known length leaves no room for trailers
             head = self._finish_head(size, is_end=True)
             self._has_trailers = has_trailers
             self.stage = STREAMING
@@ -482,11 +482,11 @@ class Exchange:
 
     @property
     def is_blocked(self) -> bool:
-        """The kernel takes no more of the file that is being sent."""
+        """Whether the file being sent waits for the kernel."""
         return self._blocked is not None
 
     async def wait_writable(self, fd: int) -> None:
-        """Return when more can be written to the descriptor, or nobody is interested any more."""
+        """Wait until the descriptor is writable, or the answer has no reader any more."""
         loop = self.connection.shared.loop
         self._blocked = loop.create_future()
         loop.add_writer(fd, self._unblock)
@@ -498,7 +498,7 @@ class Exchange:
             self._blocked = None
 
     def _send_trailers(self, message: Message) -> None:
-        """``http.response.trailers``: for clients that have said that they read them, and where there is room."""
+        """Send trailers in a chunked answer, if the client accepts them (``http.response.trailers``)."""
         for field in message.get("headers") or ():
             self._trailers.append(render_field(tuple(field))[1])
         if message.get("more_trailers", False):
@@ -509,7 +509,7 @@ class Exchange:
         self._end()
 
     def _send_hints(self, message: Message) -> None:
-        """``http.response.early_hint``: links worth fetching before there is an answer (RFC 8297)."""
+        """Send links to fetch before the answer (``http.response.early_hint``; RFC 8297)."""
         if not self._is_http10:
             lines = [render_field((b"link", link))[1] for link in message["links"]]
             self.connection.transport.write(b"".join((b"HTTP/1.1 103 Early Hints\r\n", *lines, b"\r\n")))

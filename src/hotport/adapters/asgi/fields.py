@@ -1,4 +1,4 @@
-"""Render the lines of an answer's head: status lines, and header fields as an application gives them."""
+"""Render the lines of an answer's head: the status line, and the application's header fields."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, Final
 
 __all__ = ["LINES", "NOTED", "STATUS_LINES", "check_field", "render_field"]
 
-#: Header fields of an answer that are not just passed on.
+#: Header fields of an answer that the server handles itself.
 NOTED: Final = frozenset({b"connection", b"content-length", b"date", b"server", b"transfer-encoding"})
 
-#: RFC 9110 section 5.1, and 5.5: what would end a field's line, or its value for some readers.
+#: RFC 9110 section 5.1; and 5.5: bytes that would end a field's line, or its value for some parsers.
 NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 FORBIDDEN: Final = re.compile(rb"[\r\n\0]")
 
-#: Header fields as they were rendered before, since most answers repeat them; forgotten when they have become many.
+#: A cache of rendered header fields, which most answers repeat; cleared when it is full.
 LINES: Final[dict[tuple[bytes, bytes], bytes]] = {}
 LINES_MAX: Final = 1024
 LINE_BYTES_MAX: Final = 128
@@ -34,7 +34,7 @@ STATUS_LINES: Final = {status: _status_line(status) for status in range(200, 100
 
 
 def check_field(name: Any, value: Any) -> None:
-    """Raises RuntimeError: An application's header field cannot be sent as it is (RFC 9110, section 5)."""
+    """Raise RuntimeError if an application's header field is malformed (RFC 9110, section 5)."""
     if not isinstance(name, bytes) or not isinstance(value, bytes):
         raise RuntimeError(f"a header field is a pair of byte strings, not {(name, value)!r}")
     if not NAME.fullmatch(name):
@@ -44,7 +44,7 @@ def check_field(name: Any, value: Any) -> None:
 
 
 def render_field(field: Any) -> tuple[bytes, bytes]:
-    """A field's name in lower case, and its line, which is remembered if it may come again."""
+    """Return a field's name in lower case, and its line; cache short lines."""
     name, value = field
     check_field(name, value)
     name = name.lower()

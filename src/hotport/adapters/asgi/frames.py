@@ -1,9 +1,9 @@
-"""Cuts what a WebSocket's client sends into frames that cost little each, and joins what comes of them.
+"""Cut a WebSocket client's long frames into short ones, and join their content again.
 
-The websockets library reads whole frames: it holds a frame of 16 MiB until its last byte has come, and inflates all of
-it at once. So it gets none that are long. A long frame is fed to it as several short ones, as if the client had cut the
-message there: a fragmented message means the same as a whole one (RFC 6455 section 5.4), and a compressed one is
-compressed before it is cut (RFC 7692 section 6.1).
+The websockets library reads whole frames: it buffers a frame of 16 MiB until its last byte has come, and inflates all
+of it at once. So a long frame is fed to it as several short ones, as if the client had fragmented the message there: a
+fragmented message means the same as a whole one (RFC 6455 section 5.4), and a compressed one is compressed before it is
+fragmented (RFC 7692 section 6.1).
 
 Sources: RFC 6455 section 5.2, the head of a frame; 5.3, a mask repeats every four bytes.
 """
@@ -17,11 +17,11 @@ from typing import Final
 
 __all__ = ["Assembly", "Cutter", "Violation"]
 
-#: So much of a frame is waited for before a part of it is read; a shorter one is read whole.
+#: Bytes of a long frame that must have come before a part of it is read; a shorter frame is read whole.
 PART_BYTES_MIN: Final = 4096
 
-#: Of a compressed message, how much is read at once: as much as is likely to become `INFLATED_BYTES`, within bounds,
-#: by what has become of the part before it. Deflate makes at most 1032 bytes of one.
+#: Bytes of a compressed message that are read at once: within these bounds, as many as will probably inflate to
+#: `INFLATED_BYTES`, by the ratio of the part before. Deflate makes at most 1032 bytes of one.
 COMPRESSED_BYTES_FIRST: Final = 512
 COMPRESSED_BYTES_MIN: Final = 128
 COMPRESSED_BYTES_MAX: Final = 4096
@@ -38,11 +38,11 @@ _MASKED: Final = 0x80
 
 
 class Violation(Exception):
-    """A frame that is refused by what its head says.
+    """A frame whose head is refused.
 
     Attributes:
-        code: With what the WebSocket is closed.
-        reason: What its client is told.
+        code: The close code.
+        reason: The close reason.
     """
 
     def __init__(self, code: int, reason: str) -> None:
@@ -51,7 +51,7 @@ class Violation(Exception):
 
 
 class Cutter:
-    """The bytes of one client that have not been read, and where in a frame they begin.
+    """The unread bytes of one client, and the position in the current frame.
 
     Args:
         message_bytes_max: The longest message.
@@ -61,10 +61,10 @@ class Cutter:
 
     def __init__(self, message_bytes_max: int) -> None:
         self._message_bytes_max = message_bytes_max
-        #: What has come and not been read, from `place` on; without a frame's head that was read.
+        #: Bytes of which those from `place` on are unread; a frame's head that was read is not among these.
         self.rest = b""
         self.place = 0
-        #: Of the frame that is fed in parts: how much is missing, the first byte of the next part, and its mask.
+        #: Of the frame that is fed in parts: its remaining bytes, the first byte of the next part, and the mask.
         self.left = 0
         self._first = 0
         self._mask = b""
@@ -73,34 +73,34 @@ class Cutter:
 
     @property
     def is_between_frames(self) -> bool:
-        """No part of a frame has come that was not read, and the last one was read whole."""
+        """Whether all bytes are read, and the last frame was read whole."""
         return not self.rest and not self.left
 
     def add(self, data: bytes) -> None:
-        """More has come."""
+        """Add received bytes."""
         self.rest = self.rest[self.place :] + data if self.rest else data
         self.place = 0
 
     def settle(self) -> None:
-        """Drop what was read, unless what is left is the larger part of it."""
+        """Drop the bytes already read, unless more than half of the buffer is unread."""
         if self.place > len(self.rest) // 2:
             self.rest = self.rest[self.place :]
             self.place = 0
 
     def clear(self) -> None:
-        """Forget everything: nothing will be read any more."""
+        """Drop all bytes: nothing more will be read."""
         self.rest, self.place, self.left = b"", 0, 0
 
     def next(self, size: int) -> bytes | None:
-        """The next frame for the library, a short one; None if more has to come first.
+        """Return the next short frame for the library; None if more bytes must come first.
 
-        What the library will refuse as soon as it has read that much is returned up to there.
+        A frame that the library refuses after its first two bytes is returned up to there.
 
         Args:
-            size: Of the message that has come in part, in bytes; 0 between two messages.
+            size: The bytes of the incomplete message so far; 0 between two messages.
 
         Raises:
-            Violation: Of something that the library would only refuse when all of it has come.
+            Violation: The library would refuse the frame, but only after receiving all of it.
         """
         if self.left:
             return self._part()
@@ -144,12 +144,12 @@ class Cutter:
         return self._part()
 
     def inflated(self, read: int, became: int) -> None:
-        """Learn from what so many bytes of a compressed message have become how many to read next."""
+        """Adapt the size of the next part: `read` bytes of a compressed message inflated to `became`."""
         likely = read * INFLATED_BYTES // max(became, 1)
         self._part_bytes = min(max(likely, COMPRESSED_BYTES_MIN), COMPRESSED_BYTES_MAX)
 
     def _part(self) -> bytes | None:
-        """The next part of a long frame, as a frame."""
+        """Return the next part of a long frame, as a frame."""
         begin, left, first = self.place, self.left, self._first
         available = len(self.rest) - begin
         if self.is_compressed:
@@ -161,7 +161,7 @@ class Cutter:
             if length < left and length < PART_BYTES_MIN:
                 return None
         if length < left:
-            length &= ~3  # so that the mask begins again
+            length &= ~3  # so that the mask starts at its first byte
             self._first = first & ~(_OPCODE | _RESERVED)
             first &= ~_FIN
         end = begin + length
@@ -177,16 +177,16 @@ class Cutter:
 
 
 class Assembly:
-    """A message that has come in part. How many parts it had costs nothing.
+    """An incomplete message; its cost does not depend on the number of parts.
 
     Args:
-        is_text: It is UTF-8, and is decoded as it comes.
+        is_text: Whether to decode it as UTF-8 as it comes.
     """
 
     __slots__ = ("_buffer", "_decode", "size")
 
     def __init__(self, *, is_text: bool) -> None:
-        #: What has come, in bytes.
+        #: Bytes received.
         self.size = 0
         self._buffer: BytesIO | StringIO = StringIO() if is_text else BytesIO()
         self._decode: Callable[[bytes, bool], str] | None = None
@@ -194,14 +194,14 @@ class Assembly:
             self._decode = codecs.getincrementaldecoder("utf-8")().decode
 
     def add(self, data: bytes | bytearray | memoryview, *, is_last: bool) -> None:
-        """One more part.
+        """Add a part.
 
         Raises:
-            UnicodeDecodeError: It is no UTF-8, or ends in the middle of a character.
+            UnicodeDecodeError: It is not UTF-8, or ends in the middle of a character.
         """
         self.size += len(data)
         self._buffer.write(data if self._decode is None else self._decode(data, is_last))  # type: ignore[arg-type]
 
     def content(self) -> str | bytes:
-        """All of it; not copied."""
+        """Return the whole message, without a copy."""
         return self._buffer.getvalue()

@@ -1,6 +1,6 @@
-"""Negotiate WebSocket handshakes, and open a WebSocket again as another process had negotiated it.
+"""Negotiate WebSocket handshakes, and resume WebSockets that another process had negotiated.
 
-The websockets library judges handshakes; nothing here writes to a connection.
+The websockets library validates handshakes; nothing here writes to a connection.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Handshakes", "Negotiation", "Resumption", "is_handshake", "render_an
 
 log = logging.getLogger("hotport.error")
 
-#: Header fields of a handshake that it is judged by.
+#: Header fields of a handshake that the library validates.
 JUDGED: Final = frozenset(
     {
         b"connection",
@@ -40,7 +40,7 @@ JUDGED: Final = frozenset(
     }
 )
 
-#: Header fields of the handshake's answer that are not the application's to say.
+#: Header fields of the handshake's answer that the application cannot set.
 RESERVED: Final = frozenset(
     {
         "connection",
@@ -54,7 +54,7 @@ RESERVED: Final = frozenset(
 
 
 class _Demoted(logging.LoggerAdapter[logging.Logger]):
-    """What the library says at level info it says of every connection."""
+    """Demotes the library's info messages, which it logs for every connection."""
 
     def info(self, msg: object, *args: object, **options: Any) -> None:
         self.debug(msg, *args, **options)
@@ -64,10 +64,10 @@ class Negotiation(NamedTuple):
     """The result of a handshake.
 
     Attributes:
-        protocol: Has what it wants to write, if there is neither an answer nor a reason.
-        answer: Agrees; the application may add to it.
-        status: Of the answer that refuses, without `answer`.
-        why: Its text, if the library has none.
+        protocol: Has the refusal to write, if there is neither `answer` nor `why`.
+        answer: Accepts the handshake; the application may add to it.
+        status: The status of the refusal if there is no `answer`.
+        why: The text of the refusal if the library has none.
     """
 
     protocol: ServerProtocol
@@ -77,7 +77,7 @@ class Negotiation(NamedTuple):
 
 
 class Resumption(NamedTuple):
-    """A WebSocket of another process, open here as it was there; `handshake` is its request."""
+    """A WebSocket of another process, negotiated here as it was there; `handshake` is its request."""
 
     state: WebSocketState
     protocol: ServerProtocol
@@ -86,7 +86,7 @@ class Resumption(NamedTuple):
 
 
 class Handshakes:
-    """Negotiates for all WebSockets of one adapter."""
+    """Negotiates the WebSockets of one adapter."""
 
     __slots__ = ("_has_server", "_has_warned", "_is_deflating", "_log", "_message_bytes_max", "all_movable")
 
@@ -99,14 +99,14 @@ class Handshakes:
         self._message_bytes_max = options.ws_message_max_bytes
 
     def negotiate(self, scope: Scope, *, is_movable: bool) -> Negotiation:
-        """Let the library judge a handshake request; `is_movable` as in `_read`."""
-        # Only what it is judged by: the library has limits of its own for the rest, which is within ours.
+        """Let the library validate a handshake request; `is_movable` as in `_read`."""
+        # Only the fields that it validates: the library has limits of its own for the rest, which is within ours.
         head = b"%b / HTTP/1.1\r\n%b\r\n" % (scope["method"].encode(), _lines(scope["headers"]))
         protocol, request = self._read(head, is_movable=is_movable)
         if request is None:
             if any(protocol.writes):
                 return Negotiation(protocol, None, 400)
-            # It has closed without a word.
+            # It has closed without an answer.
             error = protocol.handshake_exc
             cause = error.__cause__ if error is not None and error.__cause__ is not None else error
             return Negotiation(protocol, None, 400, f"Failed to open a WebSocket connection: {cause}.")
@@ -119,10 +119,10 @@ class Handshakes:
         return Negotiation(protocol, None, answer.status_code)
 
     def resume(self, state: WebSocketState) -> Resumption:
-        """Open a WebSocket as it was opened in another process.
+        """Negotiate a WebSocket of another process again, with the same result.
 
         Raises:
-            NotAdopted: Something else would be agreed upon today.
+            NotAdopted: The negotiation has another result here.
         """
         head = b"GET / HTTP/1.1\r\n%b\r\n" % _lines(state.headers)
         protocol, request = self._read(head, is_movable=True)
@@ -135,19 +135,19 @@ class Handshakes:
         if state.subprotocol:
             answer.headers["Sec-WebSocket-Protocol"] = state.subprotocol
         protocol.send_response(answer)
-        protocol.data_to_send()  # the client had it long ago
+        protocol.data_to_send()  # the client has got it from the other process
         lines = b"".join(b"%b: %b\r\n" % field for field in state.headers)
         return Resumption(state, protocol, answer, b"GET %b HTTP/1.1\r\n%b\r\n" % (state.target, lines))
 
     def _read(self, head: bytes, *, is_movable: bool) -> tuple[ServerProtocol, Request | None]:
         """Return a protocol that has read a handshake, and the request if the library found one in it.
 
-        What a compressed message needs of those before it does not leave zlib. So for WebSockets that may move it is
-        agreed that messages stand alone (RFC 7692 sections 7.1.1 and 7.2.1).
+        zlib does not export the context that a compressed message shares with those before it. So WebSockets that may
+        move are negotiated without context takeover (RFC 7692 sections 7.1.1 and 7.2.1).
         """
         extensions = None
         if self._is_deflating:
-            # Small windows, as the library's own server has them: memory counts for connections that stay open.
+            # Small windows, as in the library's own server: they cost memory while a connection stays open.
             deflate = ServerPerMessageDeflateFactory(
                 server_no_context_takeover=is_movable,
                 client_no_context_takeover=is_movable,
@@ -156,7 +156,7 @@ class Handshakes:
                 compress_settings={"memLevel": 5},
             )
             extensions = [deflate]
-        # A part of a compressed message may be longer than what it becomes. The limit is looked at in
+        # A part of a compressed message may be longer than its content, whose limit is checked in
         # `WebSocketConnection._on_frame`.
         protocol = ServerProtocol(
             extensions=extensions, max_size=self._message_bytes_max + COMPRESSED_BYTES_MAX, logger=self._log
@@ -169,7 +169,7 @@ class Handshakes:
         return protocol, requests[0]
 
     def warn_of_state(self, session: object) -> None:
-        """Log once that an application was resumed that never called ``movable()``: it may not know this client."""
+        """Warn once that a resumed WebSocket's application never called ``movable()``: it may not know the client."""
         if not self._has_warned:
             self._has_warned = True
             log.warning(
@@ -198,14 +198,14 @@ def render_answer(
     *,
     has_server: bool,
 ) -> None:
-    """Add the headers and the subprotocol that an application accepts with.
+    """Add an application's headers and subprotocol to the answer that accepts a handshake.
 
     Args:
-        offered: Subprotocols, by the client.
-        has_server: Name us in it, unless `headers` name a server.
+        offered: The client's subprotocols.
+        has_server: Whether to add a ``server`` field if `headers` have none.
 
     Raises:
-        RuntimeError: It would be malformed, or the client would have to refuse it.
+        RuntimeError: The answer would be malformed, or the client would have to refuse it.
     """
     fields: list[tuple[str, str]] = []
     for raw_name, raw_value in headers:

@@ -1,7 +1,6 @@
-"""HTTP/1.1 connections: what is read, in which order it is answered, and how it ends.
+"""HTTP/1.1 connections: reading, the order of answers, and endings.
 
-`Reader` makes requests of the bytes. A connection is always in exactly one `State`; `STATES` says what drain does to
-each.
+`Reader` parses requests. A connection is always in exactly one `State`; `STATES` says what drain does in each.
 """
 
 from __future__ import annotations
@@ -54,10 +53,10 @@ OPEN: Final = Intake.OPEN
 #: Reading pauses while more of a request's body than this waits for the application.
 BODY_HIGH_WATER_BYTES: Final = 64 * 1024
 
-#: No other request is parsed while that many wait for their turn; half of it must be free before parsing goes on.
+#: Parsing pauses while so many requests wait for their turn, and resumes when half of them are done.
 PIPELINE_MAX: Final = 16
 
-#: Seconds after which a client that was sent away for want of room may come again.
+#: Seconds after which a client that was refused for overload may retry.
 RETRY_AFTER_S: Final = b"1"
 
 
@@ -65,8 +64,8 @@ class HttpConnection(asyncio.Protocol):
     """One accepted connection; implements `hotport.adapters.base.Connection`.
 
     Args:
-        adopted: What another worker's connection was doing, if this one goes on with it.
-        unread: Bytes that were read there and not consumed.
+        adopted: The state of another worker's connection that this one continues.
+        unread: Bytes that the other worker has read and not consumed.
     """
 
     kind = "http"
@@ -111,50 +110,50 @@ class HttpConnection(asyncio.Protocol):
         self.shared = shared
         self.adopted = adopted
         self.transport: asyncio.Transport  # from connection_made on
-        #: There while the transport's write buffer is too full; set when it is not.
+        #: None unless the transport's write buffer is too full; set when there is room again.
         self.writable: asyncio.Event | None = None
         self.has_eof = False
         self.is_closed = False
-        #: Who is connected with whom, if the acceptor knows.
+        #: The addresses of both ends, if the acceptor knows them.
         self.endpoints: tuple[Any, Any] | None = None
         self.is_proxied = False
         self.sock: socket.socket | None = None
-        #: The tick at which it has waited too long for its client (`Deadlines`).
+        #: The tick at which waiting for the client ends (`Deadlines`).
         self.due = 0
 
-        #: Requests behind the current one, in order; the last of them may be arriving.
+        #: Requests behind the current one, in order; the last may still be arriving.
         self._pipeline: deque[Exchange] = deque()
-        #: Keeps what was not parsed: there is no room for another request, others have their turn, or requests are
-        #: parked. Reading pauses meanwhile, so it is one read at most (some if it is parked).
+        #: Keeps unparsed bytes while there is no room for another request, while other connections have their turn, or
+        #: while requests are parked. Reading pauses meanwhile, so it keeps one read at most (several if parked).
         self._reader = Reader(self, shared, self._pipeline)
         self._reader.head = unread
         self._is_turn_due = False  # `_take_turn` will be called
 
-        #: The oldest request without a whole answer; its application runs.
+        #: The oldest request without a complete answer; its application runs.
         self._current: Exchange | None = None
-        #: Status and reason for input that is no request; its turn comes after everything that was one.
+        #: Status and reason for refused input; it is answered after all requests before it.
         self._refusal: tuple[int, str, bool] | None = None
 
         self._is_attached = False  # there is a transport
         self._is_advancing = False
         self._has_served = False
-        #: Made when the client takes its time: whether it sends its body, and whether it reads, fast enough.
+        #: The minimum rates of the client's sending and reading; made on demand.
         self._sending_pace: Pace | None = None
         self._reading_pace: Pace | None = None
         self._is_reading_paused = False
         self._is_draining = False
         self._has_announced_close = False  # the head of the last answer is written
-        self._has_said_goodbye = False  # all of the last answer is written
-        self._is_flushed = False  # nothing was left to send when we last looked
+        self._has_said_goodbye = False  # the last answer is completely written
+        self._is_flushed = False  # the kernel had nothing to send at the last check
         self.handoff: Handoff | None = None
         self._fate = Fate.FINISHED
         shared.registry.opened(self)
 
-    # -- what the worker asks ------------------------------------------------------------------------------
+    # -- called by the worker ------------------------------------------------------------------------------
 
     @property
     def state(self) -> State:
-        """What the connection is doing; read off the facts, so that it cannot disagree with them."""
+        """The connection's state, derived from its other attributes."""
         if self.is_closed:
             return State.CLOSED
         if self._has_said_goodbye:
@@ -165,7 +164,7 @@ class HttpConnection(asyncio.Protocol):
                 return State.STREAMING
             return State.BODY if self._reader.arriving is current else State.IN_FLIGHT
         if self._pipeline:
-            return State.IN_FLIGHT  # it begins in the next turn
+            return State.IN_FLIGHT  # its application starts in the next turn
         if self._reader.arriving is not None:
             return State.SURPLUS
         if self._reader.head or self._reader.rest:
@@ -179,7 +178,7 @@ class HttpConnection(asyncio.Protocol):
 
     @property
     def unconsumed(self) -> bytes:
-        """What no request was made of, raw: a head that has not arrived whole, and what was not parsed behind it."""
+        """The raw bytes of no request yet: an incomplete head, and the unparsed bytes behind it."""
         return self._reader.head + self._reader.rest
 
     @property
@@ -188,7 +187,7 @@ class HttpConnection(asyncio.Protocol):
         return self._waiting_bytes() + len(self._reader.head) + len(self._reader.rest) + unsent
 
     def drain(self) -> None:
-        """Let the next answer that has no request behind it be the last."""
+        """Make the next answer that has no request behind it the last."""
         if end_handoff(self):
             self._is_draining = True
 
@@ -197,7 +196,7 @@ class HttpConnection(asyncio.Protocol):
             self._is_draining = False
 
     def cut(self) -> Fate:
-        """Close now, as `STATES` says. Cancels the application; waits for nothing."""
+        """Close now as `STATES` says, and cancel the application; waits for nothing."""
         state = self.state
         if state is State.CLOSED:
             return self._fate
@@ -208,7 +207,7 @@ class HttpConnection(asyncio.Protocol):
             state = State.HALF_HEAD
         manner, fate = STATES[state].manner, STATES[state].fate or self._fate
         if manner in (Manner.CLOSE, Manner.NOTHING) and self._is_attached and self.transport.get_write_buffer_size():
-            fate = Fate.CUT_STREAMING  # the answer is whole for us, but not yet for the client
+            fate = Fate.CUT_STREAMING  # the answer is written, but the client has not got all of it
 
         current = self._current
         if manner is Manner.REFUSE and current is not None:
@@ -219,7 +218,7 @@ class HttpConnection(asyncio.Protocol):
                 if exchange.task is not None:
                     exchange.task.cancel()
         if not self._is_attached:
-            self.is_closed = True  # connection_made sees to it
+            self.is_closed = True  # `connection_made` closes it
         elif manner is Manner.REFUSE:
             self._answer_refusal(503, "", is_logged=current is not None)
         elif manner is Manner.TRUNCATE:
@@ -232,9 +231,9 @@ class HttpConnection(asyncio.Protocol):
 
     @property
     def is_at_safe_point(self) -> bool:
-        """The client waits for nothing but the answer to a request of which at most a part has come.
+        """Whether no request is complete but unanswered, and every unconsumed byte is known.
 
-        What there is of it is known byte by byte.
+        Only a part of the next request's head may have come.
         """
         return (
             self._is_attached
@@ -251,13 +250,13 @@ class HttpConnection(asyncio.Protocol):
         return self.handoff is not None
 
     def prepare_handoff(self, ready: Ready) -> bool:
-        """Every plain connection can move. Its requests are answered first, without a word about closing.
+        """Prepare every connection but those over TLS; its requests are answered first, without ``Connection: close``.
 
-        What TLS knows of a connection cannot be had from OpenSSL. Those are drained from a random moment on, so that
-        not all clients shake hands at once.
+        OpenSSL does not export its state. TLS connections start to drain at random moments, so that not all clients
+        repeat their TLS handshakes at once.
         """
         if self._is_attached and self.is_tls:
-            self.handoff = None  # there may be one from before anybody knew that it speaks TLS
+            self.handoff = None  # may be set since before TLS was detected
             draining = self.shared.registry.draining
             if not self._is_draining and draining.is_set():
                 delay_s = random.random() * SPREAD * draining.remaining_s()
@@ -270,7 +269,7 @@ class HttpConnection(asyncio.Protocol):
     def offer(self) -> Offer | None:
         if self.handoff is None or self.is_closed or self._has_said_goodbye:
             return None
-        if not self.is_at_safe_point and self._reader.intake is OPEN and not self.has_eof:  # after its end it stays
+        if not self.is_at_safe_point and self._reader.intake is OPEN and not self.has_eof:  # at its end it stays here
             self._reader.intake = Intake.PARKED
         return self.handoff.offer(self, self.transport)
 
@@ -279,7 +278,7 @@ class HttpConnection(asyncio.Protocol):
         self._pause_reading()
 
     def pack(self) -> Offer:
-        """Pack the bytes of unanswered requests, and how long the client may still wait."""
+        """Pack unconsumed bytes, and the rest of the wait for the client."""
         state = HttpState(self._has_served, self.shared.deadlines.left_s(self))
         self.due = 0
         return make_offer(self.transport, self.endpoints, self.is_proxied, state, self.unconsumed)
@@ -289,7 +288,7 @@ class HttpConnection(asyncio.Protocol):
             self.handoff.keep(self)
 
     def resume(self, was_offered: bool) -> None:
-        """Read on: parse what was parked, and wait for the client again."""
+        """Resume reading: parse parked bytes, and wait for the client again."""
         if self.is_closed or not self._is_attached:
             return
         if was_offered:
@@ -303,17 +302,17 @@ class HttpConnection(asyncio.Protocol):
 
     def release(self) -> None:
         self.is_closed = True
-        self.transport.abort()  # closes the descriptor, and nothing else: the connection lives on
+        self.transport.abort()  # closes our descriptor only: another process owns the connection
 
     def why_here(self) -> str:
         if self._is_attached and self.is_tls:
             return f"{self.state.value}, TLS"
         return f"{self.state.value}, slow to read" if self.is_at_safe_point else self.state.value
 
-    # -- what the transport says ---------------------------------------------------------------------------
+    # -- called by the transport ---------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport  # type: ignore[assignment]  # a full one: it was made for a stream socket
+        self.transport = transport  # type: ignore[assignment]  # a full transport: it was made for a stream socket
         self._is_attached = True
         if self.is_closed:  # cut before it was attached
             self.abort()
@@ -335,7 +334,7 @@ class HttpConnection(asyncio.Protocol):
             shared.registry.tell(self)
 
     def _go_on_adopted(self, adopted: HttpState | Resumption) -> None:
-        """Take up what another worker's connection was doing."""
+        """Continue another worker's connection."""
         reader = self._reader
         unread, reader.head = reader.head, b""
         if isinstance(adopted, Resumption):
@@ -348,7 +347,7 @@ class HttpConnection(asyncio.Protocol):
             due = self.due
             self.data_received(unread)
             if reader.head and self._current is None:
-                self.due = due  # its time has begun there
+                self.due = due  # the wait for the head has begun in the other worker
 
     def connection_lost(self, exc: Exception | None) -> None:
         end_for_client(self, self.handoff)
@@ -356,12 +355,12 @@ class HttpConnection(asyncio.Protocol):
         self._end_watches()
         self._end_requests()
         self._reader.close()
-        self.handoff = None  # what is closed is at no safe point
+        self.handoff = None  # a closed connection is at no safe point
         self.resume_writing()
         self.shared.registry.closed(self, self._fate)
 
     def _end_watches(self) -> None:
-        """Leave `Deadlines`: it ends, or goes on as another object."""
+        """Leave `Deadlines`, when the connection ends or another object continues it."""
         deadlines = self.shared.deadlines
         deadlines.discard(self)
         deadlines.paused.discard(self)
@@ -385,22 +384,22 @@ class HttpConnection(asyncio.Protocol):
         self.resume_reading_if_room()
 
     def eof_received(self) -> bool:
-        """The client sends no more. It may still read (shutdown(2), SHUT_WR), so whole requests are answered."""
-        if self.handoff is not None:  # it ends here
+        """Answer complete requests after the client's end: it may still read (shutdown(2), SHUT_WR)."""
+        if self.handoff is not None:  # it does not move any more
             self.drain()
         self.has_eof = True
         if self._reader.rest and self._scheme == "http":
-            return True  # it came before the end; `_work` goes on from here
+            return True  # unparsed bytes came before the end; `_work` parses them
         return self._end_input()
 
     def _end_input(self) -> bool:
-        """Everything that has come is parsed: True if something of it is still to be answered."""
+        """Handle the client's end after all its bytes are parsed; True if an answer is still due."""
         reader = self._reader
         reader.head = reader.rest = b""
         if self._pipeline and reader.arriving is self._pipeline[-1]:
             self._pipeline.pop()
             reader.arriving = None
-        if self._pipeline and self._current is None:  # they begin in the next turn
+        if self._pipeline and self._current is None:  # their applications start in the next turn
             return self._scheme == "http"
         if self._current is None or reader.arriving is not None or self._has_said_goodbye:
             return False
@@ -415,8 +414,8 @@ class HttpConnection(asyncio.Protocol):
                 if len(reader.rest) > BODY_HIGH_WATER_BYTES:
                     self._pause_reading()
             return
-        # Nearly all requests come like this: one read, which is one head, and nothing waits before it. Then nothing
-        # half-read can be left behind it, so it may go through the parser in one piece.
+        # Nearly all requests come as one read that is exactly one head, with nothing waiting before it. Then no partial
+        # head can follow, so the read is parsed in one piece.
         size = len(data)
         if (
             self._current is None
@@ -424,29 +423,29 @@ class HttpConnection(asyncio.Protocol):
             and not reader.head
             and not reader.rest
             and data.endswith(END_OF_HEAD)
-            and data.rfind(END_OF_HEAD, 0, -1) < 0  # half as long as looking from the front
+            and data.rfind(END_OF_HEAD, 0, -1) < 0  # takes half the time of a search from the front
             and (
                 size <= self.shared.small_head_bytes
                 or (size <= self.shared.options.head_max_bytes and data.count(b"\n") <= self.shared.head_lines_max)
             )
         ):
             reader.parse(data)
-            if self._pipeline:  # let the application run, now that the parser is not in the midst of anything
+            if self._pipeline:  # run the application now, outside the parser's callbacks
                 self._advance()
             return
         reader.rest = reader.rest + data if reader.rest else data
-        if self._is_reading_paused:  # transports begin to read after `connection_made`, and those of TLS may go on
+        if self._is_reading_paused:  # transports start reading after `connection_made`, and TLS ones may continue
             self.transport.pause_reading()
         if not self._is_turn_due:
             self._work()
 
     def _take_turn(self) -> None:
-        """Go on where the turn before this one has ended."""
+        """Continue the work of the turn before."""
         self._is_turn_due = False
         if self.is_closed or self._has_said_goodbye or stands_still(self.handoff):
             return
         if self.handoff is not None and self.handoff.stage is Stage.WANTED and self.is_at_safe_point:
-            return  # it leaves, and takes the rest with it
+            return  # the connection moves, with the unparsed bytes
         if self._current is None and self._pipeline:
             self._advance()
         if self._reader.rest:
@@ -460,14 +459,14 @@ class HttpConnection(asyncio.Protocol):
             self.shared.turns.wait(self._take_turn)
 
     def _work(self) -> None:
-        """Parse what has come, and begin requests: as far as there is room, for `TURN_S`. The rest waits."""
+        """Parse received bytes and start requests, within the room and for `TURN_S`; the rest waits."""
         reader = self._reader
         had_begun = bool(reader.head) or not self._has_served
         until = perf_counter() + TURN_S
         while reader.rest:
             room_bytes = self.shared.options.connection_buffer_bytes - self._waiting_bytes()
             reader.read(until, room_bytes, 0 if self.writable is not None else PIPELINE_MAX)
-            # Now that the parser is not in the midst of anything: applications may answer at once.
+            # Outside the parser's callbacks: applications may answer at once.
             if self._current is None and self._pipeline:
                 self._advance()
             if (reader.intake is not OPEN and reader.arriving is None) or not self._has_room():
@@ -485,9 +484,9 @@ class HttpConnection(asyncio.Protocol):
             return
         if reader.rest or not self._has_room():
             self._pause_reading()
-        self.resume_reading_if_room()  # also if it was the turn before this one that has paused it
+        self.resume_reading_if_room()  # also if an earlier turn has paused it
         if self._current is None:
-            if reader.arriving is not None:  # a body that nobody reads
+            if reader.arriving is not None:  # a body that no application reads
                 self._wait(self.shared.keep_alive_ticks)
             elif reader.head and not had_begun:
                 self._wait(self.shared.head_ticks)
@@ -497,29 +496,29 @@ class HttpConnection(asyncio.Protocol):
     # -- room ----------------------------------------------------------------------------------------------
 
     def _waiting_bytes(self) -> int:
-        """What waits for the application, about as much as it takes of memory."""
+        """About how many bytes of memory waiting requests take."""
         waiting = 0 if self._current is None else len(self._current.body)
         for exchange in self._pipeline:
             waiting += exchange.held_bytes + len(exchange.body)
         return waiting
 
     def _has_room(self) -> bool:
-        """Whether to read on, as far as this connection's part of memory is concerned.
+        """Whether this connection's share of memory allows to read more.
 
-        Each reason why not ends with something that calls `resume_reading_if_room`: an answer, a ``receive()``, or
-        the client's taking what was sent to it.
+        Each reason against it ends with a call of `resume_reading_if_room`: after an answer, after a ``receive()``, or
+        when the client has taken what was sent to it.
         """
         if len(self._pipeline) > PIPELINE_MAX // 2:
             return False
         arriving = self._reader.arriving
         if arriving is None:
             if self.writable is not None:
-                return False  # it asks, and does not read what it has asked for
+                return False  # the client sends requests, but does not read the answers
         elif len(arriving.body) > BODY_HIGH_WATER_BYTES:
             return False
         return self._waiting_bytes() <= self.shared.options.connection_buffer_bytes
 
-    # -- what the reader says ------------------------------------------------------------------------------
+    # -- called by the reader ------------------------------------------------------------------------------
 
     def on_request(
         self,
@@ -560,7 +559,7 @@ class HttpConnection(asyncio.Protocol):
         )
 
     def on_body_due(self) -> None:
-        """Watch that the body of a request arrives in time."""
+        """Enforce `body_timeout` on the request's body."""
         timeout_s = self.shared.options.body_timeout_s
         if timeout_s:
             if self._sending_pace is None:
@@ -568,30 +567,30 @@ class HttpConnection(asyncio.Protocol):
             self._sending_pace.start()
 
     def on_upgrade(self, exchange: Exchange, behind: bytes) -> bool:
-        """Continue as a WebSocket if one is asked for and no other request waits; decline any other upgrade."""
+        """Switch to a WebSocket if the request asks for one and no other request waits; decline other upgrades."""
         if self._current is not None or self._pipeline[0] is not exchange or not is_handshake(exchange.scope):
             return False
         self._pipeline.clear()
-        self.is_closed = self._has_said_goodbye = True  # here; it goes on as another object
+        self.is_closed = self._has_said_goodbye = True  # of this object; a `WebSocketConnection` continues
         self._resume_reading()
         self._end_watches()
         WebSocketConnection(self, exchange, behind)
         return True
 
     def refuse(self, status: int, why: str) -> None:
-        """Read no further; say why when everything before it is answered."""
+        """Stop reading, and answer with `status` after all requests before."""
         log.info("refused with %d: %s; it came from %s", status, why, name_client(self._client))
         broken = self._reader.stop()
-        if self.adopted is not None:  # a handshake that was answered long ago: the client would not understand
+        if self.adopted is not None:  # its handshake was answered elsewhere: the client would not understand
             self.abort()
             return
-        if broken is not None:  # its body; otherwise it has not become an exchange
+        if broken is not None:  # its body is broken; otherwise there is no exchange
             broken.log(status if broken.stage < STREAMING else broken.status)
             broken.leave()
             if self._pipeline:
                 self._pipeline.pop()
             elif broken.stage == ANSWERED:
-                self._linger()  # another answer would be taken for that of the next request
+                self._linger()  # the client would take another answer for that of its next request
                 return
             elif broken.stage >= STREAMING:
                 self.truncate()
@@ -605,10 +604,10 @@ class HttpConnection(asyncio.Protocol):
     # -- requests and answers ------------------------------------------------------------------------------
 
     def _advance(self, *, ending: int = 0) -> None:
-        """Go on to what is next. An application may answer before it has begun to wait: then to what is after it.
+        """Start the next request; also those behind it, while applications answer in their first step.
 
         Args:
-            ending: Applications that have given their answer just now, in whose last ``send()`` we are.
+            ending: The number of applications whose last ``send()`` calls this.
         """
         shared = self.shared
         registry = shared.registry
@@ -640,7 +639,7 @@ class HttpConnection(asyncio.Protocol):
             self._answer_refusal(*self._refusal)
 
     def announce_close(self, exchange: Exchange) -> bool:
-        """Whether the head of this answer, which is about to be written, must say that it is the last."""
+        """Whether the head about to be written must say that this answer is the last."""
         if exchange.keeps_alive and not ((self._is_draining or self.has_eof) and not self._has_request_behind()):
             return False
         self._has_announced_close = True
@@ -656,7 +655,7 @@ class HttpConnection(asyncio.Protocol):
         return reader.arriving is None and not self.has_eof and self._has_unread()
 
     def answered(self, exchange: Exchange) -> None:
-        """The current answer is written whole: go on to what is next."""
+        """Continue with the next request, or close: the current answer is completely written."""
         self._current = None
         self._has_served = True
         if self._has_announced_close:
@@ -665,7 +664,7 @@ class HttpConnection(asyncio.Protocol):
             if exchange.client_keeps_alive or self._reader.arriving is not None:
                 self._linger()
             else:
-                self._close()  # the client has sent its last byte, and said so
+                self._close()  # the client has announced that this was its last request
             return
         if self._pipeline or self._refusal is not None:
             if not self._is_advancing:
@@ -676,7 +675,7 @@ class HttpConnection(asyncio.Protocol):
         else:
             shared = self.shared
             ticks = shared.head_ticks if self._reader.head else shared.keep_alive_ticks
-            self.due = shared.deadlines.now + ticks if ticks else 0  # as `_wait` does; a call has its price
+            self.due = shared.deadlines.now + ticks if ticks else 0  # as in `_wait`, without a call
             if self.handoff is not None and self.handoff.come_to_rest(self):
                 return
         if self._is_reading_paused:
@@ -697,7 +696,7 @@ class HttpConnection(asyncio.Protocol):
             self.shared.deadlines.paused.add(self)
 
     def resume_reading_if_room(self) -> None:
-        """Read on if neither bodies nor requests take too much; but first, parse what was read before."""
+        """Resume reading if there is room; parse earlier bytes first."""
         if not self._is_reading_paused or not self._has_room():
             return
         if not self._reader.rest and not (self._pipeline and self._current is None):
@@ -711,10 +710,10 @@ class HttpConnection(asyncio.Protocol):
             self.transport.resume_reading()
             self.shared.deadlines.paused.discard(self)
             if self._reader.arriving is not None and self._sending_pace is not None:
-                self._sending_pace.start()  # it could not send
+                self._sending_pace.start()  # the client could not send during the pause
 
     def hung_up(self, *, is_gone: bool) -> None:
-        """The client has left, or sends no more, while nothing is read from it."""
+        """Handle the client's reset or end while reading is paused."""
         if stands_still(self.handoff):
             return
         if is_gone:
@@ -724,13 +723,13 @@ class HttpConnection(asyncio.Protocol):
             self._current.wake()
 
     def ask_for_body(self) -> None:
-        """Let a client that asked whether its body is wanted send it (RFC 9110 section 10.1.1)."""
+        """Answer 100 Continue to a client that expects it before it sends its body (RFC 9110 section 10.1.1)."""
         self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if self._sending_pace is not None:
             self._sending_pace.start()
 
     def _arrived_bytes(self) -> int | None:
-        """What has come of the body that arrives; None while the client must not or cannot send it."""
+        """How many body bytes have arrived; None while the client must not or cannot send."""
         arriving = self._reader.arriving
         return None if arriving is None or arriving.expects_continue or self._is_reading_paused else arriving.received
 
@@ -739,7 +738,7 @@ class HttpConnection(asyncio.Protocol):
         self.refuse(408, "the request body arrived too slowly")
 
     def see_client_read(self) -> None:
-        """See to it that the client takes what waits for it in time."""
+        """Enforce `send_timeout` on unsent data."""
         if self._reading_pace is None:
             timeout_s = self.shared.options.send_timeout_s
             if not timeout_s or self.is_closed:
@@ -749,9 +748,9 @@ class HttpConnection(asyncio.Protocol):
             self._reading_pace.start()
 
     def _taken_bytes(self) -> int | None:
-        """What the client has taken; None while nothing waits for it.
+        """How many bytes the client has taken; None while no bytes wait for it.
 
-        An answer under way that is not held up waits for its application.
+        An answer whose sending is not blocked waits for its application instead.
         """
         current = self._current
         unsent = self.transport.get_write_buffer_size()
@@ -770,10 +769,10 @@ class HttpConnection(asyncio.Protocol):
             if exchange is not None:
                 exchange.leave(TOO_SLOW)
         self._end_requests()
-        reset_for_client(self, self.transport)  # or the kernel would hold for minutes what it has
+        reset_for_client(self, self.transport)  # else the kernel would hold unsent bytes for minutes
 
     async def flush(self) -> None:
-        """Return when everything that was written is in the kernel, or the client has left."""
+        """Wait until everything that was written is in the kernel, or the client has left."""
         self.transport.set_write_buffer_limits(high=0)
         if self.writable is not None:
             await self.writable.wait()
@@ -796,19 +795,19 @@ class HttpConnection(asyncio.Protocol):
     # -- endings -------------------------------------------------------------------------------------------
 
     def _wait(self, ticks: int) -> None:
-        """Wait for the client, but no longer than that; 0 is for ever."""
+        """Wait for the client for at most so many ticks; 0 is for ever."""
         self.due = self.shared.deadlines.now + ticks if ticks else 0
 
     def abort(self) -> None:
-        """End now."""
+        """Close at once."""
         abort_for_client(self, self.transport, self.handoff)
 
     def expire(self) -> None:
-        """The client has had its time; but not while an answer is on its way, or something has come just now."""
+        """End the wait for the client, or extend it while an answer is being sent or unread bytes have come."""
         state = self.state
         if state is State.HALF_HEAD:
             if self._reader.rest or self._reader.intake is Intake.PARKED:
-                self._wait(self.shared.head_ticks)  # it may be here whole: nobody has looked
+                self._wait(self.shared.head_ticks)  # the rest may be among the unparsed bytes
             else:
                 self.refuse(408, "the request head did not arrive in time")
         elif self.transport.get_write_buffer_size():
@@ -823,20 +822,20 @@ class HttpConnection(asyncio.Protocol):
             self._close()
 
     def _expire_closing(self) -> None:
-        """The client has not closed; it had the time, unless it is still reading."""
+        """Abort a connection that the client has not closed in time, unless the client still reads."""
         if not self.transport.is_closing():
             self._close()
         elif (was_flushed := self._is_flushed) and not self._has_unsent():
-            self.abort()  # the client has had everything, and does not say goodbye
+            self.abort()  # the client has got everything, and does not close
         else:
-            # TLS has a buffer below the one that it tells of. If the kernel has nothing to send, it is empty; seen
-            # twice, because an event loop that was held up looks at its timers before it goes on sending.
+            # TLS has a buffer below the reported one. It is empty if the kernel has nothing to send at two checks in a
+            # row: an event loop that was blocked runs its timers before it continues to send.
             self._is_flushed = not was_flushed and not self._has_unsent()
             self.see_client_read()
             self._wait(self.shared.linger_ticks)
 
     def truncate(self) -> None:
-        """End so that the answer that has begun does not look whole."""
+        """End the connection so that the unfinished answer does not look complete."""
         current = self._current
         self._end_requests()
         if current is not None and current.framing == UNTIL_CLOSE:
@@ -851,19 +850,19 @@ class HttpConnection(asyncio.Protocol):
             if self.transport.get_write_buffer_size():
                 self.see_client_read()
             self.transport.close()
-            if self._scheme == "https":  # which waits for the client's goodbye
+            if self._scheme == "https":  # the transport waits for the client's close_notify
                 self._wait(self.shared.linger_ticks)
 
     def _linger(self) -> None:
-        """Say the end of our side, and throw away what comes until the client closes; it has `LINGER_S` for that."""
+        """End our sending side, and discard input until the client closes, for `LINGER_S` at most."""
         can_end = self.transport.can_write_eof()
         if self.has_eof or (not can_end and self._reader.arriving is None):
-            self._close()  # TLS cannot end one side; its own goodbye will do unless a body is on its way
+            self._close()  # TLS cannot end one side; its close_notify suffices unless a body is arriving
             return
         if can_end:
             try:
                 self.transport.write_eof()
-            except OSError:  # the stock event loop shuts the socket down at once, and the client may be gone
+            except OSError:  # asyncio's event loop shuts the socket down at once, and the client may have left
                 self._close()
                 return
         self._end_requests()
@@ -871,7 +870,7 @@ class HttpConnection(asyncio.Protocol):
         self._wait(self.shared.linger_ticks)
 
     def _end_requests(self) -> None:
-        """Stop reading, and drop every request without a whole answer."""
+        """Stop reading, and drop all requests without a complete answer."""
         self._has_said_goodbye = True
         self._reader.stop()
         for exchange in (self._current, *self._pipeline):
@@ -882,7 +881,7 @@ class HttpConnection(asyncio.Protocol):
 
 
 async def _overloaded(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers in place of the application while it has as much to do as it may."""
+    """Answer 503 in place of the application while `concurrency_max` requests run."""
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"retry-after", RETRY_AFTER_S)]
     await send({"type": "http.response.start", "status": 503, "headers": headers})
     await send({"type": "http.response.body", "body": b"too many requests are under way\n"})

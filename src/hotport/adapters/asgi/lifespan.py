@@ -1,4 +1,4 @@
-"""The ASGI lifespan protocol: an application's start-up, its shutdown, and the state between them."""
+"""The ASGI lifespan protocol: an application's startup, its shutdown, and its state."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ __all__ = ["Lifespan"]
 
 log = logging.getLogger("hotport.error")
 
-#: Of an application's message or traceback, the last lines are shown as the cause.
+#: How many last lines of an application's message or traceback are shown as the cause.
 CAUSE_LINES_MAX: Final = 8
 
 
 class Lifespan:
-    """One task of the application, from before its first request until after its last.
+    """The application's lifespan task, from before its first request until after its last.
 
     Args:
-        mode: ``on`` demands that the application takes part, ``auto`` goes on without it if it does not,
-            ``off`` does not ask.
+        mode: ``on`` requires that the application supports lifespan, ``auto`` serves it also if it does not, ``off``
+            sends no lifespan events.
     """
 
     def __init__(self, application: Application, context: Context, mode: Literal["auto", "on", "off"]) -> None:
-        #: What the application put there; every request gets a shallow copy.
+        #: The application's state; every request gets a shallow copy.
         self.state: dict[str, Any] = {}
         self._application = application
         self._context = context
@@ -40,10 +40,10 @@ class Lifespan:
         self._has_received = False
 
     async def startup(self) -> None:
-        """Start the application up.
+        """Run the application's startup.
 
         Raises:
-            StartError: It failed and said so (HP509), or it takes no part although it must (HP510).
+            StartError: It failed (HP509), or the application lacks a required lifespan (HP510).
 
         Cancellation: safe; ends the application's task.
         """
@@ -63,7 +63,7 @@ class Lifespan:
             )
 
     async def shutdown(self) -> None:
-        """Tell the application that no request will come any more, and return when it is done.
+        """Run the application's shutdown, after its last request.
 
         Cancellation: safe; ends the application's task.
         """
@@ -102,7 +102,7 @@ class Lifespan:
             answer.set_result(message)
 
     async def _ask(self, task: asyncio.Task[None], kind: str) -> Message | None:
-        """The application's answer, or None if its task ended without one."""
+        """Send an event; return the application's answer, or None if its task ended without one."""
         self._asked = kind
         self._answer = answer = asyncio.get_running_loop().create_future()
         self._inbox.put_nowait({"type": kind})
@@ -118,13 +118,13 @@ class Lifespan:
             raise
 
     async def _end(self, task: asyncio.Task[None]) -> None:
-        """End a task whose outcome is known already."""
+        """Cancel a task whose outcome is already known."""
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         self._task = None
 
     def _do_without(self, task: asyncio.Task[None]) -> None:
-        """The application ended its task instead of answering: as a rule it does not know the protocol.
+        """Serve without lifespan, or refuse to, when the application ended its task instead of answering.
 
         "If an exception is raised [...] the server must continue but not send any lifespan events." (lifespan 2.0)
         """
@@ -146,5 +146,5 @@ class Lifespan:
 
 
 def _last_lines(text: str) -> str:
-    """The end of `text`, aligned for the place after ``cause:``."""
+    """Return the last lines of `text`, indented to follow ``cause:``."""
     return "\n         ".join(text.strip().splitlines()[-CAUSE_LINES_MAX:])

@@ -1,8 +1,8 @@
-"""What a trusted proxy says of a request in its header fields.
+"""Read a request's client and scheme from a trusted proxy's header fields.
 
-``X-Forwarded-For`` and ``X-Forwarded-Proto`` only. RFC 7239 ``Forwarded`` is left out on purpose: a proxy that writes
-the one hands on the other as the client sent it, so whoever reads both believes clients. ``X-Forwarded-Host`` and
-``-Prefix`` are left to applications: a scope has no place for them.
+Only ``X-Forwarded-For`` and ``X-Forwarded-Proto`` are read. RFC 7239 ``Forwarded`` is not, on purpose: a proxy that
+writes one kind passes the other on as the client sent it, so a server that reads both trusts clients.
+``X-Forwarded-Host`` and ``-Prefix`` are left to applications: a scope has no place for them.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ __all__ = ["forwarded"]
 
 Client: TypeAlias = tuple[str, int] | None
 
-#: How many hops are looked at, from the nearest on; a head has room for thousands.
+#: How many hops are read, from the nearest on; a head has room for thousands.
 HOPS_MAX: Final = 64
 
-#: What is parsed is remembered, so it is bounded. No address with a port is as long: what is cut is none.
+#: The bound on cached hops. No address with a port is as long, so a truncated hop is no address.
 HOP_BYTES_MAX: Final = 64
 
 _IS_SECURE: Final = {b"http": False, b"ws": False, b"https": True, b"wss": True}
@@ -39,12 +39,12 @@ def forwarded(
 
     Args:
         headers: With names in lower case.
-        client: The peer; it stays the client if nothing better is said.
-        scheme: What the connection speaks; ``ws`` and ``wss`` stay among themselves.
+        client: The peer, which stays the client if no field names another.
+        scheme: The connection's scheme; a WebSocket's stays ``ws`` or ``wss``, a request's ``http`` or ``https``.
 
     Returns:
-        The nearest client that is not trusted itself, else the farthest, with port 0 where none is said. The scheme
-        is what the nearest proxy says; if it says several, the last: those before it came from outside.
+        The nearest client that is not trusted itself, else the farthest, with port 0 if none is given. The scheme is
+        that of the nearest proxy: the last one in the field, since those before it came from outside.
     """
     hops = proto = None
     for name, value in headers:
@@ -62,8 +62,8 @@ def forwarded(
 
 
 def _client(hops: bytes, client: Client, trusted: Trusted) -> Client:
-    """Walk away from us as long as those who speak are trusted; what is no address ends the walk."""
-    # What is left over beyond HOPS_MAX contains a comma, and so is no address.
+    """Return the nearest untrusted hop; stop at a hop that is no address."""
+    # The rest beyond HOPS_MAX contains a comma, and so is no address.
     for hop in reversed(hops.rsplit(b",", HOPS_MAX)):
         found = _parse_hop(hop.strip()[:HOP_BYTES_MAX])
         if found is None:
@@ -76,7 +76,7 @@ def _client(hops: bytes, client: Client, trusted: Trusted) -> Client:
 
 @lru_cache(maxsize=1024)
 def _parse_hop(hop: bytes) -> tuple[Host, tuple[str, int]] | None:
-    """``192.0.2.1``, ``192.0.2.1:80``, ``2001:db8::1``, ``[2001:db8::1]`` or ``[2001:db8::1]:80``."""
+    """Parse ``192.0.2.1``, ``192.0.2.1:80``, ``2001:db8::1``, ``[2001:db8::1]`` or ``[2001:db8::1]:80``."""
     text = hop.decode("latin-1")
     if text.startswith("["):
         host, end, port = text[1:].partition("]")

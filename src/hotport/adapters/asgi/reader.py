@@ -1,6 +1,6 @@
 """Parse HTTP/1.1 requests: heads, bodies, framing, limits. Knows no transport.
 
-httptools (llhttp) parses. A `Reader` tells a `Listener` what it has found, and keeps what was not parsed.
+httptools (llhttp) parses. A `Reader` reports requests to a `Listener`, and keeps unparsed bytes.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ log = logging.getLogger("hotport.error")
 
 END_OF_HEAD: Final = b"\r\n\r\n"
 
-#: What a request that waits for its turn takes beside its head: the exchange, its scope and their containers. And what
-#: each of its header fields takes: a tuple, two byte strings and their place in a list. Measured with tracemalloc.
+#: Memory of a waiting request beside its head: the exchange, its scope and their containers. And memory of each header
+#: field: a tuple, two byte strings and their place in a list. Measured with tracemalloc.
 REQUEST_BYTES: Final = 3 * 1024
 FIELD_BYTES: Final = 136
 
-#: So much of a chunked body is parsed between two looks at the clock: a chunk may hold one byte.
+#: Bytes of a chunked body that are parsed between two checks of the clock: a chunk may hold one byte.
 PIECE_BYTES: Final = 16 * 1024
 
 #: Stands for the length of a chunked body.
 CHUNKED: Final = -1
 
-#: What may stand in a Host field: RFC 9110 section 7.2 and RFC 3986 section 3.2.2.
+#: The syntax of a Host field: RFC 9110 section 7.2 and RFC 3986 section 3.2.2.
 HOST: Final = re.compile(rb"(?:\[[0-9A-Za-z:._~%-]*\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-9]*)?")
 
-#: Hosts that were found in order before; forgotten when they have become many.
+#: A cache of valid hosts; cleared when it is full.
 HOSTS: Final[set[bytes]] = set()
 HOSTS_MAX: Final = 1024
 
 #: llhttp knows a fixed set of methods; these are the usual ones.
 METHODS: Final = {m.encode(): m for m in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")}
 
-#: Targets up to this size are remembered with what they mean; so the memory for that is bounded.
+#: The longest target that is cached, to bound the cache's memory.
 TARGET_BYTES_MAX: Final = 256
 
 #: Path, raw path and query string of a request target, as ASGI wants them; and its host if it names one.
@@ -55,7 +55,7 @@ Target: TypeAlias = tuple[str, bytes, bytes, bytes | None]
 
 
 class Intake(Enum):
-    """What a `Reader` does with bytes behind the request that arrives."""
+    """What a `Reader` does with bytes behind the arriving request."""
 
     OPEN = "parses the next request"
     PARKED = "keeps them as they are: the next process parses them"
@@ -69,7 +69,7 @@ CLOSED: Final = Intake.CLOSED
 
 
 class Listener(Protocol):
-    """What a `Reader` tells its connection."""
+    """The connection's interface for a `Reader`."""
 
     def on_request(
         self,
@@ -80,24 +80,24 @@ class Listener(Protocol):
         fields: dict[bytes, bytes],
         keeps_alive: bool,
     ) -> Exchange:
-        """The head of a request is whole; `fields` has the last of its `headers` by name."""
+        """Make the exchange of a request whose head is complete; `fields` has the last of its `headers` by name."""
 
     def on_body_due(self) -> None:
-        """The body of the request that arrives has not come with its head, and is not too large."""
+        """Handle that the arriving request's body is yet to come, and is not too large."""
 
     def on_upgrade(self, exchange: Exchange, behind: bytes) -> bool:
-        """A request asks for another protocol; `behind` follows its head.
+        """Accept or decline a request for another protocol; `behind` follows its head.
 
         Returns:
-            True if that protocol reads what comes from here on; False to answer as if it had not been asked.
+            True if that protocol reads all bytes from here on; False to ignore the request for it.
         """
 
     def refuse(self, status: int, why: str) -> None:
-        """What comes is no request, or is not served; `Reader.stop` must be called."""
+        """Refuse input that is no request, or is not served; must call `Reader.stop`."""
 
 
 class _Refused(Exception):
-    """Raised in a parser callback: this request gets a status from us and is the last one read."""
+    """Raised in a parser callback to answer the request with `status`, and read no other."""
 
     def __init__(self, status: int, why: str) -> None:
         self.status = status
@@ -105,7 +105,7 @@ class _Refused(Exception):
 
 
 class _Ignored(list[tuple[bytes, bytes]]):
-    """Takes the fields of trailers, which no application asks for."""
+    """Discards the fields of trailers, which ASGI does not deliver."""
 
     def append(self, field: tuple[bytes, bytes]) -> None:
         """Keep nothing."""
@@ -118,13 +118,13 @@ class Reader:
     """Reads the requests of one connection.
 
     Args:
-        listener: Told what was found, until `close`.
-        requests: Where requests are appended as soon as their heads are whole.
+        listener: Notified of requests and errors, until `close`.
+        requests: The queue to which requests are appended as soon as their heads are complete.
 
     Attributes:
         arriving: The newest request while its body arrives; its answer may be over.
-        head: Of a request whose head has not arrived whole, raw; the parser has it.
-        rest: What has come behind that and was not parsed.
+        head: The raw bytes of an incomplete head, already fed to the parser.
+        rest: Unparsed bytes behind it.
     """
 
     __slots__ = (
@@ -151,36 +151,36 @@ class Reader:
         self.arriving: Exchange | None = None
         self.head = b""
         self.rest = b""
-        #: Made when the first bytes come: an idle connection that is handed on needs none.
+        #: Made when the first bytes come: an idle connection that moves needs none.
         self._parser: Any = None
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._is_upgrade = False
-        self._tail = b""  # the last bytes of a chunked body that has not arrived whole
-        self._between = 0  # how much of it has come since its last data: extensions, trailers
+        self._tail = b""  # the last bytes of an incomplete chunked body
+        self._between = 0  # bytes of that body since its last data: extensions, trailers
 
     def stop(self) -> Exchange | None:
-        """Parse nothing any more, and drop what has come; return the request whose body has not arrived whole."""
+        """Stop parsing, and drop unparsed bytes; return the request whose body is incomplete."""
         self.intake = CLOSED
         self.head = self.rest = self._tail = b""
         arriving, self.arriving = self.arriving, None
         return arriving
 
     def close(self) -> None:
-        """Free the parser, which holds our methods: a cycle would keep both until the collector comes by."""
+        """Free the parser, to break the cycle between it and this reader."""
         self._parser = None
-        self._listener = None  # type: ignore[assignment]  # it holds us, too, and is told nothing more
+        self._listener = None  # type: ignore[assignment]  # the listener holds this reader, too, and gets no more calls
 
     def read(self, until: float, room_bytes: int, requests_max: int) -> None:
-        """Parse `rest`, and know at any time which bytes belong to a head that has not arrived whole.
+        """Parse `rest`, and track which bytes belong to an incomplete head.
 
-        The parser does not say where a request ended. But one can end only behind an empty line (a head, a
-        chunked body) or where its content-length says, so the input is cut in those places.
+        The parser does not tell where a request ended. But a request can end only behind an empty line (a head, a
+        chunked body) or after its content-length, so the input is cut in those places.
 
         Args:
             until: When to stop, by `perf_counter`.
-            room_bytes: So much memory requests may take; another one is begun while some of it is left.
-            requests_max: No other request is begun while that many wait.
+            room_bytes: Memory that requests may take; another one is begun while some of it is free.
+            requests_max: No other request is begun while so many wait.
         """
         data, self.rest = self.rest, b""
         view = memoryview(data)
@@ -193,7 +193,7 @@ class Reader:
                     break
                 end = _end_of_piece(data, start, self.head[-3:])
                 piece = data[start:end]
-                # Empty lines in front of a request belong to nothing (RFC 9112 section 2.2).
+                # Empty lines in front of a request are ignored (RFC 9112 section 2.2).
                 head = self.head + piece if self.head else piece.lstrip(b"\r\n")
                 if len(head) > self._shared.small_head_bytes:
                     if len(head) > options.head_max_bytes:
@@ -239,8 +239,7 @@ class Reader:
         behind = -1
         if self._parser is None:
             self._parser = httptools.HttpRequestParser(self)
-            # Bytes behind a request that said `Connection: close` are dropped; as an error they would cost it its
-            # answer.
+            # Bytes behind a request with `Connection: close` are dropped; as an error they would prevent its answer.
             self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
         try:
             self._parser.feed_data(piece)
@@ -248,7 +247,7 @@ class Reader:
             behind = upgrade.args[0]
         except httptools.HttpParserError as error:
             self._on_parser_error(error, piece)
-        if behind >= 0:  # not in the handler: what is raised there would have the upgrade as its context
+        if behind >= 0:  # outside the handler: exceptions raised there would have the upgrade as their context
             self._upgrade(bytes(piece[behind:]))
         arriving = self.arriving
         if arriving is not None and arriving.length is None:
@@ -265,7 +264,7 @@ class Reader:
                 self._listener.refuse(500, "")
 
     def _note_framing(self, exchange: Exchange) -> None:
-        """Note how a body is framed that has not arrived with its head, and check its length."""
+        """Note the framing of a body that has not arrived with its head, and check its length."""
         exchange.length = CHUNKED
         self._between = 0
         for name, value in exchange.scope["headers"]:
@@ -281,9 +280,9 @@ class Reader:
     def _upgrade(self, behind: bytes) -> None:
         """Offer an upgrade to the listener.
 
-        A declined one is answered as if it had not been asked (RFC 9110 section 7.8). llhttp stops behind the head
-        of such a request, body or not: its body goes through a parser that has seen a head with the same framing
-        and no upgrade.
+        If it is declined, the request is answered without it (RFC 9110 section 7.8). llhttp stops behind the head of
+        such a request even if there is a body: the body is parsed by a parser that has seen a head with the same
+        framing and no upgrade.
         """
         self._is_upgrade = False
         exchange = self.arriving
@@ -299,17 +298,17 @@ class Reader:
         assert not behind  # the piece has ended with the head
 
     def end_body_only(self) -> None:
-        """The body of a declined upgrade request has arrived."""
+        """Complete a declined upgrade request whose body has arrived."""
         self._parser = None
         self.on_message_complete()
 
-    # -- what the parser says ------------------------------------------------------------------------------
+    # -- called by the parser ------------------------------------------------------------------------------
 
     def on_url(self, url: bytes) -> None:
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name.lower(), value.rstrip()))  # llhttp leaves the white space behind it
+        self._headers.append((name.lower(), value.rstrip()))  # llhttp keeps trailing white space
 
     def on_headers_complete(self) -> None:
         parser = self._parser
@@ -332,7 +331,7 @@ class Reader:
         read = _read_target if len(url) <= TARGET_BYTES_MAX else _read_target.__wrapped__
         target = read(url)
         host = target[3]
-        if host is not None:  # it counts instead: RFC 9112 section 3.2.2
+        if host is not None:  # replaces the Host field: RFC 9112 section 3.2.2
             headers = [(b"host", host), *(field for field in headers if field[0] != b"host")]
         self.arriving = exchange = self._listener.on_request(
             METHODS.get(method) or method.decode("ascii"), version, target, headers, fields, parser.should_keep_alive()
@@ -349,16 +348,16 @@ class Reader:
     def on_message_complete(self) -> None:
         self._headers = []
         if self._is_upgrade:
-            return  # llhttp's idea of it: what follows the head is not HTTP
+            return  # llhttp ends the message here, since what follows an upgrade is not HTTP
         exchange, self.arriving = self.arriving, None
         assert exchange is not None
         exchange.is_complete = True
-        if exchange.task is not None:  # else nothing waits for it, and a call has its price
+        if exchange.task is not None:  # else nothing waits; saves a call
             exchange.wake()
 
 
 class _BodyOnly:
-    """Passes the body of one request on, and gives the parser back at its end."""
+    """Passes the body of one request to the reader, and frees the parser at its end."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
@@ -369,7 +368,7 @@ class _BodyOnly:
 
 
 def _spoken(begin: bytes, error: str) -> str:
-    """What it is that is no HTTP/1 request, by its name if that can be told; else the parser's error.
+    """Name the protocol of input that is no HTTP/1 request if it is known, else return the parser's error.
 
     Sources: RFC 8446 section 5.1, TLSPlaintext; RFC 9113 section 3.4, of which llhttp reads the first line.
     """
@@ -381,7 +380,7 @@ def _spoken(begin: bytes, error: str) -> str:
 
 
 def _check(headers: list[tuple[bytes, bytes]], is_http10: bool) -> None:
-    """What llhttp leaves to its user: who is asked, and where the body ends (RFC 9112 sections 3.2, 6.1 and 6.3)."""
+    """Check what llhttp does not: the Host field, and the transfer-encoding (RFC 9112 sections 3.2, 6.1 and 6.3)."""
     hosts = 0
     for name, value in headers:
         if name == b"host":
@@ -402,7 +401,7 @@ def _check(headers: list[tuple[bytes, bytes]], is_http10: bool) -> None:
 
 
 def _end_of_piece(data: bytes, start: int, before: bytes) -> int:
-    """Where the next `END_OF_HEAD` ends, which may have begun in `before`; else the end of `data`."""
+    """Return where the next `END_OF_HEAD` ends, which may have begun in `before`; else the end of `data`."""
     if before:
         across = (before + data[start : start + 3]).find(END_OF_HEAD)
         if across >= 0:

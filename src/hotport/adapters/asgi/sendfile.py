@@ -1,4 +1,4 @@
-"""A file as an answer's body, without its bytes passing through this process where the kernel allows it."""
+"""Send a file as an answer's body, with sendfile(2) where possible."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Final, Protocol
 
 __all__ = ["Sink", "send_file"]
 
-#: Sent in one turn of the event loop; others want theirs.
+#: Bytes sent in one turn of the event loop.
 CHUNK_BYTES: Final = 256 * 1024
 
 
 class Sink(Protocol):
-    """What a file asks of the connection that it is sent to."""
+    """The interface that `send_file` needs of the connection."""
 
     transport: asyncio.Transport
     is_closed: bool
@@ -24,28 +24,28 @@ class Sink(Protocol):
         """Whether bytes that are written go through a cipher."""
 
     async def flush(self) -> None:
-        """Return when everything that was written is in the kernel, or the client has left."""
+        """Wait until everything that was written is in the kernel, or the client has left."""
 
 
 class Answer(Protocol):
-    """What a file asks of the answer whose body it is."""
+    """The interface that `send_file` needs of the answer whose body the file is."""
 
     sent: int
     is_gone: bool
 
     async def wait_writable(self, fd: int) -> None:
-        """Return when more can be written to the descriptor, or the answer has no reader any more."""
+        """Wait until the descriptor is writable, or the answer has no reader any more."""
 
 
 async def send_file(connection: Sink, answer: Answer, file: FileIO, size: int) -> bool:
-    """Send the first `size` bytes of `file` behind everything that was written; False if the client has left meanwhile.
+    """Send the first `size` bytes of `file` behind everything that was written; False if the client has left.
 
     ``loop.sendfile`` is not used: uvloop has none.
 
     Raises:
         OSError: The file cannot be read, or has become shorter.
 
-    Descriptors: borrows `file`. Cancellation: safe; an unknown part has been sent.
+    Descriptors: borrows `file`. Cancellation: safe; an unknown part was sent.
     Sources: sendfile(2).
     """
     sock = connection.transport.get_extra_info("socket")

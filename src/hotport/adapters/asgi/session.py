@@ -1,4 +1,4 @@
-"""One WebSocket, as an ASGI application sees it."""
+"""One WebSocket: the ASGI application's side."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["Session", "Talking"]
 
 log = logging.getLogger("hotport.error")
 
-#: What a message costs beside its content: a dict, and its place in a queue.
+#: Memory of a message beside its content: a dict, and its place in a queue.
 MESSAGE_BYTES: Final = 256
 
 
 class Talking(Answering, Protocol):
-    """What a session asks of its connection."""
+    """The interface that a session needs of its connection."""
 
     @property
     def handoff(self) -> object:
@@ -30,27 +30,27 @@ class Talking(Answering, Protocol):
 
     @property
     def is_connecting(self) -> bool:
-        """The application has not answered the handshake, or not all of a denial is sent."""
+        """Whether the handshake is unanswered, or a denial is incomplete."""
 
     @property
     def is_open(self) -> bool:
-        """Messages may be sent."""
+        """Whether messages may be sent."""
 
     @property
     def is_resumed(self) -> bool:
-        """The handshake that the application is about to answer was answered in another process."""
+        """Whether another process has already answered the handshake that the application is to answer."""
 
     def make_movable(self, export: Callable[[], Any] | None = None) -> None:
-        """The application agrees that another process may go on."""
+        """Allow the WebSocket to move to another process."""
 
     def come_to_rest(self) -> None:
-        """The application waits for a message: this may be a safe point."""
+        """Check for a safe point: the application waits for a message."""
 
     def accept(self, subprotocol: str | None, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Answer the handshake."""
 
     def refuse(self, status: int, why: str) -> None:
-        """Answer the handshake with a status that is no 101."""
+        """Deny the handshake with `status`."""
 
     def send_message(self, text: str | None, data: bytes | None) -> None:
         """Write one message."""
@@ -63,9 +63,9 @@ class Session:
     """One WebSocket: `run` is the application's task, `receive` and `send` are its arguments.
 
     Args:
-        request: The handshake, as an HTTP exchange that was not begun: if the application denies the WebSocket, it
-            carries the answer.
-        state: What another process's application has exported.
+        request: The handshake, as an HTTP exchange that was not begun; it sends the answer if the application denies
+            the WebSocket.
+        state: The state that another process's application has exported.
     """
 
     __slots__ = (
@@ -96,16 +96,16 @@ class Session:
             "state": state,
         }
         self.task: asyncio.Task[None] | None = None
-        #: What has arrived whole and the application has not received, oldest first.
+        #: Complete messages that the application has not received, oldest first.
         self.undelivered: deque[Message] = deque([{"type": "websocket.connect"}])
-        #: Memory of all of these; what has been held is not counted.
+        #: Memory of these; messages taken by `hold` are not counted.
         self.waiting_bytes = _cost(self.undelivered[0])
-        #: Received after all of the above; there is nobody to send to once it is set.
+        #: Delivered after all messages; nothing can be sent once it is set.
         self.disconnect: Message | None = None
-        #: The application has closed, denied, raised or returned: it is not interested in messages any more.
+        #: The application has closed, denied, raised or returned: it receives no more messages.
         self.has_finished = False
-        self._is_told = False  # the application knows that the client has left
-        self.why_gone = CLIENT_LEFT  # or why else the application was told so
+        self._is_told = False  # the application was told that the client has left
+        self.why_gone = CLIENT_LEFT  # or another reason for telling it
         self._waiters: list[asyncio.Future[None]] = []
         self._receiving = 0
         self._held: tuple[Message, ...] = ()
@@ -115,13 +115,13 @@ class Session:
 
     @property
     def is_receiving(self) -> bool:
-        """The application waits for a message, and has not begun with the next one."""
+        """Whether the application waits for a message."""
         return self._receiving > 0
 
-    # -- the connection's side -----------------------------------------------------------------------------
+    # -- called by the connection --------------------------------------------------------------------------
 
     def deliver(self, kind: str, content: str | bytes) -> None:
-        """A message has arrived whole: its content is ``"text"`` or ``"bytes"``."""
+        """Queue a complete message, of kind ``"text"`` or ``"bytes"``."""
         if not self.has_finished:
             self.undelivered.append({"type": "websocket.receive", kind: content})
             self.waiting_bytes += MESSAGE_BYTES + getsizeof(content)
@@ -129,20 +129,20 @@ class Session:
                 self._wake()
 
     def end(self, code: int, reason: str) -> None:
-        """Nothing will arrive any more, and nothing can be sent; the first call says why."""
+        """End receiving and sending; the first call sets the code and the reason."""
         if self.disconnect is None:
             self.disconnect = {"type": "websocket.disconnect", "code": code, "reason": reason}
             self.denial.leave()
             self._wake()
 
     def hold(self) -> tuple[Message, ...]:
-        """Take back what the application has not received: also if it has been woken for that, and not run yet."""
+        """Take back undelivered messages, even if the application was woken for one but has not run yet."""
         self._held = tuple(self.undelivered)
         self._clear()
         return self._held
 
     def let_go(self) -> None:
-        """Put back what `hold` has taken."""
+        """Put back the messages that `hold` has taken."""
         self.undelivered.extend(self._held)
         self.waiting_bytes += sum(map(_cost, self._held))
         self._held = ()
@@ -163,10 +163,10 @@ class Session:
         self._clear()
         self.connection.resume_reading_if_room()
 
-    # -- the application's side ----------------------------------------------------------------------------
+    # -- called by the application -------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """The application's life with this WebSocket: as long as it runs, unless the client or the worker leaves."""
+        """Run the application for this WebSocket; close the WebSocket or deny the handshake at its end."""
         shared = self.connection.shared
         try:
             await shared.application(self.scope, self.receive, self.send)
@@ -180,7 +180,7 @@ class Session:
                 log.error("the application returned without %s: %s", what, self)
                 self.connection.refuse(500, "Internal Server Error")
             else:
-                # "if the application dies the socket should be closed": as if it had said so without a code, 1000.
+                # "if the application dies the socket should be closed": as for a `websocket.close` without a code.
                 self.connection.close(1000, "")
         finally:
             self._finish()
@@ -191,7 +191,7 @@ class Session:
         is_cancelled = isinstance(error, asyncio.CancelledError)
         if is_over and is_cancelled:
             return
-        if self._is_told:  # as a rule this is what a framework makes of `ClientLeft`
+        if self._is_told:  # usually a framework's reaction to `ClientLeft`
             log.info("the application ended with %r because %s: %s", error, self.why_gone, self)
         else:
             log.error("the application %s: %s", "was cancelled" if is_cancelled else "raised", self, exc_info=error)
@@ -228,14 +228,14 @@ class Session:
                 self._receiving -= 1
 
     async def send(self, message: Message) -> None:
-        """ASGI ``send``; waits while the client does not read what was sent before.
+        """ASGI ``send``; waits while earlier messages fill the write buffer.
 
         Raises:
             ClientLeft: The client has left, or the WebSocket is being closed.
-            RuntimeError: The message does not fit here.
+            RuntimeError: The message is not allowed here.
         """
         connection = self.connection
-        while connection.writable is not None:  # it may stand still again before we run
+        while connection.writable is not None:  # the connection may stand still again before this runs
             await connection.writable.wait()
         kind = message["type"]
         if connection.is_open:
@@ -256,7 +256,7 @@ class Session:
             self._is_told = True
             raise ClientLeft
         elif kind.startswith("websocket.http.response.") and connection.is_resumed:
-            connection.refuse(403, "")  # the client would not understand the rest of it
+            connection.refuse(403, "")  # the client, which has its 101, would not understand an HTTP answer
             self._finish()
         elif kind in ("websocket.http.response.start", "websocket.http.response.body"):
             await self.denial.send({**message, "type": kind.removeprefix("websocket."), "trailers": False})
@@ -273,13 +273,13 @@ class Session:
 
 
 def _cost(message: Message) -> int:
-    """Bytes of memory that a message takes. A text takes up to four for each of its characters."""
+    """Bytes of memory that a message takes; a text takes up to four for each character."""
     content = message.get("text")
     return MESSAGE_BYTES + getsizeof(message.get("bytes") if content is None else content)
 
 
 def _scope(request: Scope) -> Scope:
-    """A WebSocket's scope has what the scope of its handshake has, but no method."""
+    """Make a WebSocket's scope from its handshake's."""
     offered = b",".join(value for name, value in request["headers"] if name == b"sec-websocket-protocol")
     return {
         **{key: value for key, value in request.items() if key != "method"},

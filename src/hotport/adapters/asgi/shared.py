@@ -1,4 +1,4 @@
-"""What all connections of one worker have in common."""
+"""The state that all connections of one adapter share."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from hotport.trust import Trusted
 
 __all__ = ["ASGI", "LINGER_S", "Held", "Running", "Shared", "name_client"]
 
-#: How long a connection stays half-closed after its last answer. What a client still sends to a closed socket
-#: comes back as a reset, which destroys what it has not read yet (RFC 9112 section 9.6).
+#: Seconds that a connection stays half-closed after its last answer. A closed socket answers further data with a reset,
+#: which destroys what the client has not read yet (RFC 9112 section 9.6).
 LINGER_S: Final = 2.0
 
-#: From our close frame of a WebSocket to giving up waiting for the client's, and for the end of the connection.
+#: Seconds from our close frame of a WebSocket until we stop waiting for the client's, and for the connection's end.
 CLOSE_TIMEOUT_S: Final = 10.0
 
-#: How long the default header lines stay as they are: a date has whole seconds.
+#: Seconds for which the default header lines are cached: a date has whole seconds.
 DATE_S: Final = 1.0
 
 SMALL_HEAD_BYTES: Final = 4096
@@ -63,15 +63,15 @@ class Held(Protocol):
 
 
 class Shared:
-    """What all connections of one adapter have in common; read by every request, so most of it is plain attributes.
+    """The state that all connections of one adapter share; mostly plain attributes, since every request reads them.
 
     Attributes:
-        can_gather: Whether to use the transports' ``writelines``. asyncio's do not pause their protocol (from Python
-            3.12 on, until 3.12.9 and 3.13.2: CVE-2024-12254), nor look whether they are lost (gh-136234).
-        extensions: Of every scope.
-        held: Answers of this turn of the loop whose heads waited for a body when we last looked.
-        running: Applications that run; they may run on after their answer, or after the client has left.
-        defaults: Header lines that every answer has; ``b""`` when they have to be made anew (`make_defaults`).
+        can_gather: Whether to use the transports' ``writelines``. asyncio's does not pause the protocol (from Python
+            3.12 on, until 3.12.9 and 3.13.2: CVE-2024-12254), nor check that the connection is lost (gh-136234).
+        extensions: The extensions of every scope.
+        held: Answers of this turn of the loop whose heads waited for a body.
+        running: Running applications, also after their answer, or after the client has left.
+        defaults: Header lines of every answer; ``b""`` when `make_defaults` must make them anew.
     """
 
     __slots__ = (
@@ -138,7 +138,7 @@ class Shared:
         self.keep_alive_ticks = self.deadlines.ticks(options.keep_alive_s)
         self.linger_ticks = self.deadlines.ticks(LINGER_S)
         self.head_ticks = self.deadlines.ticks(options.head_timeout_s) if options.head_timeout_s else 0
-        #: Up to this size the fields of a head are counted when it is parsed: that is cheaper, and takes little memory.
+        #: The fields of a smaller head are counted after parsing, which is cheaper and takes little memory.
         self.small_head_bytes = min(SMALL_HEAD_BYTES, options.head_max_bytes)
         self.head_lines_max = options.header_fields_max + 2  # with the request line and the empty one
         self.handshakes = Handshakes(options)
@@ -147,25 +147,25 @@ class Shared:
         self.ws_close_ticks = self.deadlines.ticks(CLOSE_TIMEOUT_S)
         self.held: list[Held] = []
         self.running: set[Running] = set()
-        #: Each request gets a copy. Callbacks run in the context in which their connection was accepted, and
-        #: what one request sets must not show up in the next (python/cpython#140947).
+        #: Each request gets a copy: callbacks run in the context in which their connection was accepted, and
+        #: variables that one request sets must not leak into the next (python/cpython#140947).
         self.variables = contextvars.copy_context()
         self.run = _eagerly(loop) if sys.version_info >= (3, 12) else loop.create_task
         self.defaults = b""
 
     def pace(self, period_s: float, moved_bytes: Callable[[], int | None], on_slow: Callable[[], None]) -> Pace:
-        """Watch that bytes move at `Options.rate_min_bytes` at least; see `Pace`."""
+        """Enforce a rate of at least `Options.rate_min_bytes`; see `Pace`."""
         return Pace(self.deadlines, period_s, period_s * self.options.rate_min_bytes, moved_bytes, on_slow)
 
     def open_held(self) -> None:
-        """Let heads go that still wait for a body; one callback for all answers of a turn, as nearly none do."""
+        """Call `open_soon` for answers whose heads still wait for a body: one callback for all answers of a turn."""
         for exchange in self.held:
             if exchange.stage == HELD:
                 exchange.open_soon()
         self.held.clear()
 
     def make_defaults(self) -> bytes:
-        """The header lines that every answer has by default; they are forgotten after a second."""
+        """Make the default header lines of every answer, cached for `DATE_S`."""
         now = formatdate(time.time(), usegmt=True)
         server = "server: hotport\r\n" if self.options.server_header else ""
         self.defaults = f"date: {now}\r\n{server}".encode("ascii")
@@ -173,7 +173,7 @@ class Shared:
         return self.defaults
 
     def refusal(self, status: int, why: str) -> bytes:
-        """A whole last answer of our own, in place of the application's."""
+        """Render a complete last answer, in place of the application's."""
         body = f"{why}\n".encode() if why else b""
         return b"%b%bcontent-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b" % (
             STATUS_LINES[status],
@@ -192,8 +192,8 @@ def name_client(client: tuple[str, int] | None) -> str:
 
 
 def _eagerly(loop: asyncio.AbstractEventLoop) -> Any:
-    """Makes tasks whose first step is taken at once: most applications answer in it, and need no turn of the loop.
+    """Return a factory of eager tasks: most applications answer in their first step, and need no turn of the loop.
 
-    It is taken as in a task of its own: ``asyncio.current_task()``, cancellation and context variables are right.
+    In that step, ``asyncio.current_task()``, cancellation and context variables are those of the task.
     """
     return partial(asyncio.Task, loop=loop, eager_start=True)  # type: ignore[call-arg]  # since Python 3.12

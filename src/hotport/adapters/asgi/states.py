@@ -1,11 +1,10 @@
-"""Every state in which a connection can be, and what becomes of it when its worker leaves.
+"""The states of a connection, and what drain, handoff and cut do in each.
 
-Where others can go on with it (`hotport.worker.handoff`), a connection *moves* at its next safe point, and its client
-sees nothing of it. Where not, drain closes nothing either: a connection that is closed without notice may be one on
-which the client has just begun to send. Instead, the next head that is written *and has no request behind it* says
-``Connection: close``, and the connection is closed after that answer (``told_to_close``). Pipelined requests are thus
-all answered, in order.
-A WebSocket has no next answer: it is closed, with a code that says why, and in the order of chance, so that not all
+If another worker can take it (`hotport.worker.handoff`), a connection *moves* at its next safe point, unnoticed by its
+client. Otherwise drain does not close it at once: the client may have just begun to send. Instead, the next head that
+is written *and has no request behind it* says ``Connection: close``, and the connection is closed after that answer
+(``told_to_close``). So all pipelined requests are answered, in order.
+A WebSocket has no next answer: it is closed with a code that gives the reason, at a random moment, so that not all
 clients reconnect at once. Quiesce changes nothing in any state: it concerns the listeners.
 """
 
@@ -34,9 +33,9 @@ __all__ = [
 ]
 
 
-# How far an answer has come. Plain integers: they are compared for every message.
-WAITING: Final = 0  # the application has not said anything
-HELD: Final = 1  # it has given status and headers; they wait for the first body event, so that both are one write
+# The stages of an answer. Plain integers: they are compared for every message.
+WAITING: Final = 0  # the application has sent nothing
+HELD: Final = 1  # it has sent status and headers; they wait for the first body event, to be one write with it
 STREAMING: Final = 2  # the head is written
 TRAILING: Final = 3  # so is the body; trailers are to follow
 ANSWERED: Final = 4  # everything is written
@@ -77,7 +76,7 @@ class Drained(Enum):
 
 
 class Moves(Enum):
-    """When a connection moves to a worker that goes on with it; over TLS, never."""
+    """When a connection moves to another worker; over TLS, never."""
 
     AT_ONCE = "at once, with what has come of a head"
     ANSWERED = "after its answer"
@@ -88,7 +87,7 @@ class Moves(Enum):
 
 
 class Manner(Enum):
-    """How a connection is ended at the deadline: as politely as its state allows."""
+    """How a connection is ended at the drain deadline."""
 
     CLOSE = "closed; what is written is still flushed"
     REFUSE = "answered with 503, so that the client knows that it may ask again"
@@ -102,10 +101,10 @@ class Row(NamedTuple):
 
     Attributes:
         client: What the client is waiting for.
-        moves: When it moves, if somebody can go on with it.
-        drained: What the connection still does once its worker drains, if nobody can.
+        moves: When it moves, if another worker can take it.
+        drained: What it still does once its worker drains, if no other worker can take it.
         manner: How it is ended at the drain deadline.
-        fate: What is counted then; None if that does not depend on this state.
+        fate: The fate counted then; None if it does not depend on this state.
     """
 
     client: str

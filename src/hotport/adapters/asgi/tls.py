@@ -1,4 +1,4 @@
-"""What an application is told about TLS.
+"""The ASGI TLS extension: what an application learns about TLS.
 
 Sources: asgi.readthedocs.io: specs/tls 0.2; RFC 4514 (distinguished names as text), RFC 4519 (their short names).
 """
@@ -33,14 +33,14 @@ ESCAPED: Final = str.maketrans({**{letter: f"\\{letter}" for letter in '"+,;<>\\
 
 
 def tls_extension(transport: asyncio.BaseTransport) -> dict[str, Any] | None:
-    """The value of ``scope["extensions"]["tls"]`` for a connection whose handshake is done; None without TLS.
+    """Make ``scope["extensions"]["tls"]`` of a connection whose handshake is done; None without TLS.
 
-    Clients whose certificate cannot be verified do not come so far: ``client_cert_error`` is always None.
+    ``client_cert_error`` is always None: the handshake fails if the client's certificate cannot be verified.
     """
     connection = transport.get_extra_info("ssl_object")
     if connection is None:
         return None
-    context = connection.context  # of the certificate that was chosen by name
+    context = connection.context  # the context of the certificate that was chosen by name
     is_ours = isinstance(context, ServerContext)
     chain = _client_chain(connection)
     return {
@@ -54,7 +54,7 @@ def tls_extension(transport: asyncio.BaseTransport) -> dict[str, Any] | None:
 
 
 def _client_chain(connection: ssl.SSLObject) -> list[str]:
-    """What the client has sent, its own certificate first; no more than that one before Python 3.13."""
+    """Return the client's certificate chain, its own first; only that one before Python 3.13."""
     chain: list[bytes] = []
     if sys.version_info >= (3, 13):
         chain = connection.get_unverified_chain()
@@ -65,7 +65,7 @@ def _client_chain(connection: ssl.SSLObject) -> list[str]:
 
 
 def _distinguished_name(subject: tuple[tuple[tuple[str, str], ...], ...]) -> str:
-    """RFC 4514: the last part first."""
+    """Render a distinguished name, the last part first (RFC 4514)."""
     parts = ("+".join(f"{SHORT_NAMES.get(name, name)}={_escaped(text)}" for name, text in part) for part in subject)
     return ",".join(reversed(list(parts)))
 

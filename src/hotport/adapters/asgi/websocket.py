@@ -1,12 +1,12 @@
-"""WebSocket connections: from the moment at which an `HttpConnection` has read a handshake request.
+"""WebSocket connections, from the handshake request that an `HttpConnection` has read.
 
-Frames are the websockets library's. A connection is always in exactly one state; `WEBSOCKET_STATES` says
-what drain does to each. The random moments of its 1012s leave the last tenth of the drain window to closing handshakes.
-A connection that was closed like this counts as ``told_to_close``, but as ``cut_websocket`` if the client had not taken
-our close frame when we gave it up.
+The websockets library parses and renders frames. A connection is always in exactly one state; `WEBSOCKET_STATES` says
+what drain does in each. Drain closes with 1012 at random moments, and leaves the last tenth of its window to closing
+handshakes. A connection closed like this counts as ``told_to_close``, but as ``cut_websocket`` if the client had not
+taken our close frame at the end of the wait.
 
 The application gets ``websocket.disconnect`` when the closing handshake is over, or has failed. Its code is that of
-the close frame that came first, whoever sent it: 1005 for an empty one, and 1006 if there was none.
+the first close frame of either side: 1005 for an empty one, and 1006 if there was none.
 """
 
 from __future__ import annotations
@@ -52,22 +52,22 @@ __all__ = ["SPREAD", "WebSocketConnection"]
 
 log = logging.getLogger("hotport.error")
 
-#: Which part of the drain window the 1012s are spread over; the rest is for closing handshakes.
+#: The part of the drain window over which drain closes WebSockets; the rest is for closing handshakes.
 SPREAD: Final = 0.9
 
-#: Reading pauses while more than this has come before the handshake is answered: nothing should have.
+#: Reading pauses while more bytes than this have come before the handshake's answer: a client should send none.
 EARLY_BYTES_MAX: Final = 64 * 1024
 
-#: A frame up to this size that is not compressed is read at once.
+#: An uncompressed frame up to this size is read at once.
 SHORT_BYTES_MAX: Final = 16 * 1024
 
-#: Why a WebSocket is closed with 1012.
+#: The close reason for 1012.
 RESTART: Final = "service restart"
 
-#: Why an application is told that a client has left that is still there.
+#: Why a session has ended although its client is connected, for the log.
 STUCK: Final = "the client takes too little of what is sent to it"
 
-#: How a resumed WebSocket is closed whose application does not accept it, by the status that a new one would get.
+#: The close code and reason of a resumed WebSocket that is refused, by the status that a new one would get.
 REFUSALS: Final = {403: (1008, "not resumed"), 503: (1012, RESTART)}
 
 CONNECTING: Final = ProtocolState.CONNECTING
@@ -78,7 +78,7 @@ BINARY: Final = Opcode.BINARY
 
 
 class _Wait(Enum):
-    """What `WebSocketConnection.due` is the end of."""
+    """What `WebSocketConnection.due` is the deadline of."""
 
     NOTHING = "nothing"
     PING = "the time to ask whether the client is there"
@@ -87,23 +87,23 @@ class _Wait(Enum):
 
 
 class Before(Connection, Requesting, Protocol):
-    """The connection on which a handshake was read."""
+    """The connection on which the handshake was read."""
 
     is_proxied: bool
 
     @property
     def adopted(self) -> object:
-        """A `Resumption` if the handshake was answered in another process."""
+        """A `Resumption` if another process has answered the handshake."""
 
 
 class WebSocketConnection(asyncio.Protocol):
-    """Goes on with a connection on which an `HttpConnection` has read a handshake request.
+    """A WebSocket on a connection whose handshake request an `HttpConnection` has read.
 
-    It takes the other one's place with the transport and in the registry before `__init__` returns.
+    It replaces the `HttpConnection` as the transport's protocol and in the registry before `__init__` returns.
 
     Args:
-        request: The handshake, not begun.
-        early: What has come behind the request's head.
+        request: The handshake, as an exchange that was not begun.
+        early: Bytes that have come behind the request's head.
     """
 
     kind = "websocket"
@@ -153,7 +153,7 @@ class WebSocketConnection(asyncio.Protocol):
     def __init__(self, before: Before, request: Exchange, early: bytes) -> None:
         self.shared = before.shared
         self.transport = before.transport
-        #: There while the transport's write buffer is too full; set when it is not.
+        #: None unless the transport's write buffer is too full; set when there is room again.
         self.writable = before.writable
         self.has_eof = before.has_eof
 
@@ -161,29 +161,28 @@ class WebSocketConnection(asyncio.Protocol):
         self._queue_max = options.ws_queue
         self._queue_low = options.ws_queue // 4
         self._buffer_bytes = options.connection_buffer_bytes
-        self._early = early  # there until the handshake is answered
-        #: What has come and is not read yet.
+        self._early = early  # kept until the handshake is answered
+        #: Unread frames.
         self._cutter = Cutter(options.ws_message_max_bytes)
-        #: A message that has not arrived whole.
+        #: The incomplete message.
         self._assembly: Assembly | None = None
-        #: The answer to the newest ping, while the client does not take what was sent before. The older ones need none
-        #: (RFC 6455 section 5.5.3).
+        #: The answer to the newest ping while writing is paused; older pings need no answer (RFC 6455 section 5.5.3).
         self._pong = b""
 
-        #: Not even a short frame may be read at once: the handshake is not answered, reading is paused, or a part of a
-        #: frame has come.
+        #: Whether even a short frame must wait: the handshake is not answered, reading is paused, or a part of a frame
+        #: has come.
         self._is_in_detail = True
-        self._is_behind = False  # there is more to read in the cutter, when there is room or in the next turn
+        self._is_behind = False  # the cutter has more to read, when there is room or in the next turn
         self._is_scheduled = False  # for the next turn
-        #: What was here when we last saw that the client is gone, and the tick at which that is too long ago.
+        #: The untaken input when the client was last seen to be gone, and the tick at which to give up if unchanged.
         self._untaken: object = None
         self._gone_due = 0
-        self._reading_pace: Pace | None = None  # since writing was paused first
+        self._reading_pace: Pace | None = None  # made when writing is first paused
         self._is_reading_paused = False
         self._is_draining = False
-        self._has_heard = False  # anything, since the last ping
+        self._has_heard = False  # received anything since the last ping
         self._has_said_goodbye = False  # nothing more will be written
-        self._is_bounded = False  # the rest of its life
+        self._is_bounded = False  # the closing is bounded
         self._is_closed = False
         self._drain_timer: asyncio.TimerHandle | None = None
         self._waits_for = _Wait.NOTHING
@@ -193,12 +192,12 @@ class WebSocketConnection(asyncio.Protocol):
         self.sock = before.sock
         self.endpoints, self._is_proxied = before.endpoints, before.is_proxied
         self._is_movable = self.shared.handshakes.all_movable
-        self._has_agreed = False  # the application has said so by itself
-        #: Asks the application what should travel.
+        self._has_agreed = False  # the application has called `movable()`
+        #: Exports the application's state.
         self._export: Callable[[], Any] | None = None
         self.handoff: Handoff | None = None
         resumption = before.adopted if isinstance(before.adopted, Resumption) else None
-        #: The client has its answer from another process; the application has not accepted.
+        #: Another process has answered the client; the application has not accepted yet.
         self._is_resuming = resumption is not None
 
         request.connection = self
@@ -216,11 +215,11 @@ class WebSocketConnection(asyncio.Protocol):
     def __str__(self) -> str:
         return str(self._session)
 
-    # -- what the worker asks, and what another process would have to know ---------------------------------
+    # -- called by the worker, and the state that moves to another process ---------------------------------
 
     @property
     def state(self) -> State:
-        """What the connection is doing; read off the facts, so that it cannot disagree with them."""
+        """The connection's state, derived from its other attributes."""
         if self._is_closed:
             return State.CLOSED
         if self._is_established:
@@ -231,37 +230,37 @@ class WebSocketConnection(asyncio.Protocol):
 
     @property
     def _is_established(self) -> bool:
-        """The client has been told that this is a WebSocket, and may take messages."""
+        """Whether the client has its 101, and may take messages."""
         return self._protocol.state is OPEN and not self._has_said_goodbye
 
     @property
     def is_open(self) -> bool:
-        """Messages may be sent."""
+        """Whether messages may be sent."""
         return self._protocol.state is OPEN and not self._has_said_goodbye and not self._is_resuming
 
     @property
     def is_connecting(self) -> bool:
-        """The application has not answered the handshake, or not all of a denial is sent."""
+        """Whether the handshake is unanswered, or a denial is incomplete."""
         return (self._protocol.state is CONNECTING or self._is_resuming) and not self._has_said_goodbye
 
     @property
     def undelivered(self) -> tuple[Message, ...]:
-        """Messages that have arrived whole, and that the application has not received; oldest first."""
+        """Complete messages that the application has not received, oldest first."""
         return tuple(self._session.undelivered)
 
     @property
     def is_mid_message(self) -> bool:
-        """A fragmented message has begun and not ended."""
+        """Whether a fragmented message has begun and not ended."""
         return self._assembly is not None
 
     @property
     def is_resumed(self) -> bool:
-        """The handshake that the application is about to answer was answered in another process."""
+        """Whether another process has already answered the handshake that the application is to answer."""
         return self._is_resuming
 
     @property
     def is_between_frames(self) -> bool:
-        """Everything that has come is read, so a new parser that is fed what comes next is where ours is.
+        """Whether all received bytes are read, so that a new parser could continue with the next ones.
 
         The library's parser never holds a part of a frame: it is fed whole ones.
         """
@@ -274,7 +273,7 @@ class WebSocketConnection(asyncio.Protocol):
         return self._session.waiting_bytes + arriving + unread + self.transport.get_write_buffer_size()
 
     def drain(self) -> None:
-        """Close with 1012 at a random moment: clients reconnect when they are closed, and not all at once like this."""
+        """Close with 1012 at a random moment, so that not all clients reconnect at once."""
         if not end_handoff(self):
             return
         self._is_draining = True
@@ -287,7 +286,7 @@ class WebSocketConnection(asyncio.Protocol):
             self._is_draining = False
 
     def cut(self) -> Fate:
-        """Close now, as `WEBSOCKET_STATES` says. Cancels the application; waits for nothing."""
+        """Close now as `WEBSOCKET_STATES` says, and cancel the application; waits for nothing."""
         row = WEBSOCKET_STATES[self.state]
         if row.manner is Manner.NOTHING:
             return self._fate
@@ -316,7 +315,7 @@ class WebSocketConnection(asyncio.Protocol):
                 self._session.end(1006, "")
                 self.truncate()
                 return fate
-        if self.transport.get_write_buffer_size():  # it is over for us, but not yet for the client
+        if self.transport.get_write_buffer_size():  # everything is written, but the client has not got all of it
             fate = Fate.CUT_STREAMING if self._protocol.close_sent is None else Fate.CUT_WEBSOCKET
         self._end()
         self._has_said_goodbye = True
@@ -327,22 +326,21 @@ class WebSocketConnection(asyncio.Protocol):
 
     @property
     def is_at_safe_point(self) -> bool:
-        """Between two frames and two messages, with an application that has finished what it was told.
+        """Whether the connection is between two frames and two messages, and the application waits in ``receive()``.
 
-        It is in ``receive()``, where the next process's application will come to as well. Messages that it has not
-        received travel.
+        The next process's application also gets to a ``receive()``. Undelivered messages move with the connection.
         """
         return self.is_open and not self.is_mid_message and self._session.is_receiving and self.is_between_frames
 
     def make_movable(self, export: Callable[[], Any] | None = None) -> None:
-        """The application agrees: from its next ``receive()`` on, another process may go on with this WebSocket.
+        """Allow the WebSocket to move to another process, from the application's next ``receive()`` on.
 
         Args:
-            export: Called at a safe point; returns what the other process's application will find as ``state``, or
-                None to be asked again after another message.
+            export: Called at a safe point; returns the ``state`` for the other process's application, or None to be
+                called again after another message.
 
         Raises:
-            RuntimeError: It is too late: compressed messages depend on each other, as the client was told.
+            RuntimeError: It is too late: compression with context takeover was negotiated.
         """
         self._export = export
         if self._is_movable:
@@ -359,7 +357,7 @@ class WebSocketConnection(asyncio.Protocol):
         return self.handoff is not None
 
     def prepare_handoff(self, ready: Ready) -> bool:
-        """One whose application has agreed can move, unless it speaks TLS."""
+        """Prepare a WebSocket whose application has agreed, unless it is over TLS."""
         if self._is_established and (not self._is_movable or self._is_tls):
             return False
         self._is_draining = False
@@ -368,7 +366,7 @@ class WebSocketConnection(asyncio.Protocol):
         return True
 
     def come_to_rest(self) -> None:
-        """This may be a safe point: the application waits, a message or what was sent is over."""
+        """Report the connection if it is at a safe point."""
         if self.handoff is not None:
             self.handoff.come_to_rest(self)
 
@@ -380,14 +378,14 @@ class WebSocketConnection(asyncio.Protocol):
         self._pause_reading()
 
     def pack(self) -> Offer | None:
-        """Pack the handshake, the messages that were not received, and what the application exports."""
+        """Pack the handshake, undelivered messages, and the application's exported state."""
         exported = None
         if self._export is not None:
             exported = self._export()
             encode_state(exported)
             if exported is None:
                 return None
-        self.writable = asyncio.Event()  # whoever sends, waits
+        self.writable = asyncio.Event()  # `send` waits
         scope = self._session.denial.scope
         query = scope["query_string"]
         state = WebSocketState(
@@ -409,25 +407,25 @@ class WebSocketConnection(asyncio.Protocol):
             self.handoff.keep(self)
 
     def resume(self, was_offered: bool) -> None:
-        """Let the application receive and send again, and ping the client."""
+        """Let the application receive and send again, and resume pings."""
         if self._is_closed:
             return
         if was_offered:
             self._wait(_Wait.PING, self.shared.ws_ping_ticks)
             self._session.let_go()
         self.transport.set_write_buffer_limits()
-        if was_offered:  # else the transport says when there is room
+        if was_offered:  # else the transport calls it when there is room
             self.resume_writing()
         self.resume_reading_if_room()
 
     def release(self) -> None:
-        """The application is told 1012; the client is not told anything."""
+        """Close the descriptor, and tell the application 1012; the client sees nothing."""
         self._is_closed = self._has_said_goodbye = True
         self._session.end(1012, RESTART)
         self.resume_writing()
         self._stop_timers()
         self._forget()
-        self.transport.abort()  # closes the descriptor, and nothing else: the connection lives on
+        self.transport.abort()  # closes our descriptor only: another process owns the connection
 
     def why_here(self) -> str:
         if not self._is_established:
@@ -444,12 +442,12 @@ class WebSocketConnection(asyncio.Protocol):
     def _is_tls(self) -> bool:
         return bool(self._session.scope["scheme"] == "wss" and self.transport.get_extra_info("ssl_object"))
 
-    # -- what the transport says ---------------------------------------------------------------------------
+    # -- called by the transport ---------------------------------------------------------------------------
 
     def connection_lost(self, exc: Exception | None) -> None:
         end_for_client(self, self.handoff)
         if exc is not None and self._protocol.close_rcvd is None:
-            self._fate = Fate.FINISHED  # the client has left by itself, whatever it was told
+            self._fate = Fate.FINISHED  # the client has left on its own
         self._is_closed = self._has_said_goodbye = True
         self._end()
         self._stop_timers()
@@ -458,7 +456,7 @@ class WebSocketConnection(asyncio.Protocol):
         self.shared.registry.closed(self, self._fate)
 
     def _forget(self) -> None:
-        """Free what costs memory. The connection and its application refer to each other, so it may live on a while."""
+        """Free memory early: the connection and its application form a cycle, which delays their collection."""
         self._drop_unread()
         self._early = self._pong = b""
         self._protocol.extensions = []  # zlib's windows
@@ -490,7 +488,7 @@ class WebSocketConnection(asyncio.Protocol):
             self.handoff.come_to_rest(self)
 
     def eof_received(self) -> bool:
-        """The client sends no more. A WebSocket cannot go on like that, not even half."""
+        """End the WebSocket at the client's end: it cannot stay half-open."""
         self.has_eof = True
         self._end()
         self._bound()
@@ -499,8 +497,8 @@ class WebSocketConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._has_heard = True
-        # Nearly every read is exactly one short frame (RFC 6455 section 5.2), and nothing is in its way.
-        # What is compressed in 125 bytes becomes at most 129,000.
+        # Nearly every read is exactly one short frame (RFC 6455 section 5.2) that can be read at once.
+        # 125 compressed bytes inflate to at most 129,000.
         size = len(data)
         if size < 132:
             is_one_frame = size > 1 and data[1] - 0x80 + 6 == size
@@ -524,7 +522,7 @@ class WebSocketConnection(asyncio.Protocol):
             self.handoff.come_to_rest(self)
 
     def _receive(self, data: bytes) -> None:
-        """Take in anything but one short frame."""
+        """Receive data that is not exactly one short frame, or must wait."""
         if self._has_said_goodbye:
             return
         if self._protocol.state is CONNECTING:
@@ -539,7 +537,7 @@ class WebSocketConnection(asyncio.Protocol):
                 self._go_on_in_next_turn()
 
     def _read(self) -> None:
-        """Read frames, as far as there is room for what comes of them and until this turn is over."""
+        """Read frames while there is room for their messages, for `TURN_S` at most."""
         protocol, cutter = self._protocol, self._cutter
         ends = monotonic() + TURN_S
         self._is_behind = True
@@ -558,7 +556,7 @@ class WebSocketConnection(asyncio.Protocol):
                 if cutter.is_compressed and frame.opcode < Opcode.CLOSE:
                     cutter.inflated(len(data), len(frame.data))
                 self._on_frame(frame)
-            if protocol.eof_sent:  # it is over, for one reason or another
+            if protocol.eof_sent:  # the closing handshake is over, or has failed
                 break
             if monotonic() >= ends:
                 self._go_on_in_next_turn()
@@ -578,12 +576,12 @@ class WebSocketConnection(asyncio.Protocol):
 
     @property
     def _is_full(self) -> bool:
-        """As much waits for the application as may."""
+        """Whether the limits on undelivered messages are reached."""
         session = self._session
         return len(session.undelivered) >= self._queue_max or session.waiting_bytes > self._buffer_bytes
 
     def _go_on_in_next_turn(self) -> None:
-        """Let others have their turn first."""
+        """Pause reading, and continue after the other connections' turns."""
         self._is_behind = True
         self._pause_reading()
         if not self._is_scheduled:
@@ -619,15 +617,15 @@ class WebSocketConnection(asyncio.Protocol):
         elif opcode is Opcode.CONT:
             self._assemble(frame.data, is_last=frame.fin)
         elif opcode is PING:
-            if self.writable is not None:  # the library has put its answer behind everything else
+            if self.writable is not None:  # replace an older answer; the library appends the pong to its writes
                 self._pong = self._protocol.writes.pop()
         elif opcode is Opcode.PONG:
             self._on_pong()
 
     def _assemble(self, data: bytes, *, is_last: bool) -> None:
-        """A part of a message has come."""
+        """Add a part to the incomplete message."""
         assembly = self._assembly
-        assert assembly is not None  # the library refuses what continues nothing
+        assert assembly is not None  # the library refuses a continuation without a message
         try:
             assembly.add(data, is_last=is_last)
         except UnicodeDecodeError as error:
@@ -641,7 +639,7 @@ class WebSocketConnection(asyncio.Protocol):
             self._deliver("text" if isinstance(content, str) else "bytes", content)
 
     def _deliver(self, kind: str, content: str | bytes) -> None:
-        """A message has arrived whole."""
+        """Deliver a complete message."""
         session = self._session
         if session.disconnect is None:
             session.deliver(kind, content)
@@ -654,10 +652,10 @@ class WebSocketConnection(asyncio.Protocol):
     def _refuse_large(self) -> None:
         self._protocol.fail(1009, f"a message of more than {self.shared.options.ws_message_max_bytes} bytes")
 
-    # -- clients that leave unseen, or take nothing -----------------------------------------------------------
+    # -- clients that leave unnoticed, or do not read ------------------------------------------------------
 
     def hung_up(self, *, is_gone: bool) -> None:
-        """The client has left while we read nothing. What it had sent is still delivered, while messages are taken."""
+        """Abort once the client has left and the application takes no more of what it had sent."""
         if self._is_closed or stands_still(self.handoff):
             return
         cutter, now = self._cutter, self.shared.deadlines.now
@@ -670,7 +668,7 @@ class WebSocketConnection(asyncio.Protocol):
             self.abort()
 
     def _see_client_read(self) -> None:
-        """See to it that the client takes what waits for it in time."""
+        """Enforce `send_timeout` on unsent data."""
         timeout_s = self.shared.options.send_timeout_s
         if self._reading_pace is None and timeout_s and not self._is_closed:
             self._reading_pace = self.shared.pace(timeout_s, self._taken_bytes, self._on_slow_reader)
@@ -681,13 +679,13 @@ class WebSocketConnection(asyncio.Protocol):
         return None if self.writable is None or stands_still(self.handoff) else taken_bytes(self.transport, self.sock)
 
     def _on_slow_reader(self) -> None:
-        """The client takes too little of what is sent to it."""
+        """Reset a client that takes too little of what is sent to it."""
         client = name_client(self._session.scope["client"])
         log.info("closed because %s: %s; it came from %s", STUCK, self._session, client)
         self._fate = Fate.CUT_SLOW_READER
         self._session.why_gone = STUCK
         self._give_up()
-        reset_for_client(self, self.transport)  # or the kernel would keep what it has, and try for minutes
+        reset_for_client(self, self.transport)  # else the kernel would retry unsent bytes for minutes
 
     def _give_up(self) -> None:
         self._end()
@@ -696,7 +694,7 @@ class WebSocketConnection(asyncio.Protocol):
     # -- the handshake -------------------------------------------------------------------------------------
 
     def _shake_hands(self) -> None:
-        """Let the library judge the request, and the application if it is a good one."""
+        """Negotiate the handshake, and run the application if the request is valid."""
         if not self._negotiate(is_movable=self._is_movable):
             return
         shared = self.shared
@@ -706,7 +704,7 @@ class WebSocketConnection(asyncio.Protocol):
         self._run()
 
     def _negotiate(self, *, is_movable: bool) -> bool:
-        """Negotiate; False if the handshake was answered with a refusal."""
+        """Negotiate the handshake; False if it was refused."""
         negotiation = self.shared.handshakes.negotiate(self._session.denial.scope, is_movable=is_movable)
         self._protocol = negotiation.protocol
         if negotiation.answer is not None:
@@ -720,7 +718,7 @@ class WebSocketConnection(asyncio.Protocol):
         return False
 
     def _resume(self, resumption: Resumption) -> None:
-        """Go on where another process's WebSocket was; the application is asked as if the client had just come."""
+        """Continue another process's WebSocket; the application gets ``websocket.connect`` as for a new one."""
         state = resumption.state
         self._protocol, self._answer = resumption.protocol, resumption.answer
         self._is_movable = True
@@ -728,7 +726,7 @@ class WebSocketConnection(asyncio.Protocol):
         self._has_heard = state.has_heard
         waits_for = _Wait[state.waits_for]
         ticks = self.shared.deadlines.ticks(state.wait_s) if state.wait_s else 0
-        self._session.denial.request = None  # the access log has its line from where it was answered
+        self._session.denial.request = None  # the process that answered it has logged it
         self._wait(waits_for, ticks or (self.shared.ws_ping_ticks if waits_for is _Wait.PING else 0))
         for content in state.undelivered:
             kind = "text" if isinstance(content, str) else "bytes"
@@ -742,13 +740,13 @@ class WebSocketConnection(asyncio.Protocol):
         session.task = shared.run(session.run(), context=shared.variables.copy())
 
     def accept(self, subprotocol: str | None, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """Answer the handshake; from here on there are messages.
+        """Answer the handshake, and open the WebSocket.
 
         Raises:
             RuntimeError: The answer would be malformed, or the client would have to refuse it.
         """
         if self._is_resuming:
-            self._is_resuming = False  # the client has its answer
+            self._is_resuming = False  # the other process has answered the client
             if not self._has_agreed:
                 self.shared.handshakes.warn_of_state(self._session)
             return
@@ -767,7 +765,7 @@ class WebSocketConnection(asyncio.Protocol):
         self.resume_reading_if_room()
 
     def refuse(self, status: int, why: str) -> None:
-        """Answer the handshake with `status`; if another answer has begun, end so that it does not look whole."""
+        """Answer the handshake with `status`; if another answer has begun, truncate it recognisably."""
         session = self._session
         if self._is_resuming:
             self._is_resuming = False
@@ -781,32 +779,32 @@ class WebSocketConnection(asyncio.Protocol):
             self.transport.write(self.shared.refusal(status, why))
             self._say_goodbye()
 
-    # -- what the answer that denies a handshake asks, as of an `HttpConnection` -----------------------------
+    # -- called by the answer that denies a handshake, as of an `HttpConnection` ---------------------------
 
     def announce_close(self, exchange: Exchange) -> bool:
-        """An answer in place of a WebSocket is the last one."""
+        """True: an answer in place of a WebSocket is the last one."""
         return True
 
     def answered(self, exchange: Exchange) -> None:
-        """The denial is written whole."""
+        """End the connection after a completely written denial."""
         self._log(exchange.status)
         self._session.has_finished = True
         self._session.end(1006, "")
         self._say_goodbye()
 
     def _log(self, status: int) -> None:
-        """The handshake has this answer."""
+        """Write the handshake's answer to the access log."""
         self._session.denial.log(status)
 
     def truncate(self) -> None:
-        """End so that the denial, which has begun, does not look whole: it has a length, or chunks."""
+        """Abort, so that the unfinished denial does not look complete: it has a length, or chunks."""
         self._has_said_goodbye = True
         self.abort()
 
     # -- messages ------------------------------------------------------------------------------------------
 
     def send_message(self, text: str | None, data: bytes | None) -> None:
-        """Write one message, in one piece."""
+        """Write one message as one frame."""
         protocol = self._protocol
         if data is not None:
             protocol.send_binary(data)
@@ -817,7 +815,7 @@ class WebSocketConnection(asyncio.Protocol):
         self.transport.write(b"".join(protocol.data_to_send()))
 
     def _flush(self) -> None:
-        """Write what the library has to say; if that was its last word, end our side."""
+        """Write the library's output; end our side if it has sent its end."""
         protocol = self._protocol
         data = b"".join(protocol.data_to_send())
         if data:
@@ -834,7 +832,7 @@ class WebSocketConnection(asyncio.Protocol):
             self.shared.deadlines.paused.add(self)
 
     def resume_reading_if_room(self) -> None:
-        """Read on if few enough messages wait for the application; first what has come and was not read."""
+        """Resume reading if few enough messages are undelivered; read earlier bytes first."""
         session = self._session
         if (
             not self._is_reading_paused
@@ -859,16 +857,16 @@ class WebSocketConnection(asyncio.Protocol):
     # -- pings ---------------------------------------------------------------------------------------------
 
     def _wait(self, what: _Wait, ticks: int) -> None:
-        """Wait for one thing at a time, but no longer than that; 0 is for ever."""
+        """Replace the current wait; 0 ticks is for ever."""
         self._waits_for = what
         self.due = self.shared.deadlines.now + ticks if ticks else 0
 
     def abort(self) -> None:
-        """End now."""
+        """Close at once."""
         abort_for_client(self, self.transport, self.handoff)
 
     def expire(self) -> None:
-        """What was waited for has not come."""
+        """Handle the end of the current wait."""
         match self._waits_for:
             case _Wait.PING:
                 self._ping()
@@ -878,7 +876,7 @@ class WebSocketConnection(asyncio.Protocol):
                 self._expire_closing()
 
     def _ping(self) -> None:
-        """Ask the client whether it is there; anything that comes is an answer."""
+        """Ping the client; any input counts as an answer."""
         self._has_heard = False
         self._protocol.send_ping(b"")
         self._flush()
@@ -889,7 +887,7 @@ class WebSocketConnection(asyncio.Protocol):
             self._wait(_Wait.PING, self.shared.ws_ping_ticks)
 
     def _expire_pong(self) -> None:
-        """The client is silent; unless it sends something long, or we have not been listening."""
+        """Fail a silent connection; wait again if bytes have come, or reading is paused."""
         if self._has_heard or self._is_reading_paused:
             self._has_heard = False
             self._wait(_Wait.PONG, self.shared.ws_pong_ticks)
@@ -918,21 +916,21 @@ class WebSocketConnection(asyncio.Protocol):
         self.close(1012, RESTART)
 
     def _expire_closing(self) -> None:
-        """The client has not finished the closing handshake, or not closed; it had the time."""
+        """Abort: the client has not completed the closing handshake, or not closed, in time."""
         if self._fate is Fate.TOLD_TO_CLOSE and self.transport.get_write_buffer_size():
             self._fate = Fate.CUT_WEBSOCKET
         self._give_up()
         self.abort()
 
     def _end(self) -> None:
-        """Tell the application that it is over, and why: the close frame that came first says it."""
+        """End the session, with the code and reason of the first close frame of either side."""
         received, sent = self._protocol.close_rcvd, self._protocol.close_sent
         first = received if sent is None or self._protocol.close_rcvd_then_sent else sent
         self._session.end(1006 if first is None else int(first.code), "" if first is None else first.reason)
-        self.resume_writing()  # nobody needs to wait for that any more
+        self.resume_writing()  # wakes waiting senders, which then see the end
 
     def _say_goodbye(self) -> None:
-        """Say the end of our side, and throw away what comes until the client closes."""
+        """End our sending side, and discard input until the client closes."""
         self._has_said_goodbye = True
         self._early = b""
         self._drop_unread()
@@ -941,13 +939,13 @@ class WebSocketConnection(asyncio.Protocol):
         if not self.has_eof and self.transport.can_write_eof():
             try:
                 self.transport.write_eof()
-            except OSError:  # the stock event loop shuts the socket down at once, and the client may be gone
+            except OSError:  # asyncio's event loop shuts the socket down at once, and the client may have left
                 self.transport.close()
         else:
             self.transport.close()
 
     def _bound(self) -> None:
-        """The rest of the connection's life is bounded; the first bound holds."""
+        """Bound the rest of the closing; only the first call counts."""
         if not self._is_bounded:
             self._is_bounded = True
             self._stop_timers()

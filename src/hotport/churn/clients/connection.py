@@ -11,7 +11,7 @@ from typing import Final
 
 from hotport.churn.classify import Happening, happening_of
 from hotport.churn.clients.crowd import Attempt, Crowd, OwnLimit
-from hotport.churn.fates import Event
+from hotport.churn.fates import ConnectionEvent
 
 __all__ = ["Connection"]
 
@@ -179,9 +179,9 @@ class Connection:
 
     def _made(self, mask: int) -> None:
         if self.crowd.keeps:
-            self.crowd.event(Event.CONNECTED)
+            self.crowd.event(ConnectionEvent.CONNECTED)
             if self._has_been_made:
-                self.crowd.event(Event.RECONNECTED)
+                self.crowd.event(ConnectionEvent.RECONNECTED)
         self._has_been_made = True
         if mask & _GONE:
             self.receive(mask)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from hotport.churn.classify import OWN_LIMITS, Happening, Stage, classify
-from hotport.churn.fates import Event, Fate, Kind
+from hotport.churn.fates import ConnectionEvent, Fate, Kind
 from hotport.churn.loop import Loop
 from hotport.churn.plan import Plan
 from hotport.churn.recorder import Recorder
@@ -161,7 +161,7 @@ class Crowd:
         del self.under_way[attempt]
         self.site.recorder.own_limit(str(limit))
 
-    def event(self, event: Event) -> None:
+    def event(self, event: ConnectionEvent) -> None:
         """Record an event of a connection."""
         self.site.recorder.event(self.name, event, time.monotonic_ns())
 

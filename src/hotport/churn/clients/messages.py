@@ -11,7 +11,7 @@ from typing import Any, Final
 from hotport.churn.classify import OWN_LIMITS, Happening, Stage, happening_of
 from hotport.churn.clients.connection import Connection
 from hotport.churn.clients.crowd import POOL, Attempt, Crowd, OwnLimit, Site
-from hotport.churn.fates import Event, Fate, Kind
+from hotport.churn.fates import ConnectionEvent, Fate, Kind
 from hotport.churn.result import Load
 from hotport.churn.schedule import gap_ns
 
@@ -134,9 +134,9 @@ class Talker(Connection):
 
     def _lose(self, happening: Happening, detail: str, *, is_told: bool) -> None:
         if is_told:
-            self.crowd.event(Event.TOLD_TO_CLOSE)
+            self.crowd.event(ConnectionEvent.TOLD_TO_CLOSE)
         elif not self.messages.under_way and self._is_ready:
-            self.crowd.event(Event.IDLE_CLOSE)
+            self.crowd.event(ConnectionEvent.IDLE_CLOSE)
         for attempt in self.messages.under_way.values():
             self.crowd.happen(attempt, self._stage(attempt), happening, self._describe(attempt, detail))
         self.messages.under_way.clear()

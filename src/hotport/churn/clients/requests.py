@@ -12,7 +12,7 @@ from hotport.churn.answers import AnswerError, AnswerReader, HttpReader, LineRea
 from hotport.churn.classify import Happening, Stage
 from hotport.churn.clients.connection import Connection
 from hotport.churn.clients.crowd import POOL, Attempt, Crowd, OwnLimit, Site, host_of
-from hotport.churn.fates import Event, Kind
+from hotport.churn.fates import ConnectionEvent, Kind
 from hotport.churn.plan import Plan
 from hotport.churn.result import Load
 from hotport.churn.schedule import gap_ns
@@ -115,7 +115,7 @@ class Asker(Connection):
         self._attempt = None
         crowd.answered(attempt, reader.who)
         if crowd.keeps and not reader.keeps_open:
-            crowd.event(Event.TOLD_TO_CLOSE)
+            crowd.event(ConnectionEvent.TOLD_TO_CLOSE)
         if not (crowd.keeps and can_go_on):
             self.close(politely=not reader.keeps_open)
         crowd.next(self, failed=False)
@@ -125,7 +125,7 @@ class Asker(Connection):
         attempt, self._attempt = self._attempt, None
         self.close()
         if attempt is None:
-            self._crowd.event(Event.IDLE_CLOSE)
+            self._crowd.event(ConnectionEvent.IDLE_CLOSE)
         else:
             self._crowd.happen(attempt, stage, happening, detail or stage.value)
             self._crowd.next(self, failed=True)
