@@ -9,6 +9,7 @@ import socket
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final, NoReturn, Protocol
 
 from hotport.adapters.base import Adapter, Connections, Context
@@ -27,7 +28,7 @@ from hotport.worker import background
 from hotport.worker.acceptor import Acceptor
 from hotport.worker.handoff import Mover, take_connections
 from hotport.worker.probe import probe
-from hotport.worker.share import Moves, Share
+from hotport.worker.share import Share
 from hotport.worker.tls import Tls
 
 __all__ = ["ConnectionServer", "DatagramServer", "Server", "SocketsServer", "make_server"]
@@ -144,6 +145,7 @@ class ConnectionServer:
         self._staying: asyncio.Task[None] | None = None
         self._balancing: asyncio.Task[None] | None = None
         self._moving: asyncio.Task[None] | None = None
+        self._move_deadline: asyncio.Timeout | None = None
         self._asked: asyncio.Future[int] | None = None
         self._try_again_s = 0.0
         self._beside: set[asyncio.Task[None]] = set()
@@ -295,7 +297,11 @@ class ConnectionServer:
                 continue
             moves = self._share.plan_moves(is_asked=asked is not None)
             if moves is not None:
-                self._moving = background.start("balance", self._move_some(moves, asked), self._beside)
+                some = (moves.most, moves.stay_s)
+                mover = Mover(self.connections, self._control_name, some=some)
+                self._moving = background.start("balance", self._move_some(mover, moves.paths), self._beside)
+                if asked is not None:
+                    self._moving.add_done_callback(partial(_say_moved, asked, mover))
             elif asked is not None:
                 asked.set_result(0)
 
@@ -307,30 +313,31 @@ class ConnectionServer:
             self._asked = asyncio.get_running_loop().create_future()
         return await asyncio.shield(self._asked)
 
-    async def _move_some(self, moves: Moves, asked: asyncio.Future[int] | None) -> None:
-        mover = Mover(self.connections, self._control_name, some=(moves.most, moves.stay_s))
+    async def _move_some(self, mover: Mover, paths: Sequence[str]) -> None:
+        """It is not cancelled, which would leave what is under way to itself: `_stop_balancing` ends its time."""
         try:
             with suppress(TimeoutError):
-                async with asyncio.timeout(BALANCE_TIMEOUT_S):
-                    await mover.follow(moves.paths)
-                    await mover.wait_through()
+                async with asyncio.timeout(BALANCE_TIMEOUT_S) as self._move_deadline:
+                    if self._balancing is not None:
+                        await mover.follow(paths)
+                        await mover.wait_through()
         finally:
             await mover.close()
             self.connections.lead(None)
             if not mover.moved:
                 self._try_again_s = asyncio.get_running_loop().time() + NONE_MOVED_PAUSE_S
             else:
-                to = [os.path.basename(path) for path in moves.paths]
+                to = [os.path.basename(path) for path in paths]
                 get_shared_logger("hotport.worker").info("balance.moved", count=mover.moved, to=to)
-            if asked is not None:
-                asked.set_result(mover.moved)
 
     def _stop_balancing(self) -> None:
         """Begin no move for balance any more; what is under way arrives, or comes back."""
-        for task in (self._balancing, self._moving):
-            if task is not None:
-                task.cancel()
-        self._balancing = None
+        if self._balancing is not None:
+            self._balancing.cancel()
+            self._balancing = None
+        if self._move_deadline is not None:
+            with suppress(RuntimeError):  # it has passed
+                self._move_deadline.reschedule(asyncio.get_running_loop().time())
         if self._asked is not None:
             self._asked.set_result(0)
             self._asked = None
@@ -570,6 +577,11 @@ class SocketsServer:
 
     async def shutdown(self) -> None:
         """Its own affair."""
+
+
+def _say_moved(asked: asyncio.Future[int], mover: Mover, _: asyncio.Task[None]) -> None:
+    """Answer whoever has asked for a move, however that has ended."""
+    asked.set_result(mover.moved)
 
 
 def _left_s(deadline: asyncio.Timeout) -> float:
