@@ -47,7 +47,6 @@ from hotport.observe.logs import dropped, get_logger, revive
 from hotport.options import Options
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import (
-    LOAD_PAGE,
     Accepting,
     AcceptOrder,
     Drained,
@@ -128,6 +127,7 @@ class Worker:
         listeners: Inherited, by address, non-blocking; owned from here on. With none, they come later: `TransferOrder`.
         control: Bound and listening on `control_path`; both are owned from here on.
         notify_path: Where ``READY=1`` goes; nobody is told if it is None.
+        page: Descriptor of the page in which workers see each other's load; owned from here on. -1: there is none.
     """
 
     def __init__(
@@ -138,6 +138,7 @@ class Worker:
         control_path: str,
         *,
         notify_path: str | None,
+        page: int = -1,
     ) -> None:
         self._spec = spec
         self._options: Options = spec.options
@@ -157,6 +158,10 @@ class Worker:
         self._lag = LagMeter()
         self._pressure: Pressure | None = None
         self._page: LoadPage | None = None
+        try:
+            self._page = LoadPage(page, spec.worker) if page >= 0 else None
+        except OSError as error:
+            self._log.warning("balance.off", error=str(error))
         self._is_quiesced = False
         self._following: asyncio.Task[None] | None = None  # while it is quiesced and hands connections over
         # A service manager may signal everybody at once: whoever leaves takes what waits in the accept queue along.
@@ -264,12 +269,7 @@ class Worker:
 
     def _take_share(self, connections: Connections) -> Share | None:
         """See the other workers' load, and show them this one's; None where that cannot be."""
-        if self._options.balance == "off":
-            return None
-        try:
-            self._page = LoadPage(os.path.join(self._spec.directory, LOAD_PAGE), self._spec.worker)
-        except OSError as error:
-            self._log.warning("balance.off", error=str(error))
+        if self._page is None:
             return None
         connections.gauge = self._page.gauge
         return Share(self._page, self._spec.generation, self._spec.directory)
@@ -568,13 +568,15 @@ class Worker:
         background.start("handoff", self._server.take(channel, version, sender), self._beside)
 
     async def _pass_listeners(self, channel: Channel) -> None:
-        """Send the next supervisor duplicates of the listeners that are still open."""
+        """Send the next supervisor duplicates of the listeners that are still open, and of the page."""
         if isinstance(self._server, ConnectionServer):
             listeners = self._server.held()
         else:
             listeners = {name: sock.fileno() for name, sock in self._listeners.items() if sock.fileno() >= 0}
         with channel, suppress(OSError):  # it has ended: then it does not need them any more
-            await channel.say(Listening(addresses=tuple(listeners)), list(listeners.values()))
+            pages = [self._page.fileno()] if self._page is not None else []
+            told = Listening(addresses=tuple(listeners), has_page=bool(pages))
+            await channel.say(told, [*listeners.values(), *pages])
 
     def _take_listeners(self, order: TransferOrder, peer: _Peer) -> None:
         """Listeners come, on a control connection that carries nothing else from here on."""
