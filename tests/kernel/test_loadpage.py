@@ -50,8 +50,12 @@ def page_fd() -> Iterator[int]:
 
 def test_workers_of_a_group_see_each_other(page_fd: int) -> None:
     with closing(LoadPage(os.dup(page_fd), 1)) as page, other(page_fd, 7, 3), other(page_fd, 9, 4):
-        assert page.others() != []  # none of them accepts yet, nor does this one
+        assert page.others() == []
         page.join(3)
+        assert page.counts(page.others()) == [7]
+        assert page.takes(page.others()[0])
+        page.join(3, takes=False)
+        assert not page.takes(page.slot)
         assert page.counts(page.others()) == [7]
         page.join(4)
         [other_slot] = page.others()

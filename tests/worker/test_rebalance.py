@@ -32,7 +32,7 @@ class Plan:
         self.moves: list[tuple[str, int]] = []
         self.looks = 0
 
-    def take_part(self, takes_part: bool) -> None: ...
+    def take_part(self, takes_part: bool, *, is_full: bool = False) -> None: ...
 
     def is_ahead(self) -> bool:
         return False

@@ -25,7 +25,7 @@ __all__ = ["SLOTS", "LoadPage", "make_load_page"]
 #: Workers that can see each other; one that finds no slot serves without.
 SLOTS: Final = 128
 
-#: Columns of numbers: group, worker, when it looks again, gauge.
+#: Columns of numbers: group and whether it takes more, worker, when it looks again, gauge.
 _COLUMNS: Final = 4
 _PAGE_BYTES: Final = _COLUMNS * 8 * SLOTS
 
@@ -107,9 +107,13 @@ class LoadPage:
             return False
         return True
 
-    def join(self, group: int) -> None:
-        """Take from the queue of a group from now on; 0: of none."""
-        self._groups[self.slot] = group
+    def join(self, group: int, *, takes: bool = True) -> None:
+        """Belong to a group from now on; 0: to none.
+
+        Args:
+            takes: More connections may come at present.
+        """
+        self._groups[self.slot] = 2 * group + takes if group else 0
 
     def promise(self, due_s: float) -> None:
         """Say when this worker does so again (CLOCK_MONOTONIC), by which others see that its event loop runs."""
@@ -122,8 +126,12 @@ class LoadPage:
     def others(self) -> list[int]:
         """The slots of the others in this process's group, alive or not."""
         groups = self._groups.tolist()
-        mine = groups[self.slot]
-        return [slot for slot, group in enumerate(groups) if group == mine and slot != self.slot]
+        mine = groups[self.slot] >> 1
+        return [slot for slot, group in enumerate(groups) if group >> 1 == mine != 0 and slot != self.slot]
+
+    def takes(self, slot: int) -> bool:
+        """Whether the worker in a slot takes more connections at present, as it has said."""
+        return bool(self._groups[slot] & 1)
 
     def counts(self, slots: list[int]) -> list[int]:
         """What the gauges in these slots say."""

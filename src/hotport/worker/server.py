@@ -157,7 +157,7 @@ class ConnectionServer:
         self._names = [name for name in names for _ in range(tasks)]  # of each acceptor
         self._first_names = tuple(self._names)
         self._is_accepting = False
-        connections.on_full = self._stop_acceptors
+        connections.on_full = self._on_full
         connections.on_room = self._on_room
 
     def _acceptors_of(self, listener: socket.socket) -> list[Acceptor]:
@@ -190,16 +190,14 @@ class ConnectionServer:
     async def empty(self, timeout_s: float) -> None:
         await _empty(self._acceptors, timeout_s)
         self._is_accepting = True
-        if not self.connections.is_full:
-            self._start_acceptors()
+        self._begin_to_take()
 
     async def release(self, addresses: Collection[str], timeout_s: float) -> None:
         # At once: the same addresses may be given again while this waits.
         leaving = self._take_out(addresses)
         await self._let_go(leaving, timeout_s)
         if not self._acceptors:
-            self._is_accepting = False
-            self.connections.count_fates(True)
+            self.quiesce()
 
     def _take_out(self, addresses: Collection[str]) -> list[Acceptor]:
         """The acceptors of these addresses, which are none of ours any more."""
@@ -237,8 +235,7 @@ class ConnectionServer:
     async def accept(self) -> None:
         self._is_accepting = True
         self.connections.count_fates(False)
-        if not self.connections.is_full:
-            self._start_acceptors()
+        self._begin_to_take()
         if self._mover is not None:  # taken back; what is under way arrives, or comes back
             self._staying = background.start("handoff", self._stay(self._mover), self._beside)
             self._mover = None
@@ -253,6 +250,8 @@ class ConnectionServer:
     def quiesce(self) -> None:
         self._is_accepting = False
         self.connections.count_fates(True)
+        if self._share is not None:
+            self._share.take_part(False)
         self._stop_acceptors()
         self._stop_balancing()
 
@@ -266,21 +265,26 @@ class ConnectionServer:
             self._tls.reload()
 
     def _stop_acceptors(self) -> None:
-        if self._share is not None:
-            self._share.take_part(False)
         for acceptor in self._acceptors:
             acceptor.stop()
 
-    def _start_acceptors(self) -> None:
+    def _begin_to_take(self) -> None:
+        """Accept if there is room, and say so to the others."""
         if self._share is not None:
-            self._share.take_part(True)
-        for acceptor in self._acceptors:
-            if acceptor.fileno() >= 0:
-                acceptor.start()
+            self._share.take_part(True, is_full=self.connections.is_full)
+        if not self.connections.is_full:
+            for acceptor in self._acceptors:
+                if acceptor.fileno() >= 0:
+                    acceptor.start()
+
+    def _on_full(self) -> None:
+        if self._share is not None and self._is_accepting:
+            self._share.take_part(True, is_full=True)
+        self._stop_acceptors()
 
     def _on_room(self) -> None:
         if self._is_accepting:
-            self._start_acceptors()
+            self._begin_to_take()
 
     async def _balance(self) -> None:
         """Hand connections to workers with clearly fewer, now and then, until cancelled."""
