@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import pytest
@@ -14,11 +15,17 @@ from hotport.model.balance import (
     AHEAD_RATIO,
     DRIFT_MIN,
     DRIFT_RATIO,
+    HUNG_S,
     INSIST_MAX,
+    LATE_FORGET_S,
+    LATE_HOLD_MAX_S,
+    LATE_HOLD_S,
     MOVES_MAX,
     Deferral,
+    Lateness,
     is_ahead,
     plan_moves,
+    unable,
 )
 
 
@@ -170,3 +177,61 @@ def test_whoever_asks_gets_shares_as_even_as_can_be(sizes: list[int]) -> None:
             counts[mine] -= count
             counts[to] += count
     assert max(counts.values()) - min(counts.values()) <= len(sizes)
+
+
+@pytest.mark.parametrize(
+    ("counts", "full", "expected"),
+    [
+        ({1: 100, 2: 0, 3: 20}, {1}, {2: 40, 3: 20}),
+        ({1: 100, 2: 0, 3: 20}, {3}, {2: 50}),  # short of memory: it keeps what it has
+        ({1: 100, 2: 40, 3: 100}, {2, 3}, {}),
+        ({1: 100, 2: 100, 3: 0}, {1, 2}, {3: 33}),
+    ],
+)
+def test_full_workers_hand_on_and_get_none(counts: dict[int, int], full: set[int], expected: dict[int, int]) -> None:
+    assert plan_moves(1, counts, full=full, is_asked=True) == expected
+
+
+def test_nothing_moves_to_full_workers_from_one_that_is_held_up() -> None:
+    assert plan_moves(1, {1: 50, 2: 100, 3: 100}, {1}, full={2, 3}) == {}
+
+
+def test_worker_that_is_held_up_again_and_again_is_trusted_less_and_less() -> None:
+    lateness = Lateness()
+    now_s = 1000.0
+    assert not lateness.see(now_s, math.inf)  # it has never looked before
+    holds = []
+    for _ in range(9):
+        now_s += LATE_FORGET_S / 2
+        assert not lateness.see(now_s, 0.3)
+        now_s += 0.5
+        assert lateness.see(now_s, 0.3)
+        begun_s = now_s
+        while lateness.see(now_s, 0.0):
+            now_s += 0.25
+        holds.append(now_s - begun_s)
+    assert holds == [LATE_HOLD_S * 2**n for n in range(7)] + [LATE_HOLD_MAX_S] * 2
+    now_s += LATE_FORGET_S
+    assert not lateness.see(now_s, 0.3)
+    assert lateness.see(now_s + 3.0, 2.9)  # it hardly runs at all
+    assert lateness.see(now_s + 2.8 + LATE_HOLD_S, 0.3)
+    assert lateness.see(now_s + 2.7 + 2 * LATE_HOLD_S, 0.0)
+    assert not lateness.see(now_s + 2.9 + 2 * LATE_HOLD_S, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("dues_s", "expected"),
+    [
+        ({1: 0.0, 2: 99.0, 3: 101.0}, {1}),
+        ({1: 0.0, 2: 100.0}, {1}),
+        ({1: 0.0, 2: 0.0, 3: 100.0}, set()),  # or the third would get everything
+        ({1: 0.0, 2: 0.0, 3: 98.0}, {3}),
+        ({1: 0.0, 2: 98.0}, {2}),
+        ({1: 98.0, 2: 98.0}, set()),
+        ({1: 98.0, 2: 98.0, 3: 100.0}, {1, 2}),
+    ],
+)
+def test_workers_that_are_held_up_or_hang_are_unable_unless_there_are_no_others(
+    dues_s: dict[int, float], expected: set[int]
+) -> None:
+    assert unable(dues_s, 99.5 + HUNG_S - 0.5) == expected

@@ -68,6 +68,24 @@ def restarting(*, phased: bool = False, window: bool = False) -> World:
     return world
 
 
+def test_generation_has_one_load_page_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a second one its workers would be two groups that do not see each other."""
+    made = iter([7, 8])
+    monkeypatch.setattr("hotport.supervisor.fleet.make_load_page", lambda: next(made))
+    warned: list[dict[str, Any]] = []
+    log = SimpleNamespace(warning=lambda event, **fields: warned.append({"event": event, **fields}))
+    siblings = {3}  # adopted, from a supervisor before
+    fleet: Any = SimpleNamespace(_pages={2: 6}, _has_workers=siblings.__contains__, _log=log)
+    assert [Fleet._page(fleet, generation) for generation in (1, 1, 2, 3)] == [
+        {"load": 7},
+        {"load": 7},
+        {"load": 6},
+        {},
+    ]
+    assert [(each["event"], each["generation"]) for each in warned] == [("balance.off", 3)]
+    assert fleet._pages == {1: 7, 2: 6}
+
+
 def test_workers_of_a_restart_keep_room_for_those_whom_they_replace() -> None:
     fleet = fleet_of(restarting())
     assert leaving(fleet, 3) == leaving(fleet, 4) == [1, 2]

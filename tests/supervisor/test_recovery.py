@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import anyio
 import pytest
 
 from hotport.errors import ControlError
+from hotport.kernel.loadpage import make_load_page
 from hotport.kernel.sockets import bind_control
 from hotport.model.lifecycle import Phase
 from hotport.supervisor.recovery import Found, survey
@@ -125,3 +127,35 @@ async def test_process_that_a_worker_has_started_is_none(tmp_path: Path, is_prog
                 assert [(each.pid, each.phase) for each in found.orphans] == [(os.getpid(), Phase.SERVING)]
         finally:
             helper.kill()
+
+
+async def test_load_page_comes_back_from_workers_one_for_each_generation(tmp_path: Path) -> None:
+    """Without it, a worker that is started next would have a page of its own, and not see its siblings."""
+    pages = {(1, 1): make_load_page(), (2, 2): make_load_page(), (2, 3): -1, (3, 4): -1}
+    pages[2, 3] = os.dup(pages[2, 2])
+
+    async def behave(listener: socket.socket, generation: int, worker: int) -> None:
+        await anyio.wait_readable(listener)
+        connection, _ = listener.accept()
+        with connection:
+            await anyio.wait_readable(connection)
+            page = pages[generation, worker]
+            hello = Hello(pid=os.getpid(), service="svc", generation=generation, worker=worker, phase="serving")
+            told = Listening(addresses=(), has_page=page >= 0)
+            connection.send(encode_frame(encode(hello)))
+            socket.send_fds(connection, [encode_frame(encode(told))], [page] if page >= 0 else [])
+
+    with ExitStack() as stack:
+        async with anyio.create_task_group() as tasks:
+            for generation, worker in pages:
+                path = tmp_path / f"worker-{generation}.{worker}.sock"
+                tasks.start_soon(behave, stack.enter_context(bind_control(str(path))), generation, worker)
+                stack.callback(path.unlink)
+            found = await survey(str(tmp_path))
+    assert set(found.pages) == {1, 2}
+    for generation, page in found.pages.items():
+        assert os.fstat(page).st_ino == os.fstat(pages[generation, generation]).st_ino
+        os.close(page)
+    for page in pages.values():
+        if page >= 0:
+            os.close(page)

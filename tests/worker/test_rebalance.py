@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from hotport.model.fates import Fate
+from hotport.wire.envelope import Ack, Frame, encode_frame
 from hotport.worker import handoff, server
 from hotport.worker.share import Moves
 from tests.adapters.asgi_support import Client, respond, turns, until
@@ -30,7 +32,7 @@ class Plan:
         self.moves: list[tuple[str, int]] = []
         self.looks = 0
 
-    def take_part(self, takes_part: bool) -> None: ...
+    def take_part(self, takes_part: bool, *, is_full: bool = False) -> None: ...
 
     def is_ahead(self) -> bool:
         return False
@@ -52,10 +54,10 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def two(
-    tmp_path: Path, app: Any, clients: int, **options: Any
+    tmp_path: Path, app: Any, clients: int, *, plan: Plan | None = None, **options: Any
 ) -> AsyncIterator[tuple[Service, Generation, Plan, list[Client]]]:
     """A worker with so many clients, and what it will do; another one is the test's."""
-    plan = Plan()
+    plan = plan or Plan()
     async with service(tmp_path) as port, AsyncExitStack() as stack:
         old = await port.start(app, share=plan, **options)
         await old.server.accept()
@@ -201,6 +203,54 @@ async def test_it_says_how_many_have_moved_when_it_is_asked(tmp_path: Path) -> N
         old.server.quiesce()
         assert await asked == 0
         assert await old.server.rebalance() == 0
+
+
+class PlanWhenAsked(Plan):
+    """Moves nothing before somebody asks for it."""
+
+    def plan_moves(self, *, is_asked: bool = False) -> Moves | None:
+        return super().plan_moves() if is_asked else None
+
+
+async def test_who_asks_is_answered_if_a_move_is_stopped_before_it_begins(tmp_path: Path) -> None:
+    """`hotport rebalance` said nothing for 20 s, if a restart came just then."""
+
+    class Stopping(PlanWhenAsked):
+        def plan_moves(self, *, is_asked: bool = False) -> Moves | None:
+            asyncio.get_running_loop().call_soon(old.server.quiesce)
+            return super().plan_moves(is_asked=is_asked)
+
+    async with two(tmp_path, App(), 1, plan=Stopping()) as (port, old, plan, [client]):
+        new = await port.start(App())
+        plan.moves.append((new.path, 1))
+        async with asyncio.timeout(DEADLINE_S):
+            assert await old.server.rebalance() == 0
+        assert not plan.moves
+        assert await answer(client) == b"1 /a "
+
+
+async def test_what_is_under_way_arrives_though_balancing_is_stopped_twice(tmp_path: Path) -> None:
+    """An order to quiesce, and then one to drain: the second left a batch to itself, and nobody was answered."""
+    async with two(tmp_path, App(), 3, plan=PlanWhenAsked()) as (_, old, plan, _clients):
+        other = Successor(tmp_path)
+        plan.moves.append((other.path, 2))
+        asked = asyncio.create_task(old.server.rebalance())
+        await other.welcome()
+        _, descriptors = await other.batch()
+        for fd in descriptors:
+            os.close(fd)
+        for _ in range(2):
+            old.server.quiesce()
+            await turns()
+        assert not asked.done()
+        await other.channel.send(encode_frame(Frame.ACK, Ack([], 98)))
+        async with asyncio.timeout(DEADLINE_S):
+            assert await asked == len(descriptors) == 2
+            await old.server.follow(())
+        assert len(old.connections.open) == 1
+        assert not old.connections.moving
+        other.close()
+        other.channel.close()
 
 
 async def test_connections_that_cannot_move_are_not_tried_all_the_time(tmp_path: Path) -> None:

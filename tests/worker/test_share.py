@@ -31,6 +31,7 @@ class Table:
     gauges: list[list[int]] = field(default_factory=list)
     dead: set[int] = field(default_factory=set)
     dues: dict[int, float] = field(default_factory=dict)
+    full: set[int] = field(default_factory=set)
 
     def slot(self) -> Slot:
         self.groups.append(0)
@@ -43,12 +44,18 @@ class Slot:
         self._table, self.slot = table, number
         self.gauge: list[int] | memoryview = table.gauges[number]
 
-    def join(self, group: int) -> None:
+    def join(self, group: int, *, takes: bool = True) -> None:
         self._table.groups[self.slot] = group
+        self._table.full.discard(self.slot)
+        if not takes:
+            self._table.full.add(self.slot)
 
     def others(self) -> list[int]:
         groups = self._table.groups
-        return [n for n, group in enumerate(groups) if group == groups[self.slot] and n != self.slot]
+        return [n for n, group in enumerate(groups) if group == groups[self.slot] != 0 and n != self.slot]
+
+    def takes(self, slot: int) -> bool:
+        return slot not in self._table.full
 
     def counts(self, slots: list[int]) -> Sequence[int]:
         return [self._table.gauges[slot][0] for slot in slots]
@@ -169,9 +176,12 @@ async def test_full_worker_is_not_waited_for_until_it_has_room() -> None:
     table = Table()
     async with serving(table, 1, maximum=2) as (servers, connect):
         await connect(2)
-        assert table.groups == [0]
+        assert (table.groups, table.full) == ([1], {0})
         servers[0].connections.cut()
-        await until(lambda: table.groups == [1])
+        await until(lambda: not table.full)
+        servers[0].quiesce()
+        await servers[0].accept()
+        assert (table.groups, table.full) == ([1], set())
 
 
 # -- event loops that are held up ---------------------------------------------------------------------------
@@ -214,6 +224,8 @@ async def test_worker_that_is_late_hands_on_everything_and_takes_nothing_for_a_w
     _, shares = three([100, 100, 100])
     assert [share.plan_moves() for share in shares] == [None] * 3
     look(clock, shares, late=shares[0], late_s=0.3)
+    assert shares[0].plan_moves() is None  # it may have been one long request
+    look(clock, shares, late=shares[0], late_s=0.3)
     moves = shares[0].plan_moves()
     assert moves is not None
     assert (set(moves.paths), moves.most) == ({"/run/svc/worker-1.2.sock", "/run/svc/worker-1.3.sock"}, 100)
@@ -228,9 +240,22 @@ async def test_worker_that_is_late_hands_on_everything_and_takes_nothing_for_a_w
 
 async def test_worker_without_a_processor_is_not_late(clock: Clock) -> None:
     _, shares = three([100, 100, 100])
-    clock.delay_s = 0.25
-    look(clock, shares, late=shares[0], late_s=0.3)
+    for _ in range(2):
+        clock.delay_s += 0.25
+        look(clock, shares, late=shares[0], late_s=0.3)
     assert shares[0].plan_moves() is None
+
+
+async def test_full_worker_hands_some_to_those_with_room(clock: Clock) -> None:
+    """It left the group when it had no room, and so saw nobody to hand connections to after `hotport scale`."""
+    _, shares = three([200, 0, 200])
+    shares[0].take_part(True, is_full=True)
+    shares[2].take_part(False)
+    moves = shares[0].plan_moves(is_asked=True)
+    assert moves is not None
+    assert (moves.paths, moves.most) == (["/run/svc/worker-1.2.sock"], 100)
+    assert not shares[1].is_ahead()
+    assert shares[2].plan_moves(is_asked=True) is None
 
 
 async def test_worker_that_hangs_gets_nothing(clock: Clock) -> None:

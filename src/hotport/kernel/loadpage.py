@@ -1,15 +1,17 @@
-"""A page of memory in which the workers of a service see each other's load, without a system call.
+"""A page of memory in which the workers of a generation see each other's load, without a system call.
 
-It is a file in the runtime directory that all of them map: so it outlives a supervisor, and the next generation finds
-it. Each worker writes its own slot only. A slot belongs to the process that holds a lock on its byte of the file, which
-the kernel releases when that process ends, however it does.
+It is a file without a name, whose descriptor workers are started with, so it cannot be removed or replaced. It is
+sealed: an access to a part that another process has cut off would be SIGBUS. Each worker writes its own slot only. A
+slot belongs to the process that holds a lock on its byte of the file, which the kernel releases when that process ends,
+however it does.
 
-Sources: mmap(2) MAP_SHARED; fcntl(2), advisory record locking: such locks are not inherited over fork(2), and all of a
-process's locks on a file end when it closes any descriptor of that file, so this module is the only one to open it.
+Sources: memfd_create(2); fcntl(2) on sealing and on advisory record locks: these are not inherited over fork(2), and
+all that a process has on a file end when it closes any descriptor of that file, so a worker has only one.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -18,25 +20,52 @@ from typing import Final
 
 from hotport.kernel.fork import withhold
 
-__all__ = ["SLOTS", "LoadPage"]
+__all__ = ["SLOTS", "LoadPage", "make_load_page"]
 
 #: Workers that can see each other; one that finds no slot serves without.
 SLOTS: Final = 128
 
-#: Columns of numbers: group, worker, when it looks again, gauge.
+#: Columns of numbers: group and whether it takes more, worker, when it looks again, gauge.
 _COLUMNS: Final = 4
 _PAGE_BYTES: Final = _COLUMNS * 8 * SLOTS
 
+_SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+#: A file that can never be executed (Linux 6.3), which some systems insist on (sysctl vm.memfd_noexec).
+_MFD_NOEXEC_SEAL: Final = 8
+
+
+def make_load_page() -> int:
+    """Make a page for the workers of a generation; the descriptor is close-on-exec, and the caller's.
+
+    Raises:
+        OSError: There is no descriptor or memory left for it, or the kernel cannot make such files.
+    """
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        fd = os.memfd_create("hotport-load", flags | _MFD_NOEXEC_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        fd = os.memfd_create("hotport-load", flags)
+    try:
+        os.posix_fallocate(fd, 0, _PAGE_BYTES)  # without memory, writing would be SIGBUS
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
 
 class LoadPage:
-    """This process's slot in the page of a service, and those of the others.
+    """This process's slot in the page of a generation, and those of the others.
 
     Args:
-        path: Made if it does not exist.
+        fd: Of `make_load_page`, inherited; owned from here on, also if this raises.
         worker: Its number, for others to see.
 
     Raises:
-        OSError: It cannot be opened or mapped, or every slot is taken (EAGAIN).
+        OSError: It is no such page (EINVAL) or cannot be mapped, or every slot is taken (EAGAIN).
 
     Attributes:
         slot: This process's.
@@ -45,11 +74,12 @@ class LoadPage:
     Descriptors: owns one, until `close`.
     """
 
-    def __init__(self, path: str, worker: int) -> None:
-        self._path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    def __init__(self, fd: int, worker: int) -> None:
+        self._fd = fd
         try:
-            os.posix_fallocate(self._fd, 0, _PAGE_BYTES)  # on a full disk, writing would be SIGBUS
+            os.set_inheritable(fd, False)
+            if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS or os.fstat(fd).st_size != _PAGE_BYTES:
+                raise OSError(errno.EINVAL, "another version of hotport has made the page")
             self._map = mmap.mmap(self._fd, _PAGE_BYTES)
             words = memoryview(self._map).cast("Q")
             self._groups, self._workers, self._dues, self._gauges = (
@@ -77,9 +107,13 @@ class LoadPage:
             return False
         return True
 
-    def join(self, group: int) -> None:
-        """Take from the queue of a group from now on; 0: of none."""
-        self._groups[self.slot] = group
+    def join(self, group: int, *, takes: bool = True) -> None:
+        """Belong to a group from now on; 0: to none.
+
+        Args:
+            takes: More connections may come at present.
+        """
+        self._groups[self.slot] = 2 * group + takes if group else 0
 
     def promise(self, due_s: float) -> None:
         """Say when this worker does so again (CLOCK_MONOTONIC), by which others see that its event loop runs."""
@@ -92,8 +126,12 @@ class LoadPage:
     def others(self) -> list[int]:
         """The slots of the others in this process's group, alive or not."""
         groups = self._groups.tolist()
-        mine = groups[self.slot]
-        return [slot for slot, group in enumerate(groups) if group == mine and slot != self.slot]
+        mine = groups[self.slot] >> 1
+        return [slot for slot, group in enumerate(groups) if group >> 1 == mine != 0 and slot != self.slot]
+
+    def takes(self, slot: int) -> bool:
+        """Whether the worker in a slot takes more connections at present, as it has said."""
+        return bool(self._groups[slot] & 1)
 
     def counts(self, slots: list[int]) -> list[int]:
         """What the gauges in these slots say."""
@@ -112,18 +150,17 @@ class LoadPage:
                 with suppress(OSError):
                     fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, slot)
 
+    def fileno(self) -> int:
+        """The page's descriptor, to be passed on; -1 after `close`."""
+        return self._fd
+
     def descriptors(self) -> tuple[int]:
         """What a forked child must not have."""
         return (self._fd,)
 
     def close(self) -> None:
-        """Leave the group and the page; the last one removes the file."""
+        """Leave the group and the page."""
         if self._fd >= 0:
             self.join(0)
-            with suppress(OSError):
-                fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, self.slot)
-                # In order: of several that close at once, the first to have slot 0 goes on.
-                if all(self._lock(slot) for slot in range(SLOTS)):
-                    os.unlink(self._path)
             os.close(self._fd)
             self._fd = -1

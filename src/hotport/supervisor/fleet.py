@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Final, Protocol, TypeVarTuple
 
@@ -14,6 +14,7 @@ import anyio
 
 from hotport.address import listener_name, parse_address
 from hotport.errors import HotportError
+from hotport.kernel.loadpage import make_load_page
 from hotport.kernel.notify import receive_notification
 from hotport.kernel.process import numbers, send_signal
 from hotport.kernel.procfs import age_s, environment
@@ -35,6 +36,7 @@ from hotport.supervisor.news import Publisher
 from hotport.supervisor.process import WorkerProcess
 from hotport.supervisor.recovery import Orphan
 from hotport.wire.messages import (
+    LOAD_PAGE,
     Accepting,
     AcceptOrder,
     Drained,
@@ -96,11 +98,13 @@ class Fleet:
         notify_socket: Bound in `directory`.
         owned: The service's listeners; the caller closes them.
         mend: Restores missing files of the runtime directory; called before a worker is started.
+        pages: The load pages of adopted workers: see `Found`.
 
     Attributes:
         has_cut: Whether a worker has cut connections, or was killed with some, while the service stopped.
 
-    Descriptors: owns the notify socket, the processes, and accepted connections that no worker has got yet.
+    Descriptors: owns the notify socket, the processes, the load page of each generation, and accepted connections that
+    no worker has got yet.
     """
 
     def __init__(
@@ -112,6 +116,8 @@ class Fleet:
         owned: Listeners,
         news: Publisher,
         mend: Callable[[], object],
+        *,
+        pages: Mapping[int, int],
     ) -> None:
         self.processes: dict[int, WorkerProcess] = {}
         self.notify_socket = notify_socket
@@ -122,6 +128,7 @@ class Fleet:
         self._owned = owned
         self._news = news
         self._mend = mend
+        self._pages = dict(pages)
         self._remote_successors: tuple[str, ...] = ()
         self._unclaimed: list[socket.socket] = []  # accepted from a queue, for the next worker that accepts
         self._log = get_logger("hotport.supervisor")
@@ -137,10 +144,14 @@ class Fleet:
     def descriptors(self) -> Iterator[int]:
         """The descriptors that a forked child must not have."""
         yield from (sock.fileno() for sock in (self.notify_socket, *self._unclaimed))
+        yield from self._pages.values()
 
     def close(self) -> None:
-        """Close the notify socket, and connections that no worker has taken."""
+        """Close the notify socket, load pages, and connections that no worker has taken."""
         self.notify_socket.close()
+        for page in self._pages.values():
+            os.close(page)
+        self._pages.clear()
         for sock in self._unclaimed:
             sock.close()
 
@@ -153,13 +164,16 @@ class Fleet:
         # Strategies other than inherit give the listeners later.
         is_given = restart is not None and restart.generation == generation and restart.strategy is not Strategy.INHERIT
         listeners = {} if is_given else self._owned.sockets(generation)
+        passed = {listener_name(parse_address(address)): each.fileno() for address, each in listeners.items()}
+        if launch.options.balance != "off" and not launch.options.command:
+            passed |= self._page(generation)
         try:
             child = spawn(
                 launch.argv(self._name, generation, worker),
                 environment=launch.worker_environment(self._name, self._directory, generation, worker),
                 cwd=launch.directory,
-                listeners=[listener.fileno() for listener in listeners.values()],
-                listen_names=[listener_name(parse_address(address)) for address in listeners],
+                listeners=list(passed.values()),
+                listen_names=list(passed),
                 held=() if launch.options.command else numbers(WORKER.keys()),
             )
         except Exception as error:
@@ -178,6 +192,24 @@ class Fleet:
         if is_foreign and launch.options.ready == "exec":
             self._loop.start("worker.examine", self._examine, process, launch.options.settle_s)
             self._loop.input(Said(worker, Event.READY))
+
+    def _page(self, generation: int) -> dict[str, int]:
+        """The load page for one more worker of a generation, by its name among the descriptors; none if that cannot be.
+
+        It is made for the first one. If those that are there have another one, or none, they would not see each other.
+        """
+        try:
+            if generation not in self._pages:
+                if self._has_workers(generation):
+                    raise OSError("no worker of this generation that serves has passed its load page on")
+                self._pages[generation] = make_load_page()
+        except OSError as error:
+            self._log.warning("balance.off", generation=generation, error=str(error))
+            return {}
+        return {LOAD_PAGE: self._pages[generation]}
+
+    def _has_workers(self, generation: int) -> bool:
+        return any(process.generation == generation for process in self.processes.values())
 
     def adopt(self, orphan: Orphan, phase: Phase | None) -> None:
         """Supervise a worker of an earlier supervisor; do nothing if it has ended."""
@@ -227,6 +259,8 @@ class Fleet:
         with Containing("worker.collect", worker=process.worker):
             why = process.collect()
         del self.processes[process.worker]
+        if process.generation in self._pages and not self._has_workers(process.generation):
+            os.close(self._pages.pop(process.generation))
         if process.released is not None:
             process.released.set()
         if process.error:

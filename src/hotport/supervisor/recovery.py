@@ -29,6 +29,7 @@ from hotport.supervisor.contain import Containing
 from hotport.supervisor.launch import PRIVATE_VARIABLES, Launch
 from hotport.wire.listenfds import parse_listen_environment
 from hotport.wire.messages import (
+    LOAD_PAGE,
     PROTOCOL,
     Hello,
     ListenersOrder,
@@ -60,6 +61,7 @@ class Orphan:
         phase: The phase that it has reported; SERVING for a foreign program.
         launch: How it was started; None if that cannot be read.
         listeners: Duplicates of its listeners, by canonical address.
+        page: The descriptor of its generation's load page; -1 if it has passed none.
         has_answered: Whether it has reported its listeners, even if it has none.
     """
 
@@ -72,6 +74,7 @@ class Orphan:
     launch: Launch | None = None
     memory: Memory | None = None
     listeners: dict[str, socket.socket] = field(default_factory=dict)
+    page: int = -1
     has_answered: bool = False
 
     @property
@@ -92,6 +95,7 @@ class Found:
         favoured: The generation that the previous supervisor would have kept.
         generation: The generation that serves; 0 if none does.
         listeners: By generation and canonical address; the orphans have the same socket objects.
+        pages: Descriptors of the load pages, by generation.
         shared: Addresses that another supervisor also has: see `Listeners`.
     """
 
@@ -102,6 +106,7 @@ class Found:
     favoured: int = 0
     generation: int = 0
     listeners: dict[int, dict[str, socket.socket]] = field(default_factory=dict)
+    pages: dict[int, int] = field(default_factory=dict)
     shared: frozenset[str] = frozenset()
 
     @property
@@ -135,7 +140,7 @@ async def survey(
         ControlError: A worker speaks another protocol (HP650), or workers hold the port and none gives a duplicate of
             it (HP651). They continue to serve.
 
-    Descriptors: owned by `Found.listeners`; other received ones are closed.
+    Descriptors: owned by `Found.listeners` and `Found.pages`; other received ones are closed.
     """
     orphans = _started(directory)
     for file in os.listdir(directory):
@@ -177,6 +182,8 @@ async def survey(
         for orphan in alive:
             for listener in orphan.listeners.values():
                 listener.close()
+            if orphan.page >= 0:
+                os.close(orphan.page)
         raise
     return found
 
@@ -230,6 +237,9 @@ def _gather(found: Found, inherited: Mapping[str, socket.socket], directory: str
             fix=f"kill {pids}",
             note="then start the service again",
         )
+    for orphan in found.orphans:
+        if orphan.page >= 0 and found.pages.setdefault(orphan.generation, orphan.page) != orphan.page:
+            os.close(orphan.page)
     if found.listeners and found.current not in found.listeners:  # released for the next generation
         found.listeners[found.current] = dict(found.listeners[max(found.listeners)])
 
@@ -292,8 +302,11 @@ async def _ask(orphan: Orphan) -> None:
                 case Hello() as hello:
                     _believe(orphan, hello)
                     has_spoken = True
-                case Listening(addresses=addresses):
-                    listeners = [inherited_listener(fd, is_in_use=True) for fd in channel.take_descriptors()]
+                case Listening(addresses=addresses, has_page=has_page):
+                    descriptors = channel.take_descriptors()
+                    if has_page:
+                        orphan.page = descriptors.pop()
+                    listeners = [inherited_listener(fd, is_in_use=True) for fd in descriptors]
                     orphan.listeners = dict(zip(addresses, listeners, strict=True))
                     orphan.has_answered = True
                 case _:
@@ -322,6 +335,8 @@ def _take(orphan: Orphan) -> None:
         pidfd = os.pidfd_open(orphan.pid)
         try:
             for fd, name in parse_listen_environment(environment, orphan.pid):
+                if name == LOAD_PAGE:
+                    continue
                 listener = inherited_listener(duplicate_descriptor(pidfd, fd), is_in_use=True)
                 orphan.listeners[str(parse_listener_name(name))] = listener
         finally:

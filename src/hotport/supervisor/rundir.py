@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -14,7 +14,7 @@ from hotport.kernel.fds import is_at, lock_directory, private_directory
 from hotport.kernel.sockets import bind_control, bind_notify, socket_file, unlink_if_ours
 from hotport.observe.logs import get_logger
 from hotport.supervisor.supervisor import Supervisor
-from hotport.wire.messages import LOAD_PAGE, ListenOrder
+from hotport.wire.messages import ListenOrder
 
 __all__ = ["RuntimeDirectory"]
 
@@ -119,15 +119,9 @@ class RuntimeDirectory:
         self.relisten()
 
     def close(self) -> None:
-        """Remove the socket files unless another supervisor has replaced them; release the lock.
-
-        Also removes the page that killed workers have left (`hotport.kernel.loadpage`).
-        """
+        """Remove the socket files unless another supervisor has replaced them; release the lock."""
         for name, file in self._made.items():
             unlink_if_ours(self._path(name), file)
-        if not os.path.exists(self._path("control.sock")):
-            with suppress(OSError):
-                os.unlink(self._path(LOAD_PAGE))
         self.control.close()
         os.close(self.lock)
 

@@ -161,6 +161,8 @@ def _refuse_beside_another(name: str, directory: str, found: Found) -> None:
         return
     for listener in {id(each): each for listeners in found.listeners.values() for each in listeners.values()}.values():
         listener.close()
+    for page in found.pages.values():
+        os.close(page)
     raise ConfigError(
         "HP630",
         f"the service {name} is already running",

@@ -119,7 +119,9 @@ class Supervisor:
         self.owned = Listeners(found.listeners, self._asked_of(found), shared=found.shared)
         self.service = Service(wanted=options.workers)
         self.news = Publisher(name, manager)
-        self.fleet = Fleet(name, directory, notify_socket, self, self.owned, self.news, partial(mend, self))
+        self.fleet = Fleet(
+            name, directory, notify_socket, self, self.owned, self.news, partial(mend, self), pages=found.pages
+        )
         self._status_port: StatusPort | None = None
         self.exit_code: int = ExitCode.DONE
         self.failure: HotportError | str | None = None

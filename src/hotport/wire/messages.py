@@ -20,7 +20,7 @@ from hotport.options import Options
 
 __all__ = ["LOAD_PAGE", "PROTOCOL", "decode", "encode", "parse_worker_socket", "worker_socket"]
 
-#: Where workers see each other's load, in the service's runtime directory.
+#: What the page in which workers see each other's load is called among the descriptors that a worker is started with.
 LOAD_PAGE: Final = "load"
 
 #: Grows when a message changes its meaning.
@@ -299,9 +299,14 @@ class Rebalanced(msgspec.Struct, frozen=True, kw_only=True, tag="rebalanced"):
 
 
 class Listening(msgspec.Struct, frozen=True, kw_only=True, tag="listening"):
-    """Duplicates of the listeners of these addresses come with this message."""
+    """Duplicates of the listeners of these addresses come with this message.
+
+    Attributes:
+        has_page: The last descriptor is that of the page in which workers of this generation see each other's load.
+    """
 
     addresses: tuple[str, ...]
+    has_page: bool = False
 
 
 class Released(msgspec.Struct, frozen=True, kw_only=True, tag="released"):

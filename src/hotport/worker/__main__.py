@@ -16,7 +16,7 @@ from hotport.errors import HotportError
 from hotport.kernel.sockets import bind_control, inherited_listener
 from hotport.observe import logs
 from hotport.wire.listenfds import LISTEN_VARIABLES, parse_listen_environment
-from hotport.wire.messages import WorkerSpec, worker_socket
+from hotport.wire.messages import LOAD_PAGE, WorkerSpec, worker_socket
 from hotport.worker.worker import Worker
 
 #: Seconds in which a changed source may change again with the same modification time: one for its resolution, and one
@@ -31,7 +31,8 @@ def main() -> int:
         return 2
     spec = msgspec.json.decode(os.environ.pop("HOTPORT_WORKER"), type=WorkerSpec)
     passed = parse_listen_environment(os.environ, os.getpid())
-    listeners = {str(parse_listener_name(name)): inherited_listener(fd) for fd, name in passed}
+    page = next((fd for fd, name in passed if name == LOAD_PAGE), -1)
+    listeners = {str(parse_listener_name(name)): inherited_listener(fd) for fd, name in passed if fd != page}
     notify_path = os.environ.pop("NOTIFY_SOCKET", None)
     for name in LISTEN_VARIABLES:  # the application's own children must not inherit them
         os.environ.pop(name, None)
@@ -51,7 +52,7 @@ def main() -> int:
     _keep_no_racy_byte_code()
 
     async def run() -> int:
-        return await Worker(spec, listeners, control, path, notify_path=notify_path).run()
+        return await Worker(spec, listeners, control, path, notify_path=notify_path, page=page).run()
 
     with asyncio.Runner(loop_factory=_loop_factory(spec.options.loop)) as runner:
         return runner.run(run())

@@ -9,6 +9,7 @@ import socket
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final, NoReturn, Protocol
 
 from hotport.adapters.base import Adapter, Connections, Context
@@ -27,7 +28,7 @@ from hotport.worker import background
 from hotport.worker.acceptor import Acceptor
 from hotport.worker.handoff import Mover, take_connections
 from hotport.worker.probe import probe
-from hotport.worker.share import Moves, Share
+from hotport.worker.share import Share
 from hotport.worker.tls import Tls
 
 __all__ = ["ApplicationServer", "ConnectionServer", "DatagramServer", "SocketsServer", "make_server"]
@@ -144,6 +145,7 @@ class ConnectionServer:
         self._staying: asyncio.Task[None] | None = None
         self._balancing: asyncio.Task[None] | None = None
         self._moving: asyncio.Task[None] | None = None
+        self._move_deadline: asyncio.Timeout | None = None
         self._asked: asyncio.Future[int] | None = None
         self._try_again_s = 0.0
         self._beside: set[asyncio.Task[None]] = set()
@@ -155,7 +157,7 @@ class ConnectionServer:
         self._names = [name for name in names for _ in range(tasks)]  # of each acceptor
         self._first_names = tuple(self._names)
         self._is_accepting = False
-        connections.on_full = self._stop_acceptors
+        connections.on_full = self._on_full
         connections.on_room = self._on_room
 
     def _acceptors_of(self, listener: socket.socket) -> list[Acceptor]:
@@ -188,16 +190,14 @@ class ConnectionServer:
     async def empty(self, timeout_s: float) -> None:
         await _empty(self._acceptors, timeout_s)
         self._is_accepting = True
-        if not self.connections.is_full:
-            self._start_acceptors()
+        self._begin_to_take()
 
     async def release(self, addresses: Collection[str], timeout_s: float) -> None:
         # Before waiting, during which listeners of the same addresses may be added.
         leaving = self._take_out(addresses)
         await self._let_go(leaving, timeout_s)
         if not self._acceptors:
-            self._is_accepting = False
-            self.connections.count_fates(True)
+            self.quiesce()
 
     def _take_out(self, addresses: Collection[str]) -> list[Acceptor]:
         """Stop, remove and return the acceptors of these addresses."""
@@ -235,8 +235,7 @@ class ConnectionServer:
     async def accept(self) -> None:
         self._is_accepting = True
         self.connections.count_fates(False)
-        if not self.connections.is_full:
-            self._start_acceptors()
+        self._begin_to_take()
         if self._mover is not None:  # taken back: batches under way arrive, or are withdrawn
             self._staying = background.start("handoff", self._stay(self._mover), self._beside)
             self._mover = None
@@ -251,6 +250,8 @@ class ConnectionServer:
     def quiesce(self) -> None:
         self._is_accepting = False
         self.connections.count_fates(True)
+        if self._share is not None:
+            self._share.take_part(False)
         self._stop_acceptors()
         self._stop_balancing()
 
@@ -264,21 +265,26 @@ class ConnectionServer:
             self._tls.reload()
 
     def _stop_acceptors(self) -> None:
-        if self._share is not None:
-            self._share.take_part(False)
         for acceptor in self._acceptors:
             acceptor.stop()
 
-    def _start_acceptors(self) -> None:
+    def _begin_to_take(self) -> None:
+        """Accept if there is room, and say so to the others."""
         if self._share is not None:
-            self._share.take_part(True)
-        for acceptor in self._acceptors:
-            if acceptor.fileno() >= 0:
-                acceptor.start()
+            self._share.take_part(True, is_full=self.connections.is_full)
+        if not self.connections.is_full:
+            for acceptor in self._acceptors:
+                if acceptor.fileno() >= 0:
+                    acceptor.start()
+
+    def _on_full(self) -> None:
+        if self._share is not None and self._is_accepting:
+            self._share.take_part(True, is_full=True)
+        self._stop_acceptors()
 
     def _on_room(self) -> None:
         if self._is_accepting:
-            self._start_acceptors()
+            self._begin_to_take()
 
     async def _balance(self) -> None:
         """Hand connections to workers with clearly fewer, checking every `LOOK_S`, until cancelled."""
@@ -295,7 +301,11 @@ class ConnectionServer:
                 continue
             moves = self._share.plan_moves(is_asked=asked is not None)
             if moves is not None:
-                self._moving = background.start("balance", self._move_some(moves, asked), self._beside)
+                some = (moves.most, moves.stay_s)
+                mover = Mover(self.connections, self._control_name, some=some)
+                self._moving = background.start("balance", self._move_some(mover, moves.paths), self._beside)
+                if asked is not None:
+                    self._moving.add_done_callback(partial(_say_moved, asked, mover))
             elif asked is not None:
                 asked.set_result(0)
 
@@ -307,30 +317,31 @@ class ConnectionServer:
             self._asked = asyncio.get_running_loop().create_future()
         return await asyncio.shield(self._asked)
 
-    async def _move_some(self, moves: Moves, asked: asyncio.Future[int] | None) -> None:
-        mover = Mover(self.connections, self._control_name, some=(moves.most, moves.stay_s))
+    async def _move_some(self, mover: Mover, paths: Sequence[str]) -> None:
+        """It is not cancelled, which would leave what is under way to itself: `_stop_balancing` ends its time."""
         try:
             with suppress(TimeoutError):
-                async with asyncio.timeout(BALANCE_TIMEOUT_S):
-                    await mover.follow(moves.paths)
-                    await mover.wait_through()
+                async with asyncio.timeout(BALANCE_TIMEOUT_S) as self._move_deadline:
+                    if self._balancing is not None:
+                        await mover.follow(paths)
+                        await mover.wait_through()
         finally:
             await mover.close()
             self.connections.lead(None)
             if not mover.moved:
                 self._try_again_s = asyncio.get_running_loop().time() + NONE_MOVED_PAUSE_S
             else:
-                to = [os.path.basename(path) for path in moves.paths]
+                to = [os.path.basename(path) for path in paths]
                 get_shared_logger("hotport.worker").info("balance.moved", count=mover.moved, to=to)
-            if asked is not None:
-                asked.set_result(mover.moved)
 
     def _stop_balancing(self) -> None:
-        """Stop balancing; batches under way arrive, or are withdrawn."""
-        for task in (self._balancing, self._moving):
-            if task is not None:
-                task.cancel()
-        self._balancing = None
+        """Start no more moves for balance; batches under way arrive, or are withdrawn."""
+        if self._balancing is not None:
+            self._balancing.cancel()
+            self._balancing = None
+        if self._move_deadline is not None:
+            with suppress(RuntimeError):  # it has passed
+                self._move_deadline.reschedule(asyncio.get_running_loop().time())
         if self._asked is not None:
             self._asked.set_result(0)
             self._asked = None
@@ -570,6 +581,11 @@ class SocketsServer:
 
     async def shutdown(self) -> None:
         """Do nothing: `drain` has ended the application."""
+
+
+def _say_moved(asked: asyncio.Future[int], mover: Mover, _: asyncio.Task[None]) -> None:
+    """Answer whoever has asked for a move, however that has ended."""
+    asked.set_result(mover.moved)
 
 
 def _left_s(deadline: asyncio.Timeout) -> float:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from time import monotonic
 from typing import Final, NamedTuple, Protocol
 
 from hotport.kernel.process import run_delay_s
-from hotport.model.balance import HUNG_S, LATE_HOLD_S, LATE_S, LOOK_S, STAY_S, Deferral, is_ahead, plan_moves
+from hotport.model.balance import LOOK_S, STAY_S, Deferral, Lateness, is_ahead, plan_moves, unable
 from hotport.wire.messages import worker_socket
 
 __all__ = ["Moves", "Share"]
@@ -27,9 +27,11 @@ class Page(Protocol):
     @property
     def gauge(self) -> list[int] | memoryview: ...
 
-    def join(self, group: int) -> None: ...
+    def join(self, group: int, *, takes: bool = True) -> None: ...
 
     def others(self) -> list[int]: ...
+
+    def takes(self, slot: int) -> bool: ...
 
     def counts(self, slots: list[int]) -> Sequence[int]: ...
 
@@ -75,27 +77,29 @@ class Share:
         self._look_s = 0.0
         self._due_s = math.inf
         self._delay_s = 0.0
-        self._late_until_s = 0.0
-        self._is_late = False
+        self._lateness = Lateness()
+        self._is_late = self._takes_part = False
 
-    def take_part(self, takes_part: bool) -> None:
-        """Show the others whether this worker takes connections from the queue."""
-        self._due_s = math.inf
-        self.look()
-        self._page.join(self._generation if takes_part else 0)
+    def take_part(self, takes_part: bool, *, is_full: bool = False) -> None:
+        """Show the others whether this worker takes connections from the queue.
+
+        Args:
+            is_full: It takes none at present; its own may still move to others.
+        """
+        if takes_part is not self._takes_part:
+            self._takes_part, self._due_s = takes_part, math.inf
+            self.look()
+        self._page.join(self._generation if takes_part else 0, takes=not is_full)
 
     def look(self) -> None:
         """Show the others that this event loop runs, or was blocked; call it every `LOOK_S`."""
         now_s, delay_s = monotonic(), run_delay_s()
-        if now_s - self._due_s - (delay_s - self._delay_s) > LATE_S:
-            self._late_until_s = now_s + LATE_HOLD_S
+        is_late = self._lateness.see(now_s, now_s - self._due_s - (delay_s - self._delay_s))
         self._due_s, self._delay_s = now_s + LOOK_S, delay_s
-        self._page.promise(0.0 if now_s < self._late_until_s else self._due_s)
+        self._page.promise(0.0 if is_late else self._due_s)
 
-    def _late(self, slots: list[int], now_s: float) -> set[int]:
-        """The slots whose event loops are blocked; none if all are: then the machine or the application is slow."""
-        late = {slot for slot in slots if self._page.due_s(slot) + HUNG_S < now_s}
-        return set() if len(late) == len(slots) else late
+    def _unable(self, slots: list[int], now_s: float) -> Set[int]:
+        return unable({slot: self._page.due_s(slot) for slot in slots}, now_s)
 
     def is_ahead(self) -> bool:
         """Whether to leave the queue to others for `hotport.model.balance.DEFER_S`."""
@@ -103,9 +107,9 @@ class Share:
         if now_s >= self._look_s:
             self._look_s = now_s + OTHERS_S
             slots = [self._page.slot, *self._page.others()]
-            late = self._late(slots, now_s)
+            late = self._unable(slots, now_s)
             self._is_late = self._page.slot in late
-            self._others = [slot for slot in slots[1:] if slot not in late]
+            self._others = [slot for slot in slots[1:] if slot not in late and self._page.takes(slot)]
         others = self._others
         if not others:
             return False
@@ -121,13 +125,17 @@ class Share:
     def plan_moves(self, *, is_asked: bool = False) -> Moves | None:
         """Plan which connections to hand off now; `is_asked` plans for shares as even as possible."""
         page = self._page
-        slots = [page.slot, *page.others()]
-        late = self._late(slots, monotonic())
-        moves = plan_moves(page.slot, dict(zip(slots, page.counts(slots), strict=True)), late, is_asked=is_asked)
-        if not moves:
-            return None
-        page.forget_dead(list(moves))
-        alive = moves.keys() & page.others()
-        names = [worker_socket(self._generation, page.worker(slot)) for slot in alive]
+        while True:
+            slots = [page.slot, *page.others()]
+            late = self._unable(slots, monotonic())
+            full = [slot for slot in slots if not page.takes(slot)]
+            counts = dict(zip(slots, page.counts(slots), strict=True))
+            moves = plan_moves(page.slot, counts, late, full=full, is_asked=is_asked)
+            if not moves:
+                return None
+            page.forget_dead(list(moves))
+            if moves.keys() <= set(page.others()):
+                break  # else one was planned with that has ended: the others' shares are different
+        names = [worker_socket(self._generation, page.worker(slot)) for slot in moves]
         paths = [os.path.join(self._directory, name) for name in names]
-        return Moves(paths, sum(moves[slot] for slot in alive), 0.0 if is_asked or page.slot in late else STAY_S)
+        return Moves(paths, sum(moves.values()), 0.0 if is_asked or page.slot in late else STAY_S)

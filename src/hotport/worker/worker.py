@@ -47,7 +47,6 @@ from hotport.observe.logs import dropped, get_logger, revive
 from hotport.options import Options
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import (
-    LOAD_PAGE,
     Accepting,
     AcceptOrder,
     Drained,
@@ -128,6 +127,7 @@ class Worker:
         listeners: Inherited, by address, non-blocking; owned from here on. If empty, `TransferOrder` brings them later.
         control: Bound and listening on `control_path`; both are owned from here on.
         notify_path: The socket for ``READY=1``; None sends nothing.
+        page: The descriptor of the load page, owned from here on; -1 if there is none.
     """
 
     def __init__(
@@ -138,6 +138,7 @@ class Worker:
         control_path: str,
         *,
         notify_path: str | None,
+        page: int = -1,
     ) -> None:
         self._spec = spec
         self._options: Options = spec.options
@@ -157,6 +158,10 @@ class Worker:
         self._lag = LagMeter()
         self._pressure: Pressure | None = None
         self._page: LoadPage | None = None
+        try:
+            self._page = LoadPage(page, spec.worker) if page >= 0 else None
+        except OSError as error:
+            self._log.warning("balance.off", error=str(error))
         self._is_quiesced = False
         self._following: asyncio.Task[None] | None = None  # while quiesced, the task that hands off connections
         # A service manager may signal all processes at once, so a leaving worker also serves queued connections.
@@ -263,13 +268,8 @@ class Worker:
         return server
 
     def _take_share(self, connections: Connections) -> Share | None:
-        """Open the page of all workers' loads and make this worker's share; None if that is off or impossible."""
-        if self._options.balance == "off":
-            return None
-        try:
-            self._page = LoadPage(os.path.join(self._spec.directory, LOAD_PAGE), self._spec.worker)
-        except OSError as error:
-            self._log.warning("balance.off", error=str(error))
+        """Show the other workers this one's load, and see theirs; None without a page."""
+        if self._page is None:
             return None
         connections.gauge = self._page.gauge
         return Share(self._page, self._spec.generation, self._spec.directory)
@@ -568,13 +568,15 @@ class Worker:
         background.start("handoff", self._server.take(channel, version, sender), self._beside)
 
     async def _pass_listeners(self, channel: Channel) -> None:
-        """Send the next supervisor duplicates of the open listeners."""
+        """Send the next supervisor duplicates of the open listeners, and of the load page."""
         if isinstance(self._server, ConnectionServer):
             listeners = self._server.held()
         else:
             listeners = {name: sock.fileno() for name, sock in self._listeners.items() if sock.fileno() >= 0}
         with channel, suppress(OSError):  # the supervisor has ended
-            await channel.say(Listening(addresses=tuple(listeners)), list(listeners.values()))
+            pages = [self._page.fileno()] if self._page is not None else []
+            told = Listening(addresses=tuple(listeners), has_page=bool(pages))
+            await channel.say(told, [*listeners.values(), *pages])
 
     def _take_listeners(self, order: TransferOrder, peer: _Peer) -> None:
         """Receive listeners over a control connection, which now carries nothing else."""
