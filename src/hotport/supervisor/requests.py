@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 import anyio
+from msgspec.structs import asdict
 
 from hotport import __version__
 from hotport.errors import ConfigError, HotportError, RestartError, StartError
@@ -137,11 +138,8 @@ async def restart(supervisor: Supervisor, request: RestartRequest = RESTART, hea
 
 def _override(options: Options, request: RestartRequest) -> Options:
     """The options for one restart: what the request says is stronger than the file."""
-    said = {
-        name: value
-        for name in ("phased", "canary", "bake_s", "undo_window_s")
-        if (value := getattr(request, name)) is not None
-    }
+    # Not the strategy: `hotport status` tells from the options which one the next restart takes.
+    said = {name: value for name, value in asdict(request).items() if value is not None and name != "strategy"}
     options = replace(options, **said)
     if not (options.phased and options.canary):
         return options
