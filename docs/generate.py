@@ -23,8 +23,8 @@ import hotport.testing
 from docs.states import states_page
 from hotport.cli import COMMANDS
 from hotport.errors import ExitCode
-from hotport.model.guarantee import GUARANTEES, Facts, table
 from hotport.model.signals import ALL, SUPERVISOR, WORKER, Does, Moment
+from hotport.model.strategies import GUARANTEES, Facts, table
 from hotport.options import OPTIONS, Option
 
 __all__ = ["PAGES", "ErrorSite", "error_sites"]

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from hotport.cli import is_terminal
 from hotport.errors import ConfigError, ExitCode, describe_errno, visible
-from hotport.model.guarantee import GUARANTEES, Strategy
+from hotport.model.strategies import GUARANTEES, Strategy
 from hotport.wire.messages import Report, Status, TlsReport
 
 __all__ = [

@@ -17,11 +17,11 @@ from hotport.errors import ConfigError, HotportError, RestartError, StartError
 from hotport.kernel.process import rss_bytes
 from hotport.kernel.steer import can_steer
 from hotport.model.effects import Announce, Refusal
-from hotport.model.guarantee import Facts, Strategy, choose, table
 from hotport.model.inputs import Input, RequestKeep, RequestRestart, RequestScale, RequestUndo
 from hotport.model.lifecycle import CURRENT, Phase
 from hotport.model.rules import refusal
 from hotport.model.steps import STEPS, Step
+from hotport.model.strategies import GUARANTEES, Facts, choose, table
 from hotport.observe.logs import dropped, get_logger
 from hotport.options import Options
 from hotport.supervisor.launch import Launch
@@ -59,12 +59,6 @@ RELOAD_TIMEOUT_S = 5.0
 
 #: How long a worker may take to hand connections over: what is busy has five seconds, what is under way some more.
 REBALANCE_TIMEOUT_S = 20.0
-
-#: Why a canary makes no sense with a strategy.
-_NO_CANARY = {
-    Strategy.OVERLAP: "with the strategy overlap every newcomer is sent to one generation: it would see none of them",
-    Strategy.REBIND: "with the strategy rebind the old generation lets go of the port before the new one has it",
-}
 
 
 def unheard(news: Announce, ms: float) -> None:
@@ -113,12 +107,12 @@ async def restart(supervisor: Supervisor, request: RestartRequest = RESTART, hea
             note="restart afterwards",
         )
     wants = chosen.strategy
-    if options.canary and wants in _NO_CANARY:
+    if options.canary and (no_canary := GUARANTEES[wants].no_canary):
         raise _refused(
             "HP421",
             "a canary cannot serve beside its old workers",
             supervisor,
-            cause=_NO_CANARY[wants],
+            cause=no_canary,
             fix=f"hotport restart {supervisor.name} --canary 0",
             note="or use --strategy auto, which allows a canary",
         )
