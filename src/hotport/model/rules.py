@@ -431,9 +431,9 @@ def _exited(draft: _Draft, event: Exited) -> None:
     draft.emit(Announce(News.WORKER_RETIRED, generation=worker.generation, worker=worker.id, why=event.why))
 
 
-def _lost(draft: _Draft, worker: Worker, why: str) -> None:
+def _lost(draft: _Draft, worker: Worker, why: str, clock: Clock | None = None) -> None:
     """Handle the loss of a worker that is still needed."""
-    draft.emit(Announce(News.WORKER_LOST, generation=worker.generation, worker=worker.id, why=why))
+    draft.emit(Announce(News.WORKER_LOST, generation=worker.generation, worker=worker.id, why=why, clock=clock))
     restart = draft.service.restart
     if restart is not None and worker.id in restart.new:
         _take_back(draft, restart, f"worker {worker.id} {why}", worker.id, is_lost=True)
@@ -475,7 +475,7 @@ def _elapsed(draft: _Draft, timer: Timer) -> None:
             word = "READY=1" if timer.clock is Clock.READY else "that it accepts"
             why = f"did not say {word} in time"
             draft.release(worker.id)
-            _lost(draft, worker, why)
+            _lost(draft, worker, why, timer.clock)
         case Clock.DRAIN, Phase.DRAINING:
             draft.terminate(timer.worker)
         case Clock.KILL, Phase.STOPPING:
