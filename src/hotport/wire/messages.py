@@ -490,7 +490,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
 
 
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One worker, as the supervisor sees it.
+    """One worker, as the supervisor sees it. Public on the status port, unless `statusport.public` empties it.
 
     Attributes:
         log_dropped: Lines of its log that could not be written.
@@ -522,7 +522,7 @@ class WatchStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
-    """The state of the service.
+    """The state of the service. Public on the status port, unless `statusport.public` empties it.
 
     Attributes:
         stage: ``"starting"``, ``"ready"``, ``"unserved"``, ``"lame duck"`` or ``"stopping"``.
