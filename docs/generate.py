@@ -489,9 +489,6 @@ def _markdown(doc: str) -> str:
     return re.sub(r"(?<=\S)\n```python", "\n\n```python", text) + "\n"
 
 
-# -- all of them --------------------------------------------------------------------------------------------
-
-#: What is written where.
 # -- signals ------------------------------------------------------------------------------------------------
 
 SIGNALS_HEAD: Final = """
@@ -554,6 +551,9 @@ def signals_page() -> str:
     return "\n".join(parts)
 
 
+# -- all of them --------------------------------------------------------------------------------------------
+
+#: What is written where.
 PAGES: Final[dict[str, Callable[[], str]]] = {
     "docs/reference/options.md": options_page,
     "docs/reference/errors.md": errors_page,

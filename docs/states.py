@@ -1,7 +1,4 @@
-"""Writes ``docs/reference/states.md`` from the tables of the model: ``python docs/states.py``.
-
-A test fails while the page differs from what this writes.
-"""
+"""The text of ``docs/reference/states.md``, from the tables of the model; ``python -m docs.generate`` writes it."""
 
 from __future__ import annotations
 
@@ -19,14 +16,12 @@ from hotport.model.lifecycle import CURRENT, TRANSITIONS, Event, Phase
 from hotport.model.steps import STEPS, Step
 from hotport.supervisor.supervisor import ANSWER_TIMEOUT_S
 
-__all__ = ["PAGE", "states_page"]
-
-PAGE: Final = Path(__file__).parent / "reference" / "states.md"
+__all__ = ["states_page"]
 
 HEAD: Final = """
 # Workers and restarts
 
-<!-- Written by docs/states.py from the source; do not edit. -->
+<!-- Written by docs/generate.py from the source; do not edit. -->
 
 What may happen to a worker is a table, `TRANSITIONS` in `hotport.model.lifecycle`; what a service does next is one pure
 function, `step` in `hotport.model.rules`; the fate of a connection is a table in `hotport.adapters.asgi.states`.
@@ -203,7 +198,3 @@ def states_page() -> str:
     parts = (HEAD, _diagram() + "\n", AFTER_DIAGRAM.lstrip(), _phases() + "\n", RESTART.lstrip(), _steps() + "\n")
     connections = (CONNECTIONS, _connections(STATES) + "\n" + WEBSOCKETS, _connections(WEBSOCKET_STATES) + "\n")
     return "\n".join(parts) + tail + "\n".join(connections)
-
-
-if __name__ == "__main__":
-    PAGE.write_text(states_page())
