@@ -74,6 +74,7 @@ OPTIONS_TAIL: Final = """
 - `HOTPORT_WORKER`: set for hotport's own workers, and removed before the application is imported.
 - `HOTPORT_SUCCESSION`: set for a program that [restarts itself](../how-to/restart-your-own-program.md), and removed by
   `hotport.serve`.
+- `HOTPORT_UPGRADE`, `HOTPORT_UPGRADE_CHECK`: set by an upgrade for the next supervisor; workers do not get them.
 - `HOTPORT_FAULTS`: read by `hotport.testing.FaultyApp` ([how to](../how-to/test-that-restarts-are-invisible.md)).
 - `HOTPORT_TEST_SLOWNESS`, `HOTPORT_TEST_RESTARTS`, `HOTPORT_TEST_EAGER`: of hotport's own tests; a factor for their
   deadlines, how many restarts those go through in which one restart is like the other, and the event loops on which

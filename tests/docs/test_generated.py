@@ -10,8 +10,9 @@ import msgspec
 import pytest
 
 from benchmarks import report
-from docs.generate import PAGES, error_sites
+from docs.generate import OPTIONS_TAIL, PAGES, error_sites
 from hotport.model.fates import Fate
+from hotport.options.loading import ENVIRONMENT_OTHERS
 from hotport.wire.messages import Report
 
 ROOT = Path(__file__).parent.parent.parent
@@ -21,6 +22,10 @@ SOURCE = ROOT / "src" / "hotport"
 @pytest.mark.parametrize("page", PAGES)
 def test_a_generated_page_is_up_to_date(page: str) -> None:
     assert (ROOT / page).read_text() == PAGES[page](), "run: python -m docs.generate"
+
+
+def test_page_of_options_explains_every_other_variable() -> None:
+    assert set(re.findall(r"`(HOTPORT_[A-Z_]+)`", OPTIONS_TAIL)) == ENVIRONMENT_OTHERS
 
 
 def test_every_error_code_of_the_source_is_found() -> None:
