@@ -40,6 +40,8 @@ __all__ = [
 
 RESULTS: Final = Path(__file__).parent / "results"
 
+PARTS: Final = Path(__file__).parents[1] / "build" / "benchmarks"
+
 PACKAGES: Final = (
     "hotport",
     "anyio",
@@ -105,13 +107,25 @@ class Goal:
         return {"name": self.name, "value": round(self.value, 4), "wanted": self.wanted, "met": self.is_met}
 
 
+class _Parser(argparse.ArgumentParser):
+    """Stores a part of the rows or servers elsewhere, so that it does not replace the results of all."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options = super().parse_args(args, namespace)
+        if options.output is None:
+            chosen = [(getattr(options, name, None), self.get_default(name)) for name in ("only", "servers")]
+            is_part = any(set(some or ()) != set(every or ()) for some, every in chosen)
+            options.output = (PARTS if is_part else RESULTS) / self.get_default("name")
+        return options
+
+
 def arguments(description: str | None, *, name: str, rounds: int) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The options that every benchmark has; `--only` and `--servers` choose a part, where there are such."""
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(name=name)
     parser.add_argument("--rounds", type=int, default=rounds, help=f"measured rounds [default: {rounds}]")
-    parser.add_argument(
-        "--output", type=Path, default=RESULTS / name, help=f"JSON [default: benchmarks/results/{name}]"
-    )
+    where = f"benchmarks/results/{name}; a part goes to build/benchmarks/{name}"
+    parser.add_argument("--output", type=Path, help=f"JSON [default: {where}]")
     return parser
 
 

@@ -6,7 +6,9 @@ import json
 import statistics
 import sys
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,18 +19,10 @@ from hotport.churn import fates
 
 ROOT: Final = Path(__file__).parents[1]
 RESULTS: Final = ROOT / "benchmarks" / "results"
-README: Final = ROOT / "README.md"
-PAGE: Final = ROOT / "docs" / "discussion" / "why-the-port-stays-busy.md"
-PEERS_PAGE: Final = ROOT / "docs" / "discussion" / "what-restarts-cost-elsewhere.md"
-CHURN_PAGE: Final = ROOT / "docs" / "how-to" / "load-test-restarts.md"
-WHY_PAGE: Final = ROOT / "docs" / "how-to" / "explain-a-busy-port.md"
-GAP_PAGE: Final = ROOT / "docs" / "how-to" / "choose-a-strategy.md"
-BALANCE_PAGE: Final = ROOT / "docs" / "how-to" / "share-load-among-workers.md"
-LIMITS_PAGE: Final = ROOT / "docs" / "how-to" / "limits-and-logs.md"
-PICTURE: Final = RESULTS / "rebind.svg"
+DOCS: Final = ROOT / "docs"
 
 #: Rows of http.py: what they are called, what is compared, and how many decimals that has.
-SERVERS: Final = {
+HTTP_ROWS: Final = {
     "keep-alive": ("`Hello, world!`, requests/s", "requests/s", 0),
     "connections": ("likewise, a connection for each", "requests/s", 0),
     "access-log": ("likewise, each one logged", "requests/s", 0),
@@ -72,21 +66,7 @@ BINDS: Final = {
 }
 
 
-def main() -> None:
-    """Rewrite what stands between the markers, and draw."""
-    README.write_text(rendered(README.read_text()))
-    PAGE.write_text(rendered_page(PAGE.read_text()))
-    PEERS_PAGE.write_text(rendered_peers_page(PEERS_PAGE.read_text()))
-    CHURN_PAGE.write_text(rendered_churn_page(CHURN_PAGE.read_text()))
-    WHY_PAGE.write_text(rendered_why_page(WHY_PAGE.read_text()))
-    GAP_PAGE.write_text(rendered_gap_page(GAP_PAGE.read_text()))
-    LIMITS_PAGE.write_text(rendered_limits_page(LIMITS_PAGE.read_text()))
-    BALANCE_PAGE.write_text(rendered_balance_page(BALANCE_PAGE.read_text()))
-    if (results := results_of("rebind")) is not None:
-        PICTURE.write_text(drawn(results))
-
-
-def rendered(readme: str) -> str:
+def _readme(readme: str) -> str:
     """The README with its measured sections as the results have them."""
     readme = _between(readme, "measured", _section())
     for name, section in {"rebind": _rebind, "peers": _peers, "handoff": _handoff}.items():
@@ -98,52 +78,20 @@ def rendered(readme: str) -> str:
     return readme
 
 
-def rendered_gap_page(page: str) -> str:
-    """The page on strategies with how long nobody listens in a rebind."""
-    results = results_of("gap")
-    return page if results is None else _between(page, "gap", _gap(results))
+def _filled(page: str, name: str, sections: Mapping[str, Callable[[Any], str]]) -> str:
+    """A page with what the results of a benchmark say between its markers."""
+    results = results_of(name)
+    for marker, section in sections.items() if results is not None else ():
+        page = _between(page, marker, section(results))
+    return page
 
 
-def rendered_page(page: str) -> str:
-    """The page on TIME_WAIT with what it costs as the results have it."""
-    results = results_of("timewait")
-    return page if results is None else _between(page, "timewait", _timewait(results))
+def _picture(svg: str) -> str:
+    results = results_of("rebind")
+    return svg if results is None else _drawn(results)
 
 
-def rendered_peers_page(page: str) -> str:
-    """The page on other servers with what their restarts were seen to cost."""
-    results = results_of("peers")
-    if results is None:
-        return page
-    page = _between(page, "peers", _peers_fates(results))
-    return _between(page, "peers by client", _peers_by_client(results))
-
-
-def rendered_churn_page(page: str) -> str:
-    """The page on load-testing with what one engine can do."""
-    results = results_of("power")
-    return page if results is None else _between(page, "power", _power(results))
-
-
-def rendered_why_page(page: str) -> str:
-    """The page on busy ports with what each tool tells of one, and how long that takes."""
-    results = results_of("why")
-    return page if results is None else _between(page, "why", _why(results))
-
-
-def rendered_limits_page(page: str) -> str:
-    """The page on limits with what one hostile client can cost."""
-    results = results_of("hostile")
-    return page if results is None else _between(page, "hostile", _hostile(results))
-
-
-def rendered_balance_page(page: str) -> str:
-    """The page on sharing load with how evenly workers of each server have it."""
-    results = results_of("balance")
-    return page if results is None else _between(page, "balance", _balance(results))
-
-
-def drawn(results: dict[str, Any]) -> str:
+def _drawn(results: dict[str, Any]) -> str:
     """The gaps of rebind.py."""
     samples, interval_s = results["samples"], 1 / results["rate"]
     rows = []
@@ -655,8 +603,10 @@ def _servers(results: dict[str, Any]) -> list[str]:
         "| one worker on one core | hotport | " + " | ".join(f"to {name} {packages[name]}" for name in others) + " |",
         "|---|---|" + "---|" * len(others),
     ]
+    unnamed = {series.partition(": ")[0] for series in samples} - HTTP_ROWS.keys()
+    assert not unnamed, f"HTTP_ROWS does not name {unnamed}"
     rounds, rate = 0, samples.get("latency: hotport requests/s", [0.0])[0]
-    for row, (what, unit, decimals) in SERVERS.items():
+    for row, (what, unit, decimals) in HTTP_ROWS.items():
         if ours := samples.get(f"{row}: hotport {unit}"):
             rounds = len(ours)
             ratios = [samples[f"{row}: hotport to {other}, {unit}"] for other in others]
@@ -714,6 +664,28 @@ def _method(steady: dict[str, Any], restart: dict[str, Any]) -> str:
         f"Linux {machine['kernel']}, {machine['cores']} cores ({machine['cpu']}), Python {python}, one worker, "
         f"{rounds[0]} and {rounds[1]} alternating rounds, `make bench`; samples in `benchmarks/results/`."
     )
+
+
+#: What is written from results, and how it follows from what it is.
+PAGES: Final[Mapping[Path, Callable[[str], str]]] = {
+    ROOT / "README.md": _readme,
+    RESULTS / "rebind.svg": _picture,
+    DOCS / "discussion/why-the-port-stays-busy.md": partial(_filled, name="timewait", sections={"timewait": _timewait}),
+    DOCS / "discussion/what-restarts-cost-elsewhere.md": partial(
+        _filled, name="peers", sections={"peers": _peers_fates, "peers by client": _peers_by_client}
+    ),
+    DOCS / "how-to/load-test-restarts.md": partial(_filled, name="power", sections={"power": _power}),
+    DOCS / "how-to/explain-a-busy-port.md": partial(_filled, name="why", sections={"why": _why}),
+    DOCS / "how-to/choose-a-strategy.md": partial(_filled, name="gap", sections={"gap": _gap}),
+    DOCS / "how-to/share-load-among-workers.md": partial(_filled, name="balance", sections={"balance": _balance}),
+    DOCS / "how-to/limits-and-logs.md": partial(_filled, name="hostile", sections={"hostile": _hostile}),
+}
+
+
+def main() -> None:
+    """Rewrite what stands between the markers, and draw."""
+    for path, render in PAGES.items():
+        path.write_text(render(path.read_text()))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ import hotport.testing
 from docs.states import states_page
 from hotport.cli import COMMANDS
 from hotport.errors import ExitCode
-from hotport.model.guarantee import GUARANTEES, Facts, table
 from hotport.model.signals import ALL, SUPERVISOR, WORKER, Does, Moment
+from hotport.model.strategies import GUARANTEES, Facts, table
 from hotport.options import OPTIONS, Option
 
 __all__ = ["PAGES", "ErrorSite", "error_sites"]
@@ -74,6 +74,7 @@ OPTIONS_TAIL: Final = """
 - `HOTPORT_WORKER`: set for hotport's own workers, and removed before the application is imported.
 - `HOTPORT_SUCCESSION`: set for a program that [restarts itself](../how-to/restart-your-own-program.md), and removed by
   `hotport.serve`.
+- `HOTPORT_UPGRADE`, `HOTPORT_UPGRADE_CHECK`: set by an upgrade for the next supervisor; workers do not get them.
 - `HOTPORT_FAULTS`: read by `hotport.testing.FaultyApp` ([how to](../how-to/test-that-restarts-are-invisible.md)).
 - `HOTPORT_TEST_SLOWNESS`, `HOTPORT_TEST_RESTARTS`, `HOTPORT_TEST_EAGER`: of hotport's own tests; a factor for their
   deadlines, how many restarts those go through in which one restart is like the other, and the event loops on which
@@ -489,9 +490,6 @@ def _markdown(doc: str) -> str:
     return re.sub(r"(?<=\S)\n```python", "\n\n```python", text) + "\n"
 
 
-# -- all of them --------------------------------------------------------------------------------------------
-
-#: What is written where.
 # -- signals ------------------------------------------------------------------------------------------------
 
 SIGNALS_HEAD: Final = """
@@ -554,6 +552,9 @@ def signals_page() -> str:
     return "\n".join(parts)
 
 
+# -- all of them --------------------------------------------------------------------------------------------
+
+#: What is written where.
 PAGES: Final[dict[str, Callable[[], str]]] = {
     "docs/reference/options.md": options_page,
     "docs/reference/errors.md": errors_page,

@@ -1,7 +1,4 @@
-"""Writes ``docs/reference/states.md`` from the tables of the model: ``python docs/states.py``.
-
-A test fails while the page differs from what this writes.
-"""
+"""The text of ``docs/reference/states.md``, from the tables of the model; ``python -m docs.generate`` writes it."""
 
 from __future__ import annotations
 
@@ -17,15 +14,14 @@ from hotport.model.effects import INVERSE, Effect, Open, Quiesce, Rebind, Releas
 from hotport.model.inputs import Clock
 from hotport.model.lifecycle import CURRENT, TRANSITIONS, Event, Phase
 from hotport.model.steps import STEPS, Step
+from hotport.supervisor.supervisor import ANSWER_TIMEOUT_S
 
-__all__ = ["PAGE", "states_page"]
-
-PAGE: Final = Path(__file__).parent / "reference" / "states.md"
+__all__ = ["states_page"]
 
 HEAD: Final = """
 # Workers and restarts
 
-<!-- Written by docs/states.py from the source; do not edit. -->
+<!-- Written by docs/generate.py from the source; do not edit. -->
 
 What may happen to a worker is a table, `TRANSITIONS` in `hotport.model.lifecycle`; what a service does next is one pure
 function, `step` in `hotport.model.rules`; the fate of a connection is a table in `hotport.adapters.asgi.states`.
@@ -59,8 +55,8 @@ strategies are is told in [strategies.md](strategies.md).
 #: How long the clocks of steps are.
 LASTS: Final = {
     Clock.READY: "ready_timeout",
-    Clock.OPEN: "5 s",
-    Clock.QUIESCE: "5 s",
+    Clock.OPEN: f"{ANSWER_TIMEOUT_S:g} s",
+    Clock.QUIESCE: f"{ANSWER_TIMEOUT_S:g} s",
     Clock.SETTLE: "settle",
     Clock.BAKE: "bake",
     Clock.WATCH: "undo_window",
@@ -84,9 +80,9 @@ TAIL: Final = """
 - While a canary bakes, old workers are looked after as between restarts.
 - If no old worker is left in an undo window, it is over.
 - An old worker that was not yet ready at the commit is held, and told to accept if the restart aborts.
-- An old worker that a signal or a debugger has stopped answers nothing and finishes nothing: after 5 s for each answer
-  it is asked to end, and killed after `kill_timeout`. If it is continued before, it has all of `drain_timeout`. The log
-  names it.
+- An old worker that a signal or a debugger has stopped answers nothing and finishes nothing: after {answer:g} s for
+  each answer it is asked to end, and killed after `kill_timeout`. If it is continued before, it has all of
+  `drain_timeout`. The log names it.
 - Draining has no inverse. If a later batch of a phased restart fails, the new workers of earlier batches are replaced
   by workers of the old code, start first, one at a time.
 - If no old worker is left to take back, new ones that serve are kept until workers of the old code do.
@@ -192,6 +188,7 @@ def _steps() -> str:
 def states_page() -> str:
     """The page, as it should be."""
     tail = TAIL.format(
+        answer=ANSWER_TIMEOUT_S,
         first=rules.BACKOFF_FIRST_S,
         most=rules.BACKOFF_MAX_S,
         generations=rules.GENERATIONS_DRAINING_MAX,
@@ -201,7 +198,3 @@ def states_page() -> str:
     parts = (HEAD, _diagram() + "\n", AFTER_DIAGRAM.lstrip(), _phases() + "\n", RESTART.lstrip(), _steps() + "\n")
     connections = (CONNECTIONS, _connections(STATES) + "\n" + WEBSOCKETS, _connections(WEBSOCKET_STATES) + "\n")
     return "\n".join(parts) + tail + "\n".join(connections)
-
-
-if __name__ == "__main__":
-    PAGE.write_text(states_page())

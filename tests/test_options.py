@@ -15,6 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hotport.errors import ConfigError
+from hotport.model.strategies import Strategy
 from hotport.options import (
     OPTIONS,
     Option,
@@ -680,6 +681,11 @@ def annotation(option: Option) -> object:
         return Texts
     kind: Any = {"TIME": Duration, "SIZE": Size, "SHARE": Share, "N": int}.get(option.metavar, str)
     return kind | None if option.default is None else kind
+
+
+def test_strategies_to_choose_from_are_those_that_there_are() -> None:
+    (option,) = [option for option in OPTIONS if option.key == "strategy"]
+    assert option.choices == ("auto", *(strategy.value for strategy in Strategy))
 
 
 def test_keyword_arguments_have_the_names_and_types_of_the_options() -> None:

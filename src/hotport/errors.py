@@ -9,8 +9,7 @@
     |-- RestartError        exit 4   a restart was aborted; says who serves
     `-- ControlError        exit 6   no supervisor answered
 
-Codes are stable: HP1xx addresses and sockets, HP2xx descriptors, HP3xx configuration, HP4xx restarts,
-HP5xx the application, HP6xx control sockets, HP7xx the restart laboratory.
+Codes are stable; ``docs/reference/errors.md`` lists them, by hundreds (`HUNDREDS` in ``docs/generate.py``).
 """
 
 from __future__ import annotations

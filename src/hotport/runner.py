@@ -8,26 +8,25 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final, Unpack
+from typing import Any, Unpack
 
 import anyio
 
 from hotport.errors import ConfigError, ExitCode, HotportError, visible
 from hotport.kernel.fork import withheld, withhold
-from hotport.kernel.process import discard, ends_with_terminal, has_terminal, holding, numbers, reap_orphans
-from hotport.model.inputs import RequestStop
+from hotport.kernel.process import discard, holding, numbers
 from hotport.model.lifecycle import Phase
-from hotport.model.signals import HELD, NOTES, TERMINATING
+from hotport.model.signals import HELD
 from hotport.observe.logs import configure, get_logger
-from hotport.options import WORKERS_MAX, service_name
+from hotport.options import service_name
 from hotport.options.keywords import RunOptions
 from hotport.options.loading import Loaded, load
-from hotport.supervisor.contain import Containing, contained, retried
+from hotport.supervisor.contain import contained, retried
 from hotport.supervisor.control import serve_control
 from hotport.supervisor.keeper import keep_files
 from hotport.supervisor.launch import Surroundings
 from hotport.supervisor.manager import ServiceManager
-from hotport.supervisor.requests import restart, scale
+from hotport.supervisor.signals import SIGNALS, handle_signals
 from hotport.supervisor.startup import Startup, open_status_port, start_up
 from hotport.supervisor.statusport import serve_status_port
 from hotport.supervisor.supervisor import Supervisor
@@ -136,7 +135,7 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
     configure(format=options.log_format, level=options.log_level, service=name, role="supervisor")
     with ExitStack() as stack:
         stack.enter_context(holding(numbers(HELD)))  # until they are handled, they would end this process
-        stack.callback(discard, _SIGNALS)
+        stack.callback(discard, SIGNALS)
         manager = ServiceManager(os.environ, os.getpid())
         stack.callback(manager.close)
         startup = start_up(name, options, manager, stack, inheritance, takes_over=takes_over)
@@ -196,7 +195,7 @@ async def _supervise(supervisor: Supervisor, startup: Startup, upgrade: Upgrade)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(retried, "control", serve_control, supervisor, startup.rundir, upgrade)
         async with anyio.create_task_group() as until_the_end:
-            until_the_end.start_soon(retried, "signals", _handle_signals, supervisor, upgrade, until_the_end)
+            until_the_end.start_soon(retried, "signals", handle_signals, supervisor, upgrade, until_the_end)
             if (inheritance := startup.inheritance) is not None:
                 complete = retire if startup.has_predecessor else report
                 until_the_end.start_soon(contained, "succession", complete, inheritance, supervisor)
@@ -204,68 +203,9 @@ async def _supervise(supervisor: Supervisor, startup: Startup, upgrade: Upgrade)
             until_the_end.start_soon(retried, "files", keep_files, supervisor, startup.rundir)
             await supervisor.run()
             # From here on they wait: for the handlers of the next supervisor, or until there is nothing left to end.
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             if supervisor.is_departing:
                 tasks.cancel_scope.cancel()
             until_the_end.cancel_scope.cancel()
     if not supervisor.is_departing:
         log.info("service.ended", exit_code=supervisor.exit_code)
-
-
-_SIGNALS: Final = numbers(HELD | TERMINATING)
-
-
-async def _handle_signals(supervisor: Supervisor, upgrade: Upgrade, tasks: anyio.abc.TaskGroup) -> None:
-    log = get_logger("hotport.signals")
-    handled = list(_SIGNALS)
-    is_bound_to_terminal = ends_with_terminal()
-    has_hung_up = False
-    if os.getpid() == 1:  # every orphan of the container is our child
-        handled.append(signal.SIGCHLD)
-
-    async def answer(what: Callable[[], Any], refused: Callable[[str], None] = lambda why: None) -> None:
-        with Containing("request", lambda error: refused(repr(error))):
-            try:
-                await what()
-            except HotportError as error:  # nobody waits for an answer: the log has to tell
-                log.warning("request.failed", error=str(error))
-                refused(str(error))
-
-    async def answer_each() -> None:
-        nonlocal has_hung_up
-        async for number in signals:
-            if supervisor.has_departed:  # it is for the next supervisor
-                signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-                os.kill(os.getpid(), number)
-                continue
-            name = signal.Signals(number).name
-            log.debug("signal.received", signal=name)
-            match number:
-                case signal.SIGHUP if is_bound_to_terminal and not has_terminal():
-                    if not has_hung_up:  # the shell and the kernel may both say it, and a second stop is at once
-                        log.info("terminal.hung_up")
-                        if not supervisor.service.is_stopping:
-                            supervisor.input(RequestStop())
-                    has_hung_up = True
-                case signal.SIGHUP:
-                    tasks.start_soon(answer, lambda: restart(supervisor), supervisor.news.manager.refused)
-                case signal.SIGTERM:
-                    supervisor.stop()
-                case signal.SIGINT:  # of a person at a terminal, whom no load balancer follows
-                    supervisor.input(RequestStop())
-                case signal.SIGQUIT:
-                    supervisor.input(RequestStop(now=True))
-                case signal.SIGTTIN | signal.SIGTTOU:
-                    change = 1 if number == signal.SIGTTIN else -1
-                    wanted = min(max(1, supervisor.service.wanted + change), WORKERS_MAX)
-                    tasks.start_soon(answer, lambda wanted=wanted: scale(supervisor, wanted))
-                case signal.SIGCHLD:
-                    reap_orphans({process.pid for process in supervisor.fleet.processes.values()})
-                case signal.SIGUSR1:
-                    log.info("signal.ignored", signal=name, why=NOTES[name])
-                case signal.SIGUSR2:
-                    tasks.start_soon(answer, lambda: upgrade.begin(None))
-
-    with anyio.open_signal_receiver(*handled) as signals:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # blocked by the supervisor that this process was
-        await retried("signals", answer_each)  # inside: a signal without a handler ends the process

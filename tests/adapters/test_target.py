@@ -7,7 +7,7 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from a2wsgi import ASGIMiddleware, WSGIMiddleware
@@ -25,8 +25,11 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import Router
 
-from hotport.adapters.target import SCRIPT_MODULE, detect_kind, load_target
+from hotport.adapters.base import Connections, Context
+from hotport.adapters.target import SCRIPT_MODULE, detect_kind, load_target, make_adapter
 from hotport.errors import StartError
+from hotport.options import Options
+from hotport.options.definition import Kind
 from tests.support import assert_three_lines
 
 
@@ -200,6 +203,13 @@ REFUSED: dict[str, tuple[str, str, Callable[..., Any]]] = {
 def test_kind_is_told_by_what_an_application_takes(case: str) -> None:
     kind, application = KINDS[case]
     assert detect_kind(application) == kind
+
+
+@pytest.mark.anyio
+async def test_every_kind_to_choose_from_has_an_adapter_of_its_own() -> None:
+    kinds = [kind for kind in get_args(Kind) if kind != "auto"]
+    adapters = [make_adapter(asgi, Context(Connections()), Options(kind=kind)) for kind in kinds]
+    assert len(set(map(type, adapters))) == len(kinds)
 
 
 @pytest.mark.parametrize("case", REFUSED)

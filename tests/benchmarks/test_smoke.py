@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -58,3 +60,16 @@ def test_one_small_round_ends_with_samples_and_goals(tmp_path: Path, name: str) 
     assert found["machine"]["kernel"]
     for goal in found["goals"]:
         assert goal["name"] in result.stdout
+
+
+def test_a_part_of_a_benchmark_does_not_replace_the_results_of_all() -> None:
+    with patch.dict(os.environ):  # from which it removes what measures coverage
+        from benchmarks.common import PARTS, RESULTS, arguments
+    parser = arguments(None, name="http.json", rounds=1)
+    for choice in ("--only", "--servers"):
+        parser.add_argument(choice, nargs="+", default=["a", "b"])
+    for args in ([], ["--rounds", "2"], ["--only", "b", "a"]):
+        assert parser.parse_args(args).output == RESULTS / "http.json"
+    for args in (["--only", "a"], ["--servers", "b"]):
+        assert parser.parse_args(args).output == PARTS / "http.json"
+        assert parser.parse_args([*args, "--output", "x.json"]).output == Path("x.json")

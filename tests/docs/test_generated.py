@@ -9,26 +9,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks.report import (
-    BALANCE_PAGE,
-    CHURN_PAGE,
-    LIMITS_PAGE,
-    PAGE,
-    PEERS_PAGE,
-    PICTURE,
-    WHY_PAGE,
-    drawn,
-    rendered,
-    rendered_balance_page,
-    rendered_churn_page,
-    rendered_limits_page,
-    rendered_page,
-    rendered_peers_page,
-    rendered_why_page,
-    results_of,
-)
-from docs.generate import PAGES, error_sites
+from benchmarks import report
+from docs.generate import OPTIONS_TAIL, PAGES, error_sites
 from hotport.model.fates import Fate
+from hotport.options.loading import ENVIRONMENT_OTHERS
 from hotport.wire.messages import Report
 
 ROOT = Path(__file__).parent.parent.parent
@@ -38,6 +22,10 @@ SOURCE = ROOT / "src" / "hotport"
 @pytest.mark.parametrize("page", PAGES)
 def test_a_generated_page_is_up_to_date(page: str) -> None:
     assert (ROOT / page).read_text() == PAGES[page](), "run: python -m docs.generate"
+
+
+def test_page_of_options_explains_every_other_variable() -> None:
+    assert set(re.findall(r"`(HOTPORT_[A-Z_]+)`", OPTIONS_TAIL)) == ENVIRONMENT_OTHERS
 
 
 def test_every_error_code_of_the_source_is_found() -> None:
@@ -63,40 +51,13 @@ def test_the_report_page_names_every_fate() -> None:
     assert {fate for fate in Fate if f"`{fate}`" not in page} == set()
 
 
-def test_the_measured_table_is_what_the_results_say() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert readme == rendered(readme), "run: make bench-report"
+@pytest.mark.parametrize("path", report.PAGES, ids=lambda path: path.name)
+def test_a_page_has_the_figures_of_the_results(path: Path) -> None:
+    page = path.read_text()
+    assert page == report.PAGES[path](page), "run: make bench-report"
 
 
-def test_the_page_on_time_wait_is_what_the_results_say() -> None:
-    page = PAGE.read_text()
-    assert page == rendered_page(page), "run: make bench-report"
-
-
-def test_the_page_on_other_servers_is_what_the_results_say() -> None:
-    page = PEERS_PAGE.read_text()
-    assert page == rendered_peers_page(page), "run: make bench-report"
-
-
-def test_the_page_on_load_tests_is_what_the_results_say() -> None:
-    page = CHURN_PAGE.read_text()
-    assert page == rendered_churn_page(page), "run: make bench-report"
-
-
-def test_page_on_busy_ports_has_the_figures_of_the_results() -> None:
-    page = WHY_PAGE.read_text()
-    assert page == rendered_why_page(page), "run: make bench-report"
-
-
-def test_page_on_limits_has_the_figures_of_the_results() -> None:
-    page = LIMITS_PAGE.read_text()
-    assert page == rendered_limits_page(page), "run: make bench-report"
-
-
-def test_page_on_shared_load_has_the_figures_of_the_results() -> None:
-    page = BALANCE_PAGE.read_text()
-    assert page == rendered_balance_page(page), "run: make bench-report"
-
-
-def test_the_picture_of_the_gaps_is_what_the_results_say() -> None:
-    assert PICTURE.read_text() == drawn(results_of("rebind")), "run: make bench-report"
+def test_row_that_the_table_of_servers_would_leave_out_is_an_error() -> None:
+    results = report.results_of("http")
+    with pytest.raises(AssertionError, match="push"):
+        report._servers({**results, "samples": {**results["samples"], "push: hotport requests/s": [1.0]}})

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from hotport.model.effects import StartTimer
-from hotport.model.guarantee import Strategy
 from hotport.model.inputs import Clock, Elapsed, MoreTime, RecycleDue, Timer
 from hotport.model.lifecycle import Event, Phase
+from hotport.model.strategies import Strategy
 from tests.model.world import World
 from tests.support import RESTARTS
 

@@ -25,11 +25,11 @@ from hotport.model.effects import (
     Terminate,
     Unsteer,
 )
-from hotport.model.guarantee import Strategy
 from hotport.model.inputs import Clock, Elapsed, Exited, MoreTime, RecycleDue, Timer
 from hotport.model.lifecycle import Event, Phase
 from hotport.model.rules import BACKOFF_MAX_S, GENERATIONS_DRAINING_MAX
 from hotport.model.steps import Step
+from hotport.model.strategies import Strategy
 from tests.model.world import World, news
 
 Order = Spawn | Open | Quiesce | Drain | Terminate | Kill

@@ -37,7 +37,6 @@ from hotport.model.effects import (
     Terminate,
     Unsteer,
 )
-from hotport.model.guarantee import Strategy
 from hotport.model.inputs import (
     Adopt,
     Bound,
@@ -58,6 +57,7 @@ from hotport.model.lifecycle import CURRENT, Event, Phase, Worker
 from hotport.model.rules import step
 from hotport.model.service import Service
 from hotport.model.steps import STEPS, Step
+from hotport.model.strategies import Strategy
 
 #: The worker timer that bounds each phase in which an answer is awaited.
 BOUNDS = {

@@ -82,7 +82,7 @@ def test_more_workers_by_signal_are_bounded_too(run: Play) -> None:
         stage.wait_serving(2)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hotport.runner.WORKERS_MAX", 2)
+        patch.setattr("hotport.supervisor.signals.WORKERS_MAX", 2)
         assert run(client) == 0
 
 

@@ -30,11 +30,7 @@ class Process:
 
     async def ask(self, *_: Any) -> Inspection | None:
         count = self.connections
-        return (
-            count
-            if count is None
-            else Inspection(connections=count, accepted=0, requests=0, rss_bytes=0, descriptors=0)
-        )
+        return count if count is None else Inspection(connections=count, accepted=0, requests=0, rss_bytes=0)
 
     def order(self, message: Any) -> None:
         self.done.append(message)

@@ -12,7 +12,7 @@ import pytest
 from hotport.address import parse_address
 from hotport.errors import KernelError
 from hotport.kernel.sockets import bind_listener, bound_address
-from hotport.model.guarantee import Strategy
+from hotport.model.strategies import Strategy
 from hotport.options import Options
 from hotport.supervisor.listeners import Listeners
 

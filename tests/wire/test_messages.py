@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
@@ -22,6 +23,9 @@ SETS: dict[str, Any] = {
 KINDS: dict[str, tuple[Any, type[msgspec.Struct]]] = {
     f"{name}-{kind.__name__}": (kinds, kind) for name, kinds in SETS.items() for kind in get_args(kinds)
 }
+
+#: As workers and supervisors of older versions say them.
+STORED: dict[str, list[dict[str, Any]]] = msgspec.json.decode(Path(__file__).with_name("messages.json").read_bytes())
 
 # JSON has neither NaN nor infinity; the integers are those that msgspec itself accepts.
 st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False))
@@ -55,6 +59,15 @@ def test_what_is_said_is_what_is_heard_also_by_an_older_version(
     assert type(heard) is kind
     newer = {**msgspec.json.decode(encode(message)), "said_since_version_2": [1, {"a": None}]}
     assert decode(msgspec.json.encode(newer), kinds) == message
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_what_an_older_version_says_is_understood(name: str) -> None:
+    """After an upgrade a supervisor hears older workers: a field that is added needs a default."""
+    assert {said["type"] for said in STORED[name]} == {kind.__struct_config__.tag for kind in get_args(SETS[name])}
+    for said in STORED[name]:
+        heard = msgspec.json.decode(encode(decode(msgspec.json.encode(said), SETS[name])))
+        assert heard.items() >= said.items()
 
 
 @given(st.builds(WorkerSpec, options=st.builds(Options, bind=st.lists(st.text()).map(tuple), settle_s=st.floats(0, 9))))

@@ -251,7 +251,9 @@ def make_adapter(application: Any, context: Context, options: Options) -> Adapte
             return SocketsAdapter(application, context)
         case "datagram":
             return DatagramAdapter(application, context)
-        case _:
+        case "protocol":
             from hotport.adapters.protocol import ProtocolAdapter
 
             return ProtocolAdapter(application, context)
+        case kind:
+            raise AssertionError(f"no adapter serves the kind {kind}")

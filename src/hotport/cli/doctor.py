@@ -15,7 +15,7 @@ from hotport.diagnose.doctor import examine, examine_service, read_machine, read
 from hotport.errors import ControlError, ExitCode, advice
 from hotport.kernel.process import working_directory
 from hotport.kernel.steer import can_steer
-from hotport.model.guarantee import Facts, choose, table
+from hotport.model.strategies import Facts, choose, table
 from hotport.options import Options, runtime_root
 from hotport.options.loading import load
 from hotport.wire.messages import Status, StatusRequest

@@ -6,21 +6,21 @@ import errno
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import groupby
 from typing import IO, Any, Final
 
 import msgspec
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from hotport.cli import is_terminal
 from hotport.errors import ConfigError, ExitCode, describe_errno, visible
-from hotport.model.guarantee import GUARANTEES, Strategy
-from hotport.wire.messages import Report, Status, TlsReport
+from hotport.model.strategies import GUARANTEES, Strategy
+from hotport.wire.messages import Report, Status, TlsReport, WorkerStatus
 
 __all__ = [
     "console",
@@ -185,33 +185,24 @@ def print_status(status: Status) -> None:
         out.print(f"LOST {address}: {who}; binding it again is being tried", markup=False)
     for address, why in status.gone.items():
         out.print(f"GONE {address}: its socket file was removed or replaced; {why or 'see the log'}", markup=False)
-    table = Table(box=None, pad_edge=False)
-    for heading in (
-        "generation",
-        "worker",
-        "pid",
-        "phase",
-        "age",
-        "connections",
-        "requests",
-        "memory",
-        "status",
-    ):
-        table.add_column(heading, justify="left" if heading in ("phase", "status") else "right")
     serving = [each for each in status.workers if each.phase == "serving" and each.generation == status.generation]
     total = sum(each.connections or 0 for each in serving) if len(serving) > 1 else 0
+    columns: tuple[tuple[str, JustifyMethod, Callable[[WorkerStatus], str | Text]], ...] = (
+        ("generation", "right", lambda each: str(each.generation)),
+        ("worker", "right", lambda each: str(each.worker)),
+        ("pid", "right", lambda each: str(each.pid)),
+        ("phase", "left", lambda each: each.phase),
+        ("age", "right", lambda each: _age(each.age_s)),
+        ("connections", "right", lambda each: _share(each.connections, total if each in serving else 0)),
+        ("requests", "right", lambda each: _number(each.requests)),
+        ("memory", "right", lambda each: _mib(each.rss_bytes or 0)),
+        ("status", "left", lambda each: Text(visible(each.status))),
+    )
+    table = Table(box=None, pad_edge=False)
+    for heading, justify, _ in columns:
+        table.add_column(heading, justify=justify)
     for worker in status.workers:
-        table.add_row(
-            str(worker.generation),
-            str(worker.worker),
-            str(worker.pid),
-            worker.phase,
-            _age(worker.age_s),
-            _share(worker.connections, total if worker in serving else 0),
-            _number(worker.requests),
-            _mib(worker.rss_bytes or 0),
-            Text(visible(worker.status)),
-        )
+        table.add_row(*(cell(worker) for _, _, cell in columns))
     out.print(table)
     for who, lines in _log_dropped(status):
         out.print(f"{who} has dropped {lines:,} lines of its log: they are not read, or there is no room", markup=False)

@@ -11,7 +11,7 @@ from hotport.cli import HELP
 from hotport.cli.client import ask, raise_failure
 from hotport.cli.output import console, print_json, print_report, waiting
 from hotport.errors import ExitCode
-from hotport.options.values import parse_duration
+from hotport.options import OPTIONS, WORKERS_MAX, parse_duration
 from hotport.wire.messages import Progress, Report, RestartRequest
 
 __all__ = ["command", "follow"]
@@ -43,11 +43,11 @@ def _duration(ctx: click.Context, parameter: click.Parameter, value: str | None)
 @click.option("--phased/--all-at-once", default=None, help="Replace workers one by one, or all together.")
 @click.option(
     "--strategy",
-    type=click.Choice(["auto", "inherit", "transfer", "overlap", "rebind"]),
+    type=click.Choice(next(option.choices for option in OPTIONS if option.key == "strategy")),
     help="How listeners reach the new workers, this time.",
 )
 @click.option(
-    "--canary", type=click.IntRange(0, 1024), metavar="N", help="First start N new workers beside the old ones."
+    "--canary", type=click.IntRange(0, WORKERS_MAX), metavar="N", help="First start N new workers beside the old ones."
 )
 @click.option("--bake", "bake_s", callback=_duration, metavar="TIME", help="How long to watch them before the others.")
 @click.option(
@@ -58,25 +58,14 @@ def _duration(ctx: click.Context, parameter: click.Parameter, value: str | None)
     help="How long the old ones stay, for an undo.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def command(
-    name: str | None,
-    phased: bool | None,
-    strategy: str | None,
-    canary: int | None,
-    bake_s: float | None,
-    undo_window_s: float | None,
-    as_json: bool,
-) -> int:
+def command(name: str | None, as_json: bool, **overrides: Any) -> int:
     """Restart the service NAME and wait for the outcome.
 
     What is not given here is as the service's own options say.
 
     Exit codes: 0 done; 4 aborted, undone or refused, and the old generation serves; 6 no supervisor there.
     """
-    request = RestartRequest(
-        phased=phased, strategy=strategy, canary=canary, bake_s=bake_s, undo_window_s=undo_window_s
-    )
-    report = follow(name, request, "restart", as_json=as_json)
+    report = follow(name, RestartRequest(**overrides), "restart", as_json=as_json)
     if report is None:
         return ExitCode.NO_SUPERVISOR
     return ExitCode.DONE if report.outcome == "done" else ExitCode.ABORTED

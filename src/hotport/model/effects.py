@@ -8,7 +8,7 @@ from typing import Final
 
 import msgspec
 
-from hotport.model.inputs import Timer
+from hotport.model.inputs import Clock, Timer
 
 __all__ = [
     "INVERSE",
@@ -199,13 +199,14 @@ class News(enum.Enum):
 
 
 class Announce(msgspec.Struct, frozen=True):
-    """Publish a piece of news."""
+    """Publish a piece of news; `clock` is what elapsed, if the worker was too late."""
 
     news: News
     generation: int = 0
     worker: int = 0
     why: str = ""
     workers: tuple[int, ...] = ()
+    clock: Clock | None = None
 
 
 class Finish(msgspec.Struct, frozen=True):

@@ -6,8 +6,8 @@ import enum
 
 import msgspec
 
-from hotport.model.guarantee import Strategy
 from hotport.model.lifecycle import Event, Worker
+from hotport.model.strategies import Strategy
 
 __all__ = [
     "Adopt",

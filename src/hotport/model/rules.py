@@ -30,7 +30,7 @@ connections can go back::
 
 A restart with a canary has one batch that comes in two parts. After OPENING its first part is BAKING: it serves beside
 the old ones, all of which go on accepting, until the bake is over and the rest starts, or until it is undone. There is
-none with *rebind*, for which the old ones cannot go on accepting.
+none with a strategy that rules it out (`Guarantee.no_canary`).
 
 The restart's number and the wanted count become the service's own only
 with the last batch; until then whatever is started outside of the restart is of the old generation.
@@ -69,7 +69,6 @@ from hotport.model.effects import (
     Terminate,
     Unsteer,
 )
-from hotport.model.guarantee import Strategy
 from hotport.model.inputs import (
     Adopt,
     Bound,
@@ -90,6 +89,7 @@ from hotport.model.inputs import (
 from hotport.model.lifecycle import CURRENT, MORE_TIME_MAX_S, TRANSITIONS, Event, Phase, Worker, advance
 from hotport.model.service import Restart, Service, surviving
 from hotport.model.steps import STEPS, Step, Undoing
+from hotport.model.strategies import GUARANTEES, Strategy
 
 __all__ = [
     "BACKOFF_MAX_S",
@@ -287,7 +287,7 @@ def _request_restart(draft: _Draft, event: RequestRestart) -> None:
             wanted,
             event.is_phased and not event.canary,
             strategy=event.strategy,
-            canary=0 if event.strategy is Strategy.REBIND else event.canary,
+            canary=0 if GUARANTEES[event.strategy].no_canary else event.canary,
             is_watched=event.is_watched,
         ),
     )
@@ -431,9 +431,9 @@ def _exited(draft: _Draft, event: Exited) -> None:
     draft.emit(Announce(News.WORKER_RETIRED, generation=worker.generation, worker=worker.id, why=event.why))
 
 
-def _lost(draft: _Draft, worker: Worker, why: str) -> None:
+def _lost(draft: _Draft, worker: Worker, why: str, clock: Clock | None = None) -> None:
     """Handle the loss of a worker that is still needed."""
-    draft.emit(Announce(News.WORKER_LOST, generation=worker.generation, worker=worker.id, why=why))
+    draft.emit(Announce(News.WORKER_LOST, generation=worker.generation, worker=worker.id, why=why, clock=clock))
     restart = draft.service.restart
     if restart is not None and worker.id in restart.new:
         _take_back(draft, restart, f"worker {worker.id} {why}", worker.id, is_lost=True)
@@ -475,7 +475,7 @@ def _elapsed(draft: _Draft, timer: Timer) -> None:
             word = "READY=1" if timer.clock is Clock.READY else "that it accepts"
             why = f"did not say {word} in time"
             draft.release(worker.id)
-            _lost(draft, worker, why)
+            _lost(draft, worker, why, timer.clock)
         case Clock.DRAIN, Phase.DRAINING:
             draft.terminate(timer.worker)
         case Clock.KILL, Phase.STOPPING:

@@ -10,9 +10,9 @@ from typing import Final
 
 import msgspec
 
-from hotport.model.guarantee import Strategy
 from hotport.model.lifecycle import CURRENT, Phase, Worker
 from hotport.model.steps import STEPS, Step
+from hotport.model.strategies import Strategy
 
 __all__ = [
     "Restart",

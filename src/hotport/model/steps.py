@@ -44,6 +44,9 @@ class Undoing(enum.Enum):
 class Row(msgspec.Struct, frozen=True):
     """What a step of a restart is, and how it ends.
 
+    The rules read `clock`, `lost`, `unwanted`, `is_committed` and `is_watched`; `does`, `awaits` and `late` tell in
+    ``docs/states.py`` what they do.
+
     Attributes:
         does: The effect that it begins with; None if it only waits.
         awaits: What ends it, in the words of the reference.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 from hotport.errors import ConfigError
 from hotport.options.values import (
@@ -82,21 +82,17 @@ class Options:
         ("tcp://127.0.0.1:8000",), addresses(), "Where to listen; may be given more than once."
     )
     name: str | None = _option(None, text("NAME"), "The name of the service; by default made from the target.")
-    kind: Kind = _option(
-        "auto",
-        choice("auto", "asgi", "stream", "protocol", "datagram", "sockets"),
-        "The kind of application; auto detects it.",
-    )
+    kind: Kind = _option("auto", choice(*get_args(Kind)), "The kind of application; auto detects it.")
     factory: bool = _option(False, switch(), "The target is a function that returns the application.")
     workers: int = _option(1, count(1, WORKERS_MAX), "Worker processes.")
     tasks: int = _option(1, count(1, 1024), "Acceptor tasks in each worker.")
-    loop: Loop = _option("uvloop", choice("uvloop", "asyncio"), "The event loop of a worker.")
+    loop: Loop = _option("uvloop", choice(*get_args(Loop)), "The event loop of a worker.")
     backlog: int = _option(4096, count(1), "The accept queue; the kernel caps it at net.core.somaxconn.")
     connections_max: int = _option(
         0, count(0), "Open connections at which a worker stops accepting; 0: what RLIMIT_NOFILE allows."
     )
     ready: Ready = _option(
-        "notify", choice("notify", "exec"), "When a command is ready: by its READY=1, or once it runs."
+        "notify", choice(*get_args(Ready)), "When a command is ready: by its READY=1, or once it runs."
     )
     ready_timeout_s: float = _option(
         60.0, duration(is_positive=True), "How long a new worker may take to become ready."
@@ -106,13 +102,13 @@ class Options:
     kill_timeout_s: float = _option(5.0, duration(), "Time between asking a worker to leave at once and SIGKILL.")
     handoff: HandoffChoice = _option(
         "auto",
-        choice("auto", "websocket", "off"),
+        choice(*get_args(HandoffChoice)),
         "Which connections a leaving worker hands to its successors: those whose application agrees, WebSockets of any "
         "application as well, or none.",
     )
     balance: Balance = _option(
         "auto",
-        choice("auto", "off"),
+        choice(*get_args(Balance)),
         "Whether workers share connections evenly: one with more leaves new ones to others, and hands open ones over.",
     )
     orphan_timeout_s: float = _option(60.0, duration(), "How long workers keep serving without a supervisor.")
@@ -184,7 +180,7 @@ class Options:
     tls_client_ca: str | None = _option(None, text("FILE"), "Authorities (PEM) that sign the certificates of clients.")
     tls_client_auth: ClientAuth = _option(
         "auto",
-        choice("auto", "none", "optional", "required"),
+        choice(*get_args(ClientAuth)),
         "Whether clients need a certificate; auto: required with a tls_client_ca.",
     )
     tls_alpn: tuple[str, ...] = _option(
@@ -192,7 +188,7 @@ class Options:
     )
     app_dir: str = _option(".", text("DIR"), "Where the target is imported from.")
     python: str | None = _option(None, text("FILE"), "The interpreter of workers; by default this one.")
-    lifespan: Lifespan = _option("auto", choice("auto", "on", "off"), "ASGI lifespan; auto: if the app supports it.")
+    lifespan: Lifespan = _option("auto", choice(*get_args(Lifespan)), "ASGI lifespan; auto: if the app supports it.")
     watch: bool = _option(False, switch(), "Restart when code changes.")
     watch_path: tuple[str, ...] = _option(
         (),
@@ -210,16 +206,10 @@ class Options:
         "Files and directories that do not count in watched ones, like tests; may be given more than once.",
     )
     access_log: AccessLog = _option(
-        "off",
-        choice("off", "structured", "combined"),
-        "A line for each HTTP request: like other log lines, or Apache's.",
+        "off", choice(*get_args(AccessLog)), "A line for each HTTP request: like other log lines, or Apache's."
     )
-    log_format: LogFormat = _option(
-        "auto", choice("auto", "console", "json"), "Log lines; auto: console on a terminal."
-    )
-    log_level: LogLevel = _option(
-        "info", choice("debug", "info", "warning", "error"), "The lowest level that is logged."
-    )
+    log_format: LogFormat = _option("auto", choice(*get_args(LogFormat)), "Log lines; auto: console on a terminal.")
+    log_level: LogLevel = _option("info", choice(*get_args(LogLevel)), "The lowest level that is logged.")
     lame_duck_s: float = _option(
         0.0,
         duration(),
@@ -230,7 +220,7 @@ class Options:
     )
     strategy: StrategyChoice = _option(
         "auto",
-        choice("auto", "inherit", "transfer", "overlap", "rebind"),
+        choice(*get_args(StrategyChoice)),
         "How listeners reach the next generation; auto: the best way that can work.",
     )
     guard: bool = _option(False, switch(), "Keep TCP ports from other users even while nothing listens on them.")

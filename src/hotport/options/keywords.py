@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, TypedDict
+from typing import TypeAlias, TypedDict
+
+from hotport.options.definition import (
+    AccessLog,
+    Balance,
+    ClientAuth,
+    HandoffChoice,
+    Kind,
+    Lifespan,
+    LogFormat,
+    LogLevel,
+    Loop,
+    Ready,
+    StrategyChoice,
+)
 
 __all__ = ["RunOptions", "ServeOptions"]
 
@@ -22,15 +36,15 @@ Texts: TypeAlias = str | list[str] | tuple[str, ...]
 class ServeOptions(TypedDict, total=False):
     """Options of a server in the program's own event loop (`hotport.serve`), as in ``hotport.toml``."""
 
-    kind: Literal["auto", "asgi", "stream", "protocol", "datagram", "sockets"]
+    kind: Kind
     tasks: int
     backlog: int
     connections_max: int
     ready_timeout: Duration
     drain_timeout: Duration
     kill_timeout: Duration
-    handoff: Literal["auto", "websocket", "off"]
-    balance: Literal["auto", "off"]
+    handoff: HandoffChoice
+    balance: Balance
     keep_alive: Duration
     head_max: Size
     header_fields_max: int
@@ -53,10 +67,10 @@ class ServeOptions(TypedDict, total=False):
     tls_cert: Texts
     tls_key: Texts
     tls_client_ca: str | None
-    tls_client_auth: Literal["auto", "none", "optional", "required"]
+    tls_client_auth: ClientAuth
     tls_alpn: Texts
-    lifespan: Literal["auto", "on", "off"]
-    access_log: Literal["off", "structured", "combined"]
+    lifespan: Lifespan
+    access_log: AccessLog
 
 
 class RunOptions(ServeOptions, total=False):
@@ -65,8 +79,8 @@ class RunOptions(ServeOptions, total=False):
     name: str | None
     factory: bool
     workers: int
-    loop: Literal["uvloop", "asyncio"]
-    ready: Literal["notify", "exec"]
+    loop: Loop
+    ready: Ready
     settle: Duration
     orphan_timeout: Duration
     phased: bool
@@ -81,11 +95,11 @@ class RunOptions(ServeOptions, total=False):
     watch_path: Texts
     watch_include: Texts
     watch_exclude: Texts
-    log_format: Literal["auto", "console", "json"]
-    log_level: Literal["debug", "info", "warning", "error"]
+    log_format: LogFormat
+    log_level: LogLevel
     lame_duck: Duration
     status_bind: str | None
-    strategy: Literal["auto", "inherit", "transfer", "overlap", "rebind"]
+    strategy: StrategyChoice
     guard: bool
     undo_window: Duration
     canary: int

@@ -38,7 +38,7 @@ ENVIRONMENT_OTHERS: Final = frozenset(
         "HOTPORT_WORKER",
     }
 )
-"""Variables of ours that are no options."""
+"""Variables of ours that are no options; ``docs/generate.py`` explains them."""
 
 EXEC_SETTLE_S: Final = 5.0
 """A program that cannot say that it is ready has to prove it by living on; an import error takes its time to show."""

@@ -21,11 +21,11 @@ from hotport.kernel.procfs import age_s, environment
 from hotport.kernel.spawn import Child, spawn
 from hotport.model import inputs, steps
 from hotport.model.fates import Fate, names_cut
-from hotport.model.guarantee import Strategy
 from hotport.model.inputs import Exited, Said
 from hotport.model.lifecycle import Event, Phase
 from hotport.model.service import Service
 from hotport.model.signals import WORKER
+from hotport.model.strategies import Strategy
 from hotport.observe.logs import get_logger
 from hotport.options import Options
 from hotport.supervisor.contain import Containing, retried

@@ -16,8 +16,8 @@ from hotport.address import parse_address
 from hotport.errors import HotportError
 from hotport.kernel.inotify import Watch
 from hotport.kernel.sockets import bind_listener, file_path, socket_file
-from hotport.model.guarantee import Strategy, obstacle
 from hotport.model.steps import Step
+from hotport.model.strategies import Strategy, obstacle
 from hotport.observe.logs import get_logger
 from hotport.supervisor.requests import facts
 from hotport.supervisor.rundir import RuntimeDirectory

@@ -27,7 +27,7 @@ from hotport.kernel.sockets import (
     unlink_if_ours,
 )
 from hotport.kernel.steer import deafen, share_port, steer, unsteer
-from hotport.model.guarantee import Strategy
+from hotport.model.strategies import Strategy
 from hotport.options import Options
 
 __all__ = ["Listener", "Listeners", "Rebound", "listen"]

@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from hotport.errors import StartError
 from hotport.kernel.procfs import queue_overflows
 from hotport.model.effects import Announce, News
+from hotport.model.inputs import Clock
 from hotport.model.service import Service
 from hotport.observe.logs import get_logger
 from hotport.options import Options, format_duration
@@ -55,6 +56,7 @@ class Publisher:
         listeners: Mapping[str, socket.socket],
         *,
         is_running: bool,
+        bound_s: float = 0.0,
     ) -> None:
         """Log an announcement, pass it to the manager and the subscribers, and close the reports that it completes.
 
@@ -63,15 +65,16 @@ class Publisher:
             options: The options of its generation.
             listeners: The listeners of the serving generation, by address.
             is_running: Whether the worker that it names still runs.
+            bound_s: The duration of `Announce.clock`, if there is one.
         """
         news = announcement.news
         serving = service.generation
         is_stuck = news is News.WORKER_LOST and is_running
         error = self._errors.get(announcement.worker, "")
         if news is News.WORKER_LOST:
-            bound = f"ready_timeout is {format_duration(options.ready_timeout_s)}"
+            bound = "ready_timeout is" if announcement.clock is Clock.READY else "it had"
             self._loss = f"worker {announcement.worker} {announcement.why}; " + (
-                bound if is_stuck else "if it has written why, that is above"
+                f"{bound} {format_duration(bound_s)}" if bound_s else "if it has written why, that is above"
             )
         # A failed boot is reported once, at its end; but a worker that hangs is reported at once.
         if serving or news not in _BAD or is_stuck:

@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 import anyio
+from msgspec.structs import asdict
 
 from hotport import __version__
 from hotport.errors import ConfigError, HotportError, RestartError, StartError
 from hotport.kernel.process import rss_bytes
 from hotport.kernel.steer import can_steer
 from hotport.model.effects import Announce, Refusal
-from hotport.model.guarantee import Facts, Strategy, choose, table
 from hotport.model.inputs import Input, RequestKeep, RequestRestart, RequestScale, RequestUndo
 from hotport.model.lifecycle import CURRENT, Phase
 from hotport.model.rules import refusal
 from hotport.model.steps import STEPS, Step
+from hotport.model.strategies import GUARANTEES, Facts, choose, table
 from hotport.observe.logs import dropped, get_logger
 from hotport.options import Options
 from hotport.supervisor.launch import Launch
@@ -58,12 +59,6 @@ RELOAD_TIMEOUT_S = 5.0
 
 #: Seconds for which a worker may hand off connections: busy ones have five seconds, batches under way some more.
 REBALANCE_TIMEOUT_S = 20.0
-
-#: Why a canary cannot be used with a strategy.
-_NO_CANARY = {
-    Strategy.OVERLAP: "with the strategy overlap every newcomer is sent to one generation: it would see none of them",
-    Strategy.REBIND: "with the strategy rebind the old generation lets go of the port before the new one has it",
-}
 
 
 def unheard(news: Announce, ms: float) -> None:
@@ -112,12 +107,12 @@ async def restart(supervisor: Supervisor, request: RestartRequest = RESTART, hea
             note="restart afterwards",
         )
     wants = chosen.strategy
-    if options.canary and wants in _NO_CANARY:
+    if options.canary and (no_canary := GUARANTEES[wants].no_canary):
         raise _refused(
             "HP421",
             "a canary cannot serve beside its old workers",
             supervisor,
-            cause=_NO_CANARY[wants],
+            cause=no_canary,
             fix=f"hotport restart {supervisor.name} --canary 0",
             note="or use --strategy auto, which allows a canary",
         )
@@ -137,11 +132,8 @@ async def restart(supervisor: Supervisor, request: RestartRequest = RESTART, hea
 
 def _override(options: Options, request: RestartRequest) -> Options:
     """Return the options for one restart; the request's override the file's."""
-    said = {
-        name: value
-        for name in ("phased", "canary", "bake_s", "undo_window_s")
-        if (value := getattr(request, name)) is not None
-    }
+    # Not the strategy: `hotport status` tells from the options which one the next restart takes.
+    said = {name: value for name, value in asdict(request).items() if value is not None and name != "strategy"}
     options = replace(options, **said)
     if not (options.phased and options.canary):
         return options

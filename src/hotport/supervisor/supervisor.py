@@ -407,8 +407,15 @@ class Supervisor:
                 self.options = self._launches[generation].options
             case _:
                 pass
-        is_running = announcement.worker in self.fleet.processes
-        self.news.publish(announcement, self.service, self.options, self.listeners, is_running=is_running)
+        worker, late = announcement.worker, announcement.clock
+        self.news.publish(
+            announcement,
+            self.service,
+            self.options,
+            self.listeners,
+            is_running=worker in self.fleet.processes,
+            bound_s=self._duration(Timer(late, worker)) if late is not None else 0.0,
+        )
         wanted = {worker.generation for worker in self.service.workers.values()} | {generation}
         wanted |= self.news.reports.generations
         self._launches = {number: launch for number, launch in self._launches.items() if number in wanted}

@@ -5,7 +5,9 @@ answers with what has become true. A command connects to the supervisor's contro
 reads progress until the conversation ends with a `Report`, a `Status`, a `TlsReport`, a `Done` or a `Failure`.
 
 Each conversation has a closed set of messages; anything else is refused by name. Unknown fields are ignored, so a
-newer side may say more than an older one understands.
+newer side may say more than an older one understands. A field that is added has a default: after ``hotport
+upgrade`` a supervisor hears workers of an older version (``tests/wire/messages.json`` has what they say). One that
+cannot have a default makes `PROTOCOL` grow.
 """
 
 from __future__ import annotations
@@ -279,7 +281,6 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True, tag="inspection"):
     lingering: tuple[Lingering, ...] = ()
     requests: int
     rss_bytes: int
-    descriptors: int
     errors: int = 0
     lag_s: float = 0.0
     log_dropped: int = 0
@@ -494,7 +495,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
 
 
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One worker, as the supervisor sees it.
+    """One worker, as the supervisor sees it. Public on the status port, unless `statusport.public` empties it.
 
     Attributes:
         log_dropped: Lines of its log that could not be written.
@@ -526,7 +527,7 @@ class WatchStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
-    """The state of the service.
+    """The state of the service. Public on the status port, unless `statusport.public` empties it.
 
     Attributes:
         stage: ``"starting"``, ``"ready"``, ``"unserved"``, ``"lame duck"`` or ``"stopping"``.

@@ -32,7 +32,7 @@ from hotport.kernel.fork import withhold
 from hotport.kernel.inotify import Watch
 from hotport.kernel.loadpage import LoadPage
 from hotport.kernel.notify import notify
-from hotport.kernel.process import numbers, open_descriptors, raise_descriptor_limit, rss_bytes
+from hotport.kernel.process import numbers, raise_descriptor_limit, rss_bytes
 from hotport.kernel.sockets import (
     as_sockets,
     bind_control,
@@ -613,7 +613,6 @@ class Worker:
             lingering=_lingering(connections) if connections and self._leaving.is_set() else (),
             requests=connections.requests if connections else 0,
             rss_bytes=rss_bytes(os.getpid()),
-            descriptors=_descriptors(),
             errors=connections.errors if connections else 0,
             lag_s=self._lag.read() if is_watched else 0.0,
             log_dropped=dropped(),
@@ -737,13 +736,6 @@ def _peer_name(connection: Connection) -> str:
         case ((str(host), int(port), *_), _):
             return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     return "a unix socket"
-
-
-def _descriptors() -> int:
-    try:
-        return len(open_descriptors())
-    except OSError:  # there is no descriptor left to list them
-        return raise_descriptor_limit()
 
 
 def _with_jitter(value: int, jitter: int) -> int:

@@ -36,6 +36,7 @@ class Guarantee(msgspec.Struct, frozen=True):
         needs: What must be so.
         shares: How evenly workers share what comes.
         is_lossless: No client is refused, reset or late.
+        no_canary: Why a canary makes no sense with it; empty if it does.
     """
 
     how: str
@@ -46,6 +47,7 @@ class Guarantee(msgspec.Struct, frozen=True):
     needs: str
     shares: str
     is_lossless: bool = True
+    no_canary: str = ""
 
 
 GUARANTEES: Final[Mapping[Strategy, Guarantee]] = {
@@ -79,6 +81,7 @@ GUARANTEES: Final[Mapping[Strategy, Guarantee]] = {
         needs="tcp addresses that hotport has bound itself, an application that is served by hotport, and all workers "
         "replaced at once",
         shares="even in each generation, which has a queue of its own",
+        no_canary="with the strategy overlap every newcomer is sent to one generation: it would see none of them",
     ),
     Strategy.REBIND: Guarantee(
         how="the new workers have started completely; the old ones empty the accept queue and close; the port is bound "
@@ -93,6 +96,7 @@ GUARANTEES: Final[Mapping[Strategy, Guarantee]] = {
         needs="as overlap. Without --guard any user can take a port above 1023 in the gap",
         shares="even: one generation accepts at a time",
         is_lossless=False,
+        no_canary="with the strategy rebind the old generation lets go of the port before the new one has it",
     ),
 }
 

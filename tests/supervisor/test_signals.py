@@ -11,14 +11,14 @@ from typing import Any
 import anyio
 import pytest
 
-from hotport import runner
 from hotport.errors import RestartError
 from hotport.kernel.process import numbers
 from hotport.model.effects import Drain, Effect, Kill, News, Terminate
 from hotport.model.inputs import Clock, RequestStop
 from hotport.model.rules import refusal, step
 from hotport.model.service import Service
-from hotport.model.signals import ALL, NOTES, SUPERVISOR, WORKER, Does, Moment
+from hotport.model.signals import ALL, HELD, NOTES, SUPERVISOR, TERMINATING, WORKER, Does, Moment
+from hotport.supervisor import signals
 from hotport.supervisor.supervisor import Supervisor
 from tests.model.world import World, news
 from tests.support import DEADLINE_S
@@ -116,13 +116,13 @@ class Log:
 async def after(name: str, supervised: Any, log: Log) -> None:
     """Return when the handlers have dealt with a signal to this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "get_logger", lambda _: log)
-        patch.setattr(runner, "restart", supervised.restart)
-        patch.setattr(runner, "scale", supervised.scale)
-        patch.setattr(runner, "ends_with_terminal", lambda: False)
+        patch.setattr(signals, "get_logger", lambda _: log)
+        patch.setattr(signals, "restart", supervised.restart)
+        patch.setattr(signals, "scale", supervised.scale)
+        patch.setattr(signals, "ends_with_terminal", lambda: False)
         with anyio.fail_after(DEADLINE_S):
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(runner._handle_signals, supervised, supervised, tasks)
+                tasks.start_soon(signals.handle_signals, supervised, supervised, tasks)
                 await anyio.wait_all_tasks_blocked()
                 os.kill(os.getpid(), signal.Signals[name])
                 if SUPERVISOR[name][moment(supervised.service)] is Does.NOTHING:
@@ -195,5 +195,6 @@ def test_supervisor_does_what_the_table_says(name: str, at: Moment, does: Does) 
 def test_every_signal_is_in_every_table() -> None:
     assert WORKER.keys() == SUPERVISOR.keys() == ALL.keys()
     assert all(row.keys() == set(Moment) for table in (WORKER, SUPERVISOR, ALL) for row in table.values())
+    assert {name for name, row in SUPERVISOR.items() if {*row.values()} != {Does.NOTHING}} == HELD | TERMINATING
     noted = {name for table in (WORKER, SUPERVISOR) for name, row in table.items() if Does.NOTE in row.values()}
     assert NOTES.keys() == noted
