@@ -285,7 +285,7 @@ def memory(run: Run) -> dict[str, Samples]:
     return found
 
 
-def _wrk(server: Server, seconds: float, *, close: bool = False, script: str = "") -> tuple[float, int]:
+def load_wrk(server: Server, seconds: float, *, close: bool = False, script: str = "") -> tuple[float, int]:
     path = server.directory / "wrk.lua"
     path.write_text(script)
     return wrk(server.port, seconds=seconds, connections=CONNECTIONS, close=close, script=path if script else None)
@@ -317,16 +317,18 @@ def _core_idle_s() -> float:
 
 
 ROWS: Final[Mapping[str, Row]] = {
-    "keep-alive": Row(app="apps:hello", measure=partial(rates, load=_wrk), goals={"granian": 1.2, "uvicorn": 1.4}),
+    "keep-alive": Row(app="apps:hello", measure=partial(rates, load=load_wrk), goals={"granian": 1.2, "uvicorn": 1.4}),
     "connections": Row(
-        app="apps:hello", measure=partial(rates, load=partial(_wrk, close=True)), goals={"granian": 1.0}
+        app="apps:hello", measure=partial(rates, load=partial(load_wrk, close=True)), goals={"granian": 1.0}
     ),
-    "fastapi": Row(app="api:app", measure=partial(rates, load=_wrk), goals={"best": 1.0}),
-    "body": Row(app="apps:body", measure=partial(rates, load=_wrk), goals={"best": 1.0}),
-    "stream": Row(app="apps:stream", measure=partial(rates, load=_wrk, unit="MiB"), compare=MIB, goals={"best": 1.0}),
+    "fastapi": Row(app="api:app", measure=partial(rates, load=load_wrk), goals={"best": 1.0}),
+    "body": Row(app="apps:body", measure=partial(rates, load=load_wrk), goals={"best": 1.0}),
+    "stream": Row(
+        app="apps:stream", measure=partial(rates, load=load_wrk, unit="MiB"), compare=MIB, goals={"best": 1.0}
+    ),
     "upload": Row(
         app="apps:upload",
-        measure=partial(rates, load=partial(_wrk, script=UPLOAD), unit="MiB"),
+        measure=partial(rates, load=partial(load_wrk, script=UPLOAD), unit="MiB"),
         compare=MIB,
         goals={"best": 1.0},
     ),
@@ -336,7 +338,9 @@ ROWS: Final[Mapping[str, Row]] = {
         compare=("messages/s", "messages/CPU s"),
         goals={"best": 1.0},
     ),
-    "access-log": Row(app="apps:hello", measure=partial(rates, load=_wrk), goals={"uvicorn": 1.2}, options=ACCESS_LOG),
+    "access-log": Row(
+        app="apps:hello", measure=partial(rates, load=load_wrk), goals={"uvicorn": 1.2}, options=ACCESS_LOG
+    ),
     "latency": Row(app="apps:hello", measure=latencies, compare=("p99 ms",), goals={"best": 1.0}, is_cost=True),
     "memory": Row(
         app="apps:hello", measure=memory, compare=("KiB",), goals={"uvicorn": 1.0}, is_cost=True, options=PATIENT

@@ -684,7 +684,7 @@ async def test_client_that_sends_faster_than_the_application_receives_has_to_wai
                 await client.send(b"x" * 100_000)
 
         flooding = asyncio.create_task(flood())
-        await until(lambda: connection._is_reading_paused)
+        await until(lambda: connection.is_reading_paused)
         await turns(50)
         assert not flooding.done()
         app.gate.set()

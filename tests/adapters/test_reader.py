@@ -36,14 +36,14 @@ class Listener:
     def on_request(
         self,
         method: str,
-        version: str,
+        is_http10: bool,
         target: Target,
         headers: list[tuple[bytes, bytes]],
         fields: dict[bytes, bytes],
         keeps_alive: bool,
     ) -> Exchange:
-        scope = {"method": method, "http_version": version, "path": target[0], "headers": headers}
-        return Exchange(self, echo, scope, keeps_alive, version == "1.0")  # type: ignore[arg-type]
+        scope = {"method": method, "http_version": "1.0" if is_http10 else "1.1", "path": target[0], "headers": headers}
+        return Exchange(self, echo, scope, keeps_alive, is_http10)  # type: ignore[arg-type]
 
     def on_body_due(self) -> None:
         self.told.append("body due")

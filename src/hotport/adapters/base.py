@@ -228,7 +228,7 @@ class Connections:
         self.open[connection] = self._now()
         self.gauge[0] = len(self.open)
         self.accepted += 1
-        if self.is_leading:
+        if (self._is_draining or self.moves_early) and self.is_leading:
             self.tell(connection)
         if self.maximum and self._is_over:
             self._see_full()
@@ -329,7 +329,8 @@ class Connections:
             return False
         self.gauge[0] = len(self.open)
         self._adopted.discard(connection)
-        self._stops_moving(connection)
+        if self._moving:
+            self._stops_moving(connection)
         if self.maximum:
             self._see_room()
         if self._empty is not None and not self.open:

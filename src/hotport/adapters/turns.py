@@ -15,7 +15,7 @@ log = logging.getLogger("hotport.error")
 
 #: Seconds of parsing, inflating and delivering for one connection in one turn of the event loop. Bytes not parsed by
 #: then wait for `Turns`. The limit is checked between two pieces of work, so each piece must be short.
-TURN_S: Final = 0.00025
+TURN_S: Final = 0.00015
 
 #: A read of so many bytes also ends a turn: unless reading is paused, libuv reads up to 32 times in a row while a
 #: client fills its buffer of 256,000 bytes each time (``uv__read``).

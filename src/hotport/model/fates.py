@@ -12,6 +12,11 @@ from enum import StrEnum
 __all__ = ["Fate", "by_name", "names_cut"]
 
 
+def names_cut(name: str) -> bool:
+    """Return whether a fate is a cut, by its name on the wire."""
+    return name.startswith("cut_")
+
+
 class Fate(StrEnum):
     """How one connection has ended here; what each costs a client is in ``docs/reference/report.md``."""
 
@@ -45,20 +50,11 @@ class Fate(StrEnum):
     #: Counts workers that ended without reporting their connections.
     WORKERS_KILLED = "workers_killed"
 
-    @property
-    def is_cut(self) -> bool:
-        """Something was lost, or may have been."""
-        return names_cut(self)
-
-    @property
-    def is_moved(self) -> bool:
-        """Another worker serves the connection."""
-        return self.startswith("moved_")
-
-
-def names_cut(name: str) -> bool:
-    """Return whether a fate is a cut, by its name on the wire."""
-    return name.startswith("cut_")
+    def __init__(self, name: str) -> None:
+        #: Something was lost, or may have been.
+        self.is_cut = names_cut(name)
+        #: Another worker serves the connection.
+        self.is_moved = name.startswith("moved_")
 
 
 def by_name(fates: Mapping[Fate, int]) -> dict[str, int]:

@@ -31,6 +31,9 @@ log = logging.getLogger("hotport.acceptor")
 #: Connections accepted in one turn of the event loop, so that open connections get their turn.
 BATCH: Final = 16
 
+#: The same with TLS: each connection begins with a handshake, which takes longer than hundreds of requests.
+TLS_BATCH: Final = 2
+
 #: Seconds until accepting is retried after an error: the process or the system is out of descriptors or memory, or
 #: another process has shut the shared listener down (EINVAL, until one calls listen(2) again).
 PAUSE_S: Final = 0.1
@@ -139,6 +142,7 @@ class Acceptor:
         self._adapter = adapter
         self._connections = connections
         self._tls = tls
+        self._batch = BATCH if tls is None else TLS_BATCH
         self._proxies = proxies
         self._loop = asyncio.get_running_loop()
         self._sockname = _own_name(self._listener)
@@ -224,8 +228,8 @@ class Acceptor:
             task.cancel()
 
     def _accept(self) -> None:
-        """Accept up to `BATCH` connections, but leave them to other workers while this one is ahead."""
-        for _ in range(BATCH):
+        """Accept some connections (`BATCH`, `TLS_BATCH`), but leave them to others while this worker is ahead."""
+        for _ in range(self._batch):
             if self._share is not None and self._share.is_ahead():
                 self._rest(DEFER_S, self._see_what_is_left)
                 return

@@ -21,7 +21,7 @@ from hotport.adapters.asgi.exchange import CUT, TOO_SLOW, UNTIL_CLOSE, Exchange
 from hotport.adapters.asgi.handshake import Resumption, is_handshake
 from hotport.adapters.asgi.proxy import forwarded
 from hotport.adapters.asgi.reader import END_OF_HEAD, Intake, Reader, Target
-from hotport.adapters.asgi.shared import ASGI, Shared, name_client
+from hotport.adapters.asgi.shared import Shared, name_client
 from hotport.adapters.asgi.spec import Receive, Scope, Send
 from hotport.adapters.asgi.states import ANSWERED, HELD, STATES, STREAMING, Manner, State
 from hotport.adapters.asgi.tls import tls_extension
@@ -48,7 +48,12 @@ __all__ = ["HttpConnection"]
 
 log = logging.getLogger("hotport.error")
 
+# Looking one of them up in its enumeration takes longer than a call.
 OPEN: Final = Intake.OPEN
+CLOSED: Final = Intake.CLOSED
+PARKED: Final = Intake.PARKED
+UPGRADED: Final = Intake.UPGRADED
+FINISHED: Final = Fate.FINISHED
 
 #: Reading pauses while more of a request's body than this waits for the application.
 BODY_HIGH_WATER_BYTES: Final = 64 * 1024
@@ -79,8 +84,8 @@ class HttpConnection(asyncio.Protocol):
         "_has_announced_close",
         "_has_said_goodbye",
         "_has_served",
-        "_is_advancing",
         "_is_attached",
+        "_is_beginning",
         "_is_draining",
         "_is_flushed",
         "_is_reading_paused",
@@ -135,7 +140,7 @@ class HttpConnection(asyncio.Protocol):
         self._refusal: tuple[int, str, bool] | None = None
 
         self._is_attached = False  # there is a transport
-        self._is_advancing = False
+        self._is_beginning = False
         self._has_served = False
         #: The minimum rates of the client's sending and reading; made on demand.
         self._sending_pace: Pace | None = None
@@ -146,7 +151,7 @@ class HttpConnection(asyncio.Protocol):
         self._has_said_goodbye = False  # the last answer is completely written
         self._is_flushed = False  # the kernel had nothing to send at the last check
         self.handoff: Handoff | None = None
-        self._fate = Fate.FINISHED
+        self._fate = FINISHED
         shared.registry.opened(self)
 
     # -- called by the worker ------------------------------------------------------------------------------
@@ -270,7 +275,7 @@ class HttpConnection(asyncio.Protocol):
         if self.handoff is None or self.is_closed or self._has_said_goodbye:
             return None
         if not self.is_at_safe_point and self._reader.intake is OPEN and not self.has_eof:  # at its end it stays here
-            self._reader.intake = Intake.PARKED
+            self._reader.intake = PARKED
         return self.handoff.offer(self, self.transport)
 
     def hold(self) -> None:
@@ -293,7 +298,7 @@ class HttpConnection(asyncio.Protocol):
             return
         if was_offered:
             self._wait(self.shared.head_ticks if self.unconsumed else self.shared.keep_alive_ticks)
-        if self._reader.intake is Intake.PARKED:
+        if self._reader.intake is PARKED:
             self._reader.intake = OPEN
         if self._reader.rest:
             self._pause_reading()
@@ -319,14 +324,16 @@ class HttpConnection(asyncio.Protocol):
             return
         shared = self.shared
         shared.deadlines.add(self)
-        self._wait(shared.head_ticks)
-        info = transport.get_extra_info
+        if shared.head_ticks:
+            self.due = shared.deadlines.now + shared.head_ticks
         tls = tls_extension(transport)
         self._scheme = "http" if tls is None else "https"
         self._extensions = shared.extensions if tls is None else {**shared.extensions, "tls": tls}
+        info = transport.get_extra_info
         peer, server = self.endpoints or (info("peername"), info("sockname"))
-        self._client = _client_address(peer)
-        self._server = _server_address(server)
+        # An address of IPv4 is what ASGI wants.
+        self._client = peer if type(peer) is tuple and len(peer) == 2 else _client_address(peer)
+        self._server = server if type(server) is tuple and len(server) == 2 else _server_address(server)
         self._is_trusted = shared.trusted.peer(peer)
         if self.adopted is not None:
             self._go_on_adopted(self.adopted)
@@ -353,21 +360,27 @@ class HttpConnection(asyncio.Protocol):
         end_for_client(self, self.handoff)
         self.is_closed = True
         self._end_watches()
-        self._end_requests()
+        if self._current is not None or not self._has_said_goodbye:
+            self._end_requests()
         self._reader.close()
         self.handoff = None  # a closed connection is at no safe point
-        self.resume_writing()
+        if self.writable is not None:
+            self.writable.set()
+            self.writable = None
         self.shared.registry.closed(self, self._fate)
 
     def _end_watches(self) -> None:
         """Leave `Deadlines`, when the connection ends or another object continues it."""
         deadlines = self.shared.deadlines
         deadlines.discard(self)
-        deadlines.paused.discard(self)
-        for pace in (self._sending_pace, self._reading_pace):
-            if pace is not None:
-                pace.discard()
-        self._sending_pace = self._reading_pace = None
+        if self._is_reading_paused:
+            deadlines.paused.discard(self)
+        if self._sending_pace is not None:
+            self._sending_pace.discard()
+            self._sending_pace = None
+        if self._reading_pace is not None:
+            self._reading_pace.discard()
+            self._reading_pace = None
 
     def pause_writing(self) -> None:
         self.writable = asyncio.Event()
@@ -409,7 +422,7 @@ class HttpConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         reader = self._reader
         if reader.intake is not OPEN and reader.arriving is None:
-            if reader.intake is Intake.PARKED:
+            if reader.intake is PARKED:
                 reader.rest += data
                 if len(reader.rest) > BODY_HIGH_WATER_BYTES:
                     self._pause_reading()
@@ -422,16 +435,17 @@ class HttpConnection(asyncio.Protocol):
             and reader.arriving is None
             and not reader.head
             and not reader.rest
-            and data.endswith(END_OF_HEAD)
+            and data[-4:] == END_OF_HEAD
             and data.rfind(END_OF_HEAD, 0, -1) < 0  # takes half the time of a search from the front
             and (
                 size <= self.shared.small_head_bytes
                 or (size <= self.shared.options.head_max_bytes and data.count(b"\n") <= self.shared.head_lines_max)
             )
         ):
+            reader.whole_head = data
             reader.parse(data)
             if self._pipeline:  # run the application now, outside the parser's callbacks
-                self._advance()
+                self._begin(self._pipeline.popleft())
             return
         reader.rest = reader.rest + data if reader.rest else data
         if self._is_reading_paused:  # transports start reading after `connection_made`, and TLS ones may continue
@@ -473,7 +487,7 @@ class HttpConnection(asyncio.Protocol):
                 break
             if perf_counter() >= until:
                 break
-        if reader.intake is Intake.UPGRADED:
+        if reader.intake is UPGRADED:
             if reader.rest:
                 self.transport.get_protocol().data_received(reader.rest)  # type: ignore[attr-defined]
             return
@@ -523,7 +537,7 @@ class HttpConnection(asyncio.Protocol):
     def on_request(
         self,
         method: str,
-        version: str,
+        is_http10: bool,
         target: Target,
         headers: list[tuple[bytes, bytes]],
         fields: dict[bytes, bytes],
@@ -535,28 +549,20 @@ class HttpConnection(asyncio.Protocol):
         client, scheme = self._client, self._scheme
         if self._is_trusted and (b"x-forwarded-for" in fields or b"x-forwarded-proto" in fields):
             client, scheme = forwarded(headers, client, scheme, shared.trusted)
-        return Exchange(
-            self,
-            shared.application,
-            {
-                "type": "http",
-                "asgi": ASGI,
-                "http_version": version,
-                "method": method,
-                "scheme": scheme,
-                "path": shared.root_path + path,
-                "raw_path": shared.raw_root_path + raw_path,
-                "query_string": query,
-                "root_path": shared.root_path,
-                "headers": headers,
-                "client": client,
-                "server": self._server,
-                "state": shared.state.copy(),
-                "extensions": self._extensions.copy(),
-            },
-            keeps_alive,
-            version == "1.0",
-        )
+        scope = shared.scope.copy()
+        if is_http10:
+            scope["http_version"] = "1.0"
+        scope["method"] = method
+        scope["scheme"] = scheme
+        scope["path"] = shared.root_path + path
+        scope["raw_path"] = shared.raw_root_path + raw_path
+        scope["query_string"] = query
+        scope["headers"] = headers
+        scope["client"] = client
+        scope["server"] = self._server
+        scope["state"] = shared.state.copy()
+        scope["extensions"] = self._extensions.copy()
+        return Exchange(self, shared.application, scope, keeps_alive, is_http10)
 
     def on_body_due(self) -> None:
         """Enforce `body_timeout` on the request's body."""
@@ -609,9 +615,6 @@ class HttpConnection(asyncio.Protocol):
         Args:
             ending: The number of applications whose last ``send()`` calls this.
         """
-        shared = self.shared
-        registry = shared.registry
-        self._is_advancing = True
         until = 0.0
         while self._current is None and self._pipeline:
             if len(self._pipeline) > 1:
@@ -621,29 +624,37 @@ class HttpConnection(asyncio.Protocol):
                     self._pause_reading()
                     self._take_turn_soon()
                     break
-            self._current = exchange = self._pipeline.popleft()
-            self.due = 0
-            registry.requests += 1
-            if registry.requests == registry.requests_max:
-                registry.has_reached_requests_max()
-            if shared.access is not None:
-                exchange.began = perf_counter()
-            if 0 < shared.options.concurrency_max <= len(shared.running) - ending:
-                exchange.application = _overloaded
-            shared.running.add(exchange)
-            exchange.task = shared.run(exchange.run(), context=shared.variables.copy())
-            if exchange.stage == HELD:
-                exchange.open_soon()
-        self._is_advancing = False
+            self._begin(self._pipeline.popleft(), ending)
         if self._refusal is not None and self._current is None and not self._pipeline and not self._has_said_goodbye:
             self._answer_refusal(*self._refusal)
+
+    def _begin(self, exchange: Exchange, ending: int = 0) -> None:
+        """Run the application for a request. With tasks that begin at once, it may have answered when this returns."""
+        shared = self.shared
+        registry = shared.registry
+        self._current = exchange
+        self.due = 0
+        registry.requests += 1
+        if registry.requests == registry.requests_max:
+            registry.has_reached_requests_max()
+        if shared.access is not None:
+            exchange.began = perf_counter()
+        running = shared.running
+        if shared.concurrency_max and len(running) - ending >= shared.concurrency_max:
+            exchange.application = _overloaded
+        running.add(exchange)
+        self._is_beginning = True
+        exchange.task = shared.run(exchange.run(), context=shared.variables.copy())
+        self._is_beginning = False
+        if exchange.stage == HELD:
+            exchange.open_soon()
 
     def announce_close(self, exchange: Exchange) -> bool:
         """Whether the head about to be written must say that this answer is the last."""
         if exchange.keeps_alive and not ((self._is_draining or self.has_eof) and not self._has_request_behind()):
             return False
         self._has_announced_close = True
-        self._reader.intake = Intake.CLOSED
+        self._reader.intake = CLOSED
         if self._reader.arriving is None:
             self._reader.rest = b""
         return True
@@ -667,7 +678,7 @@ class HttpConnection(asyncio.Protocol):
                 self._close()  # the client has announced that this was its last request
             return
         if self._pipeline or self._refusal is not None:
-            if not self._is_advancing:
+            if not self._is_beginning:
                 self._advance(ending=1)
         elif self.has_eof and not self._reader.rest:
             self._close()
@@ -806,7 +817,7 @@ class HttpConnection(asyncio.Protocol):
         """End the wait for the client, or extend it while an answer is being sent or unread bytes have come."""
         state = self.state
         if state is State.HALF_HEAD:
-            if self._reader.rest or self._reader.intake is Intake.PARKED:
+            if self._reader.rest or self._reader.intake is PARKED:
                 self._wait(self.shared.head_ticks)  # the rest may be among the unparsed bytes
             else:
                 self.refuse(408, "the request head did not arrive in time")

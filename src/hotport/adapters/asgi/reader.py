@@ -25,6 +25,7 @@ __all__ = ["END_OF_HEAD", "Intake", "Listener", "Reader", "Target"]
 log = logging.getLogger("hotport.error")
 
 END_OF_HEAD: Final = b"\r\n\r\n"
+VERSION_11: Final = b" HTTP/1.1\r\n"
 
 #: Memory of a waiting request beside its head: the exchange, its scope and their containers. And memory of each header
 #: field: a tuple, two byte strings and their place in a list. Measured with tracemalloc.
@@ -74,7 +75,7 @@ class Listener(Protocol):
     def on_request(
         self,
         method: str,
-        version: str,
+        is_http10: bool,
         target: Target,
         headers: list[tuple[bytes, bytes]],
         fields: dict[bytes, bytes],
@@ -125,6 +126,7 @@ class Reader:
         arriving: The newest request while its body arrives; its answer may be over.
         head: The raw bytes of an incomplete head, already fed to the parser.
         rest: Unparsed bytes behind it.
+        whole_head: Bytes about to be parsed that are exactly one head.
     """
 
     __slots__ = (
@@ -141,6 +143,7 @@ class Reader:
         "head",
         "intake",
         "rest",
+        "whole_head",
     )
 
     def __init__(self, listener: Listener, shared: Shared, requests: deque[Exchange]) -> None:
@@ -151,6 +154,7 @@ class Reader:
         self.arriving: Exchange | None = None
         self.head = b""
         self.rest = b""
+        self.whole_head = b""
         #: Made when the first bytes come: an idle connection that moves needs none.
         self._parser: Any = None
         self._url = b""
@@ -315,10 +319,14 @@ class Reader:
         headers, self._headers = self._headers, TRAILERS
         url, self._url = self._url, b""
         method = parser.get_method()
-        version = parser.get_http_version()
-        is_http10 = version == "1.0"
-        if not is_http10 and version != "1.1":
-            raise _Refused(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+        head, self.whole_head = self.whole_head, b""
+        end = len(method) + 1 + len(url)
+        is_http10 = False
+        if head[end : end + 11] != VERSION_11:
+            version = parser.get_http_version()  # makes a text of two numbers, which takes as long as all of the above
+            is_http10 = version == "1.0"
+            if not is_http10 and version != "1.1":
+                raise _Refused(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
         if len(headers) > self._shared.options.header_fields_max:
             raise _Refused(431, "the request has too many header fields")
         fields = dict(headers)
@@ -334,7 +342,12 @@ class Reader:
         if host is not None:  # replaces the Host field: RFC 9112 section 3.2.2
             headers = [(b"host", host), *(field for field in headers if field[0] != b"host")]
         self.arriving = exchange = self._listener.on_request(
-            METHODS.get(method) or method.decode("ascii"), version, target, headers, fields, parser.should_keep_alive()
+            METHODS.get(method) or method.decode("ascii"),
+            is_http10,
+            target,
+            headers,
+            fields,
+            parser.should_keep_alive(),
         )
         self._requests.append(exchange)
 

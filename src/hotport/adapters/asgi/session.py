@@ -24,6 +24,8 @@ MESSAGE_BYTES: Final = 256
 class Talking(Answering, Protocol):
     """The interface that a session needs of its connection."""
 
+    is_reading_paused: bool
+
     @property
     def handoff(self) -> object:
         """Not None while the worker leaves."""
@@ -216,6 +218,8 @@ class Session:
             waiter = self.connection.shared.loop.create_future()
             self._waiters.append(waiter)
             self._receiving += 1
+            if self.connection.is_reading_paused:
+                self.connection.resume_reading_if_room()  # the next message may be half here
             if self.connection.handoff is not None:
                 self.connection.come_to_rest()
             try:

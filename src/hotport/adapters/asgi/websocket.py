@@ -129,7 +129,6 @@ class WebSocketConnection(asyncio.Protocol):
         "_is_in_detail",
         "_is_movable",
         "_is_proxied",
-        "_is_reading_paused",
         "_is_resuming",
         "_is_scheduled",
         "_pong",
@@ -144,6 +143,7 @@ class WebSocketConnection(asyncio.Protocol):
         "endpoints",
         "handoff",
         "has_eof",
+        "is_reading_paused",
         "shared",
         "sock",
         "transport",
@@ -178,7 +178,7 @@ class WebSocketConnection(asyncio.Protocol):
         self._untaken: object = None
         self._gone_due = 0
         self._reading_pace: Pace | None = None  # made when writing is first paused
-        self._is_reading_paused = False
+        self.is_reading_paused = False
         self._is_draining = False
         self._has_heard = False  # received anything since the last ping
         self._has_said_goodbye = False  # nothing more will be written
@@ -533,7 +533,7 @@ class WebSocketConnection(asyncio.Protocol):
         self._cutter.add(data)
         if not self._is_behind:
             self._read()
-            if len(data) >= LONG_READ_BYTES and not self._is_reading_paused and not self._has_said_goodbye:
+            if len(data) >= LONG_READ_BYTES and not self.is_reading_paused and not self._has_said_goodbye:
                 self._go_on_in_next_turn()
 
     def _read(self) -> None:
@@ -569,7 +569,7 @@ class WebSocketConnection(asyncio.Protocol):
             cutter.settle()
         if protocol.writes:
             self._flush()
-        self._is_in_detail = self._is_reading_paused or not cutter.is_between_frames
+        self._is_in_detail = self.is_reading_paused or not cutter.is_between_frames
         self.resume_reading_if_room()
         if self.handoff is not None:
             self.handoff.come_to_rest(self)
@@ -578,7 +578,21 @@ class WebSocketConnection(asyncio.Protocol):
     def _is_full(self) -> bool:
         """Whether the limits on undelivered messages are reached."""
         session = self._session
-        return len(session.undelivered) >= self._queue_max or session.waiting_bytes > self._buffer_bytes
+        return (
+            len(session.undelivered) >= self._queue_max
+            or session.waiting_bytes + self._unasked_bytes > self._buffer_bytes
+        )
+
+    @property
+    def _unasked_bytes(self) -> int:
+        """Size of a message that arrives in parts while the application, which is busy, has not asked for it.
+
+        16 KiB may inflate to 16 MiB: what the application works on is enough.
+        """
+        session = self._session
+        if self._assembly is None or session.is_receiving or session.has_finished or not self._is_established:
+            return 0
+        return self._assembly.size
 
     def _go_on_in_next_turn(self) -> None:
         """Pause reading, and continue after the other connections' turns."""
@@ -758,7 +772,7 @@ class WebSocketConnection(asyncio.Protocol):
         self._wait(_Wait.PING, self.shared.ws_ping_ticks)
         if self._is_draining or self.handoff is not None:
             self.shared.registry.tell(self)
-        self._is_in_detail = self._is_reading_paused
+        self._is_in_detail = self.is_reading_paused
         early, self._early = self._early, b""
         if early:
             self.data_received(early)
@@ -825,8 +839,8 @@ class WebSocketConnection(asyncio.Protocol):
             self._say_goodbye()
 
     def _pause_reading(self) -> None:
-        if not self._is_reading_paused:
-            self._is_reading_paused = self._is_in_detail = True
+        if not self.is_reading_paused:
+            self.is_reading_paused = self._is_in_detail = True
             self._untaken = None
             self.transport.pause_reading()
             self.shared.deadlines.paused.add(self)
@@ -835,10 +849,11 @@ class WebSocketConnection(asyncio.Protocol):
         """Resume reading if few enough messages are undelivered; read earlier bytes first."""
         session = self._session
         if (
-            not self._is_reading_paused
+            not self.is_reading_paused
             or self._early
             or len(session.undelivered) > self._queue_low
             or session.waiting_bytes > self._buffer_bytes // 4
+            or session.waiting_bytes + self._unasked_bytes > self._buffer_bytes
         ):
             return
         if self._is_behind:
@@ -847,8 +862,8 @@ class WebSocketConnection(asyncio.Protocol):
             self._resume_reading()
 
     def _resume_reading(self) -> None:
-        if self._is_reading_paused:
-            self._is_reading_paused = False
+        if self.is_reading_paused:
+            self.is_reading_paused = False
             self._is_in_detail = not self._cutter.is_between_frames
             self.shared.deadlines.paused.discard(self)
             if not self.transport.is_closing():
@@ -888,7 +903,7 @@ class WebSocketConnection(asyncio.Protocol):
 
     def _expire_pong(self) -> None:
         """Fail a silent connection; wait again if bytes have come, or reading is paused."""
-        if self._has_heard or self._is_reading_paused:
+        if self._has_heard or self.is_reading_paused:
             self._has_heard = False
             self._wait(_Wait.PONG, self.shared.ws_pong_ticks)
         else:
