@@ -584,7 +584,7 @@ class SocketsServer:
 
 
 def _say_moved(asked: asyncio.Future[int], mover: Mover, _: asyncio.Task[None]) -> None:
-    """Answer whoever has asked for a move, however that has ended."""
+    """Answer a requested move with its result, also after a cancellation."""
     asked.set_result(mover.moved)
 
 
