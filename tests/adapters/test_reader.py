@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import AsyncIterator
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from hotport.adapters.asgi import reader
 from hotport.adapters.asgi.exchange import Exchange
-from hotport.adapters.asgi.reader import Intake, Reader, Target
+from hotport.adapters.asgi.reader import PIECE_BYTES_MAX, PIECE_BYTES_MIN, Intake, Reader, Target
 from hotport.adapters.asgi.shared import Shared
 from hotport.adapters.base import Connections, Context
 from hotport.options import Options
@@ -115,3 +117,18 @@ async def test_what_follows_an_upgrade_is_kept_for_the_other_protocol() -> None:
     listener = Listener(takes_over=True)
     listener.read(UPGRADE + b"frames")
     assert (listener.reader.intake, listener.reader.rest) == (Intake.UPGRADED, b"frames")
+
+
+@pytest.mark.parametrize(
+    ("tick_s", "piece_bytes"), [(0.0, PIECE_BYTES_MAX), (1.0, PIECE_BYTES_MIN)], ids=["fast", "slow"]
+)
+async def test_pieces_of_a_chunked_body_are_as_long_as_they_are_parsed_fast(
+    listener: Listener, tick_s: float, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 KiB of chunks of a byte each held others up for milliseconds."""
+    ticks = itertools.count()
+    monkeypatch.setattr(reader, "perf_counter", lambda: next(ticks) * tick_s)
+    head = b"POST /b HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert listener.read(head + b"1\r\nx\r\n" * 50_000 + b"0\r\n\r\n" + GET) == ["/b", "/a"]
+    assert listener.requests[0].body == b"x" * 50_000
+    assert listener.reader._piece_bytes == piece_bytes

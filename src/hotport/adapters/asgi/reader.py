@@ -32,8 +32,12 @@ VERSION_11: Final = b" HTTP/1.1\r\n"
 REQUEST_BYTES: Final = 3 * 1024
 FIELD_BYTES: Final = 136
 
-#: Bytes of a chunked body that are parsed between two checks of the clock: a chunk may hold one byte.
-PIECE_BYTES: Final = 16 * 1024
+#: How much of a chunked body is parsed at once: about what takes `PIECE_S`, by the time that the last piece took. A
+#: chunk may hold one byte; parsing such ones takes a hundred times as long as parsing a long one.
+PIECE_S: Final = 0.00005
+PIECE_BYTES_FIRST: Final = 2 * 1024
+PIECE_BYTES_MIN: Final = 512
+PIECE_BYTES_MAX: Final = 64 * 1024
 
 #: Stands for the length of a chunked body.
 CHUNKED: Final = -1
@@ -135,6 +139,7 @@ class Reader:
         "_is_upgrade",
         "_listener",
         "_parser",
+        "_piece_bytes",
         "_requests",
         "_shared",
         "_tail",
@@ -161,6 +166,7 @@ class Reader:
         self._headers: list[tuple[bytes, bytes]] = []
         self._is_upgrade = False
         self._tail = b""  # the last bytes of an incomplete chunked body
+        self._piece_bytes = PIECE_BYTES_FIRST
         self._between = 0  # bytes of that body since its last data: extensions, trailers
 
     def stop(self) -> Exchange | None:
@@ -195,7 +201,7 @@ class Reader:
             if arriving is None:
                 if self.intake is not OPEN or room_bytes < 0 or len(self._requests) >= requests_max:
                     break
-                end = _end_of_piece(data, start, self.head[-3:])
+                end = _end_of_piece(data, start, size, self.head[-3:])
                 piece = data[start:end]
                 # Empty lines in front of a request are ignored (RFC 9112 section 2.2).
                 head = self.head + piece if self.head else piece.lstrip(b"\r\n")
@@ -217,11 +223,12 @@ class Reader:
                     )
                     room_bytes -= exchange.held_bytes
             elif arriving.length == CHUNKED:
-                end = min(_end_of_piece(data, start, self._tail), start + PIECE_BYTES)
+                end = _end_of_piece(data, start, min(size, start + self._piece_bytes), self._tail)
                 tail = (self._tail + data[max(start, end - 4) : end])[-4:]
                 self._tail = b"" if tail == END_OF_HEAD else tail[-3:]
-                received = arriving.received
+                received, began = arriving.received, perf_counter()
                 self.parse(view[start:end])
+                self._adapt_pieces(end - start, perf_counter() - began)
                 room_bytes -= end - start
                 self._between = self._between + end - start if arriving.received == received else 0
                 if self._between > options.head_max_bytes and self.arriving is arriving:
@@ -237,6 +244,13 @@ class Reader:
                 break
         if self.intake is not CLOSED or self.arriving is not None:
             self.rest = data[start:]
+
+    def _adapt_pieces(self, size: int, took_s: float) -> None:
+        """Halve the pieces of a body if one took too long, and double them if one was parsed fast."""
+        if took_s > 2 * PIECE_S:
+            self._piece_bytes = max(self._piece_bytes // 2, PIECE_BYTES_MIN)
+        elif size >= self._piece_bytes and 2 * took_s < PIECE_S:
+            self._piece_bytes = min(self._piece_bytes * 2, PIECE_BYTES_MAX)
 
     def parse(self, piece: bytes | memoryview) -> None:
         """Parse all of `piece`, in which at most one request may end."""
@@ -271,6 +285,7 @@ class Reader:
         """Note the framing of a body that has not arrived with its head, and check its length."""
         exchange.length = CHUNKED
         self._between = 0
+        self._piece_bytes = PIECE_BYTES_FIRST
         for name, value in exchange.scope["headers"]:
             if name == b"content-length":
                 exchange.length = int(value)
@@ -413,14 +428,14 @@ def _check(headers: list[tuple[bytes, bytes]], is_http10: bool) -> None:
         raise _Refused(400, "a request must have one host field")
 
 
-def _end_of_piece(data: bytes, start: int, before: bytes) -> int:
-    """Return where the next `END_OF_HEAD` ends, which may have begun in `before`; else the end of `data`."""
+def _end_of_piece(data: bytes, start: int, stop: int, before: bytes) -> int:
+    """Return where the next `END_OF_HEAD` ends, which may have begun in `before`; else `stop`."""
     if before:
-        across = (before + data[start : start + 3]).find(END_OF_HEAD)
+        across = (before + data[start : min(start + 3, stop)]).find(END_OF_HEAD)
         if across >= 0:
             return start + across + 4 - len(before)
-    found = data.find(END_OF_HEAD, start)
-    return len(data) if found < 0 else found + 4
+    found = data.find(END_OF_HEAD, start, stop)
+    return stop if found < 0 else found + 4
 
 
 @lru_cache(maxsize=1024)
