@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import pytest
 
@@ -54,3 +55,28 @@ async def test_one_that_fails_does_not_keep_others_waiting(caplog: pytest.LogCap
     queue.wait(lambda: done.append(1))
     await until(lambda: bool(done))
     assert "mine" in caplog.text
+
+
+async def test_one_application_continues_in_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "TURN_S", 60.0)
+    loop = asyncio.get_running_loop()
+    queue, done = Turns(loop), list[str]()
+
+    async def send(name: str) -> None:
+        for _ in range(2):
+            await queue.turn()
+            done.append(name)
+
+    def note() -> None:
+        done.append("-")
+        if len(done) < 12:
+            loop.call_soon(note)
+
+    tasks = [asyncio.ensure_future(send(name)) for name in "abc"]
+    await asyncio.sleep(0)
+    tasks.pop().cancel()  # who has left needs no turn
+    loop.call_soon(note)
+    await asyncio.gather(*tasks)
+    text = "".join(done)
+    assert text.replace("-", "") == "abab"
+    assert not re.search("[ab][ab]", text)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 from typing import Final
 
@@ -31,23 +32,37 @@ class Turns:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._waiting: deque[Callable[[], None]] = deque()
+        self._waiting: deque[Callable[[], object]] = deque()
 
-    def wait(self, work: Callable[[], None]) -> None:
-        """Queue `work` to be called once."""
+    def wait(self, work: Callable[[], object]) -> None:
+        """Queue `work` to be called once; if it returns True, it has used up the turn of the event loop."""
         if not self._waiting:
             self._loop.call_soon(self._take)
         self._waiting.append(work)
 
+    async def turn(self) -> None:
+        """Let others have their turn; then one application that waits here continues in each turn of the event loop."""
+        future = self._loop.create_future()
+        self.wait(partial(_release, future))
+        await future
+
     def _take(self) -> None:
         ends = perf_counter() + TURN_S
         for _ in range(len(self._waiting)):  # work that is queued meanwhile comes after the others
+            is_used_up: object = False
             try:
-                self._waiting[0]()
+                is_used_up = self._waiting[0]()
             except Exception:
                 log.exception("a connection failed in its turn")  # the others still get their turn
             self._waiting.popleft()  # only now: while the queue is not empty, `wait` schedules no second `_take`
-            if perf_counter() >= ends:
+            if is_used_up is True or perf_counter() >= ends:
                 break
         if self._waiting:
             self._loop.call_soon(self._take)
+
+
+def _release(future: asyncio.Future[None]) -> bool:
+    if future.done():  # cancelled
+        return False
+    future.set_result(None)
+    return True

@@ -28,6 +28,9 @@ UNTIL_CLOSE: Final = 3
 #: loop supports that (`Shared.can_gather`).
 JOIN_BYTES_MAX: Final = 16 * 1024
 
+#: An application that has sent so much of a body without waiting lets others have their turn.
+BURST_BYTES: Final = 256 * 1024
+
 #: Turns of the event loop that a head waits for its body. Middleware that runs the application in a task of its own
 #: (Starlette's BaseHTTPMiddleware) passes the body on one or two turns after the head.
 HELD_TURNS: Final = 4
@@ -89,6 +92,7 @@ class Exchange:
         "_is_http10",
         "_is_told",
         "_left",
+        "_sent_before",
         "_trailers",
         "_wakeup",
         "_why_gone",
@@ -144,6 +148,7 @@ class Exchange:
         self.held_bytes = 0
         self._is_http10 = is_http10
         self._is_head = scope["method"] == "HEAD"
+        self._sent_before = 0  # `sent` when the application waited last
         self._is_delivered = False
         self._is_told = False  # the application was told that the client has left
         self._why_gone = CLIENT_LEFT
@@ -271,6 +276,7 @@ class Exchange:
         writable = self.connection.writable
         if writable is not None:
             await writable.wait()
+            self._sent_before = self.sent
         if self.is_gone:
             self._is_told = True
             raise ClientLeft
@@ -283,6 +289,9 @@ class Exchange:
                 self.is_gone = self._is_told = True
                 raise ClientLeft
             self._write(message.get("body", b""), is_end=not message.get("more_body", False))
+            if self.sent - self._sent_before > BURST_BYTES and self.stage == STREAMING:
+                self._sent_before = self.sent
+                await self.connection.shared.turns.turn()
         elif kind == "http.response.start" and stage == WAITING:
             self._hold_head(message)
             if self.task is not None:  # else this is its eager first step, after which `open_soon` is called
