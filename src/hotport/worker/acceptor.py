@@ -12,6 +12,7 @@ import errno
 import logging
 import socket
 from collections.abc import Callable, Coroutine
+from time import perf_counter
 from typing import Any, Final
 
 from hotport.adapters.base import Adapter, Connections
@@ -28,11 +29,13 @@ __all__ = ["Acceptor", "PlainSocket", "attach"]
 
 log = logging.getLogger("hotport.acceptor")
 
-#: Connections accepted in one turn of the event loop, so that open connections get their turn.
-BATCH: Final = 16
+#: Connections accepted in one turn of the event loop, at most. Each brings a request to the next turn: so it is one at
+#: first, twice as many as in the last turn if that was over within `SHORT_TURN_S`, or else one again.
+BATCH_MAX: Final = 16
+SHORT_TURN_S: Final = 0.003
 
-#: The same with TLS: each connection begins with a handshake, which takes longer than hundreds of requests.
-TLS_BATCH: Final = 2
+#: With TLS each brings a handshake, which takes longer than most requests.
+TLS_BATCH_MAX: Final = 1
 
 #: Seconds until accepting is retried after an error: the process or the system is out of descriptors or memory, or
 #: another process has shut the shared listener down (EINVAL, until one calls listen(2) again).
@@ -142,7 +145,9 @@ class Acceptor:
         self._adapter = adapter
         self._connections = connections
         self._tls = tls
-        self._batch = BATCH if tls is None else TLS_BATCH
+        self._batch = 1
+        self._batch_max = BATCH_MAX if tls is None else TLS_BATCH_MAX
+        self._accepted_s = 0.0  # the time of the last batch
         self._proxies = proxies
         self._loop = asyncio.get_running_loop()
         self._sockname = _own_name(self._listener)
@@ -228,7 +233,10 @@ class Acceptor:
             task.cancel()
 
     def _accept(self) -> None:
-        """Accept some connections (`BATCH`, `TLS_BATCH`), but leave them to others while this worker is ahead."""
+        """Accept some connections, but leave them to other workers while this one is ahead."""
+        now = perf_counter()
+        self._batch = min(2 * self._batch, self._batch_max) if now - self._accepted_s < SHORT_TURN_S else 1
+        self._accepted_s = now
         for _ in range(self._batch):
             if self._share is not None and self._share.is_ahead():
                 self._rest(DEFER_S, self._see_what_is_left)
