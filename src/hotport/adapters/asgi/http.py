@@ -447,6 +447,19 @@ class HttpConnection(asyncio.Protocol):
             if self._pipeline:  # run the application now, outside the parser's callbacks
                 self._begin(self._pipeline.popleft())
             return
+        arriving = reader.arriving
+        if (
+            arriving is not None
+            and arriving is self._current
+            and arriving.length is not None
+            and arriving.received + size < arriving.length
+            and not reader.rest
+            and not self._is_reading_paused
+        ):  # amid a body of known length: nothing can end or begin in it
+            reader.parse(data)
+            if not self._has_room():
+                self._pause_reading()
+            return
         reader.rest = reader.rest + data if reader.rest else data
         if self._is_reading_paused:  # transports start reading after `connection_made`, and TLS ones may continue
             self.transport.pause_reading()
