@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
 
-from tests.support import Service, http_get, write_code
+from tests.support import DEADLINE_S, Service, http_get, write_code
 
 #: Where tasks can be eager, they are, as an application may want it; on one of the two event loops.
 APP = """\
@@ -49,3 +50,22 @@ def test_service_starts_answers_restarts_and_stops(tmp_path: Path, loop: str) ->
         assert stopped.returncode == 0, stopped.stderr
         assert service.wait() == 0
         assert not service.log_events("control.accept_failed")
+
+
+CHILD_APP = """\
+import os
+
+async def app(stream):
+    with open("/proc/self/environ", "rb") as environ:
+        was_started_with = b"MALLOC_TRIM_THRESHOLD_=" in environ.read()
+    await stream.send(f"{was_started_with} {'MALLOC_TRIM_THRESHOLD_' in os.environ}".encode())
+"""
+
+
+def test_children_of_an_application_do_not_inherit_the_allocator_s_thresholds(tmp_path: Path) -> None:
+    write_code(tmp_path / "app.py", CHILD_APP)
+    with (
+        Service(tmp_path, "app:app") as service,
+        socket.create_connection(("127.0.0.1", service.wait_ready().port), DEADLINE_S) as client,
+    ):
+        assert client.recv(100) == b"True False"

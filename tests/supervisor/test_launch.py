@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hotport.kernel.process import MALLOC_ENVIRONMENT
 from hotport.options import Options
 from hotport.supervisor.launch import Launch, Surroundings
 
@@ -33,3 +34,25 @@ def test_workers_do_not_learn_what_the_service_manager_set_for_the_supervisor(mo
     environment = Surroundings.snapshot().environment
     assert environment["KEPT"] == "1"
     assert private.isdisjoint(environment)
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "expected"),
+    [
+        (Options(target="app:app"), {}, MALLOC_ENVIRONMENT),
+        (
+            Options(target="app:app"),
+            {"MALLOC_TRIM_THRESHOLD_": "7"},
+            {**MALLOC_ENVIRONMENT, "MALLOC_TRIM_THRESHOLD_": "7"},
+        ),
+        (Options(command=("server",)), {}, {}),
+    ],
+    ids=["worker", "user's", "program"],
+)
+def test_workers_return_large_blocks_to_the_system(
+    tmp_path: Path, options: Options, environment: dict[str, str], expected: dict[str, str]
+) -> None:
+    """A client whose message inflated to 16 MiB left 24 MiB behind."""
+    launch = Launch.resolve(options, Surroundings(environment, str(tmp_path)))
+    found = launch.worker_environment("web", str(tmp_path), 1, 1)
+    assert {name: value for name, value in found.items() if name.startswith("MALLOC_")} == expected

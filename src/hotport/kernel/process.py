@@ -13,6 +13,7 @@ from typing import Final
 from hotport.kernel import procfs
 
 __all__ = [
+    "MALLOC_ENVIRONMENT",
     "describe_exit",
     "descriptors_left",
     "discard",
@@ -224,6 +225,17 @@ def run_delay_s() -> float:
             return int(file.read().split()[1]) / 1e9
     except (OSError, IndexError, ValueError):  # without CONFIG_SCHED_INFO
         return 0.0
+
+
+#: Environment of processes that shall return large blocks to the system as soon as these are freed. By default, glibc
+#: takes blocks of up to 32 MiB from its heap once the first such block was freed, and one small block behind them keeps
+#: them there; growing one copies it. Below the first threshold the heap serves as before.
+#:
+#: Sources: mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD; other C libraries ignore them.
+MALLOC_ENVIRONMENT: Final[Mapping[str, str]] = {
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(2 << 20),
+}
 
 
 def trim_memory() -> None:

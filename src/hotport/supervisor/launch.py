@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from hotport.errors import StartError
-from hotport.kernel.process import working_directory
+from hotport.kernel.process import MALLOC_ENVIRONMENT, working_directory
 from hotport.options import Options
 from hotport.supervisor.manager import MANAGER_VARIABLES
 from hotport.wire.listenfds import LISTEN_VARIABLES
@@ -136,6 +136,7 @@ class Launch:
                 options=self.options,
             )
             added["HOTPORT_WORKER"] = encode(spec).decode()
+            return {**MALLOC_ENVIRONMENT, **self.environment, **added}
         return {**self.environment, **added}
 
 

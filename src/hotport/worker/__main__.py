@@ -13,6 +13,7 @@ import msgspec
 
 from hotport.address import parse_listener_name
 from hotport.errors import HotportError
+from hotport.kernel.process import MALLOC_ENVIRONMENT
 from hotport.kernel.sockets import bind_control, inherited_listener
 from hotport.observe import logs
 from hotport.wire.listenfds import LISTEN_VARIABLES, parse_listen_environment
@@ -36,6 +37,9 @@ def main() -> int:
     notify_path = os.environ.pop("NOTIFY_SOCKET", None)
     for name in LISTEN_VARIABLES:  # the application's own children must not inherit them
         os.environ.pop(name, None)
+    for name, value in MALLOC_ENVIRONMENT.items():  # nor these, unless they are the user's
+        if os.environ.get(name) == value:
+            del os.environ[name]
     logs.configure(
         format=spec.options.log_format,
         level=spec.options.log_level,
