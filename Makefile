@@ -86,6 +86,8 @@ bench: $(VENV)/.dev debian
 	$(BIN)/python benchmarks/power.py
 	$(BIN)/python benchmarks/hostile.py
 	$(BIN)/python benchmarks/balance.py
+	$(BIN)/python benchmarks/sharing.py
+	$(BIN)/python benchmarks/floor.py
 	$(MAKE) bench-report
 
 bench-report: $(VENV)/.dev

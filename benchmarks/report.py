@@ -476,6 +476,40 @@ def _balance(results: dict[str, Any]) -> str:
     )
 
 
+#: Ways of sharing.py, as the page calls them.
+SHARING: Final = {
+    "plain": "one queue, nothing else",
+    "exclusive": "`EPOLLEXCLUSIVE`",
+    "defer": "who is ahead leaves the queue to others, at most 1 ms (hotport)",
+    "exact": "who accepts hands each connection to the one with the fewest",
+    "steered": "a queue each (`SO_REUSEPORT`), steered to the one with the fewest",
+}
+
+
+def _sharing(results: dict[str, Any]) -> str:
+    samples, machine = results["samples"], results["machine"]
+
+    def figure(name: str, decimals: int = 2) -> str:
+        return f"{statistics.median(samples[name]):,.{decimals}f}"
+
+    rows = []
+    for way, what in SHARING.items():
+        shares = [figure(f"{way}: {kind}, share") for kind in ("one a millisecond", "at once", "closed")]
+        rows.append(f"| {what} | {' | '.join(shares)} | {figure(f'{way}: closed, us', 0)} |")
+    return "\n".join(
+        [
+            "| four processes, bare system calls | one a ms: most, to the mean | 64 at once | one for each request | us of "
+            "processor time for each |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+            f"Medians of {max(map(len, samples.values()))} rounds; Linux {machine['kernel']}, {machine['cores']} cores. How:",
+            "`benchmarks/sharing.py`; samples in `benchmarks/results/sharing.json`.",
+            "",
+        ]
+    )
+
+
 def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
@@ -678,6 +712,7 @@ PAGES: Final[Mapping[Path, Callable[[str], str]]] = {
     DOCS / "how-to/explain-a-busy-port.md": partial(_filled, name="why", sections={"why": _why}),
     DOCS / "how-to/choose-a-strategy.md": partial(_filled, name="gap", sections={"gap": _gap}),
     DOCS / "how-to/share-load-among-workers.md": partial(_filled, name="balance", sections={"balance": _balance}),
+    DOCS / "discussion/how-workers-share-a-port.md": partial(_filled, name="sharing", sections={"sharing": _sharing}),
     DOCS / "how-to/limits-and-logs.md": partial(_filled, name="hostile", sections={"hostile": _hostile}),
 }
 

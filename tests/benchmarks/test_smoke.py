@@ -34,6 +34,8 @@ SMALL = {
     "power.py": ("--seconds", "0.5"),
     "hostile.py": ("--seconds", "0.2", "--servers", "hotport", "--only", "bytes", "closes"),
     "balance.py": ("--seconds", "0.2", "--connections", "40", "--servers", "hotport", "uvicorn"),
+    "sharing.py": ("--seconds", "0.2"),
+    "floor.py": ("--seconds", "0.2", "--servers", "hotport", "floor, eager", "--only", "targets"),
     "why.py": ("--established", "20", "--timewait", "20"),
 }
 
