@@ -498,13 +498,13 @@ def _sharing(results: dict[str, Any]) -> str:
         rows.append(f"| {what} | {' | '.join(shares)} | {figure(f'{way}: closed, us', 0)} |")
     return "\n".join(
         [
-            "| four processes, bare system calls | one a ms: most, to the mean | 64 at once | one for each request | us of "
-            "processor time for each |",
+            "| four processes, bare system calls | one a ms: most, to the mean | 64 at once | one for each request "
+            "| us of processor time for each |",
             "|---|---|---|---|---|",
             *rows,
             "",
-            f"Medians of {max(map(len, samples.values()))} rounds; Linux {machine['kernel']}, {machine['cores']} cores. How:",
-            "`benchmarks/sharing.py`; samples in `benchmarks/results/sharing.json`.",
+            f"Medians of {max(map(len, samples.values()))} rounds; Linux {machine['kernel']}, {machine['cores']} cores.",
+            "How: `benchmarks/sharing.py`; samples in `benchmarks/results/sharing.json`.",
             "",
         ]
     )

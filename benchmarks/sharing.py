@@ -10,8 +10,8 @@
 
 The counts stand in one shared page. As in balance.py: 400 connections one a millisecond, then 64 at once, which stay;
 then one for each request, 64 at a time, as fast as they are closed. A share is the largest count of a process divided
-by the mean. *us* is the processor time of all four processes for a connection with one request. *failed* is 1 for a round
-in which clients saw resets.
+by the mean. *us* is the processor time of all four processes for a connection with one request. *failed* is 1 for a
+round in which clients saw resets.
 
 Sources: epoll_ctl(2); socket(7), SO_REUSEPORT and SO_ATTACH_REUSEPORT_CBPF; unix(7), SCM_RIGHTS.
 """
