@@ -503,7 +503,7 @@ def _sharing(results: dict[str, Any]) -> str:
             "|---|---|---|---|---|",
             *rows,
             "",
-            f"Medians of {max(map(len, samples.values()))} rounds; Linux {machine['kernel']}, {machine['cores']} cores.",
+            f"Medians of {len(samples['plain: at once, share'])} rounds; Linux {machine['kernel']}, {machine['cores']} cores.",
             "How: `benchmarks/sharing.py`; samples in `benchmarks/results/sharing.json`.",
             "",
         ]
