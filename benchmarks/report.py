@@ -492,6 +492,7 @@ def _sharing(results: dict[str, Any]) -> str:
     def figure(name: str, decimals: int = 2) -> str:
         return f"{statistics.median(samples[name]):,.{decimals}f}"
 
+    rounds = len(samples["plain: at once, share"])
     rows = []
     for way, what in SHARING.items():
         shares = [figure(f"{way}: {kind}, share") for kind in ("one a millisecond", "at once", "closed")]
@@ -503,7 +504,7 @@ def _sharing(results: dict[str, Any]) -> str:
             "|---|---|---|---|---|",
             *rows,
             "",
-            f"Medians of {len(samples['plain: at once, share'])} rounds; Linux {machine['kernel']}, {machine['cores']} cores.",
+            f"Medians of {rounds} rounds; Linux {machine['kernel']}, {machine['cores']} cores.",
             "How: `benchmarks/sharing.py`; samples in `benchmarks/results/sharing.json`.",
             "",
         ]
