@@ -239,7 +239,7 @@ async def test_an_application_that_never_waits_lets_others_have_their_turn() -> 
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send(start(200))
-        for left in range(64 if scope["path"] == "/long" else 1, 0, -1):
+        for left in range(256 if scope["path"] == "/long" else 1, 0, -1):
             await send({"type": "http.response.body", "body": bytes(65536), "more_body": left > 1})
 
     async with serving(app) as rig:
@@ -247,7 +247,7 @@ async def test_an_application_that_never_waits_lets_others_have_their_turn() -> 
         long.data_received(get("/long"))
         short.data_received(get())
         await until(lambda: bool(little.writes))
-        assert len(much.writes) < 20
+        assert len(much.writes) < 60
         await until(lambda: long.state is State.IDLE)
 
 

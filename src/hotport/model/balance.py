@@ -44,7 +44,7 @@ LATE_FORGET_S: Final = 600.0
 HUNG_S: Final = 1.0
 
 #: So many of them travel at once: each batch holds up two event loops for a moment.
-BATCH_MAX: Final = 8
+BATCH_MAX: Final = 2
 
 #: A connection that came from another worker stays for so long. Workers that scale brings come one after the other:
 #: the first of them gets more than its share at first.

@@ -29,7 +29,7 @@ UNTIL_CLOSE: Final = 3
 JOIN_BYTES_MAX: Final = 16 * 1024
 
 #: An application that has sent so much of a body without waiting lets others have their turn.
-BURST_BYTES: Final = 256 * 1024
+BURST_BYTES: Final = 1024 * 1024
 
 #: Turns of the event loop that a head waits for its body. Middleware that runs the application in a task of its own
 #: (Starlette's BaseHTTPMiddleware) passes the body on one or two turns after the head.
