@@ -487,7 +487,7 @@ def test_many_restarts_leave_nothing_behind(tmp_path: Path, capfd: pytest.Captur
                 found[number] = service.footprint()
         with capfd.disabled():
             found[warm].assert_kept(found[last], last - warm)
-        assert found[last].files == 4  # control, notify, one worker, and the page where workers see each other
+        assert found[last].files == 3  # control, notify, and one worker
         assert psutil.Process(service.process.pid).num_threads() == 1
 
 

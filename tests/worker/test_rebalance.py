@@ -217,7 +217,8 @@ async def test_who_asks_is_answered_if_a_move_is_stopped_before_it_begins(tmp_pa
 
     class Stopping(PlanWhenAsked):
         def plan_moves(self, *, is_asked: bool = False) -> Moves | None:
-            asyncio.get_running_loop().call_soon(old.server.quiesce)
+            if is_asked:
+                asyncio.get_running_loop().call_soon(old.server.quiesce)
             return super().plan_moves(is_asked=is_asked)
 
     async with two(tmp_path, App(), 1, plan=Stopping()) as (port, old, plan, [client]):
@@ -226,6 +227,20 @@ async def test_who_asks_is_answered_if_a_move_is_stopped_before_it_begins(tmp_pa
         async with asyncio.timeout(DEADLINE_S):
             assert await old.server.rebalance() == 0
         assert not plan.moves
+        assert await answer(client) == b"1 /a "
+
+
+async def test_who_asks_is_answered_if_balancing_has_failed(tmp_path: Path) -> None:
+    class Failing(PlanWhenAsked):
+        def plan_moves(self, *, is_asked: bool = False) -> Moves | None:
+            if is_asked:
+                raise RuntimeError("no plan")
+            return None
+
+    async with two(tmp_path, App(), 1, plan=Failing()) as (_, old, _plan, [client]), asyncio.timeout(DEADLINE_S):
+        for _ in range(2):
+            assert await old.server.rebalance() == 0
+            await turns()
         assert await answer(client) == b"1 /a "
 
 

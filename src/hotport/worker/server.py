@@ -299,7 +299,12 @@ class ConnectionServer:
             asked, self._asked = self._asked, None
             if asked is None and loop.time() < self._try_again_s:
                 continue
-            moves = self._share.plan_moves(is_asked=asked is not None)
+            try:
+                moves = self._share.plan_moves(is_asked=asked is not None)
+            except Exception:  # ends balancing
+                if asked is not None:
+                    asked.set_result(0)
+                raise
             if moves is not None:
                 some = (moves.most, moves.stay_s)
                 mover = Mover(self.connections, self._control_name, some=some)
@@ -311,7 +316,7 @@ class ConnectionServer:
 
     async def rebalance(self) -> int:
         """Hand off connections until shares are as even as possible; return how many have moved."""
-        if self._balancing is None or not self._hands_off:
+        if self._balancing is None or self._balancing.done() or not self._hands_off:
             return 0
         if self._asked is None:
             self._asked = asyncio.get_running_loop().create_future()
