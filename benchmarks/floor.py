@@ -13,9 +13,8 @@ a machine that has something else to do, too. Without access log.
 from __future__ import annotations
 
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -23,9 +22,8 @@ from typing import Final
 sys.path.pop(0)  # this directory: its http.py is not the library's
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.common import HELLO, Goal, Samples, arguments, hotport, pinned, save, show
-from benchmarks.http import FASTAPI, Row, Run, Server, compared, load_wrk, other, rates
-from tests.support import http_get
+from benchmarks.common import HELLO, Goal, Samples, arguments, save, show
+from benchmarks.http import FASTAPI, Row, Run, Server, compared, launched, load_wrk, rates
 
 #: The module `floor`: ``python -m floor KIND``.
 FLOOR: Final = """\
@@ -201,8 +199,9 @@ def main() -> int:
     goals: list[Goal] = []
     for name in options.only:
         row = ROWS[name]
-        # FastAPI waits for the end of a request's body in its first step: the eager floor cannot serve it.
-        names = [each for each in options.servers if row.app == "apps:hello" or each not in {"floor, eager", "bare"}]
+        names = [
+            each for each in options.servers if row.app == "apps:hello" or each != "bare"
+        ]  # which has no application
         found = row.measure(Run(names, options.rounds, options.seconds, partial(started, row=row)))
         goals += compared(name, row, found, names)
         found = {f"{name}: {key}": values for key, values in found.items()}
@@ -212,22 +211,10 @@ def main() -> int:
     return 0
 
 
-@contextmanager
-def started(name: str, row: Row) -> Iterator[Server]:
-    """Start a server on its core, and wait for its first answer."""
-    with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hotport-bench-")))
-        (directory / "apps.py").write_text(HELLO)
-        (directory / "api.py").write_text(FASTAPI)
-        (directory / "floor.py").write_text(FLOOR)
-        with pinned(0):
-            if name == "hotport":
-                service = stack.enter_context(hotport(directory, name, row.app, "--log-level", "warning"))
-                port, pid = service.port, service.process.pid
-            else:
-                port, pid = stack.enter_context(other(directory, (*COMMANDS[name], row.app)))
-        assert http_get(port)[0] == 200
-        yield Server(name, port, pid, directory)
+def started(name: str, row: Row) -> AbstractContextManager[Server]:
+    """Start a server that serves a row's application."""
+    command = (row.app, "--log-level", "warning") if name == "hotport" else (*COMMANDS[name], row.app)
+    return launched(name, {"apps.py": HELLO, "api.py": FASTAPI, "floor.py": FLOOR}, command)
 
 
 if __name__ == "__main__":

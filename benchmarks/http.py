@@ -417,20 +417,31 @@ def compared(name: str, row: Row, found: dict[str, Samples], names: Sequence[str
     return goals
 
 
-@contextmanager
-def started(name: str, row: Row) -> Iterator[Server]:
-    """Start a server on its core, with a directory of its own, and wait for its first answer."""
+def started(name: str, row: Row) -> AbstractContextManager[Server]:
+    """Start a server that serves a row's application."""
     more = row.options[name]
+    command = (*COMMANDS[name], *more, "--port", "0", row.app)
+    files = {"apps.py": APPLICATIONS, "api.py": FASTAPI}
+    return launched(name, files, (row.app, *more) if name == "hotport" else command)
+
+
+@contextmanager
+def launched(name: str, files: Mapping[str, str], command: Sequence[str]) -> Iterator[Server]:
+    """Start a server on its core, with a directory of its own, and wait for its first answer.
+
+    Args:
+        files: Modules in the directory, by their names.
+        command: What follows ``python -m``; for hotport itself, what follows ``hotport serve``.
+    """
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hotport-bench-")))
-        (directory / "apps.py").write_text(APPLICATIONS)
-        (directory / "api.py").write_text(FASTAPI)
+        for file, text in files.items():
+            (directory / file).write_text(text)
         with pinned(0):
             if name == "hotport":
-                service = stack.enter_context(hotport(directory, name, row.app, *more))
+                service = stack.enter_context(hotport(directory, name, *command))
                 port, pid = service.port, service.process.pid
             else:
-                command = (*COMMANDS[name], *more, "--port", "0", row.app)
                 port, pid = stack.enter_context(other(directory, command))
         assert http_get(port)[0] == 200
         yield Server(name, port, pid, directory)

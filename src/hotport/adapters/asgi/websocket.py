@@ -712,7 +712,7 @@ class WebSocketConnection(asyncio.Protocol):
         if not self._negotiate(is_movable=self._is_movable):
             return
         shared = self.shared
-        if 0 < shared.options.concurrency_max <= len(shared.running):
+        if shared.concurrency_max and len(shared.running) >= shared.concurrency_max:
             self.refuse(503, "too many requests are under way")
             return
         self._run()
