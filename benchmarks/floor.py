@@ -199,9 +199,7 @@ def main() -> int:
     goals: list[Goal] = []
     for name in options.only:
         row = ROWS[name]
-        names = [
-            each for each in options.servers if row.app == "apps:hello" or each != "bare"
-        ]  # which has no application
+        names = [each for each in options.servers if row.app == "apps:hello" or each != "bare"]
         found = row.measure(Run(names, options.rounds, options.seconds, partial(started, row=row)))
         goals += compared(name, row, found, names)
         found = {f"{name}: {key}": values for key, values in found.items()}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import http.client
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from hotport.errors import ConfigError, RestartError
 from hotport.testing import FaultyApp, Service
+from hotport.testing.service import ServeProcess
 from tests.support import DEADLINE_S, SLOWNESS, assert_three_lines, http_get
 from tests.testing import apps
 
@@ -62,3 +64,10 @@ def test_what_is_no_fault_is_an_error(faults: str) -> None:
     with pytest.raises(ConfigError) as caught:
         FaultyApp(apps.app, faults)
     assert_three_lines(str(caught.value), "HP722")
+
+
+def test_a_supervisor_that_ends_before_it_answers_is_told_as_such() -> None:
+    """It was an IndexError, which nobody expects who suppresses what a dead supervisor causes."""
+    ended = SimpleNamespace(name="web", ask=lambda _: [])
+    with pytest.raises(ConnectionResetError, match="the supervisor of web has ended before it has answered"):
+        ServeProcess.status(ended)  # type: ignore[arg-type]

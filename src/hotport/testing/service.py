@@ -201,8 +201,15 @@ class ServeProcess:
             return list(exchange(sock, request))
 
     def status(self) -> Any:
-        """Return what ``hotport status --json`` prints."""
-        return msgspec.to_builtins(self.ask(StatusRequest())[-1])
+        """Return what ``hotport status --json`` prints.
+
+        Raises:
+            OSError: No supervisor is there, or it has ended before it has answered.
+        """
+        replies = self.ask(StatusRequest())
+        if not replies:
+            raise ConnectionResetError(f"the supervisor of {self.name} has ended before it has answered")
+        return msgspec.to_builtins(replies[-1])
 
 
 class Service(ServeProcess):
