@@ -18,7 +18,7 @@ from websockets.uri import parse_uri
 
 from hotport.adapters.asgi.websocket import WebSocketConnection
 from hotport.observe import logs
-from tests.adapters.asgi_support import until
+from tests.adapters.asgi_support import turns, until
 from tests.worker.handoff_support import DEADLINE_S, Generation, Service, Successor, service
 
 pytestmark = pytest.mark.anyio
@@ -294,12 +294,39 @@ async def test_undelivered_messages_are_held_back_and_put_back(tmp_path: Path) -
         offer = connection.offer()
         assert offer is not None
         assert offer.envelope.state.undelivered == ["one"]  # type: ignore[union-attr]
-        for _ in range(5):
-            await asyncio.sleep(0)
+        await turns()
         assert connection.undelivered == ()
+        assert not connection.transport.is_reading()  # what the client sends is for the process that takes it
         assert connection.offer() is None  # it is offered already
         connection.keep()
         assert await client.receive() == "1 1 one"
+        await client.send("two")
+        assert await client.receive() == "1 2 two"
+
+
+async def test_application_that_ends_while_its_websocket_stands_still_closes_it_only_if_it_stays(
+    tmp_path: Path,
+) -> None:
+    class Impatient(Echo):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            await send({"type": "websocket.accept"})
+            async with asyncio.timeout(0) as ends:
+                ends.reschedule(None)
+                self.ends.append({"now": lambda: ends.reschedule(0)})
+                await receive()
+
+    app = Impatient()
+    async with opened(tmp_path, app, deflate=False, handoff="websocket") as (_, old, client):
+        await until(lambda: only(old)._session.is_receiving)
+        connection = only(old)
+        assert connection.prepare_handoff(lambda _: None)
+        assert connection.offer() is not None
+        app.ends[0]["now"]()
+        await until(lambda: connection._session.has_finished)
+        assert connection._protocol.close_sent is None
+        connection.keep()
+        assert await client.closed() == 1011
 
 
 @pytest.mark.parametrize("cut", [1, 2, 5, 6, 8])

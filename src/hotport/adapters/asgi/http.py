@@ -729,7 +729,7 @@ class HttpConnection(asyncio.Protocol):
             self._take_turn_soon()
 
     def _resume_reading(self) -> None:
-        if self._is_reading_paused and not self.transport.is_closing():
+        if self._is_reading_paused and not self.transport.is_closing() and not stands_still(self.handoff):
             self._is_reading_paused = False
             self.transport.resume_reading()
             self.shared.deadlines.paused.discard(self)

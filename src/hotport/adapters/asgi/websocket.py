@@ -113,6 +113,7 @@ class WebSocketConnection(asyncio.Protocol):
         "_answer",
         "_assembly",
         "_buffer_bytes",
+        "_close_if_kept",
         "_cutter",
         "_drain_timer",
         "_early",
@@ -196,6 +197,7 @@ class WebSocketConnection(asyncio.Protocol):
         #: Exports the application's state.
         self._export: Callable[[], Any] | None = None
         self.handoff: Handoff | None = None
+        self._close_if_kept: tuple[int, str] | None = None
         resumption = before.adopted if isinstance(before.adopted, Resumption) else None
         #: Another process has answered the client; the application has not accepted yet.
         self._is_resuming = resumption is not None
@@ -417,6 +419,8 @@ class WebSocketConnection(asyncio.Protocol):
         if was_offered:  # else the transport calls it when there is room
             self.resume_writing()
         self.resume_reading_if_room()
+        if self._close_if_kept is not None:  # the application has ended meanwhile
+            self.close(*self._close_if_kept)
 
     def release(self) -> None:
         """Close the descriptor, and tell the application 1012; the client sees nothing."""
@@ -862,7 +866,7 @@ class WebSocketConnection(asyncio.Protocol):
             self._resume_reading()
 
     def _resume_reading(self) -> None:
-        if self.is_reading_paused:
+        if self.is_reading_paused and not stands_still(self.handoff):
             self.is_reading_paused = False
             self._is_in_detail = not self._cutter.is_between_frames
             self.shared.deadlines.paused.discard(self)
@@ -913,12 +917,14 @@ class WebSocketConnection(asyncio.Protocol):
     # -- endings -------------------------------------------------------------------------------------------
 
     def close(self, code: int, reason: str) -> None:
-        """Begin the closing handshake, if the WebSocket is open.
+        """Begin the closing handshake, if the WebSocket is open; while it stands still, if no process takes it.
 
         Raises:
             RuntimeError: There is no such code, or the reason is too long for a close frame.
         """
-        if self._is_established:
+        if stands_still(self.handoff):
+            self._close_if_kept = (code, reason)
+        elif self._is_established:
             try:
                 self._protocol.send_close(code, reason)
             except ProtocolError as error:
