@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -17,6 +18,7 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 
 import hotport
 from hotport.adapters.protocol import Transferable
+from hotport.model.fates import Fate
 from tests.adapters.asgi_support import turns, until
 from tests.worker.handoff_support import DEADLINE_S, Generation, Service, service
 
@@ -419,6 +421,42 @@ async def test_handler_that_fails_when_its_connection_moves_does_not_reset_it(tm
         _, fates = await port.replace(old, closing)
         assert fates == {"moved_stream": 1}
         assert await peer.line() == "0"
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+async def test_handler_that_fails_while_its_connection_stands_still_resets_it_only_if_it_stays(
+    tmp_path: Path, is_taken: bool
+) -> None:
+    ends: list[asyncio.Timeout] = []
+
+    @hotport.restartable
+    async def impatient(stream: hotport.Stream) -> None:
+        async with asyncio.timeout(None) as end:
+            ends.append(end)
+            await stream.receive()
+
+    async with connected(tmp_path, impatient) as (_, old, peer):
+        (stream,) = old.connections.open
+        assert isinstance(stream, hotport.Stream)
+        await until(lambda: stream._reader is not None)
+        assert stream.prepare_handoff(lambda _: None)
+        offer = stream.offer()
+        assert offer is not None
+        with socket.socket(fileno=os.dup(offer.fd)) as taken:  # as the process has it that takes it
+            ends[0].reschedule(0)
+            await until(lambda: stream._is_closed)
+            if is_taken:
+                old.connections.closed(stream, Fate.MOVED_STREAM)
+                stream.release()
+                await turns()
+                assert not any(taken.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)), "its close would be a reset"
+                await asyncio.get_running_loop().sock_sendall(taken, b"goes on\n")
+                assert await peer.line() == "goes on"
+            else:
+                taken.close()
+                stream.keep()
+                with pytest.raises(ConnectionResetError):
+                    await peer.line()
 
 
 async def test_end_of_our_side_waits_while_the_connection_stands_still(tmp_path: Path) -> None:

@@ -352,7 +352,8 @@ class Stream(ByteStream, asyncio.Protocol):
         if self._is_paused and len(self._unread) <= UNREAD_BYTES_MAX // 2 and not self._is_lost:
             assert self._transport is not None
             self._is_paused = False
-            self._transport.resume_reading()
+            if not stands_still(self.handoff):  # else `resume` does it
+                self._transport.resume_reading()
         return data
 
     async def send(self, item: bytes) -> None:
@@ -421,6 +422,8 @@ class Stream(ByteStream, asyncio.Protocol):
                 log.exception("stream handler failed")
                 self._connections.errors += 1
             self._is_closed = True
+            if stands_still(self.handoff):  # another process may serve it
+                await self._wait_writable()
             if not self._is_lost:
                 reset_for_client(self, self._transport)
         finally:
