@@ -142,6 +142,8 @@ async def test_successor_that_answers_nonsense_is_left_alone(tmp_path: Path, non
         for fd in descriptors:
             os.close(fd)
         await successor.channel.send(nonsense)
+        kind, _, _ = await successor.channel.receive_frame()
+        assert kind is Frame.WITHDRAW  # else it would take the end of the channel for the end of its sender
         await answers_here(client)
         assert await task == {"told_to_close": 1}
         successor.channel.close()

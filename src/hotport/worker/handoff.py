@@ -403,9 +403,7 @@ class Mover:
                 ack = await answer
             await channel.send(encode_frame(Frame.GO))
         except BaseException as error:
-            is_taken_back = True
-            if is_sent and isinstance(error, TimeoutError):
-                is_taken_back = await self._withdraw(channel)
+            is_taken_back = not is_sent or await self._withdraw(channel)
             for connection, *_ in batch:
                 if connection not in self._connections.open:
                     continue
@@ -456,7 +454,7 @@ class Mover:
             connection.release()
 
     async def _withdraw(self, channel: Channel) -> bool:
-        """Send WITHDRAW to a successor that has not acknowledged in time: it must not serve the batch.
+        """Send WITHDRAW to a successor whose acknowledgement has not come: it must not serve the batch.
 
         Returns:
             False if the channel is full: the successor has the batch, and will serve it if it ever wakes up.
