@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import signal
 import stat
@@ -88,14 +87,6 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         if not item.get_closest_marker("measured"):
             environment.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
         return (yield)
-
-
-@pytest.fixture
-def alone_with_accept_queues(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The kernel counts full accept queues of the whole machine: who fills one waits for who counts them."""
-    with (tmp_path_factory.getbasetemp().parent / "accept-queues.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -32,6 +32,7 @@ from hotport.kernel.sockets import (
     bind_listener,
     bind_notify,
     bound_address,
+    dropped,
     inherited_listener,
     passed_addresses,
     peer_credentials,
@@ -152,6 +153,25 @@ def test_bytes_that_the_peer_has_taken_are_counted(stack: ExitStack) -> None:
     with ours, theirs:
         ours.sendall(b"x")
         assert acknowledged_bytes(ours) == 0
+
+
+def test_drops_at_full_queues_are_counted(stack: ExitStack) -> None:
+    tcp = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+    udp = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # the kernel's minimum
+    udp.bind(("127.0.0.1", 0))
+    assert dropped(tcp) == dropped(udp) == 0
+    for _ in range(4):
+        client = stack.enter_context(socket.socket())
+        client.setblocking(False)
+        client.connect_ex(tcp.getsockname())
+    assert dropped(tcp) >= 2
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for _ in range(20):
+            sender.sendto(bytes(1000), udp.getsockname())
+    assert 0 < dropped(udp) < 20
+    udp.close()
+    assert dropped(udp) == 0
 
 
 def test_accept_queue_is_counted(stack: ExitStack, run_dir: Path) -> None:

@@ -53,6 +53,23 @@ def test_listener_that_stays_is_the_same_one(listeners: Listeners, strategy: Str
         pass
 
 
+def test_drops_at_closed_listeners_still_count(listeners: Listeners) -> None:
+    (listener,) = listeners.of(1)
+    assert listener.sock is not None
+    listener.sock.listen(0)
+    clients = [socket.socket() for _ in range(4)]
+    for client in clients:
+        client.setblocking(False)
+        client.connect_ex(listener.sock.getsockname())
+    count = listeners.dropped()
+    assert count > 0
+    listeners.add(2, [])
+    for sock in (*listeners.keep([2], []), *clients):
+        sock.close()
+    assert listener.sock.fileno() == -1
+    assert listeners.dropped() >= count
+
+
 def test_listener_that_stays_may_be_named_by_where_it_is(listeners: Listeners) -> None:
     (address,) = listeners.sockets(1)
     assert listeners.prepare(options(address), Strategy.INHERIT, 1) == listeners.of(1)

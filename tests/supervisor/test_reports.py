@@ -8,7 +8,7 @@ from hotport.supervisor.reports import RestartRecord
 
 def record(*, is_phased: bool = False) -> RestartRecord:
     """Of a restart from generation 1 to 2."""
-    return RestartRecord("app", 2, 1, is_phased=is_phased, is_tracked=True, overflows=dict)
+    return RestartRecord("app", 2, 1, is_phased=is_phased, is_tracked=True, dropped=int)
 
 
 def test_new_worker_that_dies_in_the_window_is_counted_with_those_that_are_taken_back() -> None:

@@ -128,8 +128,7 @@ def print_report(report: Report) -> None:
     out.print(f"connections  {_fates(report)}")
     if report.connections_back is not None:
         out.print(f"and back     {_counts(report.connections_back)}")
-    overflows = ", ".join(f"{count} {name}" for name, count in report.queue_overflows.items() if count)
-    out.print(f"queue        {overflows or 'no overflow'}")
+    out.print(f"queue        {f'was full: {report.dropped} dropped' if report.dropped else 'no overflow'}")
     if report.rebind_gap_us is not None:
         out.print(
             f"{report.strategy:13}not listening for {report.rebind_gap_us:g} us; {report.refused} refused (counted "

@@ -129,7 +129,7 @@ def read_machine(root: Path) -> Machine:
         aborts_on_overflow=procfs.sysctl("net.ipv4.tcp_abort_on_overflow") == "1",
         low_end=_number(procfs.sysctl("net.ipv4.ip_unprivileged_port_start")),
         ephemeral=procfs.ephemeral_ports(),
-        overflows=procfs.queue_overflows().get("ListenOverflows", 0),
+        overflows=procfs.accept_queue_overflows(),
     )
 
 

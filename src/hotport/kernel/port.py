@@ -149,7 +149,7 @@ def read_port(address: TcpAddress | UdpAddress, sockaddr: tuple[Any, ...], *, v6
         low_end=int(low_end) if low_end.isdigit() else 1024,
         ephemeral=procfs.ephemeral_ports(),
         sockets=tuple(sockets),
-        overflows=procfs.queue_overflows().get("ListenOverflows", 0),
+        overflows=procfs.accept_queue_overflows(),
         unread=tuple(unread),
     )
 

@@ -15,6 +15,7 @@ from typing import Final
 from hotport.model.port import Ephemeral
 
 __all__ = [
+    "accept_queue_overflows",
     "age_s",
     "arguments",
     "command",
@@ -33,7 +34,6 @@ __all__ = [
     "leaders_with",
     "listening",
     "owner",
-    "queue_overflows",
     "resets_sent",
     "sockets_of",
     "sysctl",
@@ -42,7 +42,6 @@ __all__ = [
     "zombies",
 ]
 
-_OVERFLOWS: Final = frozenset({"ListenOverflows", "ListenDrops", "TCPReqQFullDrop", "TCPReqQFullDoCookies"})
 _COMMAND_CHARS_MAX: Final = 60
 _RUNTIME_FDS: Final = 64  # among the first of a supervisor is its runtime directory
 _FIRST: Final = 256  # descriptors of a process that are looked at before those of the next one
@@ -51,28 +50,23 @@ _CGROUPS: Final = "/sys/fs/cgroup"
 _CGROUPS_MAX: Final = 5_000
 
 
-def queue_overflows() -> dict[str, int]:
-    """Count the connections that the network namespace has dropped for full queues since it started.
+def accept_queue_overflows() -> int:
+    """Count the connections dropped for full accept queues since the network namespace was made.
 
-    Take it twice and subtract. Empty where the kernel does not say (some sandboxes).
+    0 where the kernel does not say (some sandboxes).
 
-    Returns:
-        ``ListenOverflows`` and ``ListenDrops`` (accept queues), ``TCPReqQFullDrop`` and
-        ``TCPReqQFullDoCookies`` (SYN queues): those that the kernel has.
-
-    Sources: proc_pid_net(5) netstat; kernel ``net/ipv4/proc.c`` snmp4_net_list.
+    Sources: proc_pid_net(5) netstat; ListenOverflows of kernel ``net/ipv4/proc.c`` snmp4_net_list.
     """
     try:
         with open("/proc/net/netstat") as file:
             lines = file.read().splitlines()
     except OSError:
-        return {}
-    overflows = {}
+        return 0
     for names, values in zip(lines[::2], lines[1::2], strict=False):
-        for name, value in zip(names.split(), values.split(), strict=False):
-            if name in _OVERFLOWS:
-                overflows[name] = int(value)
-    return overflows
+        counters = dict(zip(names.split(), values.split(), strict=False))
+        if "ListenOverflows" in counters:
+            return int(counters["ListenOverflows"])
+    return 0
 
 
 def resets_sent() -> int:

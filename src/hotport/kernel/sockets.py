@@ -33,6 +33,7 @@ __all__ = [
     "bind_notify",
     "bound_address",
     "check_peer",
+    "dropped",
     "end",
     "ended_by_peer",
     "file_path",
@@ -63,6 +64,8 @@ _KEPT: Final[dict[int, tuple[tuple[int, int], ...]]] = {
 _KEPT[socket.AF_INET6] = (*_KEPT[socket.AF_INET], (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
 _UCRED: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
 _LINGER_0: Final = struct.pack("ii", 1, 0)
+_SO_MEMINFO: Final = 55
+_MEMINFO_DROPS: Final = 32  # SK_MEMINFO_DROPS (linux/sock_diag.h), of 32-bit numbers
 _BYTES_ACKED: Final = 120  # offsetof(struct tcp_info, tcpi_bytes_acked)
 
 
@@ -213,6 +216,20 @@ def accept_queue_length(listener: socket.socket) -> int:
         return 0
     info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
     return int.from_bytes(info[24:28], sys.byteorder)
+
+
+def dropped(sock: socket.socket) -> int:
+    """Count what the kernel has dropped at a listener (SYNs, when its queue was full) or a UDP socket (datagrams).
+
+    A dropped client tries again after a second. 0 if the socket is closed, or where the kernel does not say.
+
+    Sources: socket(7); SO_MEMINFO of asm-generic/socket.h, since Linux 4.12; kernel ``tcp_listendrop``, ``sk_drops``.
+    """
+    try:
+        info = sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO_DROPS + 4)
+    except OSError:
+        return 0
+    return int.from_bytes(info[_MEMINFO_DROPS : _MEMINFO_DROPS + 4], sys.byteorder)
 
 
 def acknowledged_bytes(sock: socket.socket) -> int:

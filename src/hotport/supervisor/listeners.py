@@ -19,6 +19,7 @@ from hotport.kernel.sockets import (
     bind_guard,
     bind_listener,
     bound_address,
+    dropped,
     file_path,
     rebind,
     set_access,
@@ -140,6 +141,7 @@ class Listeners:
         self._shared = frozenset(shared)
         self._guards: dict[str, socket.socket] = {}
         self._abandoned: list[Listener] = []
+        self._dropped = 0  # at sockets that are closed
 
     # -- queries ---------------------------------------------------------------------------------------------
 
@@ -280,6 +282,7 @@ class Listeners:
         for each in common:
             assert each.sock is not None
             result.reset += accept_queue_length(each.sock)
+            self._dropped += dropped(each.sock)
             try:
                 each.sock, gap_s = rebind(each.sock, backlog=backlog)
                 result.gap_s = max(result.gap_s, gap_s)
@@ -378,12 +381,19 @@ class Listeners:
         accepted: list[socket.socket] = []
         for each in [each for each in self._abandoned if each.sock not in held]:
             self._abandoned.remove(each)
-            if each.sock is not None and each.is_listening:
-                accepted += take_waiting(each.sock)
+            if each.sock is not None:
+                self._dropped += dropped(each.sock)
+                if each.is_listening:
+                    accepted += take_waiting(each.sock)
             each.close()
             self._unguard(each.address)
             self._settle(each)
         return accepted
+
+    def dropped(self) -> int:
+        """Count what the kernel has dropped at these sockets because their queues were full."""
+        open_ones = (each.sock for each in (*self._each(), *self._abandoned))
+        return self._dropped + sum(dropped(sock) for sock in open_ones if sock is not None)
 
     @property
     def has_shared(self) -> bool:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 
 from hotport.errors import StartError
-from hotport.kernel.procfs import queue_overflows
 from hotport.model.effects import Announce, News
 from hotport.model.inputs import Clock
 from hotport.model.service import Service
@@ -30,13 +29,14 @@ class Publisher:
     Args:
         name: The service's name.
         manager: Notifies the service manager; the caller closes it.
+        dropped: Counts what the kernel has dropped at the service's listeners.
 
     Attributes:
         reports: The reports of restarts.
     """
 
-    def __init__(self, name: str, manager: ServiceManager) -> None:
-        self.reports = Reports(name, overflows=queue_overflows)
+    def __init__(self, name: str, manager: ServiceManager, dropped: Callable[[], int]) -> None:
+        self.reports = Reports(name, dropped=dropped)
         self.manager = manager
         self._name = name
         self._errors: dict[int, str] = {}

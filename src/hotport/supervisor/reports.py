@@ -48,7 +48,7 @@ class RestartRecord:
         *,
         is_phased: bool,
         is_tracked: bool,
-        overflows: Callable[[], Mapping[str, int]],
+        dropped: Callable[[], int],
         strategy: str = "inherit",
     ) -> None:
         self.generation = generation
@@ -57,10 +57,10 @@ class RestartRecord:
         self._previous = previous
         self._is_phased = is_phased
         self._is_tracked = is_tracked
-        self._overflows = overflows
+        self._dropped = dropped
         self._began_s = time.monotonic()
         self._began_at = datetime.now(UTC)
-        self._overflows_before = dict(overflows())
+        self._dropped_before = dropped()
         self._phases: list[PhaseTime] = []
         self._batch = 0
         self._outcome = ""
@@ -160,7 +160,6 @@ class RestartRecord:
         Args:
             errors: Why workers failed to start, by worker.
         """
-        after = self._overflows()
         error = ""
         if self._outcome in ("aborted", "undone"):
             error = errors.get(self._culprit) or self._why
@@ -177,7 +176,7 @@ class RestartRecord:
             accept_gap_ms=round(accept_gap_s(self.quiesced_at, self.accepting_at) * 1000, 3),
             connections=dict(self._fates) if self._is_tracked else None,
             connections_back=dict(self._fates_back) if self._is_tracked and self._was_back else None,
-            queue_overflows={key: value - self._overflows_before.get(key, 0) for key, value in after.items()},
+            dropped=self._dropped() - self._dropped_before,
             strategy=self._strategy,
             rebind_gap_us=round(self._rebound[0] * 1e6, 1) if self._rebound else None,
             refused=self._rebound[1] if self._rebound else None,
@@ -188,11 +187,11 @@ class RestartRecord:
 class Reports:
     """The records of restarts that are not over, and the last report."""
 
-    def __init__(self, service: str, *, overflows: Callable[[], Mapping[str, int]]) -> None:
+    def __init__(self, service: str, *, dropped: Callable[[], int]) -> None:
         self.last: Report | None = None
         self._last_at_s = 0.0
         self._service = service
-        self._overflows = overflows
+        self._dropped = dropped
         self._records: dict[int, RestartRecord] = {}
 
     def last_in_words(self) -> str:
@@ -220,7 +219,7 @@ class Reports:
             previous,
             is_phased=restart.is_phased,
             is_tracked=is_tracked,
-            overflows=self._overflows,
+            dropped=self._dropped,
             strategy=restart.strategy.value,
         )
 

@@ -118,7 +118,7 @@ class Supervisor:
         self.options = options
         self.owned = Listeners(found.listeners, self._asked_of(found), shared=found.shared)
         self.service = Service(wanted=options.workers)
-        self.news = Publisher(name, manager)
+        self.news = Publisher(name, manager, self.owned.dropped)
         self.fleet = Fleet(
             name, directory, notify_socket, self, self.owned, self.news, partial(mend, self), pages=found.pages
         )

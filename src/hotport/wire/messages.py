@@ -466,7 +466,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
             foreign program, which keeps its own.
         connections_back: What became of the new generation's connections, if it was undone, or aborted when some of
             its workers had begun to serve.
-        queue_overflows: What the kernel counted meanwhile (``/proc/net/netstat``, whole network namespace).
+        dropped: Connections, or datagrams, that the kernel has dropped meanwhile at this service's listeners: their
+            queues were full.
         strategy: How the listeners reached the new generation.
         rebind_gap_us: With *rebind*: microseconds without a listener; None with the others.
         refused: With *rebind*: connections that were refused in the gap: the segments with RST that the kernel sent
@@ -487,7 +488,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     accept_gap_ms: float = 0.0
     connections: dict[str, int] | None = None
     connections_back: dict[str, int] | None = None
-    queue_overflows: dict[str, int] = {}
+    dropped: int = 0
     strategy: str = "inherit"
     rebind_gap_us: float | None = None
     refused: int | None = None
