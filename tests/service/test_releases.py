@@ -141,3 +141,36 @@ def test_release_whose_path_cannot_be_told_is_refused(tmp_path: Path) -> None:
         assert result.returncode == 4
         assert "HP404" in result.stderr
         assert ask_line(service.port).version == "41"
+
+
+#: The version is what the environment says.
+CONFIGURED = "import os\n" + LINE_APP.format(version="{os.environ['VERSION']}")
+
+
+def test_restart_reads_the_variables_of_the_release_again(tmp_path: Path) -> None:
+    """A new release used to get the variables of the supervisor's start, until the service was stopped."""
+    write_code(tmp_path / "app.py", CONFIGURED)
+    variables = tmp_path / ".env"
+    variables.write_text("VERSION=41\n")
+    with Service(tmp_path, "app:app", "--env-file", ".env").wait_ready() as service, Hammer(service.port) as hammer:
+        hammer.wait_answers(version="41")
+        variables.write_text("VERSION=42\n")
+        victim = ask_line(service.port)
+        os.kill(victim.pid, signal.SIGKILL)
+        assert ask_line(service.port).version == "41", "a replacement has the variables of its generation"
+        service.restart()
+        hammer.wait_answers(version="42")
+        variables.write_text("VERSION=43\nPASSWORD='secret\n")
+        result = service.run("restart")
+        assert result.returncode == 4
+        assert "HP309" in result.stderr
+        assert "line 2 of .env" in result.stderr
+        assert "secret" not in result.stderr
+        assert ask_line(service.port).version == "42"
+
+
+def test_service_does_not_start_with_variables_that_cannot_be_read(tmp_path: Path) -> None:
+    write_code(tmp_path / "app.py", CONFIGURED)
+    with Service(tmp_path, "app:app", "--env-file", "missing.env") as service:
+        assert service.wait() == 2
+        assert "HP309 cannot read missing.env" in service.log_path.read_text()

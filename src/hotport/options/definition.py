@@ -188,6 +188,12 @@ class Options:
     )
     app_dir: str = _option(".", text("DIR"), "Where the target is imported from.")
     python: str | None = _option(None, text("FILE"), "The interpreter of workers; by default this one.")
+    env_file: tuple[str, ...] = _option(
+        (),
+        paths("FILE"),
+        "Variables for workers, as lines of NAME=VALUE, read again at each restart; hotport's own environment is "
+        "stronger; may be given more than once.",
+    )
     lifespan: Lifespan = _option("auto", choice(*get_args(Lifespan)), "ASGI lifespan; auto: if the app supports it.")
     watch: bool = _option(False, switch(), "Restart when code changes.")
     watch_path: tuple[str, ...] = _option(

@@ -91,6 +91,7 @@ class RunOptions(ServeOptions, total=False):
     max_age: Duration
     app_dir: str
     python: str | None
+    env_file: Texts
     watch: bool
     watch_path: Texts
     watch_include: Texts

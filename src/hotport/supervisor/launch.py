@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from hotport.errors import StartError
+from hotport.errors import ConfigError, StartError
 from hotport.kernel.process import MALLOC_ENVIRONMENT, working_directory
 from hotport.options import Options
+from hotport.options.envfile import FILE_BYTES_MAX, parse_variables
 from hotport.supervisor.manager import MANAGER_VARIABLES
 from hotport.wire.listenfds import LISTEN_VARIABLES
 from hotport.wire.messages import WorkerSpec, encode
@@ -65,6 +67,7 @@ class Launch:
         Raises:
             StartError: The directory (HP401), the interpreter (HP402) or the application's directory (HP405) is
                 missing, or its path cannot be passed to workers (HP404).
+            ConfigError: A file of variables cannot be used (HP309).
         """
         named = surroundings.directory
         directory = os.path.realpath(named)
@@ -110,7 +113,10 @@ class Launch:
                     cause=f"the path {os.fsencode(path)!r} is not printable UTF-8, and workers are told it as JSON",
                     note="rename the directory",
                 )
-        environment = {**surroundings.environment, "PWD": directory}
+        environment: dict[str, str] = {}
+        for file in options.env_file:  # read here, once: workers of one generation have the same variables
+            environment |= _read_variables(os.path.join(directory, file), file)
+        environment |= {**surroundings.environment, "PWD": directory}
         options = replace(options, app_dir=app_dir, tls_cert=tls_cert, tls_key=tls_key, tls_client_ca=tls_client_ca)
         return cls(options, python, directory, environment)
 
@@ -138,6 +144,31 @@ class Launch:
             added["HOTPORT_WORKER"] = encode(spec).decode()
             return {**MALLOC_ENVIRONMENT, **self.environment, **added}
         return {**self.environment, **added}
+
+
+def _read_variables(path: str, named: str) -> dict[str, str]:
+    """Read the variables of one file.
+
+    Raises:
+        ConfigError: It cannot be read, or a line of it cannot be used (HP309).
+    """
+    try:
+        with open(path, "rb", opener=_open) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                cause = "it is not a regular file, and it is read again at every restart"
+                raise ConfigError("HP309", f"cannot read {named}", cause=cause, fix=f"ls -l {path}")
+            data = file.read(FILE_BYTES_MAX + 1)
+    except OSError as error:
+        cause = f"{error.strerror or error}".lower()
+        raise ConfigError("HP309", f"cannot read {named}", cause=cause, fix=f"ls -l {path}") from error
+    if len(data) > FILE_BYTES_MAX:
+        cause = f"it has more than {FILE_BYTES_MAX // 1024} KiB"
+        raise ConfigError("HP309", f"cannot read {named}", cause=cause, fix=f"ls -l {path}")
+    return parse_variables(data, named, reserved=PRIVATE_VARIABLES)
+
+
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a FIFO would be waited for
 
 
 def _why_no_directory(named: str) -> str:

@@ -21,7 +21,7 @@ import anyio.abc
 import anyio.lowlevel
 from msgspec.structs import replace
 
-from hotport.errors import ExitCode, HotportError, RestartError, StartError
+from hotport.errors import ConfigError, ExitCode, HotportError, RestartError, StartError
 from hotport.kernel.process import is_stopped
 from hotport.model import effects, inputs, rules
 from hotport.model.effects import Announce, News
@@ -155,7 +155,7 @@ class Supervisor:
         """Boot or adopt, serve, and return when the last worker has ended; then `exit_code` and `failure` are set."""
         try:
             self._prepare_launches()
-        except StartError as error:  # not raised: a task group would wrap it
+        except (StartError, ConfigError) as error:  # not raised: a task group would wrap it
             self.failure, self.exit_code = error, error.exit_code
             self.finished.set()
             return
