@@ -190,6 +190,8 @@ class Connections:
         self.requests = 0
         #: Requests that failed: answers of 5xx, and those that were broken off.
         self.errors = 0
+        #: Those of them that have taken longer than `Options.request_timeout_s`.
+        self.timeouts = 0
         self.maximum = maximum
         self.requests_max = requests_max
         self.on_full: Callable[[], None] | None = None

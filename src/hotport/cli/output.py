@@ -206,6 +206,8 @@ def print_status(status: Status) -> None:
     for who, lines in _log_dropped(status):
         out.print(f"{who} has dropped {lines:,} lines of its log: they are not read, or there is no room", markup=False)
     for worker in status.workers:
+        if worker.timeouts:
+            out.print(f"worker {worker.worker} has cancelled {worker.timeouts:,} requests by request_timeout")
         for each in worker.lingering:
             out.print(
                 f"worker {worker.worker} waits for {each.peer}: {each.kind}, {_age(each.age_s)} old, {each.why}",

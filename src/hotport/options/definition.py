@@ -136,6 +136,12 @@ class Options:
         "Bytes a second below which an HTTP client sends too slowly over body_timeout, or reads too slowly over "
         "send_timeout.",
     )
+    request_timeout_s: float = _option(
+        0.0,
+        duration(),
+        "How long an HTTP request may take from its complete head to the end of its answer; then it is cancelled and "
+        "answered 503; 0: for ever.",
+    )
     concurrency_max: int = _option(
         0, count(0), "Concurrent requests in a worker above which the answer is 503; 0: any number."
     )

@@ -54,6 +54,7 @@ class ServeOptions(TypedDict, total=False):
     send_timeout: Duration
     body_timeout: Duration
     rate_min: Size
+    request_timeout: Duration
     concurrency_max: int
     server_header: bool
     ws_message_max: Size

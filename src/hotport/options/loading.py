@@ -213,6 +213,7 @@ def _known_variables(environ: Mapping[str, str]) -> Iterable[tuple[Option, str]]
 # What other servers call it.
 _ELSEWHERE: Final = {
     "app": "target",
+    "harakiri": "request_timeout",
     "graceful_timeout": "drain_timeout",
     "forwarded_allow_ips": "trusted_proxy",
     "host": "bind",
@@ -276,7 +277,7 @@ def _written(option: Option, right: object, origin: str) -> str:
 
 
 _OF_OUR_WORKERS: Final = (
-    *("factory", "kind", "lifespan", "max_requests", "proxy_protocol", "root_path"),
+    *("factory", "kind", "lifespan", "max_requests", "proxy_protocol", "request_timeout", "root_path"),
     *("tls_alpn", "tls_cert", "tls_client_auth", "tls_client_ca", "tls_key", "trusted_proxy"),
     *("health_path", "health_errors_max", "health_lag_max", "health_memory_max"),
 )

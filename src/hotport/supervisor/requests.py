@@ -414,5 +414,6 @@ def _describe_worker(process: WorkerProcess, phase: Phase, seen: Inspection | No
         requests=seen.requests if seen else None,
         rss_bytes=seen.rss_bytes if seen else rss_bytes(process.pid),
         log_dropped=seen.log_dropped if seen else None,
+        timeouts=seen.timeouts if seen else None,
         cuts=seen.cuts if seen else {},
     )

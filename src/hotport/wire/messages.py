@@ -270,6 +270,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True, tag="inspection"):
     Attributes:
         lingering: The oldest connections of one that drains.
         errors: Requests that failed: answers of 5xx, and those that were broken off.
+        timeouts: Those of them that have taken longer than ``request_timeout``.
         lag_s: How long its event loop was held up at most since it was last asked, if it was asked for that.
         log_dropped: Lines of its log that could not be written.
         cuts: Connections that it has cut, by fate.
@@ -282,6 +283,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True, tag="inspection"):
     requests: int
     rss_bytes: int
     errors: int = 0
+    timeouts: int = 0
     lag_s: float = 0.0
     log_dropped: int = 0
     cuts: dict[str, int] = {}
@@ -500,6 +502,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         log_dropped: Lines of its log that could not be written.
+        timeouts: Requests that have taken longer than ``request_timeout``.
         cuts: Connections that it has cut, by fate.
     """
 
@@ -516,6 +519,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     rss_bytes: int | None = None
     lingering: tuple[Lingering, ...] = ()
     log_dropped: int | None = None
+    timeouts: int | None = None
     cuts: dict[str, int] = {}
 
 

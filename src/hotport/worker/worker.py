@@ -614,6 +614,7 @@ class Worker:
             requests=connections.requests if connections else 0,
             rss_bytes=rss_bytes(os.getpid()),
             errors=connections.errors if connections else 0,
+            timeouts=connections.timeouts if connections else 0,
             lag_s=self._lag.read() if is_watched else 0.0,
             log_dropped=dropped(),
             cuts=by_name(connections.cuts) if connections else {},

@@ -12,7 +12,9 @@ from hotport.adapters.asgi.fields import LINES, NOTED, STATUS_LINES, render_fiel
 from hotport.adapters.asgi.sendfile import Sink, send_file
 from hotport.adapters.asgi.shared import Shared
 from hotport.adapters.asgi.spec import Application, Message, Scope
+from hotport.adapters.asgi.stacks import waiting_place
 from hotport.adapters.asgi.states import ANSWERED, HELD, STREAMING, TRAILING, WAITING
+from hotport.options import format_duration
 
 __all__ = ["CLIENT_LEFT", "CUT", "TOO_SLOW", "Answering", "ClientLeft", "Exchange", "Requesting"]
 
@@ -39,6 +41,10 @@ HELD_TURNS: Final = 4
 CLIENT_LEFT: Final = "its client had left"
 CUT: Final = "its connection was cut"
 TOO_SLOW: Final = "its client was too slow"
+TIMED_OUT: Final = "it had taken longer than request_timeout"
+
+#: Seconds from the cancellation of an application until the log says that it has not ended.
+STUBBORN_S: Final = 5.0
 
 
 class ClientLeft(OSError):
@@ -234,14 +240,44 @@ class Exchange:
         if not is_over:
             self._make_up()
 
-    def _make_up(self) -> None:
-        """Answer 500 if nothing is sent yet, else truncate the answer recognisably."""
+    def time_out(self) -> None:
+        """End the request, which has taken longer than `request_timeout`: cancel the application, and answer for it.
+
+        The client does not wait for the application's reaction, which may never come.
+        """
+        connection, task = self.connection, self.task
+        shared = connection.shared
+        shared.registry.timeouts += 1
+        self._log_place("the application took longer than request_timeout (%s) and is cancelled: %s")
+        if self.stage < STREAMING:
+            self._make_up(503, b"the request took too long\n")
+        else:
+            self.leave(TIMED_OUT)
+            self._make_up()
+        self.is_gone, self._why_gone = True, TIMED_OUT
+        if task is not None and not task.done():
+            task.cancel()
+            shared.loop.call_later(STUBBORN_S, self._check_ended)
+
+    def _check_ended(self) -> None:
+        if self.task is not None and not self.task.done():
+            self._log_place("the application still runs after request_timeout (%s) and a cancellation: %s")
+
+    def _log_place(self, what: str) -> None:
+        """Log where the application waits, as a traceback; at most `STACKS_MAX` a second."""
+        shared, error = self.connection.shared, None
+        if self.task is not None and shared.may_show_stack():
+            error = TimeoutError("the application waits here").with_traceback(waiting_place(self.task, self.scope))
+        log.error(what, format_duration(shared.options.request_timeout_s), self, exc_info=error)
+
+    def _make_up(self, status: int = 500, body: bytes = b"Internal Server Error") -> None:
+        """Answer with `status` if nothing is sent yet, else truncate the answer recognisably."""
         if self.stage >= STREAMING:
             self.connection.shared.registry.errors += 1
             self.connection.truncate()
         else:
-            self._hold_head({"status": 500, "headers": [(b"content-type", b"text/plain; charset=utf-8")]})
-            self._write(b"Internal Server Error", is_end=True)
+            self._hold_head({"status": status, "headers": [(b"content-type", b"text/plain; charset=utf-8")]})
+            self._write(body, is_end=True)
 
     # -- called by the application -------------------------------------------------------------------------
 

@@ -123,7 +123,7 @@ class HttpConnection(asyncio.Protocol):
         self.endpoints: tuple[Any, Any] | None = None
         self.is_proxied = False
         self.sock: socket.socket | None = None
-        #: The tick at which waiting for the client ends (`Deadlines`).
+        #: The tick at which waiting for the client ends, or the time of the current request (`Deadlines`).
         self.due = 0
 
         #: Requests behind the current one, in order; the last may still be arriving.
@@ -616,6 +616,7 @@ class HttpConnection(asyncio.Protocol):
                 return
             elif broken is self._current:
                 self._current = None
+                self.due = 0
         self._refusal = (status, why, broken is not None)
         if self._current is None:
             self._advance()
@@ -646,7 +647,8 @@ class HttpConnection(asyncio.Protocol):
         shared = self.shared
         registry = shared.registry
         self._current = exchange
-        self.due = 0
+        ticks = shared.request_ticks
+        self.due = shared.deadlines.now + ticks if ticks else 0
         registry.requests += 1
         if registry.requests == registry.requests_max:
             registry.has_reached_requests_max()
@@ -683,6 +685,7 @@ class HttpConnection(asyncio.Protocol):
         self._current = None
         self._has_served = True
         if self._has_announced_close:
+            self.due = 0
             if self._is_draining and exchange.keeps_alive and not self.has_eof:
                 self._fate = Fate.TOLD_TO_CLOSE
             if exchange.client_keeps_alive or self._reader.arriving is not None:
@@ -691,9 +694,11 @@ class HttpConnection(asyncio.Protocol):
                 self._close()  # the client has announced that this was its last request
             return
         if self._pipeline or self._refusal is not None:
+            self.due = 0
             if not self._is_beginning:
                 self._advance(ending=1)
         elif self.has_eof and not self._reader.rest:
+            self.due = 0
             self._close()
             return
         else:
@@ -827,7 +832,13 @@ class HttpConnection(asyncio.Protocol):
         abort_for_client(self, self.transport, self.handoff)
 
     def expire(self) -> None:
-        """End the wait for the client, or extend it while an answer is being sent or unread bytes have come."""
+        """End the wait for the client, or extend it while an answer is being sent or unread bytes have come.
+
+        While an application runs, the client is not waited for: it is the request that has taken too long.
+        """
+        if self._current is not None:
+            self._current.time_out()
+            return
         state = self.state
         if state is State.HALF_HEAD:
             if self._reader.rest or self._reader.intake is PARKED:
@@ -897,6 +908,8 @@ class HttpConnection(asyncio.Protocol):
         """Stop reading, and drop all requests without a complete answer."""
         self._has_said_goodbye = True
         self._reader.stop()
+        if self._current is not None:
+            self.due = 0
         for exchange in (self._current, *self._pipeline):
             if exchange is not None:
                 exchange.leave()

@@ -36,6 +36,10 @@ DATE_S: Final = 1.0
 
 SMALL_HEAD_BYTES: Final = 4096
 
+#: So many stacks of requests are logged in so many seconds.
+STACKS_MAX: Final = 5
+STACKS_S: Final = 1.0
+
 ASGI: Final = {"version": "3.0", "spec_version": "2.4"}
 
 
@@ -93,11 +97,14 @@ class Shared:
         "options",
         "raw_root_path",
         "registry",
+        "request_ticks",
         "root_path",
         "run",
         "running",
         "scope",
         "small_head_bytes",
+        "stacks_left",
+        "stacks_until",
         "state",
         "trusted",
         "turns",
@@ -151,11 +158,13 @@ class Shared:
             options.head_timeout_s,
             options.body_timeout_s,
             options.send_timeout_s,
+            options.request_timeout_s,
             options.ws_ping_interval_s,
         )
         self.turns = Turns(loop)
         self.deadlines: Deadlines[Member] = Deadlines(min(s for s in (*waits, options.ws_ping_timeout_s) if s), loop)
         self.keep_alive_ticks = self.deadlines.ticks(options.keep_alive_s)
+        self.request_ticks = self.deadlines.ticks(options.request_timeout_s) if options.request_timeout_s else 0
         self.linger_ticks = self.deadlines.ticks(LINGER_S)
         self.head_ticks = self.deadlines.ticks(options.head_timeout_s) if options.head_timeout_s else 0
         #: The fields of a smaller head are counted after parsing, which is cheaper and takes little memory.
@@ -172,6 +181,15 @@ class Shared:
         self.variables = contextvars.copy_context()
         self.run = _starter(loop)
         self.defaults = b""
+        self.stacks_left = STACKS_MAX
+        self.stacks_until = 0.0
+
+    def may_show_stack(self) -> bool:
+        """Whether a stack may be logged now: when everything hangs, rendering all of them would block the loop."""
+        if (now := self.loop.time()) >= self.stacks_until:
+            self.stacks_left, self.stacks_until = STACKS_MAX, now + STACKS_S
+        self.stacks_left -= 1
+        return self.stacks_left >= 0
 
     def pace(self, period_s: float, moved_bytes: Callable[[], int | None], on_slow: Callable[[], None]) -> Pace:
         """Enforce a rate of at least `Options.rate_min_bytes`; see `Pace`."""
