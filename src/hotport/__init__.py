@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hotport.embedded.server import OpenConnections, Restarted, Server, serve
     from hotport.options.keywords import RunOptions, ServeOptions
     from hotport.runner import run
+    from hotport.worker.template import after_fork
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "StreamAttribute",
     "Transferable",
     "__version__",
+    "after_fork",
     "hand_off",
     "restartable",
     "run",
@@ -60,6 +62,7 @@ _HOMES = {
     "Stream": "hotport.adapters.stream",
     "StreamAttribute": "hotport.adapters.stream",
     "Transferable": "hotport.adapters.protocol",
+    "after_fork": "hotport.worker.template",
     "hand_off": "hotport.adapters.stream",
     "restartable": "hotport.adapters.stream",
     "run": "hotport.runner",

@@ -232,6 +232,7 @@ class Trial:
                     task_factory=injector.make,
                     status_bind="127.0.0.1:0",
                     health_lag_max=60,
+                    preload=True,
                 )
                 == 0
             )

@@ -170,7 +170,6 @@ async def running(tmp_path: Path, *, has_listener: bool = True, **options: Any) 
     exec(APP, application)
     kind = options.get("kind", "asgi")
     with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as listener:
-        patch.setattr(worker, "load_target", lambda *_, **__: application["sockets" if kind == "sockets" else "app"])
         patch.setattr(worker, "raise_descriptor_limit", lambda: 1024)
         patch.setattr(worker, "revive", lambda: None)
         patch.setattr("gc.freeze", lambda: None)
@@ -188,7 +187,8 @@ async def running(tmp_path: Path, *, has_listener: bool = True, **options: Any) 
         listeners = (
             {"a": listener.dup()} if has_listener else {}
         )  # one that never starts leaves it to its process's end
-        made = Worker(spec, listeners, bind_control(path), path, notify_path=None)
+        loaded = application["sockets" if kind == "sockets" else "app"]
+        made = Worker(spec, listeners, bind_control(path), path, notify_path=None, application=loaded)
         run.task = asyncio.create_task(made.run())
         while signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:  # noqa: ASYNC110  likewise
             await asyncio.sleep(0)

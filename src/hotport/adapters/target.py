@@ -18,7 +18,15 @@ from hotport.adapters.sockets import SocketsAdapter
 from hotport.errors import StartError, nearest
 from hotport.options import Options
 
-__all__ = ["detect_kind", "kind_of", "load_target", "make_adapter", "split_target"]
+__all__ = [
+    "detect_kind",
+    "import_adapter",
+    "kind_of",
+    "load_application",
+    "load_target",
+    "make_adapter",
+    "split_target",
+]
 
 #: The module name under which workers load a script that calls `hotport.run`; never ``__main__``.
 SCRIPT_MODULE: Final = "__hotport_main__"
@@ -31,6 +39,25 @@ def split_target(target: str) -> tuple[str, str]:
     """Split ``pkg.mod:attr`` or ``path/to/file.py:attr`` at the colon; the second half may be empty."""
     module, _, attribute = target.partition(":")
     return module, attribute
+
+
+def load_application(options: Options) -> Any:
+    """Import the application that the options name.
+
+    Raises:
+        StartError: It ends its process (HP508), or as `load_target` does.
+        Exception: Raised by the application's own code.
+    """
+    assert options.target is not None
+    try:
+        return load_target(options.target, app_dir=options.app_dir, factory=options.factory)
+    except SystemExit as error:
+        raise StartError(
+            "HP508",
+            f"{options.target} ended its process while it was imported",
+            cause=f"it called sys.exit({error.code!r})",
+            note="guard the call: if __name__ == '__main__':",
+        ) from error
 
 
 def load_target(target: str, *, app_dir: str, factory: bool) -> Any:
@@ -231,7 +258,19 @@ def make_adapter(application: Any, context: Context, options: Options) -> Adapte
         StartError: Its kind is unclear or not served (HP504, HP515, HP516), or it needs an extra that is not
             installed (HP505).
     """
-    match kind_of(application, options):
+    kind = kind_of(application, options)
+    arguments = (application, context, options) if kind == "asgi" else (application, context)
+    adapter: Adapter | DatagramAdapter | SocketsAdapter = import_adapter(kind)(*arguments)
+    return adapter
+
+
+def import_adapter(kind: str) -> Any:
+    """Import the class that adapts applications of one kind: each needs packages that the others do not.
+
+    Raises:
+        StartError: It needs an extra that is not installed (HP505).
+    """
+    match kind:
         case "asgi":
             try:
                 from hotport.adapters.asgi import AsgiAdapter
@@ -242,18 +281,18 @@ def make_adapter(application: Any, context: Context, options: Options) -> Adapte
                     cause=f"the package {error.name} is not installed in {sys.executable}",
                     fix=f"{sys.executable} -m pip install 'hotport[asgi]'",
                 ) from None
-            return AsgiAdapter(application, context, options)
+            return AsgiAdapter
         case "stream":
-            from hotport.adapters.stream import StreamAdapter  # imports anyio, which the other kinds do not need
+            from hotport.adapters.stream import StreamAdapter
 
-            return StreamAdapter(application, context)
+            return StreamAdapter
         case "sockets":
-            return SocketsAdapter(application, context)
+            return SocketsAdapter
         case "datagram":
-            return DatagramAdapter(application, context)
+            return DatagramAdapter
         case "protocol":
             from hotport.adapters.protocol import ProtocolAdapter
 
-            return ProtocolAdapter(application, context)
-        case kind:
+            return ProtocolAdapter
+        case _:
             raise AssertionError(f"no adapter serves the kind {kind}")

@@ -14,6 +14,8 @@ from hotport.kernel import procfs
 
 __all__ = [
     "MALLOC_ENVIRONMENT",
+    "adopt_orphans",
+    "adopts_orphans",
     "describe_exit",
     "descriptors_left",
     "discard",
@@ -28,6 +30,7 @@ __all__ = [
     "raise_descriptor_limit",
     "reap",
     "reap_orphans",
+    "rename_last_argument",
     "rss_bytes",
     "run_delay_s",
     "send_signal",
@@ -35,6 +38,9 @@ __all__ = [
 ]
 
 _GETFD: Final = 438  # pidfd_getfd, the same number on every architecture
+_PR_SET_CHILD_SUBREAPER: Final = 36
+_is_subreaper = False
+_STAT_ARG_END: Final = 46  # of /proc/PID/stat, counted after the name
 
 
 def send_signal(pidfd: int, signum: int) -> bool:
@@ -171,8 +177,44 @@ def reap(pid: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if done else None
 
 
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose parent ends, as pid 1 of a container is; survives exec.
+
+    Raises:
+        OSError: The kernel refuses.
+
+    Sources: PR_SET_CHILD_SUBREAPER(2const), since Linux 3.4.
+    """
+    import ctypes  # 10 ms, and only for templates
+
+    global _is_subreaper
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    _is_subreaper = True
+
+
+def adopts_orphans() -> bool:
+    """Whether this process is the parent of descendants whose parent has ended."""
+    return _is_subreaper or os.getpid() == 1
+
+
+def rename_last_argument(text: str) -> None:
+    """Change what ps(1) shows as this process's last argument, within the room that it has; no error if that fails.
+
+    Sources: proc_pid_stat(5) arg_end; proc_pid_cmdline(5); proc_pid_mem(5).
+    """
+    with suppress(OSError, ValueError, IndexError):
+        with open("/proc/self/cmdline", "rb") as file:
+            room = len(file.read().split(b"\0")[-2])
+        with open("/proc/self/stat") as file:
+            end = int(file.read().rpartition(")")[2].split()[_STAT_ARG_END])
+        with open("/proc/self/mem", "r+b", buffering=0) as memory:
+            memory.seek(end - 1 - room)
+            memory.write(os.fsencode(text)[:room].ljust(room))
+
+
 def reap_orphans(known: Collection[int]) -> list[tuple[int, int]]:
-    """Reap orphans: as pid 1, this process inherits children it did not start.
+    """Reap orphans: a process that adopts them has children it did not start.
 
     A child in `known` is left to its owner, and hides no orphan behind it. Call it when SIGCHLD arrives.
 

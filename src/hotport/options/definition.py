@@ -111,6 +111,11 @@ class Options:
         choice(*get_args(Balance)),
         "Whether workers share connections evenly: one with more leaves new ones to others, and hands open ones over.",
     )
+    preload: bool = _option(
+        False,
+        switch(),
+        "Whether a generation imports the application once, in a process from which all its workers are forked.",
+    )
     orphan_timeout_s: float = _option(60.0, duration(), "How long workers keep serving without a supervisor.")
     keep_alive_s: float = _option(5.0, duration(), "How long an idle HTTP connection stays open.")
     head_max_bytes: int = _option(65536, size(), "The largest HTTP request head; above it the answer is 431.")

@@ -103,6 +103,7 @@ class RunOptions(ServeOptions, total=False):
     status_bind: str | None
     strategy: StrategyChoice
     guard: bool
+    preload: bool
     undo_window: Duration
     canary: int
     bake: Duration

@@ -277,7 +277,7 @@ def _written(option: Option, right: object, origin: str) -> str:
 
 
 _OF_OUR_WORKERS: Final = (
-    *("factory", "kind", "lifespan", "max_requests", "proxy_protocol", "request_timeout", "root_path"),
+    *("factory", "kind", "lifespan", "max_requests", "preload", "proxy_protocol", "request_timeout", "root_path"),
     *("tls_alpn", "tls_cert", "tls_client_auth", "tls_client_ca", "tls_key", "trusted_proxy"),
     *("health_path", "health_errors_max", "health_lag_max", "health_memory_max"),
 )

@@ -33,8 +33,9 @@ from hotport.supervisor.foreign import find_unaware
 from hotport.supervisor.launch import Launch
 from hotport.supervisor.listeners import Listeners
 from hotport.supervisor.news import Publisher
-from hotport.supervisor.process import WorkerProcess
+from hotport.supervisor.process import LAST_WORDS_S, WorkerProcess
 from hotport.supervisor.recovery import Orphan
+from hotport.supervisor.template import Template
 from hotport.wire.messages import (
     LOAD_PAGE,
     Accepting,
@@ -103,8 +104,8 @@ class Fleet:
     Attributes:
         has_cut: Whether a worker has cut connections, or was killed with some, while the service stopped.
 
-    Descriptors: owns the notify socket, the processes, the load page of each generation, and accepted connections that
-    no worker has got yet.
+    Descriptors: owns the notify socket, the processes, the template and the load page of each generation, and accepted
+    connections that no worker has got yet.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class Fleet:
         self._news = news
         self._mend = mend
         self._pages = dict(pages)
+        self._templates: dict[int, Template] = {}
         self._remote_successors: tuple[str, ...] = ()
         self._unclaimed: list[socket.socket] = []  # accepted from a queue, for the next worker that accepts
         self._log = get_logger("hotport.supervisor")
@@ -145,9 +147,16 @@ class Fleet:
         """The descriptors that a forked child must not have."""
         yield from (sock.fileno() for sock in (self.notify_socket, *self._unclaimed))
         yield from self._pages.values()
+        for template in self._templates.values():
+            yield from template.descriptors()
+
+    def pids(self) -> set[int]:
+        """The processes that are waited for here."""
+        return {each.pid for each in self.processes.values()} | {each.pid for each in self._templates.values()}
 
     def close(self) -> None:
-        """Close the notify socket, load pages, and connections that no worker has taken."""
+        """End templates; close the notify socket, load pages, and connections that no worker has taken."""
+        self.end_templates()
         self.notify_socket.close()
         for page in self._pages.values():
             os.close(page)
@@ -158,8 +167,24 @@ class Fleet:
     # -- processes -----------------------------------------------------------------------------------------
 
     def spawn(self, worker: int, generation: int, launch: Launch) -> None:
-        """Start a worker."""
+        """Start a worker; with `preload`, once its generation's template has imported the application."""
         self._mend()
+        try:
+            template = self._template(generation, launch) if launch.options.preload else None
+            if template is not None and not template.is_loaded:
+                template.waiting.add(worker)
+                return
+            self._spawn(worker, generation, launch, template)
+        except Exception as error:
+            self._fail(worker, error, "could not be executed")
+            if not isinstance(error, HotportError | OSError | ValueError):
+                raise
+
+    def _fail(self, worker: int, error: object, why: str) -> None:
+        self._news.note_error(worker, str(error))
+        self._loop.input(Exited(worker, why))
+
+    def _spawn(self, worker: int, generation: int, launch: Launch, template: Template | None) -> None:
         restart = self._service.restart
         # Strategies other than inherit give the listeners later.
         is_given = restart is not None and restart.generation == generation and restart.strategy is not Strategy.INHERIT
@@ -167,7 +192,9 @@ class Fleet:
         passed = {listener_name(parse_address(address)): each.fileno() for address, each in listeners.items()}
         if launch.options.balance != "off" and not launch.options.command:
             passed |= self._page(generation)
-        try:
+        if template is not None:
+            child = template.fork(launch.spec(self._name, self._directory, generation, worker), passed)
+        else:
             child = spawn(
                 launch.argv(self._name, generation, worker),
                 environment=launch.worker_environment(self._name, self._directory, generation, worker),
@@ -176,12 +203,6 @@ class Fleet:
                 listen_names=list(passed),
                 held=() if launch.options.command else numbers(WORKER.keys()),
             )
-        except Exception as error:
-            self._news.note_error(worker, str(error))
-            self._loop.input(Exited(worker, "could not be executed"))
-            if not isinstance(error, HotportError | OSError | ValueError):
-                raise
-            return
         path = os.path.join(self._directory, worker_socket(generation, worker))
         is_foreign = bool(launch.options.command)
         process = WorkerProcess(worker, generation, child, path, is_foreign=is_foreign)
@@ -192,6 +213,69 @@ class Fleet:
         if is_foreign and launch.options.ready == "exec":
             self._loop.start("worker.examine", self._examine, process, launch.options.settle_s)
             self._loop.input(Said(worker, Event.READY))
+
+    # -- templates -----------------------------------------------------------------------------------------
+
+    def preload(self, generation: int, launch: Launch) -> None:
+        """Start the template of a generation whose workers were adopted, for those that are started later."""
+        self._template(generation, launch)
+
+    def _template(self, generation: int, launch: Launch) -> Template:
+        """Return a generation's template; start it if there is none, or not any more."""
+        template = self._templates.get(generation)
+        if template is None or template.is_killed:
+            template = self._templates[generation] = Template(self._name, self._directory, generation, launch)
+            self._log.info("template.spawned", generation=generation, template_pid=template.pid)
+            self._loop.start("template.watch", self._watch_template, template, launch)
+        return template
+
+    async def _watch_template(self, template: Template, launch: Launch) -> None:
+        """Fork the workers that wait for a template once it is loaded; collect it after its end."""
+        error = ""
+        with Containing("template.load"):
+            error = await template.wait_loaded()
+        if template.is_loaded:
+            self._log.info("template.loaded", generation=template.generation, template_pid=template.pid)
+            while template.waiting:
+                with Containing("template.fork"):
+                    self.spawn(template.waiting.pop(), template.generation, launch)
+        else:
+            with Containing("template.end"), anyio.move_on_after(LAST_WORDS_S):
+                await template.wait_ended()
+            template.kill()  # what the application has started there must not keep it
+        await retried("template.watch", template.wait_ended)
+        why = template.collect()
+        if self._templates.get(template.generation) is template:
+            del self._templates[template.generation]
+        for worker in template.waiting:
+            self._fail(worker, error or f"the process that imports the application for all workers: {why}", why)
+        if template.is_loaded and not template.is_killed:
+            self._log.warning("template.lost", generation=template.generation, template_pid=template.pid, why=why)
+
+    def _call_off(self, worker: int) -> None:
+        """Start a worker no more that waits for its template."""
+        for template in self._templates.values():
+            if worker in template.waiting:
+                template.waiting.remove(worker)
+                if not template.waiting and not self._has_workers(template.generation):
+                    template.kill()  # nobody waits for its import any more
+                self._loop.input(Exited(worker, "was not started any more"))
+
+    def end_unused_templates(self) -> None:
+        """End the templates of generations that start no more workers."""
+        service = self._service
+        needed = {worker.generation for worker in service.workers.values()} | {service.generation}
+        if service.restart is not None:
+            needed.add(service.restart.generation)
+        for template in self._templates.values():
+            if (service.is_stopping or template.generation not in needed) and not template.waiting:
+                template.kill()
+
+    def end_templates(self) -> None:
+        """End all templates at once: this process ends, or another program takes its place."""
+        for template in self._templates.values():
+            template.end()
+        self._templates.clear()
 
     def _page(self, generation: int) -> dict[str, int]:
         """The load page for one more worker of a generation, by its name among the descriptors; none if that cannot be.
@@ -435,6 +519,8 @@ class Fleet:
         """SIGKILL a worker and its process group."""
         if process := self.processes.get(worker):
             process.kill()
+        else:
+            self._call_off(worker)
 
     def _order(self, worker: int, order: AcceptOrder | QuiesceOrder, answer: Event) -> None:
         process = self.processes.get(worker)
@@ -450,8 +536,8 @@ class Fleet:
         """Tell a worker to hand off its connections, finish the others, and leave."""
         process = self.processes.get(worker)
         if process is None:
-            return
-        if process.is_foreign or not process.is_talking:
+            self._call_off(worker)
+        elif process.is_foreign or not process.is_talking:
             process.signal(signal.SIGTERM)  # on which hotport's workers drain, too
         else:
             process.is_leaving = True
@@ -467,8 +553,8 @@ class Fleet:
         """End a worker within `kill_timeout`, or at once."""
         process = self.processes.get(worker)
         if process is None:
-            return
-        if process.is_talking and (is_hurried or process.is_leaving):
+            self._call_off(worker)
+        elif process.is_talking and (is_hurried or process.is_leaving):
             process.order(HurryOrder())
         elif process.is_talking:  # no signal, which the worker would count; after a recovery it may accept
             timeout_s = self._options.kill_timeout_s / 2  # leaves time to report its fates before it is killed

@@ -14,7 +14,7 @@ from hotport.options import Options
 from hotport.options.envfile import FILE_BYTES_MAX, parse_variables
 from hotport.supervisor.manager import MANAGER_VARIABLES
 from hotport.wire.listenfds import LISTEN_VARIABLES
-from hotport.wire.messages import WorkerSpec, encode
+from hotport.wire.messages import TEMPLATE, WorkerSpec, encode
 
 __all__ = ["Launch", "Surroundings"]
 
@@ -121,29 +121,28 @@ class Launch:
         return cls(options, python, directory, environment)
 
     def argv(self, service: str, generation: int, worker: int) -> list[str]:
-        """The command line of one worker."""
+        """The command line of one worker, or of the generation's template (number 0)."""
         if self.options.command:
             return list(self.options.command)
-        label = f"{service}/{generation}.{worker}"  # for ps(1); the worker does not read it
+        label = f"{service}/{generation}.{worker or TEMPLATE}"  # for ps(1); the worker does not read it
         return [self.python, "-P", "-m", "hotport.worker", label]
 
     def worker_environment(self, service: str, directory: str, generation: int, worker: int) -> dict[str, str]:
-        """The environment of one worker, without the LISTEN variables."""
+        """The environment of one worker, or of the template (number 0), without the LISTEN variables."""
         added = {
             "NOTIFY_SOCKET": os.path.join(directory, "notify.sock"),
             "HOTPORT_GENERATION": str(generation),
         }
         if not self.options.command:
-            spec = WorkerSpec(
-                service=service,
-                directory=directory,
-                generation=generation,
-                worker=worker,
-                options=self.options,
-            )
-            added["HOTPORT_WORKER"] = encode(spec).decode()
+            added["HOTPORT_WORKER"] = encode(self.spec(service, directory, generation, worker)).decode()
             return {**MALLOC_ENVIRONMENT, **self.environment, **added}
         return {**self.environment, **added}
+
+    def spec(self, service: str, directory: str, generation: int, worker: int) -> WorkerSpec:
+        """What one worker is told."""
+        return WorkerSpec(
+            service=service, directory=directory, generation=generation, worker=worker, options=self.options
+        )
 
 
 def _read_variables(path: str, named: str) -> dict[str, str]:

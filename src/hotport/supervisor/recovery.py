@@ -263,11 +263,21 @@ def _orphan(pid: int, directory: str) -> Orphan | None:
             spec = msgspec.json.decode(text, type=WorkerSpec)
         except msgspec.MsgspecError:  # of another version: its control socket identifies it
             return None
-        path = os.path.join(directory, worker_socket(generation, spec.worker))
-        return Orphan(spec.worker, generation, pid, path, launch=_launch(pid, spec, environment))
+        worker = spec.worker or _forked(pid)
+        if not worker:  # a template, which ends with its supervisor
+            return None
+        path = os.path.join(directory, worker_socket(generation, worker))
+        return Orphan(worker, generation, pid, path, launch=_launch(pid, spec, environment))
     if environment.get("LISTEN_PID") != str(pid):  # a child of a foreign program, in its own process group
         return None
     return Orphan(0, generation, pid, "", is_foreign=True, phase=Phase.SERVING)
+
+
+def _forked(pid: int) -> int:
+    """The number of a worker that has its template's environment, by its last argument; 0 of a template."""
+    label = (procfs.arguments(pid) or ("",))[-1]
+    number = label.rpartition(".")[2].rstrip()
+    return int(number) if number.isdecimal() else 0
 
 
 def _launch(pid: int, spec: WorkerSpec, environment: Mapping[str, str]) -> Launch | None:

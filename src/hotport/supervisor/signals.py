@@ -11,7 +11,7 @@ import anyio
 import anyio.abc
 
 from hotport.errors import HotportError
-from hotport.kernel.process import ends_with_terminal, has_terminal, numbers, reap_orphans
+from hotport.kernel.process import adopts_orphans, ends_with_terminal, has_terminal, numbers, reap_orphans
 from hotport.model.inputs import RequestStop
 from hotport.model.signals import HELD, NOTES, TERMINATING
 from hotport.observe.logs import get_logger
@@ -30,11 +30,9 @@ SIGNALS: Final = numbers(HELD | TERMINATING)
 async def handle_signals(supervisor: Supervisor, upgrade: Upgrade, tasks: anyio.abc.TaskGroup) -> None:
     """Do what `hotport.model.signals` says about each signal, until cancelled; requests run in `tasks`."""
     log = get_logger("hotport.signals")
-    handled = list(SIGNALS)
+    handled = [*SIGNALS, signal.SIGCHLD]
     is_bound_to_terminal = ends_with_terminal()
     has_hung_up = False
-    if os.getpid() == 1:  # every orphan of the container is our child
-        handled.append(signal.SIGCHLD)
 
     async def answer(what: Callable[[], Any], refused: Callable[[str], None] = lambda why: None) -> None:
         with Containing("request", lambda error: refused(repr(error))):
@@ -73,7 +71,8 @@ async def handle_signals(supervisor: Supervisor, upgrade: Upgrade, tasks: anyio.
                     wanted = min(max(1, supervisor.service.wanted + change), WORKERS_MAX)
                     tasks.start_soon(answer, lambda wanted=wanted: scale(supervisor, wanted))
                 case signal.SIGCHLD:
-                    reap_orphans({process.pid for process in supervisor.fleet.processes.values()})
+                    if adopts_orphans():
+                        reap_orphans(supervisor.fleet.pids())
                 case signal.SIGUSR1:
                     log.info("signal.ignored", signal=name, why=NOTES[name])
                 case signal.SIGUSR2:

@@ -201,7 +201,8 @@ class Supervisor:
         for effect in wanted:
             with Containing("effect", effect=str(effect)):
                 self._carry_out(effect)
-        for follow in (self.fleet.redirect, self.fleet.deposit, self.fleet.close_unused):
+        fleet = self.fleet
+        for follow in (fleet.redirect, fleet.deposit, fleet.close_unused, fleet.end_unused_templates):
             with Containing("step", after=str(event)):
                 follow()
         with Containing("manager"):
@@ -241,6 +242,9 @@ class Supervisor:
         workers = tuple(worker for worker in found.workers if worker.id in self.fleet.processes)
         wanted = found.wanted or self.options.workers
         self.input(inputs.Adopt(workers, wanted, found.generations, found.spawned, found.favoured))
+        if workers and self.options.preload:
+            with Containing("template"):
+                self.fleet.preload(found.current, self._launches[found.current])
 
     @property
     def why_busy(self) -> str:

@@ -20,10 +20,13 @@ import msgspec
 from hotport.errors import ControlError
 from hotport.options import Options
 
-__all__ = ["LOAD_PAGE", "PROTOCOL", "decode", "encode", "parse_worker_socket", "worker_socket"]
+__all__ = ["LOAD_PAGE", "PROTOCOL", "TEMPLATE", "decode", "encode", "parse_worker_socket", "worker_socket"]
 
 #: What the page in which workers see each other's load is called among the descriptors that a worker is started with.
 LOAD_PAGE: Final = "load"
+
+#: The name of a template's socket among its descriptors.
+TEMPLATE: Final = "template"
 
 #: Grows when a message changes its meaning.
 PROTOCOL: Final = 1
@@ -37,6 +40,33 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     generation: int
     worker: int
     options: Options
+
+
+# -- supervisor <-> template --------------------------------------------------------------------------------
+
+
+class Loaded(msgspec.Struct, frozen=True, kw_only=True):
+    """From a template: it has imported the application, or could not."""
+
+    error: str = ""
+
+
+class ForkOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """To a template: fork a worker, which gets the descriptors of this message.
+
+    Attributes:
+        names: A name for each descriptor, as in ``LISTEN_FDNAMES``.
+    """
+
+    spec: WorkerSpec
+    names: tuple[str, ...]
+
+
+class Forked(msgspec.Struct, frozen=True, kw_only=True):
+    """From a template: the worker, with its pidfd; or why there is none."""
+
+    pid: int = 0
+    error: str = ""
 
 
 # -- supervisor -> worker -----------------------------------------------------------------------------------

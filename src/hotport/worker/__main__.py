@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
 import time
 from importlib.machinery import SourceFileLoader
@@ -17,7 +18,8 @@ from hotport.kernel.process import MALLOC_ENVIRONMENT
 from hotport.kernel.sockets import bind_control, inherited_listener
 from hotport.observe import logs
 from hotport.wire.listenfds import LISTEN_VARIABLES, parse_listen_environment
-from hotport.wire.messages import LOAD_PAGE, WorkerSpec, worker_socket
+from hotport.wire.messages import LOAD_PAGE, TEMPLATE, WorkerSpec, worker_socket
+from hotport.worker import template
 from hotport.worker.worker import Worker
 
 #: Seconds in which a changed source may change again with the same modification time: one for its resolution, and one
@@ -26,20 +28,46 @@ RACY_S: Final = 2.0
 
 
 def main() -> int:
-    """Become the worker that the environment describes; return its exit code."""
+    """Become the worker, or the template of workers, that the environment describes; return its exit code."""
     if "HOTPORT_WORKER" not in os.environ:
         print("hotport.worker is started by `hotport serve`, not by hand", file=sys.stderr)
         return 2
     spec = msgspec.json.decode(os.environ.pop("HOTPORT_WORKER"), type=WorkerSpec)
-    passed = parse_listen_environment(os.environ, os.getpid())
-    page = next((fd for fd, name in passed if name == LOAD_PAGE), -1)
-    listeners = {str(parse_listener_name(name)): inherited_listener(fd) for fd, name in passed if fd != page}
+    passed = list(parse_listen_environment(os.environ, os.getpid()))
     notify_path = os.environ.pop("NOTIFY_SOCKET", None)
     for name in LISTEN_VARIABLES:  # the application's own children must not inherit them
         os.environ.pop(name, None)
     for name, value in MALLOC_ENVIRONMENT.items():  # nor these, unless they are the user's
         if os.environ.get(name) == value:
             del os.environ[name]
+    _keep_no_racy_byte_code()
+    make_loop = _loop_factory(spec.options.loop)
+    _configure_logs(spec)
+    application = None
+    if [name for _, name in passed] == [TEMPLATE]:
+        ready = template.serve(spec, socket.socket(fileno=passed[0][0]))
+        if isinstance(ready, int):
+            return ready
+        spec, passed, application = ready
+        _configure_logs(spec)
+    page = next((fd for fd, name in passed if name == LOAD_PAGE), -1)
+    listeners = {str(parse_listener_name(name)): inherited_listener(fd) for fd, name in passed if fd != page}
+    path = os.path.join(spec.directory, worker_socket(spec.generation, spec.worker))
+    try:
+        control = bind_control(path)
+    except HotportError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+    async def run() -> int:
+        worker = Worker(spec, listeners, control, path, notify_path=notify_path, page=page, application=application)
+        return await worker.run()
+
+    with asyncio.Runner(loop_factory=make_loop) as runner:
+        return runner.run(run())
+
+
+def _configure_logs(spec: WorkerSpec) -> None:
     logs.configure(
         format=spec.options.log_format,
         level=spec.options.log_level,
@@ -47,19 +75,6 @@ def main() -> int:
         generation=spec.generation,
         worker=spec.worker,
     )
-    path = os.path.join(spec.directory, worker_socket(spec.generation, spec.worker))
-    try:
-        control = bind_control(path)
-    except HotportError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    _keep_no_racy_byte_code()
-
-    async def run() -> int:
-        return await Worker(spec, listeners, control, path, notify_path=notify_path, page=page).run()
-
-    with asyncio.Runner(loop_factory=_loop_factory(spec.options.loop)) as runner:
-        return runner.run(run())
 
 
 def _keep_no_racy_byte_code() -> None:

@@ -24,7 +24,7 @@ import msgspec
 
 import hotport
 from hotport.adapters.base import Connection, Connections, Context
-from hotport.adapters.target import load_target
+from hotport.adapters.target import load_application
 from hotport.channel import Channel
 from hotport.errors import ControlError, ExitCode, HotportError, KernelError, StartError
 from hotport.kernel.fds import private_directory
@@ -89,6 +89,7 @@ from hotport.worker.lag import LagMeter
 from hotport.worker.pressure import Pressure
 from hotport.worker.server import ApplicationServer, ConnectionServer, make_server
 from hotport.worker.share import Share
+from hotport.worker.template import run_after_fork
 
 __all__ = ["Worker"]
 
@@ -128,6 +129,7 @@ class Worker:
         control: Bound and listening on `control_path`; both are owned from here on.
         notify_path: The socket for ``READY=1``; None sends nothing.
         page: The descriptor of the load page, owned from here on; -1 if there is none.
+        application: What a template has loaded; None to load it here.
     """
 
     def __init__(
@@ -139,8 +141,10 @@ class Worker:
         *,
         notify_path: str | None,
         page: int = -1,
+        application: Any = None,
     ) -> None:
         self._spec = spec
+        self._application = application
         self._options: Options = spec.options
         self._listeners = dict(listeners)
         self._control = control
@@ -243,16 +247,8 @@ class Worker:
         )
         connections.on_requests_max = lambda: self._expire(f"served {connections.requests} requests")
         context = Context(connections, self._spec.service, self._spec.generation, self._spec.worker)
-        assert options.target is not None
-        try:
-            application = load_target(options.target, app_dir=options.app_dir, factory=options.factory)
-        except SystemExit as error:
-            raise StartError(
-                "HP508",
-                f"{options.target} ended its process while it was imported",
-                cause=f"it called sys.exit({error.code!r})",
-                note="guard the call: if __name__ == '__main__':",
-            ) from error
+        application = load_application(options) if self._application is None else self._application
+        run_after_fork()
         server = make_server(
             application,
             context,
