@@ -392,6 +392,9 @@ def test_variables_that_kubernetes_makes_for_a_service_named_hotport_are_no_opti
         ("ready_timeout = 0", "longer than nothing", 'ready_timeout = "1m"'),
         ("ready_timeout = false", "a duration is", 'ready_timeout = "1m"'),
         ('drain_timeout = "30 secs"', "a duration is", 'drain_timeout = "30s"'),
+        ("socket_mode = 660", "three octal digits", 'socket_mode = "0660"'),
+        ('socket_mode = "rw"', "three octal digits", 'socket_mode = "0660"'),
+        ("socket_mode = true", "three octal digits", 'socket_mode = "0660"'),
         ("max_memory = 1.5", "a size is", 'max_memory = "512M"'),
         ("bind = 8000", "a list of texts", 'bind = ["tcp://127.0.0.1:8000"]'),
         ("bind = []", "must name an address", 'bind = ["tcp://127.0.0.1:8000"]'),
@@ -532,6 +535,7 @@ def test_tool_hotport_must_be_a_table(tmp_path: Path) -> None:
         ({"command": ("x",), "tls_cert": "c"}, "--tls-cert cannot be used with command"),
         ({"command": ("x",), "max_requests": 9}, "--max-requests cannot be used with command"),
         ({"ready": "exec"}, "--ready cannot be used without command"),
+        ({"group": "www-data"}, "--group cannot be used without user"),
         ({"tls_key": "k"}, "--tls-key cannot be used without tls_cert"),
         ({"tls_cert": "c", "tls_key": "k,l"}, "--tls-key cannot be used with --tls-cert"),
         ({"tls_cert": ("c", "d"), "tls_key": "k"}, "--tls-key cannot be used with --tls-cert"),
@@ -692,3 +696,9 @@ def test_keyword_arguments_have_the_names_and_types_of_the_options() -> None:
     own_parameters = {"target", "command", "bind"}
     assert get_type_hints(RunOptions) == {o.key: annotation(o) for o in OPTIONS if o.key not in own_parameters}
     assert get_type_hints(ServeOptions).keys() < get_type_hints(RunOptions).keys()
+
+
+@pytest.mark.parametrize("written", ["0o660", '"660"', '"0660"'])
+def test_a_mode_is_written_as_chmod_takes_it_or_as_a_number(tmp_path: Path, written: str) -> None:
+    (tmp_path / "hotport.toml").write_text(f"socket_mode = {written}\n")
+    assert read(tmp_path).options.socket_mode == "0660"

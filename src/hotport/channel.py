@@ -20,7 +20,7 @@ from hotport.kernel.scm import DESCRIPTORS_MAX, receive_descriptors, send_descri
 from hotport.kernel.sockets import check_peer, peer_credentials
 from hotport.wire.envelope import HEADER_BYTES, Frame, parse_header
 from hotport.wire.frames import FRAME_BYTES_MAX, FrameDecoder, encode_frame
-from hotport.wire.messages import Reply, Word, decode, encode
+from hotport.wire.messages import Reply, Word, decode, encode, user_of_socket
 
 __all__ = ["Channel", "DescriptorsLostError", "exchange"]
 
@@ -57,6 +57,8 @@ class Channel:
     def connect(cls, path: str) -> Channel:
         """Connect to a process of this user that listens at a path, or at ``@name``.
 
+        A socket in the directory of another user's workers must be that user's.
+
         Raises:
             OSError: None listens there (FileNotFoundError, ConnectionRefusedError), it accepts nothing
                 (BlockingIOError), or it is another user's (PermissionError).
@@ -65,7 +67,7 @@ class Channel:
         try:
             sock.setblocking(False)
             sock.connect(sockaddr(path))
-            check_peer(sock)
+            check_peer(sock, user_of_socket(path))
         except BaseException:
             sock.close()
             raise

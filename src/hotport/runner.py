@@ -138,7 +138,7 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
         stack.callback(discard, SIGNALS)
         manager = ServiceManager(os.environ, os.getpid())
         stack.callback(manager.close)
-        startup = start_up(name, options, manager, stack, inheritance, takes_over=takes_over)
+        startup = start_up(name, options, manager, stack, inheritance, surroundings, takes_over=takes_over)
         supervisor = Supervisor(
             name,
             startup.rundir.directory,
@@ -149,6 +149,7 @@ def supervise(read: Callable[[Path], Loaded], *, takes_over: bool = False) -> in
             read_options=lambda directory: read(directory).options,
             manager=manager,
             mend=startup.rundir.mend,
+            admit=startup.rundir.admit,
         )
         stack.callback(supervisor.close)
         upgrade = Upgrade(supervisor, startup.rundir)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hotport.errors import ConfigError, ExitCode, KernelError
-from hotport.kernel.fds import is_at, lock_directory, private_directory
+from hotport.kernel.fds import give_directory, is_at, let_through, lock_directory, private_directory
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives a directory away")
 
@@ -122,3 +122,28 @@ def test_directory_of_another_user_is_refused(tmp_path: Path) -> None:
     os.chown(path, 65534, 65534)
     with pytest.raises(ConfigError, match=r"HP622(.|\n)*belongs to uid 65534"):
         private_directory(str(path))
+
+
+def test_others_pass_through_a_directory_of_ours_and_do_no_more(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    private_directory(str(path))
+    let_through(str(path))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o711
+    private_directory(str(path))
+    path.chmod(0o755)
+    with pytest.raises(ConfigError, match="HP622"):
+        let_through(str(path))
+
+
+def test_a_directory_is_given_to_another_user(tmp_path: Path) -> None:
+    path = tmp_path / "user"
+    uid, gid = (65534, 65534) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+    for _ in range(2):  # and found again
+        give_directory(str(path), uid, gid)
+        found = path.stat()
+        assert (stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid) == (0o700, uid, gid)
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(ConfigError, match="HP622"):
+        give_directory(str(tmp_path / "link"), uid, gid)
+    with pytest.raises(ConfigError, match="HP621"):
+        give_directory(str(tmp_path / "missing" / "user"), uid, gid)

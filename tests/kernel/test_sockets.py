@@ -25,6 +25,7 @@ from hotport.address import (
 )
 from hotport.errors import ConfigError, KernelError
 from hotport.kernel.sockets import (
+    Access,
     accept_queue_length,
     acknowledged_bytes,
     as_sockets,
@@ -32,10 +33,12 @@ from hotport.kernel.sockets import (
     bind_listener,
     bind_notify,
     bound_address,
+    change_access,
     dropped,
     inherited_listener,
     passed_addresses,
     peer_credentials,
+    set_access,
     take_waiting,
     unlink_if_ours,
 )
@@ -704,3 +707,65 @@ def test_all_that_waits_in_an_accept_queue_is_taken() -> None:
         assert take_waiting(listener) == []
         for sock in (*clients, *taken):
             sock.close()
+
+
+# Who may connect to socket files
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_socket_file_has_its_mode_whatever_the_umask(stack: ExitStack, run_dir: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        sock = bind_listener(UnixAddress("app.sock"), backlog=1, access=Access(0o660, -1, os.getegid()))
+    finally:
+        os.umask(before)
+    stack.enter_context(sock)
+    found = os.stat("app.sock")
+    assert (stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid) == (0o660, os.geteuid(), os.getegid())
+    change_access(UnixAddress("app.sock"), Access(0o600, -1, -1))
+    assert stat.S_IMODE(os.stat("app.sock").st_mode) == 0o600
+
+
+@pytest.mark.parametrize("what", ["file", "link", "second name"])
+def test_nothing_but_a_socket_with_one_name_is_given_away(stack: ExitStack, run_dir: Path, what: str) -> None:
+    """Another user may own the directory, and would get any file of root's."""
+    target = Path("target")
+    if what == "file":
+        target.touch()
+    else:
+        bound(stack, "unix:other.sock")
+        target.symlink_to("other.sock") if what == "link" else os.link("other.sock", target)
+    with pytest.raises(OSError):  # noqa: PT011  ELOOP of a link, or EPERM
+        set_access(str(target), Access(0o666, -1, -1))
+    with pytest.raises(KernelError, match="HP108"):
+        change_access(UnixAddress("target"), Access(0o666, -1, -1))
+
+
+@needs_root
+def test_who_may_not_give_a_file_to_another_user_is_told_so_and_leaves_nothing(run_dir: Path) -> None:
+    run_dir.chmod(0o777)
+
+    def look() -> None:
+        with pytest.raises(KernelError, match="HP108") as raised:
+            bind_listener(UnixAddress("app.sock"), backlog=1, access=Access(0o660, 0, -1))
+        assert raised.value.errno == errno.EPERM
+        bind_listener(UnixAddress("app.sock"), backlog=1, access=Access(0o660, 0, 0, is_wish=True)).close()
+        assert stat.S_IMODE(os.stat("app.sock").st_mode) == 0o660
+        assert os.listdir() == ["app.sock"]
+
+    assert as_nobody(look) == 0
+
+
+@needs_root
+def test_notifications_of_another_user_come_to_a_socket_of_its_own(stack: ExitStack, run_dir: Path) -> None:
+    sock = stack.enter_context(bind_notify("notify.sock", user=(65534, 65534)))
+    found = os.stat("notify.sock")
+    assert (stat.S_IMODE(found.st_mode), found.st_uid) == (0o600, 65534)
+    run_dir.chmod(0o711)
+
+    def tell() -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"READY=1", "notify.sock")
+
+    assert as_nobody(tell) == 0
+    assert sock.recv(100) == b"READY=1"

@@ -20,6 +20,7 @@ import pytest
 from hotport.errors import ConfigError, KernelError
 from hotport.kernel.process import describe_exit, open_descriptors, reap, send_signal
 from hotport.kernel.spawn import Child, spawn
+from hotport.kernel.users import Identity
 
 PATH = {"PATH": os.environ["PATH"]}
 
@@ -518,3 +519,44 @@ def test_orphan_that_cannot_be_started_is_an_error_and_leaves_nothing() -> None:
         spawn(["no-such-program"], environment=PATH, cwd="/", is_successor=True, is_orphan=True)
     assert psutil.Process().children() == children
     assert open_descriptors() == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root starts processes of other users")
+def test_program_is_another_users_from_its_first_moment_on(tmp_path: Path) -> None:
+    told, tell = os.pipe()
+    os.set_inheritable(tell, True)
+    identity = Identity(65534, 65533, (65532, 65533))
+    code = "id -u; id -g; id -G; grep -E '^Cap(Prm|Eff|Amb)' /proc/self/status"
+    try:
+        out = os.dup(1)
+        os.dup2(tell, 1)
+        try:
+            child = spawn(["sh", "-c", code], environment=PATH, cwd="/", identity=identity)
+        finally:
+            os.dup2(out, 1)
+            os.close(out)
+        assert wait(child) == 0
+        os.close(tell)
+        with open(told, closefd=False) as file:
+            uid, gid, groups, *capabilities = file.read().splitlines()
+    finally:
+        os.close(told)
+    assert (uid, gid, sorted(groups.split())) == ("65534", "65533", ["65532", "65533"])
+    assert {line.split()[1] for line in capabilities} == {"0" * 16}
+    with pytest.raises(KernelError, match="HP551"):
+        spawn(["true"], environment=PATH, cwd=str(closed(tmp_path)), identity=identity)
+
+
+def closed(directory: Path) -> Path:
+    directory.chmod(0o700)
+    return directory
+
+
+def test_user_that_cannot_be_had_is_a_failed_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(identity: Identity) -> None:
+        raise PermissionError(errno.EPERM, "no")
+
+    monkeypatch.setattr("hotport.kernel.spawn.assume", refuse)
+    with pytest.raises(KernelError, match="HP552") as raised:
+        spawn(["true"], environment=PATH, cwd="/", identity=Identity(1, 1))
+    assert raised.value.errno == errno.EPERM

@@ -101,7 +101,7 @@ def ending(directory: Path) -> Iterator[None]:
 
 def started(directory: Path) -> list[int]:
     """Every worker of the service ``svc`` that lives, whoever supervises it."""
-    return procfs.leaders_with("NOTIFY_SOCKET", str(directory / "run" / "svc" / "notify.sock"))
+    return procfs.leaders_with("NOTIFY_SOCKET", str(directory / "run" / "svc" / "notify.sock"), os.geteuid())
 
 
 def assert_healthy(service: Service, workers: int) -> dict[str, Any]:

@@ -93,8 +93,9 @@ class Nursery:
         listeners: Sequence[int] = (),
         listen_names: Sequence[str] = (),
         held: Collection[int] = (),
+        identity: object = None,
     ) -> Child:
-        """As `hotport.kernel.spawn.spawn`; the worker that is forked holds no signal."""
+        """As `hotport.kernel.spawn.spawn`, as this user; the worker that is forked holds no signal."""
         told = {**environment, "LISTEN_FDS": str(len(listeners)), "LISTEN_FDNAMES": ":".join(listen_names)}
         asked = json.dumps({"environment": told, "cwd": cwd}).encode()
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", listeners))]

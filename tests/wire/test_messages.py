@@ -136,3 +136,24 @@ def test_name_of_a_workers_socket_says_whose_it_is() -> None:
     assert parse_worker_socket(worker_socket(12, 3)) == (12, 3)
     for other in ("control.sock", "worker-12.sock", "worker-a.b.sock", "../worker-1.2.sock", "worker-1.2.sock.old"):
         assert parse_worker_socket(other) is None
+
+
+def test_path_of_a_workers_socket_says_whose_it_is() -> None:
+    own, users = worker_socket(12, 3), f"{messages.user_directory(33)}/{worker_socket(12, 3)}"
+    for path in (own, users):
+        assert messages.parse_worker_path(path) == (12, 3)
+    for other in ("a/worker-1.2.sock", "user-x/worker-1.2.sock", "../worker-1.2.sock", "user-1/user-2/worker-1.2.sock"):
+        assert messages.parse_worker_path(other) is None
+    assert messages.user_of_socket(f"/run/hotport/svc/{own}") is None
+    assert messages.user_of_socket(f"/run/hotport/svc/{users}") == 33
+    assert messages.user_of_socket("@name") is None
+    assert (messages.notify_socket(None), messages.notify_socket(33)) == ("notify.sock", "notify-33.sock")
+
+
+def test_workers_of_a_user_hand_connections_to_each_other_alone() -> None:
+    own, one, two = (f"/run/svc/{place}worker-1.1.sock" for place in ("", "user-1/", "user-2/"))
+    assert messages.may_hand_to(own, own)
+    assert messages.may_hand_to(own, one)
+    assert messages.may_hand_to(one, one)
+    assert not messages.may_hand_to(one, two)
+    assert not messages.may_hand_to(one, own)

@@ -15,6 +15,7 @@ import msgspec
 from hotport.address import TcpAddress, parse_address
 from hotport.errors import ConfigError
 from hotport.kernel import procfs
+from hotport.kernel.fds import PASSED_MODE
 from hotport.kernel.port import ourselves, read_port
 from hotport.kernel.resolve import resolve
 from hotport.kernel.unit import kill_mode, unit_of
@@ -350,6 +351,6 @@ def _obstacle(root: Path) -> str:
         return "is not a directory, or a symbolic link to one"
     if found.st_uid != os.geteuid():
         return f"belongs to {procfs.user_name(found.st_uid)}"
-    if stat.S_IMODE(found.st_mode) & 0o077:
+    if stat.S_IMODE(found.st_mode) & 0o077 and stat.S_IMODE(found.st_mode) != PASSED_MODE:
         return f"may be entered by others (mode {stat.S_IMODE(found.st_mode):04o})"
     return ""

@@ -5,10 +5,15 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+from contextlib import suppress
+from typing import Final
 
 from hotport.errors import ConfigError, KernelError
 
-__all__ = ["is_at", "lock_directory", "private_directory"]
+__all__ = ["give_directory", "is_at", "let_through", "lock_directory", "private_directory"]
+
+#: The mode of a directory that others may pass through.
+PASSED_MODE: Final = 0o711
 
 
 def lock_directory(path: str) -> int | None:
@@ -55,7 +60,7 @@ def is_at(fd: int, path: str) -> bool:
 
 
 def private_directory(path: str) -> None:
-    """Make a directory that only this user may enter, or check that an existing one is.
+    """Make a directory that only this user may enter, or check an existing one: others may pass through it at most.
 
     Its parent must exist. What is found is refused rather than repaired: another user may have put it there.
 
@@ -81,8 +86,51 @@ def private_directory(path: str) -> None:
         cause, fix = "it is not a directory, or a symbolic link to one", f"ls -ld {path}"
     elif found.st_uid != os.geteuid():
         cause, fix = f"it belongs to uid {found.st_uid}, and we are {os.geteuid()}", f"ls -ld {path}"
-    elif mode & 0o077:
+    elif mode & 0o077 and mode != PASSED_MODE:
         cause, fix = f"others may enter it (mode {mode:04o})", f"chmod 700 {path}"
     else:
         return
     raise ConfigError("HP622", f"cannot use the runtime directory {path}", cause=cause, fix=fix)
+
+
+def let_through(path: str) -> None:
+    """Let other users pass through a directory of ours, to names in it that they know; they can neither list nor write.
+
+    Raises:
+        ConfigError: If it is not ours (HP622).
+
+    Sources: path_resolution(7): search permission.
+    """
+    private_directory(path)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fchmod(fd, PASSED_MODE)
+    finally:
+        os.close(fd)
+
+
+def give_directory(path: str, uid: int, gid: int) -> None:
+    """Make a directory for another user alone, or check an existing one.
+
+    Only this process's user may write to the directory around it.
+
+    Raises:
+        ConfigError: If it cannot be made or given (HP621), or is something else (HP622).
+    """
+    try:
+        with suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        found = os.lstat(path)
+        if not stat.S_ISDIR(found.st_mode):
+            cause = "it is not a directory, or a symbolic link to one"
+            raise ConfigError("HP622", f"cannot use the runtime directory {path}", cause=cause, fix=f"ls -ld {path}")
+        os.chmod(path, 0o700)
+        os.chown(path, uid, gid)
+    except OSError as error:
+        raise ConfigError(
+            "HP621",
+            f"cannot make the runtime directory {path}",
+            cause=os.strerror(error.errno or 0),
+            fix="HOTPORT_RUNTIME_DIR=/a/directory/of/yours hotport serve",
+            note="it belongs to the workers' user, and must lie on a file system that has owners",
+        ) from error

@@ -39,6 +39,7 @@ __all__ = [
     "sysctl",
     "unit_of",
     "user_name",
+    "user_of",
     "zombies",
 ]
 
@@ -152,10 +153,12 @@ def age_s(pid: int) -> float:
     return 0.0
 
 
-def leaders_with(variable: str, value: str) -> list[int]:
-    """Processes of our user that lead a process group and were started with a variable in their environment.
+def leaders_with(variable: str, value: str, uid: int) -> list[int]:
+    """Processes of a user that lead a process group and were started with a variable in their environment.
 
     What they have forked since has the same environment, and is in their group.
+
+    A process may write into its own environment, so whose it is matters where this process is root.
 
     Sources: proc_pid_environ(5); setpgid(2).
     """
@@ -165,7 +168,7 @@ def leaders_with(variable: str, value: str) -> list[int]:
         with suppress(OSError):
             if os.getpgid(pid) == pid:
                 with open(f"/proc/{pid}/environ", "rb") as file:
-                    if entry in file.read().split(b"\0"):
+                    if entry in file.read().split(b"\0") and user_of(pid) == uid:
                         found.append(pid)
     return found
 
@@ -348,6 +351,19 @@ def user_name(uid: int) -> str:
         return str(uid)
 
 
+def user_of(pid: int) -> int:
+    """The user that a process runs as; -1 when it is gone, or if it may still change to another one.
+
+    Sources: proc_pid_status(5) Uid. The owner of ``/proc/PID`` is root for a process that does not want to be traced.
+    """
+    with suppress(OSError), open(f"/proc/{pid}/status") as file:
+        for line in file:
+            if line.startswith("Uid:"):
+                ids = {int(text) for text in line.split()[1:]}
+                return ids.pop() if len(ids) == 1 else -1
+    return -1
+
+
 def owner(pid: int) -> str:
     """The user that a process runs as; ``?`` when it is gone. Sources: proc_pid(5)."""
     with suppress(OSError):
@@ -375,8 +391,9 @@ def runtime_of(pid: int) -> str:
         started have ``NOTIFY_SOCKET`` in there.
     """
     variables = environment(pid)
-    if "HOTPORT_GENERATION" in variables and variables.get("NOTIFY_SOCKET", "").endswith("/notify.sock"):
-        return variables["NOTIFY_SOCKET"].removesuffix("/notify.sock")
+    named = re.fullmatch(r"(.+)/notify(-[0-9]+)?\.sock", variables.get("NOTIFY_SOCKET", ""), re.DOTALL)
+    if "HOTPORT_GENERATION" in variables and named:
+        return named[1]
     return next((named for named in _open_early(pid) if os.path.exists(f"{named}/control.sock")), "")
 
 

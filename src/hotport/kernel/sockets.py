@@ -24,6 +24,7 @@ from hotport.kernel.resolve import resolve
 from hotport.wire.listenfds import parse_listen_environment
 
 __all__ = [
+    "Access",
     "accept_queue_length",
     "access_of",
     "acknowledged_bytes",
@@ -32,6 +33,7 @@ __all__ = [
     "bind_listener",
     "bind_notify",
     "bound_address",
+    "change_access",
     "check_peer",
     "dropped",
     "end",
@@ -69,7 +71,27 @@ _MEMINFO_DROPS: Final = 32  # SK_MEMINFO_DROPS (linux/sock_diag.h), of 32-bit nu
 _BYTES_ACKED: Final = 120  # offsetof(struct tcp_info, tcpi_bytes_acked)
 
 
-def bind_listener(address: Address, *, backlog: int, shares_port: bool = False, listens: bool = True) -> socket.socket:
+class Access(NamedTuple):
+    """Who may connect to a socket file: its mode, owner and group; -1 leaves an id as it is.
+
+    Attributes:
+        is_wish: What is not permitted is left out, and no error.
+    """
+
+    mode: int
+    uid: int
+    gid: int
+    is_wish: bool = False
+
+
+def bind_listener(
+    address: Address,
+    *,
+    backlog: int,
+    shares_port: bool = False,
+    listens: bool = True,
+    access: Access | None = None,
+) -> socket.socket:
     """Make, or adopt, the one socket of an address; from now on it accepts.
 
     ``listen`` is called exactly once. Calling it again replaces the backlog, and asyncio's
@@ -88,12 +110,14 @@ def bind_listener(address: Address, *, backlog: int, shares_port: bool = False, 
         backlog: Length of the accept queue; the kernel caps it at ``net.core.somaxconn``.
         shares_port: TCP: SO_REUSEPORT as well, so that other sockets of this user can listen on the same address.
         listens: False leaves ``listen`` of a TCP socket to the caller: until then no client can connect to it.
+        access: Of the socket file, before it gets its name; None leaves it to the umask.
 
     Returns:
         A non-blocking, close-on-exec socket, that the caller closes.
 
     Raises:
-        KernelError: If the kernel refuses (HP101); ``errno`` says why, and the cause who.
+        KernelError: If the kernel refuses (HP101), or does not give the socket file this access (HP108); ``errno`` says
+            why, and the cause who.
         ConfigError: If a host is unknown (HP102), a path is too long or taken by something that is no
             socket (HP103), or a descriptor is no listener (HP104).
 
@@ -105,7 +129,7 @@ def bind_listener(address: Address, *, backlog: int, shares_port: bool = False, 
         case UnixAddress(path=path) if address.is_abstract:
             return _bind_abstract(address, path, backlog)
         case UnixAddress(path=path):
-            return _bind_unix(address, path, backlog)
+            return _bind_unix(address, path, backlog, access)
         case FdAddress(fd=fd):
             return _with_nodelay(inherited_listener(fd))
         case SystemdAddress():
@@ -326,13 +350,16 @@ def bind_control(path: str) -> socket.socket:
     return _bind_private(path, socket.SOCK_STREAM)
 
 
-def bind_notify(path: str) -> socket.socket:
-    """Receive notifications on a socket file for our own user only; as `bind_control`.
+def bind_notify(path: str, *, user: tuple[int, int] | None = None) -> socket.socket:
+    """Receive notifications on a socket file for our own user only, or for another one; as `bind_control`.
+
+    Args:
+        user: The uid and gid of the other user. Nobody but this process's user may make files in the directory.
 
     Returns:
         A non-blocking AF_UNIX datagram socket on which the kernel says who sent what (SO_PASSCRED).
     """
-    return _bind_private(path, socket.SOCK_DGRAM)
+    return _bind_private(path, socket.SOCK_DGRAM, None if user is None else Access(0o600, *user))
 
 
 def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
@@ -355,33 +382,49 @@ def socket_file(path: str) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def check_peer(sock: socket.socket) -> None:
-    """Check that the process that `sock` is connected to belongs to this user or root.
+def check_peer(sock: socket.socket, user: int | None = None) -> None:
+    """Check that the process that `sock` is connected to belongs to this user or root; or to `user`, and no other.
 
     Raises:
         PermissionError: Another user did, and may have put the socket there for us to find.
     """
     pid, uid, _ = peer_credentials(sock)
-    if not may_command(uid):
+    if uid != user if user is not None else not may_command(uid):
         raise PermissionError(errno.EPERM, f"another user listens (pid {pid} of uid {uid})")
 
 
-def access_of(path: str) -> tuple[int, int, int] | None:
-    """Read the mode, owner and group of a file; None if there is none."""
+def access_of(path: str) -> Access | None:
+    """Read the access of a socket file, to restore it as far as permitted; None if there is none."""
     try:
         found = os.stat(path)
     except OSError:
         return None
-    return stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid
+    return Access(stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid, is_wish=True)
 
 
-def set_access(path: str, access: tuple[int, int, int]) -> None:
-    """Set mode, owner and group as `access_of` returned them, as far as permitted."""
-    mode, uid, gid = access
-    with suppress(OSError):
-        os.chmod(path, mode)
-    with suppress(OSError):
-        os.chown(path, uid, gid)
+def set_access(path: str, access: Access) -> None:
+    """Set the mode, owner and group of a socket file.
+
+    Its directory may belong to another user, who could put something else there: this acts on what was found to be a
+    socket with one name, and on nothing else.
+
+    Raises:
+        OSError: It is no such socket, or this is not permitted.
+
+    Sources: open(2) O_PATH, O_NOFOLLOW; proc_pid_fd(5): the link leads to the file that is open.
+    """
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISSOCK(found.st_mode) or found.st_nlink != 1:
+            raise PermissionError(errno.EPERM, "it is no socket, or has another name")
+        forgiven: tuple[type[OSError], ...] = (OSError,) if access.is_wish else ()
+        with suppress(*forgiven):
+            os.chmod(f"/proc/self/fd/{fd}", access.mode)
+        with suppress(*forgiven):
+            os.chown(f"/proc/self/fd/{fd}", access.uid, access.gid)
+    finally:
+        os.close(fd)
 
 
 def may_command(uid: int) -> bool:
@@ -547,7 +590,7 @@ def _bind_abstract(address: UnixAddress, path: str, backlog: int) -> socket.sock
     return sock
 
 
-def _bind_unix(address: UnixAddress, path: str, backlog: int) -> socket.socket:
+def _bind_unix(address: UnixAddress, path: str, backlog: int, access: Access | None) -> socket.socket:
     """Bind beside the path, listen, and only then take its place: a client finds the old or the new one."""
     try:
         mode = os.lstat(path).st_mode
@@ -566,7 +609,7 @@ def _bind_unix(address: UnixAddress, path: str, backlog: int) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.setblocking(False)
     try:
-        _place(sock, path, backlog=backlog)
+        _place(sock, path, backlog=backlog, access=access)
     except ValueError:
         sock.close()
         raise ConfigError(
@@ -576,10 +619,40 @@ def _bind_unix(address: UnixAddress, path: str, backlog: int) -> socket.socket:
             fix="--bind unix:run/app.sock",
             note="a path relative to the working directory is shorter",
         ) from None
+    except _NoAccess as error:
+        sock.close()
+        raise _not_given(address, error) from error
     except OSError as error:
         sock.close()
         raise _refused(address, error, _explain_unix(error, address)) from error
     return sock
+
+
+class _NoAccess(OSError):
+    """The kernel does not give a socket file the access that it shall have."""
+
+
+def _not_given(address: UnixAddress, error: OSError) -> KernelError:
+    return KernelError(
+        "HP108",
+        f"cannot set mode, owner and group of {address}",
+        errno=error.errno or 0,
+        cause="only root may give a file to another user, or to a group that this process is not in",
+        fix="id",
+        note="leave socket_user and socket_group out, or start the service as root",
+    )
+
+
+def change_access(address: UnixAddress, access: Access) -> None:
+    """Set the mode, owner and group of the socket file of an address, to which clients may connect meanwhile.
+
+    Raises:
+        KernelError: That is not permitted, or the file is not there (HP108).
+    """
+    try:
+        set_access(address.path, access)
+    except OSError as error:
+        raise _not_given(address, error) from error
 
 
 def _explain_unix(error: OSError, address: UnixAddress) -> _Why:
@@ -630,14 +703,14 @@ def _is_answered(path: str) -> bool:
         return True
 
 
-def _bind_private(path: str, kind: socket.SocketKind) -> socket.socket:
+def _bind_private(path: str, kind: socket.SocketKind, access: Access | None = None) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, kind)
     try:
         sock.setblocking(False)
         if kind == socket.SOCK_DGRAM:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # before anybody can send
         os.fchmod(sock.fileno(), 0o600)  # before bind: the file is never open to others
-        _place(sock, path, backlog=_CONTROL_BACKLOG if kind == socket.SOCK_STREAM else None)
+        _place(sock, path, backlog=_CONTROL_BACKLOG if kind == socket.SOCK_STREAM else None, access=access)
     except ValueError:
         sock.close()
         raise ConfigError(
@@ -659,17 +732,25 @@ def _bind_private(path: str, kind: socket.SocketKind) -> socket.socket:
     return sock
 
 
-def _place(sock: socket.socket, path: str, *, backlog: int | None = None) -> None:
+def _place(sock: socket.socket, path: str, *, backlog: int | None = None, access: Access | None = None) -> None:
     """Bind `sock` beside `path`, listen, and rename: the path never disappears and is never half ready.
 
     Raises:
         ValueError: If a path is longer than the kernel allows.
+        _NoAccess: If the file cannot have that access.
     """
     beside = os.path.join(os.path.dirname(path), f".{os.urandom(3).hex()}")
     if max(len(os.fsencode(path)), len(os.fsencode(beside))) > _UNIX_PATH_BYTES_MAX:
         raise ValueError(path)
+    if access is not None:
+        os.fchmod(sock.fileno(), 0o600)  # until it has the access that it shall have
     sock.bind(beside)
     try:
+        if access is not None:
+            try:
+                set_access(beside, access)
+            except OSError as error:
+                raise _NoAccess(error.errno, error.strerror) from error
         if backlog is not None:
             sock.listen(backlog)
         os.rename(beside, path)

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from hotport.errors import KernelError
 from hotport.kernel.process import open_descriptors
+from hotport.kernel.users import Identity, assume
 from hotport.wire.listenfds import FIRST_FD, LISTEN_VARIABLES, listen_environment
 
 __all__ = ["Child", "spawn"]
@@ -47,6 +48,7 @@ def spawn(
     ignored: Collection[int] = (),
     held: Collection[int] = (),
     is_orphan: bool = False,
+    identity: Identity | None = None,
 ) -> Child:
     """Start a program and return when it has been exec'ed.
 
@@ -73,11 +75,12 @@ def spawn(
         held: Signals that wait until it unblocks them: it handles them, and is not there yet.
         is_orphan: It is a child of init (or of the nearest subreaper) from the beginning: systemd ends a main process
             that is not its own child with SIGKILL. How it ends is not known here.
+        identity: As whom it runs; None as ourselves. It is that user before it enters `cwd` and is exec'ed.
 
     Raises:
         KernelError: If there is no process or descriptor left for it (HP210), a listener cannot be passed
-            (HP211), the program cannot be executed (HP550) or `cwd` cannot be entered (HP551); nothing is
-            left then.
+            (HP211), the program cannot be executed (HP550), `cwd` cannot be entered (HP551) or it may not run as
+            that user (HP552); nothing is left then.
         ConfigError: If a name cannot be passed (HP321); nothing was started.
 
     Descriptors: one created, ``Child.pidfd``.
@@ -103,7 +106,9 @@ def spawn(
             try:
                 pid = os.fork()
                 if pid == 0:
-                    _become(argv, pristine, cwd, listeners, report, parent, is_successor, ignored, held, is_orphan)
+                    _become(
+                        argv, pristine, cwd, listeners, report, parent, is_successor, ignored, held, is_orphan, identity
+                    )
                 pidfd = os.pidfd_open(pid)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
@@ -143,6 +148,7 @@ def _become(
     ignored: Collection[int],
     held: Collection[int],
     is_orphan: bool,
+    identity: Identity | None,
 ) -> NoReturn:
     """Run in the child from fork to exec; all signals are blocked at its start."""
     step = "prepare"
@@ -176,6 +182,10 @@ def _become(
             for fd in open_descriptors():
                 if fd >= above and fd != report:
                     os.close(fd)
+
+        if identity is not None:
+            step = "assume"
+            assume(identity)
 
         step = "enter"
         os.chdir(cwd)
@@ -259,6 +269,15 @@ def _not_started(failure: bytes, argv: Sequence[str], environment: Mapping[str, 
             errno=number,
             cause="that directory cannot be entered",
             fix=f"ls -ld {cwd}",
+        )
+    if step == "assume":
+        return KernelError(
+            "HP552",
+            f"cannot start {program} as another user",
+            errno=number,
+            cause="this process may not change its user or groups",
+            fix="grep Cap /proc/self/status",
+            note="run the service as root, or as that user and without the option user",
         )
     if step != "execute":
         return KernelError(

@@ -17,6 +17,7 @@ from hotport.options.values import (
     command_line,
     count,
     duration,
+    mode,
     paths,
     peers,
     prefix,
@@ -84,6 +85,19 @@ class Options:
     name: str | None = _option(None, text("NAME"), "The name of the service; by default made from the target.")
     kind: Kind = _option("auto", choice(*get_args(Kind)), "The kind of application; auto detects it.")
     factory: bool = _option(False, switch(), "The target is a function that returns the application.")
+    user: str | None = _option(
+        None, text("USER"), "As whom workers run, with its groups; the supervisor stays root, and loads no application."
+    )
+    group: str | None = _option(None, text("GROUP"), "The group of workers, in place of the user's own.")
+    socket_mode: str | None = _option(
+        None,
+        mode(),
+        "The mode of unix: socket files; by default 0660 with a user or group, else what the umask leaves.",
+    )
+    socket_user: str | None = _option(None, text("USER"), "Whose unix: socket files are; by default user.")
+    socket_group: str | None = _option(
+        None, text("GROUP"), "The group of unix: socket files, such as a proxy's; by default that of workers."
+    )
     workers: int = _option(1, count(1, WORKERS_MAX), "Worker processes.")
     tasks: int = _option(1, count(1, 1024), "Acceptor tasks in each worker.")
     loop: Loop = _option("uvloop", choice(*get_args(Loop)), "The event loop of a worker.")

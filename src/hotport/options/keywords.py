@@ -79,6 +79,11 @@ class RunOptions(ServeOptions, total=False):
 
     name: str | None
     factory: bool
+    user: str | None
+    group: str | None
+    socket_mode: str | None
+    socket_user: str | None
+    socket_group: str | None
     workers: int
     loop: Loop
     ready: Ready

@@ -216,11 +216,14 @@ _ELSEWHERE: Final = {
     "harakiri": "request_timeout",
     "graceful_timeout": "drain_timeout",
     "forwarded_allow_ips": "trusted_proxy",
+    "gid": "group",
     "host": "bind",
     "listen": "bind",
     "port": "bind",
     "reload": "watch",
     "timeout_keep_alive": "keep_alive",
+    "uid": "user",
+    "umask": "socket_mode",
     "ws_max_queue": "ws_queue",
     "ws_max_size": "ws_message_max",
     "ws_per_message_deflate": "ws_deflate",
@@ -326,6 +329,9 @@ def _clashes(options: Options) -> Iterable[_Clash]:
         cause = "only a command can be ready without saying so"
         yield _Clash("ready", "without", "command", cause, fix='ready = "notify"')
     yield from _tls_clashes(options)
+    if options.group is not None and options.user is None:
+        cause = "workers of root would stay root, whatever their group is"
+        yield _Clash("group", "without", "user", cause, fix="--user www-data")
     if options.canary and options.phased:
         cause = "a phased restart starts with one new worker anyway"
         note = "remove phased; or use undo_window, which watches each worker of it"

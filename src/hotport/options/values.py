@@ -21,6 +21,7 @@ __all__ = [
     "duration",
     "format_duration",
     "format_size",
+    "mode",
     "parse_duration",
     "parse_size",
     "paths",
@@ -172,6 +173,19 @@ def choice(*choices: str) -> Type:
         return str(value)
 
     return Type("|".join(choices), read, read, choices=choices)
+
+
+def mode() -> Type:
+    """The mode of a file, as chmod(1) takes it: three or four octal digits."""
+
+    def read(value: object) -> str:
+        if isinstance(value, int) and not isinstance(value, bool):  # 0o660 in TOML and Python
+            value = f"{value:04o}"
+        if not isinstance(value, str) or not re.fullmatch(r"0?[0-7]{3}", value):
+            raise ValueError("a mode has three octal digits, like 0660")
+        return f"{int(value, 8):04o}"
+
+    return Type("MODE", read, read, example="0660")
 
 
 def switch() -> Type:

@@ -57,6 +57,7 @@ from hotport.wire.messages import (
     SuccessorsOrder,
     TlsReloaded,
     Word,
+    may_hand_to,
     worker_socket,
 )
 from hotport.wire.sdnotify import Notification
@@ -104,7 +105,7 @@ class Fleet:
     Attributes:
         has_cut: Whether a worker has cut connections, or was killed with some, while the service stopped.
 
-    Descriptors: owns the notify socket, the processes, the template and the load page of each generation, and accepted
+    Descriptors: owns the notify sockets, the processes, the template and the load page of each generation, and accepted
     connections that no worker has got yet.
     """
 
@@ -121,7 +122,7 @@ class Fleet:
         pages: Mapping[int, int],
     ) -> None:
         self.processes: dict[int, WorkerProcess] = {}
-        self.notify_socket = notify_socket
+        self._notify: dict[int | None, socket.socket] = {None: notify_socket}
         self.has_cut = False
         self._name = name
         self._directory = directory
@@ -143,9 +144,14 @@ class Fleet:
     def _options(self) -> Options:
         return self._loop.options
 
+    @property
+    def notify_socket(self) -> socket.socket:
+        """The socket that workers of the supervisor's own user notify."""
+        return self._notify[None]
+
     def descriptors(self) -> Iterator[int]:
         """The descriptors that a forked child must not have."""
-        yield from (sock.fileno() for sock in (self.notify_socket, *self._unclaimed))
+        yield from (sock.fileno() for sock in (*self._notify.values(), *self._unclaimed))
         yield from self._pages.values()
         for template in self._templates.values():
             yield from template.descriptors()
@@ -155,9 +161,10 @@ class Fleet:
         return {each.pid for each in self.processes.values()} | {each.pid for each in self._templates.values()}
 
     def close(self) -> None:
-        """End templates; close the notify socket, load pages, and connections that no worker has taken."""
+        """End templates; close the notify sockets, load pages, and connections that no worker has taken."""
         self.end_templates()
-        self.notify_socket.close()
+        for sock in self._notify.values():
+            sock.close()
         for page in self._pages.values():
             os.close(page)
         self._pages.clear()
@@ -202,8 +209,9 @@ class Fleet:
                 listeners=list(passed.values()),
                 listen_names=list(passed),
                 held=() if launch.options.command else numbers(WORKER.keys()),
+                identity=launch.identity,
             )
-        path = os.path.join(self._directory, worker_socket(generation, worker))
+        path = os.path.join(launch.place(self._directory), worker_socket(generation, worker))
         is_foreign = bool(launch.options.command)
         process = WorkerProcess(worker, generation, child, path, is_foreign=is_foreign)
         process.held = set(listeners.values())
@@ -391,7 +399,11 @@ class Fleet:
         elif restart is not None and restart.step is steps.Step.UNDOING:
             numbers |= restart.new
         found = (self.processes.get(number) for number in numbers - {worker, None} if number is not None)
-        return [process for process in found if process is not None and process.is_talking]
+        new = self.processes.get(worker)
+        if new is None:
+            return []
+        talking = [each for each in found if each is not None and each.is_talking]
+        return [each for each in talking if may_hand_to(each.control_path, new.control_path)]
 
     async def _announce(self, process: WorkerProcess, leaving: Sequence[WorkerProcess]) -> None:
         """Tell a worker for how many connections of leaving workers to reserve room."""
@@ -577,8 +589,9 @@ class Fleet:
         They are workers of the generation that is expected to stay: neither a canary nor a generation that is being
         taken back, unless there is no other.
         """
+        old = self.processes.get(leaving)
         if self._service.is_stopping:
-            return self._remote_successors
+            return _reachable(old, self._remote_successors)
         serving = [self._service.workers[number] for number in self._service.ids(Phase.SERVING) if number != leaving]
         restart, generations = self._service.restart, {worker.generation for worker in serving}
         going = self._service.favoured
@@ -587,7 +600,7 @@ class Fleet:
         if going not in generations:
             going = max(generations, default=0)
         processes = [self.processes.get(worker.id) for worker in serving if worker.generation == going]
-        return tuple(process.control_path for process in processes if process is not None and process.is_talking)
+        return _reachable(old, [each.control_path for each in processes if each is not None and each.is_talking])
 
     def redirect(self) -> None:
         """Send workers that drain, or may be taken back, their successors if these have changed."""
@@ -627,29 +640,38 @@ class Fleet:
 
     # -- workers' messages ---------------------------------------------------------------------------------
 
-    def listen_on(self, notify_socket: socket.socket) -> None:
-        """Receive notifications on another socket, bound to the path that workers know; owned from here on."""
-        self._read_notifications()
-        before, self.notify_socket = self.notify_socket, notify_socket
-        anyio.notify_closing(before)
-        before.close()
+    def listen_on(self, notify_socket: socket.socket, uid: int | None = None) -> None:
+        """Receive notifications on another socket, bound to the path that workers know; owned from here on.
 
-    async def receive_notifications(self) -> None:
-        """Receive notifications until cancelled."""
+        Args:
+            uid: Whose workers know that path, if they are another user's.
+        """
+        self._read_notifications()
+        before = self._notify.get(uid)
+        self._notify[uid] = notify_socket
+        if before is None:
+            self._loop.keep("notifications", self.receive_notifications, uid)
+        else:
+            anyio.notify_closing(before)
+            before.close()
+
+    async def receive_notifications(self, uid: int | None = None) -> None:
+        """Receive notifications until cancelled; `uid` as in `listen_on`."""
         while True:
             with suppress(anyio.ClosedResourceError):  # `listen_on` has replaced the socket
-                await anyio.wait_readable(self.notify_socket)
+                await anyio.wait_readable(self._notify[uid])
                 self._read_notifications()
 
     def _read_notifications(self) -> None:
-        while (received := receive_notification(self.notify_socket)) is not None:
-            pid, _, payload = received
-            with Containing("notification", worker_pid=pid):
-                process, said = self._process_of(pid), Notification.parse(payload)
-                if process is not None:
-                    self._hear_notification(process, said)
-                elif said.ready:
-                    self._dismiss(pid)
+        for sock in list(self._notify.values()):
+            while (received := receive_notification(sock)) is not None:
+                pid, _, payload = received
+                with Containing("notification", worker_pid=pid):
+                    process, said = self._process_of(pid), Notification.parse(payload)
+                    if process is not None:
+                        self._hear_notification(process, said)
+                    elif said.ready:
+                        self._dismiss(pid)
 
     def _dismiss(self, pid: int) -> None:
         """Terminate a worker that the previous supervisor started just before its end, and did not record."""
@@ -723,3 +745,8 @@ class Fleet:
         addresses = self._owned.sockets(self._service.generation)
         is_kept = fate == Fate.CUT_UNACCEPTED and all(map(self._news.manager.keeps, addresses))
         return names_cut(fate) and not is_kept
+
+
+def _reachable(old: WorkerProcess | None, paths: Sequence[str]) -> tuple[str, ...]:
+    """The control sockets to which a leaving worker can hand connections."""
+    return tuple(path for path in paths if old is None or may_hand_to(old.control_path, path))

@@ -20,6 +20,7 @@ from hotport.model.steps import Step
 from hotport.model.strategies import Strategy, obstacle
 from hotport.observe.logs import get_logger
 from hotport.supervisor.requests import facts
+from hotport.supervisor.rights import socket_access
 from hotport.supervisor.rundir import RuntimeDirectory
 from hotport.supervisor.startup import STATUS_BACKLOG
 from hotport.supervisor.supervisor import StatusPort, Supervisor
@@ -62,7 +63,7 @@ async def _look(watch: Watch, supervisor: Supervisor, rundir: RuntimeDirectory, 
     Args:
         told: The reasons already logged, by missing address; kept from one check to the next.
     """
-    _watch_all(watch, supervisor)
+    _watch_all(watch, supervisor, rundir)
     has_made = rundir.mend(supervisor)
     why_no_status = _mend_status_port(supervisor)
     if supervisor.owned.gone and _is_busy(supervisor):
@@ -80,9 +81,9 @@ async def _look(watch: Watch, supervisor: Supervisor, rundir: RuntimeDirectory, 
         watch.drain()
 
 
-def _watch_all(watch: Watch, supervisor: Supervisor) -> None:
-    watch.add_directory(os.path.dirname(supervisor.directory))
-    watch.add_directory(supervisor.directory)
+def _watch_all(watch: Watch, supervisor: Supervisor, rundir: RuntimeDirectory) -> None:
+    for directory in (os.path.dirname(supervisor.directory), supervisor.directory, *rundir.places):
+        watch.add_directory(directory)
     for path in (*supervisor.owned.paths, _path_of(supervisor.status_port)):
         watch.add_file(path)
     supervisor.owned.note_access()
@@ -101,7 +102,8 @@ def _mend_status_port(supervisor: Supervisor) -> dict[str, str]:
     if port.file is not None and socket_file(path) == port.file:
         return {}
     try:
-        listener = bind_listener(parse_address(port.address), backlog=STATUS_BACKLOG)
+        access = socket_access(supervisor.options)
+        listener = bind_listener(parse_address(port.address), backlog=STATUS_BACKLOG, access=access)
     except HotportError as error:
         return {port.address: error.cause}
     supervisor.use_status_port(port._replace(listener=listener, file=socket_file(path)))

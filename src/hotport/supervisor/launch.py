@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 
 from hotport.errors import ConfigError, StartError
 from hotport.kernel.process import MALLOC_ENVIRONMENT, working_directory
+from hotport.kernel.users import Identity
 from hotport.options import Options
 from hotport.options.envfile import FILE_BYTES_MAX, parse_variables
 from hotport.supervisor.manager import MANAGER_VARIABLES
+from hotport.supervisor.rights import identity_for, login_environment, refuse_closed, socket_access
 from hotport.wire.listenfds import LISTEN_VARIABLES
-from hotport.wire.messages import TEMPLATE, WorkerSpec, encode
+from hotport.wire.messages import TEMPLATE, WorkerSpec, encode, notify_socket, user_directory
 
 __all__ = ["Launch", "Surroundings"]
 
@@ -53,12 +55,16 @@ class Launch:
 
     A worker that is started later uses the same release and interpreter as its siblings, even if a link has changed
     meanwhile.
+
+    Attributes:
+        identity: As whom the workers run; None as the supervisor itself.
     """
 
     options: Options
     python: str
     directory: str
     environment: Mapping[str, str]
+    identity: Identity | None = None
 
     @classmethod
     def resolve(cls, options: Options, surroundings: Surroundings) -> Launch:
@@ -66,9 +72,12 @@ class Launch:
 
         Raises:
             StartError: The directory (HP401), the interpreter (HP402) or the application's directory (HP405) is
-                missing, or its path cannot be passed to workers (HP404).
-            ConfigError: A file of variables cannot be used (HP309).
+                missing, or its path cannot be passed to workers (HP404); workers cannot run as another user (HP432),
+                or that may not use one of these (HP433).
+            ConfigError: A file of variables cannot be used (HP309), or there is no such user (HP430) or group (HP431).
         """
+        identity = identity_for(options)
+        socket_access(options)  # for its errors
         named = surroundings.directory
         directory = os.path.realpath(named)
         if not os.path.isdir(directory):
@@ -118,7 +127,24 @@ class Launch:
             environment |= _read_variables(os.path.join(directory, file), file)
         environment |= {**surroundings.environment, "PWD": directory}
         options = replace(options, app_dir=app_dir, tls_cert=tls_cert, tls_key=tls_key, tls_client_ca=tls_client_ca)
-        return cls(options, python, directory, environment)
+        if identity is not None:
+            wants = {directory: os.X_OK}
+            if not options.command:
+                wants |= {python: os.X_OK} if "/" in python else {}
+                files = [*tls_cert, *tls_key, *([tls_client_ca] if tls_client_ca else [])]
+                wants |= {app_dir: os.R_OK | os.X_OK, **{file: os.R_OK for file in files if os.path.exists(file)}}
+            refuse_closed(identity, wants)
+            environment = login_environment(environment, identity)
+        return cls(options, python, directory, environment, identity)
+
+    @property
+    def uid(self) -> int | None:
+        """The workers' user; None if it is the supervisor's own."""
+        return self.identity.uid if self.identity is not None else None
+
+    def place(self, directory: str) -> str:
+        """The directory of the workers' control sockets, in the runtime directory of the service."""
+        return directory if self.uid is None else os.path.join(directory, user_directory(self.uid))
 
     def argv(self, service: str, generation: int, worker: int) -> list[str]:
         """The command line of one worker, or of the generation's template (number 0)."""
@@ -130,7 +156,7 @@ class Launch:
     def worker_environment(self, service: str, directory: str, generation: int, worker: int) -> dict[str, str]:
         """The environment of one worker, or of the template (number 0), without the LISTEN variables."""
         added = {
-            "NOTIFY_SOCKET": os.path.join(directory, "notify.sock"),
+            "NOTIFY_SOCKET": os.path.join(directory, notify_socket(self.uid)),
             "HOTPORT_GENERATION": str(generation),
         }
         if not self.options.command:
@@ -141,7 +167,11 @@ class Launch:
     def spec(self, service: str, directory: str, generation: int, worker: int) -> WorkerSpec:
         """What one worker is told."""
         return WorkerSpec(
-            service=service, directory=directory, generation=generation, worker=worker, options=self.options
+            service=service,
+            directory=self.place(directory),
+            generation=generation,
+            worker=worker,
+            options=self.options,
         )
 
 

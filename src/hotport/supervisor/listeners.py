@@ -10,19 +10,20 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
-from hotport.address import Address, FdAddress, SystemdAddress, TcpAddress, parse_address
+from hotport.address import Address, FdAddress, SystemdAddress, TcpAddress, UnixAddress, parse_address
 from hotport.errors import ConfigError, HotportError
 from hotport.kernel.procfs import has_socket, resets_sent
 from hotport.kernel.sockets import (
+    Access,
     accept_queue_length,
     access_of,
     bind_guard,
     bind_listener,
     bound_address,
+    change_access,
     dropped,
     file_path,
     rebind,
-    set_access,
     socket_file,
     take_waiting,
     unlink_if_ours,
@@ -30,6 +31,7 @@ from hotport.kernel.sockets import (
 from hotport.kernel.steer import deafen, share_port, steer, unsteer
 from hotport.model.strategies import Strategy
 from hotport.options import Options
+from hotport.supervisor.rights import socket_access
 
 __all__ = ["Listener", "Listeners", "Rebound", "listen"]
 
@@ -66,7 +68,7 @@ class Listener:
     path: str = ""
     file: tuple[int, int] | None = None
     is_passed: bool = False
-    access: tuple[int, int, int] | None = None
+    access: Access | None = None
     why_gone: str = ""
 
     @property
@@ -320,13 +322,11 @@ class Listeners:
             if not self._is_gone(each) or each.is_passed:
                 continue
             try:
-                new = _bind(each.address, options)
+                new = _bind(each.address, options, each.access)
             except HotportError as error:
                 each.why_gone = error.cause
                 continue
             new.asked = each.asked
-            if each.access is not None:
-                set_access(new.path, each.access)
             for number, listeners in self._of.items():
                 self._of[number] = [new if other is each else other for other in listeners]
             each.leave_file()
@@ -339,6 +339,17 @@ class Listeners:
         for each in self._each():
             if each.path and not each.is_passed and not each.is_gone:
                 each.access = access_of(each.path)
+
+    def change_access(self, access: Access) -> None:
+        """Give all socket files, but those of a service manager, another access.
+
+        Raises:
+            KernelError: One of them cannot have it (HP108).
+        """
+        for each in self._each():
+            address = parse_address(each.address)
+            if isinstance(address, UnixAddress) and each.path and not (each.is_passed or each.is_gone):
+                change_access(address, access)
 
     def blame(self, why: str) -> None:
         """Note why missing socket files are not restored now."""
@@ -485,17 +496,22 @@ def _asked_for(texts: Collection[str], listeners: Collection[str]) -> list[str]:
     return asked if len(asked) == len(listeners) else list(listeners)
 
 
-def listen(address: Address, options: Options) -> socket.socket:
-    """Bind a new listener by a service's options; the caller owns it. See `bind_listener`."""
+def listen(address: Address, options: Options, access: Access | None = None) -> socket.socket:
+    """Bind a new listener by a service's options; the caller owns it. See `bind_listener`.
+
+    Args:
+        access: Of its socket file, in place of what the options say.
+    """
     shares_port = options.guard or options.strategy == "overlap"
-    sock = bind_listener(address, backlog=options.backlog, shares_port=shares_port)
+    access = access or socket_access(options)
+    sock = bind_listener(address, backlog=options.backlog, shares_port=shares_port, access=access)
     if options.command:
         sock.setblocking(True)  # as systemd passes them, for plain accept loops
     return sock
 
 
-def _bind(asked: str, options: Options) -> Listener:
-    """Make a listener for a new address."""
+def _bind(asked: str, options: Options, access: Access | None = None) -> Listener:
+    """Make a listener for a new address; `access` as in `listen`."""
     address = parse_address(asked)
     if isinstance(address, FdAddress | SystemdAddress):
         raise ConfigError(
@@ -504,7 +520,7 @@ def _bind(asked: str, options: Options) -> Listener:
             cause="sockets are passed to a process when it starts",
             note="restart the service with systemctl, or stop it and serve again",
         )
-    sock = listen(address, options)
+    sock = listen(address, options, access)
     return _known(asked, str(bound_address(address, sock)), sock)
 
 

@@ -15,18 +15,22 @@ from typing import Final
 
 import anyio
 import msgspec
+from msgspec.structs import replace as replace_memory
 
-from hotport.address import parse_listener_name
+from hotport.address import parse_address, parse_listener_name
 from hotport.channel import Channel
 from hotport.errors import ControlError, HotportError
 from hotport.kernel import procfs
 from hotport.kernel.process import duplicate_descriptor
 from hotport.kernel.sockets import inherited_listener
+from hotport.kernel.users import Identity, identity_of
 from hotport.model import lifecycle, service
 from hotport.model.lifecycle import Phase
 from hotport.observe.logs import get_logger
+from hotport.options.definition import WORKERS_MAX
 from hotport.supervisor.contain import Containing
 from hotport.supervisor.launch import PRIVATE_VARIABLES, Launch
+from hotport.supervisor.store import is_bound_to
 from hotport.wire.listenfds import parse_listen_environment
 from hotport.wire.messages import (
     LOAD_PAGE,
@@ -36,11 +40,14 @@ from hotport.wire.messages import (
     Listening,
     Memory,
     WorkerSpec,
+    notify_socket,
+    parse_user_directory,
     parse_worker_socket,
+    user_of_socket,
     worker_socket,
 )
 
-__all__ = ["Found", "Orphan", "survey"]
+__all__ = ["Found", "Orphan", "survey", "worker_paths"]
 
 #: Seconds to wait for a worker's answer. A serving worker answers at once; one that imports its application, or is busy
 #: with it, counts as starting.
@@ -58,6 +65,7 @@ class Orphan:
     """A worker that an earlier supervisor has started.
 
     Attributes:
+        user: Whose it is, if not the service's own user's.
         phase: The phase that it has reported; SERVING for a foreign program.
         launch: How it was started; None if that cannot be read.
         listeners: Duplicates of its listeners, by canonical address.
@@ -69,6 +77,7 @@ class Orphan:
     generation: int
     pid: int
     control_path: str
+    user: int | None = None
     is_foreign: bool = False
     phase: Phase = Phase.STARTING
     launch: Launch | None = None
@@ -143,11 +152,9 @@ async def survey(
     Descriptors: owned by `Found.listeners` and `Found.pages`; other received ones are closed.
     """
     orphans = _started(directory)
-    for file in os.listdir(directory):
-        if named := parse_worker_socket(file):
-            generation, worker = named
-            path = os.path.join(directory, file)
-            orphans.setdefault((generation, worker), Orphan(worker, generation, 0, path))
+    for path in worker_paths(directory):
+        if named := parse_worker_socket(os.path.basename(path)):
+            orphans.setdefault(named, Orphan(named[1], named[0], 0, path, user_of_socket(path)))
     asked = found_all = list(orphans.values())
     # Outside of the task group, which would wrap an error.
     errors: list[HotportError] = []
@@ -188,12 +195,34 @@ async def survey(
     return found
 
 
+def _places(directory: str) -> dict[int | None, str]:
+    """The directories of workers' control sockets, by user; None: the service's own.
+
+    Only root can have made one for another user: the directory around it is closed to that.
+    """
+    found: dict[int | None, str] = {None: directory}
+    for name in os.listdir(directory):
+        place = os.path.join(directory, name)
+        uid = parse_user_directory(name)
+        with suppress(OSError):
+            if uid is not None and os.lstat(place).st_uid == uid and not os.path.islink(place):
+                found[uid] = place
+    return found
+
+
+def worker_paths(directory: str) -> list[str]:
+    """The control sockets in the runtime directory of a service."""
+    places = _places(directory).values()
+    return [os.path.join(place, file) for place in places for file in os.listdir(place) if parse_worker_socket(file)]
+
+
 def _tidy(directory: str) -> None:
     """Remove files of processes that were killed between bind and rename (`hotport.kernel.sockets`)."""
-    for file in os.listdir(directory):
-        if file.startswith("."):
-            with suppress(OSError):
-                os.unlink(os.path.join(directory, file))
+    for place in _places(directory).values():
+        for file in os.listdir(place):
+            if file.startswith("."):
+                with suppress(OSError):
+                    os.unlink(os.path.join(place, file))
 
 
 def _number(orphans: Sequence[Orphan], memory: Memory | None, numbers: Mapping[int, int]) -> Found:
@@ -247,15 +276,24 @@ def _gather(found: Found, inherited: Mapping[str, socket.socket], directory: str
 def _started(directory: str) -> dict[tuple[int, int], Orphan]:
     """Find processes that were started as workers of this service, even if they do not listen yet."""
     found: dict[tuple[int, int], Orphan] = {}
-    for pid in procfs.leaders_with("NOTIFY_SOCKET", os.path.join(directory, "notify.sock")):
-        with Containing("survey", worker_pid=pid):  # its environment may be malformed
-            if (orphan := _orphan(pid, directory)) is not None:
-                found.setdefault((orphan.generation, orphan.worker or -pid), orphan)
+    for user, place in _places(directory).items():
+        path, uid = os.path.join(directory, notify_socket(user)), os.geteuid() if user is None else user
+        for pid in procfs.leaders_with("NOTIFY_SOCKET", path, uid):
+            with Containing("survey", worker_pid=pid):  # its environment may be malformed
+                identity = None if user is None else identity_of(pid)
+                if (orphan := _orphan(pid, place, identity)) is not None:
+                    found.setdefault((orphan.generation, orphan.worker or -pid), orphan)
     return found
 
 
-def _orphan(pid: int, directory: str) -> Orphan | None:
-    """Make an orphan of a process by its environment; None if it was not started as a worker."""
+def _orphan(pid: int, directory: str, identity: Identity | None) -> Orphan | None:
+    """Make an orphan of a process by its environment; None if it was not started as a worker.
+
+    Args:
+        identity: The kernel's word on who it is, if it is another user's: its own cannot be trusted. So whatever is
+            started in its way is started as that user.
+    """
+    user = identity.uid if identity is not None else None
     environment = procfs.environment(pid)
     generation = int(environment.get("HOTPORT_GENERATION", "0"))
     if text := environment.get("HOTPORT_WORKER"):
@@ -267,10 +305,10 @@ def _orphan(pid: int, directory: str) -> Orphan | None:
         if not worker:  # a template, which ends with its supervisor
             return None
         path = os.path.join(directory, worker_socket(generation, worker))
-        return Orphan(worker, generation, pid, path, launch=_launch(pid, spec, environment))
+        return Orphan(worker, generation, pid, path, user, launch=_launch(pid, spec, environment, identity))
     if environment.get("LISTEN_PID") != str(pid):  # a child of a foreign program, in its own process group
         return None
-    return Orphan(0, generation, pid, "", is_foreign=True, phase=Phase.SERVING)
+    return Orphan(0, generation, pid, "", user, is_foreign=True, phase=Phase.SERVING)
 
 
 def _forked(pid: int) -> int:
@@ -280,12 +318,12 @@ def _forked(pid: int) -> int:
     return int(number) if number.isdecimal() else 0
 
 
-def _launch(pid: int, spec: WorkerSpec, environment: Mapping[str, str]) -> Launch | None:
+def _launch(pid: int, spec: WorkerSpec, environment: Mapping[str, str], identity: Identity | None) -> Launch | None:
     python = next(iter(procfs.arguments(pid)), "")
     mine = (*PRIVATE_VARIABLES, "HOTPORT_GENERATION")
     kept = {key: value for key, value in environment.items() if key not in mine}
     directory = environment.get("PWD", "")
-    return Launch(spec.options, python, directory, kept) if python and directory else None
+    return Launch(spec.options, python, directory, kept, identity) if python and directory else None
 
 
 async def _ask(orphan: Orphan) -> None:
@@ -303,7 +341,9 @@ async def _ask(orphan: Orphan) -> None:
                 os.unlink(orphan.control_path)
         return
     # The listening process is the worker; others may have inherited its environment. 0: another pid namespace.
-    orphan.pid = channel.peer[0] or orphan.pid
+    pid, uid = channel.peer
+    if orphan.user is None or procfs.user_of(pid) == uid:
+        orphan.pid = pid or orphan.pid
     has_spoken = False
     with channel, suppress(EOFError, OSError):  # it is ending
         await channel.say(ListenersOrder())
@@ -318,6 +358,7 @@ async def _ask(orphan: Orphan) -> None:
                         orphan.page = descriptors.pop()
                     listeners = [inherited_listener(fd, is_in_use=True) for fd in descriptors]
                     orphan.listeners = dict(zip(addresses, listeners, strict=True))
+                    _check_listeners(orphan)
                     orphan.has_answered = True
                 case _:
                     pass
@@ -335,7 +376,18 @@ def _believe(orphan: Orphan, hello: Hello) -> None:
             note="to keep the worker, serve with the hotport version that started it",
         )
     orphan.phase = _PHASES.get(hello.phase, Phase.DRAINING)
-    orphan.memory = hello.memory
+    orphan.memory = hello.memory and replace_memory(hello.memory, wanted=min(hello.memory.wanted, WORKERS_MAX))
+
+
+def _check_listeners(orphan: Orphan) -> None:
+    """Close listeners that are not at the addresses that a worker of another user names.
+
+    The supervisor would remove the files at these addresses.
+    """
+    for address, listener in list(orphan.listeners.items()):
+        if orphan.user is not None and not is_bound_to(parse_address(address), listener):
+            get_logger("hotport.supervisor").warning("listener.refused", address=address, worker_pid=orphan.pid)
+            orphan.listeners.pop(address).close()
 
 
 def _take(orphan: Orphan) -> None:
@@ -349,5 +401,6 @@ def _take(orphan: Orphan) -> None:
                     continue
                 listener = inherited_listener(duplicate_descriptor(pidfd, fd), is_in_use=True)
                 orphan.listeners[str(parse_listener_name(name))] = listener
+            _check_listeners(orphan)
         finally:
             os.close(pidfd)

@@ -73,13 +73,15 @@ async def restart(supervisor: Supervisor, request: RestartRequest = RESTART, hea
 
     Raises:
         RestartError: It was refused: another one is in progress, or the service is starting or stopping
-            (HP410), the strategy cannot work (HP420), a new address cannot be bound (HP1xx), or the options (HP3xx) or
-            the surroundings (HP401, HP402, HP404, HP405) cannot be used. Nothing was begun.
+            (HP410), the strategy cannot work (HP420), a new address cannot be bound (HP1xx), or the options (HP3xx),
+            the surroundings (HP401, HP402, HP404, HP405) or the user of workers (HP430 to HP433) cannot be used.
+            Nothing was begun.
     """
     before = supervisor.options
     try:
         options = _override(supervisor.read_options(Path(supervisor.surroundings.directory)), request)
         launch = Launch.resolve(options, supervisor.surroundings)
+        supervisor.admit(launch.identity)
     except HotportError as error:
         raise _passed_on(error, supervisor) from error
     if refused := refusal(supervisor.service, is_restart=True):  # before anything is bound

@@ -29,12 +29,15 @@ from hotport.kernel.sockets import (
     socket_file,
     unlink_if_ours,
 )
+from hotport.kernel.users import Identity
 from hotport.observe.logs import get_logger
 from hotport.options import Options, runtime_root
 from hotport.supervisor.inheritance import Inheritance
+from hotport.supervisor.launch import Launch, Surroundings
 from hotport.supervisor.listeners import listen
 from hotport.supervisor.manager import ServiceManager
 from hotport.supervisor.recovery import Found, survey
+from hotport.supervisor.rights import socket_access
 from hotport.supervisor.rundir import RuntimeDirectory
 from hotport.supervisor.store import take_back
 from hotport.supervisor.supervisor import StatusPort, Supervisor
@@ -74,6 +77,7 @@ def start_up(
     manager: ServiceManager,
     stack: ExitStack,
     inheritance: Inheritance | None,
+    surroundings: Surroundings,
     *,
     takes_over: bool,
 ) -> Startup:
@@ -82,6 +86,8 @@ def start_up(
     Args:
         inheritance: From this process before its exec, see `inherit`.
         takes_over: Take the listeners of the supervisor that runs this service, if there is one.
+
+    If workers are to run as another user, that is checked before anything is bound, or taken from another supervisor.
     """
     directory = _directory(name)
     if inheritance is not None and inheritance.paths is not None:
@@ -101,6 +107,7 @@ def start_up(
         if found.current in found.listeners:
             _park(found.listeners[found.current], options, manager)
         else:
+            rundir.admit(_identity(options, surroundings))
             found.listeners[found.current] = _listen(options, manager)
         return Startup(rundir, found)
     if not takes_over:
@@ -111,10 +118,12 @@ def start_up(
             fix=f"hotport restart {name}",
             note="to start this one as well, use --take-over, or another --name",
         )
+    identity = _identity(options, surroundings)
     inheritance = anyio.run(take_over, directory, name)
     stack.callback(inheritance.close)
     rundir = RuntimeDirectory.create(directory, inheritance.lock, stack)
     stack.callback(rundir.close)
+    rundir.admit(identity)
     memory = inheritance.memory
     found = Found(generations=memory.generations, spawned=memory.spawned, shared=frozenset(inheritance.listeners))
     listeners = found.listeners[found.current] = _listen(options, manager, inheritance)
@@ -122,6 +131,11 @@ def start_up(
         if address not in listeners:
             listener.close()
     return Startup(rundir, found, inheritance)
+
+
+def _identity(options: Options, surroundings: Surroundings) -> Identity | None:
+    """As whom workers run; with `user`, all that they need was checked: see `Launch.resolve`."""
+    return Launch.resolve(options, surroundings).identity if options.user is not None else None
 
 
 def open_status_port(supervisor: Supervisor, startup: Startup, stack: ExitStack) -> None:
@@ -134,7 +148,8 @@ def open_status_port(supervisor: Supervisor, startup: Startup, stack: ExitStack)
     if bind is None:
         return
     if port is None:
-        listener = bind_listener(parse_address(bind), backlog=STATUS_BACKLOG)
+        access = socket_access(supervisor.options)
+        listener = bind_listener(parse_address(bind), backlog=STATUS_BACKLOG, access=access)
         port = StatusPort(bind, str(bound_address(parse_address(bind), listener)), listener)
     is_shared = startup.has_predecessor and port is inherited
     path = file_path(parse_address(port.address))

@@ -16,7 +16,7 @@ from hotport.kernel.sockets import inherited_listener, location
 from hotport.wire.listenfds import parse_listen_environment
 from hotport.wire.sdnotify import parse_store_name
 
-__all__ = ["TakenBack", "take_back"]
+__all__ = ["TakenBack", "is_bound_to", "take_back"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,11 @@ def take_back(addresses: Sequence[str], environ: Mapping[str, str], *, backlog: 
         unfit.append(name)
         sock.close()
     return TakenBack(listeners, tuple(dict.fromkeys(unfit)))
+
+
+def is_bound_to(address: Address, sock: socket.socket) -> bool:
+    """Whether a socket is the one that clients of an address reach; unix ones need netlink (sock_diag(7))."""
+    return _fits(address, address, sock)
 
 
 def _fits(wanted: Address, named: Address, sock: socket.socket) -> bool:

@@ -23,6 +23,7 @@ from msgspec.structs import replace
 
 from hotport.errors import ConfigError, ExitCode, HotportError, RestartError, StartError
 from hotport.kernel.process import is_stopped
+from hotport.kernel.users import Identity
 from hotport.model import effects, inputs, rules
 from hotport.model.effects import Announce, News
 from hotport.model.inputs import Clock, Timer
@@ -38,8 +39,9 @@ from hotport.supervisor.manager import ServiceManager
 from hotport.supervisor.news import Publisher, until
 from hotport.supervisor.process import WorkerProcess
 from hotport.supervisor.recovery import Found
+from hotport.supervisor.rights import socket_access
 from hotport.supervisor.timers import Timers
-from hotport.wire.messages import TakenOver, parse_worker_socket
+from hotport.wire.messages import TakenOver, parse_worker_path
 
 __all__ = ["StatusPort", "Supervisor"]
 
@@ -92,6 +94,7 @@ class Supervisor:
         manager: Notifies the service manager; the caller closes it.
         found: Workers of an earlier supervisor, and the listeners; these are owned from here on.
         mend: Restores missing files of the runtime directory; called before a worker is started.
+        admit: Makes a place for workers of another user there; may raise HotportError.
 
     Attributes:
         is_departing: Whether it ends without its workers: this process becomes their next supervisor.
@@ -112,6 +115,7 @@ class Supervisor:
         read_options: Callable[[Path], Options],
         manager: ServiceManager,
         mend: Callable[[Supervisor], object] = lambda supervisor: None,
+        admit: Callable[[Identity | None], object] = lambda identity: None,
     ) -> None:
         self.name = name
         self.directory = directory
@@ -127,10 +131,12 @@ class Supervisor:
         self.failure: HotportError | str | None = None
         self.surroundings = surroundings
         self.read_options = read_options
+        self.admit = admit
         self._found = found
         self.is_departing = False
         self.has_departed = False
         self.is_succeeded = False
+        self._access_options = options  # by which socket files have their access
         self._launches: dict[int, Launch] = {}
         self._requests = 0
         self._asked: dict[int, Asked] = {}
@@ -228,9 +234,12 @@ class Supervisor:
         for orphan in found.orphans:
             if orphan.launch is not None:
                 self._launches.setdefault(orphan.generation, orphan.launch)
+                with Containing("admit", worker=orphan.worker):
+                    self.admit(orphan.launch.identity)
         if found.current not in self._launches:
-            self._launches[found.current] = Launch.resolve(self.options, self.surroundings)
-        self.options = self._launches[found.current].options
+            launch = self._launches[found.current] = Launch.resolve(self.options, self.surroundings)
+            self.admit(launch.identity)
+        self.options = self._access_options = self._launches[found.current].options
 
     def _adopt(self) -> None:
         """Start the first generation, or adopt the workers of an earlier supervisor."""
@@ -271,7 +280,7 @@ class Supervisor:
         if commit is None:
             self.is_succeeded = False
             return
-        names = filter(parse_worker_socket, commit.workers)
+        names = filter(parse_worker_path, commit.workers)
         self.fleet.name_successors([os.path.join(self.directory, name) for name in names])
         self.owned.give_away(commit.addresses)
         self.input(inputs.RequestStop(is_succeeded=True))
@@ -409,6 +418,9 @@ class Supervisor:
                     self._watch_health(restart)
             case News.ABORTED | News.UNDONE:
                 self.options = self._launches[generation].options
+                self._change_access()
+            case News.COMMITTED:
+                self._change_access()
             case _:
                 pass
         worker, late = announcement.worker, announcement.clock
@@ -423,6 +435,16 @@ class Supervisor:
         wanted = {worker.generation for worker in self.service.workers.values()} | {generation}
         wanted |= self.news.reports.generations
         self._launches = {number: launch for number, launch in self._launches.items() if number in wanted}
+
+    def _change_access(self) -> None:
+        """Give socket files the access that the options say, if these have changed."""
+        try:
+            before, access = socket_access(self._access_options), socket_access(self.options)
+            if access is not None and access != before:
+                self.owned.change_access(access)
+        except HotportError as error:
+            self._log.error("listener.access_unchanged", error=str(error))
+        self._access_options = self.options
 
     # -- requests ------------------------------------------------------------------------------------------
 

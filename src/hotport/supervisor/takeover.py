@@ -25,6 +25,7 @@ from hotport.model.lifecycle import Phase
 from hotport.observe.logs import get_logger
 from hotport.supervisor.contain import retried
 from hotport.supervisor.inheritance import Inheritance
+from hotport.supervisor.recovery import worker_paths
 from hotport.supervisor.rundir import RuntimeDirectory
 from hotport.supervisor.supervisor import StatusPort, Supervisor
 from hotport.wire.messages import (
@@ -36,6 +37,7 @@ from hotport.wire.messages import (
     Reply,
     TakenOver,
     TakeOverRequest,
+    may_hand_to,
     parse_worker_socket,
 )
 
@@ -208,9 +210,10 @@ async def _wait_serving(supervisor: Supervisor) -> None:
 
 
 def _serving(supervisor: Supervisor) -> tuple[str, ...]:
-    """The names of the serving workers' control sockets."""
+    """The paths of the serving workers' control sockets in the runtime directory."""
     processes = (supervisor.fleet.processes.get(number) for number in supervisor.service.ids(Phase.SERVING))
-    return tuple(os.path.basename(each.control_path) for each in processes if each is not None and not each.is_foreign)
+    paths = (each.control_path for each in processes if each is not None and not each.is_foreign)
+    return tuple(os.path.relpath(path, supervisor.directory) for path in paths)
 
 
 async def _drain_orphans(supervisor: Supervisor, is_other: Callable[[int], bool]) -> None:
@@ -221,9 +224,10 @@ async def _drain_orphans(supervisor: Supervisor, is_other: Callable[[int], bool]
     """
     options = supervisor.options
     paths = tuple(os.path.join(supervisor.directory, name) for name in _serving(supervisor))
-    order = DrainOrder(timeout_s=options.drain_timeout_s, successors=paths)
 
     async def drain(path: str) -> None:
+        successors = tuple(each for each in paths if may_hand_to(path, each))
+        order = DrainOrder(timeout_s=options.drain_timeout_s, successors=successors)
         with anyio.move_on_after(options.drain_timeout_s + ANSWER_TIMEOUT_S):
             try:
                 with Channel.connect(path) as channel:
@@ -237,7 +241,7 @@ async def _drain_orphans(supervisor: Supervisor, is_other: Callable[[int], bool]
                 log.warning("take_over.unreachable", worker=os.path.basename(path), error=str(error))
 
     async with anyio.create_task_group() as tasks:
-        for file in os.listdir(supervisor.directory):
-            named = parse_worker_socket(file)
+        for path in worker_paths(supervisor.directory):
+            named = parse_worker_socket(path.rpartition("/")[2])
             if named is not None and is_other(named[0]):
-                tasks.start_soon(drain, os.path.join(supervisor.directory, file))
+                tasks.start_soon(drain, path)

@@ -12,6 +12,7 @@ from typing import Final
 import anyio
 
 from hotport.errors import StartError
+from hotport.kernel import procfs
 from hotport.kernel.process import adopt_orphans, describe_exit, kill_group, numbers, reap, send_signal
 from hotport.kernel.scm import receive_descriptors, send_descriptors
 from hotport.kernel.spawn import Child, spawn
@@ -56,11 +57,13 @@ class Template:
                     listeners=[theirs.fileno()],
                     listen_names=[TEMPLATE],
                     held=numbers(WORKER.keys()),
+                    identity=launch.identity,
                 )
         except BaseException:
             self._conversation.close()
             raise
         self.generation = generation
+        self._user = launch.uid
         self.pid = child.pid
         self.is_loaded = self.is_killed = False
         self.waiting: set[int] = set()
@@ -106,7 +109,16 @@ class Template:
                 fix="ulimit -a",
                 note="raise the limit (systemctl show -p TasksMax shows that of a unit), or set preload = false",
             )
-        return Child(answer.pid, descriptors[0])
+        if self._user is None:
+            return Child(answer.pid, descriptors[0])
+        os.close(descriptors[0])
+        if not self._is_worker(answer.pid):
+            raise _no_answer(f"process {answer.pid}, which it names, is none that it can have forked")
+        return Child(answer.pid, os.pidfd_open(answer.pid))
+
+    def _is_worker(self, pid: int) -> bool:
+        """Whether a process is the user's, and our child: a template of another user might name any."""
+        return procfs.user_of(pid) == self._user and procfs.parent(pid) == os.getpid()
 
     def kill(self) -> None:
         """Kill it, with what its import has started."""

@@ -20,7 +20,21 @@ import msgspec
 from hotport.errors import ControlError
 from hotport.options import Options
 
-__all__ = ["LOAD_PAGE", "PROTOCOL", "TEMPLATE", "decode", "encode", "parse_worker_socket", "worker_socket"]
+__all__ = [
+    "LOAD_PAGE",
+    "PROTOCOL",
+    "TEMPLATE",
+    "decode",
+    "encode",
+    "may_hand_to",
+    "notify_socket",
+    "parse_user_directory",
+    "parse_worker_path",
+    "parse_worker_socket",
+    "user_directory",
+    "user_of_socket",
+    "worker_socket",
+]
 
 #: What the page in which workers see each other's load is called among the descriptors that a worker is started with.
 LOAD_PAGE: Final = "load"
@@ -456,7 +470,7 @@ class TakenOver(msgspec.Struct, frozen=True, kw_only=True, tag="committed"):
     """The workers of the supervisor that takes over accept.
 
     Attributes:
-        workers: Names of their control sockets in the service's runtime directory.
+        workers: Paths of their control sockets in the service's runtime directory.
         addresses: What they listen on.
     """
 
@@ -668,6 +682,7 @@ Reply = Progress | Report | Status | TlsReport | Done | Failure | HandOver
 T = TypeVar("T")
 
 _WORKER_SOCKET: Final = re.compile(r"worker-(\d+)\.(\d+)\.sock")
+_USER_DIRECTORY: Final = re.compile(r"user-(\d{1,10})")
 
 _encoder = msgspec.json.Encoder()
 _decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
@@ -682,6 +697,42 @@ def parse_worker_socket(name: str) -> tuple[int, int] | None:
     """Parse generation and worker from the name of a control socket; None for any other name."""
     found = _WORKER_SOCKET.fullmatch(name)
     return (int(found[1]), int(found[2])) if found else None
+
+
+def user_directory(uid: int) -> str:
+    """Return the name of the directory, in that of the service, for the control sockets of another user's workers."""
+    return f"user-{uid}"
+
+
+def parse_user_directory(name: str) -> int | None:
+    """Parse the user from the name of its directory; None for any other name."""
+    found = _USER_DIRECTORY.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def notify_socket(uid: int | None) -> str:
+    """Return the name of the socket that workers notify, in the service's directory; `uid`: another user's workers."""
+    return "notify.sock" if uid is None else f"notify-{uid}.sock"
+
+
+def user_of_socket(path: str) -> int | None:
+    """Return whose worker listens on a control socket, by the directory it is in; None: the service's own user."""
+    return parse_user_directory(path.rpartition("/")[0].rpartition("/")[2])
+
+
+def may_hand_to(old: str, new: str) -> bool:
+    """Whether a worker can hand connections to another, by the paths of their control sockets.
+
+    Workers of another user reach only each other; those of the service's own user reach all.
+    """
+    user = user_of_socket(old)
+    return user is None or user_of_socket(new) == user
+
+
+def parse_worker_path(path: str) -> tuple[int, int] | None:
+    """Parse generation and worker from a control socket's path in the service's directory; None for any other path."""
+    place, _, name = path.rpartition("/")
+    return None if place and parse_user_directory(place) is None else parse_worker_socket(name)
 
 
 def encode(message: msgspec.Struct) -> bytes:
