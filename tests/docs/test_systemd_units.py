@@ -35,6 +35,20 @@ def test_systemd_finds_nothing_wrong(unit: Path, tmp_path: Path) -> None:
     assert (verified.returncode, told) == (0, [])
 
 
+@pytest.mark.parametrize("unit", [unit for unit in UNITS if unit.suffix == ".service"], ids=lambda unit: str(unit.name))
+def test_systemd_finds_it_little_exposed(unit: Path, tmp_path: Path) -> None:
+    copy = tmp_path / unit.name.replace("@.", "@blog.")
+    copy.write_text(unit.read_text())
+    judged = subprocess.run(
+        [need("systemd-analyze"), "security", "--offline=yes", "--threshold=20", "--no-pager", str(copy)],
+        env={"SYSTEMD_UNIT_PATH": f"{tmp_path}:", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert judged.returncode == 0, judged.stdout + judged.stderr
+
+
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: str(unit.name))
 def test_a_page_shows_it(unit: Path) -> None:
     pages = [page.read_text() for page in (ROOT / "docs" / "how-to").glob("*.md")]

@@ -29,6 +29,9 @@ HERE = """\
 [Unit]
 DefaultDependencies=no
 [Service]
+User=root
+BindPaths={directory}
+ProtectHome=no
 WorkingDirectory=
 WorkingDirectory={directory}
 Environment=PWD={directory} {environment}
