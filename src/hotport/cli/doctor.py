@@ -12,6 +12,7 @@ from hotport.cli import HELP
 from hotport.cli.client import ask, raise_failure
 from hotport.cli.output import print_json, print_strategies, write
 from hotport.diagnose.doctor import examine, examine_service, read_machine, read_service
+from hotport.diagnose.rights import examine_rights, read_rights
 from hotport.errors import ControlError, ExitCode, advice
 from hotport.kernel.process import working_directory
 from hotport.kernel.steer import can_steer
@@ -44,6 +45,7 @@ def command(name: str | None, as_json: bool) -> int:
         serving = [each for each in status.workers if each.phase == "serving" and each.generation == status.generation]
         shares = {each.worker: each.connections for each in serving if each.connections is not None}
         findings += examine_service(listeners, members, gone=status.gone, managed=managed, shares=shares)
+        findings += examine_rights(read_rights(status), loaded.options)
     if as_json:
         print_json(findings)
     else:
