@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 from typing import Any, Final
 
@@ -210,7 +211,9 @@ def wrk(
         RuntimeError: A request failed: such a number would mean nothing.
     """
     url = f"http://127.0.0.1:{port}/"
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s"]
+    # wrk counts whole seconds, and tells what it has seen when it is interrupted.
+    command = ["timeout", "--preserve-status", "--signal=INT", f"{seconds}s"]
+    command += ["wrk", "-t1", f"-c{connections}", f"-d{ceil(seconds) + 1}s"]
     command += ["-H", "Connection: close"] if close else []
     command += ["-s", str(script)] if script else []
     with pinned(1):

@@ -197,6 +197,7 @@ class Run:
     rounds: int
     seconds: float
     start: Callable[[str], AbstractContextManager[Server]]
+    idle: int = IDLE_CONNECTIONS
 
     def turns(self) -> Iterator[tuple[int, str]]:
         """The number of each round, and whose turn it is in it; number 0 warms up."""
@@ -268,7 +269,7 @@ def latencies(run: Run) -> dict[str, Samples]:
 
 def memory(run: Run) -> dict[str, Samples]:
     """What an idle connection costs; a server that has had connections is no longer the same, so each starts anew."""
-    if (limit := raise_descriptor_limit()) < IDLE_CONNECTIONS + 100:
+    if (limit := raise_descriptor_limit()) < run.idle + 100:
         raise Skipped(f"a process may open no more than {limit} descriptors")
     found: dict[str, Samples] = defaultdict(Samples)
     for number, name in run.turns():
@@ -276,8 +277,8 @@ def memory(run: Run) -> dict[str, Samples]:
             continue
         with run.start(name) as server, ExitStack() as stack:
             before = server.rss_bytes()
-            socks = [stack.enter_context(connected(server.port, REQUEST, REPLY)[0]) for _ in range(IDLE_CONNECTIONS)]
-            found[f"{name} KiB"].append((server.rss_bytes() - before) / 1024 / IDLE_CONNECTIONS)
+            socks = [stack.enter_context(connected(server.port, REQUEST, REPLY)[0]) for _ in range(run.idle)]
+            found[f"{name} KiB"].append((server.rss_bytes() - before) / 1024 / run.idle)
             poll = select.poll()
             for sock in socks:
                 poll.register(sock, select.POLLIN)
@@ -357,6 +358,9 @@ def main() -> int:
         default=4.0,
         help="of each measurement [default: 4; with --rounds 2 --seconds 1 it is two minutes instead of twelve]",
     )
+    parser.add_argument(
+        "--idle", type=int, default=IDLE_CONNECTIONS, help="connections whose memory is measured [default: 5000]"
+    )
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument(
         "--servers", nargs="+", choices=COMMANDS, default=list(COMMANDS), metavar="SERVER", help=", ".join(COMMANDS)
@@ -368,7 +372,7 @@ def main() -> int:
     skipped: dict[str, str] = {}
     for name in options.only:
         row = ROWS[name]
-        run = Run(options.servers, options.rounds, options.seconds, partial(started, row=row))
+        run = Run(options.servers, options.rounds, options.seconds, partial(started, row=row), options.idle)
         try:
             found = row.measure(run)
         except Skipped as error:

@@ -28,7 +28,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -221,6 +221,7 @@ def main() -> int:
     """Measure and report; the exit code does not depend on what was lost."""
     parser = arguments(__doc__, name="peers.json", rounds=1)
     parser.add_argument("--times", type=int, default=3, help="restarts of each server in a round [default: 3]")
+    parser.add_argument("--every", type=float, help="seconds between restarts [default: 5, or what the server needs]")
     parser.add_argument("--servers", nargs="+", choices=PEERS, default=list(PEERS), metavar="SERVER")
     options = parser.parse_args()
 
@@ -233,6 +234,8 @@ def main() -> int:
             skipped[name] = missing
             print(f"{name}: skipped, {missing}", flush=True)
             continue
+        if options.every is not None:
+            peer = replace(peer, every_s=options.every)
         found = [_valid(name, peer, options.times) for _ in range(options.rounds)]
         if invalid := [why for each in found for why in each["invalid"]]:
             skipped[name] = f"its run means nothing: {'; '.join(invalid)}"

@@ -20,7 +20,7 @@ SMALL = {
     "steady.py": ("--seconds", "0.2"),
     "restart.py": (),
     "http.py": (
-        *("--seconds", "0.2", "--servers", "hotport", "uvicorn"),
+        *("--seconds", "0.2", "--idle", "50", "--servers", "hotport", "uvicorn"),
         *("--only", "websocket", "access-log", "latency", "memory"),
     ),
     "rebind.py": (
@@ -29,7 +29,7 @@ SMALL = {
     ),
     "gap.py": ("--entries", "0", "20"),
     "timewait.py": ("--entries", "0", "20", "--seconds", "0.2"),
-    "peers.py": ("--servers", "hotport", "--times", "1"),
+    "peers.py": ("--servers", "hotport", "--times", "1", "--every", "2"),
     "handoff.py": ("--counts", "20", "--seconds", "0.2"),
     "power.py": ("--seconds", "0.5"),
     "hostile.py": ("--seconds", "0.2", "--servers", "hotport", "--only", "bytes", "closes"),
