@@ -29,8 +29,8 @@ for _number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
-#: Without `explain`, which only comments on a failure, runs it a hundred times slower, and kept an example that was found
-#: from being shown: the test was ended there, by its time.
+#: Without `explain`, which reruns a failure a hundred times slower to comment on it: one that was found in ten seconds
+#: was never shown, as the test was ended meanwhile, by its time.
 PHASES = tuple(phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.explain)
 hypothesis.settings.register_profile("hotport", deadline=None, phases=PHASES)  # these machines are noisy
 hypothesis.settings.load_profile("hotport")

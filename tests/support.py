@@ -176,6 +176,11 @@ def run_hotport(
     """``hotport ARGS`` to its end: in this process if it only asks a supervisor, else in one of its own."""
     if args[0] not in _ASKING or threading.current_thread() is not threading.main_thread():
         return subprocess.run([*HOTPORT, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout_s)
+    return run_here(*args, cwd=cwd, env=env)
+
+
+def run_here(*args: str, cwd: Path, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """``hotport ARGS`` in this process: what asks a supervisor, or is refused before anything begins."""
     out, err = io.StringIO(), io.StringIO()
     with (
         contextlib.chdir(cwd),

@@ -24,9 +24,6 @@ from hotport.options import Options
 from hotport.wire.messages import Status, WorkerStatus
 from tests.support import HOTPORT, LINE_APP, Service, write_code
 
-pytestmark = pytest.mark.measured
-
-
 SOUND = Machine(
     kernel=(6, 18),
     has_pidfd=True,
@@ -211,6 +208,7 @@ def test_service_is_read_with_strangers_and_what_is_inheritable() -> None:
         assert worker == Member("worker 1.1", 2**30, (), None)
 
 
+@pytest.mark.measured
 def test_service_of_ours_has_nothing_to_repair(tmp_path: Path) -> None:
     write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
     with Service(tmp_path, "app:app") as service:
@@ -224,6 +222,7 @@ def test_service_of_ours_has_nothing_to_repair(tmp_path: Path) -> None:
         assert service.run("doctor", "nobody").returncode == 6
 
 
+@pytest.mark.measured
 def test_machine_is_examined_where_no_service_runs(tmp_path: Path) -> None:
     (tmp_path / "hotport.toml").write_text('bind = ["127.0.0.1:80"]\nbacklog = 1000000\n')
     environment = {**os.environ, "HOTPORT_RUNTIME_DIR": str(tmp_path / "run")}

@@ -24,12 +24,10 @@ from tests.support import (
     Service,
     assert_three_lines,
     eventually,
+    run_here,
     write_code,
 )
 from tests.tls_support import Pki
-
-pytestmark = pytest.mark.measured
-
 
 APP = (
     """\
@@ -182,6 +180,7 @@ def test_who_has_answered_is_told_by_whatever_header_says_it() -> None:
     assert {name for bucket in found["buckets"] for name in bucket["answered_by"]} == {"pid 7"}
 
 
+@pytest.mark.measured
 def test_a_loss_may_be_allowed() -> None:
     with answering(b"") as url:
         found = json.loads(churn(url, *LIGHT, "--json", "-", "--allow", "Closed_Unanswered=*, refused=3").stdout)
@@ -190,6 +189,7 @@ def test_a_loss_may_be_allowed() -> None:
     assert found["verdict"]["allowed"] == {"closed unanswered": None, "refused": 3}
 
 
+@pytest.mark.measured
 def test_without_any_kind_the_usual_clients_are_named(url: str) -> None:
     result = churn(url, "--duration", "200ms", "--slow-time", "50ms")
     assert "the usual clients: --connect 50/s --keepalive 20 --late 5/s --halfhead 5/s" in result.stderr
@@ -227,6 +227,7 @@ def test_interrupting_tells_what_was_seen(url: str, tmp_path: Path) -> None:
     assert "ended early" in out
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_full_disk_under_the_output_is_no_traceback_and_reports_are_written(
     url: str, stream: str, tmp_path: Path
@@ -275,6 +276,7 @@ def test_reports_keep_what_was_there_until_they_are_whole(url: str, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
+@pytest.mark.measured
 def test_a_full_disk_is_told_after_the_verdict(url: str) -> None:
     result = churn(url, *LIGHT, "--json", "/dev/full")
     assert result.returncode == 2
@@ -287,7 +289,7 @@ def test_a_full_disk_is_told_after_the_verdict(url: str) -> None:
 
 
 def refused(*args: str) -> str:
-    result = churn(*args)
+    result = run_here("churn", *args, cwd=Path.cwd(), env=os.environ)
     assert result.returncode == 2, result.stdout + result.stderr
     assert not result.stdout
     return result.stderr
@@ -325,6 +327,7 @@ def test_a_target_that_nobody_serves_is_refused(tmp_path: Path) -> None:
     assert_three_lines(refused(f"unix:{tmp_path}/no.sock"), "HP703")
 
 
+@pytest.mark.measured
 def test_tls_must_be_spoken_and_trusted(tmp_path: Path, url: str) -> None:
     pki = Pki(tmp_path)
     write_code(tmp_path / "app.py", APP)
@@ -372,6 +375,7 @@ def test_streams_and_datagrams_are_echoed(tmp_path: Path) -> None:
     assert count(found, "answered") > 0
 
 
+@pytest.mark.measured
 def test_a_descriptor_limit_says_what_would_fit(url: str) -> None:
     result = subprocess.run(
         [
@@ -423,7 +427,7 @@ def test_a_descriptor_limit_says_what_would_fit(url: str) -> None:
 def test_what_cannot_be_is_said_before_anything_begins(
     url: str, tmp_path: Path, args: tuple[str, ...], code: str, words: str
 ) -> None:
-    result = churn(url, *args, env={"HOTPORT_RUNTIME_DIR": str(tmp_path)})
+    result = run_here("churn", url, *args, cwd=tmp_path, env={**os.environ, "HOTPORT_RUNTIME_DIR": str(tmp_path)})
     assert result.returncode in {2, 6}
     said = result.stderr[result.stderr.index("HP") :]
     assert_three_lines(said, code)

@@ -6,12 +6,7 @@ import socket
 import threading
 from pathlib import Path
 
-import pytest
-
 from tests.support import DEADLINE_S, Service, write_code
-
-pytestmark = pytest.mark.measured
-
 
 APP = """\
 import asyncio

@@ -19,9 +19,6 @@ from hotport.cli import demo
 from hotport.errors import ConfigError
 from tests.support import DEADLINE_S, HOTPORT
 
-pytestmark = pytest.mark.measured
-
-
 SMALL = ("demo", "--restarts", "1", "--connections", "10")
 
 
@@ -50,6 +47,7 @@ def test_no_request_is_lost_and_every_version_answers(temporary: Path) -> None:
     assert not list(temporary.iterdir())
 
 
+@pytest.mark.measured
 def test_a_terminal_gets_a_picture_and_a_verdict(temporary: Path) -> None:
     ours, theirs = os.openpty()
     try:
@@ -80,6 +78,7 @@ def read_terminal(fd: int) -> str:
     return b"".join(parts).decode()
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_stops_the_service_and_removes_its_directory(temporary: Path, number: signal.Signals) -> None:
     with subprocess.Popen(

@@ -219,7 +219,6 @@ def test_service_that_ends_without_a_word_is_not_said_to_have_written_one(tmp_pa
         assert "worker 1 exited 7; if it has written why, that is above" in error
 
 
-@pytest.mark.measured
 def test_second_restart_is_told_that_one_is_in_progress(tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
@@ -248,7 +247,6 @@ UNUSABLE = {
 }
 
 
-@pytest.mark.measured
 def test_restart_with_options_that_cannot_be_used_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     write_code(tmp_path / "app.py", LINE_APP.format(version="one"))
     (tmp_path / "hotport.toml").write_text("bind = 'unix:app.sock'\nworkers = 2\n")

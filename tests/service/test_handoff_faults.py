@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 
 from tests.support import DEADLINE_S, Service, eventually, read_response, watching_pid, write_code
 
@@ -113,7 +112,6 @@ def test_generations_with_different_envelopes_answer_once_more_and_say_so(tmp_pa
         assert '"told_to_close": 5' in out
 
 
-@pytest.mark.measured
 def test_supervisor_killed_while_connections_move_costs_none(tmp_path: Path) -> None:
     with serving(tmp_path, "--workers", "2", "--orphan-timeout", "1h") as (service, kept):
         command = service.start("restart", service.name)

@@ -104,7 +104,6 @@ def wait_left_alone(service: Service) -> None:
     service.wait_until(lambda: not any(each["connections"] for each in service.status()["workers"]), "all have left")
 
 
-@pytest.mark.measured
 @pytest.mark.timeout(120 * SLOWNESS)
 def test_a_lame_duck_is_taken_out_before_it_refuses_anybody(tmp_path: Path, hosts: dict[str, str]) -> None:
     write_code(tmp_path / "app.py", APP)

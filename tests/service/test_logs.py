@@ -74,7 +74,6 @@ def test_level_is_the_least_that_is_written(tmp_path: Path) -> None:
     assert levels == {"error"}
 
 
-@pytest.mark.measured
 def test_stable_events_tell_the_life_of_a_service(tmp_path: Path) -> None:
     write_code(tmp_path / "app.py", TALKING)
     with Service(tmp_path, "app:app").wait_ready() as service:

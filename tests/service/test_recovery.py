@@ -18,9 +18,6 @@ from tests.service.test_handoff_faults import APP as HTTP_APP
 from tests.service.test_handoff_faults import Kept
 from tests.support import LINE_APP, STRIDE, Gate, Hammer, Service, ask_line, eventually, watching_pid, write_code
 
-pytestmark = pytest.mark.measured
-
-
 #: Imported by every interpreter that has its directory on its path: the supervisor kills itself before the effect of
 #: that number, counted from the beginning of a restart. Timers are its own affair: nobody else can see them.
 CRASHES = """
@@ -197,6 +194,7 @@ def test_next_supervisor_remembers_how_many_workers_were_wanted(tmp_path: Path) 
             assert [each["worker"] for each in status["workers"]] == [2, 3]
 
 
+@pytest.mark.measured
 def test_worker_that_was_still_starting_is_found_and_goes_on(tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     with ending(tmp_path):
@@ -214,6 +212,7 @@ def test_worker_that_was_still_starting_is_found_and_goes_on(tmp_path: Path) -> 
             assert ask_line(second.port).pid == pid
 
 
+@pytest.mark.measured
 def test_program_of_somebody_else_is_adopted_by_its_descriptors(tmp_path: Path) -> None:
     (tmp_path / "server.py").write_text(FOREIGN)
     args = ("--ready", "notify", "--", sys.executable, "server.py")
@@ -253,6 +252,7 @@ def test_socket_file_is_kept_and_removed_by_whoever_is_last(tmp_path: Path) -> N
         assert not path.exists()
 
 
+@pytest.mark.measured
 def test_workers_of_another_protocol_are_refused_and_serve_on(tmp_path: Path) -> None:
     with ending(tmp_path):
         write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))

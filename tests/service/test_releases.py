@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 import hotport
 from tests.support import LINE_APP, Hammer, Service, ask_line, write_code
 
@@ -42,7 +40,6 @@ def make_release(base: Path, number: int) -> Path:
     return release
 
 
-@pytest.mark.measured
 def test_restart_runs_the_release_that_the_link_names_now(tmp_path: Path) -> None:
     old, new = make_release(tmp_path, 41), make_release(tmp_path, 42)
     current = tmp_path / "current"

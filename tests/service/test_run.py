@@ -15,9 +15,6 @@ import pytest
 import hotport
 from tests.support import DEADLINE_S, assert_three_lines
 
-pytestmark = pytest.mark.measured
-
-
 ECHO = """
 import hotport
 
@@ -67,6 +64,7 @@ def test_a_module_serves_what_it_defines(tmp_path: Path) -> None:
     assert code == 0, stderr
 
 
+@pytest.mark.measured
 def test_an_upgrade_changes_neither_the_name_nor_what_comes_after_the_service(tmp_path: Path) -> None:
     (tmp_path / "hotport.toml").write_text("name = 'first'\n")
     (tmp_path / "server.py").write_text(
@@ -96,6 +94,7 @@ def test_an_upgrade_changes_neither_the_name_nor_what_comes_after_the_service(tm
     assert (tmp_path / "after").read_text() == "x"
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize(
     ("call", "code", "words"),
     [

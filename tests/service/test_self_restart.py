@@ -166,8 +166,8 @@ assert int(open("pid").read()) != pid
 """
 
 
-@pytest.mark.soak
 @pytest.mark.measured
+@pytest.mark.soak
 @pytest.mark.timeout(60 * SLOWNESS + 15 * SLOWNESS * RESTARTS)
 @pytest.mark.parametrize(
     ("app", "loop", "url", "clients"),

@@ -143,7 +143,6 @@ def test_addresses_change_with_a_restart(tmp_path: Path, strategy: str) -> None:
         assert not clients.failures
 
 
-@pytest.mark.measured
 @pytest.mark.parametrize("strategy", ["overlap", "rebind"])
 def test_addresses_come_and_go_with_sockets_of_each_generation(tmp_path: Path, strategy: str) -> None:
     app, options = tmp_path / "app.py", tmp_path / "hotport.toml"

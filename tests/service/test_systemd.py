@@ -27,9 +27,6 @@ from tests.support import (
     write_code,
 )
 
-pytestmark = pytest.mark.measured
-
-
 DATAGRAMS = """
 class Echo:
     def connection_made(self, transport):
@@ -160,6 +157,7 @@ def test_what_is_not_wanted_any_more_leaves_the_store_before_its_place_is_taken(
         assert ask_line(port).version == "one"
 
 
+@pytest.mark.measured
 def test_store_follows_a_restart_that_changes_addresses(directory: Path) -> None:
     write_options(directory, "127.0.0.1:0", "unix:@hotport-old")
     with FakeManager(directory, "app:app") as manager:
@@ -199,6 +197,7 @@ def test_without_a_store_the_last_worker_empties_the_queue_and_the_port_closes(d
             ask_line(port)
 
 
+@pytest.mark.measured
 def test_a_foreign_program_gets_the_kept_listener(directory: Path) -> None:
     with FakeManager(directory, "--bind", "127.0.0.1:0", "--", *write_perl(directory, "old")) as manager:
         port = manager.start_unit().port
@@ -404,6 +403,7 @@ def test_a_unit_that_accepts_by_itself_is_explained(directory: Path) -> None:
         assert "Accept=no" in manager.log()
 
 
+@pytest.mark.measured
 def test_one_socket_by_two_names_is_refused(directory: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as passed:
         binds = ("--bind", "systemd:web", "--bind", "fd://3")

@@ -28,9 +28,6 @@ from tests.support import (
     write_code,
 )
 
-pytestmark = pytest.mark.measured
-
-
 HTTP = ("app:app", "--lifespan", "off", "--keep-alive", "1h")
 
 
@@ -101,6 +98,7 @@ def test_newcomer_that_cannot_start_leaves_everything_as_it_was(tmp_path: Path) 
         assert old.stop() == 0
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("who", ["newcomer", "old"])
 def test_socket_file_stays_when_one_of_the_two_ends_before_the_newcomer_accepts(tmp_path: Path, who: str) -> None:
     gate = Gate(tmp_path)
@@ -202,6 +200,7 @@ def test_old_supervisor_that_is_killed_is_seen_off_by_the_newcomer(tmp_path: Pat
         assert new.restart()["outcome"] == "done"
 
 
+@pytest.mark.measured
 def test_addresses_are_kept_added_and_dropped(tmp_path: Path) -> None:
     unix = tmp_path / "a.sock"
     with ending(tmp_path), ExitStack() as stack:
@@ -283,6 +282,7 @@ def test_take_over_is_refused_during_a_restart_and_while_another_is_under_way(tm
         assert_healthy(new, workers=1)
 
 
+@pytest.mark.measured
 def test_supervisor_of_another_protocol_is_refused(tmp_path: Path) -> None:
     with ending(tmp_path), ExitStack() as stack:
         write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))

@@ -29,9 +29,6 @@ from tests.support import (
     write_code,
 )
 
-pytestmark = pytest.mark.measured
-
-
 #: What `hotport serve` needs besides the standard library.
 NEEDED = ("anyio", "click", "msgspec", "rich", "structlog", "uvloop")
 
@@ -137,6 +134,7 @@ def test_program_of_somebody_else_is_kept(tmp_path: Path) -> None:
         assert ask_line(service.port).generation == "2"
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("is_later", [False, True])
 def test_stop_that_comes_when_it_departs_is_not_lost(tmp_path: Path, is_later: bool) -> None:
     write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))
@@ -160,6 +158,7 @@ def test_stop_that_comes_when_it_departs_is_not_lost(tmp_path: Path, is_later: b
         assert service.wait() == 0
 
 
+@pytest.mark.measured
 def test_worker_that_ends_during_the_exec_is_reaped_and_replaced(tmp_path: Path) -> None:
     write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))
     #: The next supervisor kills a worker before it has looked for any.
@@ -237,6 +236,7 @@ def test_upgrade_during_a_restart_is_refused(tmp_path: Path) -> None:
         assert json.loads(restart.communicate(timeout=service.timeout_s)[0])["outcome"] == "done"
 
 
+@pytest.mark.measured
 def test_interpreter_that_lacks_what_the_options_need_is_refused_beforehand(tmp_path: Path, other_python: str) -> None:
     write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))
     with Service(tmp_path, "app:app", "--watch") as service:
