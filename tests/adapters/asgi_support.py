@@ -14,6 +14,7 @@ from typing import Any, Literal
 from unittest import mock
 
 import h11
+import pytest
 
 from hotport.adapters.asgi import AsgiAdapter
 from hotport.adapters.asgi import http as http_module
@@ -25,6 +26,10 @@ from hotport.options import Options
 
 #: The one deadline under which every wait in a test happens.
 DEADLINE_S = 10.0 * float(os.environ.get("HOTPORT_TEST_SLOWNESS", "1"))
+
+
+#: For tests that compute for long and have no transport of the event loop: it only runs their tasks, so one is enough.
+in_memory = pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 
 
 async def read_body(receive: Receive) -> bytes:

@@ -26,7 +26,7 @@ from hotport.adapters.asgi.spec import Receive, Scope, Send
 from hotport.adapters.asgi.states import WebSocketState as State
 from hotport.adapters.asgi.websocket import WebSocketConnection
 from hotport.adapters.handoff import Handoff, Stage
-from tests.adapters.asgi_support import Rig, serving, turns, until
+from tests.adapters.asgi_support import Rig, in_memory, serving, turns, until
 from tests.adapters.test_asgi_websocket import Talk, close, frame, handshake, open_raw, text
 
 pytestmark = pytest.mark.anyio
@@ -147,6 +147,7 @@ FLOODS = {
 
 
 @pytest.mark.parametrize("name", FLOODS)
+@in_memory
 async def test_flood_stays_within_the_budget_while_the_application_takes_nothing(name: str, traced: None) -> None:
     async with serving(Takes(), ws_ping_interval_s=0, ws_queue=1_000_000) as rig:
         connection, wire = await open_raw(rig)
@@ -288,7 +289,7 @@ async def test_pings_without_end_of_a_real_client_that_never_reads(traced: None)
         tracemalloc.reset_peak()
         before, _ = tracemalloc.get_traced_memory()
         sent = 0
-        while sent < 4 * MIB:
+        while sent < 2 * MIB:
             with contextlib.suppress(BlockingIOError):
                 sent += client.send(pings)
             await asyncio.sleep(0)

@@ -14,7 +14,18 @@ import pytest
 from hotport.adapters.asgi import ClientLeft, State
 from hotport.adapters.asgi.spec import Receive, Scope, Send
 from hotport.options import Options
-from tests.adapters.asgi_support import Answer, Answers, Client, Rig, read_body, respond, serving, turns, until
+from tests.adapters.asgi_support import (
+    Answer,
+    Answers,
+    Client,
+    Rig,
+    in_memory,
+    read_body,
+    respond,
+    serving,
+    turns,
+    until,
+)
 from tests.adapters.http_edges import CHUNKED, EDGES, GET, POST, PROBE, SECTIONS, Edge, Recorder, Saw
 
 pytestmark = pytest.mark.anyio
@@ -141,6 +152,7 @@ def cuts(sent: bytes) -> list[list[bytes]]:
 
 
 @every_section
+@in_memory
 async def test_edges_in_pieces_are_the_same(section: str, caplog: pytest.LogCaptureFixture) -> None:
     await check_all(section, caplog, in_pieces)
 

@@ -66,8 +66,8 @@ def test_whoever_wakes_first_the_shares_are_even(workers: int, arrivals: int, ch
         if not is_ahead(counts[favourite], counts[:favourite] + counts[favourite + 1 :]):
             counts[favourite] += 1
         else:  # its turn is over; the rest are woken by the same connection
-            able = [n for n in range(workers) if not is_ahead(counts[n], counts[:n] + counts[n + 1 :])]
-            counts[able[0]] += 1
+            able = (n for n in range(workers) if not is_ahead(counts[n], counts[:n] + counts[n + 1 :]))
+            counts[next(able)] += 1
     mean = sum(counts) / workers
     assert max(counts) <= mean * (1 + AHEAD_RATIO) + AHEAD_MIN + 1
 
