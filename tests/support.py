@@ -47,6 +47,12 @@ HOTPORT = (sys.executable, "-m", "hotport")
 STRANGER = (4242, 65534, 65534)
 
 
+def loops(number: int) -> list[str]:
+    """The event loops of one of a test's variants, by its number: in turns; `make soak` has each variant on both."""
+    both = ["uvloop", "asyncio"]
+    return both if RESTARTS >= 10 else [both[number % 2]]
+
+
 def repetition(restarts: int) -> float:
     """How many times the usual time a test needs that repeats so often.
 

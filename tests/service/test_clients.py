@@ -14,7 +14,7 @@ import httpx
 import pytest
 from websockets.asyncio.client import connect
 
-from tests.support import DEADLINE_S, RESTARTS, Service, need, write_code
+from tests.support import DEADLINE_S, RESTARTS, Service, loops, need, write_code
 
 APP = """
 import asyncio, os
@@ -57,7 +57,7 @@ def deploy(directory: Path, version: str) -> None:
     write_code(directory / "app.py", APP.format(version=version))
 
 
-@pytest.fixture(params=["uvloop", "asyncio"])
+@pytest.fixture
 def service(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Service]:
     deploy(tmp_path, VERSIONS[0])
     options = ("--workers", "2", "--loop", request.param, "--keep-alive", "1h", "--settle", "0s")
@@ -94,6 +94,11 @@ async def restart(service: Service, answers: Answers, fates: Callable[[], dict[s
     await answers.wait(VERSIONS[-1])
 
 
+def on(number: int) -> pytest.MarkDecorator:
+    """Requests move on both event loops, and so do WebSockets; each client of them sees one, or in the soak both."""
+    return pytest.mark.parametrize("service", loops(number), indirect=True)
+
+
 async def while_asking(
     service: Service, ask: Callable[[int, Answers], Coroutine[Any, Any, None]], fates: Callable[[], dict[str, int]]
 ) -> None:
@@ -107,6 +112,7 @@ async def while_asking(
 
 
 @pytest.mark.soak
+@on(0)
 def test_aiohttp_s_pool_keeps_its_connections(service: Service) -> None:
     async def main() -> None:
         connects = 0
@@ -133,6 +139,7 @@ def test_aiohttp_s_pool_keeps_its_connections(service: Service) -> None:
 
 
 @pytest.mark.soak
+@on(1)
 def test_httpx_s_pool_keeps_its_connections(service: Service) -> None:
     url = f"http://127.0.0.1:{service.port}/"
 
@@ -158,6 +165,7 @@ def test_httpx_s_pool_keeps_its_connections(service: Service) -> None:
 
 
 @pytest.mark.soak
+@on(2)
 def test_curl_keeps_its_connection(service: Service) -> None:
     arguments = ["--silent", "--no-buffer", "--rate", "100/s", "--fail-early", "--fail"]
     arguments += ["--write-out", " %{http_code} %{num_connects}\n", f"http://127.0.0.1:{service.port}/[1-1000000]"]
@@ -231,6 +239,7 @@ async def fragments(message: Any) -> AsyncIterator[Any]:
 
 
 @pytest.mark.soak
+@on(4)
 def test_websockets_client_stays_connected_with_compression_and_fragments(service: Service) -> None:
     url = f"ws://127.0.0.1:{service.port}/"
 
@@ -248,6 +257,7 @@ def test_websockets_client_stays_connected_with_compression_and_fragments(servic
 
 
 @pytest.mark.soak
+@on(3)
 def test_aiohttp_s_websocket_stays_connected_with_compression(service: Service) -> None:
     async def main() -> None:
         async with aiohttp.ClientSession(f"http://127.0.0.1:{service.port}") as session:

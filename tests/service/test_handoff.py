@@ -13,7 +13,7 @@ from threading import Condition, Thread
 import pytest
 
 from hotport.wire.messages import ScaleRequest
-from tests.support import DEADLINE_S, RESTARTS, Service, eventually, read_response, write_code
+from tests.support import DEADLINE_S, RESTARTS, Service, eventually, loops, read_response, write_code
 
 #: Three ways to write one service: each line comes back behind its number on this connection and the code's version.
 #: And one over HTTP.
@@ -178,8 +178,9 @@ def talking(directory: Path, target: str, *options: str) -> Iterator[tuple[Servi
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("target", "loop"), [(target, loop) for number, target in enumerate(TARGETS) for loop in loops(number)]
+)
 def test_restarts_move_every_connection_and_lose_no_line(tmp_path: Path, target: str, loop: str) -> None:
     with talking(tmp_path, target, "--workers", "2", "--loop", loop) as (service, talk):
         for number in range(1, RESTARTS + 1):

@@ -23,6 +23,7 @@ from tests.support import (
     Service,
     eventually,
     http_get,
+    loops,
     need,
     read_response,
     write_code,
@@ -236,6 +237,7 @@ def test_restarts_under_all_kinds_of_load_at_once_cost_no_request(tmp_path: Path
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("service", loops(0), indirect=True)
 def test_connections_that_send_only_after_the_restart_are_answered(service: Service) -> None:
     port = service.port
     early = [socket.create_connection(("127.0.0.1", port), DEADLINE_S) for _ in range(300)]
@@ -316,6 +318,7 @@ def read_to_end(sock: socket.socket) -> bytes:
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("service", loops(1), indirect=True)
 def test_an_idle_keep_alive_connection_is_answered_by_the_new_code(service: Service) -> None:
     with socket.create_connection(("127.0.0.1", service.port), DEADLINE_S) as client:
         for number in range(RESTARTS + 1):

@@ -13,7 +13,7 @@ import websockets
 from websockets.asyncio.client import connect
 
 from hotport.wire.messages import Report, RestartRequest
-from tests.support import DEADLINE_S, RESTARTS, SLOWNESS, Service, eventually, write_code
+from tests.support import DEADLINE_S, RESTARTS, SLOWNESS, Service, eventually, loops, write_code
 
 APP = """
 async def app(scope, receive, send):
@@ -84,10 +84,10 @@ class Clients:
                 self.closes[type(error).__name__] += 1
 
 
-@pytest.fixture(params=["uvloop", "asyncio"])
-def options(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, ...]:
+@pytest.fixture
+def options(tmp_path: Path) -> tuple[str, ...]:
     write_code(tmp_path / "app.py", APP.format(version="v0"))
-    return ("--drain-timeout", "5s", "--settle", "0s", "--workers", "2", "--loop", request.param)
+    return ("--drain-timeout", "5s", "--settle", "0s", "--workers", "2")
 
 
 def restart(service: Service, clients: Clients) -> Iterator[dict[str, int]]:
@@ -104,11 +104,12 @@ def restart(service: Service, clients: Clients) -> Iterator[dict[str, int]]:
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("loop", loops(0))  # on the other one: test_clients.py
 def test_restarts_are_noticed_by_no_client_of_an_application_that_knows_nothing_of_them(
-    tmp_path: Path, options: tuple[str, ...]
+    tmp_path: Path, options: tuple[str, ...], loop: str
 ) -> None:
     with (
-        Service(tmp_path, "app:app", *options, "--handoff", "websocket") as service,
+        Service(tmp_path, "app:app", *options, "--loop", loop, "--handoff", "websocket") as service,
         Clients(service.wait_ready().port) as clients,
     ):
         eventually(lambda: clients.opened == CLIENTS, "all are connected")
@@ -118,11 +119,13 @@ def test_restarts_are_noticed_by_no_client_of_an_application_that_knows_nothing_
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("handoff", ["auto", "off"])
+@pytest.mark.parametrize(
+    ("handoff", "loop"), [(handoff, loop) for number, handoff in enumerate(("auto", "off")) for loop in loops(number)]
+)
 def test_restarts_close_with_1012_only_and_lose_no_message_where_nobody_has_agreed(
-    tmp_path: Path, options: tuple[str, ...], handoff: str
+    tmp_path: Path, options: tuple[str, ...], handoff: str, loop: str
 ) -> None:
-    options = (*options, "--drain-timeout", f"{0.5 * SLOWNESS:g}s", "--handoff", handoff)
+    options = (*options, "--loop", loop, "--drain-timeout", f"{0.5 * SLOWNESS:g}s", "--handoff", handoff)
     with Service(tmp_path, "app:app", *options) as service, Clients(service.wait_ready().port) as clients:
         told = 0
         for fates in restart(service, clients):
