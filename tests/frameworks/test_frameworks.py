@@ -12,6 +12,7 @@ import json
 import re
 import socket
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 
 import aiohttp
 import httpx
@@ -370,40 +371,39 @@ def redeploy(service: Service, framework: str, version: str) -> None:
 RESUMING = ("starlette", "fastapi", "channels", "litestar")
 
 
-@pytest.mark.parametrize("path", ["/ws", "/ws/count"])
-@pytest.mark.parametrize("framework", RESUMING)
+@pytest.mark.parametrize(
+    ("framework", "handoff"), [*((framework, "websocket") for framework in RESUMING), ("starlette", "auto")]
+)
 def test_websocket_is_resumed_by_the_new_code(
-    tmp_path_factory: pytest.TempPathFactory, framework: str, path: str
+    tmp_path_factory: pytest.TempPathFactory, framework: str, handoff: str
 ) -> None:
-    """An application that knows nothing of it is moved by the option; one that counts agrees, and goes on counting."""
+    """One that counts agrees, and goes on counting; one that knows nothing of it is moved by the option."""
     directory = lay_out(tmp_path_factory.mktemp("resume"))
-    is_counting = path == "/ws/count"
-    options = ("--handoff", "auto" if is_counting else "websocket")
+    paths = ("/ws", "/ws/count") if handoff == "websocket" else ("/ws/count",)
 
     async def talk(service: Service) -> None:
-        async with (
-            aiohttp.ClientSession(f"http://127.0.0.1:{service.port}") as session,
-            session.ws_connect(path) as websocket,
-        ):
+        async with AsyncExitStack() as stack:
+            session = await stack.enter_async_context(aiohttp.ClientSession(f"http://127.0.0.1:{service.port}"))
+            websockets = {path: await stack.enter_async_context(session.ws_connect(path)) for path in paths}
             for number in range(1, 20 * RESTARTS + 1):
-                await websocket.send_str(f"message {number}")
+                for websocket in websockets.values():
+                    await websocket.send_str(f"message {number}")
                 if number % 20 == 0:  # while these are under way
                     redeploy(service, framework, f"v{number // 20}")
                     restarting = asyncio.create_task(asyncio.to_thread(service.restart))
-                    for answered in range(number - 19, number + 1):
-                        answer = await websocket.receive_str()
-                        assert answer == (f"{answered} " if is_counting else "") + f"message {answered}"
-                    assert (await restarting)["connections"] == {"moved_websocket": 1}
+                    for path, websocket in websockets.items():
+                        for answered in range(number - 19, number + 1):
+                            answer = await websocket.receive_str()
+                            assert answer == (f"{answered} " if path == "/ws/count" else "") + f"message {answered}"
+                    assert (await restarting)["connections"] == {"moved_websocket": len(paths)}
             assert ask_version(service.port).version == f"v{RESTARTS}"
 
-    with Service(directory, f"{framework}_app:app", *options).wait_ready() as service:
+    with Service(directory, f"{framework}_app:app", "--handoff", handoff).wait_ready() as service:
         asyncio.run(talk(service))
         told = [event for event, _ in unusual(service, 0)]
-    if is_counting:
-        assert told == []
-    else:  # each generation's worker has resumed one that never agreed
-        assert len(told) == RESTARTS
-        assert all("has not called movable()" in event for event in told)
+    # Each generation's worker has resumed one that never agreed.
+    assert len(told) == ("/ws" in paths) * RESTARTS
+    assert all("has not called movable()" in event for event in told)
 
 
 @pytest.mark.parametrize("framework", [*RESUMING, "quart"])
