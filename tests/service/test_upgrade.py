@@ -48,8 +48,8 @@ def other_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     place = tmp_path_factory.mktemp("other")
     python = place / "bin" / "python"
     try:
-        subprocess.run([found, "-m", "venv", place], check=True, capture_output=True, timeout=120)
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", *NEEDED]
+        subprocess.run([found, "-m", "venv", "--without-pip", place], check=True, capture_output=True, timeout=120)
+        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-compile", *NEEDED]
         subprocess.run(pip, check=True, capture_output=True, timeout=300)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         pytest.skip(f"no environment for {found}: {error}")

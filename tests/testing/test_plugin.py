@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,10 +59,11 @@ def test_fixtures_serve_restart_and_end(tmp_path: Path) -> None:
     (tmp_path / "shop.py").write_text(SHOP)
     (tmp_path / "test_shop.py").write_text(TESTS)
     # By its module: whether the entry point is installed depends on how hotport is.
-    plugins = ["-p", "no:hotport", "-p", "hotport.testing.plugin", "-p", "no:cacheprovider"]
+    plugins = ["-p", "hotport.testing.plugin", "-p", "no:cacheprovider"]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *plugins, "--rootdir", str(tmp_path)],
         cwd=tmp_path,
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,
         timeout=3 * DEADLINE_S,
