@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import resource
@@ -34,6 +35,7 @@ __all__ = [
     "rss_bytes",
     "run_delay_s",
     "send_signal",
+    "send_signal_to_main_thread",
     "working_directory",
 ]
 
@@ -55,6 +57,27 @@ def send_signal(pidfd: int, signum: int) -> bool:
         signal.pidfd_send_signal(pidfd, signum)
     except ProcessLookupError:
         return False
+    return True
+
+
+def send_signal_to_main_thread(pid: int, pidfd: int, signum: int) -> bool:
+    """Signal the main thread of a process: one to the process may be handled by any thread of it.
+
+    Args:
+        pid: Of the process that `pidfd` stands for.
+
+    Returns:
+        False if it has been waited for already.
+
+    Sources: tgkill(2); musl, which has no such function, signals the process.
+    """
+    import ctypes  # not on every start: this is needed for workers that hang
+
+    tgkill = getattr(ctypes.CDLL(None, use_errno=True), "tgkill", None)
+    if tgkill is None or not send_signal(pidfd, 0):
+        return send_signal(pidfd, signum)
+    if tgkill(pid, pid, signum) != 0 and (number := ctypes.get_errno()) != errno.ESRCH:
+        raise OSError(number, os.strerror(number))
     return True
 
 
@@ -257,13 +280,16 @@ def rss_bytes(pid: int) -> int:
         return 0
 
 
-def run_delay_s() -> float:
-    """How long this process's main thread has waited for a processor in all, in seconds; 0 where the kernel is silent.
+def run_delay_s(pid: int | None = None) -> float:
+    """How long a process's main thread has waited for a processor in all, in seconds; 0 where the kernel is silent.
+
+    Args:
+        pid: None for this process.
 
     Sources: Documentation/scheduler/sched-stats.rst, /proc/PID/schedstat, second field, in nanoseconds.
     """
     try:
-        with open("/proc/self/schedstat", "rb") as file:
+        with open(f"/proc/{'self' if pid is None else pid}/schedstat", "rb") as file:
             return int(file.read().split()[1]) / 1e9
     except (OSError, IndexError, ValueError):  # without CONFIG_SCHED_INFO
         return 0.0
