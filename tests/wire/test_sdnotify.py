@@ -27,6 +27,7 @@ NOTIFICATIONS = st.builds(
     errno=st.none() | st.integers(0, 200),
     extend_timeout_s=MAYBE_SECONDS,
     watchdog=st.booleans(),
+    watchdog_s=MAYBE_SECONDS,
     main_pid=st.none() | st.integers(1, 2**22),
     monotonic_s=MAYBE_SECONDS,
     error=st.none() | st.text(),
@@ -57,6 +58,12 @@ def test_words_are_those_of_sd_notify() -> None:
     ]
     assert encode_notification(stopping=True, reloading=True, watchdog=True) == (b"STOPPING=1\nRELOADING=1\nWATCHDOG=1")
     assert encode_notification() == b""
+
+
+def test_watchdog_may_be_told_of_a_failure_and_of_another_bound() -> None:
+    said = encode_notification(watchdog=True, has_failed=True, watchdog_s=2.5)
+    assert said == b"WATCHDOG=trigger\nWATCHDOG_USEC=2500000"
+    assert Notification.parse(said) == Notification(has_failed=True, watchdog_s=2.5)
 
 
 def test_unknown_keys_and_bad_numbers_are_ignored() -> None:

@@ -54,6 +54,8 @@ class Notification(msgspec.Struct, frozen=True):
         errno: Why it failed, as an errno.
         extend_timeout_s: Seconds from now within which the next message comes.
         watchdog: Alive.
+        has_failed: Not alive, by its own word.
+        watchdog_s: Seconds within which it says from now on that it is alive.
         main_pid: The process to watch from now on.
         monotonic_s: Seconds on CLOCK_MONOTONIC when the message was made.
         error: Why a worker cannot start, with all its lines.
@@ -66,6 +68,8 @@ class Notification(msgspec.Struct, frozen=True):
     errno: int | None = None
     extend_timeout_s: float | None = None
     watchdog: bool = False
+    has_failed: bool = False
+    watchdog_s: float | None = None
     main_pid: int | None = None
     monotonic_s: float | None = None
     error: str | None = None
@@ -83,6 +87,8 @@ class Notification(msgspec.Struct, frozen=True):
             errno=_number(said.get("ERRNO")),
             extend_timeout_s=_seconds(said.get("EXTEND_TIMEOUT_USEC")),
             watchdog=said.get("WATCHDOG") == "1",
+            has_failed=said.get("WATCHDOG") == "trigger",
+            watchdog_s=_seconds(said.get("WATCHDOG_USEC")),
             main_pid=_number(said.get("MAINPID")) or None,  # pid 0 is nobody
             monotonic_s=_seconds(said.get("MONOTONIC_USEC")),
             error=_lines(said.get("X_HOTPORT_ERROR")),
@@ -98,6 +104,8 @@ def encode_notification(
     errno: int | None = None,
     extend_timeout_s: float | None = None,
     watchdog: bool = False,
+    has_failed: bool = False,
+    watchdog_s: float | None = None,
     main_pid: int | None = None,
     monotonic_s: float | None = None,
     error: str | None = None,
@@ -114,7 +122,8 @@ def encode_notification(
         "STATUS": None if status is None else " ".join(status.splitlines())[:_STATUS_CHARS_MAX],
         "ERRNO": errno,
         "EXTEND_TIMEOUT_USEC": None if extend_timeout_s is None else round(extend_timeout_s * _USEC_PER_S),
-        "WATCHDOG": "1" if watchdog else None,
+        "WATCHDOG": "trigger" if has_failed else "1" if watchdog else None,
+        "WATCHDOG_USEC": None if watchdog_s is None else round(watchdog_s * _USEC_PER_S),
         "MAINPID": main_pid,
         "MONOTONIC_USEC": None if monotonic_s is None else round(monotonic_s * _USEC_PER_S),
     }
