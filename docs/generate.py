@@ -532,6 +532,7 @@ SIGNALS_TAIL: Final = """
   cannot handle them yet; only TERM, INT and QUIT end a supervisor that has not begun to serve.
 - An application may set handlers of its own for signals that its worker gets, in its module or later; they replace
   those of the worker.
+- Real-time signals 61 to 63 ask a worker that [does not answer](../how-to/hung-workers.md) for its Python stacks.
 - A program after `--` has the signals of any program that is started: default handling, none blocked. The
   supervisor sends it SIGTERM when it should leave, and SIGKILL to its process group when that takes too long or the
   supervisor is told to hurry.

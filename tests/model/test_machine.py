@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from hotport.model.effects import StartTimer
-from hotport.model.inputs import Clock, Elapsed, MoreTime, RecycleDue, Timer
+from hotport.model.inputs import Answered, Clock, Elapsed, Hung, MoreTime, RecycleDue, Timer
 from hotport.model.lifecycle import Event, Phase
 from hotport.model.strategies import Strategy
 from tests.model.world import World
@@ -73,6 +73,16 @@ class Chaos(RuleBasedStateMachine):
     @rule(data=st.data())
     def a_worker_expires(self, data: st.DataObject) -> None:
         self.world.queue.append(RecycleDue(data.draw(st.sampled_from(sorted(self.world.processes)))))
+
+    @precondition(lambda self: self.world.processes and not self.is_over)
+    @rule(data=st.data())
+    def a_worker_hangs(self, data: st.DataObject) -> None:
+        self.world.queue.append(Hung(data.draw(st.sampled_from(sorted(self.world.processes))), 60.0))
+
+    @precondition(lambda self: self.world.processes and not self.is_over)
+    @rule(data=st.data())
+    def a_worker_answers_again(self, data: st.DataObject) -> None:
+        self.world.queue.append(Answered(data.draw(st.sampled_from(sorted(self.world.processes)))))
 
     @precondition(lambda self: not self.is_over)
     @rule(worker=st.integers(1, 9), seconds=st.floats(0, 100))

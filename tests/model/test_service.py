@@ -25,7 +25,7 @@ from hotport.model.effects import (
     Terminate,
     Unsteer,
 )
-from hotport.model.inputs import Clock, Elapsed, Exited, MoreTime, RecycleDue, Timer
+from hotport.model.inputs import Answered, Clock, Elapsed, Exited, Hung, MoreTime, RecycleDue, Timer
 from hotport.model.lifecycle import Event, Phase
 from hotport.model.rules import BACKOFF_MAX_S, GENERATIONS_DRAINING_MAX
 from hotport.model.steps import Step
@@ -545,6 +545,90 @@ def test_replacement_takes_the_place_of_an_expired_worker_that_dies_first() -> N
     world.run()
     assert orders(world.effects) == [Spawn(2, 1), Open(2)]
     assert phases(world) == {2: Phase.SERVING}
+
+
+# -- hung workers -------------------------------------------------------------------------------------------
+
+
+def test_hung_worker_is_replaced_start_first_and_has_the_time_to_drain() -> None:
+    world = serving(2)
+    world.queue.append(Hung(1, 60.0))
+    world.take()
+    (news_,) = [e for e in world.effects if isinstance(e, Announce) and e.news is News.WORKER_GIVEN_UP]
+    assert (news_.worker, news_.why) == (1, "has not answered for 60 s")
+    world.run(slow=(1,))
+    assert orders(world.effects) == [Spawn(3, 1), Open(3), Drain(1)]
+    assert Timer(Clock.DRAIN, 1) in world.timers
+    assert phases(world) == {1: Phase.DRAINING, 2: Phase.SERVING, 3: Phase.SERVING}
+    world.elapse(Clock.DRAIN, 1)
+    world.take()
+    world.elapse(Clock.KILL, 1)
+    world.take()
+    assert orders(world.effects)[-2:] == [Terminate(1), Kill(1)]
+
+
+def test_time_that_it_waited_for_a_processor_is_told_if_it_is_much() -> None:
+    world = serving(2)
+    world.queue += [Hung(1, 80.0, 20.0), Hung(2, 90.0, 30.0)]
+    world.run()
+    told = [e.why for e in world.effects if isinstance(e, Announce) and e.news is News.WORKER_GIVEN_UP]
+    assert told == [
+        "has not answered for 80 s",
+        "has not answered for 90 s, and waited for a processor in 30 s of them",
+    ]
+
+
+def test_hung_worker_is_replaced_before_one_that_has_only_served_long_enough() -> None:
+    world = serving(2)
+    world.queue += [RecycleDue(1), Hung(2, 60.0), Hung(2, 61.0)]
+    world.take()
+    world.run(slow=(2,))
+    assert orders(world.effects)[:6] == [Spawn(3, 1), Open(3), Drain(1), Spawn(4, 1), Open(4), Drain(2)]
+    world = serving(3)
+    world.queue += [RecycleDue(1), RecycleDue(2), Hung(3, 60.0)]
+    world.run(slow=(3,))
+    drained = [e.worker for e in orders(world.effects) if isinstance(e, Drain)]
+    assert drained == [1, 3, 2]
+
+
+def test_hung_worker_that_answers_before_its_replacement_is_started_stays() -> None:
+    world = serving(2)
+    world.restart(is_watched=True)
+    world.run().elapse(Clock.SETTLE)
+    world.queue += [Hung(1, 60.0), Hung(3, 60.0), Answered(1), Answered(3), Answered(99)]
+    world.run()
+    assert not any(worker.is_hung for worker in world.service.workers.values())
+
+
+def test_hung_worker_that_leaves_anyway_or_is_unknown_is_not_given_up() -> None:
+    world = serving(2)
+    world.say(1, Event.LEAVING)
+    world.take()
+    world.effects.clear()
+    world.queue += [Hung(1, 60.0), Hung(99, 60.0)]
+    world.take()
+    assert News.WORKER_GIVEN_UP not in news(world.effects)
+
+
+def test_workers_that_hang_faster_than_they_are_killed_are_no_more_than_twice_as_many() -> None:
+    world = serving(1)
+    world.queue.append(Hung(1, 60.0))
+    world.run(slow=(1,))
+    world.queue.append(Hung(2, 60.0))
+    world.run(slow=(1, 2))
+    assert phases(world) == {1: Phase.DRAINING, 2: Phase.SERVING}
+    world.die(1)
+    world.run(slow=(2,))
+    assert phases(world) == {2: Phase.DRAINING, 3: Phase.SERVING}
+
+
+def test_hung_workers_are_let_go_first_when_there_are_too_many() -> None:
+    world = serving(3)
+    world.queue.append(Hung(1, 60.0))
+    world.take()
+    world.scale(2)
+    world.take()
+    assert world.service.workers[1].phase is Phase.DRAINING
 
 
 # -- scale --------------------------------------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from hotport.model.effects import Accept, Announce, Drain, News, Open, Quiesce, Refusal, Refuse, Spawn, Terminate
-from hotport.model.inputs import Clock, Elapsed, RecycleDue, Timer, Unhealthy
+from hotport.model.inputs import Clock, Elapsed, Hung, RecycleDue, Timer, Unhealthy
 from hotport.model.lifecycle import Event, Phase
 from hotport.model.steps import Step
 from tests.model.test_service import orders, phases, reached, serving
@@ -298,6 +300,22 @@ def test_rest_that_fails_to_start_takes_the_canary_along() -> None:
     assert News.ABORTED in news(world.effects)
     assert Drain(3) in world.effects
     assert phases(world) == {1: Phase.SERVING, 2: Phase.SERVING}
+
+
+@pytest.mark.parametrize("make", [watching, baking])
+def test_new_worker_that_hangs_while_it_is_watched_undoes_the_restart(make: Callable[[], World]) -> None:
+    world = make()
+    world.queue.append(Hung(3, 60.0))
+    world.run(slow=(3,))
+    assert why(world, News.UNDONE) == "worker 3 has not answered for 60 s"
+    assert phases(world).items() >= {1: Phase.SERVING, 2: Phase.SERVING}.items()
+
+
+def test_old_worker_that_hangs_in_the_undo_window_is_not_replaced_in_it() -> None:
+    world = watching()
+    world.queue.append(Hung(1, 60.0))
+    world.run()
+    assert orders(world.effects) == []
 
 
 def test_old_workers_are_looked_after_while_a_canary_bakes() -> None:

@@ -46,8 +46,9 @@ Site = tuple[str, int]
 #: Whose awaits are tried: everything of which the supervisor makes tasks.
 WATCHED = ("supervisor/", "runner.py")
 
-#: How many awaits the life that is played here does not come to: take-overs, TLS, recovery, a want of descriptors.
-MISSED_MAX = 35
+#: How many awaits the life that is played here does not come to: take-overs, TLS, recovery, a want of
+#: descriptors, workers that hang.
+MISSED_MAX = 42
 
 #: This one is what contains the others.
 SELF = "supervisor/contain.py"

@@ -195,7 +195,8 @@ def print_status(status: Status) -> None:
         ("connections", "right", lambda each: _share(each.connections, total if each in serving else 0)),
         ("requests", "right", lambda each: _number(each.requests)),
         ("memory", "right", lambda each: _mib(each.rss_bytes or 0)),
-        ("status", "left", lambda each: Text(visible(each.status))),
+        ("lag", "right", lambda each: _lag(each.lag_s)),
+        ("status", "left", lambda each: Text(visible(_condition(each)))),
     )
     table = Table(box=None, pad_edge=False)
     for heading, justify, _ in columns:
@@ -264,6 +265,21 @@ def print_tls_report(report: TlsReport) -> None:
 def _share(connections: int | None, total: int) -> str:
     """How many of all that are open, and which part of them, if there are others that have some."""
     return f"{connections} ({connections / total:.0%})" if total and connections is not None else _number(connections)
+
+
+def _condition(worker: WorkerStatus) -> str:
+    """What a worker says of itself, unless it hangs, or is stopped."""
+    if worker.is_stopped:
+        return f"stopped by a signal or a debugger: kill -CONT {worker.pid}"
+    if worker.hung_s is not None:
+        return f"hung {_age(worker.hung_s)}" + (f" at {worker.hung_at}" if worker.hung_at else "")
+    return worker.status
+
+
+def _lag(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def _number(value: int | None) -> str:

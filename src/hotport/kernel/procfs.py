@@ -425,6 +425,26 @@ def is_suspended(pid: int) -> bool:
     return bool(state) and state[0] in ("T", "t")
 
 
+def state_of(pid: int) -> str:
+    """The letter of a process's state, as ``D`` for one that waits for a disk; empty when it is gone.
+
+    Sources: proc_pid_stat(5), state.
+    """
+    return found[0] if (found := _state(pid)) else ""
+
+
+def sleeps(pid: int) -> int:
+    """How often a process's main thread has gone to sleep by itself; 0 when it is gone.
+
+    Sources: proc_pid_status(5), voluntary_ctxt_switches.
+    """
+    with suppress(OSError), open(f"/proc/{pid}/status", "rb") as file:
+        for line in file:
+            if line.startswith(b"voluntary_ctxt_switches:"):
+                return int(line.split()[1])
+    return 0
+
+
 def _state(pid: int) -> list[str]:
     """Read the fields of a process's stat after its name; empty when it is gone."""
     with suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:

@@ -187,6 +187,7 @@ class News(enum.Enum):
     ABORTED = "restart.aborted"
     WORKER_LOST = "worker.lost"
     WORKER_RETIRED = "worker.retired"
+    WORKER_GIVEN_UP = "worker.given_up"
     BACKING_OFF = "worker.backing_off"
     STOPPING = "service.stopping"
     LAME_DUCK = "service.lame_duck"

@@ -11,10 +11,12 @@ from hotport.model.strategies import Strategy
 
 __all__ = [
     "Adopt",
+    "Answered",
     "Bound",
     "Clock",
     "Elapsed",
     "Exited",
+    "Hung",
     "Input",
     "MoreTime",
     "RecycleDue",
@@ -105,6 +107,24 @@ class RecycleDue(msgspec.Struct, frozen=True):
     worker: int
 
 
+class Hung(msgspec.Struct, frozen=True):
+    """A worker has not answered for so long that it should be replaced.
+
+    Attributes:
+        waited_s: How much of that it has waited for a processor, which does not count.
+    """
+
+    worker: int
+    silent_s: float
+    waited_s: float = 0.0
+
+
+class Answered(msgspec.Struct, frozen=True):
+    """A worker that was `Hung` answers again."""
+
+    worker: int
+
+
 class MoreTime(msgspec.Struct, frozen=True):
     """A worker asked for `seconds` from now (``EXTEND_TIMEOUT_USEC``, sd_notify(3))."""
 
@@ -182,6 +202,8 @@ Input = (
     | Said
     | Exited
     | RecycleDue
+    | Hung
+    | Answered
     | MoreTime
     | Elapsed
     | Bound

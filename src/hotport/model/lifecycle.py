@@ -115,6 +115,7 @@ class Worker(msgspec.Struct, frozen=True):
         id: Numbered from 1 over the life of the service, never reused.
         replaces: The worker that is drained as soon as this one serves, if it was started for that.
         is_expired: It has served long enough (``max_requests`` and the like) and waits for its replacement.
+        is_hung: It does not answer, and waits for its replacement; or leaves.
     """
 
     id: int
@@ -122,3 +123,4 @@ class Worker(msgspec.Struct, frozen=True):
     phase: Phase = Phase.STARTING
     replaces: int | None = None
     is_expired: bool = False
+    is_hung: bool = False

@@ -71,9 +71,11 @@ from hotport.model.effects import (
 )
 from hotport.model.inputs import (
     Adopt,
+    Answered,
     Bound,
     Clock,
     Exited,
+    Hung,
     Input,
     MoreTime,
     RecycleDue,
@@ -221,6 +223,10 @@ def step(service: Service, event: Input) -> tuple[Service, tuple[Effect, ...]]:
             _exited(draft, event)
         case RecycleDue():
             _expired(draft, event.worker)
+        case Hung():
+            _hung(draft, event)
+        case Answered():
+            _answered(draft, event.worker)
         case MoreTime():
             _more_time(draft, event)
         case Bound():
@@ -455,6 +461,25 @@ def _lost(draft: _Draft, worker: Worker, why: str, clock: Clock | None = None) -
 def _expired(draft: _Draft, worker: int) -> None:
     if worker in draft.service.workers:
         draft.put(replace(draft.service.workers[worker], is_expired=True))
+
+
+def _hung(draft: _Draft, event: Hung) -> None:
+    """Replace a worker that does not answer; a new one of a restart is taken back, as if it had ended."""
+    worker, restart = draft.service.workers.get(event.worker), draft.service.restart
+    if worker is None or worker.phase is not Phase.SERVING or worker.is_hung:
+        return
+    draft.put(replace(worker, is_hung=True))
+    why = f"has not answered for {event.silent_s:.3g} s"
+    if event.waited_s > event.silent_s / 4:  # else the time would not fit to the option
+        why += f", and waited for a processor in {event.waited_s:.3g} s of them"
+    draft.emit(Announce(News.WORKER_GIVEN_UP, generation=worker.generation, worker=worker.id, why=why))
+    if restart is not None and worker.id in restart.new and STEPS[restart.step].is_watched:
+        _take_back(draft, restart, f"worker {worker.id} {why}", worker.id)
+
+
+def _answered(draft: _Draft, worker: int) -> None:
+    if worker in draft.service.workers:  # a replacement that was started all the same relieves it
+        draft.put(replace(draft.service.workers[worker], is_hung=False))
 
 
 def _more_time(draft: _Draft, event: MoreTime) -> None:
@@ -762,16 +787,19 @@ def _go_on_maintaining(draft: _Draft) -> None:
                 draft.release(worker.replaces)
             draft.put(replace(worker, replaces=None))
     while len(lasting := _lasting(draft)) > service.wanted:  # let go first of those that are missed least
-        least = min(lasting, key=lambda w: (w.phase in _ACCEPTING, not w.is_expired, -w.id))
+        least = min(lasting, key=lambda w: (w.phase in _ACCEPTING, not w.is_hung, not w.is_expired, -w.id))
         draft.release(least.id)
     if service.is_backing_off:
         return
     for _ in range(service.wanted - len(lasting)):
         draft.spawn(service.generation)
     current = _counted(draft)
-    expired = [w for w in current if w.is_expired and w.phase is Phase.SERVING]
+    leaving = sum(w.is_hung and w.phase not in CURRENT for w in service.workers.values())
+    is_room = leaving < service.wanted  # each has its memory, and they may hang faster than they are killed
+    expired = [w for w in current if (w.is_expired or (w.is_hung and is_room)) and w.phase is Phase.SERVING]
     if expired and len(current) == service.wanted:  # nobody is being relieved yet
-        draft.spawn(service.generation, replaces=expired[0].id)
+        first = max(expired, key=lambda w: (w.is_hung, -w.id))
+        draft.spawn(service.generation, replaces=first.id)
 
 
 def _lasting(draft: _Draft) -> list[Worker]:

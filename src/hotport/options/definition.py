@@ -184,6 +184,14 @@ class Options:
         "Resident memory above which a worker accepts nothing, and ends the connections that hold most; 0: never.",
     )
     max_age_s: float = _option(0.0, duration(), "Age at which a worker is replaced; 0: never.")
+    hang_report_s: float = _option(
+        10.0,
+        duration(),
+        "How long a worker's event loop may be blocked before its Python stack is logged; 0: for ever.",
+    )
+    hang_timeout_s: float = _option(
+        60.0, duration(), "How long a worker's event loop may be blocked before the worker is replaced; 0: for ever."
+    )
     trusted_proxy: tuple[str, ...] = _option(
         ("127.0.0.1", "::1", "unix"),
         peers(),

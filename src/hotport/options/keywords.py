@@ -95,6 +95,8 @@ class RunOptions(ServeOptions, total=False):
     max_memory: Size
     memory_pressure: Size
     max_age: Duration
+    hang_report: Duration
+    hang_timeout: Duration
     app_dir: str
     python: str | None
     env_file: Texts

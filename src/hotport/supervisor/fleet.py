@@ -698,6 +698,13 @@ class Fleet:
             process.status = said.status
         if said.error is not None:
             process.error = said.error
+        if said.watchdog:
+            process.is_watched = process.was_fed = True
+            process.has_failed = False
+        if said.has_failed:
+            process.is_watched = process.has_failed = True
+        if said.watchdog_s is not None:
+            process.watchdog_s = said.watchdog_s
         if said.extend_timeout_s is not None:
             self._loop.input(inputs.MoreTime(process.worker, said.extend_timeout_s))
         if said.ready:
@@ -711,8 +718,11 @@ class Fleet:
 
     def _hear_word(self, worker: int, word: Word) -> None:
         match word:
-            case Hello(phase=phase) if phase != "starting":  # its earlier notification was lost
-                self._loop.input(Said(worker, Event.READY))
+            case Hello(phase=phase, stack=stack):
+                if process := self.processes.get(worker):
+                    process.stack_pipe = stack
+                if phase != "starting":  # its earlier notification was lost
+                    self._loop.input(Said(worker, Event.READY))
             case Accepting(at_s=at_s, fates=fates):
                 self._news.reports.taken_back(self._service.restart, worker, fates)
                 self._news.reports.note(self._service.restart, worker, Event.ACCEPTING, at_s)

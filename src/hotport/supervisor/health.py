@@ -58,7 +58,7 @@ async def _watch(workers: Callable[[], Sequence[WorkerProcess]], options: Option
         lag_max_s=options.health_lag_max_s,
         memory_max_bytes=options.health_memory_max_bytes,
     )
-    last: dict[int, Inspection] = {}
+    last: dict[int, tuple[float, Inspection]] = {}
 
     async def look_again(interval_s: float, look: Callable[[WorkerProcess], Awaitable[Sample]]) -> None:
         while processes := workers():
@@ -83,19 +83,20 @@ async def _watch(workers: Callable[[], Sequence[WorkerProcess]], options: Option
             tasks.start_soon(look_again, PROBE_INTERVAL_S, lambda process: _probe(process, options))
 
 
-async def _inspect(process: WorkerProcess, rules: Rules, last: dict[int, Inspection]) -> Sample:
+async def _inspect(process: WorkerProcess, rules: Rules, last: dict[int, tuple[float, Inspection]]) -> Sample:
     timeout_s = rules.lag_max_s or ANSWER_TIMEOUT_S
     began = anyio.current_time()
     found = await process.ask(InspectOrder(is_watched=True), Inspection, timeout_s)
     is_late = anyio.current_time() - began > timeout_s + OWN_LAG_MAX_S
+    since, known = last.get(process.worker, (began, None))
     if found is not None:
-        last[process.worker] = found
-    known = last.get(process.worker)
+        known = found
+        last[process.worker] = (began, found)
     return Sample(
         worker=process.worker,
         requests=known.requests if known else 0,
         errors=known.errors if known else 0,
-        lag_s=found.lag_s if found else 0.0,
+        lag_s=process.lags.worst_s(since) or 0.0,  # others ask, too, and each answer is about the time since the last
         memory_bytes=rss_bytes(process.pid),
         is_silent=found is None and process.is_talking and not is_late,
     )

@@ -162,6 +162,10 @@ class Launch:
         if not self.options.command:
             added["HOTPORT_WORKER"] = encode(self.spec(service, directory, generation, worker)).decode()
             return {**MALLOC_ENVIRONMENT, **self.environment, **added}
+        if (
+            self.options.hang_timeout_s
+        ):  # for a program that has a watchdog; WATCHDOG_PID would exclude one in a wrapper
+            added["WATCHDOG_USEC"] = str(round(self.options.hang_timeout_s * 1e6))
         return {**self.environment, **added}
 
     def spec(self, service: str, directory: str, generation: int, worker: int) -> WorkerSpec:

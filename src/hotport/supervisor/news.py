@@ -20,7 +20,14 @@ from hotport.wire.messages import Report
 
 __all__ = ["Publisher", "until"]
 
-_BAD = (News.ABORTED, News.WORKER_LOST, News.BACKING_OFF, News.UNDOING, News.UNDONE)
+_BAD = (
+    News.ABORTED,
+    News.WORKER_LOST,
+    News.WORKER_GIVEN_UP,
+    News.BACKING_OFF,
+    News.UNDOING,
+    News.UNDONE,
+)
 
 
 class Publisher:

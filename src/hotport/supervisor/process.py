@@ -9,15 +9,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import anyio
 
 from hotport.channel import Channel
 from hotport.errors import ControlError
-from hotport.kernel.process import describe_exit, kill_group, reap, send_signal
+from hotport.kernel.process import describe_exit, kill_group, reap, send_signal, send_signal_to_main_thread
 from hotport.kernel.spawn import Child
 from hotport.observe.logs import get_logger
+from hotport.supervisor.lags import Lags
 from hotport.wire.frames import encode_frame
 from hotport.wire.messages import (
     Inspection,
@@ -33,7 +34,7 @@ from hotport.wire.messages import (
     encode,
 )
 
-__all__ = ["WorkerProcess"]
+__all__ = ["Hang", "WorkerProcess"]
 
 Answer = TypeVar("Answer", Inspection, TlsReloaded, Probed, Rebalanced)
 
@@ -49,6 +50,13 @@ ASKED_MAX = 64
 
 #: Seconds until a lost control connection to a live worker is made again.
 RECONNECT_PAUSE_S = 0.1
+
+
+class Hang(NamedTuple):
+    """Where a worker hangs: the line, if it is known, and the stacks of its threads."""
+
+    at: str
+    stack: str
 
 
 class WorkerProcess:
@@ -67,6 +75,15 @@ class WorkerProcess:
         expects: Names of workers for whose connections it reserves room.
         held: Listeners that it has, or is being given.
         releasing: Listeners that it was told to release, by address, until it reports them closed.
+        stack_pipe: How to find its pipe for stacks; None if it has none.
+        lags: The lag of its event loop.
+        silent_s: For how long it has not answered.
+        hang: What was found out about it; None if it does not hang.
+        telling: Held while something about its hanging is being logged.
+        is_watched: Whether a program of its own has said ``WATCHDOG=1`` at least once.
+        was_fed: Whether it has said so since it was looked at last.
+        has_failed: Whether it has said ``WATCHDOG=trigger`` after that.
+        watchdog_s: Within how many seconds it wants to say so; 0: `hang_timeout`.
         released: Set when it has closed the listeners that it was told to release; None if it was not told to.
 
     Descriptors: owns ``child.pidfd`` and the control connection.
@@ -96,6 +113,12 @@ class WorkerProcess:
         self.held: set[socket.socket] = set()
         self.releasing: dict[str, socket.socket] = {}
         self.released: anyio.Event | None = None
+        self.stack_pipe: tuple[int, int] | None = None
+        self.lags = Lags()
+        self.silent_s = self.watchdog_s = 0.0
+        self.hang: Hang | None = None
+        self.telling = anyio.Lock()
+        self.is_watched = self.was_fed = self.has_failed = False
         self._pidfd = child.pidfd
         self.control_path = control_path
         self._orders: deque[bytes] = deque()
@@ -115,6 +138,10 @@ class WorkerProcess:
     def signal(self, number: int) -> None:
         """Send a signal to exactly this process."""
         send_signal(self._pidfd, number)
+
+    def signal_main_thread(self, number: int) -> None:
+        """Send a signal to the main thread of exactly this process."""
+        send_signal_to_main_thread(self.pid, self._pidfd, number)
 
     def kill(self) -> None:
         """SIGKILL the process and everything in its group."""
@@ -212,6 +239,8 @@ class WorkerProcess:
             except ControlError as error:
                 self._log.warning("worker.garbage", error=str(error))
                 return
+            if isinstance(word, Inspection):
+                self.lags.note(anyio.current_time(), word.lag_s)
             # A worker answers orders in sequence.
             asked = next((asked for asked in self._asked if asked[0] is type(word)), None)
             if asked is None:

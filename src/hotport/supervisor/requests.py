@@ -14,7 +14,7 @@ from msgspec.structs import asdict
 
 from hotport import __version__
 from hotport.errors import ConfigError, HotportError, RestartError, StartError
-from hotport.kernel.process import rss_bytes
+from hotport.kernel.process import is_stopped, rss_bytes
 from hotport.kernel.steer import can_steer
 from hotport.model.effects import Announce, Refusal
 from hotport.model.inputs import Input, RequestKeep, RequestRestart, RequestScale, RequestUndo
@@ -24,6 +24,7 @@ from hotport.model.steps import STEPS, Step
 from hotport.model.strategies import GUARANTEES, Facts, choose, table
 from hotport.observe.logs import dropped, get_logger
 from hotport.options import Options
+from hotport.supervisor.lags import WINDOW_S
 from hotport.supervisor.launch import Launch
 from hotport.supervisor.process import WorkerProcess
 from hotport.supervisor.supervisor import Asked, Supervisor
@@ -418,4 +419,15 @@ def _describe_worker(process: WorkerProcess, phase: Phase, seen: Inspection | No
         log_dropped=seen.log_dropped if seen else None,
         timeouts=seen.timeouts if seen else None,
         cuts=seen.cuts if seen else {},
+        lag_s=_lag_s(process),
+        hung_s=round(process.silent_s, 3) if process.hang else None,
+        hung_at=process.hang.at if process.hang else "",
+        stack=process.hang.stack if process.hang else "",
+        is_stopped=is_stopped(process.pid),
     )
+
+
+def _lag_s(process: WorkerProcess) -> float | None:
+    """How long a worker's event loop was blocked at most in the last minute; it may still be."""
+    worst_s = process.lags.worst_s(anyio.current_time() - WINDOW_S)
+    return None if worst_s is None and not process.silent_s else round(max(worst_s or 0.0, process.silent_s), 3)

@@ -144,12 +144,14 @@ async def _answer(supervisor: Supervisor, question: bytes) -> bytes:
 
 
 def public(status: Status, options: Options) -> Status:
-    """Remove possible secrets from a status: a command's arguments, an application's texts, clients' addresses."""
+    """Remove possible secrets from a status: arguments, texts and code of an application, and its clients."""
     last = status.last_restart
     if last is not None and last.error:
         last = msgspec.structs.replace(last, error=f"see hotport status {status.service}")
     target = status.target if options.target else options.command[0]
-    workers = tuple(msgspec.structs.replace(worker, status="", lingering=()) for worker in status.workers)
+    workers = tuple(
+        msgspec.structs.replace(worker, status="", lingering=(), hung_at="", stack="") for worker in status.workers
+    )
     return msgspec.structs.replace(status, target=target, workers=workers, last_restart=last)
 
 

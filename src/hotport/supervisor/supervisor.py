@@ -32,6 +32,7 @@ from hotport.observe.logs import get_logger
 from hotport.options import Options
 from hotport.supervisor.contain import Containing, contained, retried
 from hotport.supervisor.fleet import Fleet
+from hotport.supervisor.hangs import Hangs
 from hotport.supervisor.health import watch_health
 from hotport.supervisor.launch import Launch, Surroundings
 from hotport.supervisor.listeners import Listener, Listeners
@@ -169,6 +170,7 @@ class Supervisor:
             self._timers = Timers(self._tasks, lambda timer: self.input(inputs.Elapsed(timer)))
             self.keep("notifications", self.fleet.receive_notifications)
             self.keep("manager", self.news.manager.run)
+            self.keep("hangs", Hangs(self, self.fleet.processes).watch)
             await retried("begin", anyio.lowlevel.checkpoint)  # signals are handled before anything is started
             self._adopt()
             await retried("inputs", self._take_inputs)

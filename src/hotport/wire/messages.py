@@ -251,6 +251,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     Attributes:
         phase: ``starting``, ``ready``, ``serving``, ``quiesced`` or ``draining``.
         memory: What its supervisor left with it.
+        stack: The descriptor and the inode of the pipe for its Python stacks (`hotport.kernel.stacks`).
     """
 
     protocol: int = PROTOCOL
@@ -260,6 +261,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     worker: int
     phase: str = "starting"
     memory: Memory | None = None
+    stack: tuple[int, int] | None = None
 
 
 class Accepting(msgspec.Struct, frozen=True, kw_only=True, tag="accepting"):
@@ -548,6 +550,11 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
         log_dropped: Lines of its log that could not be written.
         timeouts: Requests that have taken longer than ``request_timeout``.
         cuts: Connections that it has cut, by fate.
+        lag_s: How long its event loop was blocked at most in the last minute; None if that is not known.
+        hung_s: How long it has not answered, if it hangs.
+        hung_at: Where it hangs: a line of the application, or why that is not known.
+        stack: The Python stacks of its threads, when it was found to hang.
+        is_stopped: A signal or a debugger has stopped it.
     """
 
     worker: int
@@ -565,6 +572,11 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     log_dropped: int | None = None
     timeouts: int | None = None
     cuts: dict[str, int] = {}
+    lag_s: float | None = None
+    hung_s: float | None = None
+    hung_at: str = ""
+    stack: str = ""
+    is_stopped: bool = False
 
 
 class WatchStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ from hotport.address import parse_listener_name
 from hotport.errors import HotportError
 from hotport.kernel.process import MALLOC_ENVIRONMENT
 from hotport.kernel.sockets import bind_control, inherited_listener
+from hotport.kernel.stacks import StackPipe
 from hotport.observe import logs
 from hotport.wire.listenfds import LISTEN_VARIABLES, parse_listen_environment
 from hotport.wire.messages import LOAD_PAGE, TEMPLATE, WorkerSpec, worker_socket
@@ -59,8 +60,19 @@ def main() -> int:
         print(error, file=sys.stderr)
         return error.exit_code
 
+    pipe = StackPipe()  # before the application is imported here; for the life of this process
+
     async def run() -> int:
-        worker = Worker(spec, listeners, control, path, notify_path=notify_path, page=page, application=application)
+        worker = Worker(
+            spec,
+            listeners,
+            control,
+            path,
+            notify_path=notify_path,
+            page=page,
+            application=application,
+            stack=pipe.identity,
+        )
         return await worker.run()
 
     with asyncio.Runner(loop_factory=make_loop) as runner:

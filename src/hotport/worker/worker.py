@@ -130,6 +130,7 @@ class Worker:
         notify_path: The socket for ``READY=1``; None sends nothing.
         page: The descriptor of the load page, owned from here on; -1 if there is none.
         application: What a template has loaded; None to load it here.
+        stack: How a supervisor finds this process's `hotport.kernel.stacks.StackPipe`.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class Worker:
         notify_path: str | None,
         page: int = -1,
         application: Any = None,
+        stack: tuple[int, int] | None = None,
     ) -> None:
         self._spec = spec
         self._application = application
@@ -160,6 +162,7 @@ class Worker:
         self._draining: asyncio.Task[None] | None = None
         self._beside: set[asyncio.Task[None]] = set()  # tasks that the next order does not wait for
         self._lag = LagMeter()
+        self._stack = stack
         self._pressure: Pressure | None = None
         self._page: LoadPage | None = None
         try:
@@ -435,6 +438,7 @@ class Worker:
                 worker=spec.worker,
                 phase=self._phase(),
                 memory=self._memory,
+                stack=self._stack,
             )
         )
         if self._has_expired:
