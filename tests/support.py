@@ -28,6 +28,9 @@ from hotport.testing.service import ServeProcess
 
 SLOWNESS = float(os.environ.get("HOTPORT_TEST_SLOWNESS", "1"))
 
+#: Whether services import once and fork their workers, if a test does not say it.
+PRELOAD = "HOTPORT_TEST_PRELOAD" in os.environ
+
 #: One deadline for everything a test waits for, in seconds.
 DEADLINE_S = 30.0 * SLOWNESS
 
@@ -108,6 +111,8 @@ class Service(ServeProcess):
         self._lines: list[dict[str, Any]] = []
         self._read_bytes = 0
         options = ["--log-format", "json"]
+        if PRELOAD and "--" not in args and not {"--preload", "--no-preload"} & set(args):
+            options.append("--preload")
         if default_bind is not None and "--bind" not in args:
             options += ["--bind", default_bind]
         super().__init__(directory, *options, *args, name=name, env=env, cwd=cwd, prefix=prefix, timeout_s=DEADLINE_S)

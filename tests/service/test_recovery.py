@@ -98,7 +98,8 @@ def ending(directory: Path) -> Iterator[None]:
 
 def started(directory: Path) -> list[int]:
     """Every worker of the service ``svc`` that lives, whoever supervises it."""
-    return procfs.leaders_with("NOTIFY_SOCKET", str(directory / "run" / "svc" / "notify.sock"), os.geteuid())
+    found = procfs.leaders_with("NOTIFY_SOCKET", str(directory / "run" / "svc" / "notify.sock"), os.geteuid())
+    return [pid for pid in found if not "".join(procfs.arguments(pid)[-1:]).endswith(".template")]
 
 
 def assert_healthy(service: Service, workers: int) -> dict[str, Any]:
