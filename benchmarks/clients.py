@@ -285,6 +285,41 @@ def churn(port: int, rate: float) -> list[tuple[float, float, str]]:
     return fates + [(due, CHURN_TIMEOUT_S, "lost") for _, due in waiting.values()]
 
 
+def anew(port: int, rate: float) -> list[tuple[float, float]]:
+    """Send requests on new connections when they are due, whatever became of the earlier ones, until stdin ends.
+
+    Returns:
+        Of each request: when it was due (CLOCK_MONOTONIC), and how many seconds later its connection had ended.
+    """
+    clock = time.monotonic
+    poll = select.epoll()
+    poll.register(0, select.EPOLLIN)
+    waiting: dict[int, tuple[socket.socket, float]] = {}
+    latencies: list[tuple[float, float]] = []
+    began, count = clock(), 0
+    is_over = False
+    while not is_over or waiting:
+        due = began + count / rate
+        if not is_over and clock() >= due:
+            sock = socket.create_connection(("127.0.0.1", port), TIMEOUT_S)
+            sock.sendall(CLOSE)
+            waiting[sock.fileno()] = sock, due
+            poll.register(sock, select.EPOLLIN)
+            count += 1
+            continue
+        # select has microseconds where epoll_wait has milliseconds
+        select.select([poll], [], [], TIMEOUT_S if is_over else max(0.0, due - clock()))
+        for fd, _ in poll.poll(0):
+            if fd == 0:
+                poll.unregister(0)
+                is_over = True
+            elif not waiting[fd][0].recv(65536):
+                sock, due = waiting.pop(fd)
+                sock.close()
+                latencies.append((due, clock() - due))
+    return latencies
+
+
 # -- answers that name their process ---------------------------------------------------------------------------
 
 
@@ -569,6 +604,7 @@ CLIENTS: Final[dict[str, Callable[..., Any]]] = {
     "held": held,
     "kept": kept,
     "churn": churn,
+    "anew": anew,
     "arrivals": arrivals,
     "together": together,
     "once": once,

@@ -1,0 +1,224 @@
+"""What workers cost: processor time and memory of a start, and what a restart takes from clients.
+
+The application is FastAPI with SQLAlchemy and pandas, where these are installed. Each server starts with four workers:
+the processor time of all its processes until the last worker has started its application, and then their memory (PSS,
+which counts a page that n processes share as 1/n for each). Then with two workers, on both cores, under a fixed rate of
+requests on new connections: the 99th percentile before a restart and while it lasts, until all workers are new, and the
+time of the restart. At last one of hotport's workers is killed, ten seconds after the last end of a worker: how long
+until another one is ready.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+sys.path.pop(0)  # this directory: its http.py is not the library's
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import psutil
+
+from benchmarks.common import Goal, Samples, arguments, client, save, show
+from tests.support import DEADLINE_S, eventually
+
+MODULES: Final = [name for name in ("fastapi", "sqlalchemy", "pandas") if importlib.util.find_spec(name)]
+
+#: Says by a file when a worker has started, which all servers do after the import.
+APPLICATION: Final = f"""\
+import os
+{"import " + ", ".join(MODULES) if MODULES else ""}
+from contextlib import asynccontextmanager
+from fastapi import FastAPI
+
+
+@asynccontextmanager
+async def lifespan(app):
+    open(f"started.{{os.getpid()}}", "w").close()
+    yield
+
+
+app = FastAPI(lifespan=lifespan)
+
+
+@app.get("/")
+async def hello():
+    return {{"hello": "world"}}
+"""
+
+_GUNICORN: Final = "python -m gunicorn --bind 127.0.0.1:{port} --log-level warning --worker-class asgi"
+
+#: Commands with ``{port}``; ``--workers N app:app`` follows.
+SERVERS: Final = {
+    "hotport --preload": "python -m hotport serve --bind 127.0.0.1:{port} --log-level warning --settle 0 --preload",
+    "hotport": "python -m hotport serve --bind 127.0.0.1:{port} --log-level warning --settle 0",
+    "gunicorn --preload": f"{_GUNICORN} --preload",
+    "gunicorn": _GUNICORN,
+    "uvicorn": "python -m uvicorn --port {port} --no-access-log --log-level warning",
+    "granian": "python -m granian --interface asgi --port {port} --no-access-log --log-level warning",
+}
+
+RATE: Final = 100.0
+BEFORE_S: Final = 3.0
+PAUSE_S: Final = 0.5
+
+#: After that long without an end, a lost worker is replaced at once.
+STABLE_S: Final = 10.5
+
+
+#: A restart of `gunicorn --preload` loads no new code: its workers are forked from the process that has the old one.
+RESTARTED: Final = [name for name in SERVERS if name != "gunicorn --preload"]
+
+
+class Server(NamedTuple):
+    """A server that runs in a directory of its own."""
+
+    name: str
+    port: int
+    process: psutil.Process
+    directory: Path
+
+    def started(self) -> set[int]:
+        """The workers that have ever started, by pid."""
+        return {int(path.suffix[1:]) for path in self.directory.glob("started.*")}
+
+    def tree(self) -> list[psutil.Process]:
+        return [self.process, *self.process.children(recursive=True)]
+
+    def cpu_s(self) -> float:
+        """Processor time of all processes, also of those that have ended."""
+        found = 0.0
+        for process in self.tree():
+            with suppress(psutil.NoSuchProcess):
+                found += sum(process.cpu_times()[:4])
+        return found
+
+    def pss_mib(self) -> float:
+        return sum(process.memory_full_info().pss for process in self.tree()) / (1 << 20)
+
+
+@contextmanager
+def running(name: str, workers: int) -> Iterator[Server]:
+    """Start a server and wait until all workers have started."""
+    with tempfile.TemporaryDirectory(prefix="hotport-bench-") as place:
+        directory = Path(place)
+        (directory / "app.py").write_text(APPLICATION)
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        command = shlex.split(SERVERS[name].format(port=port))
+        command[0] = sys.executable
+        env = {**os.environ, "HOTPORT_RUNTIME_DIR": place, "HOTPORT_NAME": "cost"}
+        with psutil.Popen([*command, "--workers", str(workers), "app:app"], cwd=place, env=env) as process:
+            server = Server(name, port, process, directory)
+            try:
+                eventually(lambda: len(server.started()) >= workers, f"{name} has all its workers")
+                yield server
+            finally:
+                tree = server.tree()
+                process.terminate()
+                _, alive = psutil.wait_procs(tree, DEADLINE_S)
+                for each in alive:
+                    each.kill()
+
+
+def start(name: str) -> dict[str, float]:
+    """The costs of a start with four workers."""
+    with running(name, 4) as server:
+        cpu_s = server.cpu_s()
+        time.sleep(PAUSE_S)
+        return {"cpu s": cpu_s, "pss MiB": server.pss_mib()}
+
+
+def restart(name: str) -> dict[str, float]:
+    """What a restart with two workers costs clients."""
+    with running(name, 2) as server, client("anew", port=server.port, rate=RATE) as asking:
+        time.sleep(PAUSE_S)
+        old = server.started()
+        begin = time.monotonic()
+        time.sleep(BEFORE_S)
+        restarted = time.monotonic()
+        cpu_before_s = server.cpu_s()
+        if name.startswith("hotport"):
+            command = [sys.executable, "-m", "hotport", "restart", "cost"]
+            env = {**os.environ, "HOTPORT_RUNTIME_DIR": str(server.directory)}
+            subprocess.run(command, env=env, capture_output=True, check=True, timeout=DEADLINE_S)
+        else:
+            server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: len(server.started() - old) >= 2, f"{name} has new workers")
+        eventually(lambda: not any(psutil.pid_exists(pid) for pid in old), f"{name} has no old workers")
+        ended = time.monotonic()
+        cpu_s = server.cpu_s() - cpu_before_s
+        time.sleep(PAUSE_S)
+        seen = _answers(asking)
+    before = _p99_ms(seen, begin, restarted)
+    return {
+        "restart s": ended - restarted,
+        "restart cpu s": cpu_s,
+        "p99 before ms": before,
+        "p99 in restart ms": _p99_ms(seen, restarted, ended),
+        "p99 ratio": _p99_ms(seen, restarted, ended) / before,
+    }
+
+
+def replace(name: str) -> dict[str, float]:
+    """Milliseconds from the end of a worker of hotport to another one that has started."""
+    with running(name, 2) as server:
+        time.sleep(STABLE_S)
+        old = server.started()
+        killed = time.time_ns()
+        os.kill(min(old), signal.SIGKILL)
+        eventually(lambda: bool(server.started() - old), "another one has started")
+        (new,) = server.started() - old
+        return {"replaced ms": ((server.directory / f"started.{new}").stat().st_mtime_ns - killed) / 1e6}
+
+
+def _answers(asking: Any) -> list[tuple[float, float]]:
+    out, _ = asking.communicate(timeout=DEADLINE_S)
+    return [(due, latency) for due, latency in json.loads(out)]
+
+
+def _p99_ms(seen: list[tuple[float, float]], began: float, ended: float) -> float:
+    latencies = sorted(latency for due, latency in seen if began <= due < ended)
+    return latencies[min(len(latencies) - 1, int(len(latencies) * 0.99))] * 1000
+
+
+def main() -> int:
+    """Measure and report; the exit code does not depend on the goals."""
+    parser = arguments(__doc__, name="cost.json", rounds=5)
+    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS), metavar="SERVER")
+    options = parser.parse_args()
+    samples: dict[str, Samples] = {}
+    for _ in range(options.rounds):
+        for name in options.servers:
+            found = start(name)
+            if name in RESTARTED:
+                found |= restart(name)
+            if name.startswith("hotport"):
+                found |= replace(name)
+            for what, value in found.items():
+                samples.setdefault(f"{name}: {what}", Samples()).append(value)
+    show(f"{options.rounds} rounds", samples)
+    print()
+    wanted = {"pss MiB": 140.0, "cpu s": 1.0, "replaced ms": 50.0, "p99 ratio": 1.5}
+    goals = [
+        Goal(name, samples[name].median, at_most=most)
+        for what, most in wanted.items()
+        if (name := f"hotport --preload: {what}") in samples
+    ]
+    save(options.output, method=(__doc__ or "").strip(), samples=samples, goals=goals, modules=MODULES)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
