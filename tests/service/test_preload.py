@@ -94,13 +94,16 @@ def test_worker_that_is_killed_is_forked_again(tmp_path: Path) -> None:
     ids=["raises", "dies", "hangs"],
 )
 def test_import_that_fails_aborts_the_restart(tmp_path: Path, code: str, why: str) -> None:
-    with preloading(tmp_path, "--ready-timeout", "2s") as (service, hammer):
+    with preloading(tmp_path) as (service, hammer):
         deploy(tmp_path, "v1", code + "\n")
+        if "READY" in why:
+            (tmp_path / "hotport.toml").write_text('ready_timeout = "500ms"\n')
         report = service.ask(RestartRequest())[-1]
         assert isinstance(report, Report)
         assert report.outcome == "aborted"
         assert why in report.error, report.error
         hammer.wait_answers(20, "v0")
+        (tmp_path / "hotport.toml").unlink(missing_ok=True)
         deploy(tmp_path, "v2")
         assert service.ask(RestartRequest())[-1].outcome == "done"
         hammer.wait_answers(20, "v2")

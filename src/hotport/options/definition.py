@@ -130,6 +130,9 @@ class Options:
         switch(),
         "Whether a generation imports the application once, in a process from which all its workers are forked.",
     )
+    start_parallel: int = _option(
+        0, count(0), "How many workers may start at a time while others serve; 0: as many as half of the processors."
+    )
     orphan_timeout_s: float = _option(60.0, duration(), "How long workers keep serving without a supervisor.")
     keep_alive_s: float = _option(5.0, duration(), "How long an idle HTTP connection stays open.")
     head_max_bytes: int = _option(65536, size(), "The largest HTTP request head; above it the answer is 431.")

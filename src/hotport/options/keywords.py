@@ -111,6 +111,7 @@ class RunOptions(ServeOptions, total=False):
     strategy: StrategyChoice
     guard: bool
     preload: bool
+    start_parallel: int
     undo_window: Duration
     canary: int
     bake: Duration

@@ -132,6 +132,8 @@ class Fleet:
         self._mend = mend
         self._pages = dict(pages)
         self._templates: dict[int, Template] = {}
+        self._waiting: dict[int, tuple[int, Launch]] = {}
+        self._late: set[int] = set()  # of these, those that wait for their turn
         self._remote_successors: tuple[str, ...] = ()
         self._unclaimed: list[socket.socket] = []  # accepted from a queue, for the next worker that accepts
         self._log = get_logger("hotport.supervisor")
@@ -174,18 +176,42 @@ class Fleet:
     # -- processes -----------------------------------------------------------------------------------------
 
     def spawn(self, worker: int, generation: int, launch: Launch) -> None:
-        """Start a worker; with `preload`, once its generation's template has imported the application."""
+        """Start a worker: now, or when it is its turn (`start_parallel`) and its template is loaded (`preload`)."""
         self._mend()
-        try:
-            template = self._template(generation, launch) if launch.options.preload else None
-            if template is not None and not template.is_loaded:
-                template.waiting.add(worker)
-                return
-            self._spawn(worker, generation, launch, template)
-        except Exception as error:
-            self._fail(worker, error, "could not be executed")
-            if not isinstance(error, HotportError | OSError | ValueError):
-                raise
+        self._waiting[worker] = generation, launch
+        self.start_waiting()
+        if worker in self._waiting and not launch.options.preload:
+            self._late.add(worker)
+
+    def start_waiting(self) -> None:
+        """Start the waiting workers whose turn it is."""
+        for worker, (generation, launch) in list(self._waiting.items()):
+            try:
+                template = self._template(generation, launch) if launch.options.preload else None
+                if template is None and not self._has_turn(launch.options):
+                    return
+                if template is not None and not template.is_loaded:
+                    continue
+                del self._waiting[worker]
+                self._spawn(worker, generation, launch, template)
+            except Exception as error:
+                self._waiting.pop(worker, None)
+                self._late.discard(worker)
+                self._fail(worker, error, "could not be executed")
+                if not isinstance(error, HotportError | OSError | ValueError):
+                    raise
+            if worker in self._late:
+                self._late.remove(worker)
+                for other in (worker, *self._late):  # the time of each begins when it is started
+                    self._loop.input(inputs.MoreTime(other, launch.options.ready_timeout_s))
+
+    def _has_turn(self, options: Options) -> bool:
+        """Whether one more worker may import now: not too many at a time while others serve."""
+        service = self._service
+        if not service.ids(Phase.SERVING):
+            return True
+        starting = sum(number in self.processes for number in service.ids(Phase.STARTING))
+        return starting < (options.start_parallel or max(1, len(os.sched_getaffinity(0)) // 2))
 
     def _fail(self, worker: int, error: object, why: str) -> None:
         self._news.note_error(worker, str(error))
@@ -234,20 +260,23 @@ class Fleet:
         if template is None or template.is_killed:
             template = self._templates[generation] = Template(self._name, self._directory, generation, launch)
             self._log.info("template.spawned", generation=generation, template_pid=template.pid)
-            self._loop.start("template.watch", self._watch_template, template, launch)
+            self._loop.start("template.watch", self._watch_template, template)
         return template
 
-    async def _watch_template(self, template: Template, launch: Launch) -> None:
+    async def _watch_template(self, template: Template) -> None:
         """Fork the workers that wait for a template once it is loaded; collect it after its end."""
         error = ""
+        waiting: list[int] = []
         with Containing("template.load"):
             error = await template.wait_loaded()
         if template.is_loaded:
             self._log.info("template.loaded", generation=template.generation, template_pid=template.pid)
-            while template.waiting:
-                with Containing("template.fork"):
-                    self.spawn(template.waiting.pop(), template.generation, launch)
+            with Containing("template.fork"):
+                self.start_waiting()
         else:
+            waiting = [worker for worker, (generation, _) in self._waiting.items() if generation == template.generation]
+            for worker in waiting:
+                del self._waiting[worker]  # else another template would be started for them
             with Containing("template.end"), anyio.move_on_after(LAST_WORDS_S):
                 await template.wait_ended()
             template.kill()  # what the application has started there must not keep it
@@ -255,19 +284,24 @@ class Fleet:
         why = template.collect()
         if self._templates.get(template.generation) is template:
             del self._templates[template.generation]
-        for worker in template.waiting:
+        for worker in waiting:
             self._fail(worker, error or f"the process that imports the application for all workers: {why}", why)
         if template.is_loaded and not template.is_killed:
             self._log.warning("template.lost", generation=template.generation, template_pid=template.pid, why=why)
 
     def _call_off(self, worker: int) -> None:
-        """Start a worker no more that waits for its template."""
-        for template in self._templates.values():
-            if worker in template.waiting:
-                template.waiting.remove(worker)
-                if not template.waiting and not self._has_workers(template.generation):
-                    template.kill()  # nobody waits for its import any more
-                self._loop.input(Exited(worker, "was not started any more"))
+        """Start a worker no more that waits for its turn, or for its template."""
+        if worker not in self._waiting:
+            return
+        generation, _ = self._waiting.pop(worker)
+        self._late.discard(worker)
+        template = self._templates.get(generation)
+        if template is not None and not self._waits(generation) and not self._has_workers(generation):
+            template.kill()  # nobody waits for its import any more
+        self._loop.input(Exited(worker, "was not started any more"))
+
+    def _waits(self, generation: int) -> bool:
+        return any(each == generation for each, _ in self._waiting.values())
 
     def end_unused_templates(self) -> None:
         """End the templates of generations that start no more workers."""
@@ -276,7 +310,7 @@ class Fleet:
         if service.restart is not None:
             needed.add(service.restart.generation)
         for template in self._templates.values():
-            if (service.is_stopping or template.generation not in needed) and not template.waiting:
+            if service.is_stopping or not (template.generation in needed or self._waits(template.generation)):
                 template.kill()
 
     def end_templates(self) -> None:

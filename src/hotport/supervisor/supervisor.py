@@ -210,7 +210,14 @@ class Supervisor:
             with Containing("effect", effect=str(effect)):
                 self._carry_out(effect)
         fleet = self.fleet
-        for follow in (fleet.redirect, fleet.deposit, fleet.close_unused, fleet.end_unused_templates):
+        follows = (
+            fleet.start_waiting,
+            fleet.redirect,
+            fleet.deposit,
+            fleet.close_unused,
+            fleet.end_unused_templates,
+        )
+        for follow in follows:
             with Containing("step", after=str(event)):
                 follow()
         with Containing("manager"):

@@ -29,12 +29,11 @@ ANSWER_BYTES_MAX: Final = 256 * 1024
 
 
 class Template:
-    """A template that was started, and the workers that wait for it.
+    """A template that was started.
 
     Attributes:
         is_loaded: Whether it has imported the application.
         is_killed: Whether it was killed from here.
-        waiting: The workers that are forked once it has.
 
     Descriptors: owns the pidfd and the conversation.
     """
@@ -66,7 +65,6 @@ class Template:
         self._user = launch.uid
         self.pid = child.pid
         self.is_loaded = self.is_killed = False
-        self.waiting: set[int] = set()
         self._pidfd = child.pidfd
 
     async def wait_loaded(self) -> str:
