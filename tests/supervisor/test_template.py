@@ -184,10 +184,10 @@ async def test_template_that_hangs_is_killed(start: Start, tmp_path: Path, monke
 
 
 async def test_template_without_room_for_a_process_says_so(start: Start, tmp_path: Path) -> None:
-    template = start("import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (8, 8))\n" + APP)
+    template = start("import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))\n" + APP)
     assert await loaded(template) == ""
     with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(StartError, match="HP521"):
-        fork(template, 1, tmp_path, **{f"l{n}": listener.fileno() for n in range(8)})
+        fork(template, 1, tmp_path, **{f"l{n}": listener.fileno() for n in range(16)})
     child = fork(template, 2, tmp_path)
     end(child)
 

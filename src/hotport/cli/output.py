@@ -129,6 +129,7 @@ def print_report(report: Report) -> None:
     if report.connections_back is not None:
         out.print(f"and back     {_counts(report.connections_back)}")
     out.print(f"queue        {f'was full: {report.dropped} dropped' if report.dropped else 'no overflow'}")
+    out.print(f"processor    {report.start_cpu_s:.1f} s to start")
     if report.rebind_gap_us is not None:
         out.print(
             f"{report.strategy:13}not listening for {report.rebind_gap_us:g} us; {report.refused} refused (counted "

@@ -7,6 +7,7 @@ import fcntl
 import os
 import resource
 import signal
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Final
@@ -17,6 +18,7 @@ __all__ = [
     "MALLOC_ENVIRONMENT",
     "adopt_orphans",
     "adopts_orphans",
+    "cpu_s",
     "describe_exit",
     "descriptors_left",
     "discard",
@@ -26,6 +28,7 @@ __all__ = [
     "holding",
     "is_stopped",
     "kill_group",
+    "may_raise_priority",
     "numbers",
     "open_descriptors",
     "raise_descriptor_limit",
@@ -36,11 +39,14 @@ __all__ = [
     "run_delay_s",
     "send_signal",
     "send_signal_to_main_thread",
+    "set_niceness",
     "working_directory",
 ]
 
 _GETFD: Final = 438  # pidfd_getfd, the same number on every architecture
 _PR_SET_CHILD_SUBREAPER: Final = 36
+_CAP_SYS_NICE: Final = 23
+_RLIMIT_NICE: Final = 13  # `resource` has no name for it
 _is_subreaper = False
 _STAT_ARG_END: Final = 46  # of /proc/PID/stat, counted after the name
 
@@ -120,6 +126,38 @@ def discard(signals: Collection[int]) -> None:
     for number in signals:
         handler = signal.signal(number, signal.SIG_IGN)
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def cpu_s(pid: int) -> float:
+    """Seconds of processor time that a process has used, all its threads together; 0 if it is gone.
+
+    Sources: clock_getcpuclockid(3); the number is made as glibc's sysdeps/unix/sysv/linux/clock_getcpuclockid.c does.
+    """
+    try:
+        return time.clock_gettime((~pid << 3) | 2)
+    except OSError:
+        return 0.0
+
+
+def may_raise_priority() -> bool:
+    """Whether this process may restore a priority that it has lowered: CAP_SYS_NICE, or RLIMIT_NICE.
+
+    Sources: setpriority(2); getrlimit(2) RLIMIT_NICE; proc_pid_status(5) CapEff.
+    """
+    with suppress(OSError, StopIteration, ValueError), open("/proc/self/status") as file:
+        capabilities = int(next(line for line in file if line.startswith("CapEff:")).split()[1], 16)
+        if capabilities >> _CAP_SYS_NICE & 1:
+            return True
+    return resource.getrlimit(_RLIMIT_NICE)[0] >= 20 - os.getpriority(os.PRIO_PROCESS, 0)
+
+
+def set_niceness(pgid: int, more: int) -> None:
+    """Give all threads of a process group our own niceness, and so much more; nothing if it is empty, or not permitted.
+
+    Sources: setpriority(2) PRIO_PGRP.
+    """
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PGRP, pgid, min(19, os.getpriority(os.PRIO_PROCESS, 0) + more))
 
 
 def kill_group(pgid: int) -> None:

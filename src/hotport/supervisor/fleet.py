@@ -16,7 +16,7 @@ from hotport.address import listener_name, parse_address
 from hotport.errors import HotportError
 from hotport.kernel.loadpage import make_load_page
 from hotport.kernel.notify import receive_notification
-from hotport.kernel.process import numbers, send_signal
+from hotport.kernel.process import cpu_s, may_raise_priority, numbers, send_signal, set_niceness
 from hotport.kernel.procfs import age_s, environment
 from hotport.kernel.spawn import Child, spawn
 from hotport.model import inputs, steps
@@ -65,6 +65,9 @@ from hotport.wire.sdnotify import Notification
 __all__ = ["Fleet", "Loop"]
 
 Arguments = TypeVarTuple("Arguments")
+
+#: By how much the niceness of a process is raised while it starts beside others that serve.
+STARTING_NICENESS: Final = 10
 
 #: Seconds that a leaving worker has to report its number of connections, before others accept.
 COUNT_TIMEOUT_S: Final = 1.0
@@ -213,6 +216,11 @@ class Fleet:
         starting = sum(number in self.processes for number in service.ids(Phase.STARTING))
         return starting < (options.start_parallel or max(1, len(os.sched_getaffinity(0)) // 2))
 
+    def _lower_priority(self, pid: int) -> None:
+        """Let those that serve have the processor first while a process starts, if that can be undone."""
+        if self._service.ids(Phase.SERVING) and may_raise_priority():
+            set_niceness(pid, STARTING_NICENESS)
+
     def _fail(self, worker: int, error: object, why: str) -> None:
         self._news.note_error(worker, str(error))
         self._loop.input(Exited(worker, why))
@@ -242,6 +250,8 @@ class Fleet:
         process = WorkerProcess(worker, generation, child, path, is_foreign=is_foreign)
         process.held = set(listeners.values())
         self.processes[worker] = process
+        if template is None:
+            self._lower_priority(child.pid)
         self._log.info("worker.spawned", worker=worker, generation=generation, worker_pid=child.pid)
         self._loop.start("worker.watch", self._watch, process)
         if is_foreign and launch.options.ready == "exec":
@@ -259,6 +269,7 @@ class Fleet:
         template = self._templates.get(generation)
         if template is None or template.is_killed:
             template = self._templates[generation] = Template(self._name, self._directory, generation, launch)
+            self._lower_priority(template.pid)
             self._log.info("template.spawned", generation=generation, template_pid=template.pid)
             self._loop.start("template.watch", self._watch_template, template)
         return template
@@ -270,6 +281,8 @@ class Fleet:
         with Containing("template.load"):
             error = await template.wait_loaded()
         if template.is_loaded:
+            set_niceness(template.pid, 0)  # before workers inherit it
+            self._news.reports.started(template.generation, cpu_s(template.pid))
             self._log.info("template.loaded", generation=template.generation, template_pid=template.pid)
             with Containing("template.fork"):
                 self.start_waiting()
@@ -353,6 +366,7 @@ class Fleet:
             is_foreign=orphan.is_foreign,
             age_s=age_s(orphan.pid),
         )
+        set_niceness(child.pid, 0)  # its supervisor may have ended while it started
         process.held = set(orphan.listeners.values())
         process.owes = phase in (Phase.SERVING, Phase.QUIESCED, Phase.DRAINING)
         process.is_leaving = phase is Phase.DRAINING
@@ -746,6 +760,9 @@ class Fleet:
                 self._loop.keep("worker.conversation", process.converse, self._hear_word)
             if process.is_foreign and process.worker in self._service.ids(Phase.STARTING):
                 self._loop.start("worker.examine", self._examine, process)
+            if process.worker in self._service.ids(Phase.STARTING):
+                set_niceness(process.pid, 0)
+                self._news.reports.started(process.generation, cpu_s(process.pid))
             self._loop.input(Said(process.worker, Event.READY))
         if said.stopping:
             self._loop.input(Said(process.worker, Event.LEAVING))

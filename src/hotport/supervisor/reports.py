@@ -58,6 +58,7 @@ class RestartRecord:
         self._is_phased = is_phased
         self._is_tracked = is_tracked
         self._dropped = dropped
+        self._start_cpu_s = 0.0
         self._began_s = time.monotonic()
         self._began_at = datetime.now(UTC)
         self._dropped_before = dropped()
@@ -154,6 +155,10 @@ class RestartRecord:
         self._batch += name == "ready"
         self._phases.append(PhaseTime(name=name, ms=self.elapsed_ms(), batch=max(1, self._batch)))
 
+    def started(self, cpu_s: float) -> None:
+        """See `Reports.started`."""
+        self._start_cpu_s += cpu_s
+
     def report(self, *, serving: int, errors: Mapping[int, str]) -> Report:
         """Make the report as far as it is known.
 
@@ -176,6 +181,7 @@ class RestartRecord:
             accept_gap_ms=round(accept_gap_s(self.quiesced_at, self.accepting_at) * 1000, 3),
             connections=dict(self._fates) if self._is_tracked else None,
             connections_back=dict(self._fates_back) if self._is_tracked and self._was_back else None,
+            start_cpu_s=round(self._start_cpu_s, 3),
             dropped=self._dropped() - self._dropped_before,
             strategy=self._strategy,
             rebind_gap_us=round(self._rebound[0] * 1e6, 1) if self._rebound else None,
@@ -234,6 +240,11 @@ class Reports:
                 self._last_at_s = time.monotonic()
                 ended.append(self.last)
         return ended
+
+    def started(self, generation: int, cpu_s: float) -> None:
+        """Add the processor time that a new worker, or the template of all of them, has used for its start."""
+        if generation in self._records:
+            self._records[generation].started(cpu_s)
 
     def drained(self, worker: int, fates: Mapping[str, int]) -> None:
         """Add the fates that a leaving worker has reported."""

@@ -514,6 +514,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
             foreign program, which keeps its own.
         connections_back: What became of the new generation's connections, if it was undone, or aborted when some of
             its workers had begun to serve.
+        start_cpu_s: Seconds of processor time until the new workers were ready, with their template's.
         dropped: Connections, or datagrams, that the kernel has dropped meanwhile at this service's listeners: their
             queues were full.
         strategy: How the listeners reached the new generation.
@@ -536,6 +537,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     accept_gap_ms: float = 0.0
     connections: dict[str, int] | None = None
     connections_back: dict[str, int] | None = None
+    start_cpu_s: float = 0.0
     dropped: int = 0
     strategy: str = "inherit"
     rebind_gap_us: float | None = None

@@ -16,7 +16,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, Final, NamedTuple, TypeVar
 
 from hotport.adapters.target import import_adapter, kind_of, load_application
@@ -76,6 +76,7 @@ def serve(spec: WorkerSpec, channel: socket.socket) -> NewWorker | int:
 
     Descriptors: owns `channel`; a worker owns the descriptors that it has got.
     """
+    supervisor = os.getppid()
     gc.disable()  # a collection would leave holes in pages that are shared from now on
     try:
         application = load_application(spec.options)
@@ -95,7 +96,7 @@ def serve(spec: WorkerSpec, channel: socket.socket) -> NewWorker | int:
         order = decode(data, ForkOrder)
         if not is_whole:
             _say(channel, Forked(error="the template has no descriptor left (RLIMIT_NOFILE)"))
-        elif _fork(channel):
+        elif _fork(channel, supervisor):
             channel.close()
             rename_last_argument(f"{spec.service}/{spec.generation}.{order.spec.worker}")
             _seed()
@@ -105,42 +106,43 @@ def serve(spec: WorkerSpec, channel: socket.socket) -> NewWorker | int:
             os.close(fd)
 
 
-def _fork(channel: socket.socket) -> bool:
+def _fork(channel: socket.socket, supervisor: int) -> bool:
     """Fork a worker and tell the supervisor; True in the worker."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):  # the application may have replaced or closed it
             stream.flush()  # else each worker would write what waits there
     try:
-        heard, report = os.pipe()
-        try:
+        with ExitStack() as stack:
+            heard, report, waits, hold = map(stack.enter_context, (*socket.socketpair(), *socket.socketpair()))
             with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # native libraries' threads
                 if (between := os.fork()) == 0:
-                    return _fork_again(report)
+                    _fork_again(report)
+                    hold.close()
+                    waits.recv(1)  # until the process in between has ended
+                    if os.getppid() != supervisor:  # it was killed: the next one could not know of us
+                        os._exit(ExitCode.NOT_STARTED)
+                    return True
             os.waitpid(between, 0)
-            os.set_blocking(heard, False)
-            worker = int(os.read(heard, 20))
+            worker = int(heard.recv(20, socket.MSG_DONTWAIT))
             pidfd = os.pidfd_open(worker)
-        finally:
-            os.close(heard)
-            os.close(report)
     except OSError as error:
         _say(channel, Forked(error=str(error)))
         return False
-    send_descriptors(channel, encode(Forked(pid=worker)), [pidfd])
+    with suppress(ConnectionError):
+        send_descriptors(channel, encode(Forked(pid=worker)), [pidfd])
     os.close(pidfd)
     return False
 
 
-def _fork_again(report: int) -> bool:
-    """Fork the worker from the process in between, which ends; True in the worker."""
+def _fork_again(report: socket.socket) -> None:
+    """Fork the worker from the process in between, which ends; return in the worker."""
     try:
         if worker := os.fork():
             os.setpgid(worker, worker)
-            os.write(report, b"%d" % worker)
+            report.send(b"%d" % worker)
             os._exit(0)
     except BaseException:
         os._exit(1)
-    return True
 
 
 def _say(channel: socket.socket, message: Loaded | Forked) -> None:
