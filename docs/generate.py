@@ -77,8 +77,8 @@ OPTIONS_TAIL: Final = """
 - `HOTPORT_UPGRADE`, `HOTPORT_UPGRADE_CHECK`: set by an upgrade for the next supervisor; workers do not get them.
 - `HOTPORT_FAULTS`: read by `hotport.testing.FaultyApp` ([how to](../how-to/test-that-restarts-are-invisible.md)).
 - `HOTPORT_TEST_SLOWNESS`, `HOTPORT_TEST_RESTARTS`, `HOTPORT_TEST_EAGER`, `HOTPORT_TEST_PRELOAD`: of hotport's own
-  tests; a factor for their deadlines, how many restarts those go through in which one restart is like the other, the event
-  loops on which tasks take their first step at once, and whether services import once for all workers.
+  tests; a factor for their deadlines, how many restarts those go through in which one restart is like the other, the
+  event loops on which tasks take their first step at once, and whether services import once for all workers.
 """
 
 
