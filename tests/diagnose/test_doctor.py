@@ -241,3 +241,19 @@ def test_strategies_that_cannot_work_here_are_shown_with_the_reason(tmp_path: Pa
     environment = {**os.environ, "HOTPORT_RUNTIME_DIR": str(tmp_path / "run")}
     done = subprocess.run([*HOTPORT, "doctor"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "cannot: a unix address is a file" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("proxies", "keep_alive_s", "is_found"),
+    [
+        (("127.0.0.1", "::1", "unix"), 5.0, False),
+        (("10.0.0.0/8", "unix"), 5.0, True),
+        (("*",), 60.0, True),
+        (("*",), 75.0, False),
+    ],
+)
+def test_connections_that_end_before_a_balancer_expects_it_are_found(
+    proxies: tuple[str, ...], keep_alive_s: float, is_found: bool
+) -> None:
+    found = list(examine(SOUND, Options(bind=(), trusted_proxy=proxies, keep_alive_s=keep_alive_s)))
+    assert [finding.fix for finding in found] == (['keep_alive = "75s"'] if is_found else [])

@@ -21,6 +21,7 @@ from hotport.kernel.resolve import resolve
 from hotport.kernel.unit import kill_mode, unit_of
 from hotport.model.port import Ephemeral, State
 from hotport.options import Options
+from hotport.options.values import format_duration
 from hotport.wire.messages import Status
 
 __all__ = [
@@ -41,6 +42,9 @@ UNEVEN_MIN: Final = 20
 
 #: Descriptors that a worker needs beside those of connections: listeners, its event loop, files, libraries.
 SPARE: Final = 100
+
+#: For how many seconds usual load balancers keep an idle connection to a server.
+BALANCER_IDLE_S: Final = 60.0
 NEARLY_FULL: Final = 0.8
 
 #: What comes of a service manager's ways to end a service, other than those that are right.
@@ -198,6 +202,14 @@ def examine(machine: Machine, options: Options) -> Iterator[Finding]:
             "hotport restart, status and stop do not find the service, or it refuses to start (HP622)",
             fix=f"ls -ld {machine.runtime_root}",
             note="or set HOTPORT_RUNTIME_DIR to a directory of yours",
+        )
+    proxies = [peer for peer in options.trusted_proxy if peer not in Options().trusted_proxy]
+    if proxies and options.keep_alive_s <= BALANCER_IDLE_S:
+        yield Finding(
+            f"keep_alive is {format_duration(options.keep_alive_s)}; {', '.join(proxies[:3])} may be a load balancer",
+            "most keep idle connections for 60 s; one that sends a request at the moment of our close answers 502",
+            fix='keep_alive = "75s"',
+            note="longer than the balancer's own idle time: AWS 60 s, nginx 60 s, Heroku 55 s, Google Cloud 600 s",
         )
     for address in options.bind:
         yield from _examine_address(machine, str(address))
