@@ -80,8 +80,12 @@ def haproxy(directory: Path, section: str, server: str, *, version: str = "send-
 
 
 @contextmanager
-def nginx(directory: Path, server: str, api: str) -> Iterator[int]:
-    """nginx with the example in front of `server` and, for ``/api/``, of `api`; the port on which it listens."""
+def nginx(directory: Path, server: str, api: str, *, user: str = "root") -> Iterator[int]:
+    """nginx with the example in front of `server` and, for ``/api/``, of `api`; the port on which it listens.
+
+    Args:
+        user: As whom its workers connect.
+    """
     program = need("nginx")
     with socket.create_server(("127.0.0.1", 0)) as front:
         port = front.getsockname()[1]
@@ -95,7 +99,7 @@ def nginx(directory: Path, server: str, api: str) -> Iterator[int]:
         )
         text = text.replace("http {\n", f"http {{\naccess_log off;\n{paths}")
         config = directory / "nginx.conf"
-        config.write_text(f"daemon off;\nuser root;\npid {directory}/nginx.pid;\n{text}")
+        config.write_text(f"daemon off;\nuser {user};\npid {directory}/nginx.pid;\n{text}")
         inherited = {"NGINX": f"{front.fileno()};"}  # how it passes listeners to its next binary
         with proxy(program, "-e", "stderr", "-c", str(config), env=inherited, pass_fd=front.fileno()):
             yield port

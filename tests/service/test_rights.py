@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import json
 import os
 import pwd
@@ -23,6 +24,7 @@ import pytest
 
 from hotport.kernel import procfs
 from hotport.kernel.users import Identity, find_closed, find_identity
+from tests.service.test_proxy import nginx
 from tests.support import DEADLINE_S, Service, assert_three_lines, eventually, need, read_response, write_code
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root starts processes of other users")
@@ -287,6 +289,21 @@ def test_a_proxy_of_the_same_group_connects_to_the_socket_file_and_no_other_user
         eventually(path.exists, "it is bound again")
         found = path.stat()
         assert (stat.S_IMODE(found.st_mode), found.st_gid) == (0o620, other.gid)
+
+
+def test_nginx_of_the_sockets_group_is_a_proxy_while_the_service_restarts(
+    place: Path, prefix: Sequence[str], user: Identity, other: Identity
+) -> None:
+    """nginx runs as the first user, the application as the second."""
+    path = place / "web.sock"
+    group = grp.getgrgid(user.gid).gr_name
+    args = ("--user", other.name, "--socket-group", group, "--bind", f"unix:{path}")
+    with serving(place, prefix, *args) as service, nginx(place, f"unix:{path}", "127.0.0.1:9", user=user.name) as port:
+        for version in ("v1", "v2"):
+            write_code(place / "app.py", APP.format(version=version))
+            if version == "v2":
+                assert service.restart()["outcome"] == "done"
+            assert get(("127.0.0.1", port))[::2] == (version, other.uid)
 
 
 @pytest.mark.parametrize(
