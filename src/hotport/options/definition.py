@@ -250,6 +250,11 @@ class Options:
     access_log: AccessLog = _option(
         "off", choice(*get_args(AccessLog)), "A line for each HTTP request: like other log lines, or Apache's."
     )
+    request_id: bool = _option(
+        False,
+        switch(),
+        "Give each HTTP request an id, or take that of a trusted proxy: in X-Request-ID, the access log, log lines.",
+    )
     log_format: LogFormat = _option("auto", choice(*get_args(LogFormat)), "Log lines; auto: console on a terminal.")
     log_level: LogLevel = _option("info", choice(*get_args(LogLevel)), "The lowest level that is logged.")
     lame_duck_s: float = _option(

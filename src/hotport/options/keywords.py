@@ -72,6 +72,7 @@ class ServeOptions(TypedDict, total=False):
     tls_alpn: Texts
     lifespan: Lifespan
     access_log: AccessLog
+    request_id: bool
 
 
 class RunOptions(ServeOptions, total=False):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final, Literal
 
+from hotport.adapters.asgi import requestid
 from hotport.adapters.asgi.spec import Scope
 from hotport.observe import logs
 
@@ -79,6 +80,8 @@ def _structured(render: Callable[[dict[str, Any]], str]) -> Render:
         if scope is not None:
             event["method"] = scope["method"]
             event["path"] = _target(scope)
+            if requestid.KEY in scope:
+                event[requestid.KEY] = scope[requestid.KEY]
         event["status"] = status
         event["bytes"] = sent
         event["ms"] = round(ms, 3)

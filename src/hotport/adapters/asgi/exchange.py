@@ -8,6 +8,7 @@ import os
 from functools import lru_cache
 from typing import Any, Final, Protocol, cast
 
+from hotport.adapters.asgi import requestid
 from hotport.adapters.asgi.fields import LINES, NOTED, STATUS_LINES, render_field
 from hotport.adapters.asgi.sendfile import Sink, send_file
 from hotport.adapters.asgi.shared import Shared
@@ -136,6 +137,8 @@ class Exchange:
         self.status = 0
         #: A copy of the scope that the application cannot change; None once the access log has the request.
         self.request = dict(scope) if connection.shared.access is not None else None
+        if self.request is not None and connection.shared.makes_ids:
+            self.request[requestid.KEY] = scope["state"][requestid.KEY]
         #: Bytes of the answer's body that were written.
         self.sent = 0
         self.began = 0.0

@@ -16,6 +16,7 @@ from collections import deque
 from time import perf_counter
 from typing import Any, Final
 
+from hotport.adapters.asgi import requestid
 from hotport.adapters.asgi.deadlines import Pace
 from hotport.adapters.asgi.exchange import CUT, TOO_SLOW, UNTIL_CLOSE, Exchange
 from hotport.adapters.asgi.handshake import Resumption, is_handshake
@@ -573,7 +574,10 @@ class HttpConnection(asyncio.Protocol):
         scope["headers"] = headers
         scope["client"] = client
         scope["server"] = self._server
-        scope["state"] = shared.state.copy()
+        scope["state"] = state = shared.state.copy()
+        if shared.makes_ids:
+            given = fields.get(requestid.FIELD) if self._is_trusted else None
+            scope["headers"], state[requestid.KEY] = requestid.identify(headers, given)
         scope["extensions"] = self._extensions.copy()
         return Exchange(self, shared.application, scope, keeps_alive, is_http10)
 
@@ -659,7 +663,10 @@ class HttpConnection(asyncio.Protocol):
             exchange.application = _overloaded
         running.add(exchange)
         self._is_beginning = True
-        exchange.task = shared.run(exchange.run(), context=shared.variables.copy())
+        context = shared.variables.copy()
+        if shared.makes_ids:
+            requestid.bind(context, exchange.scope["state"])
+        exchange.task = shared.run(exchange.run(), context=context)
         self._is_beginning = False
         if exchange.stage == HELD:
             exchange.open_soon()

@@ -94,6 +94,7 @@ class Shared:
         "keep_alive_ticks",
         "linger_ticks",
         "loop",
+        "makes_ids",
         "options",
         "raw_root_path",
         "registry",
@@ -149,6 +150,7 @@ class Shared:
         }
         self.concurrency_max = options.concurrency_max
         self.access = access
+        self.makes_ids = options.request_id
         self.loop = loop = asyncio.get_running_loop()
         self.can_gather = not isinstance(loop, asyncio.BaseEventLoop)  # but uvloop's
         self.extensions = {"hotport": context.extension, **EXTENSIONS}

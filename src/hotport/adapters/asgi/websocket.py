@@ -23,6 +23,7 @@ from websockets.exceptions import ProtocolError
 from websockets.frames import Opcode
 from websockets.protocol import State as ProtocolState
 
+from hotport.adapters.asgi import requestid
 from hotport.adapters.asgi.deadlines import Pace
 from hotport.adapters.asgi.exchange import CUT, Exchange, Requesting
 from hotport.adapters.asgi.frames import Assembly, Cutter, Violation
@@ -755,7 +756,10 @@ class WebSocketConnection(asyncio.Protocol):
         shared, session = self.shared, self._session
         shared.registry.count_request()
         shared.running.add(session)
-        session.task = shared.run(session.run(), context=shared.variables.copy())
+        context = shared.variables.copy()
+        if shared.makes_ids:
+            requestid.bind(context, session.scope["state"])
+        session.task = shared.run(session.run(), context=context)
 
     def accept(self, subprotocol: str | None, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Answer the handshake, and open the WebSocket.
