@@ -178,7 +178,7 @@ class Service(ServeProcess):
 
 
 #: Commands that only ask a supervisor: what an interpreter of their own would add is its start.
-_ASKING = frozenset({"rebalance", "reload-tls", "restart", "scale", "status", "stop", "undo", "upgrade"})
+_ASKING = frozenset({"log-level", "rebalance", "reload-tls", "restart", "scale", "status", "stop", "undo", "upgrade"})
 
 
 def run_hotport(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import DEADLINE_S, HOTPORT, Service, ask_line, eventually, write_code
+from tests.support import DEADLINE_S, HOTPORT, Service, ask_line, eventually, http_get, write_code
 
 TALKING = """\
 import asyncio, logging, os, sys, warnings
@@ -267,3 +267,37 @@ def test_failed_start_with_a_log_that_is_not_read_ends(tmp_path: Path) -> None:
     finally:
         os.close(reader)
         os.close(writer)
+
+
+def test_log_level_changes_at_run_time_until_the_next_restart(tmp_path: Path) -> None:
+    app = """
+import logging
+async def app(scope, receive, send):
+    logging.getLogger("shop").debug("a detail")
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
+"""
+    write_code(tmp_path / "app.py", app)
+
+    def details() -> int:
+        assert http_get(service.port)[0] == 200
+        return len(service.log_events("a detail"))
+
+    with Service(tmp_path, "app:app", "--lifespan", "off") as service:
+        service.wait_ready()
+        assert details() == 0
+        told = service.run("log-level", "debug", "svc")
+        assert told.stdout == "log level debug until the next restart (it was info)\n"
+        eventually(lambda: len(service.log_events("log.level")) == 2, "the supervisor and the worker have taken it")
+        assert details() == 1
+        worker = service.worker_pids()[0]
+        os.kill(worker, signal.SIGKILL)
+        eventually(lambda: service.worker_pids() not in ([worker], []), "it is replaced")
+        service.wait_serving(1)
+        assert details() == 2
+        assert service.restart()["outcome"] == "done"
+        assert details() == 2
+        refused = service.run("log-level", "loud", "svc")
+        assert refused.returncode == 2
+        assert service.run("log-level", "--json", "error").returncode == 0
+        assert service.run("status", "svc").returncode == 0

@@ -16,7 +16,7 @@ __all__ = ["HELP", "is_terminal", "main"]
 HELP = {"help_option_names": ["-h", "--help"]}
 
 COMMANDS = (
-    *("serve", "restart", "undo", "reload-tls", "status", "scale", "rebalance", "stop", "upgrade"),
+    *("serve", "restart", "undo", "reload-tls", "status", "scale", "rebalance", "log-level", "stop", "upgrade"),
     *("why", "doctor", "demo", "churn"),
 )
 

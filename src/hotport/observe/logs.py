@@ -214,7 +214,7 @@ def configure(*, format: str, level: str, **bound: object) -> None:
     # Applications configure the root logger as they like (Litestar does by itself); ours are ours.
     for logger in (logging.getLogger(), logging.getLogger("hotport")):
         logger.handlers[:] = [handler]
-        logger.setLevel(level.upper())
+    set_level(level)
     logging.getLogger("hotport").propagate = False
     logging.captureWarnings(True)
     structlog.configure(
@@ -228,6 +228,15 @@ def configure(*, format: str, level: str, **bound: object) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+
+
+def set_level(level: str) -> None:
+    """Set the lowest level that is written from now on, as in `configure`.
+
+    Loggers to which the application has given a level of their own keep it.
+    """
+    for logger in (logging.getLogger(), logging.getLogger("hotport")):
+        logger.setLevel(level.upper())
 
 
 def _visible_values(event: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from hotport.supervisor.upgrade import Upgrade
 from hotport.wire.messages import (
     Done,
     Failure,
+    LogLevelRequest,
     Progress,
     RebalanceRequest,
     ReloadTlsRequest,
@@ -207,6 +208,10 @@ async def _carry_out(
             return Done(detail=f"{await rebalance(supervisor)} connections moved")
         case ReloadTlsRequest():
             return await reload_tls(supervisor)
+        case LogLevelRequest(log_level=level):
+            before = supervisor.options.log_level
+            supervisor.set_log_level(level)
+            return Done(detail=f"log level {level} until the next restart (it was {before})")
         case StopRequest(now=now, lame_duck_s=lame_duck_s):
             supervisor.stop(now=now, lame_duck_s=lame_duck_s)
             await supervisor.finished.wait()

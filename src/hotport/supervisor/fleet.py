@@ -28,6 +28,7 @@ from hotport.model.signals import WORKER
 from hotport.model.strategies import Strategy
 from hotport.observe.logs import get_logger
 from hotport.options import Options
+from hotport.options.definition import LogLevel
 from hotport.supervisor.contain import Containing, retried
 from hotport.supervisor.foreign import find_unaware
 from hotport.supervisor.launch import Launch
@@ -48,6 +49,7 @@ from hotport.wire.messages import (
     HurryOrder,
     Inspection,
     InspectOrder,
+    LogLevelOrder,
     Memory,
     Quiesced,
     QuiesceOrder,
@@ -574,6 +576,12 @@ class Fleet:
     def quiesce(self, worker: int, *, empties: bool) -> None:
         """Tell a worker to stop accepting."""
         self._order(worker, QuiesceOrder(empties=empties), Event.QUIESCED)
+
+    def set_log_level(self, level: LogLevel) -> None:
+        """Tell all workers to log this level and those above it; programs that are not hotport's have no such order."""
+        for process in self.processes.values():
+            if not process.is_foreign:  # one that starts gets the order when it listens
+                process.order(LogLevelOrder(level=level))
 
     def kill(self, worker: int) -> None:
         """SIGKILL a worker and its process group."""

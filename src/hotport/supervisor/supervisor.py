@@ -12,6 +12,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace as replace_field
 from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVarTuple
@@ -28,8 +29,9 @@ from hotport.model import effects, inputs, rules
 from hotport.model.effects import Announce, News
 from hotport.model.inputs import Clock, Timer
 from hotport.model.service import Restart, Service
-from hotport.observe.logs import get_logger
+from hotport.observe.logs import get_logger, set_level
 from hotport.options import Options
+from hotport.options.definition import LogLevel
 from hotport.supervisor.contain import Containing, contained, retried
 from hotport.supervisor.fleet import Fleet
 from hotport.supervisor.hangs import Hangs
@@ -427,9 +429,9 @@ class Supervisor:
                     self._watch_health(restart)
             case News.ABORTED | News.UNDONE:
                 self.options = self._launches[generation].options
-                self._change_access()
+                self._follow_options()
             case News.COMMITTED:
-                self._change_access()
+                self._follow_options()
             case _:
                 pass
         worker, late = announcement.worker, announcement.clock
@@ -445,8 +447,18 @@ class Supervisor:
         wanted |= self.news.reports.generations
         self._launches = {number: launch for number, launch in self._launches.items() if number in wanted}
 
-    def _change_access(self) -> None:
-        """Give socket files the access that the options say, if these have changed."""
+    def set_log_level(self, level: LogLevel) -> None:
+        """Log this level and those above it in all processes of the service, until the next restart."""
+        set_level(level)
+        self.options = replace_field(self.options, log_level=level)
+        for number, launch in self._launches.items():  # for workers that replace others
+            self._launches[number] = replace_field(launch, options=replace_field(launch.options, log_level=level))
+        self.fleet.set_log_level(level)
+        self._log.info("log.level", level_now=level)
+
+    def _follow_options(self) -> None:
+        """Take the log level of the options, and give socket files the access that they say, if these have changed."""
+        set_level(self.options.log_level)
         try:
             before, access = socket_access(self._access_options), socket_access(self.options)
             if access is not None and access != before:

@@ -19,6 +19,7 @@ import msgspec
 
 from hotport.errors import ControlError
 from hotport.options import Options
+from hotport.options.definition import LogLevel
 
 __all__ = [
     "LOAD_PAGE",
@@ -159,6 +160,12 @@ class ReloadTlsOrder(msgspec.Struct, frozen=True, kw_only=True, tag="reload_tls"
     """Read the certificates again, for connections from now on."""
 
 
+class LogLevelOrder(msgspec.Struct, frozen=True, kw_only=True, tag="log_level"):
+    """Log this level and those above it from now on."""
+
+    level: LogLevel
+
+
 class RebalanceOrder(msgspec.Struct, frozen=True, kw_only=True, tag="rebalance"):
     """Hand connections to workers of your generation with fewer."""
 
@@ -233,6 +240,7 @@ Order = (
     | InspectOrder
     | ListenOrder
     | ReloadTlsOrder
+    | LogLevelOrder
     | RebalanceOrder
     | RememberOrder
     | ListenersOrder
@@ -436,6 +444,12 @@ class ReloadTlsRequest(msgspec.Struct, frozen=True, kw_only=True, tag="reload_tl
     """Let every worker read its certificates again."""
 
 
+class LogLevelRequest(msgspec.Struct, frozen=True, kw_only=True, tag="log_level"):
+    """Log this level and those above it in all processes, until the next restart."""
+
+    log_level: LogLevel
+
+
 class UndoRequest(msgspec.Struct, frozen=True, kw_only=True, tag="undo"):
     """Take the old generation back; or, to `keep` the new one, end the bake or the undo window."""
 
@@ -461,6 +475,7 @@ Request = (
     | StopRequest
     | ScaleRequest
     | ReloadTlsRequest
+    | LogLevelRequest
     | RebalanceRequest
     | UpgradeRequest
     | TakeOverRequest

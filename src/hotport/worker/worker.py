@@ -43,7 +43,7 @@ from hotport.kernel.sockets import (
 )
 from hotport.model.fates import by_name
 from hotport.model.signals import NOTES, SUSPENDING, TERMINATING, WORKER, Does, Moment
-from hotport.observe.logs import dropped, get_logger, revive
+from hotport.observe.logs import dropped, get_logger, revive, set_level
 from hotport.options import Options
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import (
@@ -61,6 +61,7 @@ from hotport.wire.messages import (
     ListenersOrder,
     Listening,
     ListenOrder,
+    LogLevelOrder,
     Memory,
     OfferOrder,
     Order,
@@ -508,6 +509,9 @@ class Worker:
                 self._expect(connections)
             case ReloadTlsOrder():
                 peer.say(TlsReloaded(error=self._reload_tls()))
+            case LogLevelOrder(level=level):
+                set_level(level)
+                self._log.info("log.level", level_now=level)
             case RememberOrder(memory=memory):
                 self._memory = memory
             case ListenersOrder():
