@@ -53,6 +53,15 @@ async def app(scope, receive, send):
     await send({{"type": "http.response.body", "body": body}})
 """
 
+#: Blocks its event loop when it is asked for that.
+BLOCKING = """async def app(scope, receive, send):
+    if scope.get("path") == "/block":
+        import time
+        time.sleep(1000)"""
+
+#: Idle connections stay, however slow the machine is.
+KEEPING = ("--keep-alive", "10m")
+
 #: Of processes of other users, in the same place: it serves a line.
 USERS = [name for name in ("www-data", "nobody", "daemon") if any(each.pw_name == name for each in pwd.getpwall())]
 
@@ -373,7 +382,7 @@ def test_the_user_changes_with_a_restart_and_back(
 def test_connections_move_to_the_next_generation_of_the_same_user(
     place: Path, prefix: Sequence[str], user: Identity
 ) -> None:
-    with serving(place, prefix, "--user", user.name) as service:
+    with serving(place, prefix, "--user", user.name, *KEEPING) as service:
         with socket.create_connection(("127.0.0.1", service.port), DEADLINE_S) as sock:
             answers = []
             for version in ("v1", "v2"):
@@ -385,8 +394,55 @@ def test_connections_move_to_the_next_generation_of_the_same_user(
         assert answers == [b"v1", b"v2"]
 
 
+def test_connections_of_roots_workers_move_to_those_of_a_user_and_back_they_finish(
+    place: Path, prefix: Sequence[str], user: Identity
+) -> None:
+    options = place / "hotport.toml"
+    with (
+        serving(place, prefix, "--drain-timeout", "1", *KEEPING) as service,
+        socket.create_connection(("127.0.0.1", service.port), DEADLINE_S) as sock,
+    ):
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_response(sock)[1].split()[2] == b"0"
+        options.write_text(f'user = "{user.name}"\n')
+        assert service.restart()["connections"] == {"moved_http": 1}
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert int(read_response(sock)[1].split()[2]) == user.uid
+        options.write_text("")
+        assert "moved_http" not in service.restart()["connections"]
+        assert "handoff.declined" not in service.log()
+
+
+def test_a_worker_of_the_user_that_hangs_is_explained_and_replaced(
+    place: Path, prefix: Sequence[str], user: Identity
+) -> None:
+    blocking = APP.format(version="v1").replace("async def app(scope, receive, send):", BLOCKING)
+    write_code(place / "app.py", blocking)
+    args = (
+        "--user",
+        user.name,
+        "--workers",
+        "2",
+        "--hang-report",
+        "1s",
+        "--hang-timeout",
+        "3s",
+        "--drain-timeout",
+        "1",
+    )
+    with serving(place, prefix, *args) as service:
+        before = service.worker_pids()
+        with socket.create_connection(("127.0.0.1", service.port), DEADLINE_S) as sock:
+            sock.sendall(b"GET /block HTTP/1.1\r\nHost: x\r\n\r\n")
+            eventually(lambda: bool(set(before) - set(service.worker_pids())), "it is replaced")
+        service.wait_serving(2)
+        (told,) = service.log_events("worker.hung")
+        assert f"{place}/app.py" in told["stack"]
+        assert_workers_are(service, user)
+
+
 def test_a_take_over_keeps_the_user(place: Path, prefix: Sequence[str], user: Identity) -> None:
-    with serving(place, prefix, "--user", user.name) as old:
+    with serving(place, prefix, "--user", user.name, *KEEPING) as old:
         port = old.port
         bind = ("--bind", f"127.0.0.1:{port}")
         with socket.create_connection(("127.0.0.1", port), DEADLINE_S) as sock:
