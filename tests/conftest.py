@@ -97,10 +97,10 @@ def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails a test that leaks; set up first, so that everything else is gone when it looks."""
     collect()  # garbage of an earlier test must not be counted as ours
     directory = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
-    descriptors, handlers = _descriptors(), _handlers()
+    descriptors, handlers, pids = _descriptors(), _handlers(), _pids()
     yield
     collect()
-    left = _processes_of(request.node.nodeid)
+    left = _processes_of(request.node.nodeid, _pids() - pids)
     _, alive = psutil.wait_procs(left, VANISH_S)
     told = [f"{process.pid} {' '.join(process.cmdline())}" for process in alive]
     for process in alive:
@@ -127,14 +127,18 @@ def _handlers() -> dict[int, object]:
     return {number: signal.getsignal(number) for number in signal.valid_signals() - {signal.SIGALRM}}
 
 
-def _processes_of(test: str) -> list[psutil.Process]:
-    """Live processes that were started by this test, by whomever they were adopted since.
+def _pids() -> set[int]:
+    return set(map(int, filter(str.isdigit, os.listdir("/proc"))))
+
+
+def _processes_of(test: str, pids: set[int]) -> list[psutil.Process]:
+    """Those of `pids` that were started by this test, by whomever they were adopted since.
 
     pytest names the running test in its environment, we name the run, and every process that is started inherits that.
     """
     marks = f"{RUN}={os.environ[RUN]}\0".encode(), f"PYTEST_CURRENT_TEST={test} ".encode()
     found = []
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+    for pid in pids:
         with contextlib.suppress(OSError, psutil.Error):  # it has ended, or is not ours
             environment = Path(f"/proc/{pid}/environ").read_bytes()
             if pid != os.getpid() and all(mark in environment for mark in marks):
