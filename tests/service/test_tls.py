@@ -106,7 +106,7 @@ def test_restarts_under_https_load_cost_no_request(tmp_path: Path, pki: Pki, loo
             except http.client.HTTPException as error:
                 raise ConnectionError from error
 
-        with Hammer(port, ask=ask_once) as once, Hammer(port, ask=ask_keeping) as keeping:
+        with Hammer(port, clients=1, ask=ask_once) as once, Hammer(port, ask=ask_keeping) as keeping:
             for number in range(1, RESTARTS + 1):
                 deploy(tmp_path, f"v{number}")
                 report = service.ask(RestartRequest())[-1]

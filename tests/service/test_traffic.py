@@ -220,7 +220,7 @@ LOADS = {
 @pytest.mark.timeout(60 + 20 * RESTARTS * SLOWNESS)
 def test_restarts_under_all_kinds_of_load_at_once_cost_no_request(tmp_path: Path) -> None:
     write_code(tmp_path / "app.py", LOADS_APP.format(version="v0"))
-    with Service(tmp_path, "app:app", "--workers", "2", "--access-log", "structured").wait_ready() as service:
+    with Service(tmp_path, "app:app", "--access-log", "structured").wait_ready() as service:
         with ExitStack() as running:
             for name, lua in LOADS.items():
                 url = f"http://127.0.0.1:{service.port}/{name}"

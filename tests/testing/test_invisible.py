@@ -86,6 +86,7 @@ def test_an_edit_that_raises_ends_the_run() -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)  # both: tests/churn/test_run.py
 async def test_it_can_be_awaited() -> None:
     result = await assert_invisible_restart_async(apps.app, kinds=["connect"], restarts=1, timeout_s=TIMEOUT_S)
     assert len(result.restarts) == 1
