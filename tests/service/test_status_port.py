@@ -72,11 +72,14 @@ def read_all(sock: socket.socket) -> bytes:
     return answer
 
 
-@pytest.fixture
-def port(tmp_path: Path) -> Iterator[StatusPort]:
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StatusPort]:
     """The status port of a service at which nothing changes."""
-    write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))
-    with Service(tmp_path, "app:app", "--status-bind", "127.0.0.1:0") as service:
+    directory = tmp_path_factory.mktemp("port")
+    write_code(directory / "app.py", LINE_APP.format(version="v1"))
+    # It outlives the test that happens to start it: that one must not be blamed.
+    env = {"PYTEST_CURRENT_TEST": ""}
+    with Service(directory, "app:app", "--status-bind", "127.0.0.1:0", env=env) as service:
         yield StatusPort(service.wait_ready())
 
 
