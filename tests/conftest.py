@@ -10,6 +10,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import hypothesis
@@ -70,6 +71,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault(RUN, f"{os.getpid()}-{time.time_ns()}")  # processes of pytest-xdist inherit it
     config.addinivalue_line("markers", "slow: takes more than half a minute; leave it out with -m 'not slow'")
     config.addinivalue_line("markers", "measured: the processes that it starts run with coverage")
+    config.addinivalue_line("markers", "unmeasured: it repeats what other tests measure, and runs without coverage")
     config.addinivalue_line("markers", "soak: what it repeats, `make soak` repeats more often")
 
 
@@ -86,9 +88,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Measure only the processes of tests that ask for it: coverage costs a process as much as its own start."""
-    with pytest.MonkeyPatch.context() as environment:
+    with pytest.MonkeyPatch.context() as environment, ExitStack() as later:
         if not item.get_closest_marker("measured"):
             environment.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        if item.get_closest_marker("unmeasured") and "coverage" in sys.modules:
+            coverage = sys.modules["coverage"].Coverage.current()
+            if coverage is not None:
+                coverage.stop()
+                later.callback(coverage.start)
         return (yield)
 
 

@@ -148,6 +148,7 @@ FLOODS = {
 
 @pytest.mark.parametrize("name", FLOODS)
 @in_memory
+@pytest.mark.unmeasured
 async def test_flood_stays_within_the_budget_while_the_application_takes_nothing(name: str, traced: None) -> None:
     async with serving(Takes(), ws_ping_interval_s=0, ws_queue=1_000_000) as rig:
         connection, wire = await open_raw(rig)
@@ -279,6 +280,7 @@ async def test_no_pong_follows_a_close_frame() -> None:
         assert wire.frames[-1].opcode is Opcode.CLOSE
 
 
+@pytest.mark.unmeasured
 async def test_pings_without_end_of_a_real_client_that_never_reads(traced: None) -> None:
     async with serving(Takes(), ws_ping_interval_s=0) as rig:
         client, connection = await opened(rig)

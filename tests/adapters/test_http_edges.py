@@ -153,6 +153,7 @@ def cuts(sent: bytes) -> list[list[bytes]]:
 
 @every_section
 @in_memory
+@pytest.mark.unmeasured
 async def test_edges_in_pieces_are_the_same(section: str, caplog: pytest.LogCaptureFixture) -> None:
     await check_all(section, caplog, in_pieces)
 

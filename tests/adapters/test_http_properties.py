@@ -167,6 +167,7 @@ CUTS = st.lists(st.integers(0, 4_000), max_size=8)
 
 @on_both_loops
 @searching
+@pytest.mark.unmeasured
 @given(conversation=st.lists(requests(), min_size=1, max_size=6), cuts=CUTS)
 def test_application_sees_the_same_requests_however_they_are_cut(
     conversation: list[tuple[bytes, Saw]], cuts: list[int], loop: Loop
@@ -234,6 +235,7 @@ SHORT = [edge.sent for edge in EDGES if len(edge.sent) < 1_000]
 
 @on_both_loops
 @searching
+@pytest.mark.unmeasured
 @given(
     requests=st.lists(requests().map(lambda pair: pair[0]) | st.sampled_from(SHORT), min_size=1, max_size=3),
     mutations=MUTATIONS,

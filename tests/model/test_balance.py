@@ -56,6 +56,7 @@ def test_somebody_can_always_take(counts: list[int]) -> None:
     assert not all(ahead)
 
 
+@pytest.mark.unmeasured
 @given(st.integers(2, 16), st.integers(64, 400), st.randoms(use_true_random=False))
 def test_whoever_wakes_first_the_shares_are_even(workers: int, arrivals: int, chance: random.Random) -> None:
     counts = [0] * workers
@@ -104,6 +105,7 @@ def step(counts: dict[int, int]) -> int:
     return moved
 
 
+@pytest.mark.unmeasured
 @given(st.lists(st.integers(0, 2_000), min_size=2, max_size=32))
 def test_moves_end_and_leave_an_even_share(sizes: list[int]) -> None:
     counts = dict(enumerate(sizes))
@@ -133,6 +135,7 @@ def test_scaling_up_is_even_after_two_looks() -> None:
     assert set(counts.values()) == {250}
 
 
+@pytest.mark.unmeasured
 def test_a_day_of_drift_moves_little() -> None:
     """Clients come to a worker with fewer, as they do, and leave by chance: moves are rare and bounded."""
     chance = random.Random(7)

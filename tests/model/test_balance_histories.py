@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from unittest.mock import patch
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -29,6 +30,8 @@ from hotport.model.balance import (
 from hotport.worker.server import NONE_MOVED_PAUSE_S
 from hotport.worker.share import OTHERS_S, Share
 from tests.support import RESTARTS
+
+pytestmark = pytest.mark.unmeasured
 
 #: Between two steps of the world; a batch is under way for as long.
 STEP_S = LOOK_S / 5
