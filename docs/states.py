@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from hotport.adapters.asgi.states import STATES, WEBSOCKET_STATES, Row
 from hotport.model import lifecycle, rules
-from hotport.model.effects import INVERSE, Effect, Open, Quiesce, Rebind, Release, Spawn
+from hotport.model.effects import INVERSE, Effect, Open, Prepare, Quiesce, Rebind, Release, Spawn
 from hotport.model.inputs import Clock
 from hotport.model.lifecycle import CURRENT, TRANSITIONS, Event, Phase
 from hotport.model.steps import STEPS, Step
@@ -54,6 +54,7 @@ strategies are is told in [strategies.md](strategies.md).
 
 #: How long the clocks of steps are.
 LASTS: Final = {
+    Clock.PREPARE: "before_start_timeout",
     Clock.READY: "ready_timeout",
     Clock.OPEN: f"{ANSWER_TIMEOUT_S:g} s",
     Clock.QUIESCE: f"{ANSWER_TIMEOUT_S:g} s",
@@ -64,6 +65,7 @@ LASTS: Final = {
 }
 
 WHO: Final = {
+    Prepare: "the generation",
     Spawn: "each new worker",
     Release: "each old worker",
     Rebind: "the listeners",
@@ -77,7 +79,9 @@ INVERTED: Final[dict[type[Effect], str]] = {Rebind: "each old worker, with what 
 
 TAIL: Final = """
 - An undo waits until the old workers accept, so that the new ones can hand them their connections.
-- While a canary bakes, old workers are looked after as between restarts.
+- A generation is prepared once, before its first batch; not for workers that replace lost ones or scale it. The first
+  generation is prepared, too: if that fails, the service ends.
+- While a generation is prepared and while a canary bakes, old workers are looked after as between restarts.
 - If no old worker is left in an undo window, it is over.
 - An old worker that was not yet ready at the commit is held, and told to accept if the restart aborts.
 - An old worker that a signal or a debugger has stopped answers nothing and finishes nothing: after {answer:g} s for

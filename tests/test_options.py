@@ -27,7 +27,7 @@ from hotport.options import (
     runtime_root,
     service_name,
 )
-from hotport.options.keywords import Duration, RunOptions, ServeOptions, Share, Size, Texts
+from hotport.options.keywords import Command, Duration, RunOptions, ServeOptions, Share, Size, Texts
 from hotport.options.loading import Loaded, load, meant_flag, rows, show
 from tests.support import assert_three_lines
 
@@ -672,6 +672,21 @@ def test_flags_of_other_servers_lead_to_ours(flag: str, meant: str | None) -> No
     assert meant_flag(flag) == meant
 
 
+@pytest.mark.parametrize("given", ["alembic upgrade 'the head'", ["alembic", "upgrade", "the head"]])
+def test_a_hook_is_a_command_in_one_text_or_a_list(tmp_path: Path, given: Any) -> None:
+    expected = ("alembic", "upgrade", "the head")
+    assert read(tmp_path, f"before_start = {given!r}").options.before_start == expected
+    assert read(tmp_path, before_start=given).options.before_start == expected
+    if isinstance(given, str):
+        assert read(tmp_path, environ={"HOTPORT_BEFORE_START": given}).options.before_start == expected
+
+
+@pytest.mark.parametrize("given", ["''", "' '", "['']", "7", "[7]", '"\'"', "'a\\0'"])
+def test_a_hook_without_a_program_is_refused(tmp_path: Path, given: str) -> None:
+    given = given if given != "'a\\0'" else '["a", "\\u0000"]'
+    assert refused(tmp_path, f"before_start = {given}").code == "HP304"
+
+
 # Keyword arguments
 
 
@@ -683,7 +698,7 @@ def annotation(option: Option) -> object:
         return Literal[option.choices]
     if option.is_list:
         return Texts
-    kind: Any = {"TIME": Duration, "SIZE": Size, "SHARE": Share, "N": int}.get(option.metavar, str)
+    kind: Any = {"COMMAND": Command, "TIME": Duration, "SIZE": Size, "SHARE": Share, "N": int}.get(option.metavar, str)
     return kind | None if option.default is None else kind
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hotport.errors import ConfigError, ExitCode, KernelError
-from hotport.kernel.fds import give_directory, is_at, let_through, lock_directory, private_directory
+from hotport.kernel.fds import give_directory, is_at, let_through, lock_directory, memory_file, private_directory
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives a directory away")
 
@@ -147,3 +147,13 @@ def test_a_directory_is_given_to_another_user(tmp_path: Path) -> None:
         give_directory(str(tmp_path / "link"), uid, gid)
     with pytest.raises(ConfigError, match="HP621"):
         give_directory(str(tmp_path / "missing" / "user"), uid, gid)
+
+
+def test_file_in_memory_has_no_name_and_is_not_inherited() -> None:
+    fd = memory_file("hotport-test")
+    try:
+        assert not os.get_inheritable(fd)
+        assert os.fstat(fd).st_nlink == 0
+        assert os.write(fd, b"x" * 1_000_000) == 1_000_000
+    finally:
+        os.close(fd)

@@ -8,6 +8,7 @@ import resource
 import select
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -560,3 +561,46 @@ def test_user_that_cannot_be_had_is_a_failed_start(monkeypatch: pytest.MonkeyPat
     with pytest.raises(KernelError, match="HP552") as raised:
         spawn(["true"], environment=PATH, cwd="/", identity=Identity(1, 1))
     assert raised.value.errno == errno.EPERM
+
+
+def test_streams_are_given_wherever_their_descriptors_lie(tmp_path: Path, sockets: list[socket.socket]) -> None:
+    (tmp_path / "in").write_text("what it reads")
+    script = """
+        cat; echo said; echo complained >&2
+        readlink /proc/$$/fd/3 | cut -d: -f1
+        test -e /proc/$$/fd/4 || echo no more
+    """
+    heard, said = os.pipe()
+    with open(tmp_path / "in") as source, descriptors_at({0: source.fileno(), 3: said}):
+        child = spawn(
+            ["sh", "-c", script],
+            environment=PATH,
+            cwd="/",
+            listeners=[sockets[0].fileno()],
+            listen_names=["web"],
+            streams={0: 0, 1: 3, 2: 3},
+        )
+        assert wait(child) == 0
+    os.close(said)
+    with open(heard, "rb") as file:
+        assert file.read() == b"what it readssaid\ncomplained\nsocket\nno more\n"
+
+
+def test_child_that_ends_with_us_does_so_when_we_are_killed(tmp_path: Path) -> None:
+    """A migration went on after its supervisor was killed, beside that of the next one."""
+    script = """
+import os, sys
+from hotport.kernel.spawn import spawn
+print(spawn(["sleep", "1000"], environment=dict(os.environ), cwd="/", ends_with_us=True).pid, flush=True)
+sys.stdin.read()
+"""
+    argv = [sys.executable, "-c", script]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pidfd = os.pidfd_open(int(parent.stdout.readline()))
+        try:
+            assert not select.select([pidfd], [], [], 0)[0]
+            parent.kill()
+            assert select.select([pidfd], [], [], 30)[0], "it outlives its parent"
+        finally:
+            os.close(pidfd)

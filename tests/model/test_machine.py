@@ -25,9 +25,9 @@ CANARIES = st.just(0) | st.integers(0, 3)
 class Chaos(RuleBasedStateMachine):
     """A service, and a world that does to it what worlds do."""
 
-    @initialize(wanted=COUNTS, is_booted=st.booleans())
-    def boot(self, wanted: int, is_booted: bool) -> None:
-        self.world = World(wanted)
+    @initialize(wanted=COUNTS, is_booted=st.booleans(), is_prepared=st.booleans())
+    def boot(self, wanted: int, is_booted: bool, is_prepared: bool) -> None:
+        self.world = World(wanted, is_prepared=is_prepared)
         if is_booted:
             self.world.run()
 
@@ -38,7 +38,7 @@ class Chaos(RuleBasedStateMachine):
     @property
     def steps(self) -> list[Clock]:
         """The timer of the step that a restart is in."""
-        clocks = (Clock.SETTLE, Clock.BAKE, Clock.WATCH)
+        clocks = (Clock.PREPARE, Clock.SETTLE, Clock.BAKE, Clock.WATCH)
         return [clock for clock in clocks if Timer(clock) in self.world.timers]
 
     # workers
@@ -51,7 +51,7 @@ class Chaos(RuleBasedStateMachine):
     @precondition(lambda self: not self.is_over)
     @rule(data=st.data())
     def everybody_but_a_few_does(self, data: st.DataObject) -> None:
-        slow = data.draw(st.sets(st.sampled_from(sorted(self.world.processes) or [0]), max_size=2))
+        slow = data.draw(st.sets(st.sampled_from([0, *sorted(self.world.processes)]), max_size=2))
         self.world.run(slow=tuple(slow))
 
     @precondition(lambda self: self.world.processes and not self.is_over)
@@ -112,9 +112,24 @@ class Chaos(RuleBasedStateMachine):
     # people
 
     @precondition(lambda self: not self.is_over)
-    @rule(kind=KINDS, wanted=st.none() | COUNTS, canary=CANARIES, is_watched=st.booleans())
-    def somebody_restarts(self, kind: tuple[bool, Strategy], wanted: int | None, canary: int, is_watched: bool) -> None:
-        self.world.restart(is_phased=kind[0], wanted=wanted, strategy=kind[1], canary=canary, is_watched=is_watched)
+    @rule(kind=KINDS, wanted=st.none() | COUNTS, canary=CANARIES, is_watched=st.booleans(), is_prepared=st.booleans())
+    def somebody_restarts(
+        self, kind: tuple[bool, Strategy], wanted: int | None, canary: int, is_watched: bool, is_prepared: bool
+    ) -> None:
+        is_phased, strategy = kind
+        self.world.restart(
+            is_phased=is_phased,
+            wanted=wanted,
+            strategy=strategy,
+            canary=canary,
+            is_watched=is_watched,
+            is_prepared=is_prepared,
+        )
+
+    @precondition(lambda self: self.world.preparing and not self.is_over)
+    @rule(why=st.sampled_from(("", "exited with status 1")))
+    def a_preparation_ends(self, why: str) -> None:
+        self.world.prepare(why)
 
     @precondition(lambda self: not self.is_over)
     @rule(kind=KINDS, wanted=st.none() | COUNTS, canary=CANARIES, is_watched=st.booleans())

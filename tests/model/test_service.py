@@ -4,6 +4,7 @@ import pytest
 
 from hotport.model.effects import (
     INVERSE,
+    Abandon,
     Accept,
     Announce,
     CloseListeners,
@@ -14,6 +15,7 @@ from hotport.model.effects import (
     Kill,
     News,
     Open,
+    Prepare,
     Quiesce,
     Rebind,
     Refusal,
@@ -42,10 +44,12 @@ def serving(wanted: int) -> World:
     return world
 
 
-def settling(wanted: int, *, is_phased: bool = False, strategy: Strategy = Strategy.INHERIT) -> World:
+def settling(
+    wanted: int, *, is_phased: bool = False, strategy: Strategy = Strategy.INHERIT, is_prepared: bool = False
+) -> World:
     """A service in whose restart everything but the end of the settle timer has happened."""
     world = serving(wanted)
-    world.restart(is_phased=is_phased, strategy=strategy)
+    world.restart(is_phased=is_phased, strategy=strategy, is_prepared=is_prepared)
     return world.run()
 
 
@@ -262,10 +266,10 @@ def test_restart_is_refused_while_too_many_old_generations_still_drain() -> None
 
 
 def test_every_effect_before_the_point_of_no_return_has_an_inverse() -> None:
-    done = [effect for strategy in Strategy for effect in settling(2, strategy=strategy).effects]
-    changing = {type(effect) for effect in done if isinstance(effect, Order | Release | Rebind | Steer)}
-    assert set(INVERSE) == changing == {Spawn, Open, Quiesce, Release, Rebind, Steer}
-    assert set(INVERSE.values()) == {Terminate, Drain, Open, Unsteer}
+    done = [effect for strategy in Strategy for effect in settling(2, strategy=strategy, is_prepared=True).effects]
+    changing = {type(effect) for effect in done if isinstance(effect, Order | Prepare | Release | Rebind | Steer)}
+    assert set(INVERSE) == changing == {Prepare, Spawn, Open, Quiesce, Release, Rebind, Steer}
+    assert set(INVERSE.values()) == {Abandon, Terminate, Drain, Open, Unsteer}
 
 
 def test_abort_while_new_workers_start_terminates_them() -> None:

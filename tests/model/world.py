@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from hotport.model.effects import (
+    Abandon,
     Accept,
     Announce,
     CloseListeners,
@@ -23,6 +24,7 @@ from hotport.model.effects import (
     Kill,
     News,
     Open,
+    Prepare,
     Quiesce,
     Rebind,
     Refusal,
@@ -44,6 +46,7 @@ from hotport.model.inputs import (
     Elapsed,
     Exited,
     Input,
+    Prepared,
     RequestKeep,
     RequestRestart,
     RequestScale,
@@ -100,11 +103,15 @@ class World:
         thief: Somebody else who takes an address whenever nobody has it; empty if there is none.
         is_lost: The supervisor has no listener.
         is_kept: With a `thief`: it is one of the workers, whose socket is left to it.
+        preparing: The generation whose preparation runs; 0 if none does.
     """
 
-    def __init__(self, wanted: int) -> None:
+    def __init__(self, wanted: int, *, is_prepared: bool = False) -> None:
         self.service = Service(wanted=wanted)
-        self.queue: deque[Input] = deque([Adopt((), wanted, 0, 0)])
+        self.queue: deque[Input] = deque([Adopt((), wanted, 0, 0, is_prepared=is_prepared)])
+        self.preparing = 0
+        self._is_prepared = is_prepared
+        self._prepared: list[int] = []
         self.processes: dict[int, Process] = {}
         self.timers: set[Timer] = set()
         self.effects: list[Effect] = []
@@ -134,8 +141,14 @@ class World:
         strategy: Strategy = Strategy.INHERIT,
         canary: int = 0,
         is_watched: bool = False,
+        is_prepared: bool = False,
     ) -> int:
-        return self.request(lambda n: RequestRestart(n, is_phased, wanted, strategy, canary, is_watched))
+        return self.request(lambda n: RequestRestart(n, is_phased, wanted, strategy, canary, is_watched, is_prepared))
+
+    def prepare(self, why: str = "") -> None:
+        """The preparation that runs ends."""
+        self.queue.append(Prepared(self.preparing, why))
+        self.preparing = 0
 
     def undo(self) -> int:
         return self.request(lambda n: RequestUndo(n, "somebody"))
@@ -170,6 +183,7 @@ class World:
         self.thief, self.is_lost = "", False  # the next one cannot begin before it has every address
         self.queue.clear()
         self.timers.clear()
+        self.preparing = 0  # it ends with the supervisor
         self._emitted = []
         self._quiesced.clear()
         for number, process in list(self.processes.items()):
@@ -180,7 +194,8 @@ class World:
             if process.accepts:
                 self._accepting.add(number)
         workers = tuple(Worker(number, each.generation, each.phase) for number, each in self.processes.items())
-        self.queue.append(Adopt(workers, service.wanted, service.generations, service.spawned, service.favoured))
+        numbers = service.generations, service.spawned, service.favoured
+        self.queue.append(Adopt(workers, service.wanted, *numbers, self._is_prepared))
         self.service = Service(wanted=service.wanted)
         self.take()
         self._generations = [self.service.generations]
@@ -209,11 +224,22 @@ class World:
         return True
 
     def run(self, *, slow: tuple[int, ...] = ()) -> World:
-        """Everybody but `slow` does what is expected, until nothing is left to do but wait for timers."""
-        while not self.is_finished and (self.queue or any(self.obey(w) for w in list(self.processes) if w not in slow)):
+        """Everybody but `slow` does what is expected, until nothing is left to do but wait for timers.
+
+        Args:
+            slow: Workers; 0 is the preparation of a generation.
+        """
+        while not self.is_finished and (self.queue or self._obeys(slow)):
             while self.queue and not self.is_finished:
                 self.take()
         return self
+
+    def _obeys(self, slow: tuple[int, ...]) -> bool:
+        """Somebody but `slow` does the next thing that is expected."""
+        if self.preparing and 0 not in slow:
+            self.prepare()
+            return True
+        return any(self.obey(worker) for worker in list(self.processes) if worker not in slow)
 
     def take(self) -> tuple[Effect, ...]:
         """Take the next input, carry out what follows from it, and check it."""
@@ -247,6 +273,14 @@ class World:
 
     def _carry_out(self, effect: Effect) -> None:
         match effect:
+            case Prepare(generation):
+                assert not self.preparing
+                assert generation not in self._prepared, "once a generation"
+                self.preparing = generation
+                self._prepared.append(generation)
+            case Abandon(generation):
+                assert generation == self._prepared[-1]
+                self.preparing = 0
             case Spawn(worker, generation):
                 self.processes[worker] = Process(generation)
             case Open(worker) | Quiesce(worker) | Release(worker) | Drain(worker) | Terminate(worker) if (
@@ -288,11 +322,12 @@ class World:
         self._check_answers(before, event, effects)
         self._check_bounds(after)
         self._check_restart(before, event, effects)
+        self._check_preparation(after)
         self._check_numbers(after)
         self._check_port(before, event, after)
         self._check_listeners(before, event, effects)
         finishes = [e for e in effects if isinstance(e, Finish)]
-        is_over = not after.workers and (after.is_stopping or after.generation == 0)
+        is_over = not after.workers and not after.preparing and (after.is_stopping or after.generation == 0)
         assert len(finishes) == is_over
         assert not finishes or finishes[0].has_failed is not after.is_stopping
         assert effects.count(CloseListeners()) == (after.is_stopping and not before.is_stopping)
@@ -374,6 +409,7 @@ class World:
                 process = self.processes.get(worker.id)
                 assert process is None or process.was_killed
         clocks = {
+            Step.PREPARING: Clock.PREPARE,
             Step.QUIESCING: Clock.QUIESCE,
             Step.RELEASING: Clock.QUIESCE,
             Step.SETTLING: Clock.SETTLE,
@@ -384,7 +420,7 @@ class World:
         for at, clock in clocks.items():
             if step_ is at:
                 assert Timer(clock) in running
-            elif clock in (Clock.BAKE, Clock.WATCH):
+            elif clock in (Clock.BAKE, Clock.WATCH) or (clock is Clock.PREPARE and not after.preparing):
                 assert Timer(clock) not in self.timers  # it would end the same step of the next restart
         if step_ is Step.UNDOING:  # else it would be over
             assert after.restart is not None
@@ -396,6 +432,18 @@ class World:
         if after.is_backing_off:
             assert Timer(Clock.BACKOFF) in running
         assert not after.is_lame_duck or Timer(Clock.LAME_DUCK) in running
+
+    def _check_preparation(self, after: Service) -> None:
+        """A preparation runs while it is waited for, and no longer; meanwhile its generation has no workers."""
+        restart = after.restart
+        waits = restart.generation if restart and restart.step is Step.PREPARING else after.preparing
+        if waits:
+            assert self.preparing == waits or any(isinstance(e, Prepared) and e.generation == waits for e in self.queue)
+            assert Timer(Clock.PREPARE) in self.timers or Elapsed(Timer(Clock.PREPARE)) in self.queue
+            assert waits not in {worker.generation for worker in after.workers.values()}
+            assert not after.is_stopping
+        else:
+            assert not self.preparing
 
     def _check_restart(self, before: Service, event: Input, effects: tuple[Effect, ...]) -> None:
         after, news = self.service, [e.news for e in effects if isinstance(e, Announce)]
@@ -495,7 +543,8 @@ class World:
     def _check_numbers(self, after: Service) -> None:
         """Between restarts there are as many workers as wanted, and one more while one is being replaced."""
         restart = after.restart
-        if (restart is not None and restart.step is not Step.BAKING) or after.is_stopping or after.generation == 0:
+        is_maintained = restart is None or restart.step in (Step.PREPARING, Step.BAKING)
+        if not is_maintained or after.is_stopping or after.generation == 0:
             return
         counted = [w for w in after.current if restart is None or w.id not in restart.new]  # a canary comes on top
         current = {w.id for w in counted}

@@ -25,7 +25,16 @@ import pytest
 from hotport.kernel import procfs
 from hotport.kernel.users import Identity, find_closed, find_identity
 from tests.service.test_proxy import nginx
-from tests.support import DEADLINE_S, Service, assert_three_lines, eventually, need, read_response, write_code
+from tests.support import (
+    DEADLINE_S,
+    Service,
+    assert_three_lines,
+    eventually,
+    need,
+    read_response,
+    watching_pid,
+    write_code,
+)
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root starts processes of other users")
 
@@ -533,3 +542,26 @@ def test_workers_forked_from_one_import_are_the_users_too(place: Path, prefix: S
             assert_workers_are(next_one, user)
             assert next_one.stop() == 0
     assert_imported_by(place, user, least=3)
+
+
+def test_commands_around_a_restart_are_of_the_user_of_its_workers_and_end_with_the_supervisor(
+    place: Path, prefix: Sequence[str], user: Identity
+) -> None:
+    who = "sh -c 'echo \"$(id -u) $(id -G) $USER\" > /dev/stdout; grep CapEff /proc/self/status'"
+    sleep = "sh -c 'cat /dev/stdin > /dev/null && exec sleep 1000'"
+    with serving(place, prefix, "--user", user.name, "--before-start", who, "--after-restart", sleep) as service:
+        assert service.restart()["outcome"] == "done"
+        for line in service.log_events("before_start.succeeded"):
+            ids, capabilities = line["output"].splitlines()
+            uid, *groups, name = ids.split()
+            assert (uid, set(groups), name) == (str(user.uid), {*map(str, (user.gid, *user.groups))}, user.name)
+            assert int(capabilities.split()[1], 16) == 0
+        service.wait_until(lambda: bool(service.log_events("after_restart.began")), "it runs")
+        pid = service.log_events("after_restart.began")[0]["program_pid"]
+        eventually(lambda: b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes(), "it has read the report")
+        assert_workers_are(service, user)
+        with watching_pid(pid) as wait_ended:
+            service.kill()
+            wait_ended()
+        with serving(place, prefix, "--user", user.name) as next_one:  # adopts the workers
+            assert next_one.stop() == 0

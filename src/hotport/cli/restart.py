@@ -18,6 +18,8 @@ __all__ = ["command", "follow"]
 
 WORDS = {
     "restart.began": "starting generation {generation}",
+    "restart.preparing": "running before_start",
+    "restart.prepared": "before_start has succeeded; starting the workers",
     "restart.ready": "ready; telling it to accept",
     "restart.baking": "the canary accepts; it bakes for {detail}; hotport undo takes it back",
     "restart.committed": "committed: generation {generation} accepts",

@@ -1,7 +1,8 @@
-"""Directories that mark which process owns a service."""
+"""Directories that mark which process owns a service; files without a name."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -10,10 +11,30 @@ from typing import Final
 
 from hotport.errors import ConfigError, KernelError
 
-__all__ = ["give_directory", "is_at", "let_through", "lock_directory", "private_directory"]
+__all__ = ["give_directory", "is_at", "let_through", "lock_directory", "memory_file", "private_directory"]
 
 #: The mode of a directory that others may pass through.
 PASSED_MODE: Final = 0o711
+
+#: A file that can never be executed (Linux 6.3), which some systems insist on (sysctl vm.memfd_noexec).
+_MFD_NOEXEC_SEAL: Final = 8
+
+
+def memory_file(name: str) -> int:
+    """Make an empty file in memory that can be sealed; the descriptor is close-on-exec, and the caller's.
+
+    Raises:
+        OSError: There is no descriptor or memory left for it, or the kernel cannot make such files.
+
+    Sources: memfd_create(2); `name` is shown in /proc only.
+    """
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        return os.memfd_create(name, flags | _MFD_NOEXEC_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.memfd_create(name, flags)
 
 
 def lock_directory(path: str) -> int | None:

@@ -18,6 +18,7 @@ import os
 from contextlib import suppress
 from typing import Final
 
+from hotport.kernel.fds import memory_file
 from hotport.kernel.fork import withhold
 
 __all__ = ["SLOTS", "LoadPage", "make_load_page"]
@@ -31,9 +32,6 @@ _PAGE_BYTES: Final = _COLUMNS * 8 * SLOTS
 
 _SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
-#: A file that can never be executed (Linux 6.3), which some systems insist on (sysctl vm.memfd_noexec).
-_MFD_NOEXEC_SEAL: Final = 8
-
 
 def make_load_page() -> int:
     """Make a page for the workers of a generation; the descriptor is close-on-exec, and the caller's.
@@ -41,13 +39,7 @@ def make_load_page() -> int:
     Raises:
         OSError: There is no descriptor or memory left for it, or the kernel cannot make such files.
     """
-    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-    try:
-        fd = os.memfd_create("hotport-load", flags | _MFD_NOEXEC_SEAL)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        fd = os.memfd_create("hotport-load", flags)
+    fd = memory_file("hotport-load")
     try:
         os.posix_fallocate(fd, 0, _PAGE_BYTES)  # without memory, writing would be SIGBUS
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)

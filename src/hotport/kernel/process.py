@@ -160,14 +160,14 @@ def set_niceness(pgid: int, more: int) -> None:
         os.setpriority(os.PRIO_PGRP, pgid, min(19, os.getpriority(os.PRIO_PROCESS, 0) + more))
 
 
-def kill_group(pgid: int) -> None:
-    """Send SIGKILL to every process of a group; does nothing if the group is empty.
+def kill_group(pgid: int, signum: int = signal.SIGKILL) -> None:
+    """Send a signal to every process of a group; does nothing if the group is empty.
 
     Sources: kill(2); killpg(3).
     """
     assert pgid > 1, "0 is our own group, and 1 is everybody"
     with suppress(ProcessLookupError, PermissionError):  # EPERM: only others' processes are left in it
-        os.killpg(pgid, signal.SIGKILL)
+        os.killpg(pgid, signum)
 
 
 def has_terminal() -> bool:

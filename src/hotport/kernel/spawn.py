@@ -8,10 +8,11 @@ import gc
 import os
 import re
 import signal
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NoReturn
+from types import MappingProxyType
+from typing import Final, NoReturn
 
 from hotport.errors import KernelError
 from hotport.kernel.process import open_descriptors
@@ -20,6 +21,9 @@ from hotport.wire.listenfds import FIRST_FD, LISTEN_VARIABLES, listen_environmen
 
 __all__ = ["Child", "spawn"]
 
+NO_STREAMS: Final[Mapping[int, int]] = MappingProxyType({})
+
+_PR_SET_PDEATHSIG: Final = 1
 _REPORT_BYTES_MAX = 4096
 _ORPHAN = re.compile(rb"\0(\d+)\0")
 
@@ -49,6 +53,8 @@ def spawn(
     held: Collection[int] = (),
     is_orphan: bool = False,
     identity: Identity | None = None,
+    streams: Mapping[int, int] = NO_STREAMS,
+    ends_with_us: bool = False,
 ) -> Child:
     """Start a program and return when it has been exec'ed.
 
@@ -76,6 +82,8 @@ def spawn(
         is_orphan: It is a child of init (or of the nearest subreaper) from the beginning: systemd ends a main process
             that is not its own child with SIGKILL. How it ends is not known here.
         identity: As whom it runs; None as ourselves. It is that user before it enters `cwd` and is exec'ed.
+        streams: Descriptors for stdin (0), stdout (1) and stderr (2), in place of the usual ones; they stay open here.
+        ends_with_us: It gets SIGKILL when this process ends, however that ends; not what it starts itself.
 
     Raises:
         KernelError: If there is no process or descriptor left for it (HP210), a listener cannot be passed
@@ -87,7 +95,7 @@ def spawn(
     Signals: if SIGCHLD is ignored (that survives exec, so our own parent may have chosen it), it is set to
         its default: otherwise the kernel throws exit statuses away. Call from the main thread.
     Sources: fork(2), execve(2) on what survives; signal(7); sd_listen_fds(3); wait(2), NOTES, on an ignored
-        SIGCHLD; pidfd_open(2).
+        SIGCHLD; pidfd_open(2); prctl(2) PR_SET_PDEATHSIG, which means the end of the thread that has forked.
     """
     assert argv, "nothing to execute"
     assert len(listeners) == len(listen_names), "every listener has a name"
@@ -96,6 +104,7 @@ def spawn(
     pristine.update(listen_environment(listen_names, 0))  # the child knows its pid and corrects it
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    prctl = _load_prctl() if ends_with_us else None
 
     parent = os.getpid()
     pid = pidfd = -1
@@ -107,8 +116,9 @@ def spawn(
                 pid = os.fork()
                 if pid == 0:
                     _become(
-                        argv, pristine, cwd, listeners, report, parent, is_successor, ignored, held, is_orphan, identity
-                    )
+                        argv, pristine, cwd, listeners, report, parent, is_successor, ignored, held, is_orphan,
+                        identity, streams, prctl,
+                    )  # fmt: skip
                 pidfd = os.pidfd_open(pid)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
@@ -149,6 +159,8 @@ def _become(
     held: Collection[int],
     is_orphan: bool,
     identity: Identity | None,
+    streams: Mapping[int, int],
+    prctl: Callable[..., int] | None,
 ) -> NoReturn:
     """Run in the child from fork to exec; all signals are blocked at its start."""
     step = "prepare"
@@ -169,10 +181,13 @@ def _become(
         above = FIRST_FD + len(listeners)
         report = fcntl.fcntl(report, fcntl.F_DUPFD_CLOEXEC, above)
         moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for fd in listeners]
+        given = {stream: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for stream, fd in streams.items()}
         null = os.open(os.devnull, os.O_RDWR)
         for stream in range(FIRST_FD):
             # If we have no stdout, the first file that the program opens would become its stdout.
-            if (stream == 0 and not is_successor) or not _is_inherited(stream):
+            if stream in given:
+                os.dup2(given[stream], stream)
+            elif (stream == 0 and not is_successor) or not _is_inherited(stream):
                 os.dup2(null, stream)
                 os.set_inheritable(stream, True)  # dup2 does nothing if `null` itself came to lie there
         for target, fd in enumerate(moved, FIRST_FD):
@@ -194,6 +209,8 @@ def _become(
         if listeners:
             environment["LISTEN_PID"] = str(os.getpid())
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        if prctl is not None:
+            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent and not is_successor:  # which would be the last one that has the listeners
             os._exit(127)  # it was killed: the next supervisor could not know of us, and does not miss us
         os.execvpe(argv[0], list(argv), environment)
@@ -202,6 +219,14 @@ def _become(
         os.write(report, f"{step} {number} {error}".encode(errors="replace")[:_REPORT_BYTES_MAX])
     finally:
         os._exit(127)
+
+
+def _load_prctl() -> Callable[..., int]:
+    """Return prctl(2); loaded before the fork, since the child must not import."""
+    import ctypes  # 10 ms, and seldom needed
+
+    prctl: Callable[..., int] = ctypes.CDLL(None).prctl
+    return prctl
 
 
 def _without_orphan(report: bytes) -> tuple[bytes, int]:

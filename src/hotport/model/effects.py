@@ -12,6 +12,7 @@ from hotport.model.inputs import Clock, Timer
 
 __all__ = [
     "INVERSE",
+    "Abandon",
     "Accept",
     "Announce",
     "CloseListeners",
@@ -22,6 +23,7 @@ __all__ = [
     "Kill",
     "News",
     "Open",
+    "Prepare",
     "Quiesce",
     "Rebind",
     "Refusal",
@@ -36,6 +38,19 @@ __all__ = [
     "Terminate",
     "Unsteer",
 ]
+
+
+class Prepare(msgspec.Struct, frozen=True):
+    """Do what a generation needs once, before its workers start; `Prepared` reports the outcome."""
+
+    generation: int
+
+
+class Abandon(msgspec.Struct, frozen=True):
+    """End the preparation of a generation with everything that it has started; `why` is for the report."""
+
+    generation: int
+    why: str
 
 
 class Spawn(msgspec.Struct, frozen=True):
@@ -179,6 +194,8 @@ class News(enum.Enum):
     STARTED = "service.started"
     ADOPTED = "service.adopted"
     RESTART_BEGAN = "restart.began"
+    PREPARING = "restart.preparing"
+    PREPARED = "restart.prepared"
     READY = "restart.ready"
     COMMITTED = "restart.committed"
     QUIESCED = "restart.quiesced"
@@ -237,11 +254,14 @@ Effect = (
     | Share
     | Steer
     | Unsteer
+    | Prepare
+    | Abandon
 )
 
 
 #: Every effect before the point of no return, and what takes it back. What was bound again, the old ones are given.
 INVERSE: Final[Mapping[type[Effect], type[Effect]]] = {
+    Prepare: Abandon,
     Spawn: Terminate,
     Open: Drain,
     Quiesce: Open,

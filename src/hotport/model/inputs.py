@@ -19,6 +19,7 @@ __all__ = [
     "Hung",
     "Input",
     "MoreTime",
+    "Prepared",
     "RecycleDue",
     "RequestKeep",
     "RequestRestart",
@@ -41,6 +42,7 @@ class Adopt(msgspec.Struct, frozen=True):
         generations: How many generation numbers have been given out, as far as is known.
         spawned: How many worker numbers.
         favoured: The generation that should go on if several serve whole; 0: the newest.
+        is_prepared: If a first generation has to be started: it is prepared before its workers.
     """
 
     workers: tuple[Worker, ...]
@@ -48,6 +50,7 @@ class Adopt(msgspec.Struct, frozen=True):
     generations: int
     spawned: int
     favoured: int = 0
+    is_prepared: bool = False
 
 
 class RequestRestart(msgspec.Struct, frozen=True):
@@ -57,6 +60,7 @@ class RequestRestart(msgspec.Struct, frozen=True):
         wanted: The number of workers from this restart on; None keeps it.
         canary: So many new workers bake before the others start; not with `is_phased`.
         is_watched: Keep the old workers for an undo window.
+        is_prepared: Prepare the generation before its first workers start.
     """
 
     request: int
@@ -65,6 +69,7 @@ class RequestRestart(msgspec.Struct, frozen=True):
     strategy: Strategy = Strategy.INHERIT
     canary: int = 0
     is_watched: bool = False
+    is_prepared: bool = False
 
 
 class RequestScale(msgspec.Struct, frozen=True):
@@ -143,6 +148,13 @@ class Bound(msgspec.Struct, frozen=True):
     is_kept: bool = False
 
 
+class Prepared(msgspec.Struct, frozen=True):
+    """The preparation of a generation has ended; `why` says how, unless it has succeeded."""
+
+    generation: int
+    why: str = ""
+
+
 class RequestUndo(msgspec.Struct, frozen=True):
     """The return of the old generation is requested, `by` a command, a signal or a health rule."""
 
@@ -179,6 +191,7 @@ class Clock(enum.Enum):
     REGAIN = "regain"
     BAKE = "bake"
     WATCH = "watch"
+    PREPARE = "prepare"
 
 
 class Timer(msgspec.Struct, frozen=True):
@@ -207,6 +220,7 @@ Input = (
     | MoreTime
     | Elapsed
     | Bound
+    | Prepared
     | RequestUndo
     | RequestKeep
     | Unhealthy

@@ -6,6 +6,7 @@ in order. Nothing here knows a clock, a process or a socket: a timer is an effec
 A restart is a *batch* of new workers that take over from a batch of old ones. In the default mode one batch
 holds all of them; a phased restart is a series of batches of one. For each batch::
 
+    PREPARING   do what the generation needs once (migrations, checks), before its first batch
     STARTING    spawn the new ones, wait until every one has said READY=1
     OPENING     tell them to accept, wait until every one has acknowledged     <- the commit
     QUIESCING   tell the old ones to stop accepting, wait for the acknowledgements
@@ -45,6 +46,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from hotport.model.effects import (
+    Abandon,
     Accept,
     Announce,
     CloseListeners,
@@ -55,6 +57,7 @@ from hotport.model.effects import (
     Kill,
     News,
     Open,
+    Prepare,
     Quiesce,
     Rebind,
     Refusal,
@@ -78,6 +81,7 @@ from hotport.model.inputs import (
     Hung,
     Input,
     MoreTime,
+    Prepared,
     RecycleDue,
     RequestKeep,
     RequestRestart,
@@ -96,6 +100,7 @@ from hotport.model.strategies import GUARANTEES, Strategy
 __all__ = [
     "BACKOFF_MAX_S",
     "GENERATIONS_DRAINING_MAX",
+    "NOT_PREPARED",
     "refusal",
     "step",
 ]
@@ -117,6 +122,10 @@ REGAIN_MAX_S: Final = 5.0
 
 #: A restart is refused while this many older generations still drain: each of them holds memory.
 GENERATIONS_DRAINING_MAX: Final = 8
+
+
+#: Why a preparation that lasts too long is given up.
+NOT_PREPARED: Final = "before_start did not end in time"
 
 
 #: What bounds each phase of a worker in which something is awaited of it.
@@ -229,6 +238,8 @@ def step(service: Service, event: Input) -> tuple[Service, tuple[Effect, ...]]:
             _answered(draft, event.worker)
         case MoreTime():
             _more_time(draft, event)
+        case Prepared():
+            _prepared(draft, event)
         case Bound():
             _bound(draft, event.why, is_kept=event.is_kept)
         case RequestUndo() | RequestKeep():
@@ -274,6 +285,10 @@ def _adopt(draft: _Draft, event: Adopt) -> None:
     if not draft.service.current:
         first = draft.service.generations + 1
         draft.set(generations=first)
+        if event.is_prepared:
+            draft.set(preparing=first)
+            draft.emit(Prepare(first), StartTimer(Timer(Clock.PREPARE)))
+            return
         for _ in range(event.wanted):
             draft.spawn(first)
 
@@ -285,18 +300,37 @@ def _request_restart(draft: _Draft, event: RequestRestart) -> None:
     wanted = draft.service.wanted if event.wanted is None else event.wanted
     draft.set(generations=generation)
     draft.emit(Accept(event.request, generation), Announce(News.RESTART_BEGAN, generation=generation))
-    _begin_batch(
-        draft,
-        Restart(
-            generation,
-            wanted,
-            wanted,
-            event.is_phased and not event.canary,
-            strategy=event.strategy,
-            canary=0 if GUARANTEES[event.strategy].no_canary else event.canary,
-            is_watched=event.is_watched,
-        ),
+    restart = Restart(
+        generation,
+        wanted,
+        wanted,
+        event.is_phased and not event.canary,
+        strategy=event.strategy,
+        canary=0 if GUARANTEES[event.strategy].no_canary else event.canary,
+        is_watched=event.is_watched,
     )
+    if not event.is_prepared:
+        _begin_batch(draft, restart)
+        return
+    draft.set(restart=replace(restart, step=Step.PREPARING))
+    draft.emit(Announce(News.PREPARING, generation=generation), Prepare(generation), StartTimer(Timer(Clock.PREPARE)))
+
+
+def _prepared(draft: _Draft, event: Prepared) -> None:
+    """Start the workers of a generation that is prepared, or give the generation up."""
+    service, restart = draft.service, draft.service.restart
+    if service.preparing and service.preparing == event.generation:
+        draft.set(preparing=0)
+        draft.emit(StopTimer(Timer(Clock.PREPARE)))
+        for _ in range(0 if event.why else service.wanted):
+            draft.spawn(event.generation)
+    elif restart is None or restart.generation != event.generation or restart.step is not Step.PREPARING:
+        return  # it was abandoned
+    elif event.why:
+        _abort(draft, restart, event.why)
+    else:
+        draft.emit(StopTimer(Timer(Clock.PREPARE)), Announce(News.PREPARED, generation=event.generation))
+        _begin_batch(draft, restart)
 
 
 def _request_scale(draft: _Draft, event: RequestScale) -> None:
@@ -371,6 +405,8 @@ def _request_stop(draft: _Draft, event: RequestStop) -> None:
         if before.regains:
             draft.set(regains=0)
             draft.emit(StopTimer(Timer(Clock.REGAIN)))
+        if before.preparing:
+            _abandon_first(draft, "the service is stopping")
     for worker, was in before.workers.items():
         is_at_once = event.now or before.is_stopping
         if is_at_once or event.is_succeeded or was.phase not in _ACCEPTING:
@@ -382,6 +418,11 @@ def _request_stop(draft: _Draft, event: RequestStop) -> None:
     _drain_last(draft)
     if before.restart is not None:
         _give_up(draft, before.restart, "the service is stopping")
+
+
+def _abandon_first(draft: _Draft, why: str) -> None:
+    draft.emit(StopTimer(Timer(Clock.PREPARE)), Abandon(draft.service.preparing, why))
+    draft.set(preparing=0)
 
 
 def _drain_last(draft: _Draft) -> None:
@@ -511,6 +552,8 @@ def _elapsed(draft: _Draft, timer: Timer) -> None:
             draft.set(failures=0)
         case Clock.LAME_DUCK, _ if service.is_lame_duck:
             _request_stop(draft, RequestStop())
+        case Clock.PREPARE, _ if service.preparing:
+            _abandon_first(draft, NOT_PREPARED)
         case Clock.REGAIN, _ if service.regains:
             draft.emit(Regain())
         case clock, _ if restart is not None and clock in _CLOCKS and clock is STEPS[restart.step].clock:
@@ -520,6 +563,8 @@ def _elapsed(draft: _Draft, timer: Timer) -> None:
 def _elapsed_step(draft: _Draft, restart: Restart) -> None:
     """Handle the end of the timer of a restart's step."""
     match restart.step:
+        case Step.PREPARING:
+            _abort(draft, restart, NOT_PREPARED)
         case Step.RELEASING:
             holding = restart.old.intersection(draft.service.ids(*_HOLDING))  # so they cannot be bound again
             _abort(draft, restart, f"{_named(holding)} did not let go of the listeners")
@@ -601,6 +646,8 @@ def _dismiss(draft: _Draft, restart: Restart) -> None:
 
 
 def _give_up(draft: _Draft, restart: Restart, why: str, culprit: int = 0, news: News = News.ABORTED) -> None:
+    if restart.step is Step.PREPARING:
+        draft.emit(Abandon(restart.generation, why))
     leaving = restart.new - {w.id for w in draft.service.current}
     if news is News.UNDONE:  # an abort is told in the same step as a worker's end, and before it
         leaving &= draft.service.workers.keys()
@@ -620,7 +667,7 @@ def _give_up(draft: _Draft, restart: Restart, why: str, culprit: int = 0, news: 
 def _go_on(draft: _Draft) -> None:
     """Proceed with everything that the last event has made possible."""
     service = draft.service
-    if not service.workers and (service.generation == 0 or service.is_stopping):
+    if not service.workers and not service.preparing and (service.generation == 0 or service.is_stopping):
         draft.emit(Finish(has_failed=not service.is_stopping))
         return
     if service.is_stopping:
@@ -628,7 +675,7 @@ def _go_on(draft: _Draft) -> None:
     if service.restart is not None:
         _go_on_restarting(draft, service.restart)
     restart = draft.service.restart
-    if restart is None or restart.step is Step.BAKING:
+    if restart is None or restart.step in (Step.PREPARING, Step.BAKING):
         _go_on_maintaining(draft)
 
 

@@ -67,6 +67,7 @@ class Service(msgspec.Struct, frozen=True):
         generations: How many generation numbers have been given out.
         failures: Times that workers were lost without a quiet spell between them.
         is_backing_off: No replacement is started before the back-off timer ends.
+        preparing: The first generation while it is prepared: none of its workers has been started; else 0.
         is_lame_duck: It serves on for a while, and then stops: load balancers are to take it out until then.
         regains: Since another process has taken one of the addresses: attempts to bind it again; 0: none is lost.
     """
@@ -80,6 +81,7 @@ class Service(msgspec.Struct, frozen=True):
     is_stopping: bool = False
     failures: int = 0
     is_backing_off: bool = False
+    preparing: int = 0
     is_lame_duck: bool = False
     regains: int = 0
 

@@ -8,7 +8,7 @@ from typing import Final
 
 import msgspec
 
-from hotport.model.effects import Effect, Open, Quiesce, Rebind, Release, Spawn
+from hotport.model.effects import Effect, Open, Prepare, Quiesce, Rebind, Release, Spawn
 from hotport.model.inputs import Clock
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
 class Step(enum.Enum):
     """How far the current batch of a restart has come."""
 
+    PREPARING = "preparing"
     STARTING = "starting"
     RELEASING = "releasing"
     REBINDING = "rebinding"
@@ -69,6 +70,7 @@ class Row(msgspec.Struct, frozen=True):
 
 
 STEPS: Final[Mapping[Step, Row]] = {
+    Step.PREPARING: Row(Prepare, "`before_start` has exited with 0, if there is one", Clock.PREPARE, "abort"),
     Step.STARTING: Row(Spawn, "every new worker has said `READY=1`", Clock.READY, "abort"),
     Step.RELEASING: Row(
         Release, "every old worker has emptied the accept queue and closed the listeners", Clock.QUIESCE, "abort"

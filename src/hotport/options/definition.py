@@ -17,6 +17,7 @@ from hotport.options.values import (
     command_line,
     count,
     duration,
+    hook,
     mode,
     paths,
     peers,
@@ -110,6 +111,20 @@ class Options:
     )
     ready_timeout_s: float = _option(
         60.0, duration(is_positive=True), "How long a new worker may take to become ready."
+    )
+    before_start: tuple[str, ...] = _option(
+        (),
+        hook(),
+        "A command that is run once before the workers of a generation start; if it fails, they do not start.",
+    )
+    before_start_timeout_s: float = _option(
+        300.0, duration(is_positive=True), "How long before_start may take; then it is ended, and has failed."
+    )
+    after_restart: tuple[str, ...] = _option(
+        (), hook(), "A command that is run after each restart, and reads its report on stdin, as JSON."
+    )
+    after_restart_timeout_s: float = _option(
+        30.0, duration(is_positive=True), "How long after_restart may take before it is ended."
     )
     settle_s: float = _option(0.25, duration(), "How long a new worker must stay alive after it said ready.")
     drain_timeout_s: float = _option(30.0, duration(), "How long a leaving worker may take to finish; 1s with --watch.")

@@ -29,6 +29,9 @@ Size: TypeAlias = int | str
 Share: TypeAlias = float | str
 """From 0 to 1, or like ``5%``."""
 
+Command: TypeAlias = str | list[str] | tuple[str, ...]
+"""A program and its arguments: a list, or text that is split as a shell would."""
+
 Texts: TypeAlias = str | list[str] | tuple[str, ...]
 """A list, or text with commas."""
 
@@ -88,6 +91,10 @@ class RunOptions(ServeOptions, total=False):
     workers: int
     loop: Loop
     ready: Ready
+    before_start: Command
+    before_start_timeout: Duration
+    after_restart: Command
+    after_restart_timeout: Duration
     settle: Duration
     orphan_timeout: Duration
     phased: bool

@@ -21,6 +21,7 @@ __all__ = [
     "duration",
     "format_duration",
     "format_size",
+    "hook",
     "mode",
     "parse_duration",
     "parse_size",
@@ -362,6 +363,29 @@ def url_path() -> Type:
         return value
 
     return Type("PATH", read, read, example="/healthz")
+
+
+def hook() -> Type:
+    """A command to run; a text is split as a shell would, but no shell runs it. An empty list is none."""
+
+    def check(items: list[str]) -> tuple[str, ...]:
+        if not items[0] or any("\0" in item for item in items):
+            raise ValueError("it must name a program, and may have arguments behind it")
+        return tuple(items)
+
+    def from_text(text: str) -> tuple[str, ...]:
+        import shlex  # workers have no use for it
+
+        return check(shlex.split(text) or [""])
+
+    def from_native(value: object) -> tuple[str, ...]:
+        if isinstance(value, str):
+            return from_text(value)
+        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+            raise ValueError("it must be text, or a list of texts")
+        return check(list(value)) if value else ()
+
+    return Type("COMMAND", from_text, from_native, list, example="./migrate.sh")
 
 
 def command_line() -> Type:

@@ -146,6 +146,17 @@ class Launch:
         """The directory of the workers' control sockets, in the runtime directory of the service."""
         return directory if self.uid is None else os.path.join(directory, user_directory(self.uid))
 
+    def command_environment(self, generation: int) -> dict[str, str]:
+        """The environment of a command that runs for a generation beside its workers.
+
+        The interpreter of the workers, and what is installed beside it, comes first on ``PATH``.
+        """
+        environment = {**self.environment, "HOTPORT_GENERATION": str(generation)}
+        if "/" in self.python and not self.options.command:
+            path = environment.get("PATH", os.defpath)
+            environment["PATH"] = f"{os.path.dirname(self.python)}{os.pathsep}{path}"
+        return environment
+
     def argv(self, service: str, generation: int, worker: int) -> list[str]:
         """The command line of one worker, or of the generation's template (number 0)."""
         if self.options.command:

@@ -55,6 +55,11 @@ class Publisher:
         """Remember why a worker could not start, or ended, until its restart has been reported."""
         self._errors[worker] = error
 
+    def note_failure(self, generation: int, error: str) -> None:
+        """Remember why a generation could not be prepared: for the report of its restart, or of a failed start."""
+        if not self.reports.fail(generation, error):
+            self._errors[0] = error
+
     def publish(
         self,
         announcement: Announce,
@@ -64,8 +69,8 @@ class Publisher:
         *,
         is_running: bool,
         bound_s: float = 0.0,
-    ) -> None:
-        """Log an announcement, pass it to the manager and the subscribers, and close the reports that it completes.
+    ) -> list[Report]:
+        """Log an announcement, pass it to the manager and the subscribers, and return the reports that it completes.
 
         Args:
             service: The state after the step that announced it.
@@ -105,6 +110,7 @@ class Publisher:
             self._tell_subscribers(report)
         if serving and not self.reports.generations:
             self._errors.clear()
+        return ended
 
     def not_started(self) -> StartError | str:
         """Report to the manager that the service did not start; return why, as a worker's error if there is one."""

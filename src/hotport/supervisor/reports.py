@@ -17,6 +17,7 @@ from hotport.wire.messages import PhaseTime, Report
 __all__ = ["Reports", "RestartRecord", "accept_gap_s"]
 
 _PHASES = {
+    News.PREPARED: "prepared",
     News.READY: "ready",
     News.COMMITTED: "committed",
     News.QUIESCED: "quiesced",
@@ -38,6 +39,9 @@ class RestartRecord:
     Args:
         is_tracked: Whether workers count their connections; the end of one that has not reported their fates is counted
             as a loss.
+
+    Attributes:
+        failure: Why the generation could not be prepared.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class RestartRecord:
         self._outcome = ""
         self._why = ""
         self._culprit = 0
+        self.failure = ""
         self._leaving: set[int] = set()
         self._back: set[int] = set()  # new workers that are taken back, or whose loss is the reason for it
         self._canary: set[int] = set()
@@ -167,7 +172,7 @@ class RestartRecord:
         """
         error = ""
         if self._outcome in ("aborted", "undone"):
-            error = errors.get(self._culprit) or self._why
+            error = self.failure or errors.get(self._culprit) or self._why
         return Report(
             service=self._service,
             generation=self.generation,
@@ -245,6 +250,13 @@ class Reports:
         """Add the processor time that a new worker, or the template of all of them, has used for its start."""
         if generation in self._records:
             self._records[generation].started(cpu_s)
+
+    def fail(self, generation: int, why: str) -> bool:
+        """Note why a generation could not be prepared; False if no restart into it is in progress."""
+        if generation not in self._records:
+            return False
+        self._records[generation].failure = why
+        return True
 
     def drained(self, worker: int, fates: Mapping[str, int]) -> None:
         """Add the fates that a leaving worker has reported."""

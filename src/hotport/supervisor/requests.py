@@ -128,7 +128,8 @@ async def restart(supervisor: Supervisor, request: RestartRequest = RESTART, hea
 
     def make(number: int) -> RequestRestart:
         is_watched = options.undo_window_s > 0
-        return RequestRestart(number, options.phased, wanted, wants, options.canary, is_watched)
+        is_prepared = bool(options.before_start)
+        return RequestRestart(number, options.phased, wanted, wants, options.canary, is_watched, is_prepared)
 
     return await _ask_for_report(supervisor, Asked(launch, plan), make, hear)
 

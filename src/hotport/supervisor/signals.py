@@ -72,7 +72,7 @@ async def handle_signals(supervisor: Supervisor, upgrade: Upgrade, tasks: anyio.
                     tasks.start_soon(answer, lambda wanted=wanted: scale(supervisor, wanted))
                 case signal.SIGCHLD:
                     if adopts_orphans():
-                        reap_orphans(supervisor.fleet.pids())
+                        reap_orphans({*supervisor.fleet.pids(), *supervisor.hooks.pids})
                 case signal.SIGUSR1:
                     log.info("signal.ignored", signal=name, why=NOTES[name])
                 case signal.SIGUSR2:

@@ -36,6 +36,7 @@ from hotport.supervisor.contain import Containing, contained, retried
 from hotport.supervisor.fleet import Fleet
 from hotport.supervisor.hangs import Hangs
 from hotport.supervisor.health import watch_health
+from hotport.supervisor.hooks import Hooks
 from hotport.supervisor.launch import Launch, Surroundings
 from hotport.supervisor.listeners import Listener, Listeners
 from hotport.supervisor.manager import ServiceManager
@@ -129,6 +130,7 @@ class Supervisor:
         self.fleet = Fleet(
             name, directory, notify_socket, self, self.owned, self.news, partial(mend, self), pages=found.pages
         )
+        self.hooks = Hooks(name, self, self.news)
         self._status_port: StatusPort | None = None
         self.exit_code: int = ExitCode.DONE
         self.failure: HotportError | str | None = None
@@ -176,8 +178,14 @@ class Supervisor:
             await retried("begin", anyio.lowlevel.checkpoint)  # signals are handled before anything is started
             self._adopt()
             await retried("inputs", self._take_inputs)
+            await retried("hooks", self._finish_hooks)
             self._tasks.cancel_scope.cancel()
         self.finished.set()
+
+    async def _finish_hooks(self) -> None:
+        if self.has_departed:  # the upgrade has waited for them: this one has begun since
+            self.hooks.hurry()
+        await self.hooks.finish(self.options.after_restart_timeout_s + self.options.kill_timeout_s)
 
     def start(self, what: str, run: Callable[[*Arguments], Awaitable[None]], *args: *Arguments) -> None:
         """Start a task that ends with the supervisor; an unexpected error ends only this one."""
@@ -261,7 +269,8 @@ class Supervisor:
                 self.fleet.adopt(orphan, phases.get(orphan.worker))
         workers = tuple(worker for worker in found.workers if worker.id in self.fleet.processes)
         wanted = found.wanted or self.options.workers
-        self.input(inputs.Adopt(workers, wanted, found.generations, found.spawned, found.favoured))
+        is_prepared = bool(self.options.before_start)
+        self.input(inputs.Adopt(workers, wanted, found.generations, found.spawned, found.favoured, is_prepared))
         if workers and self.options.preload:
             with Containing("template"):
                 self.fleet.preload(found.current, self._launches[found.current])
@@ -317,6 +326,8 @@ class Supervisor:
         """Put an input at the end of the queue."""
         if isinstance(event, inputs.RequestStop):
             self.is_departing = self.has_departed
+            if event.now or self.service.is_stopping:
+                self.hooks.hurry()
         self._put(event)
 
     def _put(self, event: inputs.Input | None) -> None:
@@ -339,6 +350,10 @@ class Supervisor:
         match effect:
             case effects.Spawn(worker, generation):
                 self.fleet.spawn(worker, generation, self._launches[generation])
+            case effects.Prepare(generation):
+                self.hooks.prepare(generation, self._launches[generation])
+            case effects.Abandon(generation, why):
+                self.hooks.abandon(generation, why)
             case effects.Open(worker):
                 self.fleet.open(worker)
             case effects.Quiesce(worker, empties):
@@ -384,6 +399,8 @@ class Supervisor:
     def _duration(self, timer: Timer) -> float:
         options = self.options
         match timer.clock:
+            case Clock.PREPARE:
+                return options.before_start_timeout_s
             case Clock.READY:
                 return options.ready_timeout_s
             case Clock.DRAIN if self._is_stopped(timer.worker):
@@ -435,7 +452,7 @@ class Supervisor:
             case _:
                 pass
         worker, late = announcement.worker, announcement.clock
-        self.news.publish(
+        ended = self.news.publish(
             announcement,
             self.service,
             self.options,
@@ -443,7 +460,10 @@ class Supervisor:
             is_running=worker in self.fleet.processes,
             bound_s=self._duration(Timer(late, worker)) if late is not None else 0.0,
         )
-        wanted = {worker.generation for worker in self.service.workers.values()} | {generation}
+        for report in ended:
+            if launch := self._launches.get(generation):
+                self.hooks.tell(report, launch)
+        wanted = {worker.generation for worker in self.service.workers.values()} | {generation, self.service.preparing}
         wanted |= self.news.reports.generations
         self._launches = {number: launch for number, launch in self._launches.items() if number in wanted}
 

@@ -122,6 +122,7 @@ class Upgrade:
         """
         self._check()
         argv = await preflight(self._supervisor, python)
+        await self._supervisor.hooks.wait_idle()  # the next supervisor would not know of them
         self._check()
         self._argv = argv
         self._client = socket.socket(fileno=os.dup(client.fileno())) if client is not None else None

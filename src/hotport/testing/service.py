@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import shlex
 import signal
 import site
 import socket
@@ -332,5 +333,6 @@ def _arguments(flags: Mapping[str, Any]) -> list[str]:
             words.append(option.flag if value else f"--no-{option.flag.removeprefix('--')}")
         else:
             items = value if isinstance(value, list | tuple) else [value]
+            items = items if option.is_list or not isinstance(value, list | tuple) else [shlex.join(value)]
             words += [word for item in items for word in (option.flag, str(item))]
     return [*words, flags["target"]]
