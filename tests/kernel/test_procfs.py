@@ -128,7 +128,8 @@ def test_generation_is_read_from_the_environment_of_a_worker() -> None:
         os.waitpid(pid, 0)
 
 
-def test_service_is_known_by_its_worker_and_by_its_supervisor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("notify", ["notify.sock", "notify-33.sock"])
+def test_service_is_known_by_its_worker_and_by_its_supervisor(tmp_path: Path, notify: str) -> None:
     runtime = tmp_path / "svc"
     runtime.mkdir()
     (runtime / "control.sock").touch()
@@ -139,7 +140,7 @@ def test_service_is_known_by_its_worker_and_by_its_supervisor(tmp_path: Path) ->
         assert runtime_of(os.getpid()) == str(runtime)
     finally:
         os.close(lock)
-    worker = {"HOTPORT_GENERATION": "1", "NOTIFY_SOCKET": f"{runtime}/notify.sock"}
+    worker = {"HOTPORT_GENERATION": "1", "NOTIFY_SOCKET": f"{runtime}/{notify}"}
     with sleeping(worker) as process:
         # The kernel shows an environment a little later than the exec that Popen waits for.
         eventually(lambda: runtime_of(process.pid) == str(runtime), "the worker is known")

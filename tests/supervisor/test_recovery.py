@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 from contextlib import ExitStack
@@ -12,13 +13,15 @@ import anyio
 import pytest
 
 from hotport.errors import ControlError
+from hotport.kernel.fds import give_directory
 from hotport.kernel.loadpage import make_load_page
 from hotport.kernel.sockets import bind_control
 from hotport.model.lifecycle import Phase
+from hotport.options import WORKERS_MAX
 from hotport.supervisor.recovery import Found, survey
 from hotport.supervisor.takeover import take_over
 from hotport.wire.frames import encode_frame
-from hotport.wire.messages import Hello, Listening, encode
+from hotport.wire.messages import Hello, Listening, Memory, encode, user_directory, worker_socket
 from tests.support import STRANGER
 
 pytestmark = pytest.mark.anyio
@@ -159,3 +162,58 @@ async def test_load_page_comes_back_from_workers_one_for_each_generation(tmp_pat
     for page in pages.values():
         if page >= 0:
             os.close(page)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root starts processes of other users")
+async def test_workers_of_another_user_are_not_believed_to_be_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It names a file of root's as its address, leads to a socket of root's, and wants any number of workers."""
+    root_file = tmp_path / "root.sock"
+    place = tmp_path / user_directory(65534)
+    give_directory(str(place), 65534, 65534)
+    for directory in (tmp_path, *tmp_path.parents[:3]):
+        directory.chmod(0o711)
+    ready, tell = os.pipe()
+    with bind_control(str(root_file)):
+        (place / worker_socket(1, 2)).symlink_to(root_file)
+        liar = os.fork()
+        if liar == 0:
+            try:
+                _lie(place / worker_socket(1, 1), f"unix:{root_file}", tell)
+            finally:
+                os._exit(0)
+        try:
+            os.read(ready, 1)
+            found = await survey(str(tmp_path))
+            assert [(each.pid, each.user, each.phase) for each in found.orphans] == [(liar, 65534, Phase.SERVING)]
+            assert found.listeners == {}
+            assert found.wanted == WORKERS_MAX
+        finally:
+            os.kill(liar, signal.SIGKILL)
+            os.waitpid(liar, 0)  # noqa: ASYNC222  it was killed
+            os.close(ready)
+            os.close(tell)
+        assert "another user listens" in capsys.readouterr().out
+        for path in place.iterdir():
+            path.unlink()
+    root_file.unlink()
+
+
+def _lie(path: Path, address: str, tell: int) -> None:
+    """Be a worker of another user."""
+    os.setgroups([])
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+    memory = Memory(wanted=2**40, generations=1, spawned=1)
+    hello = Hello(pid=1, service="svc", generation=1, worker=1, phase="serving", memory=memory)
+    with bind_control(str(path)) as control, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("")  # a name of the kernel's choice
+        listener.listen()
+        control.setblocking(True)
+        os.write(tell, b".")
+        connection, _ = control.accept()
+        told = encode_frame(encode(hello)) + encode_frame(encode(Listening(addresses=(address,))))
+        socket.send_fds(connection, [told], [listener.fileno()])
+        connection.recv(1000)
+        signal.pause()

@@ -212,3 +212,17 @@ async def test_lines_that_the_import_has_printed_are_written_once(
         found(tmp_path, child)
         end(child, signal.SIGTERM)
     assert capfd.readouterr().out.count("imported") == 1
+
+
+async def test_template_of_another_user_cannot_name_any_process(start: Start, tmp_path: Path) -> None:
+    """The supervisor, which is root, ends the process groups of its workers."""
+    template = start()
+    with anyio.fail_after(DEADLINE_S):
+        assert await template.wait_loaded() == ""
+    template._user = 65534  # so that our worker is none of its
+    with pytest.raises(StartError, match="HP522") as raised:
+        template.fork(template.launch.spec("svc", str(tmp_path), 1, 1), {})  # type: ignore[attr-defined]
+    assert "which it names, is none" in raised.value.cause
+    worker = int(raised.value.cause.partition("process ")[2].partition(",")[0].rpartition(" ")[2])
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)  # noqa: ASYNC222  it was killed
