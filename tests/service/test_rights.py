@@ -565,3 +565,19 @@ def test_commands_around_a_restart_are_of_the_user_of_its_workers_and_end_with_t
             wait_ended()
         with serving(place, prefix, "--user", user.name) as next_one:  # adopts the workers
             assert next_one.stop() == 0
+
+
+def test_commands_around_a_restart_run_as_the_user(place: Path, prefix: Sequence[str], user: Identity) -> None:
+    told = place / "imports"  # which every user may write to
+    told.write_text("")
+    command = [sys.executable, "-c", f"import os, sys; print(*os.getresuid(), file=open({str(told)!r}, 'a'))"]
+    (place / "hotport.toml").write_text(
+        f"user = '{user.name}'\nbefore_start = {json.dumps(command)}\nafter_restart = {json.dumps(command)}\n"
+    )
+    write_code(
+        place / "app.py", APP.format(version="v1").replace('with open("imports", "a")', 'with open("/dev/null", "a")')
+    )
+    with serving(place, prefix) as service:
+        assert service.restart()["outcome"] == "done"
+        eventually(lambda: len(told.read_text().splitlines()) == 3, "two generations were prepared, a restart was told")
+    assert set(told.read_text().split()) == {str(user.uid)}
