@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from hotport.kernel import process
 from tests.supervisor.stage import Nursery
 
 
@@ -15,3 +16,12 @@ def nursery() -> Iterator[Nursery]:
     made = Nursery()
     yield made
     made.close()
+
+
+@pytest.fixture(autouse=True)
+def no_subreaper() -> Iterator[None]:
+    """A supervisor with `preload` in this process makes it the parent of orphans, also those of other rooms' tests."""
+    yield
+    if process._is_subreaper:
+        process.load_prctl()(process._PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        process._is_subreaper = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -15,7 +14,7 @@ import pytest
 
 from hotport.address import listener_name, parse_address
 from hotport.errors import StartError
-from hotport.kernel import process, procfs
+from hotport.kernel import procfs
 from hotport.kernel.spawn import Child
 from hotport.options import Options
 from hotport.supervisor import template as module
@@ -67,8 +66,6 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
             each.end()
     for path in tmp_path.glob("worker-*.sock"):
         path.unlink()
-    ctypes.CDLL(None).prctl(process._PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
-    process._is_subreaper = False
 
 
 def fork(template: Template, worker: int, tmp_path: Path, **passed: int) -> Child:

@@ -8,7 +8,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Final
 
@@ -28,6 +28,7 @@ __all__ = [
     "holding",
     "is_stopped",
     "kill_group",
+    "load_prctl",
     "may_raise_priority",
     "numbers",
     "open_descriptors",
@@ -238,6 +239,14 @@ def reap(pid: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if done else None
 
 
+def load_prctl() -> Callable[..., int]:
+    """Return prctl(2), which sets the errno of ctypes; load it before a fork, since a child must not import."""
+    import ctypes  # 10 ms, and few processes need it
+
+    prctl: Callable[..., int] = ctypes.CDLL(None, use_errno=True).prctl
+    return prctl
+
+
 def adopt_orphans() -> None:
     """Become the parent of descendants whose parent ends, as pid 1 of a container is; survives exec.
 
@@ -246,10 +255,10 @@ def adopt_orphans() -> None:
 
     Sources: PR_SET_CHILD_SUBREAPER(2const), since Linux 3.4.
     """
-    import ctypes  # 10 ms, and only for templates
+    import ctypes
 
     global _is_subreaper
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+    if load_prctl()(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     _is_subreaper = True
 

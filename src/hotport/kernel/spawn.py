@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Final, NoReturn
 
 from hotport.errors import KernelError
-from hotport.kernel.process import open_descriptors
+from hotport.kernel.process import load_prctl, open_descriptors
 from hotport.kernel.users import Identity, assume
 from hotport.wire.listenfds import FIRST_FD, LISTEN_VARIABLES, listen_environment
 
@@ -104,7 +104,7 @@ def spawn(
     pristine.update(listen_environment(listen_names, 0))  # the child knows its pid and corrects it
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    prctl = _load_prctl() if ends_with_us else None
+    prctl = load_prctl() if ends_with_us else None
 
     parent = os.getpid()
     pid = pidfd = -1
@@ -219,14 +219,6 @@ def _become(
         os.write(report, f"{step} {number} {error}".encode(errors="replace")[:_REPORT_BYTES_MAX])
     finally:
         os._exit(127)
-
-
-def _load_prctl() -> Callable[..., int]:
-    """Return prctl(2); loaded before the fork, since the child must not import."""
-    import ctypes  # 10 ms, and seldom needed
-
-    prctl: Callable[..., int] = ctypes.CDLL(None).prctl
-    return prctl
 
 
 def _without_orphan(report: bytes) -> tuple[bytes, int]:
