@@ -156,7 +156,7 @@ def test_requests_go_over_tls(load: Load, tmp_path: Path) -> None:
         seen = run(plan(target(server.port, tls=True), load, verify_tls=False, duration_ms=300 * SLOWNESS))
     assert set(seen.fates) == {"answered"}
     assert seen.fates["answered"] == asked
-    assert (asked == connected) == (load.rate > 0)
+    assert connected == (asked if load.rate else 1)
 
 
 def test_end_in_the_tls_handshake_is_before_anything_was_sent() -> None:
