@@ -334,8 +334,6 @@ class Balancing(RuleBasedStateMachine):
     def it_becomes_quiet(self) -> None:
         """Nobody comes or leaves, and nothing is held up any more: moves end, and what is left is even."""
         world = self.world
-        world.moves.clear()
-        unable = sum(each.is_hung or not each.promised_s or bool(each.block_s) for each in world.serving)
         for each in world.workers:
             each.block_s, each.is_hung = 0.0, False
         for _ in range(int(LATE_HOLD_MAX_S / 5) + 2):
@@ -344,12 +342,15 @@ class Balancing(RuleBasedStateMachine):
                 break
         else:
             raise AssertionError("who was held up is trusted again")
+        before = [len(each.clients) for each in world.serving]
+        needed = sum(max(0.0, count - sum(before) / len(before)) for count in before)
+        world.moves.clear()
         world.run(20)
         assert world.run(NONE_MOVED_PAUSE_S + 2) == 0
         counts = [len(each.clients) for each in world.serving]
         mean = sum(counts) / len(counts)
         assert max(counts) <= mean * (1 + DRIFT_RATIO) + DRIFT_MIN + 1
-        assert max(world.moves.values(), default=0) <= 2 + 2 * unable, "none comes and goes"
+        assert world.moves.total() <= 2 * needed + DRIFT_MIN * len(world.serving), "few come and go"
         world.waited.clear()
         for _ in range(100):
             world.arrive()
