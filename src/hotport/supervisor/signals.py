@@ -71,7 +71,7 @@ async def handle_signals(supervisor: Supervisor, upgrade: Upgrade, tasks: anyio.
                     wanted = min(max(1, supervisor.service.wanted + change), WORKERS_MAX)
                     tasks.start_soon(answer, lambda wanted=wanted: scale(supervisor, wanted))
                 case signal.SIGCHLD:
-                    if adopts_orphans():
+                    if adopts_orphans() and not supervisor.awaits_child:  # the next signal comes at its end
                         reap_orphans({*supervisor.fleet.pids(), *supervisor.hooks.pids})
                 case signal.SIGUSR1:
                     log.info("signal.ignored", signal=name, why=NOTES[name])

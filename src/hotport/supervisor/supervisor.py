@@ -105,6 +105,7 @@ class Supervisor:
         has_departed: Whether it takes no more inputs; until then, a request to stop the service cancels the departure.
         begun: Set when the first worker was started, or those of an earlier supervisor are adopted.
         is_succeeded: Whether another process has the listeners, and the paths in `directory`.
+        awaits_child: Whether a child runs that is neither a worker nor one of `hooks`.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class Supervisor:
         self.read_options = read_options
         self.admit = admit
         self._found = found
-        self.is_departing = False
+        self.is_departing = self.awaits_child = False
         self.has_departed = False
         self.is_succeeded = False
         self._access_options = options  # by which socket files have their access

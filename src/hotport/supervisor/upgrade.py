@@ -220,6 +220,7 @@ async def preflight(supervisor: Supervisor, python: str | None) -> list[str]:
     directory = supervisor.surroundings.directory
     argv = _command_line(python, directory)
     words = ""
+    supervisor.awaits_child = True
     try:
         with anyio.fail_after(supervisor.options.ready_timeout_s):
             ended = await anyio.run_process(
@@ -238,6 +239,8 @@ async def preflight(supervisor: Supervisor, python: str | None) -> list[str]:
         cause = words.replace("\n", "\n         ") or "it did not say who it is"
         fix = f"{CHECK}=1 {shlex.join(argv)}"
         raise _refused("HP652", supervisor, cause, fix) from None
+    finally:
+        supervisor.awaits_child = False
     if found.protocol != PROTOCOL:
         cause = f"{found} speaks version {found.protocol} of the control protocol, and the workers version {PROTOCOL}"
         note = "then serve with the new version"
