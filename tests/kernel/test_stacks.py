@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -104,11 +105,30 @@ def test_process_that_keeps_the_interpreters_lock_tells_all_stacks() -> None:
         assert "wait_in_thread" in {frame.name for thread in others for frame in thread}
 
 
+def test_nothing_is_opened_but_a_pipe_of_the_processs_own_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker of another user could have a supervisor of root open a device, or read what root writes to a pipe."""
+    read, write = os.pipe()
+    file = os.open(tmp_path, os.O_RDONLY)
+    try:
+        with pytest.raises(FileNotFoundError, match="is not its pipe"):
+            open_stack_pipe(os.getpid(), (file, os.fstat(file).st_ino))
+        inode = os.fstat(read).st_ino
+        os.close(open_stack_pipe(os.getpid(), (write, inode)))
+        monkeypatch.setattr("hotport.kernel.procfs.user_of", lambda pid: os.getuid() + 1)
+        with pytest.raises(FileNotFoundError, match="is not its pipe"):
+            open_stack_pipe(os.getpid(), (read, inode))
+    finally:
+        for fd in (read, write, file):
+            os.close(fd)
+
+
 def test_pipe_of_a_process_is_not_taken_for_that_of_another() -> None:
     pipe = StackPipe()
     try:
         fd, inode = pipe.identity
-        with pytest.raises(FileNotFoundError, match=f"descriptor {fd} of process {os.getpid()} is another one by now"):
+        with pytest.raises(
+            FileNotFoundError, match=f"descriptor {fd} of process {os.getpid()} is not its pipe for stacks"
+        ):
             open_stack_pipe(os.getpid(), (fd, inode + 1))
         assert fd in pipe.descriptors()
     finally:

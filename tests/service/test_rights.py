@@ -581,3 +581,17 @@ def test_commands_around_a_restart_run_as_the_user(place: Path, prefix: Sequence
         assert service.restart()["outcome"] == "done"
         eventually(lambda: len(told.read_text().splitlines()) == 3, "two generations were prepared, a restart was told")
     assert set(told.read_text().split()) == {str(user.uid)}
+
+
+def test_worker_of_another_user_that_hangs_tells_where(place: Path, prefix: Sequence[str], user: Identity) -> None:
+    write_code(
+        place / "app.py",
+        APP.format(version="v1").replace("    body = ", "    import time; time.sleep(900)\n    body = "),
+    )
+    bounds = ("--hang-report", "300ms", "--drain-timeout", "100ms", "--kill-timeout", "100ms")
+    with serving(place, prefix, "--user", user.name, *bounds) as service:
+        with socket.create_connection(("127.0.0.1", service.port), DEADLINE_S) as sock:
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            eventually(lambda: bool(service.log_events("worker.hung")), "it is found")
+        (hung,) = service.log_events("worker.hung")
+        assert (hung["at"], hung["why"]) == ("app.py:18 in app", "its event loop is blocked")

@@ -268,10 +268,11 @@ def sleeper(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.parametrize("sleeper", ["time.sleep(900)"], indirect=True)
 async def test_stacks_are_asked_for_again_and_again(sleeper: WorkerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(under_test, "STACK_TIMEOUT_S", 0.2)
-    for _ in range(2):
+    places: list[str] = []
+    while places[-2:] != ["<string>:6 in <module>"] * 2:  # the first ones may come from its way there
         told = await take_stack(sleeper)
-        assert told.stack.place("/no", "/no") == "<string>:6 in <module>"
         assert (told.is_waiting, told.obstacle) == (False, "")
+        places.append(told.stack.place("/no", "/no"))
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])

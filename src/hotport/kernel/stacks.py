@@ -24,10 +24,12 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import stat
 from contextlib import suppress
 from types import FrameType
 from typing import Final
 
+from hotport.kernel import procfs
 from hotport.kernel.fork import withhold
 from hotport.wire.stack import STACK_BYTES_MAX
 
@@ -84,15 +86,22 @@ class StackPipe:
 def open_stack_pipe(pid: int, identity: tuple[int, int]) -> int:
     """Open another process's pipe for reading; return a descriptor that does not wait, and is the caller's.
 
+    The process may be less trusted than this one: nothing is opened but a pipe that its own user has made.
+
     Raises:
         OSError: It is not there any more, or another process has that pid, or another user that process.
+
+    Sources: open(2), O_PATH: has no effect on what it names.
     """
     fd, inode = identity
-    found = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    if os.fstat(found).st_ino != inode:
-        os.close(found)
-        raise FileNotFoundError(f"descriptor {fd} of process {pid} is another one by now")
-    return found
+    named = os.open(f"/proc/{pid}/fd/{fd}", os.O_PATH | os.O_CLOEXEC)
+    try:
+        found = os.fstat(named)
+        if (found.st_ino, found.st_uid) != (inode, procfs.user_of(pid)) or not stat.S_ISFIFO(found.st_mode):
+            raise FileNotFoundError(f"descriptor {fd} of process {pid} is not its pipe for stacks")
+        return os.open(f"/proc/self/fd/{named}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    finally:
+        os.close(named)
 
 
 def read_stack(fd: int) -> bytes:
