@@ -41,7 +41,12 @@ STEP_S = LOOK_S / 5
 class Client:
     """A connection, wherever it is, and when it has moved last."""
 
+    number: int
     moved_s: float = -1000.0
+
+    def __hash__(self) -> int:
+        """By its number: sets of them have the same order when a history is repeated."""
+        return self.number
 
 
 class Worker:
@@ -168,6 +173,7 @@ class World:
         self.now_s = 1000.0
         self.workers: list[Worker] = []
         self.generation = 1
+        self.arrived = 0
         self.moves: Counter[Client] = Counter()
         self.waited: Counter[int] = Counter()  # deferrals in vain, by the worker that deferred
 
@@ -203,20 +209,25 @@ class World:
                 self.waited[each.slot] += 1
                 taker = each
         if taker is not None:
-            taker.clients.add(Client())
+            self.arrived += 1
+            taker.clients.add(Client(self.arrived))
             taker.see_room()
         return taker
+
+    def tick(self, seconds: float) -> None:
+        """Let time pass, and all look whose event loop is not held up: otherwise they would be late."""
+        self.now_s += seconds
+        for each in self.workers:
+            if each.runs and self.now_s >= each.look_s + each.block_s:
+                each.look_s = self.now_s + LOOK_S
+                if each.is_accepting:
+                    each.look()
 
     def run(self, seconds: float) -> int:
         """Let time pass; how many connections have moved."""
         before = self.moves.total()
         for _ in range(round(seconds / STEP_S)):
-            self.now_s += STEP_S
-            for each in self.workers:
-                if each.runs and self.now_s >= each.look_s + each.block_s:
-                    each.look_s = self.now_s + LOOK_S
-                    if each.is_accepting:
-                        each.look()
+            self.tick(STEP_S)
             for each in self.workers:
                 if each.runs:
                     each.move()
@@ -249,7 +260,7 @@ class Balancing(RuleBasedStateMachine):
     def clients_come(self, count: int) -> None:
         for _ in range(count):
             self.world.arrive()
-            self.world.now_s += OTHERS_S / 10
+            self.world.tick(OTHERS_S / 10)
 
     @rule(data=st.data(), part=st.floats(0, 1))
     def clients_of_a_worker_leave(self, data: st.DataObject, part: float) -> None:
@@ -346,6 +357,9 @@ class Balancing(RuleBasedStateMachine):
         needed = sum(max(0.0, count - sum(before) / len(before)) for count in before)
         world.moves.clear()
         world.run(20)
+        for _ in range(sum(len(each.clients) for each in world.workers) * 2 // MOVES_MAX):
+            if world.run(20 * LOOK_S) == 0:
+                break
         assert world.run(NONE_MOVED_PAUSE_S + 2) == 0
         counts = [len(each.clients) for each in world.serving]
         mean = sum(counts) / len(counts)
@@ -367,7 +381,7 @@ class Balancing(RuleBasedStateMachine):
             world.waited.clear()
             for _ in range(10):
                 world.arrive()
-                world.now_s += 2 * OTHERS_S
+                world.tick(2 * OTHERS_S)
             if all(each.promised_s for each in world.serving):
                 assert world.waited.total() == 0
 
