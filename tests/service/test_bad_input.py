@@ -77,6 +77,16 @@ def line_app(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service that bad input must not change; restarts may."""
+    directory = tmp_path_factory.mktemp("running")
+    write_code(directory / "app.py", LINE_APP.format(version="one"))
+    # It outlives the test that happens to start it: that one must not be blamed.
+    with Service(directory, "app:app", env={"PYTEST_CURRENT_TEST": ""}) as service:
+        yield service.wait_ready()
+
+
 @pytest.fixture
 def open_dir() -> Iterator[Path]:
     """A directory that another user can reach; tmp_path is private to ours."""
@@ -275,13 +285,12 @@ def test_relative_runtime_directory(line_app: Path) -> None:
     refused(line_app, "app:app", env={"HOTPORT_RUNTIME_DIR": "run"}, code="HP308", exit_code=2)
 
 
-def test_service_that_runs_already(line_app: Path) -> None:
-    with Service(line_app, "app:app").wait_ready() as service:
-        result = service.run("serve", "app:app", "--name", "svc", "--bind", "127.0.0.1:0", "--log-format", "json")
-        assert result.returncode == 2
-        assert_three_lines(the_error(result.stderr), "HP630")
-        assert ask_line(service.port).version == "one"  # and its control socket was not taken away
-        assert service.run("status").returncode == 0
+def test_service_that_runs_already(running: Service) -> None:
+    result = running.run("serve", "app:app", "--name", "svc", "--bind", "127.0.0.1:0", "--log-format", "json")
+    assert result.returncode == 2
+    assert_three_lines(the_error(result.stderr), "HP630")
+    assert ask_line(running.port).version == "one"  # and its control socket was not taken away
+    assert running.run("status").returncode == 0
 
 
 # -- commands -----------------------------------------------------------------------------------------------
@@ -396,62 +405,62 @@ def talk(path: Path, data: bytes) -> bytes:
         return answer
 
 
-def test_garbage_on_the_supervisors_control_socket(line_app: Path) -> None:
-    with Service(line_app, "app:app").wait_ready() as service, Hammer(service.port, clients=1) as hammer:
+def test_garbage_on_the_supervisors_control_socket(running: Service) -> None:
+    generation = running.status()["generation"]
+    with Hammer(running.port, clients=1) as hammer:
         for kind, garbage in GARBAGE.items():
-            answer = talk(service.runtime / "control.sock", garbage)
+            answer = talk(running.runtime / "control.sock", garbage)
             if answer:
                 failure = json.loads(answer[4:])
                 assert failure["type"] == "failure", kind
                 assert failure["exit_code"] == 6, kind
             else:
                 assert kind in {"half_a_frame", "half_a_header", "nothing"}
-            assert service.status()["generation"] == 1, kind
+            assert running.status()["generation"] == generation, kind
         hammer.wait_answers()
-        assert "Traceback" not in service.log()
+        assert "Traceback" not in running.log()
     assert not hammer.failures
 
 
-def test_silent_client_does_not_keep_others_waiting(line_app: Path) -> None:
-    with Service(line_app, "app:app").wait_ready() as service, closing(socket.socket(socket.AF_UNIX)) as silent:
-        silent.connect(str(service.runtime / "control.sock"))
+def test_silent_client_does_not_keep_others_waiting(running: Service) -> None:
+    with closing(socket.socket(socket.AF_UNIX)) as silent:
+        silent.connect(str(running.runtime / "control.sock"))
         silent.sendall(GARBAGE["half_a_frame"])
-        assert service.restart()["outcome"] == "done"
+        assert running.restart()["outcome"] == "done"
 
 
-def test_many_silent_clients_do_not_keep_others_waiting_for_ever(line_app: Path) -> None:
-    with Service(line_app, "app:app").wait_ready() as service:
-        silent = [socket.socket(socket.AF_UNIX) for _ in range(60)]
-        try:
-            for sock in silent:
-                sock.connect(str(service.runtime / "control.sock"))
-            assert service.status()["generation"] == 1
-        finally:
-            for sock in silent:
-                sock.close()
+def test_many_silent_clients_do_not_keep_others_waiting_for_ever(running: Service) -> None:
+    silent = [socket.socket(socket.AF_UNIX) for _ in range(60)]
+    try:
+        for sock in silent:
+            sock.connect(str(running.runtime / "control.sock"))
+        assert running.status()["workers"][0]["phase"] == "serving"
+    finally:
+        for sock in silent:
+            sock.close()
 
 
-def test_garbage_on_a_workers_control_socket(line_app: Path) -> None:
-    with Service(line_app, "app:app").wait_ready() as service, Hammer(service.port, clients=1) as hammer:
+def test_garbage_on_a_workers_control_socket(running: Service) -> None:
+    (path,) = running.runtime.glob("worker-*.sock")
+    with Hammer(running.port, clients=1) as hammer:
         for garbage in GARBAGE.values():
-            talk(service.runtime / "worker-1.1.sock", garbage)
+            talk(path, garbage)
             # The supervisor's own connection to it still works. A busy worker is shown without figures.
-            eventually(lambda: service.status()["workers"][0]["connections"] is not None, "it says how it is")
+            eventually(lambda: running.status()["workers"][0]["connections"] is not None, "it says how it is")
         hammer.wait_answers()
-        assert service.restart()["outcome"] == "done"
+        assert running.restart()["outcome"] == "done"
         hammer.wait_answers()
-        assert "Traceback" not in service.log()
+        assert "Traceback" not in running.log()
     assert not hammer.failures
 
 
-def test_garbage_on_the_notify_socket(line_app: Path) -> None:
-    with Service(line_app, "app:app").wait_ready() as service:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.connect(str(service.runtime / "notify.sock"))
-            for data in (b"", b"\xff\xfe", b"READY=1", b"=", b"EXTEND_TIMEOUT_USEC=-1", b"x" * 3000):
-                sock.send(data)
-        assert service.restart()["outcome"] == "done"
-        assert ask_line(service.port).version == "one"
+def test_garbage_on_the_notify_socket(running: Service) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.connect(str(running.runtime / "notify.sock"))
+        for data in (b"", b"\xff\xfe", b"READY=1", b"=", b"EXTEND_TIMEOUT_USEC=-1", b"x" * 3000):
+            sock.send(data)
+    assert running.restart()["outcome"] == "done"
+    assert ask_line(running.port).version == "one"
 
 
 # -- where output goes --------------------------------------------------------------------------------------
@@ -484,11 +493,11 @@ def test_readers_that_leave_do_not_change_the_outcome(line_app: Path) -> None:
         assert run("stop") == 0
 
 
-def test_output_may_be_closed(line_app: Path) -> None:
-    with Service(line_app, "app:app").wait_ready() as service:
-        result = hotport(line_app, "restart", prefix=("sh", "-c", 'exec "$@" >&- 2>&-', "sh"))
-        assert result.returncode == 0
-        assert service.status()["generation"] == 2
+def test_output_may_be_closed(running: Service) -> None:
+    generation = running.status()["generation"]
+    result = hotport(running.directory, "restart", prefix=("sh", "-c", 'exec "$@" >&- 2>&-', "sh"))
+    assert result.returncode == 0
+    assert running.status()["generation"] == generation + 1
 
 
 def test_status_is_whole_in_a_narrow_terminal(line_app: Path) -> None:
