@@ -299,8 +299,8 @@ def test_term_during_a_restart_stops_everything(tmp_path: Path) -> None:
         write_code(tmp_path / "app.py", Gate.LINE + LINE_APP.format(version="two"))
         with service.start("restart") as command:
             eventually(lambda: service.status()["restarting"] == 2, "the restart has begun")
+            eventually(lambda: len(service.descendants()) == 4, "both new workers are started")
             pids = service.descendants()
-            assert len(pids) == 4
             service.process.send_signal(signal.SIGTERM)
             assert service.wait() == 0
             output, _ = command.communicate(timeout=30 * SLOWNESS)
