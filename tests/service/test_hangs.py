@@ -110,9 +110,13 @@ def test_workers_that_hang_are_reported_with_their_lines_and_replaced_while_othe
         assert hammer.failures.total() <= len(WAYS)  # what they had accepted in the turn in which they began to hang
 
 
-def test_only_worker_that_hangs_is_replaced_and_clients_wait_in_the_accept_queue(directory: Path) -> None:
-    with Service(directory, "app:app", *FAST).wait_ready() as service, asking(service.port, "sleep"):
+@pytest.mark.parametrize("args", [(), ("--preload",)], ids=["exec", "preload"])
+def test_only_worker_that_hangs_is_replaced_and_clients_wait_in_the_accept_queue(
+    directory: Path, args: tuple[str, ...]
+) -> None:
+    with Service(directory, "app:app", *FAST, *args).wait_ready() as service, asking(service.port, "sleep"):
         hung = wait_event(service, "worker.hung")
+        assert hung["at"] == "app.py:4 in sleep"
         assert ask_line(service.port).pid != hung["worker_pid"]
 
 
