@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trustme
 
-from hotport.worker import handoff
+from hotport.worker import handoff, lag
 from hotport.worker.lag import LagMeter
 from tests.adapters.asgi_support import Client, read_body, respond, until
 from tests.worker import test_handoff_streams as streams
@@ -278,6 +278,24 @@ async def test_application_that_does_not_speak_http_cannot_be_well(tmp_path: Pat
     async with service(tmp_path) as port:
         found = await port.start(app)
         assert await found.server.probe("/", DEADLINE_S) == "did not answer GET / with HTTP"
+
+
+async def test_lag_that_is_longer_than_the_time_between_readings_is_not_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A worker that was blocked for 5 s had a lag of 4 ms in `hotport status`."""
+    monkeypatch.setattr(lag, "READ_AGAIN_S", 0.2)
+    loop = asyncio.get_running_loop()
+    meter = LagMeter()
+    meter.read()
+    held_up = loop.time() + 0.6
+    while loop.time() < held_up:
+        pass
+    has_ticked = asyncio.Event()
+    loop.call_later(0, has_ticked.set)  # due later than the tick was
+    await has_ticked.wait()
+    assert meter.read() >= 0.4
+    meter.close()
 
 
 async def test_lag_of_an_event_loop_is_what_it_was_held_up_since_the_last_reading() -> None:

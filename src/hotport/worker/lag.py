@@ -50,7 +50,7 @@ class LagMeter:
     def _tick(self) -> None:
         now = self._loop.time()
         self._worst_s = max(self._worst_s, now - self._due)
-        if now < self._until:
+        if self._due < self._until:  # not `now`: nothing is read while the loop is blocked
             self._wait(now)
         else:
             self._timer, self._worst_s = None, 0.0
