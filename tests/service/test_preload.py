@@ -124,6 +124,20 @@ def test_next_supervisor_makes_a_template_of_its_own(tmp_path: Path) -> None:
         eventually(lambda: not Path(f"/proc/{imports(tmp_path)[0]}").exists(), "the first one is reaped")
 
 
+def test_upgraded_supervisor_reaps_what_workers_leave_behind_also_without_preload(tmp_path: Path) -> None:
+    orphan = "import subprocess\nsubprocess.run(['sh', '-c', 'setsid sleep 3600 & echo $! >orphan'])\n"
+    deploy(tmp_path, "v0", COUNTED + orphan)
+    (tmp_path / "hotport.toml").write_text("preload = true\n")
+    with Service(tmp_path, "app:app").wait_ready() as service:
+        pid = int((tmp_path / "orphan").read_text())
+        assert parent_of(pid) == service.process.pid
+        (tmp_path / "hotport.toml").unlink()
+        service.ask(UpgradeRequest())
+        with os.fdopen(os.pidfd_open(pid)):
+            os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not Path(f"/proc/{pid}").exists(), "it is reaped")
+
+
 def test_supervisor_that_is_killed_leaves_no_template(tmp_path: Path) -> None:
     deploy(tmp_path, "v0")
     options = ("--workers", "2", "--preload")

@@ -25,6 +25,7 @@ from hotport import __version__
 from hotport.channel import Channel
 from hotport.errors import ExitCode, RestartError
 from hotport.kernel.fork import withhold
+from hotport.kernel.process import adopt_orphans, adopts_orphans
 from hotport.kernel.sockets import inherited_listener
 from hotport.model.effects import Refusal
 from hotport.observe import logs
@@ -63,6 +64,7 @@ class _Passed(msgspec.Struct, frozen=True, kw_only=True):
         pid: The process for which it is meant, as ``LISTEN_PID``.
         numbers: Worker numbers by pid.
         status: The status port: its address in the options, its bound address, and its descriptor.
+        adopts_orphans: Whether it is the parent of descendants whose parent has ended.
     """
 
     pid: int
@@ -77,6 +79,7 @@ class _Passed(msgspec.Struct, frozen=True, kw_only=True):
     before: Identity
     began_s: float
     status: tuple[str, str, int] | None = None
+    adopts_orphans: bool = False
 
     def descriptors(self) -> Iterator[int]:
         """All descriptors in the variable."""
@@ -191,6 +194,7 @@ class Upgrade:
             before=describe_self(),
             began_s=self._began_s,
             status=(status.bind, status.address, status.listener.fileno()) if status else None,
+            adopts_orphans=adopts_orphans(),
         )
 
     def close(self) -> None:
@@ -309,6 +313,8 @@ def inherit(environ: Mapping[str, str], pid: int) -> Inheritance | None:
         return None
     for fd in passed.descriptors():
         os.set_inheritable(fd, False)
+    if passed.adopts_orphans:  # which survives the exec: it has to reap them
+        adopt_orphans()
     control, notify = (socket.socket(fileno=fd) for fd in (passed.control, passed.notify))
     for each in (control, notify):
         each.setblocking(False)
