@@ -299,7 +299,7 @@ def test_term_during_a_restart_stops_everything(tmp_path: Path) -> None:
         write_code(tmp_path / "app.py", Gate.LINE + LINE_APP.format(version="two"))
         with service.start("restart") as command:
             eventually(lambda: service.status()["restarting"] == 2, "the restart has begun")
-            eventually(lambda: len(service.descendants()) == 4, "both new workers are started")
+            eventually(lambda: len(service.descendants()) > 2, "a new worker is started, and maybe the other one")
             pids = service.descendants()
             service.process.send_signal(signal.SIGTERM)
             assert service.wait() == 0
