@@ -205,6 +205,8 @@ async def _supervise(supervisor: Supervisor, startup: Startup, upgrade: Upgrade)
             await supervisor.run()
             # From here on they wait: for the handlers of the next supervisor, or until there is nothing left to end.
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            for _ in range(3):  # what came before is read, handled and answered in three turns of the event loop
+                await retried("signals", anyio.lowlevel.checkpoint)
             if supervisor.is_departing:
                 tasks.cancel_scope.cancel()
             until_the_end.cancel_scope.cancel()

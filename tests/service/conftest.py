@@ -6,7 +6,14 @@ import subprocess
 
 import pytest
 
+from tests import support
 from tests.support import need
+
+
+@pytest.fixture(params=[False, True], ids=["exec", "fork"])
+def either_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are started one by one, and then forked from a template; for tests that show something of both."""
+    monkeypatch.setattr(support, "PRELOAD", request.param)
 
 
 @pytest.fixture

@@ -200,7 +200,7 @@ def test_late_end_of_an_aborted_restart_leaves_the_options_of_a_later_one(tmp_pa
     os.mkfifo(tmp_path / "stubborn")
     options.write_text("kill_timeout = '1h'\nworkers = 1\n")
     with Service(tmp_path, "app:app").wait_ready() as service:
-        options.write_text("kill_timeout = '1h'\nworkers = 2\n")
+        options.write_text("kill_timeout = '1h'\nworkers = 2\nstart_parallel = 2\n")
         write_code(tmp_path / "app.py", STUBBORN_AND_BROKEN + Gate.LINE + "raise SystemExit(1)\n")
         with service.start("restart") as first:
             eventually(lambda: bool(service.log_events("restart.aborted")), "it is aborted")

@@ -203,6 +203,7 @@ def test_scaling_down_moves_connections_to_the_workers_that_stay(tmp_path: Path,
 
 
 @pytest.mark.soak
+@pytest.mark.usefixtures("either_start")
 def test_recycling_after_max_requests_moves_keep_alive_connections_to_siblings(tmp_path: Path) -> None:
     write_version(tmp_path, "v0")
     options = ("--workers", "2", "--max-requests", "100", "--max-requests-jitter", "50")

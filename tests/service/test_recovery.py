@@ -155,6 +155,7 @@ def test_supervisor_is_killed_at_every_effect_of_a_restart(tmp_path: Path, kind:
         Service(tmp_path, *args, env=env).wait_ready().end()
 
 
+@pytest.mark.usefixtures("either_start")
 def test_connections_stay_open_while_the_supervisor_is_killed_and_replaced(tmp_path: Path) -> None:
     with ending(tmp_path):
         write_code(tmp_path / "app.py", HTTP_APP.format(fault=""))

@@ -44,6 +44,7 @@ def ask_unix(path: Path) -> str:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("strategy", ["transfer", "overlap"])
+@pytest.mark.usefixtures("either_start")
 def test_restarts_lose_nobody(tmp_path: Path, strategy: str) -> None:
     app = tmp_path / "app.py"
     write_code(app, LINE_APP.format(version="v0"))

@@ -392,6 +392,7 @@ async def index():
         assert (tmp_path / "stopped-v0").exists()
 
 
+@pytest.mark.usefixtures("either_start")
 def test_phased_restarts_replace_workers_one_by_one_and_lose_nothing(tmp_path: Path) -> None:
     deploy(tmp_path, "v0")
     with Service(tmp_path, "app:app", "--workers", "3", "--phased") as service:

@@ -41,6 +41,7 @@ def lost(report: Any) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("strategy", ["inherit", "rebind"])
+@pytest.mark.usefixtures("either_start")
 def test_connections_go_to_the_new_generation_and_come_back_when_somebody_undoes_the_restart(
     tmp_path: Path, strategy: str
 ) -> None:
@@ -120,6 +121,7 @@ def test_new_generation_that_dies_in_its_window_is_taken_back_and_nobody_is_refu
     assert report["connections_back"]["workers_killed"] == 1
 
 
+@pytest.mark.usefixtures("either_start")
 def test_canary_serves_beside_the_old_ones_and_the_others_follow_when_it_has_been_well(tmp_path: Path) -> None:
     health = ("--health-path", "/health", "--health-timeout", "1m")
     with serving(tmp_path, *health) as service, Clients(service.port, websockets=0) as clients:

@@ -47,7 +47,8 @@ async def handle_signals(supervisor: Supervisor, upgrade: Upgrade, tasks: anyio.
         async for number in signals:
             if supervisor.has_departed:  # it is for the next supervisor
                 signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-                os.kill(os.getpid(), number)
+                if number in SIGNALS:
+                    os.kill(os.getpid(), number)
                 continue
             name = signal.Signals(number).name
             log.debug("signal.received", signal=name)
