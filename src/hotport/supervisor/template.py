@@ -22,8 +22,8 @@ from hotport.wire.messages import TEMPLATE, Forked, ForkOrder, Loaded, WorkerSpe
 
 __all__ = ["Template"]
 
-#: Seconds in which a template forks a worker, while the supervisor waits; it takes milliseconds.
-FORK_TIMEOUT_S: Final = 2.0
+#: Seconds in which a template forks a worker, while the supervisor waits. It takes milliseconds on a machine with time.
+FORK_TIMEOUT_S: Final = 10.0
 
 ANSWER_BYTES_MAX: Final = 256 * 1024
 
