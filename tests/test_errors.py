@@ -37,8 +37,9 @@ def test_json_that_is_made_visible_is_the_same() -> None:
 
 #: What a fix may begin with: a program or a call of ours; else it is an option, a variable, or ``key = value``.
 COMMANDS = {
-    *("await", "cat", "chmod", "command", "df", "file", "from", "getent", "head", "hotport", "ip", "kill", "ls"),
-    *("mkdir", "netstat", "openssl", "pip", "ps", "ss", "sudo", "sysctl", "systemctl", "ulimit", "umask", "unset"),
+    *("await", "cat", "cd", "chmod", "chown", "command", "df", "file", "from", "getent", "grep", "head", "hotport"),
+    *("id", "ip", "kill", "ls", "mkdir", "namei", "netstat", "openssl", "pip", "ps", "ss", "sudo", "sysctl"),
+    *("systemctl", "ulimit", "umask", "unset"),
 }
 
 #: Words that stand for something that is known when the error is raised, or else belongs into the note.

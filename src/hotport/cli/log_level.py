@@ -21,7 +21,7 @@ __all__ = ["command"]
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(level: LogLevel, name: str | None, as_json: bool) -> int:
-    """Log LEVEL and those above it in all processes of the service NAME from now on.
+    """Log LEVEL and above from now on, in all of NAME.
 
     This holds until the next restart, which reads log_level again. Loggers to which the application has given a level
     of their own keep it; programs after -- are not told.
