@@ -105,7 +105,8 @@ def test_an_error_that_was_not_expected_is_told_to_who_asked_and_logged(
         assert isinstance(stage.ask(StatusRequest()), Status)
 
     assert run(client) == 0
-    assert "in fail\n" in capfd.readouterr().out, "with its traceback"
+    told = capfd.readouterr().out
+    assert "in fail\n" in told, f"its traceback is missing in:\n{told}"
 
 
 def test_hotport_toml_that_is_nested_too_deeply_is_refused_by_restart_and_by_signal(
