@@ -64,8 +64,9 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     for each in made:
         if each._conversation.fileno() >= 0:
             each.end()
-    for path in tmp_path.glob("worker-*.sock"):
-        path.unlink()
+    for path in tmp_path.iterdir():
+        if path.is_socket():  # also one that a killed worker had not named yet
+            path.unlink()
 
 
 def fork(template: Template, worker: int, tmp_path: Path, **passed: int) -> Child:
