@@ -96,6 +96,7 @@ bench: $(VENV)/.dev debian
 	$(BIN)/python benchmarks/balance.py
 	$(BIN)/python benchmarks/sharing.py
 	$(BIN)/python benchmarks/floor.py
+	$(BIN)/python benchmarks/cost.py
 	$(MAKE) bench-report
 
 bench-report: $(VENV)/.dev

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -70,7 +70,6 @@ SERVERS: Final = {
 }
 
 RATE: Final = 100.0
-BEFORE_S: Final = 3.0
 PAUSE_S: Final = 0.5
 
 #: After that long without an end, a lost worker is replaced at once.
@@ -132,7 +131,7 @@ def running(name: str, workers: int) -> Iterator[Server]:
                     each.kill()
 
 
-def start(name: str) -> dict[str, float]:
+def start(name: str, _: float) -> dict[str, float]:
     """The costs of a start with four workers."""
     with running(name, 4) as server:
         cpu_s = server.cpu_s()
@@ -140,13 +139,15 @@ def start(name: str) -> dict[str, float]:
         return {"cpu s": cpu_s, "pss MiB": server.pss_mib()}
 
 
-def restart(name: str) -> dict[str, float]:
-    """What a restart with two workers costs clients."""
+def restart(name: str, seconds: float) -> dict[str, float]:
+    """What a restart with two workers costs clients, after so many seconds without one."""
+    if name not in RESTARTED:
+        return {}
     with running(name, 2) as server, client("anew", port=server.port, rate=RATE) as asking:
         time.sleep(PAUSE_S)
         old = server.started()
         begin = time.monotonic()
-        time.sleep(BEFORE_S)
+        time.sleep(seconds)
         restarted = time.monotonic()
         cpu_before_s = server.cpu_s()
         if name.startswith("hotport"):
@@ -171,8 +172,10 @@ def restart(name: str) -> dict[str, float]:
     }
 
 
-def replace(name: str) -> dict[str, float]:
+def replace(name: str, _: float) -> dict[str, float]:
     """Milliseconds from the end of a worker of hotport to another one that has started."""
+    if not name.startswith("hotport"):
+        return {}
     with running(name, 2) as server:
         time.sleep(STABLE_S)
         old = server.started()
@@ -193,21 +196,26 @@ def _p99_ms(seen: list[tuple[float, float]], began: float, ended: float) -> floa
     return latencies[min(len(latencies) - 1, int(len(latencies) * 0.99))] * 1000
 
 
+PARTS: Final[dict[str, Callable[[str, float], dict[str, float]]]] = {
+    "start": start,
+    "restart": restart,
+    "replace": replace,
+}
+
+
 def main() -> int:
     """Measure and report; the exit code does not depend on the goals."""
     parser = arguments(__doc__, name="cost.json", rounds=5)
     parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS), metavar="SERVER")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of load before a restart [default: 3]")
     options = parser.parse_args()
     samples: dict[str, Samples] = {}
     for _ in range(options.rounds):
         for name in options.servers:
-            found = start(name)
-            if name in RESTARTED:
-                found |= restart(name)
-            if name.startswith("hotport"):
-                found |= replace(name)
-            for what, value in found.items():
-                samples.setdefault(f"{name}: {what}", Samples()).append(value)
+            for part in options.only:
+                for what, value in PARTS[part](name, options.seconds).items():
+                    samples.setdefault(f"{name}: {what}", Samples()).append(value)
     show(f"{options.rounds} rounds", samples)
     print()
     wanted = {"pss MiB": 140.0, "cpu s": 1.0, "replaced ms": 50.0, "p99 ratio": 1.5}

@@ -511,6 +511,45 @@ def _sharing(results: dict[str, Any]) -> str:
     )
 
 
+#: Columns of cost.py, their headings, and decimals.
+COSTS: Final = {
+    "cpu s": ("start of 4 workers: processor, s", 1),
+    "pss MiB": ("their memory, MiB", 0),
+    "restart s": ("restart of 2: s", 1),
+    "restart cpu s": ("processor, s", 1),
+    "p99 ratio": ("p99 of clients in it, to before", 1),
+    "replaced ms": ("a killed worker is replaced in, ms", 0),
+}
+
+
+def _cost(results: dict[str, Any]) -> str:
+    samples, machine = results["samples"], results["machine"]
+    names = dict.fromkeys(name.partition(": ")[0] for name in samples)
+
+    def cell(name: str, what: str, decimals: int) -> str:
+        values = samples.get(f"{name}: {what}")
+        return "" if values is None else f"{statistics.median(values):,.{decimals}f}"
+
+    rows = [
+        f"| `{name}` | {' | '.join(cell(name, what, decimals) for what, (_, decimals) in COSTS.items())} |"
+        for name in names
+    ]
+    rounds = len(next(iter(samples.values())))
+    return "\n".join(
+        [
+            f"| | {' | '.join(heading for heading, _ in COSTS.values())} |",
+            f"|---{'|---' * len(COSTS)}|",
+            *rows,
+            "",
+            f"Medians of {rounds} rounds with {', '.join(results['modules'])}; Linux {machine['kernel']}, "
+            f"{machine['cores']} cores. `gunicorn --preload`",
+            "is not restarted, as its restart loads no new code.",
+            "How: `benchmarks/cost.py`; samples in `benchmarks/results/cost.json`.",
+            "",
+        ]
+    )
+
+
 def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
@@ -714,6 +753,7 @@ PAGES: Final[Mapping[Path, Callable[[str], str]]] = {
     DOCS / "how-to/choose-a-strategy.md": partial(_filled, name="gap", sections={"gap": _gap}),
     DOCS / "how-to/share-load-among-workers.md": partial(_filled, name="balance", sections={"balance": _balance}),
     DOCS / "discussion/how-workers-share-a-port.md": partial(_filled, name="sharing", sections={"sharing": _sharing}),
+    DOCS / "how-to/import-once.md": partial(_filled, name="cost", sections={"cost": _cost}),
     DOCS / "how-to/limits-and-logs.md": partial(_filled, name="hostile", sections={"hostile": _hostile}),
 }
 

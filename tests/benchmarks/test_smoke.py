@@ -36,11 +36,22 @@ SMALL = {
     "balance.py": ("--seconds", "0.2", "--connections", "40", "--servers", "hotport", "uvicorn"),
     "sharing.py": ("--seconds", "0.2"),
     "floor.py": ("--seconds", "0.2", "--servers", "hotport", "floor, eager", "--only", "targets"),
+    "cost.py": ("--seconds", "0.5", "--servers", "hotport --preload", "--only", "start", "restart"),
     "why.py": ("--established", "20", "--timewait", "20"),
 }
 
 #: These have clients of their own; in a network namespace if that is permitted, and on loopback if not.
-UNLOADED = ("rebind.py", "gap.py", "timewait.py", "peers.py", "power.py", "hostile.py", "balance.py", "why.py")
+UNLOADED = (
+    "rebind.py",
+    "gap.py",
+    "timewait.py",
+    "peers.py",
+    "power.py",
+    "hostile.py",
+    "balance.py",
+    "cost.py",
+    "why.py",
+)
 
 
 @pytest.mark.parametrize("name", SMALL)
