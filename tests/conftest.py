@@ -95,6 +95,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
             coverage = sys.modules["coverage"].Coverage.current()
             if coverage is not None:
                 coverage.stop()
+                later.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # `start` sets its own
                 later.callback(coverage.start)
         return (yield)
 

@@ -106,7 +106,8 @@ def test_an_error_that_was_not_expected_is_told_to_who_asked_and_logged(
 
     assert run(client) == 0
     told = capfd.readouterr().out
-    assert "in fail\n" in told, f"its traceback is missing in:\n{told}"
+    assert "Traceback (most recent call last)" in told  # in a frame, if another test has imported rich
+    assert "too deep" in told
 
 
 def test_hotport_toml_that_is_nested_too_deeply_is_refused_by_restart_and_by_signal(
