@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import pytest
 
 from hotport import runner
 from hotport.kernel.spawn import Child
+from hotport.observe import logs
 from hotport.options.loading import load
 from hotport.supervisor import fleet
 from hotport.supervisor.supervisor import Supervisor
@@ -228,15 +229,20 @@ def play(
 
     original = runner._supervise
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
+    with ExitStack() as stack:
+        for number, handler in handlers.items():  # coverage has one of its own
+            stack.callback(signal.signal, number, handler)
+        patch = stack.enter_context(monkeypatch.context())
+        pool = stack.enter_context(ThreadPoolExecutor(1))
         patch.setenv("HOTPORT_RUNTIME_DIR", str(directory / "run"))
         patch.chdir(directory)
         patch.setattr(runner, "_supervise", supervise)
         patch.setattr(runner, "configure", lambda **_: None)
+        # If an earlier test has imported rich, structlog draws each traceback with it, for seconds.
+        renderer = logs.structlog.get_config()["processors"][-1]
+        patch.setattr(renderer, "_exception_formatter", logs.structlog.dev.plain_traceback)
         patch.setattr(fleet, "spawn", nursery.spawn)
         acting = pool.submit(act)
         code = runner.supervise(lambda cwd: load(file=None, environ={}, flags=flags, cwd=cwd), takes_over=takes_over)
         acting.result(DEADLINE_S)
-    for number, handler in handlers.items():  # coverage has one of its own
-        signal.signal(number, handler)
     return code
