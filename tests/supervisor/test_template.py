@@ -110,10 +110,11 @@ async def test_descriptors_reach_the_worker_and_do_not_stay_in_the_template(star
     with socket.create_server(("127.0.0.1", 0)) as listener:
         name = listener_name(parse_address(f"tcp://127.0.0.1:{listener.getsockname()[1]}"))
         child = fork(template, 1, tmp_path, **{name: listener.fileno()})
-        inode = f"socket:[{os.fstat(listener.fileno()).st_ino}]"
+        inodes = [os.fstat(listener.fileno()).st_ino]
         try:
-            assert inode in {os.readlink(f"/proc/{child.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{child.pid}/fd")}
+            eventually(lambda: procfs.has_socket(child.pid, inodes), "the worker has the listener")
             eventually(lambda: os.listdir(f"/proc/{template.pid}/fd") == before, "the template has closed its own")
+            assert not procfs.has_socket(template.pid, inodes)
         finally:
             end(child)
 
