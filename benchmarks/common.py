@@ -10,7 +10,6 @@ import select
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import ceil
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hotport.churn.machine import machine as machine_with
+from hotport.kernel.process import cpu_s
 from tests.support import Service
 
 for variable in ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START"):
@@ -222,14 +222,6 @@ def wrk(
     if rate is None or count is None or "Non-2xx" in out or "Socket errors" in out:
         raise RuntimeError(f"wrk {url} saw failures:\n{out}")
     return float(rate[1]), int(count[1])
-
-
-def cpu_s(pid: int) -> float:
-    """Seconds that a process, all its threads together, has had a processor for.
-
-    Sources: clock_getcpuclockid(3); the number is made as glibc's sysdeps/unix/sysv/linux/clock_getcpuclockid.c does.
-    """
-    return time.clock_gettime((~pid << 3) | 2)
 
 
 def machine() -> dict[str, Any]:
