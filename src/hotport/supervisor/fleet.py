@@ -289,7 +289,8 @@ class Fleet:
             with Containing("template.fork"):
                 self.start_waiting()
         else:
-            waiting = [worker for worker, (generation, _) in self._waiting.items() if generation == template.generation]
+            if self._templates.get(template.generation) is template:  # else they wait for the next one
+                waiting = [worker for worker, (each, _) in self._waiting.items() if each == template.generation]
             for worker in waiting:
                 del self._waiting[worker]  # else another template would be started for them
             with Containing("template.end"), anyio.move_on_after(LAST_WORDS_S):
