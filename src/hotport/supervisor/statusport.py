@@ -9,9 +9,10 @@ connections, of which the oldest is dropped.
 from __future__ import annotations
 
 import socket
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from http import HTTPStatus
-from typing import Final
+from typing import Final, NamedTuple
 
 import anyio
 import msgspec
@@ -48,7 +49,28 @@ AGENT: Final = {
     Stage.STOPPING: "stopped#stopping",
 }
 
+JSON: Final = "application/json"
+
 log = get_logger("hotport.status")
+
+
+class Request(NamedTuple):
+    """The head of an HTTP request, without its query: the names of `fields` are in lower case."""
+
+    method: str
+    path: str
+    fields: Mapping[str, str]
+
+
+class Reply(NamedTuple):
+    """The answer to an HTTP request."""
+
+    body: str | bytes
+    content_type: str = "text/plain; charset=utf-8"
+    status: HTTPStatus = HTTPStatus.OK
+
+
+Handler = Callable[[Supervisor, Request], Awaitable[Reply]]
 
 
 async def serve_status_port(supervisor: Supervisor, sock: socket.socket, is_over: anyio.Event) -> None:
@@ -122,25 +144,60 @@ def _is_http(line: bytes) -> bool:
 
 
 async def _answer(supervisor: Supervisor, question: bytes) -> bytes:
-    line = question.partition(b"\n")[0].rstrip(b"\r")
-    stage = supervisor.service.stage
-    if stage is Stage.STOPPING and supervisor.is_succeeded:
-        stage = Stage.READY  # another supervisor has the service, and serves
+    line, _, fields = question.partition(b"\n")
+    line = line.rstrip(b"\r")
     if line == b"agent":
-        return f"{AGENT[stage]}\n".encode()
+        return f"{AGENT[_stage(supervisor)]}\n".encode()
     words = line.decode("latin-1").split(" ")
     if len(question) > QUESTION_BYTES_MAX or not _is_http(line) or len(words) != 3 or not words[1].startswith("/"):
-        return _response(HTTPStatus.BAD_REQUEST, "one HTTP/1 request with a short head, or the line: agent\n")
-    method, path = words[0], words[1].partition("?")[0]
-    if path not in ("/ready", "/live", "/status"):
-        return _response(HTTPStatus.NOT_FOUND, "there are /ready, /live and /status\n", method)
-    if method not in ("GET", "HEAD"):
-        return _response(HTTPStatus.METHOD_NOT_ALLOWED, "GET or HEAD\n", method)
-    if path == "/status":
-        status = public(await describe(supervisor), supervisor.options)
-        return _response(HTTPStatus.OK, msgspec.json.format(encode(status)).decode() + "\n", method)
-    is_good = path == "/live" or stage is Stage.READY
-    return _response(HTTPStatus.OK if is_good else HTTPStatus.SERVICE_UNAVAILABLE, f"{stage.value}\n", method)
+        return _response(
+            Reply("one HTTP/1 request with a short head, or the line: agent\n", status=HTTPStatus.BAD_REQUEST)
+        )
+    request = Request(words[0], words[1].partition("?")[0], _parse_fields(fields))
+    handler = ROUTES.get(request.path)
+    if handler is None:
+        *paths, last = ROUTES
+        reply = Reply(f"there are {', '.join(paths)} and {last}\n", status=HTTPStatus.NOT_FOUND)
+    elif request.method not in ("GET", "HEAD"):
+        reply = Reply("GET or HEAD\n", status=HTTPStatus.METHOD_NOT_ALLOWED)
+    else:
+        reply = await handler(supervisor, request)
+    return _response(reply, has_body=request.method != "HEAD")
+
+
+def _parse_fields(lines: bytes) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    for line in lines.decode("latin-1").splitlines():
+        name, _, value = line.partition(":")
+        name = name.lower()
+        fields[name] = f"{fields[name]}, {value.strip()}" if name in fields else value.strip()
+    return fields
+
+
+def _stage(supervisor: Supervisor) -> Stage:
+    stage = supervisor.service.stage
+    if stage is Stage.STOPPING and supervisor.is_succeeded:
+        return Stage.READY  # another supervisor has the service, and serves
+    return stage
+
+
+async def _ready(supervisor: Supervisor, request: Request) -> Reply:
+    stage = _stage(supervisor)
+    status = HTTPStatus.OK if stage is Stage.READY else HTTPStatus.SERVICE_UNAVAILABLE
+    return Reply(f"{stage.value}\n", status=status)
+
+
+async def _live(supervisor: Supervisor, request: Request) -> Reply:
+    return Reply(f"{_stage(supervisor).value}\n")
+
+
+async def _status(supervisor: Supervisor, request: Request) -> Reply:
+    status = public(await describe(supervisor), supervisor.options)
+    return Reply(msgspec.json.format(encode(status)) + b"\n", JSON)
+
+
+#: What answers GET and HEAD, by path.
+ROUTES: Final[Mapping[str, Handler]] = {"/ready": _ready, "/live": _live, "/status": _status}
 
 
 def public(status: Status, options: Options) -> Status:
@@ -155,15 +212,15 @@ def public(status: Status, options: Options) -> Status:
     return msgspec.structs.replace(status, target=target, workers=workers, last_restart=last)
 
 
-def _response(status: HTTPStatus, body: str, method: str = "GET") -> bytes:
-    content = body.encode()
+def _response(reply: Reply, *, has_body: bool = True) -> bytes:
+    content = reply.body.encode() if isinstance(reply.body, str) else reply.body
     head = [
-        f"HTTP/1.1 {status.value} {status.phrase}",
-        f"Content-Type: {'application/json' if body.startswith('{') else 'text/plain; charset=utf-8'}",
+        f"HTTP/1.1 {reply.status.value} {reply.status.phrase}",
+        f"Content-Type: {reply.content_type}",
         f"Content-Length: {len(content)}",
         "Cache-Control: no-store",
         "Connection: close",
     ]
-    if status is HTTPStatus.METHOD_NOT_ALLOWED:
+    if reply.status is HTTPStatus.METHOD_NOT_ALLOWED:
         head.append("Allow: GET, HEAD")
-    return "\r\n".join([*head, "", ""]).encode() + (b"" if method == "HEAD" else content)
+    return "\r\n".join([*head, "", ""]).encode() + (content if has_body else b"")
