@@ -289,7 +289,8 @@ def anew(port: int, rate: float) -> list[tuple[float, float]]:
     """Send requests on new connections when they are due, whatever became of the earlier ones, until stdin ends.
 
     Returns:
-        Of each request: when it was due (CLOCK_MONOTONIC), and how many seconds later its connection had ended.
+        Of each request: when it was due (CLOCK_MONOTONIC), and how many seconds later its connection had ended;
+        `TIMEOUT_S` for one that was refused or reset.
     """
     clock = time.monotonic
     poll = select.epoll()
@@ -301,11 +302,15 @@ def anew(port: int, rate: float) -> list[tuple[float, float]]:
     while not is_over or waiting:
         due = began + count / rate
         if not is_over and clock() >= due:
-            sock = socket.create_connection(("127.0.0.1", port), TIMEOUT_S)
-            sock.sendall(CLOSE)
+            count += 1
+            try:
+                sock = socket.create_connection(("127.0.0.1", port), TIMEOUT_S)
+                sock.sendall(CLOSE)
+            except OSError:
+                latencies.append((due, TIMEOUT_S))
+                continue
             waiting[sock.fileno()] = sock, due
             poll.register(sock, select.EPOLLIN)
-            count += 1
             continue
         # select has microseconds where epoll_wait has milliseconds
         select.select([poll], [], [], TIMEOUT_S if is_over else max(0.0, due - clock()))
@@ -313,10 +318,16 @@ def anew(port: int, rate: float) -> list[tuple[float, float]]:
             if fd == 0:
                 poll.unregister(0)
                 is_over = True
-            elif not waiting[fd][0].recv(65536):
-                sock, due = waiting.pop(fd)
+                continue
+            sock, due = waiting[fd]
+            try:
+                latency = None if sock.recv(65536) else clock() - due
+            except OSError:
+                latency = TIMEOUT_S
+            if latency is not None:
+                del waiting[fd]
                 sock.close()
-                latencies.append((due, clock() - due))
+                latencies.append((due, latency))
     return latencies
 
 
