@@ -28,7 +28,7 @@ from hotport import runner
 from hotport.kernel.spawn import Child
 from hotport.observe import logs
 from hotport.options.loading import load
-from hotport.supervisor import fleet
+from hotport.supervisor import starter
 from hotport.supervisor.supervisor import Supervisor
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import Reply, StatusRequest, StopRequest, TakeOverRequest, decode, encode
@@ -241,7 +241,7 @@ def play(
         # If an earlier test has imported rich, structlog draws each traceback with it, for seconds.
         renderer = logs.structlog.get_config()["processors"][-1]
         patch.setattr(renderer, "_exception_formatter", logs.structlog.dev.plain_traceback)
-        patch.setattr(fleet, "spawn", nursery.spawn)
+        patch.setattr(starter, "spawn", nursery.spawn)
         acting = pool.submit(act)
         code = runner.supervise(lambda cwd: load(file=None, environ={}, flags=flags, cwd=cwd), takes_over=takes_over)
         acting.result(DEADLINE_S)

@@ -10,6 +10,7 @@ import pytest
 from hotport.model.inputs import Clock, RecycleDue
 from hotport.options import Options
 from hotport.supervisor.fleet import Fleet
+from hotport.supervisor.starter import Starter
 from hotport.wire.messages import DrainOrder, ExpectOrder, HurryOrder, Inspection
 from tests.model.world import World
 
@@ -50,7 +51,7 @@ def fleet_of(world: World, **options: Any) -> Any:
         _options=Options(**options),
         processes=processes,
         _successors=lambda _: ("/run/next.sock",),
-        _call_off=lambda _: None,
+        starter=SimpleNamespace(call_off=lambda _: None),
     )
 
 
@@ -68,19 +69,19 @@ def restarting(*, phased: bool = False, window: bool = False) -> World:
 def test_generation_has_one_load_page_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a second one its workers would be two groups that do not see each other."""
     made = iter([7, 8])
-    monkeypatch.setattr("hotport.supervisor.fleet.make_load_page", lambda: next(made))
+    monkeypatch.setattr("hotport.supervisor.starter.make_load_page", lambda: next(made))
     warned: list[dict[str, Any]] = []
     log = SimpleNamespace(warning=lambda event, **fields: warned.append({"event": event, **fields}))
     siblings = {3}  # adopted, from a supervisor before
-    fleet: Any = SimpleNamespace(_pages={2: 6}, _has_workers=siblings.__contains__, _log=log)
-    assert [Fleet._page(fleet, generation) for generation in (1, 1, 2, 3)] == [
+    starter: Any = SimpleNamespace(_pages={2: 6}, _has_workers=siblings.__contains__, _log=log)
+    assert [Starter._page(starter, generation) for generation in (1, 1, 2, 3)] == [
         {"load": 7},
         {"load": 7},
         {"load": 6},
         {},
     ]
     assert [(each["event"], each["generation"]) for each in warned] == [("balance.off", 3)]
-    assert fleet._pages == {1: 7, 2: 6}
+    assert starter._pages == {1: 7, 2: 6}
 
 
 def test_workers_of_a_restart_keep_room_for_those_whom_they_replace() -> None:
@@ -151,3 +152,14 @@ def test_worker_is_told_to_go_by_a_word_if_it_can_be_told(
     Fleet.terminate(fleet, 1, is_hurried=is_hurried)
     Fleet.terminate(fleet, 7, is_hurried=is_hurried)  # it is gone
     assert process.done == [expected]
+
+
+async def test_priority_is_restored_in_time_and_only_of_a_process_that_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beside others that take all of the processor, a worker of lower priority would not be ready in time."""
+    given: list[tuple[int, int]] = []
+    monkeypatch.setattr("hotport.supervisor.starter.set_niceness", lambda *each: given.append(each))
+    await Starter._restore_priority(SimpleNamespace(), 7, 0.0, lambda: True)  # type: ignore[arg-type]
+    await Starter._restore_priority(SimpleNamespace(), 8, 0.0, lambda: False)  # type: ignore[arg-type]
+    assert given == [(7, 0)]

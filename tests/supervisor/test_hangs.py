@@ -75,6 +75,8 @@ class World:
     def start(self, what: str, run: Callable[[*Arguments], Awaitable[None]], *args: *Arguments) -> None:
         self.tasks.start_soon(contained, what, run, *args)
 
+    keep = start
+
     async def pass_time(
         self, seconds: float, then: Callable[[], object] = lambda: None, more_s: float = 0.0
     ) -> list[Any]:

@@ -7,8 +7,8 @@ it is watched from its first ``WATCHDOG=1`` on (sd_notify(3)), and its stacks ar
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from typing import Final, NamedTuple, Protocol, TypeVarTuple
+from collections.abc import Iterator, Mapping
+from typing import Final, NamedTuple
 
 import anyio
 
@@ -19,16 +19,13 @@ from hotport.kernel.stacks import HANDLER, STACK_IN_C, STACKS, STACKS_IN_C, open
 from hotport.model import inputs
 from hotport.model.hang import Case, Finding, Found, Look, judge, round_s
 from hotport.model.lifecycle import Phase
-from hotport.model.service import Service
 from hotport.observe.logs import get_logger
-from hotport.options import Options
+from hotport.supervisor.loop import Loop
 from hotport.supervisor.process import Hang, WorkerProcess
 from hotport.wire.messages import Inspection, InspectOrder
 from hotport.wire.stack import STACK_BYTES_MAX, Stack
 
 __all__ = ["Hangs", "take_stack"]
-
-Arguments = TypeVarTuple("Arguments")
 
 #: Workers in these phases can answer: they have started, and have not ended.
 STEADY: Final = (Phase.SERVING, Phase.QUIESCING, Phase.QUIESCED, Phase.DRAINING)
@@ -41,24 +38,6 @@ LOCK_ASKED: Final = 50
 
 #: The directory of this package, whose functions are not the application's.
 OURS: Final = os.path.dirname(hotport.__file__)
-
-
-class Loop(Protocol):
-    """The interface that is needed of the supervisor's loop."""
-
-    @property
-    def service(self) -> Service:
-        """The state of the model."""
-
-    @property
-    def options(self) -> Options:
-        """The options of the generation that serves, or starts."""
-
-    def input(self, event: inputs.Input) -> None:
-        """Queue an input for the model."""
-
-    def start(self, what: str, run: Callable[[*Arguments], Awaitable[None]], *args: *Arguments) -> None:
-        """Start a task that an unexpected error ends."""
 
 
 class Told(NamedTuple):

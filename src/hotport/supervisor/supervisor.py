@@ -222,11 +222,11 @@ class Supervisor:
                 self._carry_out(effect)
         fleet = self.fleet
         follows = (
-            fleet.start_waiting,
+            fleet.starter.start_waiting,
             fleet.redirect,
             fleet.deposit,
             fleet.close_unused,
-            fleet.end_unused_templates,
+            fleet.starter.end_unused_templates,
         )
         for follow in follows:
             with Containing("step", after=str(event)):
@@ -274,7 +274,7 @@ class Supervisor:
         self.input(inputs.Adopt(workers, wanted, found.generations, found.spawned, found.favoured, is_prepared))
         if workers and self.options.preload:
             with Containing("template"):
-                self.fleet.preload(found.current, self._launches[found.current])
+                self.fleet.starter.preload(found.current, self._launches[found.current])
 
     @property
     def why_busy(self) -> str:
@@ -350,7 +350,7 @@ class Supervisor:
     def _carry_out(self, effect: effects.Effect) -> None:
         match effect:
             case effects.Spawn(worker, generation):
-                self.fleet.spawn(worker, generation, self._launches[generation])
+                self.fleet.starter.spawn(worker, generation, self._launches[generation])
             case effects.Prepare(generation):
                 self.hooks.prepare(generation, self._launches[generation])
             case effects.Abandon(generation, why):

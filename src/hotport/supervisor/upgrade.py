@@ -170,7 +170,7 @@ class Upgrade:
             environment.pop(name, None)
         try:
             os.chdir(directory)
-            self._supervisor.fleet.end_templates()
+            self._supervisor.fleet.starter.end_templates()
             logs.flush()
             os.execvpe(self._argv[0], self._argv, environment)
         except OSError as error:
