@@ -24,6 +24,7 @@ __all__ = [
     "discard",
     "duplicate_descriptor",
     "ends_with_terminal",
+    "forbid_core_files",
     "has_terminal",
     "holding",
     "is_stopped",
@@ -404,3 +405,13 @@ def raise_descriptor_limit() -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
+
+
+def forbid_core_files() -> None:
+    """Leave no memory of this process, or of its children, in a core file.
+
+    Sources: getrlimit(2) RLIMIT_CORE; core(5): a program that takes cores over a pipe gets them whatever the limit is,
+    except at 1, which the kernel reserves to stop that (fs/coredump.c), and which is less than the least file.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (min(1, hard) if hard != resource.RLIM_INFINITY else 1, hard))

@@ -6,16 +6,25 @@ has shown: so the names in a certificate are read by shaking hands with it in me
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
 import shlex
 import ssl
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 from hotport.errors import StartError
+from hotport.kernel.fds import memory_file
+from hotport.kernel.fork import withhold
+from hotport.kernel.process import open_descriptors
 
-__all__ = ["Description", "ServerContext", "describe", "load_certificate", "verify_clients"]
+__all__ = ["Description", "KeyLog", "ServerContext", "describe", "load_certificate", "verify_clients"]
+
+#: The most that one handshake step logs is five lines of less than 250 bytes.
+LOG_BYTES_MAX: Final = 1 << 16
 
 #: The first one in a file is the server's own, those behind it lead to the authority (RFC 8446 section 4.4.2).
 CERTIFICATE: Final = re.compile("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----\n?", re.DOTALL)
@@ -117,6 +126,75 @@ def verify_clients(context: ServerContext, file: str, *, is_required: bool) -> N
         ) from None
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # an intermediate authority will do
     context.verify_mode = ssl.CERT_REQUIRED if is_required else ssl.CERT_OPTIONAL
+
+
+class KeyLog:
+    """The secrets of handshakes, through a file in memory that has no name and is emptied whenever it is read.
+
+    Descriptors: owns one, and each watched context another; `close` closes all of them. A forked child has none.
+
+    Raises:
+        OSError: There is no descriptor or memory left for it.
+
+    Sources: memfd_create(2); proc_pid_fd(5): opening a link there opens the file; `ssl.SSLContext.keylog_filename`.
+    """
+
+    def __init__(self) -> None:
+        self._fd = memory_file("hotport-keylog")
+        self._contexts: list[ssl.SSLContext] = []
+        self._copies: tuple[int, ...] = ()
+        withhold(self)
+
+    def descriptors(self) -> tuple[int, ...]:
+        """What a forked child must not have."""
+        return tuple(fd for fd in (self._fd, *self._copies) if self._is_ours(fd))
+
+    def watch(self, contexts: Iterable[ssl.SSLContext]) -> None:
+        """Log the handshakes of these contexts, and no longer those of the contexts before.
+
+        Raises:
+            OSError: /proc is not there, or there is no descriptor left; nothing is watched then.
+        """
+        self._ignore()
+        try:
+            for context in contexts:
+                context.keylog_filename = f"/proc/self/fd/{self._fd}"
+                self._contexts.append(context)
+        except OSError:
+            self._ignore()
+            raise
+        self._copies = tuple(fd for fd in open_descriptors() if fd != self._fd and self._is_ours(fd))
+        for fd in self._copies:  # which OpenSSL has opened to stay open over exec
+            fcntl.fcntl(fd, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+        os.ftruncate(self._fd, 0)  # each context begins with a comment
+
+    def read(self) -> bytes:
+        """Return what was logged since the last call.
+
+        To be called right after each ``do_handshake``: that is synchronous, so the lines are of that connection. They
+        cannot be told apart later: the client random in them is the client's choice.
+        """
+        if logged := os.pread(self._fd, LOG_BYTES_MAX, 0):
+            os.ftruncate(self._fd, 0)
+        return logged
+
+    def close(self) -> None:
+        """Log nothing any more. Contexts can live long, since one and its callback refer to each other."""
+        self._ignore()
+        if self._fd != -1:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _ignore(self) -> None:
+        for context in self._contexts:
+            context.keylog_filename = None  # type: ignore[assignment]  # typeshed forgets None
+        self._contexts, self._copies = [], ()
+
+    def _is_ours(self, fd: int) -> bool:
+        try:
+            return os.path.sameopenfile(fd, self._fd)
+        except OSError:
+            return False
 
 
 def describe(context: ServerContext) -> Description:
