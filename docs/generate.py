@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -23,6 +24,9 @@ import hotport.testing
 from docs.states import states_page
 from hotport.cli import COMMANDS
 from hotport.errors import ExitCode
+from hotport.migrate.peers import PEERS, UNIT
+from hotport.migrate.table import ALWAYS, NO_EQUAL, Peer
+from hotport.migrate.translate import translate_line
 from hotport.model.signals import ALL, SUPERVISOR, WORKER, Does, Moment
 from hotport.model.strategies import GUARANTEES, Facts, table
 from hotport.options import OPTIONS, Option
@@ -553,6 +557,74 @@ def signals_page() -> str:
     return "\n".join(parts)
 
 
+# -- coming from other servers -------------------------------------------------------------------------------
+
+#: By server: an example of its command line, and the beginning of its page.
+COMING_FROM: Final = {
+    "uvicorn": "main:app --host 0.0.0.0 --port 80 --workers 4 --proxy-headers --timeout-keep-alive 10",
+    "gunicorn": "-k uvicorn.workers.UvicornWorker -w 4 -b 0.0.0.0:80 --timeout 120 --access-logfile - main:app",
+    "hypercorn": "main:app --bind 0.0.0.0:80 --workers 4 --graceful-timeout 10",
+    "granian": "--interface asgi main:app --host 0.0.0.0 --port 80 --workers 4 --workers-max-rss 512",
+    "uwsgi": "--http :80 --module mysite.wsgi:application --master --processes 4 --harakiri 30 --uid www-data",
+}
+
+COMING_WITH: Final = """
+`hotport serve` answers to these flags with the line to paste; `hotport migrate` prints the `hotport.toml`, with what
+has no equal as comments:
+
+```text
+$ {line}
+$ {here}
+```
+
+```sh
+hotport migrate '{line}' >hotport.toml
+hotport serve
+```
+"""
+
+COMING_WSGI: Final = """
+## WSGI applications
+
+hotport serves ASGI. Django has an ASGI entry beside the other one: `mysite.asgi:application` for
+`mysite.wsgi:application`; `hotport migrate` takes it if the file is there. Flask and others are
+[wrapped in two lines](../how-to/frameworks.md#flask-and-other-wsgi-applications). An application that has to stay as
+it is can keep gunicorn as its worker, with hotport's restarts around it:
+
+```sh
+hotport serve --bind :8000 -- gunicorn --preload mysite.wsgi
+```
+"""
+
+COMING_TAIL: Final = """
+## Deploying
+
+`hotport restart` takes the place of `systemctl reload`, `kill -HUP` and their waiting: it exits 0 when the new code
+serves, and 4, with the traceback, when it does not; then the old code still does. The
+[unit for systemd](../how-to/run-under-systemd.md) has the lines to compare with yours. What clients meet
+while each of these servers restarts: [measured](../discussion/what-restarts-cost-elsewhere.md).
+"""
+
+
+def coming_from_page(peer: Peer) -> str:
+    """What each option of another server is here."""
+    parts = [f"# Coming from {peer.title}\n\n{GENERATED}"]
+    if example := COMING_FROM.get(peer.name):
+        line = f"{peer.name} {example}"
+        here = translate_line(line.split(), ROOT / "docs").command()
+        parts.append(COMING_WITH.format(line=line, here=here))
+    rows = []
+    for row in peer.rows:
+        names = row.flags.split() or row.settings.split()
+        here = {ALWAYS: "needs nothing", NO_EQUAL: "no equal"}.get(row.here, _code(row.here))
+        rows.append((", ".join(map(_code, names)), here, row.why))
+    head = "## Options\n\n[All options](../reference/options.md), with their defaults and variables.\n\n"
+    parts.append(f"{head}{_table((peer.title, 'hotport', 'to know'), rows)}\n")
+    parts.append("## What else is different\n\n" + "".join(f"- {text}\n" for text in peer.differs))
+    parts += [COMING_WSGI] if peer.name in {"gunicorn", "uwsgi", "unitd"} else []
+    return "\n".join(part.strip("\n") + "\n" for part in [*parts, COMING_TAIL])
+
+
 # -- all of them --------------------------------------------------------------------------------------------
 
 #: What is written where.
@@ -564,6 +636,7 @@ PAGES: Final[dict[str, Callable[[], str]]] = {
     "docs/reference/signals.md": signals_page,
     "docs/reference/states.md": states_page,
     "docs/reference/strategies.md": strategies_page,
+    **{f"docs/coming-from/{peer.name}.md": partial(coming_from_page, peer) for peer in (*PEERS, UNIT)},
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,41 @@ class _Serve(click.Command):
             at = args.index("--")
             args, program = args[:at], args[at + 1 :]
         ctx.obj = tuple(program)
+        args_given = [*args]  # click takes words out of args
         try:
             return super().parse_args(ctx, args)
-        except click.NoSuchOption as error:
-            meant = meant_flag(error.option_name)
-            raise ConfigError(
-                "HP302",
-                f"unknown flag {error.option_name}",
-                cause="hotport has no option of this name",
-                fix="hotport serve --help",
-                note=f"did you mean {meant}?" if meant else "",
-            ) from None
+        except (click.NoSuchOption, click.BadOptionUsage, click.BadParameter) as error:
+            raise _explained(error, args_given) from None
+
+
+def _explained(error: click.UsageError, words: list[str]) -> Exception:
+    """Explain a flag that cannot be used: another server's with the line that does the same here."""
+    from hotport.migrate.translate import recognise  # of which a line without errors has no need
+
+    is_unknown = isinstance(error, click.NoSuchOption)
+    if isinstance(error, click.BadParameter) and error.param is not None:
+        flag = error.param.opts[0]
+    elif isinstance(error, click.NoSuchOption | click.BadOptionUsage):
+        flag = error.option_name
+    else:
+        return error
+    found = recognise(words, flag, Path(working_directory(os.environ)))
+    if found is None or (not is_unknown and any(r.is_lost and r.theirs.startswith(flag) for r in found.remarks)):
+        if not is_unknown:
+            return error
+        meant = meant_flag(flag)
+        cause, note = "hotport has no option of this name", f"did you mean {meant}?" if meant else ""
+        return ConfigError("HP302", f"unknown flag {flag}", cause=cause, fix="hotport serve --help", note=note)
+    peer = found.peer
+    what = f"unknown flag {flag}" if is_unknown else f"{flag} cannot be used like this"
+    if (row := peer.flag(flag)) is not None and row.how == "config":
+        fix = f"hotport migrate {shlex.quote(shlex.join([peer.name, *words]))} >hotport.toml && hotport serve"
+    else:
+        fix = found.command()
+    note = "; ".join(f"{remark.theirs}: {remark.why}" for remark in found.remarks)
+    return ConfigError(
+        "HP302", what, cause=f"it is {peer.title}'s, and the line below does the same", fix=fix, note=note
+    )
 
 
 @click.command(
@@ -86,6 +111,14 @@ def command(
             needs_program=not show_config,
         )
 
+    if config is not None and config.suffix == ".py":
+        from hotport.migrate.peers import GUNICORN, HYPERCORN
+
+        peer = HYPERCORN if "hypercorn" in config.name else GUNICORN
+        line = shlex.quote(shlex.join([peer.name, "-c", str(config), target or "app:app"]))
+        cause = f"it is a configuration file of {peer.title}, and hotport's is TOML"
+        fix = f"hotport migrate {line} >hotport.toml && hotport serve"
+        raise ConfigError("HP301", f"cannot read {config}", cause=cause, fix=fix)
     loaded = read(Path(working_directory(os.environ)))
     if show_config:
         from hotport.cli.output import write  # rich, which a supervisor has no use for

@@ -1,0 +1,1 @@
+"""The options of other servers in hotport's words; no server that serves imports this room."""
