@@ -41,6 +41,6 @@ def test_start_that_failed_names_the_time_that_has_elapsed(end: Clock | Event, c
     supervisor.service, supervisor.options = world.service, Options(target="app:app")
     supervisor.owned = Mock()
     supervisor.fleet, supervisor._launches = SimpleNamespace(processes={1: None}), {}
-    supervisor.news = Publisher("svc", Mock(), int)
+    supervisor.news = Publisher("svc", Mock(), Mock(), int)
     supervisor._publish(announcement)
     assert supervisor.news.not_started().cause == cause

@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from hotport.kernel.fork import withhold
 from hotport.model.fates import Fate
 from hotport.wire.envelope import Envelope
+from hotport.wire.messages import Move
 
 __all__ = [
     "Adapter",
@@ -183,6 +184,8 @@ class Connections:
         self.fates: Counter[Fate] = Counter()
         #: Connections that were cut, by fate, since the start; `fates` has those of a drain.
         self.cuts: Counter[Fate] = Counter()
+        #: When connections moved to the workers that follow this one.
+        self.moves: list[Move] = []
         #: One element, the number of open connections; other workers read it (`hotport.kernel.loadpage`).
         self.gauge: list[int] | memoryview = [0]
         self.accepted = 0

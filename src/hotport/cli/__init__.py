@@ -17,7 +17,7 @@ HELP = {"help_option_names": ["-h", "--help"]}
 
 COMMANDS = (
     *("serve", "restart", "undo", "reload-tls", "status", "scale", "rebalance", "log-level", "stop", "upgrade"),
-    *("why", "doctor", "demo", "churn", "migrate"),
+    *("report", "why", "doctor", "demo", "churn", "migrate"),
 )
 
 

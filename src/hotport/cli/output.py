@@ -117,7 +117,7 @@ def print_json(value: Any) -> None:
 def print_report(report: Report) -> None:
     """Print one restart, for people: the most important line last."""
     out = console()
-    if report.error:
+    if report.error and report.outcome:
         out.print(report.error, markup=False)
         out.print()
     for batch, phases in groupby(report.phases, key=lambda phase: phase.batch):
@@ -137,7 +137,9 @@ def print_report(report: Report) -> None:
         )
     elif report.strategy != "inherit":
         out.print(f"strategy     {report.strategy}")
-    if report.outcome == "done":
+    if not report.outcome:
+        out.print(f"[red]not over[/]: generation {report.generation} of {report.service}, as far as is known")
+    elif report.outcome == "done":
         out.print(f"[green]done[/]: generation {report.generation} of {report.service} serves")
     else:
         serves = f"generation {report.serving} of {report.service} serves on" if report.serving else "no worker serves"

@@ -139,6 +139,7 @@ class Fleet:
     def _begin(self, process: WorkerProcess, options: Options) -> None:
         """Watch a worker that was started."""
         self.processes[process.worker] = process
+        self._news.reports.spawned(process)
         self._loop.start("worker.watch", self._watch, process)
         if process.is_foreign and options.ready == "exec":
             self._loop.start("worker.examine", self._examine, process, options.settle_s)
@@ -386,7 +387,7 @@ class Fleet:
         if process is None:
             return  # its `Exited` is queued
         if process.is_foreign:  # accepts from its start until it leaves, and takes no orders
-            self._news.reports.note(self._service.restart, worker, answer, time.monotonic())
+            self._news.reports.note(self._service.restart, process, answer, time.monotonic())
             self._loop.input(Said(worker, answer))
         else:
             process.order(order)
@@ -561,44 +562,49 @@ class Fleet:
                 self._loop.start("worker.examine", self._examine, process)
             if process.worker in self._service.ids(Phase.STARTING):
                 set_niceness(process.pid, 0)
-                self._news.reports.started(process.generation, cpu_s(process.pid))
+                self._news.reports.started(process.generation, cpu_s(process.pid), process.worker)
             self._loop.input(Said(process.worker, Event.READY))
         if said.stopping:
             self._loop.input(Said(process.worker, Event.LEAVING))
 
     def _hear_word(self, worker: int, word: Word) -> None:
         match word:
-            case Hello(phase=phase, stack=stack):
+            case Hello(phase=phase, stack=stack, imports=imports):
+                self._news.reports.imported(worker, imports)
                 if process := self.processes.get(worker):
                     process.stack_pipe = stack
                 if phase != "starting":  # its earlier notification was lost
                     self._loop.input(Said(worker, Event.READY))
             case Accepting(at_s=at_s, fates=fates):
                 self._news.reports.taken_back(self._service.restart, worker, fates)
-                self._news.reports.note(self._service.restart, worker, Event.ACCEPTING, at_s)
+                self._note(worker, Event.ACCEPTING, at_s)
                 if process := self.processes.get(worker):
                     process.owes = True
                 self._loop.input(Said(worker, Event.ACCEPTING))
             case Quiesced(at_s=at_s):
-                self._news.reports.note(self._service.restart, worker, Event.QUIESCED, at_s)
+                self._note(worker, Event.QUIESCED, at_s)
                 self._loop.input(Said(worker, Event.QUIESCED))
             case Released(addresses=addresses, at_s=at_s):
                 if process := self.processes.get(worker):
                     process.held -= {process.releasing.pop(each) for each in addresses if each in process.releasing}
                     if process.released is not None:
                         process.released.set()
-                self._news.reports.note(self._service.restart, worker, Event.QUIESCED, at_s)
+                self._note(worker, Event.QUIESCED, at_s)
                 self._loop.input(Said(worker, Event.QUIESCED))
             case Expired():
                 self._loop.input(inputs.RecycleDue(worker))
-            case Drained(fates=fates):
+            case Drained(fates=fates, moves=moves):
                 if process := self.processes.get(worker):
                     process.owes, process.has_cut = False, any(self._is_cut(fate) for fate in fates)
-                self._news.reports.drained(worker, fates)
+                self._news.reports.drained(worker, fates, moves)
             case TlsReloaded(error=error) if error:  # no request waits: the order came during the start
                 self._log.warning("tls.kept", worker=worker, error=error)
             case _:
                 pass
+
+    def _note(self, worker: int, event: Event, at_s: float) -> None:
+        if process := self.processes.get(worker):
+            self._news.reports.note(self._service.restart, process, event, at_s)
 
     def _is_cut(self, fate: str) -> bool:
         """Whether a fate is a loss: the next supervisor serves accept queues that the service manager keeps."""

@@ -15,6 +15,7 @@ from hotport.observe.logs import get_logger
 from hotport.options import Options, format_duration
 from hotport.supervisor.contain import Containing
 from hotport.supervisor.manager import ServiceManager
+from hotport.supervisor.recorder import Recorder
 from hotport.supervisor.reports import Reports
 from hotport.wire.messages import Report
 
@@ -36,14 +37,15 @@ class Publisher:
     Args:
         name: The service's name.
         manager: Notifies the service manager; the caller closes it.
+        recorder: Keeps what restarts have done.
         dropped: Counts what the kernel has dropped at the service's listeners.
 
     Attributes:
         reports: The reports of restarts.
     """
 
-    def __init__(self, name: str, manager: ServiceManager, dropped: Callable[[], int]) -> None:
-        self.reports = Reports(name, dropped=dropped)
+    def __init__(self, name: str, manager: ServiceManager, recorder: Recorder, dropped: Callable[[], int]) -> None:
+        self.reports = Reports(name, recorder, dropped=dropped)
         self.manager = manager
         self._name = name
         self._errors: dict[int, str] = {}

@@ -42,6 +42,7 @@ from hotport.supervisor.listeners import Listener, Listeners
 from hotport.supervisor.manager import ServiceManager
 from hotport.supervisor.news import Publisher, until
 from hotport.supervisor.process import WorkerProcess
+from hotport.supervisor.recorder import Recorder
 from hotport.supervisor.recovery import Found
 from hotport.supervisor.rights import socket_access
 from hotport.supervisor.timers import Timers
@@ -127,7 +128,7 @@ class Supervisor:
         self.options = options
         self.owned = Listeners(found.listeners, self._asked_of(found), shared=found.shared)
         self.service = Service(wanted=options.workers)
-        self.news = Publisher(name, manager, self.owned.dropped)
+        self.news = Publisher(name, manager, Recorder(directory), self.owned.dropped)
         self.fleet = Fleet(
             name, directory, notify_socket, self, self.owned, self.news, partial(mend, self), pages=found.pages
         )
@@ -269,6 +270,9 @@ class Supervisor:
             with Containing("worker.adopt", worker=orphan.worker):
                 self.fleet.adopt(orphan, phases.get(orphan.worker))
         workers = tuple(worker for worker in found.workers if worker.id in self.fleet.processes)
+        if workers:
+            with Containing("recorder"):
+                self.news.reports.resume(self.fleet.processes.keys(), found.generation)
         wanted = found.wanted or self.options.workers
         is_prepared = bool(self.options.before_start)
         self.input(inputs.Adopt(workers, wanted, found.generations, found.spawned, found.favoured, is_prepared))

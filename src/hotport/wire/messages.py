@@ -253,6 +253,19 @@ Order = (
 # -- worker -> supervisor -----------------------------------------------------------------------------------
 
 
+class Import(msgspec.Struct, frozen=True, kw_only=True):
+    """A module that was imported in `ms` milliseconds from `at_s` on (CLOCK_MONOTONIC, seconds).
+
+    Attributes:
+        own_ms: Without the modules that it imported itself.
+    """
+
+    name: str
+    at_s: float
+    ms: float
+    own_ms: float
+
+
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     """The first message on every connection to a worker.
 
@@ -260,6 +273,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
         phase: ``starting``, ``ready``, ``serving``, ``quiesced`` or ``draining``.
         memory: What its supervisor left with it.
         stack: The descriptor and the inode of the pipe for its Python stacks (`hotport.kernel.stacks`).
+        imports: The slowest modules of its application.
     """
 
     protocol: int = PROTOCOL
@@ -270,6 +284,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     phase: str = "starting"
     memory: Memory | None = None
     stack: tuple[int, int] | None = None
+    imports: tuple[Import, ...] = ()
 
 
 class Accepting(msgspec.Struct, frozen=True, kw_only=True, tag="accepting"):
@@ -303,10 +318,26 @@ class Expired(msgspec.Struct, frozen=True, kw_only=True, tag="expired"):
     why: str
 
 
+class Move(msgspec.Struct, frozen=True, kw_only=True):
+    """Batches of connections that another worker has taken, from `at_s` on (CLOCK_MONOTONIC, seconds).
+
+    Attributes:
+        to: The name of its control socket.
+        ms: From the first offer to the last acknowledgement.
+    """
+
+    at_s: float
+    ms: float
+    to: str
+    connections: int
+    batches: int = 1
+
+
 class Drained(msgspec.Struct, frozen=True, kw_only=True, tag="drained"):
-    """Every connection has ended; how many with which fate, counted since draining began."""
+    """Every connection has ended; how many with which fate, counted since draining began; and when they moved."""
 
     fates: dict[str, int]
+    moves: tuple[Move, ...] = ()
 
 
 class Lingering(msgspec.Struct, frozen=True, kw_only=True):

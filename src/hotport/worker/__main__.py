@@ -19,7 +19,7 @@ from hotport.kernel.sockets import bind_control, inherited_listener
 from hotport.kernel.stacks import StackPipe
 from hotport.observe import logs
 from hotport.wire.listenfds import LISTEN_VARIABLES, parse_listen_environment
-from hotport.wire.messages import LOAD_PAGE, TEMPLATE, WorkerSpec, worker_socket
+from hotport.wire.messages import LOAD_PAGE, TEMPLATE, Import, WorkerSpec, worker_socket
 from hotport.worker import template
 from hotport.worker.worker import Worker
 
@@ -44,12 +44,12 @@ def main() -> int:
     _keep_no_racy_byte_code()
     make_loop = _loop_factory(spec.options.loop)
     _configure_logs(spec)
-    application = None
+    application, imports = None, list[Import]()
     if [name for _, name in passed] == [TEMPLATE]:
         ready = template.serve(spec, socket.socket(fileno=passed[0][0]))
         if isinstance(ready, int):
             return ready
-        spec, passed, application = ready
+        spec, passed, application, imports = ready
         _configure_logs(spec)
     page = next((fd for fd, name in passed if name == LOAD_PAGE), -1)
     listeners = {str(parse_listener_name(name)): inherited_listener(fd) for fd, name in passed if fd != page}
@@ -71,6 +71,7 @@ def main() -> int:
             notify_path=notify_path,
             page=page,
             application=application,
+            imports=imports,
             stack=pipe.identity,
         )
         return await worker.run()

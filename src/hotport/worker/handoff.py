@@ -25,6 +25,7 @@ import asyncio
 import errno
 import os
 import socket
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -51,7 +52,7 @@ from hotport.wire.envelope import (
     encode_frame,
     pack,
 )
-from hotport.wire.messages import OfferOrder, Welcome
+from hotport.wire.messages import Move, OfferOrder, Welcome
 from hotport.worker.acceptor import PlainSocket, attach
 
 __all__ = ["Mover", "take_connections"]
@@ -71,6 +72,9 @@ PAUSE_S: Final = 0.5
 
 #: The part of the drain after which connections without room are told to close, so that they end between two requests.
 PATIENCE: Final = 0.5
+
+#: How many batches of connections are told one by one in a restart's recording.
+MOVES_MAX: Final = 64
 
 #: The size of a batch's envelopes at which it is full: a larger batch would take too much of `ACK_TIMEOUT_S`.
 BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
@@ -394,6 +398,7 @@ class Mover:
         channel = successor.channel
         frame = encode_frame(Frame.BATCH, [each.envelope for each in batch])
         is_sent = False
+        began_s = time.monotonic()
         answer = successor.answer = self._loop.create_future()
         try:
             async with asyncio.timeout(ACK_TIMEOUT_S):
@@ -426,6 +431,7 @@ class Mover:
             if not answer.cancel() and not answer.cancelled():
                 answer.exception()  # marks the exception as retrieved
         refused = set(ack.refused)
+        moved = 0
         successor.room = ack.room
         successor.connections -= len(refused)
         for number, (connection, *_) in enumerate(batch):
@@ -438,9 +444,14 @@ class Mover:
                 else:  # the successor is full: others may have room
                     self._ready(connection)
             else:
-                self.moved += 1
+                moved += 1
                 successor.moved.append(connection)
                 self._connections.closed(connection, connection.moved_fate)
+        self.moved += moved
+        if self._some is None and moved:
+            name = os.path.basename(successor.path)
+            ms = round((time.monotonic() - began_s) * 1000, 3)
+            _note(self._connections.moves, Move(at_s=began_s, ms=ms, to=name, connections=moved))
         while len(successor.waiting) > successor.room:  # retry with the other successors, or wait for room
             connection = successor.waiting.pop()
             self._waiting.discard(connection)
@@ -474,6 +485,22 @@ class Mover:
         successor.has_work.set()
         if self._successors.get(successor.path) is successor:
             del self._successors[successor.path]
+
+
+def _note(moves: list[Move], move: Move) -> None:
+    """Add a batch to what is known of those before; beyond `MOVES_MAX`, to the last one with this successor."""
+    if len(moves) >= MOVES_MAX:
+        for at, last in reversed([*enumerate(moves)]):
+            if last.to == move.to:
+                moves[at] = Move(
+                    at_s=last.at_s,
+                    ms=round((move.at_s - last.at_s) * 1000 + move.ms, 3),
+                    to=last.to,
+                    connections=last.connections + move.connections,
+                    batches=last.batches + 1,
+                )
+                return
+    moves.append(move)
 
 
 # -- the new worker -----------------------------------------------------------------------------------------

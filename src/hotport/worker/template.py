@@ -24,7 +24,8 @@ from hotport.errors import ExitCode, HotportError, StartError
 from hotport.kernel.process import open_descriptors, rename_last_argument
 from hotport.kernel.scm import receive_descriptors, send_descriptors
 from hotport.observe.logs import get_logger
-from hotport.wire.messages import Forked, ForkOrder, Loaded, WorkerSpec, decode, encode
+from hotport.wire.messages import Forked, ForkOrder, Import, Loaded, WorkerSpec, decode, encode
+from hotport.worker.imports import measured_imports
 
 __all__ = ["NewWorker", "after_fork", "run_after_fork", "serve"]
 
@@ -44,11 +45,13 @@ class NewWorker(NamedTuple):
 
     Attributes:
         passed: Its descriptors with their names, as from `hotport.wire.listenfds.parse_listen_environment`.
+        imports: The slowest modules of the application.
     """
 
     spec: WorkerSpec
     passed: list[tuple[int, str]]
     application: Any
+    imports: list[Import]
 
 
 def after_fork(function: Function) -> Function:
@@ -79,7 +82,8 @@ def serve(spec: WorkerSpec, channel: socket.socket) -> NewWorker | int:
     supervisor = os.getppid()
     gc.disable()  # a collection would leave holes in pages that are shared from now on
     try:
-        application = load_application(spec.options)
+        with measured_imports() as imports:
+            application = load_application(spec.options)
         import_adapter(kind_of(application, spec.options))
         _refuse_threads(spec)
     except Exception as error:
@@ -101,7 +105,7 @@ def serve(spec: WorkerSpec, channel: socket.socket) -> NewWorker | int:
             rename_last_argument(f"{spec.service}/{spec.generation}.{order.spec.worker}")
             _seed()
             gc.enable()
-            return NewWorker(order.spec, list(zip(descriptors, order.names, strict=True)), application)
+            return NewWorker(order.spec, list(zip(descriptors, order.names, strict=True)), application, imports)
         for fd in descriptors:
             os.close(fd)
 

@@ -55,6 +55,7 @@ from hotport.wire.messages import (
     Expired,
     Hello,
     HurryOrder,
+    Import,
     Inspection,
     InspectOrder,
     Lingering,
@@ -86,6 +87,7 @@ from hotport.wire.messages import (
 )
 from hotport.wire.sdnotify import encode_notification
 from hotport.worker import background
+from hotport.worker.imports import measured_imports
 from hotport.worker.lag import LagMeter
 from hotport.worker.pressure import Pressure
 from hotport.worker.server import ApplicationServer, ConnectionServer, make_server
@@ -144,10 +146,12 @@ class Worker:
         notify_path: str | None,
         page: int = -1,
         application: Any = None,
+        imports: Sequence[Import] = (),
         stack: tuple[int, int] | None = None,
     ) -> None:
         self._spec = spec
         self._application = application
+        self._imports = imports
         self._options: Options = spec.options
         self._listeners = dict(listeners)
         self._control = control
@@ -251,7 +255,10 @@ class Worker:
         )
         connections.on_requests_max = lambda: self._expire(f"served {connections.requests} requests")
         context = Context(connections, self._spec.service, self._spec.generation, self._spec.worker)
-        application = load_application(options) if self._application is None else self._application
+        application = self._application
+        if application is None:
+            with measured_imports() as self._imports:
+                application = load_application(options)
         run_after_fork()
         server = make_server(
             application,
@@ -377,7 +384,7 @@ class Worker:
         fates = await server.drain(order.timeout_s, is_last=order.is_last, successors=order.successors)
         told = by_name(fates)
         self._log.info("drain.ended", **told)
-        self._drained = Drained(fates=told)
+        self._drained = Drained(fates=told, moves=tuple(server.connections.moves))
         self._broadcast(self._drained)
         try:
             async with asyncio.timeout(self._options.kill_timeout_s):
@@ -440,6 +447,7 @@ class Worker:
                 phase=self._phase(),
                 memory=self._memory,
                 stack=self._stack,
+                imports=tuple(self._imports),
             )
         )
         if self._has_expired:
