@@ -4,8 +4,9 @@ The application is FastAPI with SQLAlchemy and pandas, where these are installed
 the processor time of all its processes until the last worker has started its application, and then their memory (PSS,
 which counts a page that n processes share as 1/n for each). Then with two workers, on both cores, under a fixed rate of
 requests on new connections: the 99th percentile before a restart and while it lasts, until all workers are new, and the
-time of the restart. At last one of hotport's workers is killed, ten seconds after the last end of a worker: how long
-until another one is ready.
+time of the restart. Then one of hotport's workers is killed, ten seconds after the last end of a worker: how long until
+another one is ready. At last one of its two workers hangs until it is replaced: the 99th percentile of requests that
+come meanwhile, beside the one before.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ MODULES: Final = [name for name in ("fastapi", "sqlalchemy", "pandas") if import
 #: Says by a file when a worker has started, which all servers do after the import.
 APPLICATION: Final = f"""\
 import os
+import time
 {"import " + ", ".join(MODULES) if MODULES else ""}
 from contextlib import asynccontextmanager
 from fastapi import FastAPI
@@ -55,6 +57,11 @@ app = FastAPI(lifespan=lifespan)
 @app.get("/")
 async def hello():
     return {{"hello": "world"}}
+
+
+@app.get("/hang")
+async def hang():
+    time.sleep(600)
 """
 
 _GUNICORN: Final = "python -m gunicorn --bind 127.0.0.1:{port} --log-level warning --worker-class asgi"
@@ -108,8 +115,8 @@ class Server(NamedTuple):
 
 
 @contextmanager
-def running(name: str, workers: int) -> Iterator[Server]:
-    """Start a server and wait until all workers have started."""
+def running(name: str, workers: int, **variables: str) -> Iterator[Server]:
+    """Start a server, with more variables of its environment, and wait until all workers have started."""
     with tempfile.TemporaryDirectory(prefix="hotport-bench-") as place:
         directory = Path(place)
         (directory / "app.py").write_text(APPLICATION)
@@ -117,7 +124,7 @@ def running(name: str, workers: int) -> Iterator[Server]:
             port = probe.getsockname()[1]
         command = shlex.split(SERVERS[name].format(port=port))
         command[0] = sys.executable
-        env = {**os.environ, "HOTPORT_RUNTIME_DIR": place, "HOTPORT_NAME": "cost"}
+        env = {**os.environ, "HOTPORT_RUNTIME_DIR": place, "HOTPORT_NAME": "cost", **variables}
         with psutil.Popen([*command, "--workers", str(workers), "app:app"], cwd=place, env=env) as process:
             server = Server(name, port, process, directory)
             try:
@@ -186,6 +193,34 @@ def replace(name: str, _: float) -> dict[str, float]:
         return {"replaced ms": ((server.directory / f"started.{new}").stat().st_mtime_ns - killed) / 1e6}
 
 
+def hang(name: str, seconds: float) -> dict[str, float]:
+    """What the clients of the other worker notice while one of hotport's two hangs, until it is replaced."""
+    if name != "hotport":
+        return {}
+    soon = {"HOTPORT_HANG_REPORT": "1s", "HOTPORT_DRAIN_TIMEOUT": "1s", "HOTPORT_KILL_TIMEOUT": "1s"}
+    with (
+        running(name, 2, **soon, HOTPORT_HANG_TIMEOUT=f"{seconds}s") as server,
+        client("anew", port=server.port, rate=RATE) as asking,
+    ):
+        time.sleep(PAUSE_S)
+        old = server.started()
+        begin = time.monotonic()
+        time.sleep(seconds)
+        hung = time.monotonic()
+        with socket.create_connection(("127.0.0.1", server.port), DEADLINE_S) as held:
+            held.sendall(b"GET /hang HTTP/1.1\r\nHost: cost\r\n\r\n")
+            eventually(lambda: bool(server.started() - old), "the worker that hangs is replaced")
+            replaced = time.monotonic()
+            eventually(lambda: sum(psutil.pid_exists(pid) for pid in old) < 2, "the worker that hangs has ended")
+        seen = _answers(asking)
+    before, meanwhile = _p99_ms(seen, begin, hung), _p99_ms(seen, hung, replaced)
+    return {
+        "p99 before a hang ms": before,
+        "p99 in a hang ms": meanwhile,
+        "p99 ratio in a hang": meanwhile / before,
+    }
+
+
 def _answers(asking: Any) -> list[tuple[float, float]]:
     out, _ = asking.communicate(timeout=DEADLINE_S)
     return [(due, latency) for due, latency in json.loads(out)]
@@ -200,6 +235,7 @@ PARTS: Final[dict[str, Callable[[str, float], dict[str, float]]]] = {
     "start": start,
     "restart": restart,
     "replace": replace,
+    "hang": hang,
 }
 
 
@@ -224,6 +260,8 @@ def main() -> int:
         for what, most in wanted.items()
         if (name := f"hotport --preload: {what}") in samples
     ]
+    if (name := "hotport: p99 ratio in a hang") in samples:
+        goals.append(Goal(name, samples[name].median, at_most=1.5))
     save(options.output, method=(__doc__ or "").strip(), samples=samples, goals=goals, modules=MODULES)
     return 0
 
