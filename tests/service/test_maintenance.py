@@ -169,13 +169,22 @@ def test_workers_are_recycled_at_max_age_without_a_loss(directory: Path) -> None
 
 
 def test_worker_is_recycled_at_max_memory_without_a_loss(directory: Path) -> None:
-    fat = "import os\nif os.path.exists('fat'):\n    os.unlink('fat')\n    ballast = b'x' * (128 << 20)\n"
-    write_code(directory / "app.py", fat + LINE_APP.format(version="one"))
+    grow = "\n    if os.path.exists('fat'):\n        os.unlink('fat')\n        globals()['ballast'] = b'x' * (128 << 20)\n"
+    write_code(directory / "app.py", LINE_APP.format(version="one") + grow)
     (directory / "fat").touch()
     with hammered(directory, "--max-memory", "120M") as (service, _):
         eventually(lambda: bool(service.log_events("worker.retired")), "the fat one has left")
         assert "MiB of memory" in service.log_events("worker.expired")[0]["why"]
         assert len(service.log_events("worker.spawned")) == 2
+
+
+def test_worker_that_starts_beyond_max_memory_is_not_replaced_for_that(directory: Path) -> None:
+    """Its replacement would be replaced at once, too: for ever, and fast with preload."""
+    with hammered(directory, "--max-memory", "1M") as (service, _):
+        eventually(lambda: bool(service.log_events("memory.not_watched")), "it is said")
+        (warned,) = service.log_events("memory.not_watched")
+        assert "max_memory is 1 MiB" in warned["why"]
+        assert not service.log_events("worker.expired")
 
 
 # -- more and fewer workers ---------------------------------------------------------------------------------

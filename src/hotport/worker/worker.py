@@ -294,7 +294,14 @@ class Worker:
         if self._options.max_age_s:
             age = self._options.max_age_s * random.uniform(0.9, 1.1)
             self._loop.call_later(age, self._expire, f"served for {age:.0f} s")
-        if self._options.max_memory_bytes:
+        most, used = self._options.max_memory_bytes, rss_bytes(os.getpid())
+        if most and used >= most:  # its replacement would be replaced at once, too, and so on
+            self._log.warning(
+                "memory.not_watched",
+                why=f"this worker has {used >> 20} MiB when it starts, and max_memory is {most >> 20} MiB",
+                note="choose a max_memory that leaves room above that",
+            )
+        elif most:
             self._check_memory()
         if self._options.memory_pressure_bytes and self._server is not None:
             self._pressure = Pressure(self._server.connections, self._options.memory_pressure_bytes)
