@@ -169,9 +169,9 @@ def test_workers_are_recycled_at_max_age_without_a_loss(directory: Path) -> None
 
 
 def test_worker_is_recycled_at_max_memory_without_a_loss(directory: Path) -> None:
-    grow = "\n    if os.path.exists('fat'):\n        os.unlink('fat')\n        globals()['ballast'] = b'x' * (128 << 20)\n"
+    grow = "\n    if os.path.exists('f'):\n        os.unlink('f')\n        globals()['ballast'] = b'x' * (128 << 20)\n"
     write_code(directory / "app.py", LINE_APP.format(version="one") + grow)
-    (directory / "fat").touch()
+    (directory / "f").touch()
     with hammered(directory, "--max-memory", "120M") as (service, _):
         eventually(lambda: bool(service.log_events("worker.retired")), "the fat one has left")
         assert "MiB of memory" in service.log_events("worker.expired")[0]["why"]
