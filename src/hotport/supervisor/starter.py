@@ -32,8 +32,8 @@ from hotport.wire.messages import LOAD_PAGE, worker_socket
 
 __all__ = ["Starter"]
 
-#: By how much the niceness of a process is raised while it starts beside others that serve: it gets a quarter of a processor
-#: that one of them uses all the time (sched(7): a factor of 1.25 a step).
+#: By how much the niceness of a process is raised while it starts beside others that serve: it gets a quarter of a
+#: processor that one of them uses all the time (sched(7): a factor of 1.25 a step).
 STARTING_NICENESS: Final = 5
 
 #: For which part of `ready_timeout`: beside others that take all of the processor, it would not be ready in time.
