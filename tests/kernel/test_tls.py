@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import resource
 import ssl
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,7 +17,8 @@ import trustme
 from cryptography.hazmat.primitives import serialization
 
 from hotport.errors import StartError
-from hotport.kernel.tls import describe, load_certificate, verify_clients
+from hotport.kernel.process import forbid_core_files, open_descriptors
+from hotport.kernel.tls import KeyLog, ServerContext, describe, load_certificate, verify_clients
 from tests.support import assert_three_lines, need
 from tests.tls_support import Pki
 
@@ -129,3 +136,112 @@ def test_authorities_of_clients_that_cannot_be_read_are_refused(pki: Pki, tmp_pa
             verify_clients(context, str(tmp_path / name), is_required=True)
         assert_three_lines(str(caught.value), "HP513")
         assert caught.value.cause == cause
+
+
+# -- the key log --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def log() -> Iterator[KeyLog]:
+    log = KeyLog()
+    yield log
+    log.close()
+
+
+@pytest.fixture
+def context(pki: Pki) -> ServerContext:
+    return load_certificate(pki.issue("a.pem", "localhost"), None)
+
+
+def shake(context: ssl.SSLContext, pki: Pki) -> None:
+    """Shake hands in memory."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = context.wrap_bio(to_server, to_client, server_side=True)
+    client = pki.client().wrap_bio(to_client, to_server, server_hostname="localhost")
+    for end in (client, server) * 3:
+        with suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+    assert client.getpeercert()
+
+
+def labels(log: KeyLog) -> set[str]:
+    return {line.partition(" ")[0] for line in log.read().decode().splitlines()}
+
+
+def test_secrets_of_a_handshake_are_read_once(log: KeyLog, context: ServerContext, pki: Pki) -> None:
+    log.watch([context])
+    assert log.read() == b""
+    for _ in range(2):
+        shake(context, pki)
+        assert labels(log) >= {"CLIENT_TRAFFIC_SECRET_0", "SERVER_TRAFFIC_SECRET_0"}
+        assert log.read() == b""
+
+
+def test_only_the_watched_contexts_are_logged(log: KeyLog, context: ServerContext, pki: Pki) -> None:
+    other = load_certificate(pki.issue("b.pem", "localhost"), None)
+    log.watch([context])
+    log.watch([other])
+    shake(context, pki)
+    assert log.read() == b""
+    shake(other, pki)
+    assert labels(log)
+
+
+def ours() -> list[int]:
+    links = {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in open_descriptors()}
+    return [fd for fd, link in links.items() if "hotport-keylog" in link]
+
+
+def test_no_program_inherits_the_log(log: KeyLog, context: ServerContext) -> None:
+    """OpenSSL opens the file to stay open over exec."""
+    log.watch([context])
+    assert len(ours()) == 2
+    assert all(fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC for fd in ours())
+    assert sorted(log.descriptors()) == ours()  # a forked child has sockets in their place
+    log.close()
+    log.close()
+    assert ours() == []
+    assert log.descriptors() == ()
+
+
+class Unwatchable(ssl.SSLContext):
+    """As where /proc is not mounted."""
+
+    @property
+    def keylog_filename(self) -> str:
+        return ""
+
+    @keylog_filename.setter
+    def keylog_filename(self, path: str) -> None:
+        raise FileNotFoundError(path)
+
+
+def test_a_context_that_cannot_be_watched_means_none_is(log: KeyLog, context: ServerContext) -> None:
+    with pytest.raises(FileNotFoundError):
+        log.watch([context, Unwatchable(ssl.PROTOCOL_TLS_SERVER)])
+    assert str(context.keylog_filename) == "None"
+    assert len(ours()) == 1
+
+
+def test_a_process_that_crashes_leaves_no_core_file(tmp_path: Path) -> None:
+    code = """
+import os, resource
+from hotport.kernel.process import forbid_core_files
+forbid_core_files()
+print(*resource.getrlimit(resource.RLIMIT_CORE))
+os.abort()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    soft, hard = map(int, done.stdout.split())
+    assert (soft in (0, 1), soft <= hard or hard == resource.RLIM_INFINITY) == (True, True)
+    assert done.returncode < 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_core_files_can_be_allowed_again() -> None:
+    before = resource.getrlimit(resource.RLIMIT_CORE)
+    try:
+        forbid_core_files()
+        assert resource.getrlimit(resource.RLIMIT_CORE)[1] == before[1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, before)

@@ -503,7 +503,7 @@ class Counter:
                 )
             # one record each with these keys: Finished (RFC 5246 section 7.4.9)
             self._read_sequence = self._write_sequence = 1
-            self._explicit = self._explicit + 1 & 0xFFFF_FFFF_FFFF_FFFF
+            self._explicit += 1
         self.why_not = "" if self._read_secret and self._write_secret else "its keys are not in the key log"
 
     # -- data
@@ -613,7 +613,7 @@ class Counter:
             self._write_secret,
             self._read_sequence,
             self._write_sequence,
-            self._explicit if self._version == TLS12 else 0,
+            self._explicit & 0xFFFF_FFFF_FFFF_FFFF if self._version == TLS12 else 0,
             self._owes_update,
             self._fragment,
             self.pending,
