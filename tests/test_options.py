@@ -491,6 +491,19 @@ def test_file_that_is_not_toml_says_where(tmp_path: Path, content: bytes, what: 
     assert cause in error.cause
 
 
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "hotport.toml").write_bytes(b"\xef\xbb\xbfworkers = 3\r\n")
+    assert read(tmp_path).options.workers == 3
+
+
+def test_a_file_in_utf_16_gets_the_line_that_converts_it(tmp_path: Path) -> None:
+    (tmp_path / "hotport.toml").write_text("workers = 3", encoding="utf-16")
+    error = refused(tmp_path)
+    assert (error.code, error.cause) == ("HP301", "it is UTF-16, and TOML is UTF-8")
+    subprocess.run(error.fix, shell=True, cwd=tmp_path, check=True)
+    assert read(tmp_path).options.workers == 3
+
+
 @pytest.mark.parametrize(
     ("make", "cause"),
     [

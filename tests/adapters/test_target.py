@@ -243,6 +243,41 @@ NOT_FOUND = {
 }
 
 
+@pytest.mark.parametrize(
+    ("cwd", "target", "fix"),
+    [
+        (".", "shop/web/main.py:app", "hotport serve shop.web.main:app"),
+        ("shop", "web/main.py", "hotport serve shop.web.main:app --app-dir .."),
+        ("shop/web", "main:app", "hotport serve shop.web.main:app --app-dir ../.."),
+    ],
+)
+def test_a_module_with_relative_imports_gets_the_line_with_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cwd: str, target: str, fix: str
+) -> None:
+    (tmp_path / "shop" / "web").mkdir(parents=True)
+    for name in ("shop", "shop/web"):
+        (tmp_path / name / "__init__.py").touch()
+    (tmp_path / "shop/web/main.py").write_text("import os\n\nfrom . import models\napp = models.app\n")
+    monkeypatch.chdir(tmp_path / cwd)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    for name in ("main", SCRIPT_MODULE):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(StartError) as caught:
+        load_target(target, app_dir=".", factory=False)
+    sys.modules.pop(SCRIPT_MODULE, None)
+    assert_three_lines(str(caught.value), "HP517")
+    assert caught.value.fix == fix
+    assert "line 3 of main.py" in caught.value.cause
+
+
+def test_an_import_error_inside_the_application_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_main.py").write_text("import broken_other\n")
+    (tmp_path / "broken_other.py").write_text("from . import models\n")
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    with pytest.raises(ImportError, match="no known parent package"):
+        load_target("broken_main:app", app_dir=str(tmp_path), factory=False)
+
+
 @pytest.mark.parametrize("case", NOT_FOUND)
 def test_target_that_is_not_there_names_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     code, target, error_code, words = NOT_FOUND[case]

@@ -8,7 +8,9 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, Final
 
@@ -76,7 +78,10 @@ def load_target(target: str, *, app_dir: str, factory: bool) -> Any:
     if directory not in sys.path:
         sys.path.insert(0, directory)
     find = _load_file if module_name.endswith(".py") else _import
-    module = find(module_name, attribute or USUAL_NAMES[0])
+    try:
+        module = find(module_name, attribute or USUAL_NAMES[0])
+    except ImportError as error:
+        raise _of_a_package(error, module_name, attribute or USUAL_NAMES[0]) or error from None
     if not attribute:
         attribute = next((name for name in USUAL_NAMES if hasattr(module, name)), USUAL_NAMES[0])
     found: Any = module
@@ -101,6 +106,29 @@ def load_target(target: str, *, app_dir: str, factory: bool) -> Any:
             note="name an ASGI app, a stream handler, a protocol factory or a sockets function",
         )
     return found() if factory else found
+
+
+def _of_a_package(error: ImportError, module_name: str, attribute: str) -> StartError | None:
+    """Return what to do about a module that imports relatively and was not imported as a part of its package."""
+    import shlex  # most workers never need it
+
+    frame, line = [*traceback.walk_tb(error.__traceback__)][-1]
+    file = Path(frame.f_code.co_filename)
+    name = module_name.removesuffix(".py").rpartition("/")[2]
+    if "no known parent package" not in str(error) or name.rpartition(".")[2] != file.stem:
+        return None
+    top = file.parent
+    while (top.parent / "__init__.py").is_file():
+        top = top.parent
+    module = ".".join([*file.parent.relative_to(top.parent).parts, file.stem])
+    directory = os.path.relpath(top.parent)
+    place = "" if directory == "." else f" --app-dir {shlex.quote(directory)}"
+    return StartError(
+        "HP517",
+        f"cannot import {module_name} by itself",
+        cause=f"line {line} of {file.name} has a relative import: the module belongs to {module.rpartition('.')[0]}",
+        fix=f"hotport serve {module}:{attribute}{place}",
+    )
 
 
 def _is_guarded(module: Any, name: str) -> bool:

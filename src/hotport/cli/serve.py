@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from hotport.cli import HELP
-from hotport.errors import ConfigError, ExitCode
+from hotport.errors import ConfigError, ExitCode, HotportError
 from hotport.kernel.process import working_directory
 from hotport.options import OPTIONS, Option
 from hotport.options.loading import Loaded, load, meant_flag, rows, show
@@ -35,6 +36,25 @@ class _Serve(click.Command):
             return super().parse_args(ctx, args)
         except (click.NoSuchOption, click.BadOptionUsage, click.BadParameter) as error:
             raise _explained(error, args_given) from None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except HotportError as error:
+            error.fix = _whole_line(error.fix, sys.argv[2:])
+            raise
+
+
+def _whole_line(fix: str, words: list[str]) -> str:
+    """Complete a fix that is one flag to the line that can be pasted; its flag replaces the one that was given."""
+    flag, _, _ = fix.partition(" ")
+    if not flag.startswith("--") or "--" in words or sum(word.partition("=")[0] == flag for word in words) > 1:
+        return fix
+    at = next((at for at, word in enumerate(words) if word.partition("=")[0] == flag), None)
+    if at is not None:
+        has_value = "=" in words[at] or " " not in fix
+        words = words[:at] + words[at + (1 if has_value else 2) :]
+    return f"{shlex.join(['hotport', 'serve', *words])} {fix}"
 
 
 def _explained(error: click.UsageError, words: list[str]) -> Exception:
@@ -94,6 +114,8 @@ def command(
 ) -> int:
     """Serve TARGET until stopped: module:app or file.py:app; or, after --, any program.
 
+    Without TARGET, the application in app.py or main.py (asgi.py, api.py) is served.
+
     The program after -- must support socket activation (LISTEN_FDS) and say READY=1, or be given --ready exec.
 
     Signals: HUP restarts. TERM and INT stop after draining, a second one at once; QUIT stops at once. With
@@ -102,13 +124,13 @@ def command(
     started by nohup or setsid.
     """
 
-    def read(directory: Path) -> Loaded:
+    def read(directory: Path, *, needs_program: bool = True) -> Loaded:
         return load(
             file=config,
             environ=os.environ,
             flags={**flags, "target": target, "command": ctx.obj or None},
             cwd=directory,
-            needs_program=not show_config,
+            needs_program=needs_program,
         )
 
     if config is not None and config.suffix == ".py":
@@ -119,7 +141,11 @@ def command(
         cause = f"it is a configuration file of {peer.title}, and hotport's is TOML"
         fix = f"hotport migrate {line} >hotport.toml && hotport serve"
         raise ConfigError("HP301", f"cannot read {config}", cause=cause, fix=fix)
-    loaded = read(Path(working_directory(os.environ)))
+    directory = Path(working_directory(os.environ))
+    loaded = read(directory, needs_program=False)
+    if loaded.options.target is None and not loaded.options.command:
+        target = _found(directory / loaded.options.app_dir)
+        loaded = read(directory, needs_program=not show_config)
     if show_config:
         from hotport.cli.output import write  # rich, which a supervisor has no use for
 
@@ -134,6 +160,18 @@ def command(
         return supervise(read, takes_over=take_over)
     with watching(loaded.options):
         return supervise(read, takes_over=take_over)
+
+
+def _found(directory: Path) -> str | None:
+    """Find the application in the usual files, and say which one it is."""
+    from hotport.cli._find import find_target
+
+    found = find_target(directory)
+    if found is None:
+        return None
+    others = f"; {', '.join(found.others)} may have one, too" if found.others else ""
+    click.echo(f"hotport serve {found.target}   (found in {found.file}{others})", err=True)
+    return found.target
 
 
 def _as_json(loaded: Loaded) -> str:

@@ -145,7 +145,8 @@ def _read_toml(path: Path, name: str) -> tuple[Mapping[str, object], str]:
     import tomllib  # workers have no use for it
 
     try:
-        document = tomllib.loads(path.read_bytes().decode())
+        data = path.read_bytes()
+        document = tomllib.loads(data.decode("utf-8-sig"))  # editors on Windows begin with a byte order mark
     except OSError as error:
         cause = f"{error.strerror or error}".lower()
         raise ConfigError("HP301", f"cannot read {name}", cause=cause, fix=f"ls -ld {path}") from error
@@ -153,6 +154,12 @@ def _read_toml(path: Path, name: str) -> tuple[Mapping[str, object], str]:
         is_deep = isinstance(error, RecursionError)
         cause = "it is nested too deeply" if is_deep else " ".join(str(error).split())
         note = f"correct {name}; https://toml.io describes the format"
+        if data[:2] in {b"\xff\xfe", b"\xfe\xff"}:
+            cause, fix = (
+                "it is UTF-16, and TOML is UTF-8",
+                f"iconv -f UTF-16 {name} >{name}.utf8 && mv {name}.utf8 {name}",
+            )
+            raise ConfigError("HP301", f"{name} is not TOML", cause=cause, fix=fix) from error
         raise ConfigError("HP301", f"{name} is not TOML", cause=cause, note=note) from error
     if path.name != "pyproject.toml":
         if "tool" in document:
@@ -298,8 +305,9 @@ def _check(loaded: Loaded, *, needs_program: bool) -> None:
             fix=f"--name {as_name(options.name)}",
         )
     if options.target is None and not options.command and needs_program:
-        cause = "neither a target nor a command was given"
-        raise ConfigError("HP306", "there is nothing to serve", cause=cause, fix="hotport serve app:app")
+        cause = "no target was given, and neither app.py nor main.py has an application named app"
+        note = "or name a command: hotport serve -- COMMAND"
+        raise ConfigError("HP306", "there is nothing to serve", cause=cause, fix="hotport serve app:app", note=note)
     for clash in _clashes(options):
         one, two = (_where(_BY_KEY[name], loaded.origins[name]) for name in (clash.key, clash.other))
         what = f"{one} cannot be used {clash.relation} {two}"
