@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -348,27 +349,49 @@ async def test_a_large_body_arrives_whole_both_ways(pki: Pki) -> None:
         assert await run(ask, port_of(server)) == data + data
 
 
-async def test_a_client_that_says_goodbye_behind_its_request_is_a_client_that_has_left(
-    pki: Pki, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_a_client_that_says_goodbye_behind_its_request_gets_its_answer_in_tls_13_only(
+    pki: Pki, caplog: pytest.LogCaptureFixture, version: ssl.TLSVersion
 ) -> None:
-    """TLS 1.3 would allow an answer (RFC 8446 section 6.1), but event loops close both directions."""
+    """TLS 1.2 wants the connection closed at once (RFC 5246 section 7.2.1); TLS 1.3 does not (RFC 8446 section 6.1)."""
     seen: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         while (message := await receive())["type"] != "http.disconnect":
             seen.append(message["type"])
-        seen.append("gone")
-        await respond(send, b"too late")
+        seen.append("the client's end")
+        await respond(send, b"in time")
 
-    def ask(port: int) -> None:
-        with connect(port, pki.client()) as client:
-            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-            client.unwrap()
+    def ask(port: int) -> bytes:
+        context = pki.client()
+        context.maximum_version = version
+        received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client = context.wrap_bio(received, sent, server_hostname="localhost")
+        with socket.create_connection(("127.0.0.1", port), DEADLINE_S) as sock:
+            while True:
+                try:
+                    client.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    sock.sendall(sent.read())
+                    received.write(sock.recv(65536))
+            client.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            with pytest.raises(ssl.SSLWantReadError):
+                client.unwrap()
+            sock.sendall(sent.read())
+            answer = b""
+            while data := sock.recv(65536):
+                received.write(data)
+                with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+                    while True:
+                        answer += client.read()
+            return answer
 
     async with serve(app, tls_cert=pki.issue("a.pem", "localhost"), lifespan="off") as server:
-        await run(ask, port_of(server))
-        await until(lambda: "gone" in seen and not server.connections.open)
-    assert seen == ["http.request", "gone"]
+        answer = await run(ask, port_of(server))
+        await until(lambda: "the client's end" in seen and not server.connections.open)
+    assert seen == ["http.request", "the client's end"]
+    assert answer.endswith(b"in time") is (version == ssl.TLSVersion.TLSv1_3)
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 

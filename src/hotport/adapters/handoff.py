@@ -163,8 +163,7 @@ def make_offer(
 def end_for_client(connection: Connection, handoff: Handoff | None) -> None:
     """Shut the socket down in `connection_lost`, even if a forked child has a duplicate of its descriptor.
 
-    Skips connections that another process may serve by now. A TLS connection's descriptor is closed before
-    `connection_lost`; TLS, or `abort`, has told the client the end.
+    Skips connections that another process may serve by now.
     """
     if has_forked() and connection.sock is not None and not stands_still(handoff):
         end(connection.sock)

@@ -378,7 +378,7 @@ class Stream(ByteStream, asyncio.Protocol):
             await self._is_writable.wait()
 
     async def send_eof(self) -> None:
-        """End the sending direction after everything sent; over TLS this closes both directions."""
+        """End the sending direction after everything sent; over TLS 1.2 this closes both directions."""
         assert self._transport is not None
         await self._wait_writable()
         if self._is_lost:

@@ -529,7 +529,7 @@ class Counter:
         Raises:
             IllegalTransition: The connection's state was exported; nothing of this may be sent.
         """
-        if self.phase is not Phase.LIVE:
+        if self.phase is Phase.FROZEN or self.phase is Phase.GONE:
             raise IllegalTransition(f"written in {self.phase}")
         if self.why_not or not records:
             return

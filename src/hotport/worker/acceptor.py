@@ -24,6 +24,8 @@ from hotport.wire.proxyprotocol import HEADER_BYTES_MAX, ProxyHeader, ProxyHeade
 from hotport.worker import background
 from hotport.worker.share import Share
 from hotport.worker.tls import Tls
+from hotport.worker.tlssession import Session
+from hotport.worker.tlstransport import TlsTransport
 
 __all__ = ["Acceptor", "PlainSocket", "attach"]
 
@@ -95,23 +97,32 @@ def attach(
     ``connect_accepted_socket`` makes the transport, waits once for ``connection_made``, and ends. A task for it would
     be a fifth of a connection's cost; so the coroutine is stepped here, and once more when it can end.
     """
+    _attach(loop, sock, protocol, lambda error: _not_attached(protocol, connections, error))
+
+
+def _attach(
+    loop: asyncio.AbstractEventLoop,
+    sock: socket.socket,
+    protocol: asyncio.BaseProtocol,
+    failed: Callable[[BaseException], None],
+) -> None:
     attaching = loop.connect_accepted_socket(lambda: protocol, sock)
     try:
         waiter = attaching.send(None)
     except OSError as error:
-        _not_attached(protocol, connections, error)
+        failed(error)
         sock.close()
     else:
-        waiter.add_done_callback(lambda _: _finish(attaching, protocol, connections))
+        waiter.add_done_callback(lambda _: _finish(attaching, failed))
 
 
-def _finish(attaching: Coroutine[Any, Any, object], protocol: asyncio.BaseProtocol, connections: Connections) -> None:
+def _finish(attaching: Coroutine[Any, Any, object], failed: Callable[[BaseException], None]) -> None:
     try:
         attaching.send(None)
     except StopIteration:
         pass
     except (Exception, asyncio.CancelledError) as error:  # connection_made raised, or the loop is ending
-        _not_attached(protocol, connections, error)
+        failed(error)
 
 
 def _not_attached(protocol: asyncio.BaseProtocol, connections: Connections, error: BaseException) -> None:
@@ -153,7 +164,8 @@ class Acceptor:
         self._sockname = _own_name(self._listener)
         self._is_accepting = False
         self._pause: asyncio.TimerHandle | None = None
-        self._attaching: set[asyncio.Task[None]] = set()
+        self._introducing: set[asyncio.Task[None]] = set()
+        self._shaking: set[TlsTransport] = set()
         withhold(self)
 
     def start(self) -> None:
@@ -224,13 +236,15 @@ class Acceptor:
 
     async def wait_attached(self) -> None:
         """Wait until every accepted socket has its transport, or has failed its PROXY header or TLS handshake."""
-        while self._attaching:
-            await asyncio.wait(self._attaching)
+        while ending := {*self._introducing, *(transport.handshake for transport in self._shaking)}:
+            await asyncio.wait(ending)
 
     def cut_attaching(self) -> None:
         """Close accepted connections that have no transport yet."""
-        for task in self._attaching:
+        for task in self._introducing:
             task.cancel()
+        for transport in self._shaking:
+            transport.abort()
 
     def _accept(self) -> None:
         """Accept some connections, but leave them to other workers while this one is ahead."""
@@ -264,7 +278,7 @@ class Acceptor:
         protocol.sock = accepted  # type: ignore[attr-defined]
         protocol.endpoints = (peer, self._sockname or accepted.getsockname())  # type: ignore[attr-defined]
         if self._proxies is not None and self._proxies.peer(peer):
-            self._start_attaching(self._introduce(accepted, protocol, peer))
+            background.start("connection", self._introduce(accepted, protocol, peer), self._introducing)
         else:
             self._attach(accepted, protocol)
 
@@ -272,17 +286,20 @@ class Acceptor:
         if self._tls is None:
             attach(self._loop, accepted, protocol, self._connections)
             return
-        attaching = self._loop.connect_accepted_socket(
-            lambda: protocol,
-            accepted,
-            ssl=self._tls.context,
-            ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
-            ssl_shutdown_timeout=GOODBYE_TIMEOUT_S,
+        session = Session(self._tls.context)
+        transport = TlsTransport(
+            protocol, session, handshake_timeout_s=HANDSHAKE_TIMEOUT_S, goodbye_timeout_s=GOODBYE_TIMEOUT_S
         )
-        self._start_attaching(self._shake_hands(attaching, protocol))
+        self._shaking.add(transport)
+        transport.handshake.add_done_callback(lambda handshake: self._see_handshake(handshake, transport, protocol))
+        _attach(self._loop, accepted, transport, transport.not_attached)
 
-    def _start_attaching(self, steps: Coroutine[Any, Any, None]) -> None:
-        background.start("connection", steps, self._attaching)
+    def _see_handshake(
+        self, handshake: asyncio.Future[None], transport: TlsTransport, protocol: asyncio.BaseProtocol
+    ) -> None:
+        self._shaking.discard(transport)
+        if (error := handshake.exception()) is not None:
+            _not_attached(protocol, self._connections, error)
 
     async def _introduce(self, accepted: socket.socket, protocol: asyncio.BaseProtocol, peer: Any) -> None:
         """Read a proxy's PROXY header, then attach the connection like any other."""
@@ -335,14 +352,6 @@ class Acceptor:
             await is_readable.wait()
         finally:
             self._loop.remove_reader(sock)
-
-    async def _shake_hands(self, attaching: Coroutine[Any, Any, object], protocol: asyncio.BaseProtocol) -> None:
-        try:
-            await attaching
-        except Exception as error:
-            _not_attached(protocol, self._connections, error)
-            if not isinstance(error, OSError):  # such as ssl.SSLError: the peer left, or spoke no TLS
-                raise
 
     def _wait(self, error: OSError) -> None:
         log.error("cannot accept: %s; trying again in %g s", error, PAUSE_S)

@@ -88,7 +88,6 @@ class HttpConnection(asyncio.Protocol):
         "_is_attached",
         "_is_beginning",
         "_is_draining",
-        "_is_flushed",
         "_is_reading_paused",
         "_is_trusted",
         "_is_turn_due",
@@ -150,7 +149,6 @@ class HttpConnection(asyncio.Protocol):
         self._is_draining = False
         self._has_announced_close = False  # the head of the last answer is written
         self._has_said_goodbye = False  # the last answer is completely written
-        self._is_flushed = False  # the kernel had nothing to send at the last check
         self.handoff: Handoff | None = None
         self._fate = FINISHED
         shared.registry.opened(self)
@@ -402,7 +400,7 @@ class HttpConnection(asyncio.Protocol):
         if self.handoff is not None:  # it does not move any more
             self.drain()
         self.has_eof = True
-        if self._reader.rest and self._scheme == "http":
+        if self._reader.rest and self.transport.can_write_eof():  # otherwise the transport closes, whatever is returned
             return True  # unparsed bytes came before the end; `_work` parses them
         return self._end_input()
 
@@ -414,11 +412,11 @@ class HttpConnection(asyncio.Protocol):
             self._pipeline.pop()
             reader.arriving = None
         if self._pipeline and self._current is None:  # their applications start in the next turn
-            return self._scheme == "http"
+            return True
         if self._current is None or reader.arriving is not None or self._has_said_goodbye:
             return False
         self._current.wake()
-        return self._scheme == "http"  # TLS transports cannot stay half open
+        return True
 
     def data_received(self, data: bytes) -> None:
         reader = self._reader
@@ -867,12 +865,9 @@ class HttpConnection(asyncio.Protocol):
         """Abort a connection that the client has not closed in time, unless the client still reads."""
         if not self.transport.is_closing():
             self._close()
-        elif (was_flushed := self._is_flushed) and not self._has_unsent():
+        elif not self._has_unsent():
             self.abort()  # the client has got everything, and does not close
         else:
-            # TLS has a buffer below the reported one. It is empty if the kernel has nothing to send at two checks in a
-            # row: an event loop that was blocked runs its timers before it continues to send.
-            self._is_flushed = not was_flushed and not self._has_unsent()
             self.see_client_read()
             self._wait(self.shared.linger_ticks)
 
@@ -898,8 +893,8 @@ class HttpConnection(asyncio.Protocol):
     def _linger(self) -> None:
         """End our sending side, and discard input until the client closes, for `LINGER_S` at most."""
         can_end = self.transport.can_write_eof()
-        if self.has_eof or (not can_end and self._reader.arriving is None):
-            self._close()  # TLS cannot end one side; its close_notify suffices unless a body is arriving
+        if self.has_eof or (self.is_tls and self._reader.arriving is None):
+            self._close()  # a TLS transport discards input by itself until the client says goodbye
             return
         if can_end:
             try:
