@@ -41,14 +41,18 @@ class Page:
         assert "error" not in message, message
         return message["result"]
 
-    def open(self, path: Path, *, scheme: str = "light", width: int = 1180, height: int = 900) -> None:
-        """Show a file in a window of that size, and wait until its scripts have run."""
+    def show(self, *, scheme: str = "light", width: int = 1180, height: int = 900) -> None:
+        """Show the page in a window of that size."""
         media = [{"name": "prefers-color-scheme", "value": scheme}]
         self.send("Emulation.setEmulatedMedia", features=media)
         self.send(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
-        self.send("Page.navigate", url=path.as_uri())
+
+    def open(self, path: Path | str, *, scheme: str = "light", width: int = 1180, height: int = 900) -> None:
+        """Open a file or a URL in a window of that size, and wait until its scripts have run."""
+        self.show(scheme=scheme, width=width, height=height)
+        self.send("Page.navigate", url=path if isinstance(path, str) else path.as_uri())
         while "Page.loadEventFired" not in self._events:
             self._hear()
         self._events.clear()

@@ -95,8 +95,8 @@ def test_a_service_that_serves_is_ready_and_alive(port: StatusPort) -> None:
 
 #: What may not be asked, and the status of the answer.
 QUESTIONS = {
-    b"GET / HTTP/1.1\r\n\r\n": 404,
-    b"OPTIONS / HTTP/1.0\r\n\r\n": 404,  # what haproxy asks if it is not told what
+    b"GET /else HTTP/1.1\r\n\r\n": 404,
+    b"OPTIONS / HTTP/1.0\r\n\r\n": 405,  # what haproxy asks if it is not told what
     b"POST /live HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc": 405,
     b"GET /ready HTTP/2.0\r\n\r\n": 400,
     b"GET http://host/ready HTTP/1.1\r\n\r\n": 400,

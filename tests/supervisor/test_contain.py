@@ -134,6 +134,15 @@ def awaits() -> Iterator[tuple[str, range]]:
 # -- what happens meanwhile ---------------------------------------------------------------------------------
 
 
+def view(stage: Stage) -> None:
+    """Look at the live page for a while, if it is there."""
+    with socket.create_connection(("127.0.0.1", stage.status_port), DEADLINE_S) as sock, sock.makefile("rb") as file:
+        sock.sendall(b"GET /events HTTP/1.1\r\n\r\n")
+        states = 0
+        while states < 2 and (line := file.readline()):
+            states += line == b"event: state\n"
+
+
 def act(stage: Stage) -> None:
     """Everything that a service does in its life. What fails here is not what is tested, but what comes after it."""
     for number in (signal.SIGHUP, signal.SIGTTIN):
@@ -160,6 +169,8 @@ def act(stage: Stage) -> None:
     for path in (b"/ready", b"/status"):
         with suppress(OSError):
             probe(stage, path)
+    with suppress(OSError):
+        view(stage)
     settle(stage)
 
 

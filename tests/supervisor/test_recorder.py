@@ -60,7 +60,7 @@ def test_failure_to_write_is_logged_once(tmp_path: Path, capsys: pytest.CaptureF
     assert "".join(capsys.readouterr()).count("recorder.failed") == 1
     (tmp_path / "restarts").unlink()
     recorder.keep(recording(4))
-    assert [each.report.generation for each in recorder.read()] == [4]
+    assert [each.report.generation for each in read_recordings(str(tmp_path))] == [4]
 
 
 def reports(directory: Path) -> Reports:
@@ -136,7 +136,7 @@ def test_restart_that_a_killed_supervisor_had_begun_stays_as_it_was(tmp_path: Pa
 def test_timeline_is_bounded() -> None:
     timeline = Timeline(10.0)
     for worker in range(LANES_MAX + 3):
-        timeline.begin(worker, 2, 1000 + worker, 10.5)
+        timeline.begin(worker, 2, 1000 + worker, 10.5, "starting")
         timeline.reach(worker, "starting", 11.0)
     move = Move(at_s=12.0, ms=1.0, to="worker-2.9.sock", connections=1)
     early = msgspec.structs.replace(move, at_s=9.0)  # of an earlier restart, which was undone
@@ -145,7 +145,7 @@ def test_timeline_is_bounded() -> None:
     timeline.imported(2, [Import(name="app", at_s=10.6, ms=3.0, own_ms=1.0)])
     timeline.imported(LANES_MAX + 1, [])
     timeline.reach(LANES_MAX + 1, "opening", 11.0)
-    timeline.begin(1, 2, 1, 13.0)
+    timeline.begin(1, 2, 1, 13.0, "starting")
     lanes = timeline.lanes()
     assert len(lanes) == LANES_MAX
     assert timeline.workers_left_out == 3
@@ -153,3 +153,5 @@ def test_timeline_is_bounded() -> None:
     assert (len(lanes[1].spans), lanes[1].left_out) == (SPANS_MAX, 1)
     assert [(span.name, span.at_ms) for span in lanes[2].imports] == [("app", 600.0)]
     assert Timeline(10.0, lanes).lanes() == lanes
+    doing = timeline.lanes(now_s=12.0)[0].spans[-1]
+    assert (doing.name, doing.at_ms, doing.ms) == ("opening", 1000.0, 1000.0)

@@ -278,7 +278,9 @@ class Options:
         "How long a stopping service reports that on its status port and keeps serving, before it drains.",
     )
     status_bind: str | None = _option(
-        None, address(), "Where to answer health checks: /ready, /live, /status, and HAProxy's agent-check."
+        None,
+        address(),
+        "Where to answer health checks (/ready, /live, HAProxy's agent-check), and show the service (/, /status).",
     )
     strategy: StrategyChoice = _option(
         "auto",

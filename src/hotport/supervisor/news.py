@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from typing import Final
 
 from hotport.errors import StartError
 from hotport.model.effects import Announce, News
@@ -19,9 +20,10 @@ from hotport.supervisor.recorder import Recorder
 from hotport.supervisor.reports import Reports
 from hotport.wire.messages import Report
 
-__all__ = ["Publisher", "until"]
+__all__ = ["BAD", "Publisher", "until"]
 
-_BAD = (
+#: News of mishaps.
+BAD: Final = (
     News.ABORTED,
     News.WORKER_LOST,
     News.WORKER_GIVEN_UP,
@@ -91,8 +93,8 @@ class Publisher:
                 f"{bound} {format_duration(bound_s)}" if bound_s else "if it has written why, that is above"
             )
         # A failed boot is reported once, at its end; but a worker that hangs is reported at once.
-        if serving or news not in _BAD or is_stuck:
-            (self._log.warning if news in _BAD else self._log.info)(news.value, **_fields(announcement, error))
+        if serving or news not in BAD or is_stuck:
+            (self._log.warning if news in BAD else self._log.info)(news.value, **_fields(announcement, error))
         if news is News.RESTART_BEGAN and service.restart is not None:
             self.reports.begin(service.restart, serving, is_tracked=not options.command)
         with Containing("manager"):
@@ -127,10 +129,14 @@ class Publisher:
         self.manager.failed(str(failure))
         return failure
 
+    def subscribe(self, subscriber: Callable[[Announce | Report], None]) -> None:
+        """Call `subscriber` with all news and reports from now on."""
+        self._subscribers.append(subscriber)
+
     @contextmanager
     def subscribed(self, subscriber: Callable[[Announce | Report], None]) -> Iterator[None]:
         """Call `subscriber` with all news and reports within the block."""
-        self._subscribers.append(subscriber)
+        self.subscribe(subscriber)
         try:
             yield
         finally:

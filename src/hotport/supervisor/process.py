@@ -77,6 +77,7 @@ class WorkerProcess:
         releasing: Listeners that it was told to release, by address, until it reports them closed.
         stack_pipe: How to find its pipe for stacks; None if it has none.
         lags: The lag of its event loop.
+        inspection: Its last answer about its state.
         silent_s: For how long it has not answered.
         hang: What was found out about it; None if it does not hang.
         telling: Held while something about its hanging is being logged.
@@ -115,6 +116,7 @@ class WorkerProcess:
         self.released: anyio.Event | None = None
         self.stack_pipe: tuple[int, int] | None = None
         self.lags = Lags()
+        self.inspection: Inspection | None = None
         self.silent_s = self.watchdog_s = 0.0
         self.hang: Hang | None = None
         self.telling = anyio.Lock()
@@ -240,6 +242,7 @@ class WorkerProcess:
                 self._log.warning("worker.garbage", error=str(error))
                 return
             if isinstance(word, Inspection):
+                self.inspection = word
                 self.lags.note(anyio.current_time(), word.lag_s)
             # A worker answers orders in sequence.
             asked = next((asked for asked in self._asked if asked[0] is type(word)), None)

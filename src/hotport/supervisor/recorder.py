@@ -37,12 +37,15 @@ class Recorder:
     def __init__(self, directory: str) -> None:
         self._directory = directory
         self._why_not = ""
+        self._known: dict[str, Recording] | None = None
 
     def keep(self, recording: Recording) -> None:
         """Write a recording, in place of the one of the same restart; beyond `RECORDINGS_MAX` the oldest are removed.
 
         A failure is logged once: a full disk must not end a restart.
         """
+        self._know()[_name(recording)] = recording
+        self._forget()
         directory = os.path.join(self._directory, _DIRECTORY)
         path = os.path.join(directory, _name(recording))
         try:
@@ -62,8 +65,18 @@ class Recorder:
             self._why_not = ""
 
     def read(self) -> list[Recording]:
-        """The recordings that are there, oldest first."""
-        return read_recordings(self._directory)
+        """The recordings that were there at first, and those since; oldest first."""
+        return [*self._know().values()]
+
+    def _know(self) -> dict[str, Recording]:
+        if self._known is None:
+            self._known = {_name(each): each for each in read_recordings(self._directory)}
+        return self._known
+
+    def _forget(self) -> None:
+        known = self._know()
+        while len(known) > RECORDINGS_MAX:
+            del known[min(known)]
 
 
 def read_recordings(directory: str, last: int = RECORDINGS_MAX) -> list[Recording]:

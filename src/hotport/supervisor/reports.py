@@ -227,8 +227,8 @@ class RestartRecord:
         """Equal to what it was before if nothing has changed that should be written down."""
         return len(self._phases), self._outcome, len(self._leaving), len(self._drained)
 
-    def recording(self, report: Report) -> Recording:
-        """Make the recording as far as it is known."""
+    def recording(self, report: Report, now_s: float | None = None) -> Recording:
+        """Make the recording as far as it is known; at `now_s` with what workers are doing."""
         return Recording(
             report=report,
             supervisor=self._supervisor,
@@ -236,7 +236,7 @@ class RestartRecord:
             is_over=self.is_over,
             leaving=tuple(sorted(self._leaving)),
             back=tuple(sorted(self._back)),
-            lanes=self.timeline.lanes(),
+            lanes=self.timeline.lanes(now_s),
             lanes_left_out=self.timeline.workers_left_out,
         )
 
@@ -352,6 +352,16 @@ class Reports:
             self.last, self._last_at_s = report, time.monotonic()
         return report
 
+    def recordings(self, last: int) -> list[Recording]:
+        """The last restarts, oldest first, with what workers are doing in those that are not over."""
+        now_s = time.monotonic()
+        serving, errors = self._heard
+        going = {
+            (each.generation, each.began_s): each.recording(each.report(serving=serving, errors=errors), now_s)
+            for each in self._records.values()
+        }
+        return [going.get((each.report.generation, each.began_s), each) for each in self.recorder.read()[-last:]]
+
     def resume(self, alive: Set[int], serving: int) -> None:
         """Continue the records of an earlier supervisor of these workers; take its last report.
 
@@ -376,7 +386,9 @@ class Reports:
     def spawned(self, who: Who) -> None:
         """Note that a worker was started, if that belongs to a restart that is not over."""
         if who.generation in self._records:
-            self._records[who.generation].timeline.begin(who.worker, who.generation, who.pid, time.monotonic())
+            self._records[who.generation].timeline.begin(
+                who.worker, who.generation, who.pid, time.monotonic(), "starting"
+            )
 
     def imported(self, worker: int, imports: Sequence[Import]) -> None:
         """Note what has taken time in the import of a worker's application."""
@@ -427,5 +439,5 @@ class Reports:
             record.timeline.reach(worker, "opening", at_s)
         elif event is Event.QUIESCED and worker in restart.old:
             record.quiesced_at[worker] = at_s
-            record.timeline.begin(worker, who.generation, who.pid, record.began_s)
+            record.timeline.begin(worker, who.generation, who.pid, record.began_s, "accepting")
             record.timeline.reach(worker, "accepting", at_s)

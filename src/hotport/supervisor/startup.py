@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
 import anyio
 
-from hotport.address import Address, FdAddress, parse_address
+from hotport.address import Address, FdAddress, TcpAddress, parse_address
 from hotport.errors import ConfigError, KernelError
 from hotport.kernel import procfs
 from hotport.kernel.fds import lock_directory, private_directory
@@ -151,6 +152,7 @@ def open_status_port(supervisor: Supervisor, startup: Startup, stack: ExitStack)
         access = socket_access(supervisor.options)
         listener = bind_listener(parse_address(bind), backlog=STATUS_BACKLOG, access=access)
         port = StatusPort(bind, str(bound_address(parse_address(bind), listener)), listener)
+    _warn_if_exposed(port.address)
     is_shared = startup.has_predecessor and port is inherited
     path = file_path(parse_address(port.address))
     supervisor.use_status_port(port._replace(file=socket_file(path)))
@@ -162,6 +164,20 @@ def open_status_port(supervisor: Supervisor, startup: Startup, stack: ExitStack)
             unlink_if_ours(path, supervisor.status_port.file)
 
     stack.callback(close)
+
+
+def _warn_if_exposed(address: str) -> None:
+    """Warn if other machines may reach the status port."""
+    match parse_address(address):
+        case TcpAddress(host=host) if not ip_address(host.partition("%")[0]).is_loopback:
+            get_logger("hotport.supervisor").warning(
+                "status_port.exposed",
+                address=address,
+                why="who reaches it sees the state of this service, without a password",
+                note="bind it to 127.0.0.1, ::1 or unix:PATH unless only trusted machines can reach it",
+            )
+        case _:
+            pass
 
 
 def _refuse_beside_another(name: str, directory: str, found: Found) -> None:

@@ -3,25 +3,32 @@
 A connection carries one question and one answer, over TCP or a unix socket: an HTTP/1 request, or the line that HAProxy
 sends to an agent (``agent-send "agent\\n"``). Workers, which may hang, are not asked whether the service is ready: the
 supervisor's state counts. Everything is bounded: the size of a question, the time of an exchange, and the number of
-connections, of which the oldest is dropped.
+connections, of which the oldest is dropped. Only the events of the live page have no end; their viewers are counted
+apart, and dropped if they do not read.
 """
 
 from __future__ import annotations
 
+import math
 import socket
+from base64 import b64encode
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from functools import cache
+from hashlib import sha256
 from http import HTTPStatus
+from importlib.resources import files
 from typing import Final, NamedTuple
 
 import anyio
 import msgspec
-from anyio.abc import ByteStream
+from anyio.abc import ByteStream, SocketStream
 
 from hotport.model.service import Stage
 from hotport.observe.logs import get_logger
 from hotport.options import Options
 from hotport.supervisor.contain import Containing, retried
+from hotport.supervisor.feed import Feed
 from hotport.supervisor.requests import describe
 from hotport.supervisor.supervisor import Supervisor
 from hotport.wire.messages import Status, encode
@@ -51,6 +58,22 @@ AGENT: Final = {
 
 JSON: Final = "application/json"
 
+NO_FIELDS: Final[Mapping[str, str]] = {}
+
+#: How many live pages are served at a time; the kernel keeps so much for each that does not read, and so long it may
+#: take for what was sent.
+VIEWERS_MAX: Final = 16
+VIEWER_BUFFER_BYTES: Final = 64 * 1024
+VIEWER_TIMEOUT_S: Final = 10.0
+
+#: For the live page: as it is, in no frame, and nothing about it to others.
+PAGE_FIELDS: Final = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
 log = get_logger("hotport.status")
 
 
@@ -63,11 +86,18 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """The answer to an HTTP request."""
+    """The answer to an HTTP request.
+
+    Attributes:
+        fields: Further header fields, by name.
+        has_events: The events of the live page follow, until the connection ends.
+    """
 
     body: str | bytes
     content_type: str = "text/plain; charset=utf-8"
     status: HTTPStatus = HTTPStatus.OK
+    fields: Mapping[str, str] = NO_FIELDS
+    has_events: bool = False
 
 
 Handler = Callable[[Supervisor, Request], Awaitable[Reply]]
@@ -85,6 +115,7 @@ async def serve_status_port(supervisor: Supervisor, sock: socket.socket, is_over
     Cancellation: safe; exchanges are cut. Descriptors: owns `sock`.
     """
     clients: dict[socket.socket, anyio.CancelScope] = {}
+    feed = Feed(supervisor, lambda status: public(status, supervisor.options))
 
     async def converse(connection: socket.socket, scope: anyio.CancelScope) -> None:
         try:
@@ -92,13 +123,22 @@ async def serve_status_port(supervisor: Supervisor, sock: socket.socket, is_over
             with Containing("status_port"), scope, gone:
                 connection.getpeername()  # fails if the client has left already
                 async with await anyio.abc.SocketStream.from_socket(connection) as stream:
-                    await stream.send(await _answer(supervisor, await _read_question(stream)))
+                    answer, has_events = await _answer(supervisor, await _read_question(stream), has_room)
+                    await stream.send(answer)
+                    if has_events:
+                        del clients[connection]
+                        scope.deadline = math.inf
+                        await _show(stream, connection, feed, is_over)
+                        return
                     await stream.send_eof()
                     while await stream.receive():  # closing with unread data would reset the connection
                         pass
         finally:
-            del clients[connection]
+            clients.pop(connection, None)
             connection.close()
+
+    def has_room() -> bool:
+        return len(feed) < VIEWERS_MAX
 
     async def accept() -> None:
         while True:
@@ -120,9 +160,37 @@ async def serve_status_port(supervisor: Supervisor, sock: socket.socket, is_over
         async with anyio.create_task_group() as conversations:
             async with anyio.create_task_group() as accepting:
                 accepting.start_soon(retried, "status_port", accept)
+                accepting.start_soon(retried, "feed", feed.run)
                 await is_over.wait()
                 accepting.cancel_scope.cancel()
             sock.close()  # before the last answer, so that no client is left in this queue
+
+
+async def _show(stream: SocketStream, connection: socket.socket, feed: Feed, is_over: anyio.Event) -> None:
+    """Send events until the viewer leaves, does not read, or the port is not served any more."""
+    if len(feed) >= VIEWERS_MAX:  # others have come meanwhile
+        return
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, VIEWER_BUFFER_BYTES)
+    with feed.subscribed() as events:
+        async with anyio.create_task_group() as tasks:
+
+            async def until(end: Callable[[], Awaitable[object]]) -> None:
+                with suppress(anyio.BrokenResourceError, anyio.EndOfStream):
+                    await end()
+                tasks.cancel_scope.cancel()
+
+            async def read() -> None:
+                while await stream.receive():
+                    pass
+
+            tasks.start_soon(until, read)
+            tasks.start_soon(until, is_over.wait)
+            async for event in events:
+                with anyio.move_on_after(VIEWER_TIMEOUT_S) as sending:
+                    await stream.send(event)
+                if sending.cancelled_caught:
+                    break
+            tasks.cancel_scope.cancel()
 
 
 async def _read_question(stream: ByteStream) -> bytes:
@@ -143,16 +211,16 @@ def _is_http(line: bytes) -> bool:
     return line.rstrip(b"\r").endswith((b" HTTP/1.0", b" HTTP/1.1"))
 
 
-async def _answer(supervisor: Supervisor, question: bytes) -> bytes:
+async def _answer(supervisor: Supervisor, question: bytes, has_room: Callable[[], bool]) -> tuple[bytes, bool]:
+    """Return the answer, and whether events follow it; `has_room` is asked just before."""
     line, _, fields = question.partition(b"\n")
     line = line.rstrip(b"\r")
     if line == b"agent":
-        return f"{AGENT[_stage(supervisor)]}\n".encode()
+        return f"{AGENT[_stage(supervisor)]}\n".encode(), False
     words = line.decode("latin-1").split(" ")
     if len(question) > QUESTION_BYTES_MAX or not _is_http(line) or len(words) != 3 or not words[1].startswith("/"):
-        return _response(
-            Reply("one HTTP/1 request with a short head, or the line: agent\n", status=HTTPStatus.BAD_REQUEST)
-        )
+        what = "one HTTP/1 request with a short head, or the line: agent\n"
+        return _response(Reply(what, status=HTTPStatus.BAD_REQUEST)), False
     request = Request(words[0], words[1].partition("?")[0], _parse_fields(fields))
     handler = ROUTES.get(request.path)
     if handler is None:
@@ -162,7 +230,11 @@ async def _answer(supervisor: Supervisor, question: bytes) -> bytes:
         reply = Reply("GET or HEAD\n", status=HTTPStatus.METHOD_NOT_ALLOWED)
     else:
         reply = await handler(supervisor, request)
-    return _response(reply, has_body=request.method != "HEAD")
+    if reply.has_events and not has_room():
+        what = f"{VIEWERS_MAX} live pages are open: close one\n"
+        reply = Reply(what, status=HTTPStatus.SERVICE_UNAVAILABLE, fields={"Retry-After": "5"})
+    has_body = request.method != "HEAD"
+    return _response(reply, has_body=has_body), reply.has_events and has_body
 
 
 def _parse_fields(lines: bytes) -> dict[str, str]:
@@ -196,8 +268,36 @@ async def _status(supervisor: Supervisor, request: Request) -> Reply:
     return Reply(msgspec.json.format(encode(status)) + b"\n", JSON)
 
 
+async def _page(supervisor: Supervisor, request: Request) -> Reply:
+    page, policy = _read_page()
+    return Reply(page, "text/html; charset=utf-8", fields={"Content-Security-Policy": policy, **PAGE_FIELDS})
+
+
+@cache
+def _read_page() -> tuple[bytes, str]:
+    """Read the live page, and make its policy: it loads nothing, and runs only its own script."""
+    page = files("hotport.supervisor").joinpath("page.html").read_bytes()
+    hashes = {
+        what: b64encode(sha256(page.partition(f"<{what}>".encode())[2].partition(f"</{what}>".encode())[0]).digest())
+        for what in ("script", "style")
+    }
+    allowed = "; ".join(f"{what}-src 'sha256-{digest.decode()}'" for what, digest in hashes.items())
+    rest = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    return page, f"default-src 'none'; {allowed}; {rest}"
+
+
+async def _events(supervisor: Supervisor, request: Request) -> Reply:
+    return Reply("", "text/event-stream", has_events=True)
+
+
 #: What answers GET and HEAD, by path.
-ROUTES: Final[Mapping[str, Handler]] = {"/ready": _ready, "/live": _live, "/status": _status}
+ROUTES: Final[Mapping[str, Handler]] = {
+    "/": _page,
+    "/events": _events,
+    "/ready": _ready,
+    "/live": _live,
+    "/status": _status,
+}
 
 
 def public(status: Status, options: Options) -> Status:
@@ -217,9 +317,10 @@ def _response(reply: Reply, *, has_body: bool = True) -> bytes:
     head = [
         f"HTTP/1.1 {reply.status.value} {reply.status.phrase}",
         f"Content-Type: {reply.content_type}",
-        f"Content-Length: {len(content)}",
+        *([] if reply.has_events else [f"Content-Length: {len(content)}"]),
         "Cache-Control: no-store",
         "Connection: close",
+        *(f"{name}: {value}" for name, value in reply.fields.items()),
     ]
     if reply.status is HTTPStatus.METHOD_NOT_ALLOWED:
         head.append("Allow: GET, HEAD")

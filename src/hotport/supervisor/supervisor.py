@@ -36,6 +36,7 @@ from hotport.supervisor.contain import Containing, contained, retried
 from hotport.supervisor.fleet import Fleet
 from hotport.supervisor.hangs import Hangs
 from hotport.supervisor.health import watch_health
+from hotport.supervisor.history import History
 from hotport.supervisor.hooks import Hooks
 from hotport.supervisor.launch import Launch, Surroundings
 from hotport.supervisor.listeners import Listener, Listeners
@@ -133,6 +134,8 @@ class Supervisor:
             name, directory, notify_socket, self, self.owned, self.news, partial(mend, self), pages=found.pages
         )
         self.hooks = Hooks(name, self, self.news)
+        self.history = History(self.fleet.processes)
+        self.news.subscribe(self.history.hear)
         self._status_port: StatusPort | None = None
         self.exit_code: int = ExitCode.DONE
         self.failure: HotportError | str | None = None
@@ -176,6 +179,8 @@ class Supervisor:
             self._timers = Timers(self._tasks, lambda timer: self.input(inputs.Elapsed(timer)))
             self.keep("notifications", self.fleet.receive_notifications)
             self.keep("manager", self.news.manager.run)
+            if self._status_port is not None:
+                self.keep("history", self.history.keep)
             self.keep("hangs", Hangs(self, self.fleet.processes).watch)
             await retried("begin", anyio.lowlevel.checkpoint)  # signals are handled before anything is started
             self._adopt()

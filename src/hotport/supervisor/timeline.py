@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 from hotport.wire.messages import Import, Move
 from hotport.wire.recording import Lane, Span
@@ -12,6 +13,9 @@ __all__ = ["Timeline"]
 #: How many spans of a worker are kept, and of how many workers: a recording is written while the supervisor waits.
 SPANS_MAX = 100
 LANES_MAX = 64
+
+#: What a worker does after that.
+_NEXT: Final = {"starting": "opening", "opening": "accepting", "accepting": "draining", "draining": "ending"}
 
 
 class Timeline:
@@ -29,10 +33,11 @@ class Timeline:
         self._imports = {lane.worker: lane.imports for lane in lanes}
         self._left_out = {lane.worker: lane.left_out for lane in lanes}
         self._since_ms: dict[int, float] = {}
+        self._doing: dict[int, str] = {}
         self.workers_left_out = 0
 
-    def begin(self, worker: int, generation: int, pid: int, now_s: float) -> None:
-        """Add a worker that starts, or is about to leave."""
+    def begin(self, worker: int, generation: int, pid: int, now_s: float, doing: str) -> None:
+        """Add a worker that does this now: ``starting``, or ``accepting`` of one that will leave."""
         if worker in self._generations:
             return
         if len(self._generations) >= LANES_MAX:
@@ -40,6 +45,7 @@ class Timeline:
             return
         self._generations[worker] = generation, pid
         self._since_ms[worker] = self._ms(now_s)
+        self._doing[worker] = doing
 
     def reach(self, worker: int, name: str, now_s: float) -> None:
         """End what a worker has been doing since the last call; name it."""
@@ -48,6 +54,7 @@ class Timeline:
             at_ms = max(since_ms, self._ms(now_s))
             self._since_ms[worker] = at_ms
             self._add(worker, Span(name=name, at_ms=since_ms, ms=round(at_ms - since_ms, 3)))
+            self._doing[worker] = _NEXT.get(name, "")
 
     def moved(self, worker: int, moves: Sequence[Move]) -> None:
         """Add the batches of connections that a worker has handed off since the restart began."""
@@ -68,19 +75,24 @@ class Timeline:
                 for each in imports
             )
 
-    def lanes(self) -> tuple[Lane, ...]:
-        """What is known by now, by worker."""
+    def lanes(self, now_s: float | None = None) -> tuple[Lane, ...]:
+        """What is known by now, by worker; at `now_s` with what is not over."""
         return tuple(
             Lane(
                 worker=worker,
                 generation=generation,
                 pid=pid,
-                spans=tuple(self._spans.get(worker, ())),
+                spans=(*self._spans.get(worker, ()), *self._open(worker, now_s)),
                 imports=self._imports.get(worker, ()),
                 left_out=self._left_out.get(worker, 0),
             )
             for worker, (generation, pid) in sorted(self._generations.items())
         )
+
+    def _open(self, worker: int, now_s: float | None) -> Iterator[Span]:
+        if now_s is not None and (doing := self._doing.get(worker)):
+            at_ms = self._since_ms[worker]
+            yield Span(name=doing, at_ms=at_ms, ms=max(0.0, round(self._ms(now_s) - at_ms, 3)))
 
     def _add(self, worker: int, span: Span) -> None:
         spans = self._spans.setdefault(worker, [])

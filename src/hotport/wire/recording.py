@@ -10,7 +10,7 @@ import msgspec
 
 from hotport.wire.messages import PhaseTime, Report
 
-__all__ = ["Lane", "Recording", "Span", "phase_spans"]
+__all__ = ["Lane", "Recording", "Span", "current_step", "phase_spans"]
 
 #: What a restart does after it has reached a phase; at first it prepares or starts.
 _AFTER: Final = {
@@ -88,6 +88,12 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True):
 def phase_spans(report: Report) -> tuple[Span, ...]:
     """The steps of a restart, one after the other; together they last until the report's last phase."""
     return tuple(_steps(report))
+
+
+def current_step(report: Report) -> str:
+    """What a restart does since its last phase, unless it is over."""
+    last = report.phases[-1].name if report.phases else ""
+    return _AFTER.get(last, "starting")
 
 
 def _steps(report: Report) -> Iterator[Span]:
