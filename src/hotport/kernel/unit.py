@@ -27,8 +27,9 @@ def unit_of(pid: int) -> Unit | None:
     with suppress(OSError), open(f"/proc/{pid}/cgroup") as file:
         for line in file:
             number, controllers, path = line.rstrip("\n").split(":", 2)
-            if number == "0" or controllers == "name=systemd":
-                return _parse(path)
+            # Where both hierarchies exist, one of them may be left empty.
+            if (number == "0" or controllers == "name=systemd") and (found := _parse(path)):
+                return found
     return None
 
 
