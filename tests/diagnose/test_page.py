@@ -7,7 +7,8 @@ from msgspec.structs import replace
 from hotport.diagnose.diagnosis import Diagnosis
 from hotport.diagnose.page import page
 from hotport.model.bind import CHOICES, judge, judge_name, remedies
-from hotport.model.port import Asker, Local, Port, Process, ReuseOptions, Sockets, State, UnixName
+from hotport.model.port import Asker, Local, Port, ReuseOptions, Sockets, State, UnixName
+from hotport.model.process import Process
 
 HERE = Local(ip_address("127.0.0.1"))
 ROOT = Asker(0, "root", may_bind_low=True)
@@ -25,7 +26,6 @@ def diagnosed(*sockets: Sockets, unread: tuple[str, ...] = (), risks: tuple[str,
 def test_free_port_is_a_short_page() -> None:
     assert page(diagnosed(), columns=100).splitlines() == [
         "tcp://127.0.0.1:8000 is free",
-        "",
         "  because  nothing is on the port",
         "",
         "bind and listen by user root (judged, not tried)",

@@ -6,7 +6,8 @@ import pytest
 from msgspec.structs import replace
 
 from hotport.diagnose.risks import risks_of
-from hotport.model.port import Local, Port, Process, ReuseOptions, Sockets, State
+from hotport.model.port import Local, Port, ReuseOptions, Sockets, State
+from hotport.model.process import Process
 
 HERE = Local(ip_address("127.0.0.1"))
 EVERYWHERE = Local(ip_address("0.0.0.0"))

@@ -125,15 +125,6 @@ def test_datagram_socket_is_read(stack: ExitStack) -> None:
     assert [old.state for old in port.sockets] == [State.BOUND]
 
 
-def test_service_is_stopped_by_its_name_wherever_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOTPORT_RUNTIME_DIR", "/run/ours")
-    assert port_module._stopping("/run/ours/web") == "hotport stop web"
-    assert port_module._stopping("/run/the others/web") == "HOTPORT_RUNTIME_DIR='/run/the others' hotport stop web"
-    assert port_module._stopping("") == ""
-    monkeypatch.setenv("HOTPORT_RUNTIME_DIR", "relative")
-    assert port_module._stopping("/run/ours/web") == "HOTPORT_RUNTIME_DIR=/run/ours hotport stop web"
-
-
 def test_unix_listener_whose_file_was_removed_is_found_with_who_has_it(tmp_path: Path) -> None:
     """`why` said that nothing has the name, while a service listened and could not be reached any more."""
     address = UnixAddress(str(tmp_path / "a.sock"))

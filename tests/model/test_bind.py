@@ -20,7 +20,8 @@ from hotport.model.bind import (
     remedies_of_name,
     usual,
 )
-from hotport.model.port import Asker, Local, Port, Process, Sockets, State, UnixName
+from hotport.model.port import Asker, Local, Port, Sockets, State, UnixName
+from hotport.model.process import Process
 
 NONE, A, P, AP = CHOICES.values()
 HERE = Local(ip_address("127.0.0.1"))
@@ -98,7 +99,8 @@ def test_time_wait_depends_on_what_the_old_server_had_set() -> None:
     assert answer.who == "3 connections from 192.0.2.1:9 that this side has closed are in TIME_WAIT on 127.0.0.1:8000"
     assert "yes if the server that left it had set SO_REUSEADDR or SO_REUSEPORT, too" in answer.rule
     assert list(remedies(port, answer))[1:] == [
-        "wait 42 s",
+        "sleep 42",
+        "ss -K state time-wait sport = :8000  # as root: at once",
         "set SO_REUSEADDR before bind, in the old server and in the new one",
     ]
 
@@ -175,16 +177,17 @@ def test_outgoing_connection_is_told_from_others_and_kept_away() -> None:
     )
     todo = list(remedies(on(client), answer))
     assert todo == [
-        "sysctl -w net.ipv4.ip_local_reserved_ports=8000  # keeps it from outgoing connections",
+        "sysctl -w net.ipv4.ip_local_reserved_ports=8000 && ss -K state established sport = :8000"
+        "  # as root; its program connects again, from another port",
         "kill 7",
     ]
     perhaps = replace(client, is_outgoing=False, count=2)
     assert narrate(perhaps, on()) == "pid 7 (nginx, user root) has 2 connections on 127.0.0.1:8000 (ESTABLISHED)"
     high = replace(on(perhaps), number=40000)
-    assert "ip_local_reserved_ports" in next(remedies(high, judge(high, USER, A)))
-    assert next(remedies(on(perhaps), judge(on(perhaps), USER, A))) == "kill 7"
+    assert "ip_local_reserved_ports" in list(remedies(high, judge(high, USER, A)))[1]
+    assert list(remedies(on(perhaps), judge(on(perhaps), USER, A))) == ["kill 7"]
     served = replace(on(replace(LISTEN, local=Local(ip_address("127.0.0.2"))), perhaps), number=40000)
-    assert next(remedies(served, judge(served, USER, A))) == "kill 7"
+    assert list(remedies(served, judge(served, USER, A))) == ["kill 7"]
 
 
 def test_handshake_stands_in_nobodys_way() -> None:

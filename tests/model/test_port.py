@@ -4,7 +4,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from hotport.model.port import Ephemeral, Local, Process, ReuseOptions
+from hotport.model.port import Ephemeral, Local, ReuseOptions
 
 
 @pytest.mark.parametrize(
@@ -33,49 +33,3 @@ def test_ipv4_address_in_ipv6_clothes_is_an_ipv4_address() -> None:
     assert mapped.plain == ip_address("127.0.0.1")
     assert str(mapped) == f"[{mapped.host}]"  # which Python 3.13 writes as ::ffff:127.0.0.1
     assert str(Local(ip_address("127.0.0.1"))) == "127.0.0.1"
-
-
-def test_process_is_named_with_what_is_known_of_it() -> None:
-    assert str(Process(7, "nginx", "www")) == "pid 7 (nginx, user www)"
-    whole = Process(7, "python -m hotport.worker x", "www", "web.service", 3)
-    assert str(whole) == "pid 7 (python -m hotport.worker x, user www, web.service, hotport generation 3)"
-
-
-@pytest.mark.parametrize(
-    ("process", "endings"),
-    [
-        (Process(7, "python -m hotport.worker web/1.1", "www", stop="hotport stop web"), ("hotport stop web",)),
-        (Process(7, "hotport serve app:app", "www"), ("kill 7",)),
-        (Process(7, "nginx: master", "www"), ("kill 7",)),
-    ],
-)
-def test_service_of_ours_is_stopped_by_its_name_and_others_are_killed(
-    process: Process, endings: tuple[str, ...]
-) -> None:
-    """``hotport stop`` alone is refused where several services run."""
-    assert process.endings == endings
-
-
-@pytest.mark.parametrize("stop", ["", "hotport stop web"])
-def test_suspended_process_is_told_to_go_on_before_it_can_end(stop: str) -> None:
-    """``kill`` alone does nothing to it."""
-    process = Process(7, "nginx", "www", stop=stop, is_suspended=True)
-    assert str(process) == "pid 7 (nginx, user www, suspended)"
-    ending, going_on, at_once = process.endings
-    assert ending.startswith("kill 7 && kill -CONT 7  #")
-    assert going_on.startswith("kill -CONT 7  #")
-    assert "fg" in going_on
-    assert at_once.startswith("kill -KILL 7  #")
-
-
-@pytest.mark.parametrize(
-    ("process", "is_ours"),
-    [
-        (Process(7, "/opt/bin/hotport serve app:app", "www"), True),
-        (Process(7, "python -m hotport.worker app", "www"), True),
-        (Process(7, "python server.py", "www", stop="hotport stop web"), True),
-        (Process(7, "nginx", "www"), False),
-    ],
-)
-def test_process_of_a_service_is_ours(process: Process, is_ours: bool) -> None:
-    assert process.is_ours == is_ours

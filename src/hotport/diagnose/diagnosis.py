@@ -16,8 +16,9 @@ from hotport.kernel.port import read_name, read_port
 from hotport.kernel.resolve import resolve
 from hotport.model.bind import CHOICES, Answer, Can, blame, judge, judge_name, remedies, remedies_of_name, usual
 from hotport.model.port import Asker, Local, Port, ReuseOptions, UnixName
+from hotport.model.process import Process
 
-__all__ = ["Diagnosis", "Subject", "diagnose"]
+__all__ = ["Diagnosis", "Subject", "diagnose", "holders_of"]
 
 Subject: TypeAlias = TcpAddress | UdpAddress | UnixAddress
 
@@ -72,6 +73,14 @@ def diagnose(address: Subject, asker: Asker, *, probe: bool = False) -> Diagnosi
     todo = () if answer.can == Can.YES else tuple(remedies(port, answer))
     risks = *_dual_stack(port, asker, answer), *risks_of(port)
     return Diagnosis(str(address), asker, answer.can, common, answers, todo, risks, port, is_probed=probe)
+
+
+def holders_of(diagnosis: Diagnosis) -> list[Process]:
+    """The processes that are in the way of the usual options, as far as they are known; each once."""
+    if isinstance(diagnosis.facts, UnixName):
+        return list(diagnosis.facts.holders)
+    blockers = diagnosis.answers[diagnosis.usual].blockers
+    return list({holder.pid: holder for old in blockers for holder in old.holders}.values())
 
 
 def _dual_stack(port: Port, asker: Asker, answer: Answer) -> Iterator[str]:

@@ -7,16 +7,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from hotport.diagnose.diagnosis import Diagnosis
+from hotport.diagnose.diagnosis import Diagnosis, holders_of
 from hotport.model.bind import CHOICES, Can
 from hotport.model.port import Port, Sockets, State
 
 __all__ = ["page"]
 
 COLOURS: Final = {Can.YES: "green", Can.NO: "red", Can.UNKNOWN: "yellow"}
+COLUMNS_MAX: Final = 120
 LABEL_COLUMNS: Final = 9
 CHOICE_COLUMNS: Final = 38
 ROWS_MAX: Final = 40
+ORIGINS_MAX: Final = 3
 
 
 def page(diagnosis: Diagnosis, *, columns: int, paint: Callable[[str, str], str] = lambda text, _: text) -> str:
@@ -26,7 +28,7 @@ def page(diagnosis: Diagnosis, *, columns: int, paint: Callable[[str, str], str]
         columns: Where lines are folded.
         paint: Given a text and the name of a colour.
     """
-    return "\n".join(_lines(diagnosis, min(columns, 120), paint))
+    return "\n".join(_lines(diagnosis, min(columns, COLUMNS_MAX), paint))
 
 
 def _lines(diagnosis: Diagnosis, columns: int, paint: Callable[[str, str], str]) -> Iterator[str]:
@@ -37,12 +39,16 @@ def _lines(diagnosis: Diagnosis, columns: int, paint: Callable[[str, str], str])
         Can.UNKNOWN: "perhaps free; it depends on what cannot be read",
     }[answer.can]
     yield f"{diagnosis.address} is {paint(says, COLOURS[answer.can])}"
-    yield ""
-    yield from _labelled("because", answer.because, columns)
-    if answer.until:
-        yield from _labelled("until", answer.until, columns)
+    # On a wide page in one piece, so that the first three lines have cause and remedy.
+    because = answer.who or answer.rule
+    yield from _labelled("because", because, columns if columns < COLUMNS_MAX else len(because) + COLUMNS_MAX)
     for index, remedy in enumerate(diagnosis.remedies):
         yield f"  {'' if index else 'try':{LABEL_COLUMNS}}{remedy}"  # in one piece, to be pasted
+    if answer.who:
+        yield from _labelled("rule", answer.rule, columns)
+    if answer.until:
+        yield from _labelled("until", answer.until, columns)
+    yield from _origins(diagnosis, columns)
     if isinstance(diagnosis.facts, Port):
         yield ""
         yield from _answers(diagnosis, columns, paint)
@@ -53,6 +59,15 @@ def _lines(diagnosis: Diagnosis, columns: int, paint: Callable[[str, str], str])
             yield title
             for sentence in sentences:
                 yield from textwrap.wrap(sentence, columns, initial_indent="  - ", subsequent_indent="    ")
+
+
+def _origins(diagnosis: Diagnosis, columns: int) -> Iterator[str]:
+    """Tell who started the processes that are in the way, if that is known."""
+    label = "started"
+    for holder in holders_of(diagnosis)[:ORIGINS_MAX]:
+        if text := str(holder.origin):
+            yield from _labelled(label, f"pid {holder.pid} {text}", columns)
+            label = ""
 
 
 def _labelled(label: str, text: str, columns: int) -> list[str]:

@@ -7,15 +7,12 @@ import fcntl
 import os
 import socket
 import stat
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from itertools import chain, islice
-from pathlib import Path
-from shlex import quote
 from typing import Any, Final, NamedTuple
 
 from msgspec.structs import replace
@@ -23,10 +20,11 @@ from msgspec.structs import replace
 from hotport.address import TcpAddress, UdpAddress, UnixAddress, listener_name
 from hotport.errors import ConfigError
 from hotport.kernel import procfs, sockdiag
+from hotport.kernel.origin import describe
 from hotport.kernel.process import duplicate_descriptor
 from hotport.kernel.sockdiag import InetSocket
-from hotport.model.port import Asker, Host, Local, Port, Process, ReuseOptions, Sockets, State, UnixName
-from hotport.options import runtime_root
+from hotport.model.port import Asker, Host, Local, Port, ReuseOptions, Sockets, State, UnixName
+from hotport.model.process import Process
 from hotport.wire.listenfds import parse_listen_environment
 
 __all__ = ["Taken", "options_of", "ourselves", "read_name", "read_port"]
@@ -60,8 +58,6 @@ SAMPLE: Final = 8
 #: Seconds of processor time for the search through /proc for processes.
 SEARCH_CPU_S: Final = 0.2
 NAMED_MAX: Final = 8
-#: Among so many connections those are looked for that nobody has accepted.
-WAITING_MAX: Final = 10_000
 
 #: Why the processes of some sockets are not known, and what would help.
 _GAPS: Final = {
@@ -135,7 +131,7 @@ def read_port(address: TcpAddress | UdpAddress, sockaddr: tuple[Any, ...], *, v6
         unread.append(_GAPS[gap])
     if _is_foreign():
         unread.append("this is a network of its own (a container?); ports of other networks are not seen here")
-    sockets = [sockets for group in alike for sockets in _described(group, holders)]
+    sockets = [sockets for group in alike for sockets in _described(group, holders, number)]
     if is_tcp:
         sockets += _lingering(number)
         sockets = [_with_queue(old, number) for old in sockets]
@@ -285,7 +281,7 @@ def _count(protocol: int, port: int) -> tuple[list[_Alike], bool]:
     return list(groups.values()), next(rows, None) is None
 
 
-def _described(group: _Alike, holders: dict[int, list[tuple[int, int]]]) -> Iterator[Sockets]:
+def _described(group: _Alike, holders: dict[int, list[tuple[int, int]]], port: int) -> Iterator[Sockets]:
     """Describe the group as values: one for each combination of options found among its sockets."""
     row = group.first
     is_timed = row.timer == _TIMER_TO_THE_END and not row.inode
@@ -297,7 +293,7 @@ def _described(group: _Alike, holders: dict[int, list[tuple[int, int]]]) -> Iter
         parts[None] += []
     for taken, inodes in parts.items():
         v6only = row.v6only if taken is None else taken.v6only
-        named = _processes(inodes, holders)
+        named = _processes(inodes, holders, port)
         count = len(inodes) + (group.count - len(group.inodes) if taken is None else 0)
         yield Sockets(
             _STATES.get(row.state, State.BOUND),
@@ -320,31 +316,9 @@ def _described(group: _Alike, holders: dict[int, list[tuple[int, int]]]) -> Iter
         )
 
 
-def _processes(inodes: Sequence[int], holders: dict[int, list[tuple[int, int]]]) -> tuple[Process, ...]:
+def _processes(inodes: Sequence[int], holders: dict[int, list[tuple[int, int]]], port: int = 0) -> tuple[Process, ...]:
     pids = dict.fromkeys(pid for inode in inodes for pid, _ in holders.get(inode, ()))
-    return tuple(
-        Process(
-            pid,
-            procfs.command(pid),
-            procfs.owner(pid),
-            procfs.unit_of(pid),
-            procfs.generation(pid),
-            _stopping(procfs.runtime_of(pid)),
-            procfs.is_suspended(pid),
-        )
-        for pid in list(pids)[:NAMED_MAX]
-    )
-
-
-def _stopping(directory: str) -> str:
-    """Return the command that stops the service with this runtime directory."""
-    if not directory:
-        return ""
-    root, _, name = directory.rpartition("/")
-    with suppress(ConfigError):
-        if str(runtime_root(os.environ, os.geteuid(), Path(tempfile.gettempdir()))) == root:
-            return f"hotport stop {quote(name)}"
-    return f"HOTPORT_RUNTIME_DIR={quote(root)} hotport stop {quote(name)}"
+    return tuple(describe(pid, port=port) for pid in list(pids)[:NAMED_MAX])
 
 
 def _lingering(port: int) -> Iterator[Sockets]:
@@ -365,13 +339,8 @@ def _with_queue(old: Sockets, port: int) -> Sockets:
     """Describe a listener with connections in its queue, and how long the first one has waited."""
     if old.state != State.LISTEN or not old.queue:
         return old
-    waited_ms = 0
     family = socket.AF_INET if old.local.host.version == 4 else socket.AF_INET6
-    rows = sockdiag.inet(socket.IPPROTO_TCP, family, port, states=1 << 1, with_info=True)
-    for row in islice(rows, WAITING_MAX):
-        if not row.inode:
-            waited_ms = max(waited_ms, row.waited_ms)
-    return replace(old, waited_s=waited_ms / 1000)
+    return replace(old, waited_s=sockdiag.waited_s(family, port))
 
 
 def _listens(row: InetSocket) -> bool:

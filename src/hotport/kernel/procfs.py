@@ -18,6 +18,7 @@ __all__ = [
     "accept_queue_overflows",
     "age_s",
     "arguments",
+    "comm",
     "command",
     "control_group",
     "descriptor_use",
@@ -25,6 +26,7 @@ __all__ = [
     "ephemeral_ports",
     "generation",
     "group",
+    "group_path",
     "has_capability",
     "has_routes",
     "has_socket",
@@ -34,6 +36,7 @@ __all__ = [
     "leaders_with",
     "listening",
     "owner",
+    "relations",
     "resets_sent",
     "sockets_of",
     "sysctl",
@@ -419,6 +422,27 @@ def parent(pid: int) -> int:
     return int(state[1]) if (state := _state(pid)) else 0
 
 
+def comm(pid: int) -> str:
+    """The name of a process; ``?`` when it is gone. Sources: proc_pid_comm(5)."""
+    with suppress(OSError), open(f"/proc/{pid}/comm", errors="replace") as file:
+        return _printable(file.read()) or "?"
+    return "?"
+
+
+def relations(pid: int) -> tuple[int, int, int, str]:
+    """Read the parent, process group, session and controlling terminal of a process; zeros when it is gone.
+
+    Sources: proc_pid_stat(5), tty_nr; devices.txt of the kernel: 136 to 143 are pseudo-terminals, 4 is a console.
+    """
+    state = _state(pid)
+    if not state:
+        return 0, 0, 0, ""
+    device = int(state[4])
+    major, minor = device >> 8 & 0xFFF, device & 0xFF | device >> 12 & 0xFFF00
+    terminal = f"pts/{minor + (major - 136) * 256}" if 136 <= major <= 143 else f"tty{minor}" if major == 4 else ""
+    return int(state[1]), int(state[2]), int(state[3]), terminal
+
+
 def is_suspended(pid: int) -> bool:
     """Whether a process was stopped by a signal or a debugger. Sources: proc_pid_stat(5), state."""
     state = _state(pid)
@@ -470,6 +494,18 @@ def unit_of(pid: int) -> str:
         for line in file:
             if line.startswith("0::"):
                 return _unit(line[3:].strip())
+    return ""
+
+
+def group_path(pid: int) -> str:
+    """The path of a process's control group; empty when it is gone.
+
+    Sources: proc_pid_cgroup(5): ``0::`` is version 2; of version 1 systemd's own hierarchy, or the longest path.
+    """
+    with suppress(OSError), open(f"/proc/{pid}/cgroup") as file:
+        found = [line.rstrip("\n").split(":", 2) for line in file]
+        best = max(found, key=lambda row: (row[0] == "0" and row[2] != "/", "systemd" in row[1], len(row[2])))
+        return best[2]
     return ""
 
 

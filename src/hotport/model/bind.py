@@ -19,13 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
+from math import ceil
 from shlex import quote
 from typing import Final
 
 import msgspec
 from msgspec.structs import replace
 
-from hotport.model.port import LEFT, Asker, Local, Port, Process, ReuseOptions, Sockets, State, UnixName
+from hotport.model.port import LEFT, Asker, Local, Port, ReuseOptions, Sockets, State, UnixName
+from hotport.model.process import Process, ending
 
 __all__ = [
     "CHOICES",
@@ -38,6 +40,7 @@ __all__ = [
     "overlaps",
     "remedies",
     "remedies_of_name",
+    "reset_outgoing",
     "usual",
 ]
 
@@ -237,13 +240,16 @@ def remedies(port: Port, answer: Answer) -> Iterator[str]:
     if answer.can == Can.UNKNOWN:
         yield f"hotport why {port.address} --probe  # binds for a moment"
     for old in answer.blockers[:1]:
-        if old.is_outgoing or (old.state == State.ESTABLISHED and _may_be_outgoing(port)):
-            yield f"{port.ephemeral.keeping(port.number)}  # keeps it from outgoing connections"
+        if old.is_outgoing:
+            yield f"{reset_outgoing(port)}  # as root; its program connects again, from another port"
         if old.is_timed:
-            yield f"wait {answer.ends_in_s or old.ends_in_s:.0f} s"
+            yield f"sleep {ceil(answer.ends_in_s or old.ends_in_s)}"
+            state = _SS.get(old.state, "all")
+            yield f"ss -K state {state} sport = :{port.number}  # as root: at once"
             yield "set SO_REUSEADDR before bind, in the old server and in the new one"
         elif old.holders:
-            yield from dict.fromkeys(ending for holder in old.holders for ending in holder.endings)
+            everyone = {holder.pid: holder for each in answer.blockers for holder in each.holders}
+            yield from ending(list(everyone.values())).texts
         elif not old.is_held:
             state = _SS.get(old.state, "all")
             yield f"ss -K state {state} sport = :{port.number}  # as root; what is unsent is lost"
@@ -251,6 +257,16 @@ def remedies(port: Port, answer: Answer) -> Iterator[str]:
             yield f"systemctl status {old.unit}"
         else:
             yield f"sudo hotport why {port.address}"
+        if old.state == State.ESTABLISHED and not old.is_outgoing and _may_be_outgoing(port):
+            yield f"{port.ephemeral.keeping(port.number)}  # if it is an outgoing one: keeps others away in future"
+
+
+def reset_outgoing(port: Port) -> str:
+    """The command that keeps outgoing connections away from a port, and resets those that have it.
+
+    Sources: ss(8) -K; sock_diag(7) SOCK_DESTROY, for CAP_NET_ADMIN, CONFIG_INET_DIAG_DESTROY.
+    """
+    return f"{port.ephemeral.keeping(port.number)} && ss -K state established sport = :{port.number}"
 
 
 def remedies_of_name(name: UnixName, answer: Answer) -> Iterator[str]:
@@ -263,7 +279,7 @@ def remedies_of_name(name: UnixName, answer: Answer) -> Iterator[str]:
     elif name.found == "socket" and not name.is_held:
         yield f"rm {path}"
     elif name.holders:
-        yield from dict.fromkeys(ending for holder in name.holders for ending in holder.endings)
+        yield from ending(name.holders).texts
     elif name.user:
         yield f"sudo hotport why {quote(name.address)}"
     elif name.is_held:  # in a network namespace that one of these processes is in
@@ -281,7 +297,13 @@ def _pasteable(path: str) -> str:
 
 
 #: As ss(8) calls them.
-_SS: Final = {State.FIN_WAIT1: "fin-wait-1", State.LAST_ACK: "last-ack", State.CLOSING: "closing"}
+_SS: Final = {
+    State.FIN_WAIT1: "fin-wait-1",
+    State.FIN_WAIT2: "fin-wait-2",
+    State.TIME_WAIT: "time-wait",
+    State.LAST_ACK: "last-ack",
+    State.CLOSING: "closing",
+}
 
 
 def _denied(port: Port, asker: Asker) -> Answer | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final, TypeAlias
 
 import msgspec
+
+from hotport.model.process import Process
 
 __all__ = [
     "LEFT",
@@ -16,7 +17,6 @@ __all__ = [
     "Host",
     "Local",
     "Port",
-    "Process",
     "ReuseOptions",
     "Sockets",
     "State",
@@ -41,9 +41,6 @@ class State(StrEnum):
     CLOSE_WAIT = "CLOSE_WAIT"
     LAST_ACK = "LAST_ACK"
 
-
-#: The command line of a supervisor or a worker of hotport's.
-_OURS: Final = re.compile(r"\bhotport(\.worker| serve) ")
 
 #: Connections that this side has ended, or whose process has let go of them.
 LEFT: Final = frozenset({State.FIN_WAIT1, State.FIN_WAIT2, State.CLOSING, State.TIME_WAIT, State.LAST_ACK})
@@ -77,50 +74,6 @@ class Local(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return f"[{self.host}]" if self.host.version == 6 else str(self.host)
-
-
-class Process(msgspec.Struct, frozen=True):
-    """A process that holds a socket.
-
-    Attributes:
-        command: How it was started, as far as it fits a line.
-        user: A name, or the number where it has none.
-        unit: The systemd unit or container that its control group is named after; empty if there is none.
-        generation: Of a worker of hotport's, the generation that it runs; 0 for others.
-        stop: The command that stops the service of hotport's that it belongs to; empty if it belongs to none, or
-            that cannot be seen.
-        is_suspended: Stopped by Ctrl-Z, SIGSTOP or a debugger: it answers nothing, and no signal but KILL and CONT.
-    """
-
-    pid: int
-    command: str
-    user: str
-    unit: str = ""
-    generation: int = 0
-    stop: str = ""
-    is_suspended: bool = False
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether it is a supervisor or a worker of hotport's."""
-        return bool(self.stop) or _OURS.search(self.command) is not None
-
-    @property
-    def endings(self) -> tuple[str, ...]:
-        """Commands that end it, the gentlest first."""
-        if self.is_suspended:
-            return (
-                f"kill {self.pid} && kill -CONT {self.pid}  # it ends; suspended as it is, it does not hear the first",
-                f"kill -CONT {self.pid}  # it serves on, as after fg in the shell that started it",
-                f"kill -KILL {self.pid}  # it ends at once, and its connections are cut",
-            )
-        return (self.stop or f"kill {self.pid}",)
-
-    def __str__(self) -> str:
-        generation = f", hotport generation {self.generation}" if self.generation else ""
-        unit = f", {self.unit}" if self.unit else ""
-        suspended = ", suspended" if self.is_suspended else ""
-        return f"pid {self.pid} ({self.command}, user {self.user}{unit}{generation}{suspended})"
 
 
 class Sockets(msgspec.Struct, frozen=True):
