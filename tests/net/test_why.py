@@ -37,7 +37,13 @@ AS_STRANGER = (
 def why(*args: str, prefix: tuple[str, ...] = ()) -> tuple[int, str]:
     """Exit code and page."""
     done = subprocess.run(
-        [*prefix, *HOTPORT, "why", *args], capture_output=True, text=True, timeout=DEADLINE_S, cwd="/", check=False
+        [*prefix, *HOTPORT, "why", *args],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        cwd="/",
+        check=False,
     )
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout + done.stderr
@@ -386,7 +392,10 @@ def interrupted() -> tuple[int, str]:
         (("80", "--watch", "--probe"), 2, "--watch looks every second"),
         (("unix:a.sock", "--user", "0"), 2, "are about ports"),
         (("unix:a.sock", "--probe"), 2, "are about ports"),
-        ((), 2, "Give an ADDRESS"),
+        (("--watch",), 2, "Give an ADDRESS"),
+        (("80", "--yes"), 2, "--yes belongs to --free"),
+        (("80", "--free", "--watch"), 2, "--free waits by itself"),
+        (("80", "--free"), 2, "there is no terminal: give --yes"),
         (("--explain", "nonsense"), 2, "HP135 there is no text about 'nonsense'"),
     ],
     ids=str,

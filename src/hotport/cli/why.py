@@ -42,11 +42,28 @@ TICK_S = 1.0
 )
 @click.option("--explain", "topic", metavar="STATE", help="What a state, option or error means: TIME_WAIT, BUSY, ...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(address: str | None, user: str | None, watch: bool, probe: bool, topic: str | None, as_json: bool) -> int:
+@click.option(
+    "--free",
+    "wants_free",
+    is_flag=True,
+    help="Make the address free: show the steps, ask, and take them one by one until it is. Binds nothing.",
+)
+@click.option("--yes", is_flag=True, help="With --free: do not ask.")
+def command(
+    address: str | None,
+    user: str | None,
+    watch: bool,
+    probe: bool,
+    topic: str | None,
+    as_json: bool,
+    wants_free: bool,
+    yes: bool,
+) -> int:
     """Explain ADDRESS: what holds it, until when, and what to do.
 
     Whether a server could bind to it, with which options, and by which rule not. ADDRESS is like 8000,
     :8000, 127.0.0.1:8000, [::1]:8000, udp://:5353 or unix:run/app.sock. Nothing is bound and nothing is sent.
+    Without ADDRESS: a table of everything that listens here, and what is odd about it.
 
     Exits with 0 if a server could start there (it sets SO_REUSEADDR on TCP, as servers do), with 1 if not, with 3 if
     that depends on what cannot be read.
@@ -57,7 +74,16 @@ def command(address: str | None, user: str | None, watch: bool, probe: bool, top
         _say(explain(topic))
         return ExitCode.DONE
     if address is None:
-        raise click.UsageError("Give an ADDRESS, or --explain STATE.")
+        if user is not None or watch or probe or wants_free:
+            raise click.UsageError("Give an ADDRESS; without one, only --json is possible.")
+        _require_linux()
+        return _list(as_json=as_json)
+    if yes and not wants_free:
+        raise click.UsageError("--yes belongs to --free.")
+    if wants_free and (watch or probe or user is not None):
+        raise click.UsageError("--free waits by itself, binds nothing, and acts as you: no --watch, --probe, --user.")
+    if wants_free and not yes and not is_terminal(sys.stdin):
+        raise click.UsageError("--free asks before it ends anything, and there is no terminal: give --yes.")
     if user is not None and probe:
         raise click.UsageError("--probe binds as you; it cannot try for another --user.")
     if watch and probe:
@@ -68,6 +94,8 @@ def command(address: str | None, user: str | None, watch: bool, probe: bool, top
         raise click.UsageError("--user and --probe are about ports; permissions of a unix socket are judged for you.")
     asker = _asker(user)
     diagnosis = diagnose(subject, asker, probe=probe)
+    if wants_free:
+        diagnosis = _free(subject, asker, diagnosis, yes=yes)
     if watch:
         return _watch(subject, asker, diagnosis, as_json=as_json)
     _show(diagnosis, as_json=as_json)
@@ -142,6 +170,35 @@ def _say(text: str) -> None:
         from hotport.cli.output import swallow
 
         swallow(sys.stdout)
+
+
+def _list(*, as_json: bool) -> int:
+    from hotport.diagnose.table import table
+    from hotport.kernel.listeners import read_listeners
+
+    found = read_listeners()
+    if as_json:
+        import msgspec
+
+        value = msgspec.to_builtins(found._asdict(), enc_hook=str)
+        _say(msgspec.json.format(msgspec.json.encode(value)).decode())
+    else:
+        _say(table(found, columns=shutil.get_terminal_size().columns if is_terminal(sys.stdout) else 120))
+    return ExitCode.DONE
+
+
+def _free(subject: Subject, asker: Asker, diagnosis: Diagnosis, *, yes: bool) -> Diagnosis:
+    from hotport.diagnose.free import Step, free
+
+    def agrees(steps: tuple[Step, ...]) -> bool:
+        answer = diagnosis.answers[diagnosis.usual]
+        click.echo(f"{diagnosis.address}: {answer.who or answer.rule}", err=True)
+        click.echo("Steps, one after the other until it is free:", err=True)
+        for number, step in enumerate(steps, 1):
+            click.echo(f"  {number}. {step.text} (at most {step.timeout_s:.0f} s)", err=True)
+        return yes or click.confirm("Take them?", err=True)
+
+    return free(diagnosis, lambda: diagnose(subject, asker), agrees=agrees)
 
 
 def _watch(subject: Subject, asker: Asker, diagnosis: Diagnosis, *, as_json: bool) -> int:

@@ -10,20 +10,25 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
+from itertools import islice
 from typing import Final, NamedTuple
 
 from hotport.errors import KernelError
 
 __all__ = [
     "ALL_BUT_TIME_WAIT",
+    "BOUND",
     "LISTEN",
     "TIME_WAIT",
+    "UNCONNECTED",
     "InetSocket",
     "UnixSocket",
+    "every",
     "inet",
     "is_local",
     "lingering",
     "unix",
+    "waited_s",
 ]
 
 NETLINK_ROUTE: Final = 0
@@ -38,7 +43,10 @@ _BY_FAMILY: Final = 20  # SOCK_DIAG_BY_FAMILY
 
 #: States are bits. The one above them, TCP_BOUND_INACTIVE, asks for sockets that are bound and neither listen nor are
 #: connected; the kernel has it since 6.8 and shows them as TCP_CLOSE.
+ESTABLISHED: Final = 1 << 1
 LISTEN: Final = 1 << 10
+BOUND: Final = 1 << 13
+UNCONNECTED: Final = 1 << 7  # of UDP
 TIME_WAIT: Final = 1 << 6
 ALL_BUT_TIME_WAIT: Final = 0xFFFF & ~TIME_WAIT
 
@@ -53,6 +61,7 @@ _LINGERING: Final = struct.Struct("=20x2x2s16s16s4x8xI16x")  # of one in TIME_WA
 _UNIX: Final = struct.Struct("=xBBxI8x")  # struct unix_diag_msg: type, state, inode
 _LENGTH: Final = struct.Struct("=I")
 _ATTRIBUTE: Final = struct.Struct("=HH")
+_WAITING_MAX: Final = 10_000
 _BUFFER_BYTES: Final = 1 << 18
 _LAST_ACK_RECEIVED: Final = 56  # offsetof(struct tcp_info, tcpi_last_ack_recv)
 
@@ -172,6 +181,31 @@ def inet(
             at += (length + 3) & ~3
 
 
+def every(protocol: int, family: int, states: int) -> Iterator[tuple[int, InetSocket]]:
+    """Every socket of one protocol and family in some states, with its local port.
+
+    Raises:
+        KernelError: As `inet`.
+    """
+    layout = _INET[4 if family == socket.AF_INET else 16]
+    for data in _dump_inet(protocol, family, 0, states, False):
+        for start, end in _messages(data):
+            port = int.from_bytes(data[start + 4 : start + 6], "big")  # id.idiag_sport
+            yield port, InetSocket._make((*layout.unpack_from(data, start), data[start + layout.size : end]))
+
+
+def waited_s(family: int, port: int) -> float:
+    """For how many seconds at least a connection has been in an accept queue of a port; 0 if none is.
+
+    Among the first ten thousand on the port, so that a crowded one does not take long.
+
+    Raises:
+        KernelError: As `inet`.
+    """
+    rows = inet(socket.IPPROTO_TCP, family, port, states=ESTABLISHED, with_info=True)
+    return max((row.waited_ms for row in islice(rows, _WAITING_MAX) if not row.inode), default=0) / 1000
+
+
 def lingering(family: int, port: int) -> dict[bytes, Lingering]:
     """Count the connections in TIME_WAIT on a local port, by their local address, without listing them.
 
@@ -257,6 +291,8 @@ def _dump_inet(protocol: int, family: int, port: int, states: int, with_info: bo
     extensions = 1 << (_INFO - 1) if with_info else 0
     request = struct.pack("=BBBxI", family, protocol, extensions, states) + bytes(40) + b"\xff" * 8
     # Each instruction: what to compare, how far to go if it holds and if not (beyond the end refuses); its operand.
+    if not port:
+        return _ask(NETLINK_SOCK_DIAG, _BY_FAMILY, _REQUEST | _DUMP, request)
     at_least = struct.pack("=BBHBBH", 2, 8, 20, 0, 0, port)  # INET_DIAG_BC_S_GE
     at_most = struct.pack("=BBHBBH", 3, 8, 12, 0, 0, port)  # INET_DIAG_BC_S_LE
     program = at_least + at_most
