@@ -110,10 +110,10 @@ CONNECTIONS: Final = """
 
 What a connection of an ASGI application is doing decides its fate when its worker leaves. Quiesce changes
 nothing in any state: it concerns the listeners. In the drain a connection moves to a worker that continues it, and
-the client sees nothing of that. If none can (no worker follows, `handoff = "off"`, TLS), no HTTP connection is closed
-either: a connection that is closed without notice may be one on which the client has just begun to send. Instead, the
-next answer that has no request behind it says `Connection: close`. At the deadline, `drain_timeout`, what remains is
-ended and counted under its fate.
+the client sees nothing of that. If none can (no worker follows, `handoff = "off"`, TLS without `tls_handoff`), no HTTP
+connection is closed either: a connection that is closed without notice may be one on which the client has just begun to
+send. Instead, the next answer that has no request behind it says `Connection: close`. At the deadline, `drain_timeout`,
+what remains is ended and counted under its fate.
 """
 
 WEBSOCKETS: Final = """

@@ -136,7 +136,7 @@ class Server:
         assert not self.connection.pending()
         cipher = self.connection.cipher()
         assert cipher is not None
-        return self.counter.export(TlsAbout(cipher, self.connection.selected_alpn_protocol(), self.counter.server_name))
+        return self.counter.freeze(TlsAbout(cipher, self.connection.selected_alpn_protocol(), self.counter.server_name))
 
     def move(self, *, records_max: int | None = None) -> TlsState:
         """Go on as another process would."""

@@ -23,6 +23,9 @@ class Transport:
     def is_closing(self) -> bool:
         return False
 
+    def get_extra_info(self, name: str) -> None:
+        return None
+
     def get_write_buffer_size(self) -> int:
         return self.unsent
 
@@ -82,7 +85,7 @@ async def test_connection_is_offered_once_and_goes_on_if_it_is_kept() -> None:
     moves.prepare()
     assert moves.said == ["ready", "hold"]
     assert moves.handoff is not None
-    moves.handoff.keep(moves)  # type: ignore[arg-type]
+    moves.handoff.keep(moves, moves.transport)  # type: ignore[arg-type]
     assert (moves.said[2:], moves.stage) == (["resume offered"], Stage.PREPARED)
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.support import DEADLINE_S, Service, eventually, read_response, watching_pid, write_code
+from tests.tls_support import Pki, connect
 
 APP = """\
 import os, signal
@@ -43,15 +45,25 @@ handoff._adopt = die
 
 OTHER_ENVELOPES = """
 import hotport.worker.handoff as handoff
-handoff.ENVELOPE_VERSION += 1
+handoff.ENVELOPE_VERSIONS = frozenset()
+"""
+
+#: In the old generation's worker: it is gone when its batch was acknowledged, and has said nothing more.
+DIES_BEFORE_GO = """
+import hotport.worker.handoff as handoff
+handoff.decode_ack = lambda payload: os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 class Kept:
     """A client that keeps its connection, and counts what it is answered."""
 
-    def __init__(self, port: int) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), DEADLINE_S)
+    def __init__(self, port: int, pki: Pki | None = None) -> None:
+        self.sock: socket.socket
+        if pki is None:
+            self.sock = socket.create_connection(("127.0.0.1", port), DEADLINE_S)
+        else:
+            self.sock = connect(port, pki.client())
         self.asked = 0
 
     def ask(self) -> tuple[int, bool]:
@@ -73,29 +85,49 @@ class Kept:
 
 
 @contextmanager
-def serving(tmp_path: Path, *args: str, clients: int = 40) -> Iterator[tuple[Service, list[Kept]]]:
-    write_code(tmp_path / "app.py", APP.format(fault=""))
+def serving(
+    tmp_path: Path, *args: str, clients: int = 40, pki: Pki | None = None, fault: str = ""
+) -> Iterator[tuple[Service, list[Kept]]]:
+    write_code(tmp_path / "app.py", APP.format(fault=fault))
+    if pki is not None:
+        args = (*args, "--tls-cert", pki.issue("server.pem", "localhost"), "--tls-handoff", "on")
     with (
         Service(tmp_path, "app:app", "--lifespan", "off", "--keep-alive", "1h", *args) as service,
         ExitStack() as stack,
     ):
         port = service.wait_ready().port
-        kept = [Kept(port) for _ in range(clients)]
+        kept = [Kept(port, pki) for _ in range(clients)]
         for each in kept:
             stack.callback(each.sock.close)
             assert each.ask() == (1, False)
         yield service, kept
 
 
-def test_successor_killed_in_the_middle_of_a_batch_costs_no_connection(tmp_path: Path) -> None:
+@pytest.fixture(params=["in clear", "over TLS"])
+def pki(request: pytest.FixtureRequest, tmp_path: Path) -> Pki | None:
+    if request.param == "in clear":
+        return None
+    (tmp_path / "pki").mkdir()
+    return Pki(tmp_path / "pki")
+
+
+def test_successor_killed_in_the_middle_of_a_batch_costs_no_connection(tmp_path: Path, pki: Pki | None) -> None:
     """The old worker has every descriptor still; it hands them to the worker that takes the dead one's place."""
-    with serving(tmp_path) as (service, kept):
+    with serving(tmp_path, pki=pki) as (service, kept):
         write_code(tmp_path / "app.py", APP.format(fault=DIES_WITH_THE_BATCH))
         report = service.restart()
         assert (tmp_path / "died").exists()
         answers = [each.ask() for each in kept]
         assert all(generation == 2 for generation, _ in answers)
         assert report["connections"] == {"moved_http": len(kept)}
+
+
+def test_old_worker_killed_between_acknowledgement_and_go_costs_no_connection(tmp_path: Path, pki: Pki | None) -> None:
+    """The new worker has every descriptor, and sees that the other cannot serve them any more."""
+    with serving(tmp_path, pki=pki, fault=DIES_BEFORE_GO) as (service, kept):
+        write_code(tmp_path / "app.py", APP.format(fault=""))
+        service.restart()
+        assert [each.ask() for each in kept] == [(2, False)] * len(kept)
 
 
 def test_generations_with_different_envelopes_answer_once_more_and_say_so(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,6 +28,8 @@ from hotport.wire.envelope import (
     pack,
     parse_header,
 )
+from hotport.wire.tlskeys import TLS13
+from hotport.wire.tlsrecords import TlsAbout, TlsState
 
 seconds = st.floats(0, 1e6)
 exported = st.recursive(
@@ -71,6 +74,37 @@ def test_batch_comes_out_as_it_went_in(batch: list[Envelope]) -> None:
     assert [each.state for each in out] == [each.state for each in batch]
     assert [(each.unread, each.is_proxied) for each in out] == [(each.unread, each.is_proxied) for each in batch]
     assert [each.endpoints for each in out] == [(each.peer, each.own) for each in batch]
+
+
+def test_envelopes_of_the_version_before_are_understood() -> None:
+    before = encode_state([["10.0.0.1", 80], None, False, b"unread", ["http", True, 2.5]])
+    frame = encode_frame(Frame.BATCH, [msgspec.Raw(before)])
+    assert decode_batch(frame[HEADER_BYTES:]) == [
+        Envelope(["10.0.0.1", 80], None, False, b"unread", HttpState(True, 2.5), None)
+    ]
+
+
+def test_the_version_before_understands_envelopes_without_tls() -> None:
+    class Before(msgspec.Struct, frozen=True, array_like=True):
+        peer: Any
+        own: Any
+        is_proxied: bool
+        unread: bytes
+        state: HttpState
+
+    now = pack(Envelope(None, None, True, b"", HttpState(False, 1.0)))
+    assert msgspec.msgpack.decode(now, type=Before) == Before(None, None, True, b"", HttpState(False, 1.0))
+
+
+def test_an_envelope_with_tls_shows_no_secret() -> None:
+    tls = TlsState(
+        TLS13, "TLS_AES_128_GCM_SHA256", b"r" * 32, b"w" * 32, 1, 2, 0, False, 16384, b"", TlsAbout(("", "", 0))
+    )
+    envelope = Envelope(None, None, False, b"", HttpState(True, 0.0), tls)
+    frame = encode_frame(Frame.BATCH, [pack(envelope)])
+    assert decode_batch(frame[HEADER_BYTES:]) == [envelope]
+    assert "rrrr" not in repr(envelope)
+    assert "wwww" not in repr(envelope)
 
 
 def test_answer_comes_out_as_it_went_in() -> None:

@@ -249,7 +249,7 @@ def why_not(server: Server) -> str:
 
 def test_a_connection_cannot_move_during_its_handshake() -> None:
     with pytest.raises(NotMovable, match="its handshake is not done"):
-        Counter().export(TlsAbout(("", "", 0)))
+        Counter().freeze(TlsAbout(("", "", 0)))
 
 
 def test_a_suite_with_cbc_stays() -> None:

@@ -558,7 +558,7 @@ async def test_over_tls_the_last_answer_comes_at_a_random_moment_of_the_drain(
         new = await port.start(app, tls_cert=(str(tmp_path / "cert.pem"),))
         leaving = asyncio.ensure_future(old.leave(new))
         await until(lambda: sum(each._is_draining for each in old.connections.open) == 1)  # type: ignore[attr-defined]
-        assert all(each.why_here() == "idle, TLS" for each in old.connections.open)
+        assert all(each.why_here() == "idle, TLS: tls_handoff is off" for each in old.connections.open)
         assert [await ask(0), await ask(1)] == [False, True]
         assert [await ask(0), await ask(0)] == [False, False]
         for _, writer in clients:

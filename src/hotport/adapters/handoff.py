@@ -16,12 +16,14 @@ from hotport.adapters.base import Connection, Connections, Offer, Ready
 from hotport.kernel.fork import has_forked
 from hotport.kernel.sockets import acknowledged_bytes, end, reset, unsent_bytes
 from hotport.wire.envelope import Envelope, State
+from hotport.wire.tlsrecords import NotMovable, Phase, TlsState
 
 __all__ = [
     "Handoff",
     "Movable",
     "Stage",
     "abort_for_client",
+    "bound",
     "end_for_client",
     "end_handoff",
     "make_offer",
@@ -45,6 +47,26 @@ class Stage(Enum):
 PREPARED: Final = Stage.PREPARED
 WANTED: Final = Stage.WANTED
 OFFERED: Final = Stage.OFFERED
+
+
+class TlsLayer(Protocol):
+    """The interface that a handoff needs of a connection's TLS: ``get_extra_info("tls_layer")`` of its transport."""
+
+    phase: Phase
+
+    @property
+    def why_not(self) -> str:
+        """Why it cannot move; empty if it can."""
+
+    def export(self) -> TlsState:
+        """Freeze it, and return its state.
+
+        Raises:
+            NotMovable: It stays as it is.
+        """
+
+    def keep(self) -> None:
+        """Thaw it: its state was not taken."""
 
 
 class Movable(Connection, Protocol):
@@ -111,9 +133,14 @@ class Handoff:
         self.stage = OFFERED  # before `pack`, in which the application must not report safe points
         try:
             offer = connection.pack()
+        except NotMovable as error:
+            log.info("a TLS connection stays: %s", error)
+            self.keep(connection, transport)
+            self._connections.not_taken(connection)
+            return None
         except Exception:
             log.exception("the application could not export its state, and its connection stays: %s", connection)
-            self.keep(connection)
+            self.keep(connection, transport)
             self._connections.not_taken(connection)
             return None
         if offer is None:
@@ -121,9 +148,11 @@ class Handoff:
             connection.resume(was_offered=False)
         return offer
 
-    def keep(self, connection: Movable) -> None:
+    def keep(self, connection: Movable, transport: asyncio.BaseTransport) -> None:
         """See `Connection.keep`."""
         was_offered, self.stage = self.stage is OFFERED, PREPARED
+        if (layer := _tls_layer(transport)) is not None and layer.phase is Phase.FROZEN:
+            layer.keep()
         connection.resume(was_offered)
 
 
@@ -155,9 +184,26 @@ def stands_still(handoff: Handoff | None) -> bool:
 def make_offer(
     transport: asyncio.Transport, endpoints: tuple[Any, Any] | None, is_proxied: bool, state: State, unread: bytes = b""
 ) -> Offer:
-    """Make the offer of a connection that stands still; see `Envelope`."""
+    """Make the offer of a connection that stands still; see `Envelope`.
+
+    Raises:
+        NotMovable: Its TLS cannot move now.
+    """
     peer, own = endpoints or (None, None)
-    return Offer(transport.get_extra_info("socket").fileno(), Envelope(peer, own, is_proxied, unread, state))
+    layer = _tls_layer(transport)
+    tls = None if layer is None else layer.export()
+    return Offer(transport.get_extra_info("socket").fileno(), Envelope(peer, own, is_proxied, unread, state, tls))
+
+
+def bound(transport: asyncio.BaseTransport) -> str:
+    """Why a connection's TLS cannot move; empty if it can, or if there is none."""
+    if (layer := _tls_layer(transport)) is not None:
+        return f"TLS: {layer.why_not}" if layer.why_not else ""
+    return "" if transport.get_extra_info("ssl_object") is None else "TLS"
+
+
+def _tls_layer(transport: asyncio.BaseTransport) -> TlsLayer | None:
+    return transport.get_extra_info("tls_layer")  # type: ignore[no-any-return]
 
 
 def end_for_client(connection: Connection, handoff: Handoff | None) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 from hotport.adapters.base import Context, NotAdopted, Offer, Ready
 from hotport.adapters.handoff import (
     Handoff,
+    bound,
     end_for_client,
     end_handoff,
     make_offer,
@@ -177,11 +178,11 @@ class _TrackedBase(asyncio.BaseProtocol):
         return self.handoff is not None
 
     def prepare_handoff(self, ready: Ready) -> bool:
-        """Prepare a `Transferable`, unless it is over TLS, whose state OpenSSL does not export."""
+        """Prepare a `Transferable`, unless its TLS cannot move."""
         transport = self._transport
         if transport is None:
             return True  # `connection_made` calls this again
-        if not isinstance(self._application, Transferable) or transport.get_extra_info("ssl_object") is not None:
+        if not isinstance(self._application, Transferable) or bound(transport):
             return False
         if self.handoff is None:
             self._look_on()
@@ -238,8 +239,8 @@ class _TrackedBase(asyncio.BaseProtocol):
         return None if state is None else make_offer(transport, self.endpoints, self.is_proxied, ProtocolState(state))
 
     def keep(self) -> None:
-        if self.handoff is not None:
-            self.handoff.keep(self)
+        if self.handoff is not None and self._transport is not None:
+            self.handoff.keep(self, self._transport)
 
     def resume(self, was_offered: bool) -> None:
         """Let the application write again."""
@@ -261,8 +262,8 @@ class _TrackedBase(asyncio.BaseProtocol):
     def why_here(self) -> str:
         if not isinstance(self._application, Transferable):
             return "its protocol has no export_state()"
-        if self._transport is not None and self._transport.get_extra_info("ssl_object") is not None:
-            return "TLS"
+        if self._transport is not None and (why := bound(self._transport)):
+            return why
         return "its protocol has declined to move, or its client is slow to read"
 
 

@@ -21,6 +21,7 @@ from anyio.abc import ByteStream, SocketAttribute
 from hotport.adapters.base import Context, Draining, NotAdopted, Offer, Ready
 from hotport.adapters.handoff import (
     Handoff,
+    bound,
     end_for_client,
     end_handoff,
     make_offer,
@@ -227,8 +228,8 @@ class Stream(ByteStream, asyncio.Protocol):
         return self.handoff is not None and (self.is_at_safe_point or getattr(self._handler, "is_restartable", False))
 
     def prepare_handoff(self, ready: Ready) -> bool:
-        """Prepare every stream but those over TLS, whose state OpenSSL does not export."""
-        if self._transport is not None and self._transport.get_extra_info("ssl_object") is not None:
+        """Prepare every stream but those whose TLS cannot move."""
+        if self._transport is not None and bound(self._transport):
             return False
         prepare(self, self._connections, ready)
         return True
@@ -257,8 +258,8 @@ class Stream(ByteStream, asyncio.Protocol):
         )
 
     def keep(self) -> None:
-        if self.handoff is not None and not self._is_lost:
-            self.handoff.keep(self)
+        if self.handoff is not None and self._transport is not None and not self._is_lost:
+            self.handoff.keep(self, self._transport)
 
     def resume(self, was_offered: bool) -> None:
         """Let the handler send again, and resume reading if there is room."""
@@ -283,8 +284,8 @@ class Stream(ByteStream, asyncio.Protocol):
         self._transport.abort()  # closes our descriptor only: another process owns the connection
 
     def why_here(self) -> str:
-        if self._transport is not None and self._transport.get_extra_info("ssl_object") is not None:
-            return "TLS"
+        if self._transport is not None and (why := bound(self._transport)):
+            return why
         if self.is_at_safe_point:
             return "slow to read"
         return "its handler has not agreed to move"

@@ -421,8 +421,8 @@ class Server:
         try:
             channel = await successor.ready(self._settings.ready_timeout_s)
             self._has_committed = True  # it may have connections from here on: nobody can change his mind
-            hands_off = self._settings.handoff != "off" and not self._settings.tls_cert
-            committed = await successor.commit(channel, len(self._inner.connections.open) if hands_off else 0)
+            is_moving = self._settings.moves_connections
+            committed = await successor.commit(channel, len(self._inner.connections.open) if is_moving else 0)
         except BaseException:
             self._has_committed = False
             with anyio.CancelScope(shield=True):

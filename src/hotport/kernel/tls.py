@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import ssl
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from hotport.errors import StartError
 from hotport.kernel.fds import memory_file
 from hotport.kernel.fork import withhold
 from hotport.kernel.process import open_descriptors
+from hotport.wire.tlsrecords import TlsAbout
 
-__all__ = ["Description", "KeyLog", "ServerContext", "describe", "load_certificate", "verify_clients"]
+__all__ = ["Description", "KeyLog", "ServerContext", "about", "describe", "load_certificate", "verify_clients"]
 
 #: The most that one handshake step logs is five lines of less than 250 bytes.
 LOG_BYTES_MAX: Final = 1 << 16
@@ -195,6 +197,40 @@ class KeyLog:
             return os.path.sameopenfile(fd, self._fd)
         except OSError:
             return False
+
+
+def about(connection: ssl.SSLObject, server_name: str | None = None, clients: str = "") -> TlsAbout:
+    """Look up the results of a handshake that is done.
+
+    Args:
+        server_name: The name that the client has asked for.
+        clients: See `TlsAbout.clients`.
+    """
+    cipher, context = connection.cipher(), connection.context  # that of the certificate that was chosen by name
+    assert cipher is not None
+    ours = context if isinstance(context, ServerContext) else None
+    return TlsAbout(
+        cipher=cipher,
+        alpn=connection.selected_alpn_protocol(),
+        server_name=server_name,
+        chain=_client_chain(connection),
+        peercert=connection.getpeercert(),
+        certificate="" if ours is None else ours.certificate,
+        suite=None if ours is None else ours.suites.get(cipher[0]),
+        clients=clients,
+        version=connection.version(),
+    )
+
+
+def _client_chain(connection: ssl.SSLObject) -> list[bytes]:
+    """Return the client's certificates as DER, its own first; only that one before Python 3.13."""
+    chain: list[bytes] = []
+    if sys.version_info >= (3, 13):
+        chain = connection.get_unverified_chain()
+    if not chain:  # also for a resumed session, which does not keep it
+        certificate = connection.getpeercert(binary_form=True)
+        chain = [] if certificate is None else [certificate]
+    return chain
 
 
 def describe(context: ServerContext) -> Description:

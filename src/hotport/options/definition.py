@@ -59,6 +59,7 @@ Balance: TypeAlias = Literal["auto", "off"]
 HandoffChoice: TypeAlias = Literal["auto", "websocket", "off"]
 AccessLog: TypeAlias = Literal["off", "structured", "combined"]
 StrategyChoice: TypeAlias = Literal["auto", "inherit", "transfer", "overlap", "rebind"]
+TlsHandoff: TypeAlias = Literal["off", "on"]
 ClientAuth: TypeAlias = Literal["auto", "none", "optional", "required"]
 Lifespan: TypeAlias = Literal["auto", "on", "off"]
 LogFormat: TypeAlias = Literal["auto", "console", "json"]
@@ -237,6 +238,11 @@ class Options:
     tls_alpn: tuple[str, ...] = _option(
         (), protocols(), "Protocols over TLS (ALPN), the preferred one first; by default http/1.1 for asgi."
     )
+    tls_handoff: TlsHandoff = _option(
+        "off",
+        choice(*get_args(TlsHandoff)),
+        "Whether connections over TLS are handed to other workers as well, with their keys; needs hotport[tls].",
+    )
     app_dir: str = _option(".", text("DIR"), "Where the target is imported from.")
     python: str | None = _option(None, text("FILE"), "The interpreter of workers; by default this one.")
     env_file: tuple[str, ...] = _option(
@@ -313,6 +319,11 @@ class Options:
     health_memory_max_bytes: int = _option(
         0, size(), "Resident memory of a new worker above which it is taken back while it is watched; 0: any."
     )
+
+    @property
+    def moves_connections(self) -> bool:
+        """Whether connections may move to other workers."""
+        return self.handoff != "off" and (not self.tls_cert or self.tls_handoff == "on")
 
 
 @dataclass(frozen=True, slots=True)

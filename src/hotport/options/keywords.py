@@ -16,6 +16,7 @@ from hotport.options.definition import (
     Loop,
     Ready,
     StrategyChoice,
+    TlsHandoff,
 )
 
 __all__ = ["RunOptions", "ServeOptions"]
@@ -73,6 +74,7 @@ class ServeOptions(TypedDict, total=False):
     tls_client_ca: str | None
     tls_client_auth: ClientAuth
     tls_alpn: Texts
+    tls_handoff: TlsHandoff
     lifespan: Lifespan
     access_log: AccessLog
     request_id: bool

@@ -289,7 +289,7 @@ def _written(option: Option, right: object, origin: str) -> str:
 
 _OF_OUR_WORKERS: Final = (
     *("factory", "kind", "lifespan", "max_requests", "preload", "proxy_protocol", "request_timeout", "root_path"),
-    *("tls_alpn", "tls_cert", "tls_client_auth", "tls_client_ca", "tls_key", "trusted_proxy"),
+    *("tls_alpn", "tls_cert", "tls_client_auth", "tls_client_ca", "tls_handoff", "tls_key", "trusted_proxy"),
     *("health_path", "health_errors_max", "health_lag_max", "health_memory_max"),
 )
 """A foreign program serves, and counts, by itself."""
@@ -369,7 +369,7 @@ def _tls_clashes(options: Options) -> Iterable[_Clash]:
         if keys:
             cause = "a key is of no use without its certificate"
             yield _Clash("tls_key", "without", "tls_cert", cause, note="name its certificate with --tls-cert")
-        for key in ("tls_client_ca", "tls_client_auth", "tls_alpn"):
+        for key in ("tls_client_ca", "tls_client_auth", "tls_alpn", "tls_handoff"):
             if getattr(options, key) != getattr(_DEFAULTS, key):
                 cause = "it is a part of TLS, which needs a certificate"
                 yield _Clash(key, "without", "tls_cert", cause, note="name a certificate with --tls-cert")

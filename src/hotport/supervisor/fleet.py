@@ -230,7 +230,7 @@ class Fleet:
     def _leaving(self, worker: int) -> list[WorkerProcess]:
         """The workers whose connections move to a worker that is about to accept, and that reserves room for them."""
         service, restart = self._service, self._service.restart
-        if self._options.handoff == "off" or self._options.tls_cert or self._options.command or service.is_stopping:
+        if not self._options.moves_connections or self._options.command or service.is_stopping:
             return []
         numbers: set[int | None] = {*service.ids(Phase.QUIESCING, Phase.QUIESCED, Phase.DRAINING)}
         if this := service.workers.get(worker):

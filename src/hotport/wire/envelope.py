@@ -23,10 +23,13 @@ from typing import Annotated, Any, Final
 import msgspec
 
 from hotport.errors import ControlError
+from hotport.wire.tlsrecords import TlsState
 
 __all__ = [
     "ENVELOPE_VERSION",
+    "ENVELOPE_VERSIONS",
     "HEADER_BYTES",
+    "PLAIN_VERSION",
     "Ack",
     "Envelope",
     "Frame",
@@ -44,8 +47,14 @@ __all__ = [
     "parse_header",
 ]
 
-#: Grows when anything in this module changes; workers of different versions do not hand connections to each other.
-ENVELOPE_VERSION: Final = 2
+#: Grows when anything in this module changes in a way that the version before cannot read.
+ENVELOPE_VERSION: Final = 3
+
+#: The version without TLS. It reads those of version 3 that have none: trailing fields are ignored.
+PLAIN_VERSION: Final = 2
+
+#: The versions that are understood.
+ENVELOPE_VERSIONS: Final = frozenset({PLAIN_VERSION, ENVELOPE_VERSION})
 
 #: The longest frame that is believed. Undelivered messages travel, and a batch may hold many connections.
 FRAME_BYTES_MAX: Final = 1 << 30
@@ -125,7 +134,8 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True):
         peer: The client's address, or what a PROXY header has said; as Python's socket module has addresses.
         own: Our address likewise.
         is_proxied: A PROXY header has said both.
-        unread: Bytes of the client that were taken from the socket and not consumed.
+        unread: Bytes of the client that were taken from the socket and not consumed; of its data, if there is TLS.
+        tls: The connection's TLS; None without it.
     """
 
     peer: Any
@@ -133,6 +143,7 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True):
     is_proxied: bool
     unread: bytes
     state: State
+    tls: TlsState | None = None
 
     @property
     def endpoints(self) -> tuple[Any, Any]:

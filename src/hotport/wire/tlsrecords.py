@@ -175,6 +175,9 @@ class TlsAbout(msgspec.Struct, frozen=True, array_like=True):
         chain: The client's certificates as DER, its own first; only that one before Python 3.13.
         peercert: As `ssl.SSLObject.getpeercert` has it.
         certificate: The server's certificate as PEM; empty if unknown.
+        suite: The number of the cipher suite (IANA's registry "TLS Cipher Suites"), if known.
+        clients: Which clients the server's options let in at that time, in a form that can be compared.
+        version: As `ssl.SSLObject.version` has it.
     """
 
     cipher: tuple[str, str, int]
@@ -183,6 +186,9 @@ class TlsAbout(msgspec.Struct, frozen=True, array_like=True):
     chain: list[bytes] = []
     peercert: Any = None
     certificate: str = ""
+    suite: int | None = None
+    clients: str = ""
+    version: str | None = None
 
 
 class TlsState(msgspec.Struct, frozen=True, array_like=True):
@@ -427,13 +433,13 @@ class Counter:
         records = data if end == len(data) else data[:end]
         self.pending = data[end:]
         if self.is_shaking:
-            self._shake(records)
+            self._hear_hello(records)
         else:
             self._count, self._inspected = count, records
             self.expected = end - count * self._overhead if is_data else -1
         return records
 
-    def _shake(self, record: bytes) -> None:
+    def _hear_hello(self, record: bytes) -> None:
         hello = self._hello
         if record and hello is not None and not hello.is_over:
             hello.feed(record)
@@ -595,7 +601,7 @@ class Counter:
 
     # -- moving
 
-    def export(self, about: TlsAbout) -> TlsState:
+    def freeze(self, about: TlsAbout) -> TlsState:
         """Freeze the connection, and return all that another process needs to go on.
 
         Raises:
@@ -603,6 +609,8 @@ class Counter:
         """
         if self.why_not:
             raise NotMovable(self.why_not)
+        if self.phase is not Phase.LIVE:
+            raise NotMovable(f"it is {self.phase}")
         if self._read_message or self._write_message:
             raise NotMovable("a handshake message is under way")
         self.phase = advance(self.phase, Event.EXPORTED)
@@ -640,6 +648,7 @@ class Records:
 
     Attributes:
         phase: Changes with what is received and sent; see `MAY_WRITE` and `MAY_READ`.
+        version: `TLS12` or `TLS13`.
         about: What the handshake has shown.
         why: What has ended the connection, once its phase is BROKEN.
         key_updates: How many KeyUpdates were seen, of both sides.
@@ -656,18 +665,18 @@ class Records:
         "_read",
         "_records_max",
         "_suite_name",
-        "_version",
         "_write",
         "about",
         "key_updates",
         "pending",
         "phase",
+        "version",
         "why",
     )
 
     def __init__(self, state: TlsState, *, records_max: int | None = None) -> None:
         self._read, self._write = state.keys
-        self._version, self._suite_name, self._fragment = state.version, state.suite, state.fragment_bytes_max
+        self.version, self._suite_name, self._fragment = state.version, state.suite, state.fragment_bytes_max
         self._records_max = self._write.suite.records_max if records_max is None else records_max
         self._owes_update = state.owes_update
         self._message = b""
@@ -677,6 +686,11 @@ class Records:
         self.phase = Phase.LIVE
         self.why = ""
         self.key_updates = 0
+
+    @property
+    def why_not(self) -> str:
+        """Why the connection cannot move; empty if it can."""
+        return "" if self.phase is Phase.LIVE else f"it is {self.phase}"
 
     def receive(self, data: bytes = b"") -> tuple[bytes, bytes]:
         """Open what the client has sent; call it once without data, since whole records may have travelled.
@@ -705,7 +719,7 @@ class Records:
         return plains[0] if len(plains) == 1 else b"".join(plains), alert
 
     def _open_all(self, data: bytes, plains: list[bytes]) -> bytes:
-        longest = RECORD_BYTES_MAX_13 if self._version == TLS13 else RECORD_BYTES_MAX
+        longest = RECORD_BYTES_MAX_13 if self.version == TLS13 else RECORD_BYTES_MAX
         written = b""
         at, size = 0, len(data)
         while self.phase in MAY_READ and size - at >= HEADER_BYTES:
@@ -731,7 +745,7 @@ class Records:
             raise RecordError(Alert.UNEXPECTED_MESSAGE, "another record inside of a handshake message")
         if content == Content.ALERT:
             self._on_alert(plain)
-        elif content == Content.HANDSHAKE and self._version == TLS13:
+        elif content == Content.HANDSHAKE and self.version == TLS13:
             self._on_handshake(plain)
         elif content == Content.HANDSHAKE and self.phase in MAY_WRITE:
             return self._write.seal(Content.ALERT, bytes((1, Alert.NO_RENEGOTIATION)))
@@ -745,7 +759,7 @@ class Records:
         level, alert = plain
         if alert == Alert.CLOSE_NOTIFY:
             self.phase = advance(self.phase, Event.HEARD_CLOSE)
-        elif alert != Alert.USER_CANCELED and (level != 1 or self._version == TLS13):  # RFC 8446 section 6
+        elif alert != Alert.USER_CANCELED and (level != 1 or self.version == TLS13):  # RFC 8446 section 6
             self.phase = advance(self.phase, Event.FAILED)
             self.why = f"the client's alert {alert}"
 
@@ -823,13 +837,13 @@ class Records:
         Raises:
             NotMovable: It is being closed, or inside of a handshake message.
         """
-        if self.phase is not Phase.LIVE:
-            raise NotMovable(f"it is {self.phase}")
+        if self.why_not:
+            raise NotMovable(self.why_not)
         if self._message:
             raise NotMovable("a handshake message is under way")
         self.phase = advance(self.phase, Event.EXPORTED)
         return TlsState(
-            self._version,
+            self.version,
             self._suite_name,
             self._read.secret,
             self._write.secret,

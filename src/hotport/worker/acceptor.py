@@ -24,10 +24,9 @@ from hotport.wire.proxyprotocol import HEADER_BYTES_MAX, ProxyHeader, ProxyHeade
 from hotport.worker import background
 from hotport.worker.share import Share
 from hotport.worker.tls import Tls
-from hotport.worker.tlssession import Session
-from hotport.worker.tlstransport import TlsTransport
+from hotport.worker.tlstransport import Layer, TlsTransport
 
-__all__ = ["Acceptor", "PlainSocket", "attach"]
+__all__ = ["Acceptor", "PlainSocket", "attach", "attach_tls"]
 
 log = logging.getLogger("hotport.acceptor")
 
@@ -98,6 +97,27 @@ def attach(
     be a fifth of a connection's cost; so the coroutine is stepped here, and once more when it can end.
     """
     _attach(loop, sock, protocol, lambda error: _not_attached(protocol, connections, error))
+
+
+def attach_tls(
+    loop: asyncio.AbstractEventLoop,
+    sock: socket.socket,
+    protocol: asyncio.BaseProtocol,
+    layer: Layer,
+    connections: Connections,
+) -> TlsTransport:
+    """Attach a registered protocol to a transport with TLS, which owns `sock`, once its handshake is done."""
+    transport = TlsTransport(
+        protocol, layer, handshake_timeout_s=HANDSHAKE_TIMEOUT_S, goodbye_timeout_s=GOODBYE_TIMEOUT_S
+    )
+
+    def see(handshake: asyncio.Future[None]) -> None:
+        if (error := handshake.exception()) is not None:
+            _not_attached(protocol, connections, error)
+
+    transport.handshake.add_done_callback(see)
+    _attach(loop, sock, transport, transport.not_attached)
+    return transport
 
 
 def _attach(
@@ -286,20 +306,9 @@ class Acceptor:
         if self._tls is None:
             attach(self._loop, accepted, protocol, self._connections)
             return
-        session = Session(self._tls.context)
-        transport = TlsTransport(
-            protocol, session, handshake_timeout_s=HANDSHAKE_TIMEOUT_S, goodbye_timeout_s=GOODBYE_TIMEOUT_S
-        )
+        transport = attach_tls(self._loop, accepted, protocol, self._tls.session(), self._connections)
         self._shaking.add(transport)
-        transport.handshake.add_done_callback(lambda handshake: self._see_handshake(handshake, transport, protocol))
-        _attach(self._loop, accepted, transport, transport.not_attached)
-
-    def _see_handshake(
-        self, handshake: asyncio.Future[None], transport: TlsTransport, protocol: asyncio.BaseProtocol
-    ) -> None:
-        self._shaking.discard(transport)
-        if (error := handshake.exception()) is not None:
-            _not_attached(protocol, self._connections, error)
+        transport.handshake.add_done_callback(lambda _: self._shaking.discard(transport))
 
     async def _introduce(self, accepted: socket.socket, protocol: asyncio.BaseProtocol, peer: Any) -> None:
         """Read a proxy's PROXY header, then attach the connection like any other."""

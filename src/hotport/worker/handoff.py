@@ -44,7 +44,10 @@ from hotport.model.fates import Fate
 from hotport.observe.logs import get_shared_logger
 from hotport.wire.envelope import (
     ENVELOPE_VERSION,
+    ENVELOPE_VERSIONS,
+    PLAIN_VERSION,
     Ack,
+    Envelope,
     Frame,
     decode_ack,
     decode_batch,
@@ -53,7 +56,9 @@ from hotport.wire.envelope import (
     pack,
 )
 from hotport.wire.messages import Move, OfferOrder, Welcome
-from hotport.worker.acceptor import PlainSocket, attach
+from hotport.worker.acceptor import PlainSocket, attach, attach_tls
+from hotport.worker.tls import Tls
+from hotport.worker.tlsadopted import Adopted
 
 __all__ = ["Mover", "take_connections"]
 
@@ -133,15 +138,19 @@ class Mover:
     Args:
         name: The name of this worker's control socket.
         some: About how many connections to move, and how many seconds adopted ones stay at least; None for all.
+        has_tls: Connections may travel with their TLS, which not every version of hotport understands.
 
     Attributes:
         moved: How many have moved.
     """
 
-    def __init__(self, connections: Connections, name: str = "", *, some: tuple[int, float] | None = None) -> None:
+    def __init__(
+        self, connections: Connections, name: str = "", *, some: tuple[int, float] | None = None, has_tls: bool = False
+    ) -> None:
         self._connections = connections
         self._name = name
         self._some = some
+        self._version = ENVELOPE_VERSION if has_tls else PLAIN_VERSION
         self._is_through = asyncio.Event()
         self.moved = 0
         self._patience: asyncio.TimerHandle | None = None
@@ -237,7 +246,7 @@ class Mover:
         try:
             async with asyncio.timeout(WELCOME_TIMEOUT_S):
                 channel = Channel.connect(path)
-                await channel.say(OfferOrder(version=ENVELOPE_VERSION, sender=self._name))
+                await channel.say(OfferOrder(version=self._version, sender=self._name))
                 while not isinstance(word := await channel.receive_word(), Welcome):
                     pass
             if not word.why:
@@ -506,20 +515,35 @@ def _note(moves: list[Move], move: Move) -> None:
 # -- the new worker -----------------------------------------------------------------------------------------
 
 
+class _AdoptedOne(NamedTuple):
+    """A connection that is not attached yet, with its TLS."""
+
+    sock: socket.socket
+    protocol: asyncio.BaseProtocol
+    layer: Adopted | None
+
+
 async def take_connections(
-    channel: Channel, version: int, adapter: Adapter, connections: Connections, *, sender: str = ""
+    channel: Channel,
+    version: int,
+    adapter: Adapter,
+    connections: Connections,
+    *,
+    sender: str = "",
+    tls: Tls | None = None,
 ) -> None:
     """Answer another worker's offer, and adopt the connections that it sends until it closes the channel.
 
     Args:
         version: The version of its envelopes.
         sender: The worker's name, see `OfferOrder`.
+        tls: Adopts connections over TLS; without it only others are taken, and with it no others.
 
     Cancellation: safe between two batches; in the middle of one, its connections are dropped, and stay the other's.
     Descriptors: received ones are owned by the connections made of them, or closed. `channel` is closed.
     """
     log = get_shared_logger("hotport.handoff")
-    adopted: list[tuple[socket.socket, asyncio.BaseProtocol]] = []
+    adopted: list[_AdoptedOne] = []
     whose = sender or channel
     try:
         welcome = _welcome(version, connections)
@@ -530,7 +554,9 @@ async def take_connections(
             if kind is Frame.REST:
                 connections.keep(whose, decode_count(payload))
                 continue
-            adopted, refused = _adopt(kind, payload, descriptors, adapter, connections, is_whole=not channel.has_lost)
+            adopted, refused = _adopt(
+                kind, payload, descriptors, adapter, connections, tls, is_whole=not channel.has_lost
+            )
             room = 0 if channel.has_lost else _room(connections)
             with suppress(OSError):  # if the other has closed, its last messages are still read
                 await channel.send(encode_frame(Frame.ACK, Ack(refused, room)))
@@ -586,7 +612,7 @@ def _room(connections: Connections) -> int:
 
 def _welcome(version: int, connections: Connections) -> Welcome:
     room, why = _room(connections), ""
-    if version != ENVELOPE_VERSION:
+    if version not in ENVELOPE_VERSIONS:
         room, why = 0, f"envelopes of version {version} came, and those of version {ENVELOPE_VERSION} are understood"
     elif connections.is_leaving:
         why = "it leaves, too"
@@ -599,12 +625,13 @@ def _adopt(
     descriptors: list[int],
     adapter: Adapter,
     connections: Connections,
+    tls: Tls | None,
     *,
     is_whole: bool,
-) -> tuple[list[tuple[socket.socket, asyncio.BaseProtocol]], list[int]]:
+) -> tuple[list[_AdoptedOne], list[int]]:
     """Make the connections of a batch, not attached yet; also return the numbers of those that are refused."""
     sockets = [_socket_of(fd) for fd in descriptors]
-    adopted: list[tuple[socket.socket, asyncio.BaseProtocol]] = []
+    adopted: list[_AdoptedOne] = []
     refused: list[int] = []
     try:
         if kind is not Frame.BATCH:
@@ -632,6 +659,7 @@ def _adopt(
                 raise NotAdopted("its envelope cannot be understood")
             if not connections.room:
                 raise NotAdopted("no room")
+            layer = _adopt_tls(envelope, tls)
             protocol = adapter.adopt(envelope)
         except Exception as error:
             get_shared_logger("hotport.handoff").warning("handoff.refused", why=str(error) or repr(error))
@@ -642,8 +670,19 @@ def _adopt(
         protocol.sock = sock  # type: ignore[attr-defined]
         protocol.endpoints = envelope.endpoints  # type: ignore[attr-defined]
         protocol.is_proxied = envelope.is_proxied  # type: ignore[attr-defined]
-        adopted.append((sock, protocol))
+        adopted.append(_AdoptedOne(sock, protocol, layer))
     return adopted, refused
+
+
+def _adopt_tls(envelope: Envelope, tls: Tls | None) -> Adopted | None:
+    """Make a connection's TLS; None if it has none.
+
+    Raises:
+        NotAdopted, NotMovable: It cannot be served here.
+    """
+    if (envelope.tls is None) != (tls is None):
+        raise NotAdopted("it speaks TLS, and here no connection does" if tls is None else "it speaks no TLS")
+    return None if tls is None or envelope.tls is None else tls.adopt(envelope.tls)
 
 
 def _socket_of(fd: int) -> PlainSocket | None:
@@ -659,14 +698,17 @@ def _socket_of(fd: int) -> PlainSocket | None:
     return None
 
 
-def _go_on(adopted: Iterable[tuple[socket.socket, asyncio.BaseProtocol]], connections: Connections) -> None:
+def _go_on(adopted: Iterable[_AdoptedOne], connections: Connections) -> None:
     loop = asyncio.get_running_loop()
-    for sock, protocol in adopted:
+    for sock, protocol, layer in adopted:
         connections.count_adopted(protocol)  # type: ignore[arg-type]
-        attach(loop, sock, protocol, connections)
+        if layer is None:
+            attach(loop, sock, protocol, connections)
+        else:
+            attach_tls(loop, sock, protocol, layer, connections)
 
 
-def _let_go(adopted: Iterable[tuple[socket.socket, asyncio.BaseProtocol]], connections: Connections) -> None:
-    for sock, protocol in adopted:
+def _let_go(adopted: Iterable[_AdoptedOne], connections: Connections) -> None:
+    for sock, protocol, _ in adopted:
         connections.forget(protocol)  # type: ignore[arg-type]
         sock.close()

@@ -307,7 +307,7 @@ class ConnectionServer:
                 raise
             if moves is not None:
                 some = (moves.most, moves.stay_s)
-                mover = Mover(self.connections, self._control_name, some=some)
+                mover = Mover(self.connections, self._control_name, some=some, has_tls=self._tls is not None)
                 self._moving = background.start("balance", self._move_some(mover, moves.paths), self._beside)
                 if asked is not None:
                     self._moving.add_done_callback(partial(_say_moved, asked, mover))
@@ -371,14 +371,14 @@ class ConnectionServer:
     async def _follow(self, successors: Sequence[str]) -> None:
         if self._hands_off and (successors or self._mover is not None):
             if self._mover is None:
-                self._mover = Mover(self.connections, self._control_name)
+                self._mover = Mover(self.connections, self._control_name, has_tls=self._tls is not None)
             await self._mover.follow(successors)
 
     async def probe(self, path: str, timeout_s: float) -> str:
         return await probe(self._adapter, self.connections, path, timeout_s)
 
     async def take(self, channel: Channel, version: int, sender: str = "") -> None:
-        await take_connections(channel, version, self._adapter, self.connections, sender=sender)
+        await take_connections(channel, version, self._adapter, self.connections, sender=sender, tls=self._tls)
 
     async def drain(self, timeout_s: float, *, is_last: bool = False, successors: Sequence[str] = ()) -> Counter[Fate]:
         try:
@@ -436,7 +436,11 @@ class ConnectionServer:
             acceptor.close()
 
     async def shutdown(self) -> None:
-        await self._adapter.shutdown()
+        try:
+            await self._adapter.shutdown()
+        finally:
+            if self._tls is not None:
+                self._tls.close()
 
 
 class DatagramServer:
@@ -627,7 +631,8 @@ def make_server(
     Raises:
         StartError: Its kind is unclear or an extra is missing (HP504, HP505), a listener is not for connections
             (HP511) or not for datagrams (HP519), it cannot start without one (HP530), it cannot be served over TLS
-            (HP512) or read a PROXY header (HP518), or a certificate cannot be used (HP507, HP513, HP514).
+            (HP512) or read a PROXY header (HP518), a certificate cannot be used (HP507, HP513, HP514), or connections
+            over TLS cannot move (HP523).
     """
     adapter = make_adapter(application, context, options)
     if isinstance(adapter, SocketsAdapter | DatagramAdapter) and not listeners:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import logging
 import shlex
 import ssl
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from hotport.errors import StartError
-from hotport.kernel.tls import Description, ServerContext, describe, load_certificate, verify_clients
+from hotport.kernel.process import forbid_core_files
+from hotport.kernel.tls import Description, KeyLog, ServerContext, describe, load_certificate, verify_clients
 from hotport.options import Options
+from hotport.wire.tlsrecords import NotMovable, TlsState
+from hotport.worker.tlsadopted import Adopted
+from hotport.worker.tlssession import Session
 
 __all__ = ["Tls"]
 
@@ -27,18 +34,71 @@ class Tls:
     Attributes:
         context: For new handshakes; handshakes under way keep theirs.
 
+    Descriptors: has some if connections move (`tls_handoff`); `close` closes them.
+
     Raises:
-        StartError: A file cannot be used (HP507, HP513), or a certificate cannot be chosen by its name (HP514).
+        StartError: A file cannot be used (HP507, HP513), a certificate cannot be chosen by its name (HP514), or
+            connections shall move and cannot (HP523).
     """
 
     def __init__(self, options: Options, *, alpn: Sequence[str] = ()) -> None:
         self._options = options
         self._alpn = options.tls_alpn or tuple(alpn)
+        self._clients = ""
+        self._log: KeyLog | None = None
+        self._why_no_log = "tls_handoff is off"
         self.context = self._read()
+        if options.tls_handoff == "on":
+            _check_for_ciphers()
+            forbid_core_files()
+            self._open_log()
+            self._watch(self._contexts)
 
     def reload(self) -> None:
         """Read the files again; if they cannot be used, raise as at first, and keep the old context."""
         self.context = self._read()
+        self._watch(self._contexts)
+
+    def close(self) -> None:
+        """Let connections that shake hands from now on stay here; what is open can still move."""
+        if self._log is not None:
+            self._log.close()
+            self._log, self._why_no_log = None, "its worker leaves"
+
+    def session(self) -> Session:
+        """Make the TLS of a new connection."""
+        return Session(self.context, self._log, why_no_log=self._why_no_log, clients=self._clients)
+
+    def adopt(self, state: TlsState) -> Adopted:
+        """Make the TLS of another worker's connection.
+
+        Raises:
+            NotMovable: It must not, or cannot, be served here.
+        """
+        if self._options.tls_handoff != "on":
+            raise NotMovable("tls_handoff is off here")
+        if state.about.clients != self._clients:
+            raise NotMovable("tls_client_ca or tls_client_auth has changed, and its client was let in before")
+        return Adopted(state)
+
+    def _open_log(self) -> None:
+        try:
+            self._log = KeyLog()
+        except OSError as error:
+            self._give_log_up(error)
+
+    def _watch(self, contexts: Sequence[ServerContext]) -> None:
+        """Log the secrets of these contexts; if that fails, connections are served, and stay."""
+        if self._log is not None:
+            try:
+                self._log.watch(contexts)
+            except OSError as error:
+                self._log.close()
+                self._give_log_up(error)
+
+    def _give_log_up(self, error: OSError) -> None:
+        self._log, self._why_no_log = None, f"its keys cannot be logged ({error.strerror or error})"
+        log.warning("connections over TLS will not move: their keys cannot be logged: %s", error)
 
     def _read(self) -> ServerContext:
         options = self._options
@@ -54,9 +114,34 @@ class Tls:
                 context.set_alpn_protocols(list(self._alpn))
             if options.tls_client_ca is not None and options.tls_client_auth != "none":
                 verify_clients(context, options.tls_client_ca, is_required=options.tls_client_auth != "optional")
+        self._contexts, self._clients = contexts, _describe_clients(contexts[0], options.tls_client_ca)
         if len(contexts) > 1:
             contexts[0].sni_callback = _chooser(by_name)
         return contexts[0]
+
+
+def _describe_clients(context: ServerContext, client_ca: str | None) -> str:
+    """Describe which clients are let in, in a form that can be compared; empty for all of them."""
+    if client_ca is None or context.verify_mode is ssl.CERT_NONE:
+        return ""
+    with open(client_ca, "rb") as file:
+        return f"{context.verify_mode.name} {hashlib.sha256(file.read()).hexdigest()}"
+
+
+def _check_for_ciphers() -> None:
+    """Look whether the package that `hotport.wire.tlskeys` needs is there, without the cost of importing it.
+
+    Raises:
+        StartError: It is not (HP523).
+    """
+    if importlib.util.find_spec("cryptography") is None:
+        raise StartError(
+            "HP523",
+            "cannot hand connections over TLS to other workers",
+            cause=f"tls_handoff is on, and the package cryptography is not installed in {sys.executable}",
+            fix=f"{sys.executable} -m pip install 'hotport[tls]'",
+            note='or set tls_handoff = "off"',
+        )
 
 
 def _names(file: str, context: ServerContext, *, is_chosen: bool) -> tuple[str, ...]:

@@ -10,8 +10,18 @@ import ssl
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from hotport.kernel.tls import KeyLog, about
 from hotport.wire.tlskeys import HEADER_BYTES, PLAIN_BYTES_MAX
-from hotport.wire.tlsrecords import RECORD_BYTES_MAX, Counter, Event, IllegalTransition, Phase, advance
+from hotport.wire.tlsrecords import (
+    RECORD_BYTES_MAX,
+    Counter,
+    Event,
+    IllegalTransition,
+    NotMovable,
+    Phase,
+    TlsState,
+    advance,
+)
 
 __all__ = ["Session"]
 
@@ -36,15 +46,30 @@ EXTRA: Final[Mapping[str, Callable[[ssl.SSLObject], Any]]] = {
 class Session(Counter):
     """The server's side of a connection.
 
+    Args:
+        log: Where the contexts of the connection log its secrets; None: it cannot move.
+        why_no_log: Why there is none.
+        clients: See `TlsAbout.clients`.
+
     Attributes:
         phase: What may be done now.
         error: What has ended the connection, once `phase` is BROKEN.
     """
 
-    __slots__ = ("_incoming", "_outgoing", "_tls", "error")
+    __slots__ = ("_clients", "_incoming", "_log", "_outgoing", "_tls", "_why_no_log", "error")
 
-    def __init__(self, context: ssl.SSLContext) -> None:
+    def __init__(
+        self,
+        context: ssl.SSLContext,
+        log: KeyLog | None = None,
+        *,
+        why_no_log: str = "tls_handoff is off",
+        clients: str = "",
+    ) -> None:
         super().__init__()
+        self._log: KeyLog | None = log
+        self._why_no_log = why_no_log
+        self._clients = clients
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self.error: Exception | None = None
@@ -56,6 +81,8 @@ class Session(Counter):
 
     def extra(self, name: str, default: Any) -> Any:
         """See `asyncio.BaseTransport.get_extra_info`; `default` for names that have nothing to do with TLS."""
+        if name == "tls_layer":
+            return self
         look = EXTRA.get(name)
         return default if look is None else look(self._tls)
 
@@ -149,25 +176,51 @@ class Session(Counter):
         self.wrote(written)
         return written
 
-    def _fail(self, error: ssl.SSLError) -> None:
+    def _fail(self, error: OSError) -> None:
         self.error = error
         self.phase = advance(self.phase, Event.FAILED)
 
     def _shake_hands(self, record: memoryview, *, is_last: bool) -> bytes:
         """Give OpenSSL the next record of a handshake; return what to send."""
         self._incoming.write(record)
+        if self._log is not None:
+            self._hear_hello(bytes(record))
         if record[0] == CHANGE_CIPHER_SPEC and not is_last:
             return b""  # nothing comes of it
         try:
             self._tls.do_handshake()
         except ssl.SSLWantReadError:
-            return self._outgoing.read()
-        except ssl.SSLError as error:
+            written = self._outgoing.read()
+            if self._log is not None:
+                self.shook(written, self._log.read())
+            return written
+        except OSError as error:  # ssl.SSLError is one; another one is of the key log
+            if self._log is not None:
+                self._log.read()
             self._fail(error)
-        else:
+            return self._outgoing.read()
+        written = self._outgoing.read()
+        if self._log is None:
             self.is_shaking, self._hello = False, None
-            self.why_not = "tls_handoff is off"
-        return self._outgoing.read()
+            self.why_not = self._why_no_log
+        else:
+            cipher = self._tls.cipher()
+            assert cipher is not None
+            self.establish(written, self._log.read(), self._tls.version(), cipher[0])
+            self._log = None
+        return written
+
+    # -- to another process
+
+    def export(self) -> TlsState:
+        """Freeze the connection, and return all that another process needs to go on.
+
+        Raises:
+            NotMovable: It stays live.
+        """
+        if self._incoming.pending or self._outgoing.pending or self._tls.pending():
+            raise NotMovable("something is under way in OpenSSL")
+        return self.freeze(about(self._tls, self.server_name, self._clients))
 
     # -- to the client
 

@@ -39,15 +39,19 @@ BROKEN: Final = Phase.BROKEN
 
 
 class Layer(Protocol):
-    """What turns data into records and back: `hotport.worker.tlssession.Session`."""
+    """What turns data into records and back: `hotport.worker.tlssession.Session`, or `hotport.worker.tlsadopted`."""
 
     phase: Phase
-    error: Exception | None
-
-    #: Whether the handshake is not done yet.
-    is_shaking: bool
     #: What has come and is not decrypted.
     pending: bytes
+
+    @property
+    def error(self) -> Exception | None:
+        """What has ended the connection."""
+
+    @property
+    def is_shaking(self) -> bool:
+        """Whether the handshake is not done yet."""
 
     @property
     def can_half_close(self) -> bool:
@@ -64,6 +68,9 @@ class Layer(Protocol):
 
     def close(self) -> bytes:
         """Say close_notify; return what to send."""
+
+    def leave(self) -> None:
+        """Note that another process has the connection."""
 
 
 class TlsTransport(asyncio.Protocol, transports._FlowControlMixin):  # the class that ``loop.sendfile`` wants
@@ -335,6 +342,9 @@ class TlsTransport(asyncio.Protocol, transports._FlowControlMixin):  # the class
         self._bound(self._goodbye_timeout_s, "shutdown")
 
     def abort(self) -> None:
+        """Close at once; if the connection was exported, only our descriptor, and for good."""
+        if self._layer.phase is Phase.FROZEN:
+            self._layer.leave()
         self._stage = CLOSING
         if self._below is not None and not self._is_lost:  # asyncio's fails if it is called too late
             self._below.abort()

@@ -32,6 +32,7 @@ from hotport.adapters.handoff import (
     Handoff,
     Stage,
     abort_for_client,
+    bound,
     end_for_client,
     end_handoff,
     make_offer,
@@ -254,13 +255,13 @@ class HttpConnection(asyncio.Protocol):
         return self.handoff is not None
 
     def prepare_handoff(self, ready: Ready) -> bool:
-        """Prepare every connection but those over TLS; its requests are answered first, without ``Connection: close``.
+        """Prepare every connection but those whose TLS cannot move; its requests are answered first.
 
-        OpenSSL does not export its state. TLS connections start to drain at random moments, so that not all clients
+        Answers say no ``Connection: close``. The others start to drain at random moments, so that not all clients
         repeat their TLS handshakes at once.
         """
-        if self._is_attached and self.is_tls:
-            self.handoff = None  # may be set since before TLS was detected
+        if self._is_attached and bound(self.transport):
+            self.handoff = None  # may be set since before TLS was detected, or could not move
             draining = self.shared.registry.draining
             if not self._is_draining and draining.is_set():
                 delay_s = random.random() * SPREAD * draining.remaining_s()
@@ -289,7 +290,7 @@ class HttpConnection(asyncio.Protocol):
 
     def keep(self) -> None:
         if self.handoff is not None:
-            self.handoff.keep(self)
+            self.handoff.keep(self, self.transport)
 
     def resume(self, was_offered: bool) -> None:
         """Resume reading: parse parked bytes, and wait for the client again."""
@@ -309,8 +310,8 @@ class HttpConnection(asyncio.Protocol):
         self.transport.abort()  # closes our descriptor only: another process owns the connection
 
     def why_here(self) -> str:
-        if self._is_attached and self.is_tls:
-            return f"{self.state.value}, TLS"
+        if self._is_attached and (why := bound(self.transport)):
+            return f"{self.state.value}, {why}"
         return f"{self.state.value}, slow to read" if self.is_at_safe_point else self.state.value
 
     # -- called by the transport ---------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from hotport.adapters.base import Connection, Offer, Ready
 from hotport.adapters.handoff import (
     Handoff,
     abort_for_client,
+    bound,
     end_for_client,
     end_handoff,
     make_offer,
@@ -360,8 +361,8 @@ class WebSocketConnection(asyncio.Protocol):
         return self.handoff is not None
 
     def prepare_handoff(self, ready: Ready) -> bool:
-        """Prepare a WebSocket whose application has agreed, unless it is over TLS."""
-        if self._is_established and (not self._is_movable or self._is_tls):
+        """Prepare a WebSocket whose application has agreed, unless its TLS cannot move."""
+        if self._is_established and (not self._is_movable or bound(self.transport)):
             return False
         self._is_draining = False
         self._stop_drain_timer()
@@ -407,7 +408,7 @@ class WebSocketConnection(asyncio.Protocol):
 
     def keep(self) -> None:
         if self.handoff is not None:
-            self.handoff.keep(self)
+            self.handoff.keep(self, self.transport)
 
     def resume(self, was_offered: bool) -> None:
         """Let the application receive and send again, and resume pings."""
@@ -435,17 +436,13 @@ class WebSocketConnection(asyncio.Protocol):
     def why_here(self) -> str:
         if not self._is_established:
             return self.state.value
-        if self._is_tls:
-            return "open, TLS"
+        if why := bound(self.transport):
+            return f"open, {why}"
         if not self._is_movable:
             return "open, its application has not agreed to move"
         if self.is_at_safe_point:
             return "open, slow to read"
         return "open, its application is busy" if self.is_between_frames else "open, half a message"
-
-    @property
-    def _is_tls(self) -> bool:
-        return bool(self._session.scope["scheme"] == "wss" and self.transport.get_extra_info("ssl_object"))
 
     # -- called by the transport ---------------------------------------------------------------------------
 
