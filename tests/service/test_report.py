@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 from contextlib import ExitStack
 from pathlib import Path
@@ -124,3 +125,18 @@ def test_next_supervisor_completes_a_restart_whose_old_worker_still_leaves(tmp_p
         assert (report["error"], report["phases"][-1]["name"]) == ("", "retired")
         client.close()  # idle, it would be kept open for a next request
         assert service.stop() == 0
+
+
+def test_status_is_watched_while_the_supervisor_is_replaced(tmp_path: Path) -> None:
+    write_code(tmp_path / "app.py", LINE_APP.format(version="v1"))
+    with Service(tmp_path, "app:app") as service:
+        service.wait_ready()
+        watching = service.start("status", "svc", "--watch")
+        assert watching.stdout is not None
+        assert "svc: ready, generation 1;" in str(watching.stdout.readline())
+        assert service.restart()["outcome"] == "done"
+        assert service.run("upgrade", "svc").returncode == 0
+        assert any("generation 2; 0 connections" in str(line) for line in watching.stdout)
+        watching.send_signal(signal.SIGINT)
+        watching.communicate(timeout=DEADLINE_S)
+        assert watching.returncode == 0

@@ -6,7 +6,7 @@ import asyncio
 import math
 import signal
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -36,14 +36,13 @@ from hotport.churn.verdict import (
     named_connections,
     sentences,
 )
+from hotport.cli._bars import bars
 from hotport.cli.output import write
 
 __all__ = ["Screen", "perform", "print_result", "write_json"]
 
 TICK_S: Final = 0.2
-CHART_ROWS: Final = 3
 CHART_COLUMNS_MAX: Final = 74
-BLOCKS: Final = " ▁▂▃▄▅▆▇█"
 
 #: Of who answers, by turns.
 COLOURS: Final = ("cyan", "magenta", "yellow", "green", "blue")
@@ -196,7 +195,7 @@ class Screen:
         ]
         by_whom = ", coloured by who answered" if self._answerers else ""
         words = Text(f"  attempts that ended{by_whom}, red where some were lost", style="dim")
-        return [Text(), *_bars(styled), words, Text()]
+        return [Text(), *bars(styled), words, Text()]
 
     def _style(self, answered_by: dict[str, int]) -> str:
         """Return the style of the generation that answered most: each has a colour, in the order of appearance."""
@@ -246,19 +245,6 @@ class Screen:
         for bucket in self._second:
             lag.merge(bucket.lag)
         return lag
-
-
-def _bars(columns: Sequence[tuple[float, str]]) -> list[Text]:
-    """Columns of a height and a colour, the highest one as high as there are rows."""
-    top = max((height for height, _ in columns), default=0) or 1
-    lines = []
-    for row in reversed(range(CHART_ROWS)):
-        line = Text("  ")
-        for height, style in columns:
-            level = round(height / top * CHART_ROWS * 8) - row * 8
-            line.append(BLOCKS[min(8, max(0, level))], style=style)
-        lines.append(line)
-    return lines
 
 
 def _facts_table() -> Table:

@@ -30,6 +30,7 @@ __all__ = [
     "print_status",
     "print_strategies",
     "print_tls_report",
+    "status_parts",
     "swallow",
     "waiting",
     "write",
@@ -162,31 +163,35 @@ def print_status(status: Status) -> None:
     """Print a service and its workers, for people."""
     out = console()
     out.width = max(out.width, WIDE)  # a terminal that is narrower folds lines, where rich would cut words
+    for part in status_parts(status):
+        out.print(part)
+
+
+def status_parts(status: Status) -> Iterator[Text | Table]:
+    """Describe a service and its workers, in lines and a table."""
+    return (Text(part) if isinstance(part, str) else part for part in _status_parts(status))
+
+
+def _status_parts(status: Status) -> Iterator[str | Table]:
     restarting = f", restarting into generation {status.restarting}" if status.restarting else ""
     is_served = any(worker.phase == "serving" for worker in status.workers)
     serves = f"generation {status.generation} serves" if is_served else "NO WORKER serves"
     leaving = _leaving(status)
-    out.print(
-        f"{status.service}: {serves} {status.target} on {', '.join(status.addresses)}{restarting}{leaving}",
-        markup=False,
-    )
+    yield f"{status.service}: {serves} {status.target} on {', '.join(status.addresses)}{restarting}{leaving}"
     if status.watch is not None:
         what = "its canary bakes" if status.watch.step == "baking" else "it is watched"
-        out.print(
+        yield (
             f"generation {status.watch.generation}: {what} for {status.watch.left_s:.0f} s more; "
-            f"hotport undo {status.service} takes it back",
-            markup=False,
+            f"hotport undo {status.service} takes it back"
         )
-    out.print(
-        f"supervisor pid {status.pid}, {_mib(status.rss_bytes)}, up {_age(status.age_s)}, hotport {status.version}"
-    )
+    yield f"supervisor pid {status.pid}, {_mib(status.rss_bytes)}, up {_age(status.age_s)}, hotport {status.version}"
     if status.status_address:
-        out.print(f"status port {status.status_address}", markup=False)
-    out.print(f"strategy {status.strategy} ({status.strategy_why})", markup=False)
+        yield f"status port {status.status_address}"
+    yield f"strategy {status.strategy} ({status.strategy_why})"
     for address, who in status.lost.items():
-        out.print(f"LOST {address}: {who}; binding it again is being tried", markup=False)
+        yield f"LOST {address}: {who}; binding it again is being tried"
     for address, why in status.gone.items():
-        out.print(f"GONE {address}: its socket file was removed or replaced; {why or 'see the log'}", markup=False)
+        yield f"GONE {address}: its socket file was removed or replaced; {why or 'see the log'}"
     serving = [each for each in status.workers if each.phase == "serving" and each.generation == status.generation]
     total = sum(each.connections or 0 for each in serving) if len(serving) > 1 else 0
     columns: tuple[tuple[str, JustifyMethod, Callable[[WorkerStatus], str | Text]], ...] = (
@@ -206,17 +211,14 @@ def print_status(status: Status) -> None:
         table.add_column(heading, justify=justify)
     for worker in status.workers:
         table.add_row(*(cell(worker) for _, _, cell in columns))
-    out.print(table)
+    yield table
     for who, lines in _log_dropped(status):
-        out.print(f"{who} has dropped {lines:,} lines of its log: they are not read, or there is no room", markup=False)
+        yield f"{who} has dropped {lines:,} lines of its log: they are not read, or there is no room"
     for worker in status.workers:
         if worker.timeouts:
-            out.print(f"worker {worker.worker} has cancelled {worker.timeouts:,} requests by request_timeout")
+            yield f"worker {worker.worker} has cancelled {worker.timeouts:,} requests by request_timeout"
         for each in worker.lingering:
-            out.print(
-                f"worker {worker.worker} waits for {each.peer}: {each.kind}, {_age(each.age_s)} old, {each.why}",
-                markup=False,
-            )
+            yield f"worker {worker.worker} waits for {each.peer}: {each.kind}, {_age(each.age_s)} old, {each.why}"
 
 
 def _log_dropped(status: Status) -> Iterator[tuple[str, int]]:

@@ -16,7 +16,7 @@ import anyio
 import msgspec
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
-from hotport.kernel.sockets import accept_queue_length, dropped
+from hotport.kernel.sockets import dropped
 from hotport.supervisor.requests import describe
 from hotport.supervisor.supervisor import Supervisor
 from hotport.wire.messages import Report, Status
@@ -102,12 +102,8 @@ class Feed:
         return {
             "now": round(time.time(), 1),
             "status": msgspec.structs.replace(status, last_restart=None),
-            "queues": {
-                address: {"waiting": accept_queue_length(sock), "dropped": dropped(sock)}
-                for address, sock in supervisor.listeners.items()
-            },
+            "dropped": {address: dropped(sock) for address, sock in supervisor.listeners.items()},
             "points": list(history.points)[-2:],
-            "mishaps": list(history.mishaps),
         }
 
     def _restarts(self, last: int) -> list[Shown]:

@@ -13,9 +13,9 @@ import msgspec
 from hotport.model.effects import Announce
 from hotport.supervisor.news import BAD
 from hotport.supervisor.process import WorkerProcess
-from hotport.wire.messages import Inspection, InspectOrder, Report
+from hotport.wire.messages import Inspection, InspectOrder, Mishap, Report
 
-__all__ = ["History", "Mishap", "Point"]
+__all__ = ["History", "Point"]
 
 #: Seconds between two points, and how far back they reach.
 STEP_S: Final = 2.5
@@ -34,16 +34,6 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     connections: int
     requests: float
     errors: float
-
-
-class Mishap(msgspec.Struct, frozen=True, kw_only=True):
-    """Bad news, without the words of the application, which may be secret."""
-
-    at: float
-    event: str
-    generation: int
-    worker: int
-    why: str
 
 
 class History:

@@ -15,6 +15,7 @@ from msgspec.structs import asdict
 from hotport import __version__
 from hotport.errors import ConfigError, HotportError, RestartError, StartError
 from hotport.kernel.process import is_stopped, rss_bytes
+from hotport.kernel.sockets import accept_queue_length
 from hotport.kernel.steer import can_steer
 from hotport.model.effects import Announce, Refusal
 from hotport.model.inputs import Input, RequestKeep, RequestRestart, RequestScale, RequestUndo
@@ -392,6 +393,12 @@ async def describe(supervisor: Supervisor) -> Status:
         gone=supervisor.owned.gone,
         watch=_describe_watch(supervisor),
         log_dropped=dropped(),
+        queues={
+            address: accept_queue_length(sock)
+            for address, sock in supervisor.listeners.items()
+            if address.startswith("tcp:")
+        },
+        mishaps=tuple(supervisor.history.mishaps),
     )
 
 

@@ -635,6 +635,16 @@ class WatchStatus(msgspec.Struct, frozen=True, kw_only=True):
     left_s: float
 
 
+class Mishap(msgspec.Struct, frozen=True, kw_only=True):
+    """Bad news at a time (``time.time()``), without the words of the application, which may be secret."""
+
+    at: float
+    event: str
+    generation: int
+    worker: int
+    why: str
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     """The state of the service. Public on the status port, unless `statusport.public` empties it.
 
@@ -647,6 +657,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
         lost: Addresses that another process has taken, and which; binding them is retried.
         gone: Addresses whose socket file was removed or replaced, and why it could not be made again.
         log_dropped: Lines of the supervisor's log that could not be written.
+        queues: How many connections wait to be accepted, by TCP address.
+        mishaps: The last bad news, oldest first.
     """
 
     service: str
@@ -671,6 +683,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     gone: dict[str, str] = {}
     watch: WatchStatus | None = None
     log_dropped: int = 0
+    queues: dict[str, int] = {}
+    mishaps: tuple[Mishap, ...] = ()
 
 
 class WorkerTls(msgspec.Struct, frozen=True, kw_only=True):
