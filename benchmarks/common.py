@@ -196,7 +196,13 @@ def client(name: str, **args: Any) -> Iterator[subprocess.Popen[str]]:
 
 
 def wrk(
-    port: int, *, seconds: float, connections: int, close: bool = False, script: Path | None = None
+    port: int,
+    *,
+    seconds: float,
+    connections: int,
+    close: bool = False,
+    script: Path | None = None,
+    scheme: str = "http",
 ) -> tuple[float, int]:
     """Load a server.
 
@@ -210,7 +216,7 @@ def wrk(
     Raises:
         RuntimeError: A request failed: such a number would mean nothing.
     """
-    url = f"http://127.0.0.1:{port}/"
+    url = f"{scheme}://127.0.0.1:{port}/"
     # wrk counts whole seconds, and tells what it has seen when it is interrupted.
     command = ["timeout", "--preserve-status", "--signal=INT", f"{seconds}s"]
     command += ["wrk", "-t1", f"-c{connections}", f"-d{ceil(seconds) + 1}s"]

@@ -430,24 +430,33 @@ def started(name: str, row: Row) -> AbstractContextManager[Server]:
 
 
 @contextmanager
-def launched(name: str, files: Mapping[str, str], command: Sequence[str]) -> Iterator[Server]:
+def launched(
+    name: str,
+    files: Mapping[str, str],
+    command: Sequence[str],
+    *,
+    src: Path | None = None,
+    ask: Callable[[int], tuple[int, bytes]] = http_get,
+) -> Iterator[Server]:
     """Start a server on its core, with a directory of its own, and wait for its first answer.
 
     Args:
         files: Modules in the directory, by their names.
         command: What follows ``python -m``; for hotport itself, what follows ``hotport serve``.
+        src: Where hotport itself is, if it is another one.
+        ask: Sends a request to a port, and returns the status first.
     """
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hotport-bench-")))
         for file, text in files.items():
             (directory / file).write_text(text)
         with pinned(0):
-            if name == "hotport":
-                service = stack.enter_context(hotport(directory, name, *command))
+            if name == "hotport" or src is not None:
+                service = stack.enter_context(hotport(directory, name, *command, src=src))
                 port, pid = service.port, service.process.pid
             else:
                 port, pid = stack.enter_context(other(directory, command))
-        assert http_get(port)[0] == 200
+        assert ask(port)[0] == 200
         yield Server(name, port, pid, directory)
 
 

@@ -327,14 +327,18 @@ class TlsTransport(asyncio.Protocol, transports._FlowControlMixin):  # the class
             self._below.write(goodbye)
 
     def close(self) -> None:
-        """Flush, say close_notify, and drop what comes until the client has said it, too."""
+        """Flush, say close_notify, and drop what comes until the client has said it, too.
+
+        A client that has ended without it gets none: hardly any reads on.
+        """
         if self._stage is CLOSING:
             return
         if self._stage is SHAKING:
             self.abort()
             return
         self._stage = CLOSING
-        self._say_goodbye()
+        if not self._has_ended or self._layer.phase is not LIVE:
+            self._say_goodbye()
         if self._layer.phase is not Phase.CLOSING or self._has_ended:
             self._below.close()
         elif self._is_paused:
