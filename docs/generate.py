@@ -21,6 +21,8 @@ import click
 
 import hotport
 import hotport.testing
+from docs.man import man_page
+from docs.picture import restart_picture
 from docs.states import states_page
 from hotport.cli import COMMANDS
 from hotport.errors import ExitCode
@@ -280,7 +282,8 @@ def errors_page() -> str:
 
 CLI_HEAD: Final = """
 Data goes to stdout, words go to stderr; `--json` is the form for scripts. Colour only on a terminal, and not with
-`NO_COLOR`. Commands that take a NAME need none while just one service runs; services are found in the runtime directory
+`NO_COLOR`. This page is also `man hotport`, and `hotport completion bash` (zsh, fish) prints what completes it in a
+shell. Commands that take a NAME need none while just one service runs; services are found in the runtime directory
 ([options.md](options.md), `HOTPORT_RUNTIME_DIR`). `python -m hotport` is the same as `hotport`. Exit codes are
 explained in [errors.md](errors.md).
 """.lstrip()
@@ -635,6 +638,8 @@ PAGES: Final[dict[str, Callable[[], str]]] = {
     "docs/reference/python-api.md": api_page,
     "docs/reference/signals.md": signals_page,
     "docs/reference/states.md": states_page,
+    "docs/restart.svg": restart_picture,
+    "docs/hotport.1": man_page,
     "docs/reference/strategies.md": strategies_page,
     **{f"docs/coming-from/{peer.name}.md": partial(coming_from_page, peer) for peer in (*PEERS, UNIT)},
 }

@@ -7,7 +7,7 @@ PATH="$PATH:/usr/sbin:$PWD/build/debian/bin"
 
 # By command; after a colon its package, if that is called otherwise. (systemd starts nothing where it is not process 1.)
 missing=
-for name in wrk chromium haproxy strace lsof systemd-analyze:systemd; do
+for name in wrk chromium haproxy strace lsof systemd-analyze:systemd zsh fish man:man-db; do
   command -v "${name%%:*}" >/dev/null || missing="$missing ${name##*:}"
 done
 servers=

@@ -17,7 +17,7 @@ HELP = {"help_option_names": ["-h", "--help"]}
 
 COMMANDS = (
     *("serve", "restart", "undo", "reload-tls", "status", "scale", "rebalance", "log-level", "stop", "upgrade"),
-    *("report", "why", "doctor", "demo", "churn", "migrate"),
+    *("report", "why", "doctor", "demo", "churn", "migrate", "completion"),
 )
 
 
@@ -61,7 +61,7 @@ def _group() -> None:
 def main() -> None:
     """Run the command line and exit with hotport's exit code."""
     try:
-        code = _group.main(standalone_mode=False)
+        code = _group.main(prog_name="hotport", standalone_mode=False)
     except HotportError as error:
         from hotport.cli.output import console  # rich, of which a service that starts has no need
 

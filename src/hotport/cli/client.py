@@ -7,9 +7,11 @@ import shlex
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
+
+import click
 
 from hotport.channel import exchange
 from hotport.errors import ConfigError, ControlError, nearest
@@ -18,8 +20,10 @@ from hotport.kernel.sockets import may_command, peer_credentials
 from hotport.options import runtime_root
 from hotport.wire.messages import Failure
 
-__all__ = ["ask", "ask_service", "find_service", "is_elsewhere", "raise_failure"]
+__all__ = ["ask", "ask_service", "find_service", "is_elsewhere", "name_argument", "raise_failure"]
 
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _ELSEWHERE: Final = "if it runs with another HOTPORT_RUNTIME_DIR, set the same one here"
 
@@ -56,10 +60,25 @@ def raise_failure(reply: Any) -> None:
         raise reply.error()
 
 
+def name_argument(function: _Function) -> _Function:
+    """Give a command the argument NAME, a running service; a shell completes it."""
+    return click.argument("name", required=False, shell_complete=_complete_name)(function)
+
+
+def _complete_name(_: click.Context, __: click.Parameter, begun: str) -> list[str]:
+    root = runtime_root(os.environ, os.geteuid(), Path(tempfile.gettempdir()))
+    return [name for name in _running(root) if name.startswith(begun)]
+
+
+def _running(root: Path) -> list[str]:
+    """The services that have a control socket, whether or not a supervisor answers there."""
+    return sorted(path.parent.name for path in root.glob("*/control.sock")) if root.is_dir() else []
+
+
 def find_service(name: str | None) -> Path:
     """Find the runtime directory of a running service: the named one, or the only one."""
     root = runtime_root(os.environ, os.geteuid(), Path(tempfile.gettempdir()))
-    running = sorted(p.parent.name for p in root.glob("*/control.sock")) if root.is_dir() else []
+    running = _running(root)
     if name is not None:
         if name not in running:
             near = nearest(name, running)

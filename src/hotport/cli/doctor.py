@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from hotport.cli import HELP
-from hotport.cli.client import ask, raise_failure
+from hotport.cli.client import ask, name_argument, raise_failure
 from hotport.cli.output import print_json, print_strategies, write
 from hotport.diagnose.doctor import examine, examine_service, read_machine, read_service
 from hotport.diagnose.rights import examine_rights, read_rights
@@ -25,7 +25,7 @@ __all__ = ["command"]
 
 
 @click.command("doctor", context_settings=HELP)
-@click.argument("name", required=False)
+@name_argument
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(name: str | None, as_json: bool) -> int:
     """Find what makes restarts lossy or fragile.

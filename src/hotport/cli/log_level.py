@@ -7,7 +7,7 @@ from typing import get_args
 import click
 
 from hotport.cli import HELP
-from hotport.cli.client import ask, raise_failure
+from hotport.cli.client import ask, name_argument, raise_failure
 from hotport.cli.output import print_json, write
 from hotport.errors import ExitCode
 from hotport.options.definition import LogLevel
@@ -18,7 +18,7 @@ __all__ = ["command"]
 
 @click.command("log-level", context_settings=HELP)
 @click.argument("level", type=click.Choice(get_args(LogLevel)))
-@click.argument("name", required=False)
+@name_argument
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(level: LogLevel, name: str | None, as_json: bool) -> int:
     """Log LEVEL and above from now on, in all of NAME.

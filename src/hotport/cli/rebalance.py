@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from hotport.cli import HELP
-from hotport.cli.client import ask, raise_failure
+from hotport.cli.client import ask, name_argument, raise_failure
 from hotport.cli.output import print_json, waiting, write
 from hotport.errors import ExitCode
 from hotport.wire.messages import RebalanceRequest
@@ -14,7 +14,7 @@ __all__ = ["command"]
 
 
 @click.command("rebalance", context_settings=HELP)
-@click.argument("name", required=False)
+@name_argument
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(name: str | None, as_json: bool) -> int:
     """Share the connections of NAME evenly among its workers.

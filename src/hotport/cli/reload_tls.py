@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from hotport.cli import HELP
-from hotport.cli.client import ask, raise_failure
+from hotport.cli.client import ask, name_argument, raise_failure
 from hotport.cli.output import print_json, print_tls_report
 from hotport.errors import ExitCode
 from hotport.wire.messages import ReloadTlsRequest
@@ -14,7 +14,7 @@ __all__ = ["command"]
 
 
 @click.command("reload-tls", context_settings=HELP)
-@click.argument("name", required=False)
+@name_argument
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(name: str | None, as_json: bool) -> int:
     """Read the certificates of the service NAME again.

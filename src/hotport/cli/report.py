@@ -11,7 +11,7 @@ import msgspec
 
 from hotport.cli import HELP
 from hotport.cli._reportfile import ReportFile
-from hotport.cli.client import find_service
+from hotport.cli.client import find_service, name_argument
 from hotport.cli.output import console, print_json, print_report
 from hotport.errors import ControlError, ExitCode
 from hotport.options import runtime_root
@@ -23,7 +23,7 @@ __all__ = ["command"]
 
 
 @click.command("report", short_help="Show the last restarts of NAME.", context_settings=HELP)
-@click.argument("name", required=False)
+@name_argument
 @click.option(
     "--last", type=click.IntRange(1, RECORDINGS_MAX), metavar="N", default=1, help="Show the last N restarts [1]."
 )

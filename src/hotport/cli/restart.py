@@ -8,7 +8,7 @@ import click
 from rich.text import Text
 
 from hotport.cli import HELP
-from hotport.cli.client import ask, raise_failure
+from hotport.cli.client import ask, name_argument, raise_failure
 from hotport.cli.output import console, print_json, print_report, waiting
 from hotport.errors import ExitCode
 from hotport.options import OPTIONS, WORKERS_MAX, parse_duration
@@ -41,7 +41,7 @@ def _duration(ctx: click.Context, parameter: click.Parameter, value: str | None)
 
 
 @click.command("restart", context_settings=HELP)
-@click.argument("name", required=False)
+@name_argument
 @click.option("--phased/--all-at-once", default=None, help="Replace workers one by one, or all together.")
 @click.option(
     "--strategy",

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from hotport.cli import HELP
-from hotport.cli.client import ask_service, find_service, is_elsewhere, raise_failure
+from hotport.cli.client import ask_service, find_service, is_elsewhere, name_argument, raise_failure
 from hotport.cli.output import console, print_json, print_status
 from hotport.errors import ExitCode
 from hotport.model.service import Stage
@@ -31,7 +31,7 @@ def _watch(service: Path) -> None:
 
 
 @click.command("status", context_settings=HELP)
-@click.argument("name", required=False)
+@name_argument
 @click.option("--ready", "must_be_ready", is_flag=True, help="Fail unless it serves, and is not about to stop.")
 @click.option(
     "--watch", "is_watched", is_flag=True, help="Show it as it changes, with its last restarts, until Ctrl-C."

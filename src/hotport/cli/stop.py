@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from hotport.cli import HELP
-from hotport.cli.client import ask, raise_failure
+from hotport.cli.client import ask, name_argument, raise_failure
 from hotport.cli.output import console, print_json, waiting
 from hotport.errors import ConfigError, ExitCode
 from hotport.options import parse_duration
@@ -15,7 +15,7 @@ __all__ = ["command"]
 
 
 @click.command("stop", context_settings=HELP)
-@click.argument("name", required=False)
+@name_argument
 @click.option("--now", is_flag=True, help="Do not wait for connections.")
 @click.option(
     "--lame-duck",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from hotport.cli import HELP
-from hotport.cli.client import ask, raise_failure
+from hotport.cli.client import ask, name_argument, raise_failure
 from hotport.cli.output import print_json, write
 from hotport.cli.restart import follow
 from hotport.errors import ExitCode
@@ -15,7 +15,7 @@ __all__ = ["command"]
 
 
 @click.command("undo", short_help="Take back the restart of NAME that is not over.", context_settings=HELP)
-@click.argument("name", required=False)
+@name_argument
 @click.option("--keep", is_flag=True, help="The opposite: keep the new generation, and end the bake or the window now.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(name: str | None, keep: bool, as_json: bool) -> int:

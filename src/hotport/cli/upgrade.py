@@ -7,7 +7,7 @@ import os
 import click
 
 from hotport.cli import HELP
-from hotport.cli.client import ask, raise_failure
+from hotport.cli.client import ask, name_argument, raise_failure
 from hotport.cli.output import print_json, waiting, write
 from hotport.errors import ExitCode
 from hotport.wire.messages import UpgradeRequest
@@ -16,7 +16,7 @@ __all__ = ["command"]
 
 
 @click.command("upgrade", short_help="Renew the supervisor of NAME; its workers serve on.", context_settings=HELP)
-@click.argument("name", required=False)
+@name_argument
 @click.option("--python", metavar="FILE", help="Go on with this interpreter, and the hotport that is installed for it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(name: str | None, python: str | None, as_json: bool) -> int:
