@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import Router
 
 from hotport.adapters.base import Connections, Context
-from hotport.adapters.target import SCRIPT_MODULE, detect_kind, load_target, make_adapter
+from hotport.adapters.target import SCRIPT_MODULE, detect_kind, kind_of, load_target, make_adapter
 from hotport.errors import StartError
 from hotport.options import Options
 from hotport.options.definition import Kind
@@ -293,3 +294,19 @@ def test_target_that_is_not_there_names_the_nearest(tmp_path: Path, monkeypatch:
         sys.modules.pop("app", None)
     assert_three_lines(str(caught.value), error_code)
     assert words in str(caught.value)
+
+
+def test_a_wsgi_module_with_an_asgi_one_beside_leads_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shopsite").mkdir()
+    (tmp_path / "shopsite" / "wsgi.py").write_text("def application(environ, start_response): ...")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    options = Options(target="shopsite.wsgi")
+    application = load_target("shopsite.wsgi", app_dir=str(tmp_path), factory=False)
+    with pytest.raises(StartError, match="WSGIMiddleware") as caught:
+        kind_of(application, options)
+    assert "application = WSGIMiddleware(application)" in caught.value.fix
+    (tmp_path / "shopsite" / "asgi.py").touch()
+    importlib.invalidate_caches()
+    with pytest.raises(StartError) as caught:
+        kind_of(application, options)
+    assert caught.value.fix == "hotport serve shopsite.asgi:application"

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -275,8 +276,19 @@ def _is_async(application: Any) -> bool:
 
 def kind_of(application: Any, options: Options) -> str:
     """Return ``options.kind``, or detect the kind if it is ``auto``; raises StartError as `detect_kind` does."""
-    name = "" if options.factory else split_target(options.target or "")[1]
-    return detect_kind(application, name or "app") if options.kind == "auto" else options.kind
+    if options.kind != "auto":
+        return options.kind
+    module, name = split_target(options.target or "")
+    if not name:
+        loaded = vars(sys.modules[module]) if module in sys.modules else {}
+        name = next((usual for usual in USUAL_NAMES if loaded.get(usual) is application), "")
+    try:
+        return detect_kind(application, "app" if options.factory else name or "app")
+    except StartError as error:
+        beside = re.sub(r"(^|\.)wsgi$", r"\1asgi", module)
+        if error.code == "HP515" and beside != module and importlib.util.find_spec(beside) is not None:
+            error.fix = f"hotport serve {beside}:{name}"  # Django has both
+        raise
 
 
 def make_adapter(application: Any, context: Context, options: Options) -> Adapter | DatagramAdapter | SocketsAdapter:
