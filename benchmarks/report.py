@@ -66,16 +66,66 @@ BINDS: Final = {
 }
 
 
-def _readme(readme: str) -> str:
-    """The README with its measured sections as the results have them."""
-    readme = _between(readme, "measured", _section())
+def _measured(page: str) -> str:
+    """The page of all figures that no other page has."""
+    page = _between(page, "measured", _section())
     for name, section in {"rebind": _rebind, "peers": _peers, "handoff": _handoff}.items():
         if (results := results_of(name)) is not None:
-            if f"<!-- {name} -->" not in readme:
-                after = "<!-- /measured -->\n"
-                readme = readme.replace(after, f"{after}\n<!-- {name} -->\n<!-- /{name} -->\n")
-            readme = _between(readme, name, section(results))
-    return readme
+            page = _between(page, name, section(results))
+    return page
+
+
+#: Of the README's table: the servers as peers.py names them, and as cost.py and http.py do.
+BESIDE: Final = {
+    "hotport": "hotport",
+    "uvicorn": "uvicorn",
+    "gunicorn, asgi": "gunicorn",
+    "granian": "granian",
+    "hypercorn": "hypercorn",
+}
+
+
+def _readme(readme: str) -> str:
+    """The README with its one table; a cell that nobody has measured is empty."""
+    peers, opened, cost, http = (results_of(name) for name in ("peers", "open", "cost", "http"))
+    rows: dict[str, list[str]] = {
+        "requests lost in 3 restarts": [],
+        "answers that say `Connection: close` in 3 restarts": [],
+        "WebSockets cut in a restart, of 20": [],
+        "a worker whose event loop is blocked is replaced after": [],
+        "memory of 4 workers, MiB": [],
+        "`Hello, world!`, requests/s": [],
+    }
+    lost, told, cut, hung, memory, rate = rows.values()
+    for name, short in BESIDE.items():
+        rounds = peers["servers"][name]["rounds"]
+        lost.append(f"{sum(found['lost'] for found in rounds):,}")
+        told.append(f"{_peers_counts(rounds)['told to close']:,}")
+        cut.append(_median(opened, f"{name}: cut"))
+        blocked = _median(opened, f"{name}: blocked s")
+        is_never = blocked and float(blocked) >= opened["limit_s"]
+        hung.append("never" if is_never else f"{blocked} s" if blocked else "")
+        memory.append(_median(cost, f"{short}: pss MiB"))
+        rate.append(_median(http, f"keep-alive: {short} requests/s"))
+    heads = [_peer(name, peers["servers"][name]).partition(",")[0] for name in BESIDE]
+    lines = [
+        f"| | {' | '.join(heads)} |",
+        "|---|" + "---|" * len(heads),
+        *(f"| {what} | {' | '.join(cells)} |" for what, cells in rows.items()),
+        "",
+        "Each was restarted as its manual recommends, with its own defaults; hotport with `--handoff websocket` for",
+        f"WebSockets. Never is not within {opened['limit_s']:g} s. With `--preload`, hotport's memory is "
+        f"{_median(cost, 'hotport --preload: pss MiB')} MiB. Empty is not measured.",
+        "By `benchmarks/peers.py`, `open.py`, `cost.py`, `http.py`: `make bench`.",
+        "",
+    ]
+    return _between(readme, "beside", "\n".join(lines))
+
+
+def _median(results: Any, series: str) -> str:
+    """The median of a series without decimals; empty if there is none."""
+    values = results["samples"].get(series) if results is not None else None
+    return f"{statistics.median(values):,.0f}" if values else ""
 
 
 def _filled(page: str, name: str, sections: Mapping[str, Callable[[Any], str]]) -> str:
@@ -171,7 +221,7 @@ def _rebind(results: dict[str, Any]) -> str:
     samples, rate, machine = results["samples"], results["rate"], results["machine"]
     counts = results["entries"]
     lines = [
-        "### From one process to the next",
+        "## From one process to the next",
         "",
         "What clients notice when a listening port changes hands, by how, and by how many connections are in",
         f"TIME_WAIT on it. Without a restart there is one accept every {1e3 / rate:g} ms.",
@@ -203,7 +253,7 @@ def _rebind(results: dict[str, Any]) -> str:
             holes.append(f"{statistics.median(hole):,.0f} us beside {floor:,.0f} us with {entries:,}")
     lines += [
         "",
-        "![the gaps, on a logarithmic scale](benchmarks/results/rebind.svg)",
+        "![the gaps, on a logarithmic scale](../../benchmarks/results/rebind.svg)",
         "",
         f"Medians (and maxima) of {rounds} restarts; {rate:,.0f} connections a second, open loop; losses are means, by",
         "number of entries; how long bind fails without options is what the timers said, or was waited for.",
@@ -260,7 +310,7 @@ def _handoff(results: dict[str, Any]) -> str:
     ]
     rounds = len(samples[f"{counts[0]} idle: moved ms"])
     lines = [
-        "### Connections that move",
+        "## Connections that move",
         "",
         "| idle keep-alive connections | " + " | ".join(f"{count:,}" for count in counts) + " |",
         "|---|" + "---|" * len(counts),
@@ -556,7 +606,7 @@ def _figure(value: float) -> str:
 
 def _peers(results: dict[str, Any]) -> str:
     lines = [
-        "### Beside other servers",
+        "## Beside other servers",
         "",
         "| restarted under load | how | attempts | lost | longest accept gap, ms | p99, ms |",
         "|---|---|---|---|---|---|",
@@ -572,7 +622,7 @@ def _peers(results: dict[str, Any]) -> str:
             *lines,
             "",
             f"{_peers_method(results)} What became of every client, and why:",
-            "[what restarts cost elsewhere](docs/discussion/what-restarts-cost-elsewhere.md).",
+            "[what restarts cost elsewhere](what-restarts-cost-elsewhere.md).",
             "",
         ]
     )
@@ -646,7 +696,7 @@ def _section() -> str:
     steady, restart = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("steady", "restart"))
     rss = steady["rss_mib"]
     lines = [
-        "## Measured",
+        "## Throughput and latency",
         "",
         "| what | median | range |",
         "|---|---|---|",
@@ -743,6 +793,7 @@ def _method(steady: dict[str, Any], restart: dict[str, Any]) -> str:
 #: What is written from results, and how it follows from what it is.
 PAGES: Final[Mapping[Path, Callable[[str], str]]] = {
     ROOT / "README.md": _readme,
+    DOCS / "discussion/measured.md": _measured,
     RESULTS / "rebind.svg": _picture,
     DOCS / "discussion/why-the-port-stays-busy.md": partial(_filled, name="timewait", sections={"timewait": _timewait}),
     DOCS / "discussion/what-restarts-cost-elsewhere.md": partial(

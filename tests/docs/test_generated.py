@@ -61,3 +61,11 @@ def test_row_that_the_table_of_servers_would_leave_out_is_an_error() -> None:
     results = report.results_of("http")
     with pytest.raises(AssertionError, match="push"):
         report._servers({**results, "samples": {**results["samples"], "push: hotport requests/s": [1.0]}})
+
+
+def test_the_architecture_page_names_modules_that_exist_and_every_room() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    modules = {path.name for path in SOURCE.rglob("*.py")} | {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+    assert {name for name in re.findall(r"`(?:\w+/)*(\w+\.py)`", page) if name not in modules} == set()
+    rooms = {f"{path.name}/" for path in SOURCE.iterdir() if (path / "__init__.py").exists()}
+    assert {room for room in rooms if f"| `{room}`" not in page} == set()

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import pytest
 
 from hotport.cli import _group
-from tests.support import DEADLINE_S
+from tests.support import DEADLINE_S, Service, http_get
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docker" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+PAGES = (*sorted(ROOT.glob("*.md")), ROOT / "docker" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 EXAMPLES = sorted((ROOT / "docs" / "examples").rglob("*.*"))
 
 
@@ -99,6 +99,14 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
         if heading:
             headings = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE)
             assert heading in {re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings}, target
+
+
+def test_the_application_in_the_readme_is_found_and_served(tmp_path: Path) -> None:
+    [block] = [block for block in _of("python") if block.page.name == "README.md" and "FastAPI()" in block.text]
+    (tmp_path / "main.py").write_text(block.text)
+    with Service(tmp_path) as service:
+        assert http_get(service.wait_ready().port) == (200, b'{"hello":"world"}')
+        assert "hotport serve main:app   (found in main.py)" in service.log()
 
 
 def test_the_server_in_the_readme_serves(tmp_path: Path) -> None:
