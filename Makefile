@@ -23,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Absolute, because workers are measured too and run in directories of their own.
 export COVERAGE_FILE := $(CURDIR)/build/coverage/data
 
-.PHONY: help demo test quick pythons lowest soak lint format bench bench-report clean debian
+.PHONY: help demo test quick pythons lowest soak lint format bench bench-report clean debian docs dist
 
 help:
 	@echo "make demo    install, then restart a real app under load and show what its clients saw"
@@ -35,6 +35,8 @@ help:
 	@echo "make lowest  the same with the lowest versions that pyproject.toml allows"
 	@echo "             all of them with another Python: make test PYTHON=python3.13"
 	@echo "make format  let ruff rewrite what it can"
+	@echo "make docs    the documentation as a site, in build/site/html"
+	@echo "make dist    sdist and wheel in dist/, checked"
 	@echo "make bench   the benchmarks; takes minutes, wants a quiet machine"
 	@echo "make clean   remove the virtual environments and every cache"
 
@@ -81,6 +83,16 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.docs
+	$(BIN)/python -m docs.site
+	cd build/site && $(abspath $(BIN))/zensical build --strict --clean
+
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist
+
 bench: $(VENV)/.dev debian
 	$(BIN)/python benchmarks/steady.py
 	$(BIN)/python benchmarks/restart.py
@@ -90,6 +102,7 @@ bench: $(VENV)/.dev debian
 	$(BIN)/python benchmarks/timewait.py
 	$(BIN)/python benchmarks/why.py
 	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/open.py
 	$(BIN)/python benchmarks/handoff.py
 	$(BIN)/python benchmarks/power.py
 	$(BIN)/python benchmarks/hostile.py
@@ -125,11 +138,15 @@ $(LOWEST)/.quick: pyproject.toml tests/lowest.py | $(BIN)/python
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/pip install --quiet --editable '.[all]' --group dev
-	@touch $@ $(VENV)/.quick $(VENV)/.demo
+	@touch $@ $(VENV)/.quick $(VENV)/.demo $(VENV)/.docs
 
 $(VENV)/.quick: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --editable '.[all]' --group quick
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --editable . --group docs
+	@touch $@
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --editable '.[demo]'
