@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -9,6 +10,8 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -50,41 +53,49 @@ def run(*command: str | Path, cwd: Path, expect: int | None = 0) -> str:
     return done.stdout
 
 
+@contextmanager
+def made_once(factory: pytest.TempPathFactory, name: str) -> Iterator[tuple[Path, bool]]:
+    """A directory that the processes of a test run share, and whether it is still to be filled; locked meanwhile."""
+    base = factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with place.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        place.mkdir(exist_ok=True)
+        yield place, not (place / "made").exists()
+        (place / "made").touch()
+
+
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the sdist, and the wheel that was built from it."""
     pytest.importorskip("build", reason="build is not installed (group release)")
-    directory = tmp_path_factory.mktemp("dist")
-    probe = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "--retries",
-        "0",
-        "-d",
-        str(directory / "probe"),
-    ]
-    if subprocess.run([*probe, "hatchling"], capture_output=True, timeout=DEADLINE_S, check=False).returncode:
-        pytest.skip("pip reaches no package index: nothing can be built or installed in a fresh environment")
-    run(sys.executable, "-m", "build", "--outdir", directory, ROOT, cwd=directory)
+    with made_once(tmp_path_factory, "dist") as (directory, is_new):
+        probe = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--retries", "0", "hatchling"]
+        if (
+            is_new
+            and subprocess.run(
+                [*probe, "-d", directory / "probe"], capture_output=True, timeout=DEADLINE_S, check=False
+            ).returncode
+        ):
+            pytest.skip("pip reaches no package index: nothing can be built or installed in a fresh environment")
+        if is_new:
+            run(sys.executable, "-m", "build", "--outdir", directory, ROOT, cwd=directory)
     return directory
 
 
 @pytest.fixture(scope="module")
 def fresh(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ``bin`` of a fresh environment that has the wheel."""
-    place = tmp_path_factory.mktemp("fresh")
-    run(sys.executable, "-m", "venv", place, cwd=place)
-    [wheel] = dist.glob("*.whl")
-    run(place / "bin" / "pip", "install", "-q", f"hotport[demo] @ {wheel.as_uri()}", cwd=place)
+    with made_once(tmp_path_factory, "fresh") as (place, is_new):
+        if is_new:
+            run(sys.executable, "-m", "venv", place, cwd=place)
+            [wheel] = dist.glob("*.whl")
+            run(place / "bin" / "pip", "install", "-q", f"hotport[demo] @ {wheel.as_uri()}", cwd=place)
     return place / "bin"
 
 
 def test_distributions_pass_the_checks_of_the_index(dist: Path) -> None:
-    files = [str(path) for path in dist.iterdir() if path.is_file()]
+    files = [str(path) for path in dist.glob("hotport-*") if path.is_file()]
     assert len(files) == 2
     run(sys.executable, "-m", "twine", "check", "--strict", *files, cwd=dist)
     run(Path(sys.executable).with_name("check-wheel-contents"), *(f for f in files if f.endswith(".whl")), cwd=dist)
