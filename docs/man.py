@@ -33,10 +33,10 @@ def man_page() -> str:
     lines = [f'.TH HOTPORT 1 "" "hotport {hotport.__version__}"']
     lines += [".SH NAME", rf"hotport \- {_escaped(group.help.rstrip('.').lower())}"]
     lines += [".SH SYNOPSIS", r".B hotport", r".I COMMAND", r"[OPTIONS] [ARGUMENTS]", ".SH COMMANDS"]
-    parent = click.Context(group, info_name="hotport")
+    parent = group.make_context("hotport", [], resilient_parsing=True)
     for name in COMMANDS:
         command = group.get_command(parent, name)
-        lines += _command(command, click.Context(command, info_name=name, parent=parent))
+        lines += _command(command, command.make_context(name, [], parent=parent, resilient_parsing=True))
     lines += [".SH ENVIRONMENT", "Each option of", ".B hotport serve", "has a variable:"]
     lines += [_escaped(", ".join(option.env for option in OPTIONS)) + "."]
     lines += [".SH FILES", *(line for name, says in FILES.items() for line in _item(name, says))]
