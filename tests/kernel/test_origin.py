@@ -33,9 +33,14 @@ def running(*command: str, **options: object) -> Iterator[subprocess.Popen[bytes
 
 
 def test_process_is_described_with_its_parents() -> None:
-    with running("sleep", "1000") as process:
+    with running("cat", "-u", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        process.stdout.readline()  # by then it is what it was started as
         found = describe(process.pid)
-    assert found.command == "sleep 1000"
+    assert found.command == "cat -u"
     assert found.origin.parents[0].endswith(f"(pid {os.getpid()})")
     assert (found.origin.is_left, found.origin.deleted, found.origin.container) == (False, (), None)
     assert describe(2**30).command == "?"
