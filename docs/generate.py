@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,12 +19,14 @@ from types import ModuleType
 from typing import Any, Final
 
 import click
+import msgspec
 
 import hotport
 import hotport.testing
 from docs.man import man_page
 from docs.picture import restart_picture
 from docs.states import states_page
+from hotport.churn.result import FORMAT, Result
 from hotport.cli import COMMANDS
 from hotport.errors import ExitCode
 from hotport.migrate.peers import PEERS, UNIT
@@ -301,6 +304,9 @@ def cli_page() -> str:
         assert command is not None
         context = command.make_context(name, [], parent=parent, resilient_parsing=True, **widths)
         parts.append(_help(f"hotport {name}", context))
+        if name == "churn":
+            context = command.make_context(name, ["compare"], parent=parent, resilient_parsing=True, **widths)
+            parts.append(_help("hotport churn compare", context))
     return "\n".join(parts)
 
 
@@ -628,6 +634,22 @@ def coming_from_page(peer: Peer) -> str:
     return "\n".join(part.strip("\n") + "\n" for part in [*parts, COMING_TAIL])
 
 
+# -- schemas ------------------------------------------------------------------------------------------------
+
+SCHEMA_ID: Final = "hotport-churn-result-{format}"
+
+
+def churn_schema() -> str:
+    """The JSON schema of what ``hotport churn --json`` writes."""
+    schema = msgspec.json.schema(Result)
+    head = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": SCHEMA_ID.format(format=FORMAT),
+        "title": f"A result of hotport churn, format {FORMAT}",
+    }
+    return json.dumps({**head, **schema}, indent=2, sort_keys=False) + "\n"
+
+
 # -- all of them --------------------------------------------------------------------------------------------
 
 #: What is written where.
@@ -641,6 +663,7 @@ PAGES: Final[dict[str, Callable[[], str]]] = {
     "docs/restart.svg": restart_picture,
     "docs/hotport.1": man_page,
     "docs/reference/strategies.md": strategies_page,
+    "docs/reference/churn-result.schema.json": churn_schema,
     **{f"docs/coming-from/{peer.name}.md": partial(coming_from_page, peer) for peer in (*PEERS, UNIT)},
 }
 

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from hotport.churn.fates import LOSSES, ConnectionEvent, Fate, Kind
+from hotport.churn.histogram import Histogram
 from hotport.churn.result import Lag, Result
 from hotport.churn.verdict import (
     answered_by,
@@ -16,6 +17,7 @@ from hotport.churn.verdict import (
     losses_of,
     milliseconds,
     sentences,
+    service_us,
     window,
 )
 from tests.churn import results
@@ -66,11 +68,12 @@ def test_nothing_attempted_is_nothing_learnt() -> None:
     assert (verdict.exit_code, verdict.why_invalid) == (2, ["no attempt was made"])
 
 
-def test_clean_run_is_one_sentence() -> None:
+def test_clean_run_is_one_sentence_and_how_sure_it_is() -> None:
     result = results.clean()
     attempts = attempts_of(result.totals)
     assert sentences(result) == [
-        f"3 restarts, {attempts:,} attempts, nothing lost; 40 clients were told to close and reconnected"
+        f"3 restarts, {attempts:,} attempts, nothing lost; 40 clients were told to close and reconnected",
+        "With 95 % confidence fewer than 0.050 % of attempts are lost",
     ]
 
 
@@ -84,7 +87,10 @@ def test_losses_are_told_by_fate_with_the_restarts_that_they_followed() -> None:
         "14 of 7 other kinds"
     )
     assert more[0] == "2 restarts (2 aborted); 20 clients reconnected; 11 idle connections were closed"
-    assert more[1:] == ["9 answers took longer than 500 ms"]
+    assert more[1:] == [
+        "With 95 % confidence between 3.4 % and 4.3 % of attempts are lost",
+        "9 answers took longer than 500 ms",
+    ]
 
 
 def test_losses_before_and_after_a_restart_are_told_apart() -> None:
@@ -113,13 +119,13 @@ def test_losses_that_were_allowed_are_still_told() -> None:
         extra={300: {(Kind.CONNECT, Fate.REFUSED): 2, (Kind.KEEPALIVE, ConnectionEvent.TOLD_TO_CLOSE): 1}},
         allowed={"refused": 5},
     )
-    (said,) = sentences(result)
+    said, _ = sentences(result)
     assert said.startswith("no restart, ")
     assert said.endswith(" attempts, nothing lost but what was allowed: 2 refused; 1 client was told to close")
 
 
 def test_invalid_run_says_so_before_anything_else() -> None:
-    first, second = sentences(results.invalid())
+    first, second, _ = sentences(results.invalid())
     assert first.startswith("THIS RUN MEANS NOTHING: engine 2 ended with exit code -9; this machine did not let 17")
     assert second.startswith("What was seen: 1 restart, ")
 
@@ -127,7 +133,7 @@ def test_invalid_run_says_so_before_anything_else() -> None:
 def test_run_that_was_ended_early_says_when() -> None:
     said = sentences(results.partial())
     assert said[0].startswith("1 restart, ")
-    assert said[1] == "The run was ended early, after 3.4 s"
+    assert said[2] == "The run was ended early, after 3.4 s"
 
 
 def test_restart_without_an_outcome_is_mentioned() -> None:
@@ -175,3 +181,26 @@ def test_durations_have_the_digits_that_mean_something(us: float, said: str) -> 
 def test_result_survives_json(build: object) -> None:
     result = build()  # type: ignore[operator]
     assert msgspec.json.decode(msgspec.json.encode(result), type=Result) == result
+
+
+def test_time_that_a_slow_answer_takes_by_itself_is_no_delay() -> None:
+    """Two seconds of a slow endpoint looked like two seconds of waiting for a restart."""
+    result = results.build(restarts=[results.mark(1, 1000, 1200)], accept_gap_ms=[None], duration_ms=4000)
+    without = latency_by_phase(result)
+    assert service_us(result) == 0
+    for bucket in result.buckets:
+        histogram = Histogram()
+        histogram.add(2_300_000 if 1000 <= bucket.at_ms < 1200 else 2_000_000)
+        bucket.latency["slow"] = histogram.counts
+    assert service_us(result) == pytest.approx(2_000_000, rel=0.01)
+    phases = latency_by_phase(result)
+    assert phases["during"].maximum == pytest.approx(300_000, rel=0.1)
+    assert phases["before"].maximum == without["before"].maximum
+
+
+def test_limit_that_was_not_kept_is_told_and_fails_the_run() -> None:
+    verdict = judge({"connect": {"answered": 9}}, lag=LAG, own_limits={}, failed=["too slow"])
+    assert (verdict.is_clean, verdict.exit_code, verdict.failed) == (False, 1, ["too slow"])
+    result = results.quiet()
+    result.verdict = verdict
+    assert sentences(result)[2] == "NOT KEPT: too slow"

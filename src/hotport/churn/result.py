@@ -118,9 +118,10 @@ class Verdict(msgspec.Struct):
 
     Attributes:
         is_valid: The engines kept their schedule and had what they needed; else `why_invalid` says what was missing.
-        is_clean: Nothing was lost, but for what was allowed.
+        is_clean: Nothing was lost, but for what was allowed, and every limit was kept.
         exit_code: 0 clean and valid, 1 something was lost, 2 the run means nothing.
         allowed: How many of which fate were no matter; None: any number.
+        failed: Limits that were asked for and not kept, a sentence each (`churn.gates`).
     """
 
     is_valid: bool
@@ -128,6 +129,7 @@ class Verdict(msgspec.Struct):
     exit_code: int
     why_invalid: list[str] = []
     allowed: dict[str, int | None] = {}
+    failed: list[str] = []
 
 
 class Result(msgspec.Struct):
@@ -139,6 +141,9 @@ class Result(msgspec.Struct):
         accept_gap_ms: For each restart the longest time around it without any new connection being answered;
             None where no client connected.
         totals: ``{kind: {fate or event: count}}`` over the whole run.
+        quiet_gap_ms: As `accept_gap_ms`, where no restart is felt; None where that cannot be told.
+        usual_gap_ms: The longest gap to be expected by chance around each restart, by how often clients connect: a
+            shorter one says nothing. None where no client connected.
     """
 
     format: int
@@ -161,3 +166,5 @@ class Result(msgspec.Struct):
     is_partial: bool
     verdict: Verdict
     machine: dict[str, Any]
+    quiet_gap_ms: float | None = None
+    usual_gap_ms: float | None = None

@@ -16,16 +16,28 @@ from typing import IO, Final, TypeVar
 
 import msgspec
 
+from hotport.churn.gates import Gates, failures
 from hotport.churn.histogram import Histogram
 from hotport.churn.machine import machine
 from hotport.churn.plan import Armed, Begin, End, Plan, Said, Summary, Tick
 from hotport.churn.restarts import Restarts
-from hotport.churn.result import FORMAT, Bucket, Incident, Lag, Load, RestartMark, Result
-from hotport.churn.verdict import LAG_P99_US_MAX, judge
+from hotport.churn.result import FORMAT, Bucket, Incident, Lag, Load, RestartMark, Result, Verdict
+from hotport.churn.verdict import LAG_P99_US_MAX, judge, window
 from hotport.errors import StartError
 from hotport.kernel.process import describe_exit
 
-__all__ = ["ENGINE", "Experiment", "Observer", "accept_gaps", "default_engines", "descriptors_needed", "run", "shares"]
+__all__ = [
+    "ENGINE",
+    "Experiment",
+    "Observer",
+    "accept_gaps",
+    "default_engines",
+    "descriptors_needed",
+    "quiet_gap",
+    "run",
+    "shares",
+    "usual_gap",
+]
 
 #: What an engine is.
 ENGINE: Final = (sys.executable, "-P", "-m", "hotport.churn.engine")
@@ -58,6 +70,7 @@ class Experiment:
     Attributes:
         plan: Of all engines together.
         allowed: How many of which fate are no matter; None: any number.
+        gates: What else the run has to keep.
         settle_s: The load ends so long after the last restart is over and its time between restarts has passed (a
             signal has no report of its end), even if the plan's end is later; None: with the plan.
         lag_p99_us_max: A run whose attempts began later than this means nothing.
@@ -69,6 +82,7 @@ class Experiment:
     allowed: Mapping[str, int | None] = field(default_factory=dict)
     settle_s: float | None = None
     lag_p99_us_max: float = LAG_P99_US_MAX
+    gates: Gates = field(default_factory=Gates)
 
 
 def _ignore(_: object) -> None:
@@ -90,8 +104,12 @@ class Observer:
 
 def default_engines(loads: Sequence[Load], cores: int) -> int:
     """Return as many engines as the load needs, and the machine has processors for."""
-    attempts = sum(load.rate + load.count * 1000 / max(10.0, load.think_ms) for load in loads)
-    return max(1, min(cores, math.ceil(attempts / ATTEMPTS_PER_ENGINE)))
+    return max(1, min(cores, math.ceil(attempts_a_second(loads) / ATTEMPTS_PER_ENGINE)))
+
+
+def attempts_a_second(loads: Sequence[Load]) -> float:
+    """Return about how many attempts a load makes while answers take no time."""
+    return sum(load.rate + load.count * 1000 / max(10.0, load.think_ms) for load in loads)
 
 
 def descriptors_needed(plan: Plan, engines: int) -> int:
@@ -137,6 +155,34 @@ def accept_gaps(answers_ms: Sequence[int], restarts: Sequence[RestartMark], end_
         max((after - before for before, after in pauses if after > mark.began_ms and before < until), default=None)
         for mark, until in zip(restarts, ends_ms, strict=True)
     ]
+
+
+def quiet_gap(answers_ms: Sequence[int], restarts: Sequence[RestartMark], end_ms: float) -> float | None:
+    """Return the longest time without an answer on a new connection where no restart is felt; None if there is none.
+
+    Args:
+        answers_ms: In order.
+    """
+    windows = [window(mark) for mark in restarts]
+    times = [0.0, *answers_ms, end_ms] if answers_ms else []
+    quiet = (
+        after - before
+        for before, after in pairwise(times)
+        if not any(began < after and before < ended for began, ended in windows)
+    )
+    return max(quiet, default=None)
+
+
+def usual_gap(answers: int, duration_ms: float, restarts: int) -> float | None:
+    """Return the longest gap to be expected by chance in the time from one restart to the next.
+
+    Clients connect at random moments, so gaps are exponentially distributed: the longest of n is on average the mean
+    times (ln n + 0.577).
+    """
+    if not answers or duration_ms <= 0:
+        return None
+    mean_ms = duration_ms / answers
+    return mean_ms * (math.log(max(1.0, answers / max(1, restarts))) + 0.577)
 
 
 async def run(experiment: Experiment, observer: Observer | None = None, stop: asyncio.Event | None = None) -> Result:
@@ -255,7 +301,8 @@ def _result(
             for mark in restarts
             if mark.outcome in {"failed", "timed out"}
         ]
-    return Result(
+    answers = sorted(answers_ms)
+    result = Result(
         format=FORMAT,
         target=plan.target,
         loads=plan.loads,
@@ -270,20 +317,26 @@ def _result(
         incidents=sorted(merger.incidents, key=lambda incident: incident.ended_ms),
         incidents_dropped=merger.incidents_dropped,
         restarts=restarts,
-        accept_gap_ms=accept_gaps(sorted(answers_ms), restarts, duration_ms),
+        accept_gap_ms=accept_gaps(answers, restarts, duration_ms),
+        quiet_gap_ms=quiet_gap(answers, restarts, duration_ms),
+        usual_gap_ms=usual_gap(len(answers), duration_ms, len(restarts)),
         lag=lag,
         own_limits=own_limits,
         is_partial=is_partial,
-        verdict=judge(
-            totals,
-            lag=lag,
-            own_limits=own_limits,
-            engine_errors=errors,
-            allowed=experiment.allowed,
-            lag_p99_us_max=experiment.lag_p99_us_max,
-        ),
+        verdict=Verdict(is_valid=False, is_clean=False, exit_code=2),
         machine=machine(),
     )
+    missing, failed = failures(experiment.gates, result)
+    result.verdict = judge(
+        totals,
+        lag=lag,
+        own_limits=own_limits,
+        engine_errors=errors + (missing if not is_partial else []),
+        allowed=experiment.allowed,
+        failed=failed,
+        lag_p99_us_max=experiment.lag_p99_us_max,
+    )
+    return result
 
 
 # -- buckets ------------------------------------------------------------------------------------------------

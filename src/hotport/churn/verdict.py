@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from hotport.churn.fates import LOSSES, ConnectionEvent, Fate
+from hotport.churn.certainty import bounds, percent
+from hotport.churn.fates import LOSSES, ConnectionEvent, Fate, Kind
 from hotport.churn.histogram import Histogram
 from hotport.churn.result import Bucket, Lag, RestartMark, Result, Verdict
 
@@ -29,6 +30,7 @@ __all__ = [
     "named",
     "named_connections",
     "sentences",
+    "service_us",
     "window",
 ]
 
@@ -70,6 +72,7 @@ def judge(
     own_limits: Mapping[str, int],
     engine_errors: Sequence[str] = (),
     allowed: Mapping[str, int | None] | None = None,
+    failed: Sequence[str] = (),
     lag_p99_us_max: float = LAG_P99_US_MAX,
 ) -> Verdict:
     """Judge whether a run is valid, and whether anything was lost in it.
@@ -78,6 +81,7 @@ def judge(
         totals: ``{kind: {fate or event: count}}``.
         engine_errors: What engines said in place of measuring on.
         allowed: How many of which fate are no matter, over all kinds of client; None: any number.
+        failed: Limits that were not kept.
     """
     allowed = dict(allowed or {})
     why = list(engine_errors)
@@ -89,13 +93,14 @@ def judge(
         )
     if not why and not attempts_of(totals):
         why.append("no attempt was made")
-    is_clean = not _not_allowed(losses_of(totals), allowed)
+    is_clean = not failed and not _not_allowed(losses_of(totals), allowed)
     return Verdict(
         is_valid=not why,
         is_clean=is_clean,
         exit_code=2 if why else 0 if is_clean else 1,
         why_invalid=why,
         allowed=allowed,
+        failed=list(failed),
     )
 
 
@@ -108,7 +113,7 @@ def sentences(result: Result) -> list[str]:
     if unexpected:
         restarts += f" ({', '.join(unexpected)})"
     lost = _lost(result, losses)
-    if result.verdict.is_clean and losses:
+    if losses and not _not_allowed(losses, result.verdict.allowed):
         first = f"{restarts}, {attempts} attempts, nothing lost but what was allowed: {lost}"
     elif losses:
         first = f"LOST {sum(losses.values()):,} of {attempts}: {lost}"
@@ -122,11 +127,20 @@ def sentences(result: Result) -> list[str]:
         said = [f"THIS RUN MEANS NOTHING: {'; '.join(result.verdict.why_invalid)}", f"What was seen: {first}"]
     if not result.verdict.is_clean:
         said += ["; ".join([restarts, *events])]
+    said += [f"NOT KEPT: {failure}" for failure in result.verdict.failed]
+    said.append(_how_sure(result, losses))
     if late := counts[Fate.LATE.value]:
         said.append(f"{count_of(late, 'answer')} took longer than {result.late_ms:g} ms")
     if result.is_partial:
         said.append(f"The run was ended early, after {result.duration_ms / 1000:.1f} s")
     return said
+
+
+def _how_sure(result: Result, losses: Mapping[str, int]) -> str:
+    low, high = bounds(sum(losses.values()), attempts_of(result.totals))
+    if not losses:
+        return f"With 95 % confidence fewer than {percent(high)} of attempts are lost"
+    return f"With 95 % confidence between {percent(low)} and {percent(high)} of attempts are lost"
 
 
 def counts_of(totals: Totals) -> Counter[str]:
@@ -164,8 +178,39 @@ def window(mark: RestartMark) -> tuple[float, float]:
 
 
 def latency_by_phase(result: Result) -> dict[str, Histogram]:
-    """Collect the latencies of whole answers by phase; a bucket that touches a restart counts as during it."""
+    """Collect the latencies of whole answers by phase; a bucket that touches a restart counts as during it.
+
+    Without the time that a slow answer takes by itself (`service_us`).
+    """
     histograms = {name: Histogram() for name in PHASES}
+    for kind, phases in _latencies(result).items():
+        service_us = service_us_of(kind, phases)
+        for name, histogram in phases.items():
+            histograms[name].merge((histogram.less(service_us) if service_us else histogram).counts)
+    return histograms
+
+
+def service_us_of(kind: str, phases: Mapping[str, Histogram]) -> float:
+    """Return how long the answers of a kind of client take by themselves, in microseconds; 0 for all but ``slow``.
+
+    It asks for something that takes its time. That is the target's service and no delay: the median without a restart.
+    """
+    if kind != Kind.SLOW.value:
+        return 0.0
+    undisturbed = Histogram(phases["before"].counts)
+    undisturbed.merge(phases["after"].counts)
+    return undisturbed.percentile(0.5)
+
+
+def service_us(result: Result) -> float:
+    """Return what `latency_by_phase` takes off the answers of ``slow``, in microseconds; 0 without any."""
+    found = _latencies(result).get(Kind.SLOW.value)
+    return service_us_of(Kind.SLOW.value, found) if found else 0.0
+
+
+def _latencies(result: Result) -> dict[str, dict[str, Histogram]]:
+    """Collect the latencies of whole answers by kind of client and by phase."""
+    found: dict[str, dict[str, Histogram]] = {}
     windows = [window(mark) for mark in result.restarts]
     first = min((began for began, _ in windows), default=float("inf"))
     for bucket in result.buckets:
@@ -174,9 +219,9 @@ def latency_by_phase(result: Result) -> dict[str, Histogram]:
             phase = "during"
         else:
             phase = "before" if end_ms <= first else "after"
-        for counts in bucket.latency.values():
-            histograms[phase].merge(counts)
-    return histograms
+        for kind, counts in bucket.latency.items():
+            found.setdefault(kind, {name: Histogram() for name in PHASES})[phase].merge(counts)
+    return found
 
 
 def answered_by(buckets: Iterable[Bucket]) -> dict[str, int]:

@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from hotport.churn.certainty import bounds, percent
 from hotport.churn.fates import ConnectionEvent, Fate
 from hotport.churn.histogram import Histogram
 from hotport.churn.result import Bucket, RestartMark, Result
@@ -35,6 +36,7 @@ from hotport.churn.verdict import (
     named,
     named_connections,
     sentences,
+    service_us,
 )
 from hotport.cli._bars import bars
 from hotport.cli.output import write
@@ -286,21 +288,30 @@ def _fates(result: Result, width: int) -> Table:
     """Fates and events as rows, kinds of client as columns; in words where there is no room for columns."""
     counts, losses = counts_of(result.totals), losses_of(result.totals)
     names = [name for name in _FATES if counts[name]]
-    headings = ["attempts", "all", *result.totals]
+    headings = ["attempts", "all", "95 %", *result.totals]
     is_wide = max(map(len, _FATES)) + sum(max(8, len(heading)) + 2 for heading in headings[1:]) <= width
-    table = _table(*(headings if is_wide else headings[:2]))
+    table = _table(*(headings if is_wide else headings[:3]))
     if not is_wide:
         table.add_column("", ratio=1)
+    attempts = attempts_of(result.totals)
     for name in names:
         found = {kind: of_kind.get(name, 0) for kind, of_kind in result.totals.items()}
         style = "red" if name in losses else ""
         row = [Text(name, style=style), Text(f"{counts[name]:,}", style=f"bold {style}")]
+        row.append(Text(_bounds(counts[name], attempts) if name in losses else "", style=style))
         if is_wide:
             row += [Text(f"{count:,}", style=style if count else "dim") for count in found.values()]
         else:
             row += [Text(", ".join(f"{count:,} {kind}" for kind, count in found.items() if count), style=style)]
         table.add_row(*row)
+    if attempts:
+        table.add_row("each other loss" if losses else "each loss", "0", _bounds(0, attempts), style="dim")
     return table
+
+
+def _bounds(lost: int, attempts: int) -> str:
+    low, high = bounds(lost, attempts)
+    return f"{percent(low)} - {percent(high)}" if lost else f"< {percent(high)}"
 
 
 def _latency(result: Result, width: int) -> Table:
@@ -310,9 +321,10 @@ def _latency(result: Result, width: int) -> Table:
         if len(histogram):
             values = [milliseconds(histogram.percentile(share)) for share in shares.values()]
             table.add_row(name, f"{len(histogram):,}", *values, milliseconds(histogram.maximum))
-    if result.restarts:
-        table.caption = f"during: until {MOMENT_MS / 1000:g} s after the end of a restart"
-        table.caption_justify = "left"
+    notes = [f"during: until {MOMENT_MS / 1000:g} s after the end of a restart"] if result.restarts else []
+    if taken_off := service_us(result):
+        notes.append(f"slow: without the {milliseconds(taken_off)} that its answers take by themselves")
+    table.caption, table.caption_justify = "\n".join(notes) or None, "left"
     return table
 
 
@@ -332,6 +344,11 @@ def _facts(result: Result) -> Table:
         if told := named_connections(mark):
             words.append(f"; connections: {told}", style="dim")
         facts.add_row("restart", f"{mark.number}", words)
+    if result.usual_gap_ms is not None and any(gap is not None for gap in result.accept_gap_ms):
+        quiet = "" if result.quiet_gap_ms is None else f"{result.quiet_gap_ms:,.0f} ms"
+        words = Text(f"accept gap without a restart; by chance {result.usual_gap_ms:,.0f} ms are to be expected")
+        words.append(" at this rate of connections", style="dim")
+        facts.add_row("undisturbed", quiet, words)
     found = list(answered_by(result.buckets).items())
     half = ANSWERED_SHOWN // 2
     for name, count in found if len(found) <= ANSWERED_SHOWN else found[:half]:

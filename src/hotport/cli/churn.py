@@ -10,17 +10,20 @@ import resource
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import click
 import msgspec
 
+from hotport.churn.certainty import attempts_to_prove, percent
 from hotport.churn.fates import LOSSES, ConnectionEvent, Fate, Kind
+from hotport.churn.gates import Gates, Limit
 from hotport.churn.plan import Plan
 from hotport.churn.restarts import AskHotport, How, Restarts, RunCommand, SendSignal
 from hotport.churn.result import Load
-from hotport.churn.run import Experiment, default_engines, descriptors_needed
+from hotport.churn.run import Experiment, attempts_a_second, default_engines, descriptors_needed
 from hotport.churn.target import BY_RATE, default_path, fitting, resolve
 from hotport.cli import HELP
 from hotport.cli._reportfile import ReportFile
@@ -37,6 +40,9 @@ DURATION_S: Final = 10.0
 
 #: Load after the last restart is over, so that what it left behind is seen.
 SETTLE_S: Final = 2.0
+
+#: Held connections ask less often than their thinking time allows for, by the time of the answers.
+PROOF_MARGIN: Final = 1.2
 
 #: With no kind given. Kinds that need an application made for them (`slow`, `upload`) are not among them.
 USUAL: Final[Mapping[Kind, float]] = {
@@ -136,7 +142,32 @@ def _allowed(given: _Given) -> dict[str, int | None]:
     return found
 
 
+def _limit(given: _Given) -> Limit:
+    """``50ms``, or ``3x``: times the undisturbed value."""
+    if part := re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)x", given.text):
+        if float(part[1]):
+            return Limit(times=float(part[1]))
+        raise _error("HP706", given, "nothing is 0 times as long as undisturbed", "3x")
+    try:
+        if (ms := parse_duration(given.text) * 1000) > 0:
+            return Limit(ms=ms)
+        cause = "a limit is above 0"
+    except ValueError as error:
+        cause = f"{error}; or times the undisturbed value: 3x"
+    raise _error("HP706", given, cause, "50ms")
+
+
+def _share(given: _Given) -> float:
+    """``0.01%``."""
+    part = re.fullmatch(r"([0-9]{1,2}(?:\.[0-9]{1,6})?) ?%", given.text)
+    if part is None or not float(part[1]):
+        raise _error("HP706", given, "a share of attempts is a percentage above 0 and below 100", "0.01%")
+    return float(part[1]) / 100
+
+
 RATE: Final = _Text("RATE", _rate)
+LIMIT: Final = _Text("LIMIT", _limit)
+SHARE: Final = _Text("PERCENT", _share)
 NUMBER: Final = _Text("N", _number)
 TIME: Final = _Text("TIME", _time)
 SIGNAL: Final = _Text("SIGNAL", _signal)
@@ -144,7 +175,22 @@ ALLOWED: Final = _Text("FATES", _allowed)
 FILE: Final = click.Path(path_type=Path, allow_dash=True)
 
 
-@click.command("churn", short_help="Restart a server under load, and say what each client met.", context_settings=HELP)
+class _Churn(click.Command):
+    """Takes ``compare`` in the place of a URL for another command."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args[:1] == ["compare"]:
+            from hotport.cli._compare import command as compare
+
+            return compare.make_context(f"{info_name} compare", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+
+@click.command(
+    "churn", cls=_Churn, short_help="Restart a server under load, and say what each client met.", context_settings=HELP
+)
 @click.argument("url")
 @click.option("--restart", "restart_command", metavar="CMD", help="Restart with this command, run by the shell.")
 @click.option("--hotport", "service", metavar="NAME", help="Restart this service of hotport's.")
@@ -169,32 +215,44 @@ FILE: Final = click.Path(path_type=Path, allow_dash=True)
 @click.option("--engines", type=click.IntRange(1, 256), help="Processes that make load.  [default: what it needs]")
 @click.option("--seed", type=click.IntRange(0, 2**31), help="Of all random choices.  [default: another each time]")
 @click.option("--allow", "allowed", type=ALLOWED, help="Losses that do not fail the run: 'refused=3,timed out=*'.")
+@click.option("--gap-max", type=LIMIT, help="Longest accept gap of a restart: 50ms, or 3x that without a restart.")
+@click.option("--p99-max", type=LIMIT, help="Highest p99 latency during restarts: 50ms, or 3x that without a restart.")
+@click.option("--reconnects-max", type=click.IntRange(0), metavar="N", help="Clients that may have to connect again.")
+@click.option("--prove", type=SHARE, help="Make load until no loss proves that fewer than this share are lost: 0.01%.")
 @click.option("--json", "json_path", type=FILE, metavar="FILE", help="Write everything as JSON; - is stdout.")
 @click.option("--html", "html_path", type=FILE, metavar="FILE", help="Write a page with everything in it.")
-def command(url: str, json_path: Path | None, html_path: Path | None, **options: Any) -> int:
+@click.option("--junit", "junit_path", type=FILE, metavar="FILE", help="Write the verdict as JUnit XML, for CI.")
+def command(url: str, json_path: Path | None, html_path: Path | None, junit_path: Path | None, **options: Any) -> int:
     """Put URL under load, restart its server meanwhile, and report the fate of every single attempt.
 
     URL is http://, https://, ws://, wss://, tcp://, udp:// or unix:PATH. Without any kind of client there is a
     mixture that suits it. The server is restarted by --restart, --hotport or --signal, or not at all.
 
-    Exit codes: 0 nothing was lost; 1 something was; 2 the run means nothing (usage, target, or this machine);
-    130 interrupted: what was seen until then is told.
+    Exit codes: 0 nothing was lost; 1 something was, or a limit was not kept; 2 the run means nothing (usage,
+    target, or this machine); 130 interrupted: what was seen until then is told.
+
+    `hotport churn compare A.json B.json` tells what differs between two runs.
     """
     words = console(stderr=True)
     experiment = _experiment(url, options)
     if not any(options[kind.value] for kind in Kind):
         words.print(f"the usual clients: {_shown(experiment.plan.loads)}", markup=False)
     with ExitStack() as stack:
-        files = [stack.enter_context(ReportFile(path)) for path in (json_path, html_path) if path]
+        paths = {"json": json_path, "html": html_path, "junit": junit_path}
+        files = {name: stack.enter_context(ReportFile(path)) for name, path in paths.items() if path}
         result = perform(experiment, words)
         with ExitStack() as reports:  # each is written whatever becomes of the others
-            if html_path:
+            if "junit" in files:
+                from hotport.churn.junit import junit
+
+                reports.callback(files["junit"].write, junit(result))
+            if "html" in files:
                 from hotport.churn.html import render
 
-                reports.callback(files[-1].write, render(result).encode())
-            if json_path:
-                reports.callback(files[0].write, msgspec.json.format(msgspec.json.encode(result)) + b"\n")
-            print_result(result, console(stderr=json_path == Path("-")))
+                reports.callback(files["html"].write, render(result).encode())
+            if "json" in files:
+                reports.callback(files["json"].write, msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+            print_result(result, console(stderr=Path("-") in paths.values()))
     return ExitCode.INTERRUPTED if result.is_partial else result.verdict.exit_code
 
 
@@ -214,6 +272,9 @@ def _experiment(url: str, options: Mapping[str, Any]) -> Experiment:
     """
     loads = _loads(url, options)
     restarts = _restarts(options)
+    gates = Gates(options["gap_max"], options["p99_max"], options["reconnects_max"], options["prove"])
+    if options["prove"]:
+        options, restarts = _prolonged(options, loads, restarts)
     duration_s = options["duration"] or (restarts.needs_s_max + SETTLE_S if restarts else DURATION_S)
     target = resolve(url, timeout_s=options["timeout"], verify_tls=not options["insecure"])
     plan = Plan(
@@ -235,7 +296,41 @@ def _experiment(url: str, options: Mapping[str, Any]) -> Experiment:
     engines = options["engines"] or default_engines(loads, len(os.sched_getaffinity(0)))
     check_descriptors(plan, engines)
     settle_s = SETTLE_S if restarts and not options["duration"] else None
-    return Experiment(plan, engines, restarts, options["allowed"] or {}, settle_s)
+    return Experiment(plan, engines, restarts, options["allowed"] or {}, settle_s, gates=gates)
+
+
+def _prolonged(
+    options: Mapping[str, Any], loads: Sequence[Load], restarts: Restarts | None
+) -> tuple[Mapping[str, Any], Restarts | None]:
+    """Restart as often as it takes to make enough attempts, and say how long that is.
+
+    Raises:
+        ConfigError: --duration is too short for it (HP715).
+    """
+    needed, rate = attempts_to_prove(options["prove"]), attempts_a_second(loads)
+    needs_s = math.ceil(needed / rate * PROOF_MARGIN)
+    share = percent(options["prove"])
+    if options["duration"] and options["duration"] < needs_s:
+        raise ConfigError(
+            "HP715",
+            f"cannot prove {share} in {format_duration(options['duration'])}",
+            cause=f"it takes {needed:,} attempts without a loss, and this load makes about {rate:,.0f} a second",
+            fix=f"--duration {needs_s}s",
+            note="or ask for more load",
+        )
+    if restarts:
+        times = max(restarts.times, math.ceil((needs_s - restarts.after_s) / restarts.every_s))
+        restarts = replace(restarts, times=times)
+    else:
+        options = {**options, "duration": options["duration"] or float(needs_s)}
+    often = f" and {restarts.times:,} restarts" if restarts else ""
+    console(stderr=True).print(
+        f"to prove that fewer than {share} are lost takes {needed:,} attempts without a loss: "
+        f"about {format_duration(float(needs_s))}{often} at about {rate:,.0f} attempts a second",
+        markup=False,
+        highlight=False,
+    )
+    return options, restarts
 
 
 def _loads(url: str, options: Mapping[str, Any]) -> list[Load]:
