@@ -23,6 +23,7 @@ import msgspec
 
 import hotport
 import hotport.testing
+from docs.logevents import log_events_page
 from docs.man import man_page
 from docs.picture import restart_picture
 from docs.states import states_page
@@ -662,6 +663,7 @@ PAGES: Final[dict[str, Callable[[], str]]] = {
     "docs/reference/states.md": states_page,
     "docs/restart.svg": restart_picture,
     "docs/hotport.1": man_page,
+    "docs/reference/log-events.md": log_events_page,
     "docs/reference/strategies.md": strategies_page,
     "docs/reference/churn-result.schema.json": churn_schema,
     **{f"docs/coming-from/{peer.name}.md": partial(coming_from_page, peer) for peer in (*PEERS, UNIT)},

@@ -11,8 +11,8 @@ for name in wrk chromium haproxy strace lsof systemd-analyze:systemd zsh fish ma
   command -v "${name%%:*}" >/dev/null || missing="$missing ${name##*:}"
 done
 servers=
-for name in nginx redis-server; do
-  command -v "$name" >/dev/null || servers="$servers $name"
+for name in nginx redis-server prometheus promtool:prometheus; do
+  command -v "${name%%:*}" >/dev/null || servers="$servers $name"
 done
 [ -n "$missing$servers" ] || exit 0
 
@@ -24,11 +24,14 @@ export DEBIAN_FRONTEND=noninteractive
 
 unpack() {
   mkdir -p build/debian/bin build/debian/packages/partial
-  apt-get -qq install -y --no-install-recommends --download-only -o Dir::Cache::archives="$PWD/build/debian/packages" "$@" &&
+  packages=
+  for name in "$@"; do packages="$packages ${name##*:}"; done
+  apt-get -qq install -y --no-install-recommends --download-only -o Dir::Cache::archives="$PWD/build/debian/packages" $packages &&
     for package in build/debian/packages/*.deb; do
       dpkg -x "$package" build/debian/root || return
     done &&
     for name in "$@"; do
+      name=${name%%:*}
       program=$(find "$PWD/build/debian/root/usr/bin" "$PWD/build/debian/root/usr/sbin" -name "$name")
       libraries=$PWD/build/debian/root/usr/lib/$(uname -m)-linux-gnu
       printf '#!/bin/sh\nLD_LIBRARY_PATH=%s exec %s "$@"\n' "$libraries" "$program" >"build/debian/bin/$name"

@@ -11,12 +11,16 @@ import pytest
 
 from benchmarks import report
 from docs.generate import OPTIONS_TAIL, PAGES, error_sites
+from docs.logevents import log_events
 from hotport.model.fates import Fate
 from hotport.options.loading import ENVIRONMENT_OTHERS
 from hotport.wire.messages import Report
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCE = ROOT / "src" / "hotport"
+
+#: A call of a logger with the name of an event, as it is usually written.
+EVENT = r'_?log\.(?:debug|info|warning|error|exception)\(\s*"([a-z_]+\.[a-z_.]+)"'
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -69,3 +73,12 @@ def test_the_architecture_page_names_modules_that_exist_and_every_room() -> None
     assert {name for name in re.findall(r"`(?:\w+/)*(\w+\.py)`", page) if name not in modules} == set()
     rooms = {f"{path.name}/" for path in SOURCE.iterdir() if (path / "__init__.py").exists()}
     assert {room for room in rooms if f"| `{room}`" not in page} == set()
+
+
+def test_every_log_event_is_listed_and_described_by_its_name() -> None:
+    events = log_events()
+    assert {"worker.lost", "service.starting", "log.dropped", "restart.committed", "*.failed"} <= events.keys()
+    called = {name for path in SOURCE.rglob("*.py") for name in re.findall(EVENT, path.read_text())}
+    assert called <= events.keys()
+    assert "why" in events["worker.lost"].fields
+    assert events["worker.lost"].levels == {"warning"}

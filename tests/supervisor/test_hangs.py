@@ -24,6 +24,7 @@ from hotport.model.service import Service
 from hotport.options import Options
 from hotport.supervisor import hangs as under_test
 from hotport.supervisor.contain import contained
+from hotport.supervisor.counters import Counters
 from hotport.supervisor.hangs import Hangs, Told, take_stack
 from hotport.supervisor.lags import WINDOW_S, Lags
 from hotport.supervisor.process import Hang, WorkerProcess
@@ -83,7 +84,7 @@ class World:
         """Watch for so long, do that, and watch on; return the log."""
         with structlog.testing.capture_logs() as logs:
             async with anyio.create_task_group() as self.tasks:
-                self.tasks.start_soon(Hangs(self, self.processes).watch)
+                self.tasks.start_soon(Hangs(self, self.processes, Counters("", is_on=False)).watch)
                 await anyio.sleep(seconds)
                 then()
                 await anyio.sleep(more_s)

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
+from hotport.adapters.counts import Counts
 from hotport.kernel.fork import withhold
 from hotport.model.fates import Fate
 from hotport.wire.envelope import Envelope
@@ -188,6 +189,8 @@ class Connections:
         self.moves: list[Move] = []
         #: One element, the number of open connections; other workers read it (`hotport.kernel.loadpage`).
         self.gauge: list[int] | memoryview = [0]
+        #: For metrics; None if nobody reads them.
+        self.counts: Counts | None = None
         self.accepted = 0
         self.adopted = 0
         self.requests = 0
@@ -208,6 +211,7 @@ class Connections:
         self.on_fewer: Callable[[], None] | None = None
         self._moving: set[Connection] = set()
         self._adopted: set[Connection] = set()
+        self._own: set[Connection] = set()
         self._kept: dict[object, int] = {}
         self._kept_sum = 0
         self._freed: asyncio.Event | None = None
@@ -233,6 +237,8 @@ class Connections:
         self.open[connection] = self._now()
         self.gauge[0] = len(self.open)
         self.accepted += 1
+        if self.counts is not None:
+            self.counts.opened(connection.kind)
         if (self._is_draining or self.moves_early) and self.is_leading:
             self.tell(connection)
         if self.maximum and self._is_over:
@@ -295,15 +301,23 @@ class Connections:
             self._freed.set()
             self._freed = None
 
+    def count_accepted(self) -> None:
+        """Count a registered connection as accepted in the metrics: `opened` does not know yet whether it was."""
+        if self.counts is not None:
+            self.counts.accepted()
+
     def count_adopted(self, connection: Connection) -> None:
         """Count a registered connection as adopted from another worker, not as accepted."""
         self.accepted -= 1
         self.adopted += 1
+        if self.counts is not None:
+            self.counts.adopted()
         self._adopted.add(connection)
 
-    def count_own(self) -> None:
+    def count_own(self, connection: Connection) -> None:
         """Do not count a registered connection as accepted: this process has both of its ends."""
         self.accepted -= 1
+        self._own.add(connection)
 
     def forget(self, connection: Connection) -> None:
         """Remove a connection, and do not count it: another worker keeps it."""
@@ -313,6 +327,9 @@ class Connections:
     def replace(self, connection: Connection, successor: Connection) -> None:
         """Put `successor` in the place of a connection's object, and notify it if the worker is leaving."""
         self.open[successor] = self.open.pop(connection)
+        if self.counts is not None:
+            self.counts.let_go(connection.kind)
+            self.counts.opened(successor.kind)
         if connection in self._adopted:
             self._adopted.remove(connection)
             self._adopted.add(successor)
@@ -326,6 +343,10 @@ class Connections:
             return
         if self._is_counting:
             self.fates[fate] += 1
+        if connection in self._own:
+            self._own.discard(connection)
+        elif self.counts is not None:
+            self.counts.closed(fate)
         if fate.is_cut:
             self.cuts[fate] += 1
 
@@ -333,6 +354,8 @@ class Connections:
         if self.open.pop(connection, None) is None:
             return False
         self.gauge[0] = len(self.open)
+        if self.counts is not None:
+            self.counts.let_go(connection.kind)
         self._adopted.discard(connection)
         if self._moving:
             self._stops_moving(connection)

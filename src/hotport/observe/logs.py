@@ -23,8 +23,19 @@ import msgspec
 from hotport.errors import visible
 from hotport.kernel.output import open_sink
 from hotport.observe.output import Output, stream_over
+from hotport.wire.counters import LOG_DROPPED
 
-__all__ = ["configure", "dropped", "flush", "get_logger", "get_shared_logger", "renderer", "revive", "write"]
+__all__ = [
+    "configure",
+    "count_dropped",
+    "dropped",
+    "flush",
+    "get_logger",
+    "get_shared_logger",
+    "renderer",
+    "revive",
+    "write",
+]
 
 #: How long a process that ends waits for a reader of its last lines.
 FLUSH_TIMEOUT_S: Final = 1.0
@@ -75,6 +86,11 @@ def write(text: str) -> None:
 def dropped() -> int:
     """Count the lines this process has dropped because too many were waiting."""
     return _look.output.dropped if _look.output is not None else 0
+
+
+def count_dropped(cells: memoryview | None) -> None:
+    """Count them in a page of counters, too, from now on; None: no more."""
+    _output().count_in(cells[LOG_DROPPED.start : LOG_DROPPED.end] if cells is not None else None)
 
 
 def flush(timeout_s: float = FLUSH_TIMEOUT_S) -> None:

@@ -70,6 +70,7 @@ class Output:
         self, sink: Sink, report: Callable[[int, str], str], *, waiting_bytes_max: int = WAITING_BYTES_MAX
     ) -> None:
         self.dropped = 0
+        self._counter: memoryview | None = None
         self._sink = sink
         self._report = report
         self._max = waiting_bytes_max
@@ -88,8 +89,20 @@ class Output:
         self._is_writing = False
         self._thread: threading.Thread | None = None
 
+    def count_in(self, counter: memoryview | None) -> None:
+        """Keep the number of dropped lines in the first cell of `counter`, too; forked children do not."""
+        with self._lock:
+            self._counter = counter
+            self._drop(0)
+
+    def _drop(self, lines: int) -> None:
+        self.dropped += lines
+        if self._counter is not None:
+            self._counter[0] = self.dropped
+
     def forget(self) -> None:
         """Drop the waiting lines in a forked child: the parent writes them."""
+        self._counter = None
         self._told = self.dropped = 0
         self._reset()
 
@@ -133,7 +146,7 @@ class Output:
             self._waiting.append(_Waiting(data, lines))
             self._size += len(data)
         else:
-            self.dropped += lines
+            self._drop(lines)
 
     def _put_report(self, beside: int) -> bool:
         """Report how many lines are missing here, if there is room for that and `beside` more bytes."""
@@ -181,7 +194,7 @@ class Output:
             self._told = max(self._told, what.tells)
 
     def _drop_all(self) -> None:
-        self.dropped += sum(each.lines for each in self._waiting)
+        self._drop(sum(each.lines for each in self._waiting))
         self._waiting.clear()
         self._size = 0
         self._will_tell = self._told

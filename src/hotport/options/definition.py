@@ -286,7 +286,8 @@ class Options:
     status_bind: str | None = _option(
         None,
         address(),
-        "Where to answer health checks (/ready, /live, HAProxy's agent-check), and show the service (/, /status).",
+        "Where to answer health checks (/ready, /live, HAProxy's agent-check) and Prometheus (/metrics), and show the "
+        "service (/, /status).",
     )
     strategy: StrategyChoice = _option(
         "auto",

@@ -25,6 +25,7 @@ from hotport.observe.logs import get_logger
 from hotport.options import Options
 from hotport.options.definition import LogLevel
 from hotport.supervisor.contain import Containing, retried
+from hotport.supervisor.counters import Counters
 from hotport.supervisor.foreign import find_unaware
 from hotport.supervisor.listeners import Listeners
 from hotport.supervisor.loop import Loop
@@ -73,6 +74,7 @@ class Fleet:
         owned: The service's listeners; the caller closes them.
         mend: Restores missing files of the runtime directory; called before a worker is started.
         pages: The load pages of adopted workers: see `Found`.
+        counters: Where workers count; the caller closes them.
 
     Attributes:
         has_cut: Whether a worker has cut connections, or was killed with some, while the service stopped.
@@ -92,6 +94,7 @@ class Fleet:
         mend: Callable[[], object],
         *,
         pages: Mapping[int, int],
+        counters: Counters,
     ) -> None:
         self.processes: dict[int, WorkerProcess] = {}
         self._notify: dict[int | None, socket.socket] = {None: notify_socket}
@@ -99,7 +102,10 @@ class Fleet:
         self._loop = loop
         self._owned = owned
         self._news = news
-        self.starter = Starter(name, directory, loop, owned, news, self.processes, self._begin, mend, pages=pages)
+        self._counters = counters
+        self.starter = Starter(
+            name, directory, loop, owned, news, self.processes, self._begin, mend, pages=pages, counters=counters
+        )
         self._remote_successors: tuple[str, ...] = ()
         self._unclaimed: list[socket.socket] = []  # accepted from a queue, for the next worker that accepts
         self._log = get_logger("hotport.supervisor")
@@ -195,6 +201,7 @@ class Fleet:
             why = process.collect()
         del self.processes[process.worker]
         self.starter.let_go(process.generation)
+        self._counters.fold()
         if process.released is not None:
             process.released.set()
         if process.error:
@@ -592,6 +599,9 @@ class Fleet:
                 self._note(worker, Event.QUIESCED, at_s)
                 self._loop.input(Said(worker, Event.QUIESCED))
             case Expired():
+                if (process := self.processes.get(worker)) and not process.has_expired:
+                    process.has_expired = True
+                    self._counters.count("expired")
                 self._loop.input(inputs.RecycleDue(worker))
             case Drained(fates=fates, moves=moves):
                 if process := self.processes.get(worker):

@@ -20,6 +20,7 @@ from hotport.model import inputs
 from hotport.model.hang import Case, Finding, Found, Look, judge, round_s
 from hotport.model.lifecycle import Phase
 from hotport.observe.logs import get_logger
+from hotport.supervisor.counters import Counters
 from hotport.supervisor.loop import Loop
 from hotport.supervisor.process import Hang, WorkerProcess
 from hotport.wire.messages import Inspection, InspectOrder
@@ -60,9 +61,10 @@ class Hangs:
         processes: The workers, by number; owned by the fleet.
     """
 
-    def __init__(self, loop: Loop, processes: Mapping[int, WorkerProcess]) -> None:
+    def __init__(self, loop: Loop, processes: Mapping[int, WorkerProcess], counters: Counters) -> None:
         self._loop = loop
         self._processes = processes
+        self._counters = counters
         self._cases: dict[int, Case] = {}
         self._log = get_logger("hotport.supervisor")
 
@@ -125,6 +127,7 @@ class Hangs:
             return
         match finding.found:
             case Found.HUNG:
+                self._counters.count("hung")
                 self._loop.start("hang", self._report, process, finding.silent_s)
             case Found.UNHUNG:
                 self._loop.input(inputs.Answered(process.worker))

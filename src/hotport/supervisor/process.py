@@ -71,6 +71,7 @@ class WorkerProcess:
         memory: The state stored with it last, for the next supervisor.
         is_leaving: Whether it was told to drain.
         owes: Whether it serves connections, and has not reported their fates.
+        has_expired: Whether it has asked to be replaced.
         has_cut: Whether it has reported that some of them were cut.
         expects: Names of workers for whose connections it reserves room.
         held: Listeners that it has, or is being given.
@@ -78,6 +79,7 @@ class WorkerProcess:
         stack_pipe: How to find its pipe for stacks; None if it has none.
         lags: The lag of its event loop.
         inspection: Its last answer about its state.
+        slot: Its name in metrics; -1 before it was seen there.
         silent_s: For how long it has not answered.
         hang: What was found out about it; None if it does not hang.
         telling: Held while something about its hanging is being logged.
@@ -109,7 +111,7 @@ class WorkerProcess:
         self.status = ""
         self.successors: tuple[str, ...] = ()
         self.memory: Memory | None = None
-        self.is_leaving = self.owes = self.has_cut = False
+        self.is_leaving = self.owes = self.has_cut = self.has_expired = False
         self.expects: set[str] = set()
         self.held: set[socket.socket] = set()
         self.releasing: dict[str, socket.socket] = {}
@@ -118,6 +120,7 @@ class WorkerProcess:
         self.lags = Lags()
         self.inspection: Inspection | None = None
         self.silent_s = self.watchdog_s = 0.0
+        self.slot = -1
         self.hang: Hang | None = None
         self.telling = anyio.Lock()
         self.is_watched = self.was_fed = self.has_failed = False

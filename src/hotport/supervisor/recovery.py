@@ -33,6 +33,7 @@ from hotport.supervisor.launch import PRIVATE_VARIABLES, Launch
 from hotport.supervisor.store import is_bound_to
 from hotport.wire.listenfds import parse_listen_environment
 from hotport.wire.messages import (
+    COUNTERS,
     LOAD_PAGE,
     PROTOCOL,
     Hello,
@@ -397,7 +398,7 @@ def _take(orphan: Orphan) -> None:
         pidfd = os.pidfd_open(orphan.pid)
         try:
             for fd, name in parse_listen_environment(environment, orphan.pid):
-                if name == LOAD_PAGE:
+                if name in (COUNTERS, LOAD_PAGE):
                     continue
                 listener = inherited_listener(duplicate_descriptor(pidfd, fd), is_in_use=True)
                 orphan.listeners[str(parse_listener_name(name))] = listener

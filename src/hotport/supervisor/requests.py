@@ -45,7 +45,7 @@ from hotport.wire.messages import (
     WorkerTls,
 )
 
-__all__ = ["Hear", "describe", "keep", "reload_tls", "restart", "scale", "undo"]
+__all__ = ["Hear", "describe", "keep", "lag_s", "reload_tls", "restart", "scale", "undo"]
 
 #: Called with each announcement about a restart, and the milliseconds since it began.
 Hear: TypeAlias = Callable[[Announce, float], None]
@@ -427,7 +427,7 @@ def _describe_worker(process: WorkerProcess, phase: Phase, seen: Inspection | No
         log_dropped=seen.log_dropped if seen else None,
         timeouts=seen.timeouts if seen else None,
         cuts=seen.cuts if seen else {},
-        lag_s=_lag_s(process),
+        lag_s=None if (lag := lag_s(process)) is None else round(lag, 3),
         hung_s=round(process.silent_s, 3) if process.hang else None,
         hung_at=process.hang.at if process.hang else "",
         stack=process.hang.stack if process.hang else "",
@@ -435,7 +435,7 @@ def _describe_worker(process: WorkerProcess, phase: Phase, seen: Inspection | No
     )
 
 
-def _lag_s(process: WorkerProcess) -> float | None:
+def lag_s(process: WorkerProcess) -> float | None:
     """How long a worker's event loop was blocked at most in the last minute; it may still be."""
     worst_s = process.lags.worst_s(anyio.current_time() - WINDOW_S)
-    return None if worst_s is None and not process.silent_s else round(max(worst_s or 0.0, process.silent_s), 3)
+    return None if worst_s is None and not process.silent_s else max(worst_s or 0.0, process.silent_s)

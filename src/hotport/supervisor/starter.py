@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Final
 
 import anyio
@@ -22,13 +23,14 @@ from hotport.model.strategies import Strategy
 from hotport.observe.logs import get_logger
 from hotport.options import Options
 from hotport.supervisor.contain import Containing, retried
+from hotport.supervisor.counters import Counters
 from hotport.supervisor.launch import Launch
 from hotport.supervisor.listeners import Listeners
 from hotport.supervisor.loop import Loop
 from hotport.supervisor.news import Publisher
 from hotport.supervisor.process import LAST_WORDS_S, WorkerProcess
 from hotport.supervisor.template import Template
-from hotport.wire.messages import LOAD_PAGE, worker_socket
+from hotport.wire.messages import COUNTERS, LOAD_PAGE, worker_socket
 
 __all__ = ["Starter"]
 
@@ -51,6 +53,7 @@ class Starter:
         begun: Adds a worker that was started, and watches it.
         mend: Restores missing files of the runtime directory; called before a worker is started.
         pages: The load pages of adopted workers: see `Found`.
+        counters: Where workers count; the caller closes them.
 
     Descriptors: owns the template and the load page of each generation.
     """
@@ -67,6 +70,7 @@ class Starter:
         mend: Callable[[], object],
         *,
         pages: Mapping[int, int],
+        counters: Counters,
     ) -> None:
         self._name = name
         self._directory = directory
@@ -77,6 +81,7 @@ class Starter:
         self._begun = begun
         self._mend = mend
         self._pages = dict(pages)
+        self._counters = counters
         self._templates: dict[int, Template] = {}
         self._waiting: dict[int, tuple[int, Launch]] = {}
         self._late: set[int] = set()  # of these, those that wait for their turn
@@ -170,18 +175,21 @@ class Starter:
         passed = {listener_name(parse_address(address)): each.fileno() for address, each in listeners.items()}
         if launch.options.balance != "off" and not launch.options.command:
             passed |= self._page(generation)
-        if template is not None:
-            child = template.fork(launch.spec(self._name, self._directory, generation, worker), passed)
-        else:
-            child = spawn(
-                launch.argv(self._name, generation, worker),
-                environment=launch.worker_environment(self._name, self._directory, generation, worker),
-                cwd=launch.directory,
-                listeners=list(passed.values()),
-                listen_names=list(passed),
-                held=() if launch.options.command else numbers(WORKER.keys()),
-                identity=launch.identity,
-            )
+        with self._counting(worker, generation, launch) as page:
+            passed |= page
+            if template is not None:
+                child = template.fork(launch.spec(self._name, self._directory, generation, worker), passed)
+            else:
+                child = spawn(
+                    launch.argv(self._name, generation, worker),
+                    environment=launch.worker_environment(self._name, self._directory, generation, worker),
+                    cwd=launch.directory,
+                    listeners=list(passed.values()),
+                    listen_names=list(passed),
+                    held=() if launch.options.command else numbers(WORKER.keys()),
+                    identity=launch.identity,
+                )
+        self._counters.count("started")
         path = os.path.join(launch.place(self._directory), worker_socket(generation, worker))
         process = WorkerProcess(worker, generation, child, path, is_foreign=bool(launch.options.command))
         process.held = set(listeners.values())
@@ -189,6 +197,21 @@ class Starter:
         self._begun(process, launch.options)
         timeout_s = launch.options.ready_timeout_s
         self._lower_priority(child.pid, timeout_s, lambda: self._processes.get(worker) is process)
+
+    @contextmanager
+    def _counting(self, worker: int, generation: int, launch: Launch) -> Iterator[dict[str, int]]:
+        """A page in which a new worker counts, by its name among the descriptors; none if that cannot be."""
+        page: dict[str, int] = {}
+        if self._counters.is_on and not launch.options.command:
+            try:
+                page[COUNTERS] = self._counters.make_page(generation, worker)
+            except (HotportError, OSError) as error:
+                self._log.warning("metrics.off", worker=worker, generation=generation, error=str(error))
+        try:
+            yield page
+        finally:
+            for fd in page.values():
+                os.close(fd)
 
     # -- templates -----------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from anyio.abc import ByteStream, SocketStream
 from hotport.model.service import Stage
 from hotport.observe.logs import get_logger
 from hotport.options import Options
+from hotport.supervisor import metrics
 from hotport.supervisor.contain import Containing, retried
 from hotport.supervisor.feed import Feed
 from hotport.supervisor.requests import describe
@@ -290,6 +291,10 @@ async def _events(supervisor: Supervisor, request: Request) -> Reply:
     return Reply("", "text/event-stream", has_events=True)
 
 
+async def _metrics(supervisor: Supervisor, request: Request) -> Reply:
+    return Reply(*await metrics.render(supervisor, request.fields.get("accept", "")))
+
+
 #: What answers GET and HEAD, by path.
 ROUTES: Final[Mapping[str, Handler]] = {
     "/": _page,
@@ -297,6 +302,7 @@ ROUTES: Final[Mapping[str, Handler]] = {
     "/ready": _ready,
     "/live": _live,
     "/status": _status,
+    "/metrics": _metrics,
 }
 
 

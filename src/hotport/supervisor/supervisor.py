@@ -33,6 +33,7 @@ from hotport.observe.logs import get_logger, set_level
 from hotport.options import Options
 from hotport.options.definition import LogLevel
 from hotport.supervisor.contain import Containing, contained, retried
+from hotport.supervisor.counters import Counters
 from hotport.supervisor.fleet import Fleet
 from hotport.supervisor.hangs import Hangs
 from hotport.supervisor.health import watch_health
@@ -130,8 +131,18 @@ class Supervisor:
         self.owned = Listeners(found.listeners, self._asked_of(found), shared=found.shared)
         self.service = Service(wanted=options.workers)
         self.news = Publisher(name, manager, Recorder(directory), self.owned.dropped)
+        self.counters = Counters(directory, is_on=options.status_bind is not None)
+        self.news.subscribe(self.counters.hear)
         self.fleet = Fleet(
-            name, directory, notify_socket, self, self.owned, self.news, partial(mend, self), pages=found.pages
+            name,
+            directory,
+            notify_socket,
+            self,
+            self.owned,
+            self.news,
+            partial(mend, self),
+            pages=found.pages,
+            counters=self.counters,
         )
         self.hooks = Hooks(name, self, self.news)
         self.history = History(self.fleet.processes)
@@ -181,7 +192,7 @@ class Supervisor:
             self.keep("manager", self.news.manager.run)
             if self._status_port is not None:
                 self.keep("history", self.history.keep)
-            self.keep("hangs", Hangs(self, self.fleet.processes).watch)
+            self.keep("hangs", Hangs(self, self.fleet.processes, self.counters).watch)
             await retried("begin", anyio.lowlevel.checkpoint)  # signals are handled before anything is started
             self._adopt()
             await retried("inputs", self._take_inputs)
@@ -328,9 +339,11 @@ class Supervisor:
             yield self._status_port.listener.fileno()
 
     def close(self) -> None:
-        """Close the fleet's descriptors and the listeners; the caller unlinks paths."""
+        """Close the fleet's descriptors, the listeners and the counters; the caller unlinks paths."""
         self.fleet.close()
         self.owned.close()
+        has_ended = self.begun.is_set() and self.finished.is_set()
+        self.counters.close(is_last=has_ended and not (self.is_departing or self.is_succeeded))
 
     def input(self, event: inputs.Input) -> None:
         """Put an input at the end of the queue."""

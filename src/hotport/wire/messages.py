@@ -22,6 +22,7 @@ from hotport.options import Options
 from hotport.options.definition import LogLevel
 
 __all__ = [
+    "COUNTERS",
     "LOAD_PAGE",
     "PROTOCOL",
     "TEMPLATE",
@@ -39,6 +40,9 @@ __all__ = [
 
 #: What the page in which workers see each other's load is called among the descriptors that a worker is started with.
 LOAD_PAGE: Final = "load"
+
+#: The name of the page in which a worker counts, likewise.
+COUNTERS: Final = "counters"
 
 #: The name of a template's socket among its descriptors.
 TEMPLATE: Final = "template"

@@ -19,7 +19,7 @@ from hotport.kernel.sockets import bind_control, inherited_listener
 from hotport.kernel.stacks import StackPipe
 from hotport.observe import logs
 from hotport.wire.listenfds import LISTEN_VARIABLES, parse_listen_environment
-from hotport.wire.messages import LOAD_PAGE, TEMPLATE, Import, WorkerSpec, worker_socket
+from hotport.wire.messages import COUNTERS, LOAD_PAGE, TEMPLATE, Import, WorkerSpec, worker_socket
 from hotport.worker import template
 from hotport.worker.worker import Worker
 
@@ -51,8 +51,10 @@ def main() -> int:
             return ready
         spec, passed, application, imports = ready
         _configure_logs(spec)
-    page = next((fd for fd, name in passed if name == LOAD_PAGE), -1)
-    listeners = {str(parse_listener_name(name)): inherited_listener(fd) for fd, name in passed if fd != page}
+    page, counters = (next((fd for fd, name in passed if name == wanted), -1) for wanted in (LOAD_PAGE, COUNTERS))
+    listeners = {
+        str(parse_listener_name(name)): inherited_listener(fd) for fd, name in passed if fd not in (page, counters)
+    }
     path = os.path.join(spec.directory, worker_socket(spec.generation, spec.worker))
     try:
         control = bind_control(path)
@@ -70,6 +72,7 @@ def main() -> int:
             path,
             notify_path=notify_path,
             page=page,
+            counters=counters,
             application=application,
             imports=imports,
             stack=pipe.identity,

@@ -295,6 +295,7 @@ class Acceptor:
             log.exception("the application's protocol factory failed; the connection is closed")
             accepted.close()
             return
+        self._connections.count_accepted()
         protocol.sock = accepted  # type: ignore[attr-defined]
         protocol.endpoints = (peer, self._sockname or accepted.getsockname())  # type: ignore[attr-defined]
         if self._proxies is not None and self._proxies.peer(peer):

@@ -37,7 +37,7 @@ async def probe(adapter: Adapter, connections: Connections, path: str, timeout_s
         accepted = PlainSocket(theirs.family, theirs.type, theirs.proto, fileno=theirs.detach())
         protocol = adapter.connection()
         protocol.sock = accepted  # type: ignore[attr-defined]
-        connections.count_own()
+        connections.count_own(protocol)  # type: ignore[arg-type]
         attach(loop, accepted, protocol, connections)
         begin = b""
         try:

@@ -159,6 +159,7 @@ class ConnectionServer:
         self._is_accepting = False
         connections.on_full = self._on_full
         connections.on_room = self._on_room
+        self._count_certificates()
 
     def _acceptors_of(self, listener: socket.socket) -> list[Acceptor]:
         each = (listener, *(listener.dup() for _ in range(self._tasks - 1)))
@@ -263,6 +264,11 @@ class ConnectionServer:
     def reload_tls(self) -> None:
         if self._tls is not None:
             self._tls.reload()
+            self._count_certificates()
+
+    def _count_certificates(self) -> None:
+        if self._tls is not None and self.connections.counts is not None:
+            self.connections.counts.certificates(self._tls.expire_at)
 
     def _stop_acceptors(self) -> None:
         for acceptor in self._acceptors:

@@ -33,6 +33,7 @@ class Tls:
 
     Attributes:
         context: For new handshakes; handshakes under way keep theirs.
+        expire_at: When each certificate of the option expires, in seconds since the epoch; 0 if that is unknown.
 
     Descriptors: has some if connections move (`tls_handoff`); `close` closes them.
 
@@ -47,6 +48,7 @@ class Tls:
         self._clients = ""
         self._log: KeyLog | None = None
         self._why_no_log = "tls_handoff is off"
+        self.expire_at: tuple[float, ...] = ()
         self.context = self._read()
         if options.tls_handoff == "on":
             _check_for_ciphers()
@@ -105,9 +107,13 @@ class Tls:
         files = options.tls_cert
         keys = options.tls_key or (None,) * len(files)
         contexts = [load_certificate(file, key) for file, key in zip(files, keys, strict=True)]
+        found = [
+            _describe(file, context, is_chosen=context is not contexts[0])
+            for file, context in zip(files, contexts, strict=True)
+        ]
         by_name: dict[str, ServerContext] = {}
-        for file, context in zip(files, contexts, strict=True):
-            for name in _names(file, context, is_chosen=context is not contexts[0]):
+        for context, description in zip(contexts, found, strict=True):
+            for name in description.names:
                 by_name.setdefault(name, context)
         for context in contexts:
             if self._alpn:
@@ -117,6 +123,7 @@ class Tls:
         self._contexts, self._clients = contexts, _describe_clients(contexts[0], options.tls_client_ca)
         if len(contexts) > 1:
             contexts[0].sni_callback = _chooser(by_name)
+        self.expire_at = tuple(description.expires_at for description in found)
         return contexts[0]
 
 
@@ -144,8 +151,8 @@ def _check_for_ciphers() -> None:
         )
 
 
-def _names(file: str, context: ServerContext, *, is_chosen: bool) -> tuple[str, ...]:
-    """Return the names in a certificate; raise if it has none and must be chosen by name."""
+def _describe(file: str, context: ServerContext, *, is_chosen: bool) -> Description:
+    """Describe a certificate, as far as OpenSSL can; raise if it has no name and must be chosen by name."""
     description: Description | None = None
     try:
         description = describe(context)
@@ -161,7 +168,7 @@ def _names(file: str, context: ServerContext, *, is_chosen: bool) -> tuple[str, 
             cause=f"several certificates are given, and {cause}",
             fix=f"openssl x509 -in {shlex.quote(file)} -noout -subject -ext subjectAltName,extendedKeyUsage",
         )
-    return description.names if description is not None else ()
+    return description or Description((), 0.0)
 
 
 def _chooser(

@@ -24,9 +24,11 @@ import msgspec
 
 import hotport
 from hotport.adapters.base import Connection, Connections, Context
+from hotport.adapters.counts import Counts
 from hotport.adapters.target import load_application
 from hotport.channel import Channel
 from hotport.errors import ControlError, ExitCode, HotportError, KernelError, StartError
+from hotport.kernel.counterpage import CounterPage
 from hotport.kernel.fds import private_directory
 from hotport.kernel.fork import withhold
 from hotport.kernel.inotify import Watch
@@ -43,7 +45,7 @@ from hotport.kernel.sockets import (
 )
 from hotport.model.fates import by_name
 from hotport.model.signals import NOTES, SUSPENDING, TERMINATING, WORKER, Does, Moment
-from hotport.observe.logs import dropped, get_logger, revive, set_level
+from hotport.observe.logs import count_dropped, dropped, get_logger, revive, set_level
 from hotport.options import Options
 from hotport.wire.frames import FrameDecoder, encode_frame
 from hotport.wire.messages import (
@@ -132,6 +134,7 @@ class Worker:
         control: Bound and listening on `control_path`; both are owned from here on.
         notify_path: The socket for ``READY=1``; None sends nothing.
         page: The descriptor of the load page, owned from here on; -1 if there is none.
+        counters: That of its page of counters, likewise.
         application: What a template has loaded; None to load it here.
         stack: How a supervisor finds this process's `hotport.kernel.stacks.StackPipe`.
     """
@@ -145,6 +148,7 @@ class Worker:
         *,
         notify_path: str | None,
         page: int = -1,
+        counters: int = -1,
         application: Any = None,
         imports: Sequence[Import] = (),
         stack: tuple[int, int] | None = None,
@@ -174,6 +178,13 @@ class Worker:
             self._page = LoadPage(page, spec.worker) if page >= 0 else None
         except OSError as error:
             self._log.warning("balance.off", error=str(error))
+        self._counters: CounterPage | None = None
+        try:
+            self._counters = CounterPage(counters) if counters >= 0 else None
+        except OSError as error:
+            self._log.warning("metrics.off", error=str(error))
+        if self._counters is not None:
+            count_dropped(self._counters.cells)
         self._is_quiesced = False
         self._following: asyncio.Task[None] | None = None  # while quiesced, the task that hands off connections
         # A service manager may signal all processes at once, so a leaving worker also serves queued connections.
@@ -207,6 +218,9 @@ class Worker:
             self._lag.close()
             if self._page is not None:
                 self._page.close()
+            if self._counters is not None:
+                count_dropped(None)
+                self._counters.close()
             if self._pressure is not None:
                 self._pressure.close()
             for peer in list(self._peers):
@@ -253,6 +267,8 @@ class Worker:
             maximum=options.connections_max or max(16, limit - RESERVED_DESCRIPTORS),
             requests_max=_with_jitter(options.max_requests, options.max_requests_jitter),
         )
+        if self._counters is not None:
+            connections.counts = Counts(self._counters.cells, self._counters.seconds)
         connections.on_requests_max = lambda: self._expire(f"served {connections.requests} requests")
         context = Context(connections, self._spec.service, self._spec.generation, self._spec.worker)
         application = self._application

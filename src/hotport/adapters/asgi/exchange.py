@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 from functools import lru_cache
+from time import perf_counter
 from typing import Any, Final, Protocol, cast
 
 from hotport.adapters.asgi import requestid
@@ -15,6 +16,7 @@ from hotport.adapters.asgi.shared import Shared
 from hotport.adapters.asgi.spec import Application, Message, Scope
 from hotport.adapters.asgi.stacks import waiting_place
 from hotport.adapters.asgi.states import ANSWERED, HELD, STREAMING, TRAILING, WAITING
+from hotport.adapters.counts import NO_ANSWER
 from hotport.options import format_duration
 
 __all__ = ["CLIENT_LEFT", "CUT", "TOO_SLOW", "Answering", "ClientLeft", "Exchange", "Requesting"]
@@ -116,6 +118,7 @@ class Exchange:
         "is_gone",
         "keeps_alive",
         "length",
+        "method",
         "received",
         "request",
         "scope",
@@ -141,6 +144,7 @@ class Exchange:
             self.request[requestid.KEY] = scope["state"][requestid.KEY]
         #: Bytes of the answer's body that were written.
         self.sent = 0
+        #: When the application was called (`perf_counter`), if the access log or metrics ask for it; 0 before.
         self.began = 0.0
         self.task: asyncio.Task[None] | None = None
         #: Body bytes that the application has not received; a bytearray once it has grown.
@@ -156,7 +160,8 @@ class Exchange:
         #: Bytes of memory that the waiting request takes, without its body.
         self.held_bytes = 0
         self._is_http10 = is_http10
-        self._is_head = scope["method"] == "HEAD"
+        self.method = method = scope["method"]
+        self._is_head = method == "HEAD"
         self._sent_before = 0  # `sent` when the application waited last
         self._is_delivered = False
         self._is_told = False  # the application was told that the client has left
@@ -186,12 +191,18 @@ class Exchange:
         if self._wakeup is not None:  # as in `wake`, without a call
             self._wakeup.set()
 
-    def leave(self, why: str = CLIENT_LEFT) -> None:
-        """Drop the rest of the answer, which has no reader now; only the first `why` is kept."""
+    def leave(self, why: str = CLIENT_LEFT, status: int = NO_ANSWER) -> None:
+        """Drop the rest of the answer, which has no reader now; only the first `why` is kept.
+
+        Args:
+            status: What the client gets in place of an answer.
+        """
         if self.request is not None:
             self.log(self.status)
         if not self.is_gone:
             self.is_gone, self._why_gone = True, why
+            if self.stage != ANSWERED and (self.began or status):
+                self.count(status)
         self._unblock()
         self.wake()
 
@@ -201,6 +212,12 @@ class Exchange:
         request, self.request = self.request, None
         if access is not None and request is not None:
             access.ended(request, status, self.sent, self.began)
+
+    def count(self, status: int) -> None:
+        """Count the request in the metrics; to be called once, before the last of its answer is written."""
+        count = self.connection.shared.count_request
+        if count is not None:
+            count(self.method, status, self.began or perf_counter())
 
     def _unblock(self) -> None:
         if self._blocked is not None and not self._blocked.done():
@@ -251,6 +268,8 @@ class Exchange:
         connection, task = self.connection, self.task
         shared = connection.shared
         shared.registry.timeouts += 1
+        if shared.registry.counts is not None:
+            shared.registry.counts.timed_out()
         self._log_place("the application took longer than request_timeout (%s) and is cancelled: %s")
         if self.stage < STREAMING:
             self._make_up(503, b"the request took too long\n")
@@ -325,7 +344,8 @@ class Exchange:
             if self.connection.transport.is_closing():
                 # A write has failed. `connection_lost` comes in the event loop's next turn, which never begins if an
                 # application only sends: nothing pauses it any more.
-                self.is_gone = self._is_told = True
+                self.leave()
+                self._is_told = True
                 raise ClientLeft
             self._write(message.get("body", b""), is_end=not message.get("more_body", False))
             if self.sent - self._sent_before > BURST_BYTES and self.stage == STREAMING:
@@ -472,6 +492,10 @@ class Exchange:
             if is_end and not self._has_trailers:
                 parts.append(b"0\r\n\r\n")
 
+        if self.began and is_end and not self._has_trailers:  # as in `count`, without a call
+            count = self.connection.shared.count_request
+            if count is not None:
+                count(self.method, self.status, self.began)
         if size > JOIN_BYTES_MAX and self.connection.shared.can_gather:
             self.connection.transport.writelines(parts)
         elif parts:
@@ -505,6 +529,8 @@ class Exchange:
             if self.framing != BODYLESS and not await send_file(cast("Requesting", self.connection), self, file, size):
                 self._is_told = True
                 raise ClientLeft
+        if not self._has_trailers:
+            self.count(self.status)
         if after:
             self.connection.transport.write(after)
         if self._has_trailers:
@@ -551,6 +577,7 @@ class Exchange:
             self._trailers.append(render_field(tuple(field))[1])
         if message.get("more_trailers", False):
             return
+        self.count(self.status)
         if self.framing == CHUNKED:
             wants = any(name == b"te" and b"trailers" in value.lower() for name, value in self.scope["headers"])
             self.connection.transport.write(b"".join((b"0\r\n", *(self._trailers if wants else ()), b"\r\n")))

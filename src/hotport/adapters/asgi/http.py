@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from hotport.adapters.asgi import requestid
 from hotport.adapters.asgi.deadlines import Pace
-from hotport.adapters.asgi.exchange import CUT, TOO_SLOW, UNTIL_CLOSE, Exchange
+from hotport.adapters.asgi.exchange import CLIENT_LEFT, CUT, TOO_SLOW, UNTIL_CLOSE, Exchange
 from hotport.adapters.asgi.handshake import Resumption, is_handshake
 from hotport.adapters.asgi.proxy import forwarded
 from hotport.adapters.asgi.reader import END_OF_HEAD, Intake, Reader, Target
@@ -28,6 +28,7 @@ from hotport.adapters.asgi.states import ANSWERED, HELD, STATES, STREAMING, Mann
 from hotport.adapters.asgi.tls import tls_extension
 from hotport.adapters.asgi.websocket import SPREAD, WebSocketConnection
 from hotport.adapters.base import Offer, Ready
+from hotport.adapters.counts import NO_ANSWER
 from hotport.adapters.handoff import (
     Handoff,
     Stage,
@@ -217,6 +218,7 @@ class HttpConnection(asyncio.Protocol):
         current = self._current
         if manner is Manner.REFUSE and current is not None:
             current.log(503)
+            current.leave(CUT, 503)
         for exchange in (current, *self._pipeline):
             if exchange is not None:
                 exchange.leave(CUT)
@@ -608,7 +610,7 @@ class HttpConnection(asyncio.Protocol):
             return
         if broken is not None:  # its body is broken; otherwise there is no exchange
             broken.log(status if broken.stage < STREAMING else broken.status)
-            broken.leave()
+            broken.leave(CLIENT_LEFT, status if broken.stage < STREAMING else NO_ANSWER)
             if self._pipeline:
                 self._pipeline.pop()
             elif broken.stage == ANSWERED:
@@ -652,10 +654,10 @@ class HttpConnection(asyncio.Protocol):
         self._current = exchange
         ticks = shared.request_ticks
         self.due = shared.deadlines.now + ticks if ticks else 0
-        registry.requests += 1
-        if registry.requests == registry.requests_max:
+        registry.requests = requests = registry.requests + 1
+        if requests == registry.requests_max:
             registry.has_reached_requests_max()
-        if shared.access is not None:
+        if shared.takes_times:
             exchange.began = perf_counter()
         running = shared.running
         if shared.concurrency_max and len(running) - ending >= shared.concurrency_max:
@@ -717,8 +719,11 @@ class HttpConnection(asyncio.Protocol):
             self.resume_reading_if_room()
 
     def _answer_refusal(self, status: int, why: str, is_logged: bool) -> None:
-        if self.shared.access is not None and not is_logged:
-            self.shared.access.refused(self._client, status)
+        if not is_logged:
+            if self.shared.access is not None:
+                self.shared.access.refused(self._client, status)
+            if self.shared.count_request is not None:
+                self.shared.count_request("", status, perf_counter())
         self.transport.write(self.shared.refusal(status, why))
         self._linger()
 

@@ -70,6 +70,8 @@ class Shared:
     """The state that all connections of one adapter share; mostly plain attributes, since every request reads them.
 
     Attributes:
+        count_request: See `Counts.request`; None if nobody reads metrics.
+        takes_times: Whether the access log or the metrics ask how long requests take.
         can_gather: Whether to use the transports' ``writelines``. asyncio's does not pause the protocol (from Python
             3.12 on, until 3.12.9 and 3.13.2: CVE-2024-12254), nor check that the connection is lost (gh-136234).
         extensions: The extensions of every scope.
@@ -84,6 +86,7 @@ class Shared:
         "can_gather",
         "concurrency_max",
         "context",
+        "count_request",
         "deadlines",
         "defaults",
         "extensions",
@@ -107,6 +110,7 @@ class Shared:
         "stacks_left",
         "stacks_until",
         "state",
+        "takes_times",
         "trusted",
         "turns",
         "variables",
@@ -126,6 +130,9 @@ class Shared:
         self.application = application
         self.context = context
         self.registry = context.connections
+        counts = context.connections.counts
+        self.count_request = counts.request if counts is not None else None
+        self.takes_times = access is not None or counts is not None
         self.options = options
         self.trusted = Trusted(options.trusted_proxy)
         self.root_path = options.root_path

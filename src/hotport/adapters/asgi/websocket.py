@@ -16,7 +16,7 @@ import logging
 import random
 from collections.abc import Callable, Iterable
 from enum import Enum
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import Any, Final, Protocol
 
 from websockets.exceptions import ProtocolError
@@ -711,6 +711,8 @@ class WebSocketConnection(asyncio.Protocol):
 
     def _shake_hands(self) -> None:
         """Negotiate the handshake, and run the application if the request is valid."""
+        if self.shared.takes_times:
+            self._session.denial.began = perf_counter()
         if not self._negotiate(is_movable=self._is_movable):
             return
         shared = self.shared
@@ -730,6 +732,7 @@ class WebSocketConnection(asyncio.Protocol):
             self.refuse(negotiation.status, negotiation.why)
         else:
             self._log(negotiation.status)
+            self._count(negotiation.status)
             self._flush()
         return False
 
@@ -772,6 +775,7 @@ class WebSocketConnection(asyncio.Protocol):
         offered = self._session.scope["subprotocols"]
         render_answer(self._answer, offered, subprotocol, headers, has_server=self.shared.options.server_header)
         self._protocol.send_response(self._answer)
+        self._count(101)
         self._flush()
         self._log(101)
         self._wait(_Wait.PING, self.shared.ws_ping_ticks)
@@ -790,6 +794,8 @@ class WebSocketConnection(asyncio.Protocol):
             self._is_resuming = False
             self.close(*REFUSALS.get(status, (1011, "")))
             return
+        if session.denial.stage < STREAMING:
+            self._count(status)
         session.end(1006, "")
         if session.denial.stage == STREAMING:
             self.truncate()
@@ -814,6 +820,13 @@ class WebSocketConnection(asyncio.Protocol):
     def _log(self, status: int) -> None:
         """Write the handshake's answer to the access log."""
         self._session.denial.log(status)
+
+    def _count(self, status: int) -> None:
+        """Count the handshake in the metrics, unless that is done, or another process has answered it."""
+        denial = self._session.denial
+        if denial.began:
+            denial.count(status)
+            denial.began = 0.0
 
     def truncate(self) -> None:
         """Abort, so that the unfinished denial does not look complete: it has a length, or chunks."""
