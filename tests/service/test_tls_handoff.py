@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import select
 import ssl
+import subprocess
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as connect_websocket
 
-from tests.support import DEADLINE_S, RESTARTS, Service, write_code
+from tests.support import DEADLINE_S, RESTARTS, Service, need, write_code
 from tests.tls_support import Pki
 
 APP = """
@@ -186,3 +188,70 @@ def test_what_cannot_move_is_drained_and_says_why(tmp_path: Path, pki: Pki) -> N
         out, error = restart.communicate(timeout=DEADLINE_S)
         assert restart.returncode == 0, out + error
         assert "moved_http" not in out
+
+
+class Peer:
+    """``openssl s_client``, which can be told to send a KeyUpdate: k, or K to ask for one."""
+
+    def __init__(self, service: Service, pki: Pki, *args: str) -> None:
+        command = [
+            need("openssl"),
+            "s_client",
+            "-connect",
+            f"localhost:{service.port}",
+            "-CAfile",
+            str(pki.ca),
+            "-crlf",
+        ]
+        self._process = subprocess.Popen(
+            [*command, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
+        )
+        self._said = b""
+        self.wait(b"Verify return code: 0")
+
+    def say(self, words: bytes) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(words)
+
+    def wait(self, what: bytes) -> None:
+        assert self._process.stdout is not None
+        while what not in self._said:
+            assert select.select([self._process.stdout], [], [], DEADLINE_S)[0], (what, self._said)
+            more = self._process.stdout.read(1 << 16)
+            assert more, (what, self._said)
+            self._said += more
+        self._said = self._said.partition(what)[2]
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.communicate()
+
+
+PEERS = [
+    ("-ciphersuites", "TLS_AES_128_GCM_SHA256"),
+    ("-ciphersuites", "TLS_AES_256_GCM_SHA384"),
+    ("-ciphersuites", "TLS_CHACHA20_POLY1305_SHA256"),
+    ("-groups", "P-521:X25519"),
+    ("-maxfraglen", "512"),
+    ("-tls1_2", "-cipher", "ECDHE-ECDSA-AES128-GCM-SHA256", "-maxfraglen", "512"),
+    ("-tls1_2", "-cipher", "ECDHE-ECDSA-CHACHA20-POLY1305"),
+]
+
+
+def test_clients_with_any_suite_update_their_keys_before_and_after_moves(tmp_path: Path, pki: Pki) -> None:
+    with serve(tmp_path, pki) as service, ExitStack() as stack:
+        service.wait_ready()
+        peers = [Peer(service, pki, *args) for args in PEERS]
+        for peer in peers:
+            stack.callback(peer.close)
+        for number in range(3):
+            for peer, args in zip(peers, PEERS, strict=True):
+                peer.say(b"POST /?3000 HTTP/1.1\nHost: x\nContent-Length: 0\n\n")
+                peer.wait(b'"version": "v%d"' % number)
+                peer.wait(b'xxx"}')
+                for update in () if "-tls1_2" in args else (b"K\n", b"k\n"):
+                    peer.say(update)
+                    peer.wait(b"KEYUPDATE")
+            if number < 2:
+                deploy(tmp_path, f"v{number + 1}")
+                assert service.restart()["connections"] == {"moved_http": len(PEERS)}
