@@ -11,7 +11,8 @@ import trustme
 
 from hotport.kernel.tls import KeyLog
 from hotport.wire.tlskeys import Content, Keys12
-from hotport.wire.tlsrecords import Counter, Records, TlsAbout, TlsState
+from hotport.wire.tlsrecords import Records, TlsState
+from hotport.worker.tlssession import Session
 
 GCM12 = "ECDHE-ECDSA-AES256-GCM-SHA384"
 CHACHA12 = "ECDHE-ECDSA-CHACHA20-POLY1305"
@@ -53,90 +54,36 @@ class Server:
     """
 
     def __init__(self, contexts: Contexts) -> None:
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.connection = contexts.server.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self._log = contexts.log
-        self.counter = Counter()
+        self.session = Session(contexts.server, contexts.log)
         self.records: Records | None = None
         self.wire = b""
         self.got = b""
-        self.error = ""
 
     @property
     def is_ready(self) -> bool:
-        return not self.counter.is_shaking
+        return not self.session.is_shaking
+
+    @property
+    def error(self) -> str:
+        """What OpenSSL has said."""
+        return str(self.session.error or "")
 
     def feed(self, data: bytes) -> None:
-        if self.records is not None:
-            plain, written = self.records.receive(data)
-            self.got += plain
-            self.wire += written
-            return
-        while records := self.counter.take(data):
-            data = b""
-            self._incoming.write(records)
-            if self.counter.is_shaking:
-                self._shake()
-            else:
-                self._read()
-
-    def _shake(self) -> None:
-        counter, connection = self.counter, self.connection
-        try:
-            connection.do_handshake()
-        except ssl.SSLWantReadError:
-            written = self._outgoing.read()
-            counter.shook(written, self._log.read())
-        except ssl.SSLError as error:
-            self.error = error.reason or str(error)
-            written = self._outgoing.read()
-            self._log.read()
-        else:
-            written, cipher = self._outgoing.read(), connection.cipher()
-            assert cipher is not None
-            counter.establish(written, self._log.read(), connection.version(), cipher[0])
+        was_shaking = self.session.is_shaking
+        plain, written = (self.records or self.session).receive(data)
+        self.got += plain
         self.wire += written
-
-    def _read(self) -> None:
-        size = 0
-        with suppress(ssl.SSLWantReadError):
-            try:
-                while size != self.counter.expected:
-                    plain = self.connection.read(1 << 14)
-                    if not plain:
-                        break
-                    size += len(plain)
-                    self.got += plain
-            except ssl.SSLError as error:
-                if isinstance(error, ssl.SSLWantReadError):
-                    raise
-                self.error = error.reason or str(error)
-        self.counter.read(size)
-        if self._outgoing.pending:
-            written = self._outgoing.read()
-            self.counter.wrote(written)
-            self.wire += written
+        if was_shaking and self.is_ready and self.session.pending:
+            self.feed(b"")
 
     def send(self, data: bytes) -> None:
-        if self.records is not None:
-            self.wire += self.records.send(data)
-            return
-        view = memoryview(data)
-        while view:
-            view = view[self.connection.write(view) :]
-        written = self._outgoing.read()
-        self.counter.wrote(written, len(data))
-        self.wire += written
+        self.wire += (self.records or self.session).send(data)
 
     def export(self) -> TlsState:
-        if self.records is not None:
-            return self.records.export()
-        assert not self._incoming.pending
-        assert not self._outgoing.pending
-        assert not self.connection.pending()
-        cipher = self.connection.cipher()
-        assert cipher is not None
-        return self.counter.freeze(TlsAbout(cipher, self.connection.selected_alpn_protocol(), self.counter.server_name))
+        return (self.records or self.session).export()
+
+    def keep(self) -> None:
+        (self.records or self.session).keep()
 
     def move(self, *, records_max: int | None = None) -> TlsState:
         """Go on as another process would."""
@@ -198,10 +145,7 @@ class Client:
         assert not self.wire
         assert not server.wire
         self.records = Records(mirrored(server.export()))
-        if server.records is not None:
-            server.records.keep()
-        else:
-            server.counter.keep()
+        server.keep()
 
 
 def travelled(state: TlsState) -> TlsState:
@@ -276,10 +220,7 @@ class Observer:
 def observe(server: Server) -> Observer:
     """Observe a server from now on; nothing may be under way."""
     state = server.export()
-    if server.records is not None:
-        server.records.keep()
-    else:
-        server.counter.keep()
+    server.keep()
     return Observer(state)
 
 

@@ -104,9 +104,10 @@ def test_pairs_that_are_not_in_the_table_change_nothing(phase: Phase, event: Eve
 def test_a_frozen_connection_refuses_to_write_until_it_is_kept(contexts: Contexts) -> None:
     client, server = connect(contexts)
     state = server.export()
-    with pytest.raises(IllegalTransition, match="frozen"):
-        server.counter.wrote(b"", 0)
-    server.counter.keep()
+    for write in (partial(server.session.wrote, b""), partial(server.session.send, b"x"), server.session.receive):
+        with pytest.raises(IllegalTransition, match="frozen"):
+            write()
+    server.session.keep()
     server.send(b"kept")
     deliver(client, server)
     server.move()
@@ -124,8 +125,8 @@ def test_a_frozen_connection_refuses_to_write_until_it_is_kept(contexts: Context
     records.export()
     records.leave()
     assert records.phase is Phase.GONE
-    server.counter.leave()
-    assert server.counter.phase is Phase.GONE
+    server.session.leave()
+    assert server.session.phase is Phase.GONE
     assert state.write_sequence >= 1
 
 
@@ -166,7 +167,7 @@ def test_a_record_may_be_cut_anywhere_at_the_move(contexts: Contexts, cut: int) 
 def test_whole_records_may_travel(contexts: Contexts) -> None:
     client, server = connect(contexts)
     client.send(b"unread")
-    server.counter.pending = client.wire  # as when reading is paused
+    server.session.pending = client.wire  # as when reading is paused
     server.move()
     assert server.got == b"unread"
 
@@ -301,22 +302,20 @@ def test_lines_of_another_connection_in_the_log_mean_no_move(contexts: Contexts)
     client, server = Client(contexts), Server(contexts)
     hello = hello_of(client)
     labels = "CLIENT_RANDOM", "SERVER_TRAFFIC_SECRET_0"
-    server.counter.take(hello[:4])
-    server.counter.take(hello[4:])
+    server.session.hear(hello)
     for random in (hello[11:43].hex(), "0" * 64):
-        server.counter.shook(b"", "".join(f"{label} {random} {'ab' * 32}\n" for label in labels).encode())
-    server.counter.pending = b""
+        server.session.shook(b"", "".join(f"{label} {random} {'ab' * 32}\n" for label in labels).encode())
     server = follow(server, contexts, client, hello)
     assert why_not(server) == "its keys are not in the key log"
 
 
 def follow(server: Server, contexts: Contexts, client: Client, hello: bytes) -> Server:
     """Shake hands with a hello that was counted already."""
-    server._incoming.write(hello)
+    server.session._incoming.write(hello)
     with pytest.raises(ssl.SSLWantReadError):
-        server.connection.do_handshake()
-    server.wire = server._outgoing.read()
-    server.counter.shook(server.wire, contexts.log.read())
+        server.session._tls.do_handshake()
+    server.wire = server.session._outgoing.read()
+    server.session.shook(server.wire, contexts.log.read())
     deliver(client, server)
     return server
 
@@ -327,31 +326,31 @@ def test_a_client_that_was_asked_for_a_certificate_later_stays() -> None:
     contexts.authority.configure_trust(contexts.server)
     contexts.server.verify_mode = ssl.CERT_OPTIONAL
     client, server = connect(contexts)
-    server.connection._sslobj.verify_client_post_handshake()  # type: ignore[attr-defined]
+    server.session._tls._sslobj.verify_client_post_handshake()  # type: ignore[attr-defined]
     server.send(b"x")
     assert "asked for a certificate" in why_not(server)
     deliver(client, server)
     client.send(b"y")
     deliver(client, server)
     assert (client.got, server.got) == (b"x", b"y")
-    assert server.connection.getpeercert()
+    assert server.session._tls.getpeercert()
     contexts.close()
 
 
 def test_a_server_that_has_said_goodbye_stays(contexts: Contexts) -> None:
     _, server = connect(contexts)
     with pytest.raises(ssl.SSLWantReadError):
-        server.connection.unwrap()
-    server.counter.wrote(server._outgoing.read())
+        server.session._tls.unwrap()
+    server.session.wrote(server.session._outgoing.read())
     assert "alert" in why_not(server)
 
 
 def test_a_session_ticket_after_the_handshake_is_counted(tls13: Contexts) -> None:
     _, server = connect(tls13)
     state = server.export()
-    server.counter.keep()
+    server.session.keep()
     ticket = state.keys[1].seal(Content.HANDSHAKE, b"\x04\0\0\2ok")
-    server.counter.wrote(ticket)
+    server.session.wrote(ticket)
     assert server.export().write_sequence == state.write_sequence + 1
 
 
@@ -401,22 +400,14 @@ def test_garbage_goes_to_openssl_at_once(contexts: Contexts, garbage: bytes) -> 
     server = Server(contexts)
     server.feed(garbage)
     assert server.error
-    assert server.counter.take(b"more") == b"more"
-    assert server.counter.pending == b""
-    assert "its client has sent" in server.counter.why_not
+    assert server.session.pending == b""
+    assert "its client has sent" in server.session.why_not
     client, server = connect(contexts)
     server.feed(garbage + b"and more")
     assert server.error
-    assert "its client has sent" in server.counter.why_not
+    assert "its client has sent" in server.session.why_not
     with pytest.raises(ssl.SSLError, match=r"(?i)alert"):
         client.feed(server.wire)
-
-
-def test_a_handshake_after_garbage_changes_nothing(contexts: Contexts) -> None:
-    counter = Counter()
-    counter.take(b"GET / HTTP/1.1\r\n\r\n")
-    counter.establish(b"", b"", "TLSv1.3", "TLS_AES_128_GCM_SHA256")
-    assert "no record" in counter.why_not
 
 
 def test_a_forged_record_ends_a_counted_connection(tls13: Contexts) -> None:
@@ -425,6 +416,8 @@ def test_a_forged_record_ends_a_counted_connection(tls13: Contexts) -> None:
     server.feed(client.wire[:-1] + b"?")
     assert server.error
     assert "cannot be counted" in why_not(server)
+    with pytest.raises(IllegalTransition, match="broken"):
+        server.send(b"x")
 
 
 def test_a_change_cipher_spec_in_between_is_not_counted() -> None:
@@ -433,8 +426,7 @@ def test_a_change_cipher_spec_in_between_is_not_counted() -> None:
     counter._suite = suite_of(TLS13, "TLS_AES_128_GCM_SHA256")
     counter._overhead = 22
     counter._read_secret = bytes(32)
-    counter.take(b"\x14\x03\x03\0\1\1")
-    counter.read(0)
+    counter.opened(b"\x14\x03\x03\0\1\1", 0)
     assert (counter._read_sequence, counter.why_not) == (0, "")
 
 
@@ -458,7 +450,7 @@ def test_a_server_name_is_read_from_any_number_of_records(pieces: int) -> None:
     counter, data = Counter(), hello(b"\0\x2b\0\0" + NAME + b"\0\1\0\1\2")
     for number in range(pieces):
         wire = record(data[len(data) * number // pieces : len(data) * (number + 1) // pieces])
-        assert counter.take(wire) == wire
+        counter.hear(wire)
     assert counter.server_name == "a.org"
     assert counter._hello is not None
     assert counter._hello.random == b"r" * 32
@@ -480,19 +472,11 @@ def test_a_server_name_is_read_from_any_number_of_records(pieces: int) -> None:
 )
 def test_hellos_without_a_name_or_sense_are_no_accident(wire: bytes) -> None:
     counter = Counter()
-    assert counter.take(wire) == wire
-    assert counter.take(record(b"more")) == record(b"more")
+    counter.hear(wire)
+    counter.hear(record(b"more"))
     assert counter.server_name is None
     assert counter._hello is not None
     assert counter._hello.fragment_bytes_max == PLAIN_BYTES_MAX
-
-
-def test_two_records_come_one_by_one_during_the_handshake() -> None:
-    counter, first, second = Counter(), record(hello(NAME)), record(b"x", Content.CHANGE_CIPHER_SPEC)
-    assert counter.take(first + second + b"\x17") == first
-    assert counter.take() == second
-    assert counter.take() == b""
-    assert counter.pending == b"\x17"
 
 
 def test_a_short_record_limit_of_the_client_is_kept(tls13: Contexts) -> None:
@@ -565,7 +549,7 @@ def test_a_key_update_that_openssl_has_read_is_counted(
     client.feed(server.wire)
     observer.feed(server.wire)
     server.wire = b""
-    assert server.counter.key_updates == number + observer.updates
+    assert server.session.key_updates == number + observer.updates
     server.move()
     server.send(b" more")
     observer.feed(server.wire)
@@ -857,7 +841,7 @@ class Connection(RuleBasedStateMachine):
         """To another process; or not, since that refuses."""
         if is_kept:
             self.server.export()
-            (self.server.records or self.server.counter).keep()
+            (self.server.records or self.server.session).keep()
         else:
             self.server.move(records_max=self.records_max)
 

@@ -4,36 +4,14 @@ The process that accepts a connection leaves it to OpenSSL, and a `Counter` foll
 adopts it uses `Records` in place of OpenSSL. What travels between them is a `TlsState`. The server's side of a
 connection is meant everywhere: read is what the client has sent.
 
-Use of a counter, with an `ssl.SSLObject` over two `ssl.MemoryBIO`::
+A counter is told of each step of the handshake (`Counter.hear`, `Counter.shook`, `Counter.establish`), then of each
+record that OpenSSL has opened or written (`Counter.opened`, `Counter.wrote`): `hotport.worker.tlssession` does that.
+OpenSSL has to be given one whole record at a time, and the key log to be read right after each ``do_handshake``, which
+is synchronous: so its lines are this connection's. Nothing may be under way in OpenSSL when a connection is exported.
 
-    counter = Counter()
-    while records := counter.take(data):            # data is what has come from the socket
-        data = b""
-        incoming.write(records)
-        if counter.is_shaking:                       # take() gives one record at a time
-            try:
-                connection.do_handshake()
-            except ssl.SSLWantReadError:
-                counter.shook(written := outgoing.read(), key_log.read())
-            except ssl.SSLError:
-                written = outgoing.read()            # an alert: send it, then close
-            else:
-                written = outgoing.read()
-                counter.establish(written, key_log.read(), connection.version(), connection.cipher()[0])
-        else:                                        # read until counter.expected bytes are there, or SSLWantReadError
-            counter.read(len(plain))
-            if outgoing.pending:                     # an answer of OpenSSL's own
-                counter.wrote(written := outgoing.read())
-    ...
-    connection.write(plain)
-    counter.wrote(written := outgoing.read(), len(plain))   # before `written` is sent
-
-The key log has to be read right after each ``do_handshake``, which is synchronous: so its lines are this connection's.
-Nothing may be under way in OpenSSL when a connection is exported: both BIOs and ``connection.pending()`` are empty.
-
-How counting stays exact: a record of data takes a fixed number of bytes more than its data. If the data that has been
-read or written is as long as all records say, then all of them were data without padding. Otherwise they are opened
-with keys of our own to see what they were: KeyUpdate, session tickets, alerts, padding.
+How counting stays exact: a record of data takes a fixed number of bytes more than its data. If the data is as long as
+the records say, all of them were data without padding. Otherwise they are opened with keys of our own to see what they
+were: KeyUpdate, session tickets, alerts, padding.
 
 Sources: RFC 8446 (TLS 1.3), RFC 5246 (TLS 1.2), RFC 6066 sections 3 and 4 (server name, maximum fragment length).
 """
@@ -255,23 +233,6 @@ class TlsState(msgspec.Struct, frozen=True, array_like=True):
 # -- headers ------------------------------------------------------------------------------------------------
 
 
-def _whole(data: bytes, longest: int) -> tuple[int, int, bool]:
-    """Look for whole records at the beginning of `data`.
-
-    Returns:
-        How many there are, how many bytes they take, and whether all of them say that they are data.
-
-    Raises:
-        RecordError: There is something that is no record.
-    """
-    count, at, is_data = 0, 0, True
-    while len(data) - at >= HEADER_BYTES and (end := _end(data, at, longest)) <= len(data):
-        is_data = is_data and data[at] == Content.DATA
-        at = end
-        count += 1
-    return count, at, is_data
-
-
 def _end(data: bytes, at: int, longest: int) -> int:
     """Where the record ends that begins at `at`, by its header.
 
@@ -342,25 +303,21 @@ class _Hello:
 
 
 class Counter:
-    """Follows what OpenSSL does on the server's side of one connection; see the module's text for its use.
+    """Follows what OpenSSL does on the server's side of one connection.
 
     Attributes:
-        phase: LIVE, FROZEN or GONE: OpenSSL itself takes care of how a connection is closed.
-        is_shaking: The handshake is not done: `take` gives one record at a time.
-        expected: The size of the data in what `take` gave last, if all of it is data; else less than 0.
+        phase: What may be done now.
+        is_shaking: The handshake is not done.
         why_not: Why the connection cannot move; empty if it can.
-        pending: Bytes that are no whole record yet.
+        pending: Bytes that OpenSSL has not got yet, since they are no whole record.
         server_name: The name that the client has asked for, once its hello has come (SNI).
         key_updates: How many KeyUpdates were seen, of both sides.
     """
 
     __slots__ = (
-        "_count",
         "_explicit",
         "_fragment",
         "_hello",
-        "_inspected",
-        "_is_deaf",
         "_overhead",
         "_owes_update",
         "_read_message",
@@ -374,7 +331,6 @@ class Counter:
         "_write_message",
         "_write_secret",
         "_write_sequence",
-        "expected",
         "is_shaking",
         "key_updates",
         "pending",
@@ -386,7 +342,6 @@ class Counter:
     def __init__(self) -> None:
         self.phase = Phase.LIVE
         self.is_shaking = True
-        self.expected = -1
         self.why_not = "its handshake is not done"
         self.pending = b""
         self.server_name: str | None = None
@@ -399,53 +354,19 @@ class Counter:
         self._version = TLS13
         self._fragment = PLAIN_BYTES_MAX
         self._overhead = HEADER_BYTES
-        self._is_deaf = False  # something came that is no record: everything goes to OpenSSL as it comes
-        self._count = 0
-        self._inspected = b""
         self._owes_update = False
         self._explicit = 0
         self._read_message = self._write_message = b""
         self._read_secret = self._write_secret = b""
         self._read_sequence = self._write_sequence = 0
 
-    # -- the client's bytes
-
-    def take(self, data: bytes = b"") -> bytes:
-        """Return what OpenSSL has to read now: whole records, or everything once something came that is no record.
-
-        Args:
-            data: From the socket.
-        """
-        if self.pending:
-            data = self.pending + data
-            self.pending = b""
-        if not data:
-            return b""
-        if self._is_deaf:
-            return data
-        try:
-            count, end, is_data = _whole(data, RECORD_BYTES_MAX)
-        except RecordError as error:  # OpenSSL knows what to say to that; it must not wait for the rest of it
-            self._is_deaf, self.why_not, self.expected = True, f"its client has sent {error}", -1
-            return data
-        if self.is_shaking and count:
-            end = _end(data, 0, RECORD_BYTES_MAX)
-        records = data if end == len(data) else data[:end]
-        self.pending = data[end:]
-        if self.is_shaking:
-            self._hear_hello(records)
-        else:
-            self._count, self._inspected = count, records
-            self.expected = end - count * self._overhead if is_data else -1
-        return records
-
-    def _hear_hello(self, record: bytes) -> None:
-        hello = self._hello
-        if record and hello is not None and not hello.is_over:
-            hello.feed(record)
-            self.server_name = hello.server_name
-
     # -- the handshake
+
+    def hear(self, record: bytes) -> None:
+        """Follow a record of the client that OpenSSL gets during the handshake."""
+        if self._hello is not None and not self._hello.is_over:
+            self._hello.feed(record)
+            self.server_name = self._hello.server_name
 
     def shook(self, written: bytes, log: bytes) -> None:
         """Follow a ``do_handshake`` that wants to read more.
@@ -490,8 +411,6 @@ class Counter:
         self.is_shaking, self._hello, self._secrets = False, None, {}  # the handshake's own secrets, and the exporter's
         self._version, self._suite_name = VERSIONS.get(version or "", 0), cipher
         self._suite = suite = suite_of(self._version, cipher)
-        if self._is_deaf:
-            return
         if suite is None:
             self.why_not = f"the records of {cipher} in {version} cannot be counted"
             return
@@ -514,17 +433,16 @@ class Counter:
 
     # -- data
 
-    def read(self, size: int) -> None:
-        """Follow what OpenSSL has read of the records that `take` gave last.
+    def opened(self, record: bytes, size: int) -> None:
+        """Follow a record that OpenSSL has opened.
 
         Args:
-            size: How many bytes of data came out of them.
+            size: How many bytes of data came out of it.
         """
-        records, self._inspected = self._inspected, b""
-        if size == self.expected:
-            self._read_sequence += self._count
+        if size == len(record) - self._overhead:
+            self._read_sequence += 1
         elif not self.why_not:
-            self._inspect(records, is_read=True)
+            self._inspect(record, is_read=True)
 
     def wrote(self, records: bytes, size: int = 0) -> None:
         """Follow what OpenSSL has written; to be called before it is sent.
@@ -605,12 +523,10 @@ class Counter:
         """Freeze the connection, and return all that another process needs to go on.
 
         Raises:
-            NotMovable: It stays live.
+            NotMovable: It stays as it is.
         """
-        if self.why_not:
-            raise NotMovable(self.why_not)
-        if self.phase is not Phase.LIVE:
-            raise NotMovable(f"it is {self.phase}")
+        if self.why_not or self.phase is not Phase.LIVE:
+            raise NotMovable(self.why_not or f"it is {self.phase}")
         if self._read_message or self._write_message:
             raise NotMovable("a handshake message is under way")
         self.phase = advance(self.phase, Event.EXPORTED)

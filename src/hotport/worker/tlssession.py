@@ -184,7 +184,7 @@ class Session(Counter):
         """Give OpenSSL the next record of a handshake; return what to send."""
         self._incoming.write(record)
         if self._log is not None:
-            self._hear_hello(bytes(record))
+            self.hear(bytes(record))
         if record[0] == CHANGE_CIPHER_SPEC and not is_last:
             return b""  # nothing comes of it
         try:
@@ -218,6 +218,8 @@ class Session(Counter):
         Raises:
             NotMovable: It stays live.
         """
+        if self.why_not or self.phase is not LIVE:  # OpenSSL cannot be asked about it any more
+            raise NotMovable(self.why_not or f"it is {self.phase}")
         if self._incoming.pending or self._outgoing.pending or self._tls.pending():
             raise NotMovable("something is under way in OpenSSL")
         return self.freeze(about(self._tls, self.server_name, self._clients))
