@@ -255,6 +255,20 @@ def test_tls_connections_finish(tmp_path: Path) -> None:
             assert hello(client) == ("two", program.pid)
 
 
+def test_tls_connections_move_if_they_may(tmp_path: Path) -> None:
+    pki = Pki(tmp_path)
+    options = f"\nOPTIONS = {{'tls_cert': {pki.issue('cert.pem', 'localhost')!r}, 'tls_handoff': 'on'}}\n"
+    with (
+        Embedded(tmp_path, lines("one") + options) as program,
+        connect_tls(program.port, pki.client()) as client,
+    ):
+        for version in ("two", "three"):
+            hello(client)
+            program.write(lines(version) + options)
+            assert program.restart()["connections"] == {"moved_stream": 1}
+            assert hello(client) == (version, program.pid)
+
+
 def test_what_does_not_finish_is_cut_and_counted(tmp_path: Path) -> None:
     app = lines("one").replace("@hotport.restartable", "") + "OPTIONS = {'drain_timeout': 0.1}\n"
     with Embedded(tmp_path, app) as program, program.connect() as client:
