@@ -84,6 +84,7 @@ def test_a_line_becomes_one_of_ours(line: str, here: str) -> None:
         ("gunicorn -k gevent app:app", "-k gevent", "no worker class gevent"),
         ("gunicorn -k asgi -g staff app:app", "-g staff", "without `user`"),
         ("gunicorn -k asgi -b 1.2.3.4:x app:app", "-b 1.2.3.4:x", "'x' is not a port number"),
+        ("gunicorn -k asgi -w '$(nproc)' app:app", "-w '$(nproc)'", "between double quotes"),
         ("granian app:app --http 2 --interface asgi", "--http 2", "HTTP/1.1"),
         ("granian app:app --interface rsgi", "--interface rsgi", "must be ASGI"),
         ("env KEY=1 uvicorn app:app", "KEY=1", "env_file"),

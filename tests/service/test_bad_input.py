@@ -243,6 +243,13 @@ def test_unknown_command_names_the_nearest(line_app: Path) -> None:
     assert "'restart'" in result.stderr
 
 
+@pytest.mark.parametrize(("word", "meant"), [("run", "serve"), ("start", "serve"), ("reload", "restart")])
+def test_a_command_of_another_program_names_ours(tmp_path: Path, word: str, meant: str) -> None:
+    result = hotport(tmp_path, word, "app:app")
+    assert result.returncode == 2
+    assert f"Did you mean '{meant}'?" in result.stderr
+
+
 @pytest.mark.parametrize("args", [("--workers", "0"), ("--drain-timeout", "soon"), ("--max-memory", "much")])
 def test_bad_value_shows_a_good_one(line_app: Path, args: tuple[str, str]) -> None:
     error = refused(line_app, "app:app", *args, code="HP304", exit_code=2)

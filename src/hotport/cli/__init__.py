@@ -21,6 +21,11 @@ COMMANDS = (
 )
 
 
+#: What other programs call it.
+ELSEWHERE = {"dev": "serve --watch", "kill": "stop", "list": "why", "ps": "status", "reload": "restart"}
+ELSEWHERE |= dict.fromkeys(("run", "server", "start", "up"), "serve")
+
+
 def is_terminal(stream: TextIO | None) -> bool:
     """Whether a stream is a terminal; one that was closed before the start is None."""
     return stream is not None and stream.isatty()
@@ -46,7 +51,7 @@ class _Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            near = nearest(args[0], COMMANDS)
+            near = ELSEWHERE.get(args[0]) or nearest(args[0], COMMANDS)
             hint = f" Did you mean {near!r}?" if near else f" Commands: {', '.join(COMMANDS)}."
             ctx.fail(f"There is no command {args[0]!r}.{hint}")
         return super().resolve_command(ctx, args)

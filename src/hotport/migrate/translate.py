@@ -111,6 +111,8 @@ class Draft:
             option.type.from_text(text)
         except ValueError as error:  # a ConfigError is one
             cause = error.cause if isinstance(error, ConfigError) else str(error)
+            if "$" in text:
+                cause = "a shell fills that in: give the line to hotport migrate between double quotes"
             self.remarks.append(Remark(theirs, f"`{option.key}` cannot be {text!r}: {cause}", is_lost=True))
             return
         if option.is_list and option.key in self.options:
