@@ -69,7 +69,8 @@ def test_row_that_the_table_of_servers_would_leave_out_is_an_error() -> None:
 
 def test_the_architecture_page_names_modules_that_exist_and_every_room() -> None:
     page = (ROOT / "docs/architecture.md").read_text()
-    modules = {path.name for room in (SOURCE, ROOT / "benchmarks", ROOT / "tests") for path in room.rglob("*.py")}
+    places = (SOURCE, ROOT / "benchmarks", ROOT / "docs", ROOT / "tests")
+    modules = {path.name for place in places for path in place.rglob("*.py")}
     assert {name for name in re.findall(r"`(?:\w+/)*(\w+\.py)`", page) if name not in modules} == set()
     rooms = {f"{path.name}/" for path in SOURCE.iterdir() if (path / "__init__.py").exists()}
     assert {room for room in rooms if f"| `{room}`" not in page} == set()
