@@ -64,6 +64,8 @@ def translated(line: str, directory: Path = Path("/nonexistent")) -> Translation
          "app:app --head-timeout 1.5 --max-memory 100M"),
         ("granian --interface asgi app:app --no-http1-keep-alive --workers-lifetime 6h",
          "app:app --keep-alive 0 --max-age 6h"),
+        ("granian --interface asgi app:app --metrics", "app:app --status-bind 127.0.0.1:9090"),
+        ("granian --interface asgi app:app --metrics-port 1 --metrics", "app:app --status-bind 127.0.0.1:1"),
         ("uwsgi --http :80 -w app --callable site -H /venv",
          "app:site --bind :80 --python /venv/bin/python"),
     ],

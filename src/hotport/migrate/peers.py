@@ -20,10 +20,10 @@ _ENCRYPTED: Final = "keys must be readable as they are; protect the file by its 
 _HTTP2: Final = "HTTP/1.1 and WebSockets alone: a proxy in front speaks HTTP/2 and HTTP/3"
 _LOGFILE: Final = "log lines go to stderr: redirect it, or let the service manager keep them"
 _LOGGING: Final = "the application configures its logging; for hotport's lines there are `log_format` and `log_level`"
-_METRICS: Final = "`hotport status --json` and the `status_bind` port have the figures"
+_METRICS: Final = "`/metrics` of the status port, for Prometheus; with `hotport[metrics]`"
 _PARSER: Final = "httptools, always"
 _PIDS: Final = "`hotport status` names the pids, and `hotport restart` finds the service by its name"
-_STATSD: Final = "no statsd; `hotport status --json` has the figures"
+_STATSD: Final = "no statsd: `status_bind` has `/metrics` for Prometheus, with `hotport[metrics]`"
 _STRICT: Final = "what RFC 9112 wants refused is refused"
 _THREADS: Final = "an ASGI application has its own threads; of a WSGI one `WSGIMiddleware(app, workers=N)` sets them"
 _WORKER_TMP: Final = "workers are watched over sockets, not by files"
@@ -340,8 +340,11 @@ GRANIAN: Final = Peer(
             NO_EQUAL,
             why="the application, whitenoise or a web server serves files",
         ),
-        Row("--metrics --no-metrics", NO_EQUAL, "alone", _METRICS),
-        Row("--metrics-scrape-interval --metrics-address --metrics-port", NO_EQUAL, why=_METRICS),
+        Row("--metrics", "status_bind", "metrics", _METRICS),
+        Row("--no-metrics", ALWAYS, "alone", "there are none unless `status_bind` is set"),
+        Row("--metrics-port", "status_bind", "local port", _METRICS),
+        Row("--metrics-address", NO_EQUAL, why="it is the host of `status_bind`"),
+        Row("--metrics-scrape-interval", ALWAYS, why="figures are computed when they are asked for"),
         Row("--reload", "watch", "on"),
         Row("--no-reload", "watch", "off"),
         Row("--reload-paths", "watch_path"),

@@ -15,7 +15,7 @@ ALWAYS: Final = "-"
 
 #: Of `Row.how`: no value follows the flag.
 FLAGS_ALONE: Final = frozenset(
-    {"on", "off", "alone", "combined", "silent", "quiet", "debug", "required", "none", "zero", "nobody"}
+    {"on", "off", "alone", "combined", "silent", "quiet", "debug", "required", "none", "zero", "nobody", "metrics"}
 )
 
 

@@ -219,6 +219,10 @@ def _proxy(_: Draft, value: str) -> str | None:
     return None if value.lower() in {"off", "false", "0"} else "true"
 
 
+def _metrics(draft: Draft, value: str) -> str | None:
+    return None if "status_bind" in draft.options else "127.0.0.1:9090"  # granian's default
+
+
 def _http(_: Draft, value: str) -> None:
     if value not in {"1", "auto"}:
         raise ValueError("HTTP/1.1 and WebSockets alone: a proxy in front speaks HTTP/2 and HTTP/3")
@@ -245,6 +249,8 @@ READERS: Final[Mapping[str, Callable[[Draft, str], str | None]]] = {
     "nobody": lambda _, value: "192.0.2.1",
     "host": _host,
     "port": _port,
+    "local port": lambda _, value: f"127.0.0.1:{value}",
+    "metrics": _metrics,
     "uds": lambda _, value: f"unix:{value}",
     "fd": lambda _, value: f"fd://{value}",
     "address": _address,
