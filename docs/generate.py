@@ -25,7 +25,7 @@ import hotport
 import hotport.testing
 from docs.logevents import log_events_page
 from docs.man import man_page
-from docs.picture import restart_picture
+from docs.picture import phases_picture, restart_picture
 from docs.states import states_page
 from hotport.churn.result import FORMAT, Result
 from hotport.cli import COMMANDS
@@ -661,6 +661,7 @@ PAGES: Final[dict[str, Callable[[], str]]] = {
     "docs/reference/python-api.md": api_page,
     "docs/reference/signals.md": signals_page,
     "docs/reference/states.md": states_page,
+    "docs/phases.svg": phases_picture,
     "docs/restart.svg": restart_picture,
     "docs/hotport.1": man_page,
     "docs/reference/log-events.md": log_events_page,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +11,7 @@ from hotport.adapters.asgi.states import STATES, WEBSOCKET_STATES, Row
 from hotport.model import lifecycle, rules
 from hotport.model.effects import INVERSE, Effect, Open, Prepare, Quiesce, Rebind, Release, Spawn
 from hotport.model.inputs import Clock
-from hotport.model.lifecycle import CURRENT, TRANSITIONS, Event, Phase
+from hotport.model.lifecycle import CURRENT, TRANSITIONS, Phase
 from hotport.model.steps import STEPS, Step
 from hotport.supervisor.supervisor import ANSWER_TIMEOUT_S
 
@@ -32,6 +31,9 @@ This page is written from them.
 `open`, `quiesce`, `drain` and `terminate` are the supervisor's decisions. The other events are facts: a worker's own
 word, or the kernel's. `hotport status` shows the phase.
 """.lstrip()
+
+#: By ``docs/picture.py``, from the same table.
+DIAGRAM: Final = "![The life of one worker](../phases.svg)\n"
 
 AFTER_DIAGRAM: Final = """
 From every phase `exited` leads to `gone`. A word that is not in the table is ignored, since a worker may be any
@@ -158,24 +160,6 @@ def _phases() -> str:
     return _table(("phase", "means", "counts as wanted", "left by"), rows)
 
 
-def _diagram() -> str:
-    lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {Phase.STARTING.value}"]
-    moves = [
-        (before, after, event)
-        for (before, event), after in TRANSITIONS.items()
-        if before is not after and event is not Event.EXITED
-    ]
-    for (before, after), group in groupby(sorted(moves, key=_rank), key=lambda move: move[:2]):
-        lines.append(f"    {before.value} --> {after.value}: {' / '.join(e.value for _, _, e in group)}")
-    lines += [f"    {phase.value} --> [*]: exited" for phase in (Phase.DRAINING, Phase.STOPPING)]
-    return "\n".join([*lines, "```"])
-
-
-def _rank(move: tuple[Phase, Phase, Event]) -> tuple[int, int]:
-    phases = list(Phase)
-    return phases.index(move[0]), phases.index(move[1])
-
-
 def _steps() -> str:
     rows = []
     for step in Step:
@@ -199,6 +183,13 @@ def states_page() -> str:
         regain=rules.REGAIN_FIRST_S,
         regains=rules.REGAIN_MAX_S,
     )
-    parts = (HEAD, _diagram() + "\n", AFTER_DIAGRAM.lstrip(), _phases() + "\n", RESTART.lstrip(), _steps() + "\n")
+    parts = (
+        HEAD,
+        "![The life of one worker](../phases.svg)\n",
+        AFTER_DIAGRAM.lstrip(),
+        _phases() + "\n",
+        RESTART.lstrip(),
+        _steps() + "\n",
+    )
     connections = (CONNECTIONS, _connections(STATES) + "\n" + WEBSOCKETS, _connections(WEBSOCKET_STATES) + "\n")
     return "\n".join(parts) + tail + "\n".join(connections)

@@ -10,9 +10,12 @@ import msgspec
 import pytest
 
 from benchmarks import report
+from docs import picture
 from docs.generate import OPTIONS_TAIL, PAGES, error_sites
 from docs.logevents import log_events
+from docs.picture import phases_picture
 from hotport.model.fates import Fate
+from hotport.model.lifecycle import TRANSITIONS, Event, Phase
 from hotport.options.loading import ENVIRONMENT_OTHERS
 from hotport.wire.messages import Report
 
@@ -83,3 +86,19 @@ def test_every_log_event_is_listed_and_described_by_its_name() -> None:
     assert called <= events.keys()
     assert "why" in events["worker.lost"].fields
     assert events["worker.lost"].levels == {"warning"}
+
+
+def test_the_picture_of_a_workers_life_shows_every_phase_and_transition() -> None:
+    drawing = phases_picture()
+    assert {phase.value for phase in Phase if f">{phase.value}</text>" not in drawing} == set()
+    events = {event.value for (before, event), after in TRANSITIONS.items() if before is not after}
+    drawn = {word for text in re.findall(r">([^<>]+)</text>", drawing) for word in text.split(" / ")}
+    assert events - drawn == set()
+
+
+def test_a_table_that_the_picture_cannot_show_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = {**TRANSITIONS}
+    del changed[Phase.SERVING, Event.LEAVING]
+    monkeypatch.setattr(picture, "TRANSITIONS", changed)
+    with pytest.raises(ValueError, match="draining is reached in different ways"):
+        phases_picture()

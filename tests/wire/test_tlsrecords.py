@@ -345,6 +345,15 @@ def test_a_server_that_has_said_goodbye_stays(contexts: Contexts) -> None:
     assert "alert" in why_not(server)
 
 
+def test_data_that_is_written_with_an_alert_is_counted(all_contexts: Callable[[str], Contexts]) -> None:
+    _, server = connect(all_contexts(GCM12))
+    keys = server.export().keys[1]
+    server.keep()
+    server.session.wrote(keys.seal(Content.DATA, b"bye") + keys.seal(Content.ALERT, b"\1\0"), 3)
+    assert server.session._write_sequence == keys.sequence
+    assert "alert" in why_not(server)
+
+
 def test_a_session_ticket_after_the_handshake_is_counted(tls13: Contexts) -> None:
     _, server = connect(tls13)
     state = server.export()
@@ -426,7 +435,7 @@ def test_a_change_cipher_spec_in_between_is_not_counted() -> None:
     counter._suite = suite_of(TLS13, "TLS_AES_128_GCM_SHA256")
     counter._overhead = 22
     counter._read_secret = bytes(32)
-    counter.opened(b"\x14\x03\x03\0\1\1", 0)
+    counter._inspect(b"\x14\x03\x03\0\1\1", is_read=True)
     assert (counter._read_sequence, counter.why_not) == (0, "")
 
 

@@ -289,6 +289,11 @@ class Options:
         "Where to answer health checks (/ready, /live, HAProxy's agent-check) and Prometheus (/metrics), and show the "
         "service (/, /status).",
     )
+    app_metrics: bool = _option(
+        False,
+        switch(),
+        "Whether /metrics has the application's own metrics, too, for which prometheus_client gets a directory.",
+    )
     strategy: StrategyChoice = _option(
         "auto",
         choice(*get_args(StrategyChoice)),

@@ -118,6 +118,7 @@ class RunOptions(ServeOptions, total=False):
     log_level: LogLevel
     lame_duck: Duration
     status_bind: str | None
+    app_metrics: bool
     strategy: StrategyChoice
     guard: bool
     preload: bool

@@ -341,6 +341,9 @@ def _clashes(options: Options) -> Iterable[_Clash]:
     if options.group is not None and options.user is None:
         cause = "workers of root would stay root, whatever their group is"
         yield _Clash("group", "without", "user", cause, fix="--user www-data")
+    if options.app_metrics and options.status_bind is None:
+        cause = "they are shown on the status port, and there is none"
+        yield _Clash("app_metrics", "without", "status_bind", cause, fix="--status-bind 127.0.0.1:9000")
     if options.canary and options.phased:
         cause = "a phased restart starts with one new worker anyway"
         note = "remove phased; or use undo_window, which watches each worker of it"

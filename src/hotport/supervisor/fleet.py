@@ -24,6 +24,7 @@ from hotport.model.service import Service
 from hotport.observe.logs import get_logger
 from hotport.options import Options
 from hotport.options.definition import LogLevel
+from hotport.supervisor.appmetrics import AppMetrics
 from hotport.supervisor.contain import Containing, retried
 from hotport.supervisor.counters import Counters
 from hotport.supervisor.foreign import find_unaware
@@ -75,6 +76,7 @@ class Fleet:
         mend: Restores missing files of the runtime directory; called before a worker is started.
         pages: The load pages of adopted workers: see `Found`.
         counters: Where workers count; the caller closes them.
+        app_metrics: Where their applications count.
 
     Attributes:
         has_cut: Whether a worker has cut connections, or was killed with some, while the service stopped.
@@ -95,6 +97,7 @@ class Fleet:
         *,
         pages: Mapping[int, int],
         counters: Counters,
+        app_metrics: AppMetrics,
     ) -> None:
         self.processes: dict[int, WorkerProcess] = {}
         self._notify: dict[int | None, socket.socket] = {None: notify_socket}
@@ -103,8 +106,19 @@ class Fleet:
         self._owned = owned
         self._news = news
         self._counters = counters
+        self._app_metrics = app_metrics
         self.starter = Starter(
-            name, directory, loop, owned, news, self.processes, self._begin, mend, pages=pages, counters=counters
+            name,
+            directory,
+            loop,
+            owned,
+            news,
+            self.processes,
+            self._begin,
+            mend,
+            pages=pages,
+            counters=counters,
+            app_metrics=app_metrics,
         )
         self._remote_successors: tuple[str, ...] = ()
         self._unclaimed: list[socket.socket] = []  # accepted from a queue, for the next worker that accepts
@@ -202,6 +216,7 @@ class Fleet:
         del self.processes[process.worker]
         self.starter.let_go(process.generation)
         self._counters.fold()
+        self._app_metrics.ended(process.pid)
         if process.released is not None:
             process.released.set()
         if process.error:

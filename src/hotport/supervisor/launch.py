@@ -13,6 +13,7 @@ from hotport.kernel.process import MALLOC_ENVIRONMENT, working_directory
 from hotport.kernel.users import Identity
 from hotport.options import Options
 from hotport.options.envfile import FILE_BYTES_MAX, parse_variables
+from hotport.supervisor.appmetrics import app_metrics_directory
 from hotport.supervisor.manager import MANAGER_VARIABLES
 from hotport.supervisor.rights import identity_for, login_environment, refuse_closed, socket_access
 from hotport.wire.listenfds import LISTEN_VARIABLES
@@ -170,6 +171,8 @@ class Launch:
             "NOTIFY_SOCKET": os.path.join(directory, notify_socket(self.uid)),
             "HOTPORT_GENERATION": str(generation),
         }
+        if self.options.app_metrics:
+            added["PROMETHEUS_MULTIPROC_DIR"] = app_metrics_directory(directory, self.uid)
         if not self.options.command:
             added["HOTPORT_WORKER"] = encode(self.spec(service, directory, generation, worker)).decode()
             return {**MALLOC_ENVIRONMENT, **self.environment, **added}

@@ -78,7 +78,8 @@ async def render(supervisor: Supervisor, accept: str) -> Rendered:
         text = MISSING.format(python=sys.executable)
         return Rendered(text.encode(), "text/plain; charset=utf-8", HTTPStatus.NOT_IMPLEMENTED)
     await anyio.to_thread.run_sync(import_module, "prometheus_client.exposition")  # takes a while, once
-    families = _Families(list(_families(supervisor)))
+    families = list(_families(supervisor))
+    has_app = supervisor.options.app_metrics
 
     def encode() -> Rendered:
         from prometheus_client import CollectorRegistry
@@ -86,7 +87,7 @@ async def render(supervisor: Supervisor, accept: str) -> Rendered:
 
         encoder, content_type = choose_encoder(accept)
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(families)
+        registry.register(_Families(families + (supervisor.app_metrics.collect() if has_app else [])))
         return Rendered(encoder(registry), content_type)
 
     return await anyio.to_thread.run_sync(encode)

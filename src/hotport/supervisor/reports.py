@@ -16,6 +16,7 @@ from hotport.model.service import Restart
 from hotport.options import format_duration
 from hotport.supervisor.contain import Containing
 from hotport.supervisor.recorder import Recorder
+from hotport.supervisor.spans import send_spans
 from hotport.supervisor.timeline import Timeline
 from hotport.wire.messages import Import, Move, PhaseTime, Report
 from hotport.wire.recording import Recording
@@ -348,6 +349,8 @@ class Reports:
         with Containing("recorder"):
             self.recorder.keep(record.recording(report))
         if record.is_over:
+            with Containing("spans"):
+                send_spans(record.recording(report))
             self._records.pop(record.generation, None)
             self.last, self._last_at_s = report, time.monotonic()
         return report

@@ -22,6 +22,7 @@ from hotport.model.signals import WORKER
 from hotport.model.strategies import Strategy
 from hotport.observe.logs import get_logger
 from hotport.options import Options
+from hotport.supervisor.appmetrics import AppMetrics
 from hotport.supervisor.contain import Containing, retried
 from hotport.supervisor.counters import Counters
 from hotport.supervisor.launch import Launch
@@ -54,6 +55,7 @@ class Starter:
         mend: Restores missing files of the runtime directory; called before a worker is started.
         pages: The load pages of adopted workers: see `Found`.
         counters: Where workers count; the caller closes them.
+        app_metrics: Where their applications count.
 
     Descriptors: owns the template and the load page of each generation.
     """
@@ -71,6 +73,7 @@ class Starter:
         *,
         pages: Mapping[int, int],
         counters: Counters,
+        app_metrics: AppMetrics,
     ) -> None:
         self._name = name
         self._directory = directory
@@ -82,6 +85,7 @@ class Starter:
         self._mend = mend
         self._pages = dict(pages)
         self._counters = counters
+        self._app_metrics = app_metrics
         self._templates: dict[int, Template] = {}
         self._waiting: dict[int, tuple[int, Launch]] = {}
         self._late: set[int] = set()  # of these, those that wait for their turn
@@ -113,6 +117,9 @@ class Starter:
     def spawn(self, worker: int, generation: int, launch: Launch) -> None:
         """Start a worker: now, or when it is its turn (`start_parallel`) and its template is loaded (`preload`)."""
         self._mend()
+        if launch.options.app_metrics:
+            with Containing("app_metrics"):
+                self._app_metrics.prepare(launch.identity)
         self._waiting[worker] = generation, launch
         self.start_waiting()
         if worker in self._waiting and not launch.options.preload:

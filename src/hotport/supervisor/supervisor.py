@@ -32,6 +32,7 @@ from hotport.model.service import Restart, Service
 from hotport.observe.logs import get_logger, set_level
 from hotport.options import Options
 from hotport.options.definition import LogLevel
+from hotport.supervisor.appmetrics import AppMetrics
 from hotport.supervisor.contain import Containing, contained, retried
 from hotport.supervisor.counters import Counters
 from hotport.supervisor.fleet import Fleet
@@ -133,6 +134,9 @@ class Supervisor:
         self.news = Publisher(name, manager, Recorder(directory), self.owned.dropped)
         self.counters = Counters(directory, is_on=options.status_bind is not None)
         self.news.subscribe(self.counters.hear)
+        self.app_metrics = AppMetrics(directory)
+        if not (found.orphans or found.shared):  # neither workers nor another supervisor
+            self.app_metrics.clear()
         self.fleet = Fleet(
             name,
             directory,
@@ -143,6 +147,7 @@ class Supervisor:
             partial(mend, self),
             pages=found.pages,
             counters=self.counters,
+            app_metrics=self.app_metrics,
         )
         self.hooks = Hooks(name, self, self.news)
         self.history = History(self.fleet.processes)
@@ -343,7 +348,10 @@ class Supervisor:
         self.fleet.close()
         self.owned.close()
         has_ended = self.begun.is_set() and self.finished.is_set()
-        self.counters.close(is_last=has_ended and not (self.is_departing or self.is_succeeded))
+        is_last = has_ended and not (self.is_departing or self.is_succeeded)
+        self.counters.close(is_last=is_last)
+        if is_last:
+            self.app_metrics.clear()
 
     def input(self, event: inputs.Input) -> None:
         """Put an input at the end of the queue."""

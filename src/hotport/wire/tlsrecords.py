@@ -4,10 +4,11 @@ The process that accepts a connection leaves it to OpenSSL, and a `Counter` foll
 adopts it uses `Records` in place of OpenSSL. What travels between them is a `TlsState`. The server's side of a
 connection is meant everywhere: read is what the client has sent.
 
-A counter is told of each step of the handshake (`Counter.hear`, `Counter.shook`, `Counter.establish`), then of each
-record that OpenSSL has opened or written (`Counter.opened`, `Counter.wrote`): `hotport.worker.tlssession` does that.
-OpenSSL has to be given one whole record at a time, and the key log to be read right after each ``do_handshake``, which
-is synchronous: so its lines are this connection's. Nothing may be under way in OpenSSL when a connection is exported.
+A counter is told of each step of the handshake (`Counter.hear`, `Counter.shook`, `Counter.establish`), then of what
+OpenSSL writes (`Counter.wrote`); its subclass `hotport.worker.tlssession.Session` drives OpenSSL, and counts what that
+opens. OpenSSL has to be given one whole record at a time, and the key log to be read right after each
+``do_handshake``, which is synchronous: so its lines are this connection's. Nothing may be under way in OpenSSL when a
+connection is exported.
 
 How counting stays exact: a record of data takes a fixed number of bytes more than its data. If the data is as long as
 the records say, all of them were data without padding. Otherwise they are opened with keys of our own to see what they
@@ -432,17 +433,6 @@ class Counter:
         self.why_not = "" if self._read_secret and self._write_secret else "its keys are not in the key log"
 
     # -- data
-
-    def opened(self, record: bytes, size: int) -> None:
-        """Follow a record that OpenSSL has opened.
-
-        Args:
-            size: How many bytes of data came out of it.
-        """
-        if size == len(record) - self._overhead:
-            self._read_sequence += 1
-        elif not self.why_not:
-            self._inspect(record, is_read=True)
 
     def wrote(self, records: bytes, size: int = 0) -> None:
         """Follow what OpenSSL has written; to be called before it is sent.
