@@ -149,25 +149,25 @@ class Session(Counter):
     def _open(self, record: bytes | memoryview, size: int) -> bytes:
         """Decrypt one record; nothing if it has no data."""
         self._incoming.write(record)
-        plain = self._read(size)
+        try:
+            plain = self._tls.read(size)
+        except ssl.SSLError as error:
+            plain = self._see_no_data(error)
+        else:
+            if not plain:
+                self._see_no_data(None)
         if len(plain) == size - self._overhead:
             self._read_sequence += 1
         elif not self.why_not:
             self._inspect(bytes(record), is_read=True)
         return plain
 
-    def _read(self, most: int) -> bytes:
-        try:
-            if plain := self._tls.read(most):
-                return plain
-        except ssl.SSLWantReadError:
-            return b""
-        except ssl.SSLZeroReturnError:
-            pass
-        except ssl.SSLError as error:
+    def _see_no_data(self, error: ssl.SSLError | None) -> bytes:
+        """Note what came in place of data: the client's goodbye, an error, or a message for OpenSSL itself."""
+        if error is None or isinstance(error, ssl.SSLZeroReturnError):
+            self.phase = advance(self.phase, Event.HEARD_CLOSE)
+        elif not isinstance(error, ssl.SSLWantReadError):
             self._fail(error)
-            return b""
-        self.phase = advance(self.phase, Event.HEARD_CLOSE)
         return b""
 
     def _take_written(self) -> bytes:
