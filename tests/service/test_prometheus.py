@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import socket
@@ -22,7 +23,7 @@ import pytest
 
 from tests.service.test_metrics import samples, scrape
 from tests.service.test_status_port import StatusPort
-from tests.support import DEADLINE_S, Service, eventually, need, read_response, write_code
+from tests.support import DEADLINE_S, SLOWNESS, Service, eventually, need, read_response, write_code
 
 #: Answers by its path. Its loop is asyncio's, which writes at once: when the application kills its worker, every answer
 #: that was counted has left it.
@@ -41,12 +42,15 @@ async def app(scope, receive, send):
 """
 
 CONFIG = """
-global: {{scrape_interval: 500ms, scrape_timeout: 500ms, evaluation_interval: 1s}}
+global: {{scrape_interval: {interval}s, scrape_timeout: {interval}s, evaluation_interval: {interval}s}}
 rule_files: [{rules}]
 scrape_configs:
   - job_name: hotport
     static_configs: [{{targets: ["{target}"]}}]
 """
+
+#: Seconds between two scrapes, and for each.
+INTERVAL_S = math.ceil(SLOWNESS)
 
 #: What the clients ask for in turns: method, path, and the class of the answer's status.
 MIX = (("GET", "/200", "2xx"), ("POST", "/201", "2xx"), ("GET", "/404", "4xx"), ("GET", "/503", "5xx"))
@@ -108,7 +112,7 @@ class Prometheus:
     def __init__(self, directory: Path, target: str) -> None:
         rules = Path(__file__).parents[2] / "docs" / "examples" / "prometheus" / "hotport.rules.yml"
         config = directory / "prometheus.yml"
-        config.write_text(CONFIG.format(target=target, rules=rules))
+        config.write_text(CONFIG.format(target=target, rules=rules, interval=INTERVAL_S))
         subprocess.run([need("promtool"), "check", "config", config], check=True, capture_output=True)
         with socket.create_server(("127.0.0.1", 0)) as free:  # it cannot say which port 0 is
             self._port = free.getsockname()[1]
@@ -219,8 +223,8 @@ def test_a_real_prometheus_sees_no_gap_no_step_back_and_every_request(tmp_path: 
             values = [float(value) for _, value in series["values"]]
             assert values == sorted(values), series["metric"]
         ended_s = time.time()
-        rate = "sum(rate(hotport_http_requests_total[10s]))"
-        first_s = began_s + 3
+        rate = f"sum(rate(hotport_http_requests_total[{10 * INTERVAL_S}s]))"
+        first_s = began_s + 3 * INTERVAL_S
         (series,) = server.ask("query_range", query=rate, start=first_s, end=ended_s, step=1)["result"]
         assert [at for at, _ in series["values"]] == pytest.approx(
             [first_s + n for n in range(int(ended_s - first_s) + 1)]

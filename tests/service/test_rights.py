@@ -24,7 +24,9 @@ import pytest
 
 from hotport.kernel import procfs
 from hotport.kernel.users import Identity, find_closed, find_identity
+from tests.service.test_metrics import scrape
 from tests.service.test_proxy import nginx
+from tests.service.test_status_port import StatusPort
 from tests.support import (
     DEADLINE_S,
     Service,
@@ -595,3 +597,20 @@ def test_worker_of_another_user_that_hangs_tells_where(place: Path, prefix: Sequ
             eventually(lambda: bool(service.log_events("worker.hung")), "it is found")
         (hung,) = service.log_events("worker.hung")
         assert (hung["at"], hung["why"]) == ("app.py:18 in app", "its event loop is blocked")
+
+
+def test_workers_count_in_files_that_they_cannot_reach(place: Path, prefix: tuple[str, ...], user: Identity) -> None:
+    counting = "from prometheus_client import Counter\nCounter('jobs', 'x').inc()\n"
+    write_code(place / "app.py", counting + APP.format(version="v1"))
+    args = ("--user", user.name, "--app-metrics", "--status-bind", "127.0.0.1:0")
+    with serving(place, prefix, *args) as service:
+        port = StatusPort(service)
+        where = ("127.0.0.1", service.port)
+        get(where)
+        service.restart()
+        get(where)
+        found = scrape(port)
+        assert found["hotport_http_requests_total{method=GET,status=2xx}"] == 2
+        assert found["jobs_total{}"] == 2
+        counters = [path.stat() for path in (service.runtime / "counters").iterdir()]
+        assert {(each.st_uid, each.st_mode & 0o077) for each in counters} == {(0, 0)}

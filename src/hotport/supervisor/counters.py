@@ -194,7 +194,7 @@ class Counters:
         if ended:
             new = Total(tuple(counters.fold(total.cells, ended.values())), tuple(folded))
             path = os.path.join(self._directory, _TOTAL)
-            with open(f"{path}.new", "wb") as file:
+            with open(os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
                 file.write(msgspec.json.encode(new))
             os.rename(f"{path}.new", path)
         for name in folded:
