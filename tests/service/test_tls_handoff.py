@@ -152,6 +152,23 @@ def test_an_undone_restart_takes_connections_over_tls_back(tmp_path: Path, pki: 
         restart.communicate(timeout=DEADLINE_S)
 
 
+def test_connections_over_tls_follow_workers_that_come_and_go(tmp_path: Path, pki: Pki) -> None:
+    with serve(tmp_path, pki) as service, ExitStack() as stack:
+        service.wait_ready()
+        clients = [Client(service, context(pki, suite)) for suite in (None, GCM12) for _ in range(4)]
+        for client in clients:
+            stack.callback(client.close)
+        first = {client.ask()["pid"] for client in clients}
+        assert len(first) == 1
+        for command in (("scale", "2"), ("rebalance",), ("scale", "1"), ("upgrade",), ("restart", "--phased")):
+            done = service.run(*command)
+            assert done.returncode == 0, done.stderr
+            answers = [client.ask(b"x") for client in clients]
+            if command == ("rebalance",):
+                assert len({each["pid"] for each in answers}) == 2
+        assert {each["pid"] for each in answers} == set(service.worker_pids())
+
+
 def test_clients_with_certificates_keep_their_names_unless_the_authorities_change(tmp_path: Path, pki: Pki) -> None:
     with serve(tmp_path, pki, "--tls-client-ca", str(pki.ca)) as service, ExitStack() as stack:
         service.wait_ready()
