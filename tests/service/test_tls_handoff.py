@@ -16,7 +16,7 @@ from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as connect_websocket
 
 from tests.support import DEADLINE_S, RESTARTS, Service, need, write_code
-from tests.tls_support import Pki
+from tests.tls_support import Pki, connect
 
 APP = """
 import json, os
@@ -167,6 +167,52 @@ def test_connections_over_tls_follow_workers_that_come_and_go(tmp_path: Path, pk
             if command == ("rebalance",):
                 assert len({each["pid"] for each in answers}) == 2
         assert {each["pid"] for each in answers} == set(service.worker_pids())
+
+
+PROTOCOL = """
+import asyncio
+
+VERSION = "{version}"
+
+
+class Counting(asyncio.Protocol):
+    def __init__(self, count=0):
+        self.count = count
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        self.count += len(data)
+        self.transport.write(f"{{VERSION}} {{self.count}} {{self.transport.get_extra_info('cipher')[1]}}\\n".encode())
+
+    def export_state(self):
+        return self.count
+
+    def import_state(self, count):
+        self.count = count
+
+    def pause_writing(self):
+        pass
+
+    def resume_writing(self):
+        pass
+"""
+
+
+def test_protocols_take_their_state_along_over_tls(tmp_path: Path, pki: Pki) -> None:
+    write_code(tmp_path / "app.py", PROTOCOL.format(version="v0"))
+    options = ("--tls-cert", pki.issue("server.pem", "localhost"), "--tls-handoff", "on", "--settle", "0s")
+    with Service(tmp_path, "app:Counting", *options) as service, ExitStack() as stack:
+        port = service.wait_ready().port
+        clients = [stack.enter_context(connect(port, context(pki, suite))) for suite in (None, GCM12)]
+        for number in range(3):
+            for client, version in zip(clients, ("TLSv1.3", "TLSv1.2"), strict=True):
+                client.sendall(b"x")
+                assert client.recv(100) == f"v{number} {number + 1} {version}\n".encode()
+            if number < 2:
+                write_code(tmp_path / "app.py", PROTOCOL.format(version=f"v{number + 1}"))
+                assert service.restart()["connections"] == {"moved_protocol": 2}
 
 
 def test_clients_with_certificates_keep_their_names_unless_the_authorities_change(tmp_path: Path, pki: Pki) -> None:
