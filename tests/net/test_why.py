@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,7 +22,7 @@ import pytest
 from benchmarks.netns import fill, isolated
 from hotport.model.bind import Can
 from tests.net.cells import STRANGER
-from tests.support import DEADLINE_S, HOTPORT, need
+from tests.support import DEADLINE_S, HOTPORT, eventually, need
 
 PORT = 20_000
 TRACED = "bind,listen,connect,sendto,sendmsg,sendmmsg"
@@ -372,6 +373,74 @@ def interrupted() -> tuple[int, str]:
     os.close(theirs)
     os.close(terminal)
     return code, text
+
+
+# -- keys -----------------------------------------------------------------------------------------------------------
+
+
+def at_a_terminal(*args: str, asked: str, key: bytes, is_raw: bool = False) -> tuple[int, str]:
+    """Run `hotport why` at a terminal, press a key when it asks for one; exit code and all that it printed."""
+    terminal, theirs = os.openpty()
+    command = [*HOTPORT, "why", *args]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd="/") as process:
+        os.close(theirs)
+        text = ""
+        with suppress(OSError):  # EIO: it has ended
+            while data := os.read(terminal, 65536):
+                text += data.decode()
+                if key and asked in text:
+                    if is_raw:  # what is typed before that is dropped
+                        eventually(lambda: not termios.tcgetattr(terminal)[3] & termios.ICANON, "it reads keys")
+                    os.write(terminal, key)
+                    key = b""
+        code = process.wait(DEADLINE_S)
+    os.close(terminal)
+    return code, text
+
+
+@pytest.mark.parametrize(("key", "code", "pages"), [(b"p", 0, 2), (b"q", 3, 1), (b"\x03", 3, 1)])
+def test_what_cannot_be_read_is_asked_for_by_one_key(key: bytes, code: int, pages: int) -> None:
+    def look() -> tuple[int, str]:
+        with socket.create_server(("127.0.0.1", PORT)) as server:
+            fill(server, 3)
+        return at_a_terminal(f"127.0.0.1:{PORT}", asked="p: bind for a moment", key=key, is_raw=True)
+
+    found, text = isolated(look)
+    assert (found, text.count("bind and listen by user root")) == (code, pages), text
+    assert ("(tried)" in text) == (pages == 2)
+
+
+@pytest.mark.parametrize(("key", "code"), [(b"y\n", 0), (b"n\n", 1)])
+def test_port_is_freed_after_asking(key: bytes, code: int) -> None:
+    def look() -> tuple[int, str]:
+        with socket.create_server(("127.0.0.1", PORT)) as server:
+            holder = subprocess.Popen(["sleep", "1000"], pass_fds=[server.fileno()])
+        with holder:
+            try:
+                return at_a_terminal(f"127.0.0.1:{PORT}", "--free", asked="Take them?", key=key)
+            finally:
+                holder.kill()
+
+    found, text = isolated(look)
+    assert found == code, text
+    assert "1. send SIGTERM to pid " in text
+    assert (f"{PORT} is \x1b[32mfree" in text) == (code == 0)
+
+
+def test_everything_that_listens_is_listed_without_an_address() -> None:
+    def look() -> tuple[str, list[dict[str, Any]]]:
+        with socket.create_server(("127.0.0.1", PORT)) as server:
+            client = socket.create_connection(("127.0.0.1", PORT))
+            with client:
+                listed = json.loads(why("--json")[1])["listening"]
+                page = why()[1]
+                server.accept()[0].close()
+        return page, [one for one in listed if one["protocol"] == "tcp"]
+
+    page, (one,) = isolated(look)
+    assert (one["place"], one["queue"]) == (f"127.0.0.1:{PORT}", 1)
+    row = next(line for line in page.splitlines() if line.startswith(f"tcp://127.0.0.1:{PORT} "))
+    assert "1 of 128" in row
 
 
 # -- what is no port ------------------------------------------------------------------------------------------------

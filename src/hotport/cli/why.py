@@ -99,7 +99,24 @@ def command(
     if watch:
         return _watch(subject, asker, diagnosis, as_json=as_json)
     _show(diagnosis, as_json=as_json)
+    is_asked = not (as_json or probe or wants_free or user is not None)
+    if diagnosis.free == Can.UNKNOWN and is_asked and isinstance(diagnosis.facts, Port) and _wants_probe():
+        diagnosis = diagnose(subject, asker, probe=True)
+        _show(diagnosis, as_json=False)
     return EXIT_CODES[diagnosis.free]
+
+
+def _wants_probe() -> bool:
+    """Offer at a terminal to ask the kernel for what cannot be read."""
+    if not (is_terminal(sys.stdin) and is_terminal(sys.stdout) and is_terminal(sys.stderr)):
+        return False
+    click.echo("\np: bind for a moment, which tells; any other key: leave it at that ", nl=False, err=True)
+    try:
+        key = click.getchar()
+    except (KeyboardInterrupt, EOFError):
+        key = ""
+    click.echo(err=True)
+    return key == "p"
 
 
 def _require_linux() -> None:

@@ -17,7 +17,6 @@ from hotport.errors import ConfigError
 from hotport.kernel import procfs
 from hotport.kernel.unit import unit_of
 from hotport.model.process import Container, Origin, Process, container_in
-from hotport.options import runtime_root
 
 __all__ = ["describe", "origin_of"]
 
@@ -203,6 +202,8 @@ def _stopping(directory: str) -> str:
     """Return the command that stops the service of hotport's with this runtime directory."""
     if not directory:
         return ""
+    from hotport.options import runtime_root  # takes a tenth of the time of `hotport why` to load
+
     root, _, name = directory.rpartition("/")
     with suppress(ConfigError):
         if str(runtime_root(os.environ, os.geteuid(), Path(tempfile.gettempdir()))) == root:
