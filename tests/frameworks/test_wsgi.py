@@ -100,6 +100,7 @@ def test_django_project_as_its_command_makes_it(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "django", "startproject", "mysite", "."], cwd=tmp_path, check=True)
     with Service(tmp_path, "mysite.wsgi:application", name="wsgi") as service:
         assert service.wait() == 3
+        assert "try:   hotport serve mysite.asgi:application" in service.log()
         assert "application = WSGIMiddleware(application)" in service.log()
     with (
         Service(tmp_path, "mysite.asgi:application") as service,

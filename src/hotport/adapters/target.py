@@ -287,7 +287,7 @@ def kind_of(application: Any, options: Options) -> str:
     except StartError as error:
         beside = re.sub(r"(^|\.)wsgi$", r"\1asgi", module)
         if error.code == "HP515" and beside != module and importlib.util.find_spec(beside) is not None:
-            error.fix = f"hotport serve {beside}:{name}"  # Django has both
+            error.fix, error.note = f"hotport serve {beside}:{name}", f"or wrap it: {error.fix}"  # Django has both
         raise
 
 
