@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
+from hotport.churn.certainty import bounds, percent
 from hotport.churn.fates import LOSSES, MEANINGS, ConnectionEvent, Fate
 from hotport.churn.histogram import Histogram
 from hotport.churn.result import Bucket, RestartMark, Result
@@ -183,12 +184,14 @@ def _figures(result: Result) -> str:
     seconds = result.duration_ms / 1000
     during = latency_by_phase(result)["during" if result.restarts else "before"]
     gaps = [gap for gap in result.accept_gap_ms if gap is not None]
+    known = {"without a restart": result.quiet_gap_ms, "by chance": result.usual_gap_ms}
+    others = ", ".join(f"{when} {gap:,.0f} ms" for when, gap in known.items() if gap is not None)
     figures = [
         ("attempts", f"{attempts:,}", f"{attempts / seconds:,.0f} a second" if seconds else ""),
         (
             "lost",
             f"{lost:,}",
-            f"{lost / attempts:.3%} of attempts" if attempts and lost else "not one" if attempts else "",
+            f"{_bounds(lost, attempts)} of attempts, 95 %" if attempts else "",
         ),
         ("restarts", f"{len(result.restarts):,}", f"in {seconds:,.1f} s"),
         (
@@ -199,7 +202,7 @@ def _figures(result: Result) -> str:
         (
             "longest accept gap",
             f"{max(gaps):,.0f} ms" if gaps else "none",
-            "no new connection answered" if gaps else "",
+            others or "no new connection answered" if gaps else "",
         ),
         ("own lag", milliseconds(result.lag.p99), "p99, of these clients"),
     ]
@@ -231,8 +234,14 @@ def _losses(result: Result) -> str:
     for name, count in losses.items():
         kinds = ", ".join(f"{found[name]:,} {escape(kind)}" for kind, found in result.totals.items() if found.get(name))
         meaning = f"<b>{name}</b><small>{escape(_MEANINGS[name])}</small>"
-        rows.append([meaning, f"{count:,}", _bar(count / most, "lost"), kinds])
-    return _table("losses", ["how", "attempts", "", "clients"], rows, words=(0, 2, 3))
+        share = _bounds(count, attempts_of(result.totals))
+        rows.append([meaning, f"{count:,}", share, _bar(count / most, "lost"), kinds])
+    return _table("losses", ["how", "attempts", "95 %", "", "clients"], rows, words=(0, 3, 4))
+
+
+def _bounds(lost: int, attempts: int) -> str:
+    low, high = bounds(lost, attempts)
+    return f"{percent(low)} &ndash; {percent(high)}" if lost else f"&lt; {percent(high)}"
 
 
 def _latency(result: Result) -> str:
