@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from hotport.wire.messages import PhaseTime, Report
-from hotport.wire.recording import Lane, Recording, Span, phase_spans
+from hotport.wire.recording import Lane, Recording, Span, current_step, phase_spans
 from hotport.wire.trace import trace_of
 
 
@@ -163,6 +163,11 @@ def test_steps_follow_each_other_until_the_last_phase(phases: list[tuple[str, fl
     spans = phase_spans(report(*phases))
     assert [span.name for span in spans] == names
     assert sum(span.ms for span in spans) == (phases[-1][1] if phases else 0)
+
+
+def test_step_after_the_last_phase_is_under_way() -> None:
+    assert current_step(report()) == "starting"
+    assert current_step(report(("ready", 1.0), ("committed", 2.0))) == "quiescing"
 
 
 def test_recording_lasts_until_its_last_phase() -> None:
