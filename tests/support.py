@@ -64,6 +64,10 @@ def repetition(restarts: int) -> float:
     return max(1.0, restarts / USUAL_RESTARTS)
 
 
+#: Directories in a runtime directory that a supervisor leaves to the next one.
+OUTLIVING = frozenset({"counters", "restarts"})
+
+
 class Footprint(NamedTuple):
     """What a supervisor has: descriptors, processes below it (zombies too), files of its service, memory of its own.
 
@@ -167,10 +171,14 @@ class Service(ServeProcess):
         """How many descriptors the supervisor has open."""
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
+    def paths(self) -> set[str]:
+        """What is in its runtime directory, but for what outlives a supervisor."""
+        return set(os.listdir(self.runtime)) - OUTLIVING
+
     def footprint(self) -> Footprint:
         """What the supervisor has now."""
         memory_bytes = psutil.Process(self.process.pid).memory_full_info().uss
-        return Footprint(self.descriptors(), len(self.descendants()), len(os.listdir(self.runtime)), memory_bytes)
+        return Footprint(self.descriptors(), len(self.descendants()), len(self.paths()), memory_bytes)
 
     def descendants(self) -> list[int]:
         """Every live process below the supervisor, by /proc."""

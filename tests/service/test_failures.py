@@ -160,7 +160,7 @@ def snapshot(service: Service) -> tuple[object, ...]:
     return (
         service.descriptors(),
         sorted(service.descendants()),
-        sorted(path.name for path in service.runtime.iterdir()),
+        service.paths(),
         psutil.Process(service.process.pid).num_threads(),
     )
 
@@ -171,7 +171,7 @@ def test_service_whose_every_worker_fails_exits_3_with_the_workers_traceback(tmp
         assert service.wait() == 3
         assert "RuntimeError: broken from the start" in service.log()
         assert "Traceback (most recent call last)" in service.log()
-        assert not list(service.runtime.iterdir())
+        assert not service.paths()
         assert not (tmp_path / "app.sock").exists()
         (starting,) = service.log_events("service.starting")
         port = int(starting["addresses"][1].rpartition(":")[2])
@@ -307,7 +307,7 @@ def test_term_during_a_restart_stops_everything(tmp_path: Path) -> None:
         assert command.returncode == 4
         assert "the service is stopping" in output
         assert not any(map(psutil.pid_exists, pids))
-        assert not list(service.runtime.iterdir())
+        assert not service.paths()
 
 
 HOLDING = """\

@@ -61,7 +61,7 @@ def test_service_lives_on_when_everything_that_it_has_made_is_removed(tmp_path: 
         assert ask_line(int(tcp.rpartition(":")[2])).version == "two"
         assert service.run("stop", service.name).returncode == 0
         assert service.wait() == 0
-        assert not list(service.runtime.iterdir())
+        assert not service.paths()
 
 
 @pytest.mark.measured

@@ -103,7 +103,7 @@ def started(directory: Path) -> list[int]:
 
 
 def assert_healthy(service: Service, workers: int) -> dict[str, Any]:
-    """One generation serves, whole; and there is no process and no path besides."""
+    """One generation serves, whole; and there is no process and no path besides, but for what outlives a supervisor."""
 
     def is_healthy() -> bool:
         found = service.status()["workers"]
@@ -115,10 +115,8 @@ def assert_healthy(service: Service, workers: int) -> dict[str, Any]:
     pids = [worker["pid"] for worker in status["workers"]]
     eventually(lambda: sorted(started(service.directory)) == sorted(pids), "nobody else is left")
     sockets = {f"worker-{each['generation']}.{each['worker']}.sock" for each in status["workers"]}
-    eventually(
-        lambda: set(os.listdir(service.runtime)) - {"load"} == {"control.sock", "notify.sock", *sockets},
-        "no path is left",
-    )
+    there = {"control.sock", "notify.sock", *sockets}
+    eventually(lambda: service.paths() - {"load"} == there, "no path is left")
     return status
 
 
