@@ -138,10 +138,18 @@ class TlsTransport(asyncio.Protocol, transports._FlowControlMixin):  # the class
             self._bound(self._handshake_timeout_s, "handshake")
         else:
             self._open()
+            if self._is_paused:  # uvloop begins to read behind this, whatever was said meanwhile
+                self._loop.call_soon(self._pause_below)
+
+    def _pause_below(self) -> None:
+        if self._is_paused and not self._below.is_closing():
+            self._below.pause_reading()
 
     def data_received(self, data: bytes) -> None:
         layer = self._layer
         if self._is_paused and self._stage is OPEN:
+            if layer.phase is Phase.FROZEN:
+                raise IllegalTransition("received in frozen: another process would not have it")
             layer.pending += data
             return
         plain, written = layer.receive(data)
