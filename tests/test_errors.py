@@ -38,7 +38,7 @@ def test_json_that_is_made_visible_is_the_same() -> None:
 #: What a fix may begin with: a program or a call of ours; else it is an option, a variable, or ``key = value``.
 COMMANDS = {
     *("await", "cat", "cd", "chmod", "chown", "command", "df", "file", "from", "getent", "grep", "head", "hotport"),
-    *("id", "ip", "kill", "ls", "mkdir", "namei", "netstat", "openssl", "pip", "ps", "ss", "sudo", "sysctl"),
+    *("iconv", "id", "ip", "kill", "ls", "mkdir", "namei", "netstat", "openssl", "pip", "ps", "ss", "sudo", "sysctl"),
     *("systemctl", "ulimit", "umask", "unset"),
 }
 

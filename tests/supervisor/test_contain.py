@@ -166,7 +166,7 @@ def act(stage: Stage) -> None:
                     break  # the next request ends it
     with suppress(OSError):
         stage.lose_successor()
-    for path in (b"/ready", b"/status"):
+    for path in (b"/ready", b"/status", b"/metrics"):
         with suppress(OSError):
             probe(stage, path)
     with suppress(OSError):

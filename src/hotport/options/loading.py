@@ -155,11 +155,12 @@ def _read_toml(path: Path, name: str) -> tuple[Mapping[str, object], str]:
         cause = "it is nested too deeply" if is_deep else " ".join(str(error).split())
         note = f"correct {name}; https://toml.io describes the format"
         if data[:2] in {b"\xff\xfe", b"\xfe\xff"}:
-            cause, fix = (
-                "it is UTF-16, and TOML is UTF-8",
-                f"iconv -f UTF-16 {name} >{name}.utf8 && mv {name}.utf8 {name}",
-            )
-            raise ConfigError("HP301", f"{name} is not TOML", cause=cause, fix=fix) from error
+            raise ConfigError(
+                "HP301",
+                f"{name} is not TOML",
+                cause="it is UTF-16, and TOML is UTF-8",
+                fix=f"iconv -f UTF-16 {name} >{name}.utf8 && mv {name}.utf8 {name}",
+            ) from error
         raise ConfigError("HP301", f"{name} is not TOML", cause=cause, note=note) from error
     if path.name != "pyproject.toml":
         if "tool" in document:

@@ -396,7 +396,7 @@ async def describe(supervisor: Supervisor) -> Status:
         queues={
             address: accept_queue_length(sock)
             for address, sock in supervisor.listeners.items()
-            if address.startswith("tcp:")
+            if address.startswith("tcp:") and sock.fileno() != -1  # closed already: the service stops
         },
         mishaps=tuple(supervisor.history.mishaps),
     )
