@@ -9,6 +9,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
+
+pytest.importorskip("opentelemetry.sdk", reason="it is none of hotport's dependencies")
+
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor

@@ -107,7 +107,7 @@ class AppMetrics:
         for place in self._places():
             try:
                 self._merge(place)
-            except (HotportError, OSError, ValueError) as error:
+            except (HotportError, OSError, ValueError, msgspec.MsgspecError) as error:
                 self._warn(place, error)
             files += (os.path.join(place, name) for name in self._readable(place, _names(place)))
         try:
