@@ -110,6 +110,7 @@ bench: $(VENV)/.dev debian
 	$(BIN)/python benchmarks/sharing.py
 	$(BIN)/python benchmarks/floor.py
 	$(BIN)/python benchmarks/cost.py
+	$(BIN)/python benchmarks/tls.py
 	$(MAKE) bench-report
 
 bench-report: $(VENV)/.dev

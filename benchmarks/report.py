@@ -36,6 +36,13 @@ HTTP_ROWS: Final = {
 }
 
 
+TLS_ROWS: Final = {
+    "keep-alive": ("100 bytes, requests in a second of processor time", "requests/CPU s", 0),
+    "body": ("16 KiB, likewise", "requests/CPU s", 0),
+    "handshakes": ("100 bytes, a connection for each, likewise", "requests/CPU s", 0),
+    "memory": ("memory of an idle connection in KiB", "KiB", 1),
+}
+
 #: What clients of rebind.py may meet.
 LOSSES: Final = ("refused", "reset", "lost")
 
@@ -600,6 +607,36 @@ def _cost(results: dict[str, Any]) -> str:
     )
 
 
+def _tls(results: dict[str, Any]) -> str:
+    samples, machine = results["samples"], results["machine"]
+
+    def name_of(server: str) -> str:
+        return {"hotport": "hotport", "before": "hotport with its event loop's TLS"}.get(
+            server, f"{server} {machine['packages'].get(server, '')}".strip()
+        )
+
+    def cell(row: str, server: str, what: str, decimals: int) -> str:
+        values = samples.get(f"{row}: {server} {what}")
+        return "" if values is None else f"{statistics.median(values):,.{decimals}f}"
+
+    servers = [server for server in results["servers"] if f"keep-alive: {server} requests/CPU s" in samples]
+    rounds = len(samples["keep-alive: hotport requests/CPU s"])
+    return "\n".join(
+        [
+            f"| TLS 1.3, one worker | {' | '.join(map(name_of, servers))} |",
+            f"|---{'|---:' * len(servers)}|",
+            *(
+                f"| {heading} | {' | '.join(cell(row, server, what, decimals) for server in servers)} |"
+                for row, (heading, what, decimals) in TLS_ROWS.items()
+            ),
+            "",
+            f"Medians of {rounds} rounds; Linux {machine['kernel']}, {machine['cores']} cores.",
+            "How: `benchmarks/tls.py`; samples in `benchmarks/results/tls.json`.",
+            "",
+        ]
+    )
+
+
 def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
@@ -805,6 +842,7 @@ PAGES: Final[Mapping[Path, Callable[[str], str]]] = {
     DOCS / "how-to/share-load-among-workers.md": partial(_filled, name="balance", sections={"balance": _balance}),
     DOCS / "discussion/how-workers-share-a-port.md": partial(_filled, name="sharing", sections={"sharing": _sharing}),
     DOCS / "how-to/import-once.md": partial(_filled, name="cost", sections={"cost": _cost}),
+    DOCS / "how-to/tls.md": partial(_filled, name="tls", sections={"tls": _tls}),
     DOCS / "how-to/limits-and-logs.md": partial(_filled, name="hostile", sections={"hostile": _hostile}),
 }
 

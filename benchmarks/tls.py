@@ -153,7 +153,14 @@ def main() -> int:
             show(f"{options.rounds} rounds of {options.seconds:g} s", found)
             print(flush=True)
             samples |= found
-    save(options.output, method=(__doc__ or "").strip(), samples=samples, goals=goals, seconds=options.seconds)
+    save(
+        options.output,
+        method=(__doc__ or "").strip(),
+        samples=samples,
+        goals=goals,
+        seconds=options.seconds,
+        servers=names,
+    )
     return 0
 
 
