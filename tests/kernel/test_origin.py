@@ -173,7 +173,7 @@ def test_other_managers_are_known_by_what_they_tell_their_programs(monkeypatch: 
     monkeypatch.setattr(procfs, "environment", lambda _: given)
     assert module._managed(os.getpid(), Origin(("supervisord (pid 5)",)), 0) == "supervisorctl stop shop:web"
     assert module._managed(os.getpid(), Origin(("sh (pid 5)",)), 0) == ""
-    monkeypatch.setattr(procfs, "environment", lambda _: {"pm_id": "3", "PM2_HOME": "/root/.pm2"})
+    monkeypatch.setattr(procfs, "environment", lambda _: {"pm_id": "3", "PM2_HOME": "/srv/shop/.pm2"})
     assert module._managed(os.getpid(), Origin(), 0) == "pm2 stop 3"
     assert module._managed(os.getpid(), Origin(is_left=True), 0) == ""
 
