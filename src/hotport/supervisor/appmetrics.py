@@ -81,7 +81,7 @@ class AppMetrics:
             give_directory(path, identity.uid, identity.gid)
 
     def ended(self, pid: int) -> None:
-        """Set the files of a process that has ended apart: another one with its pid must not go on with them."""
+        """Rename the files of a process that has ended, so that a new process with the same pid does not reuse them."""
         for place in self._places():
             for name in _names(place):
                 path = os.path.join(place, name)

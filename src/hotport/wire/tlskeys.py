@@ -179,7 +179,7 @@ class Keys13:
         self._iv = int.from_bytes(expand_label(self.suite.hash, secret, b"iv", 12), "big")
 
     def update(self) -> None:
-        """Go on with the next keys, as after a KeyUpdate (RFC 8446 section 7.2)."""
+        """Derive and use the next keys, as after a KeyUpdate (RFC 8446 section 7.2)."""
         self._use(expand_label(self.suite.hash, self.secret, b"traffic upd", len(self.secret)), 0)
 
     def seal(self, content: Content, data: bytes) -> bytes:

@@ -690,7 +690,7 @@ class Records:
             self._owes_update = self._owes_update or message[4:] == REQUESTED
 
     def update_keys(self, *, asks: bool = False) -> bytes:
-        """Go on with other keys to write with; TLS 1.3 only.
+        """Change the keys to write with, and return the KeyUpdate to send; TLS 1.3 only.
 
         Args:
             asks: The client should do the same.
